@@ -1,0 +1,87 @@
+"""Variational families q(z given x): modules that turn data into an approximate posterior."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyro_vae.networks import Head, feature_shape
+from pyro_vae.priors import check_latent_dim
+
+__all__ = ["MeanFieldNormal", "VariationalFamily"]
+
+
+class VariationalFamily(nn.Module):
+    """Base of the variational families; also the recipe for one of your own.
+
+    A family is any callable that takes data ``(*batch, *data_shape)`` and returns a Pyro distribution
+    with batch shape ``batch`` and event shape ``(latent_dim,)``. Deriving from this class splits the
+    call in two, ``distribution(encode(x))``:
+
+    1. keep every constructor argument under its own name;
+    2. ``encode`` returns a dict of unconstrained per-datum tensors ``(*batch, ...)``;
+    3. ``distribution`` turns such a dict into q, whatever the values of its tensors;
+    4. say where the latents live in ``latent_support``.
+
+    The split is what lets the best member of the family for one datum be found by optimising what
+    ``encode`` would have given.
+
+    Attributes:
+        latent_dim: size of the latent vector.
+        latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
+    """
+
+    latent_support: ClassVar[str] = "real"
+    latent_dim: int
+
+    def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.latent_dim = check_latent_dim(latent_dim)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the unconstrained parameters of q for each datum, each ``(*batch, ...)``."""
+        raise NotImplementedError
+
+    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
+        """Return q: batch shape ``batch``, event shape ``(latent_dim,)``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """Return q(z given x) for data ``(*batch, *data_shape)``."""
+        return self.distribution(self.encode(x))
+
+
+class MeanFieldNormal(VariationalFamily):
+    """Normal with independent coordinates: heads for the mean and the log-variance.
+
+    .. math:: q(z | x) = N(z; mu(x), diag(sigma^2(x)))
+
+    Args:
+        encoder: network from data to features.
+        latent_dim: size of the latent vector.
+
+    Shapes:
+        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
+
+    Source:
+        Kingma, Welling 2014, section 3, equation 9.
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
+        super().__init__(encoder, latent_dim)
+        features = feature_shape(encoder)
+        self.loc = Head(features, (latent_dim,))
+        self.log_variance = Head(features, (latent_dim,))
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Return ``loc`` and ``log_variance``, each ``(*batch, latent_dim)``."""
+        features = self.encoder(x)
+        return {"loc": self.loc(features), "log_variance": self.log_variance(features)}
+
+    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
+        """Return the normal with these means and log-variances."""
+        scale = (0.5 * parameters["log_variance"]).exp()
+        return dist.Normal(parameters["loc"], scale, validate_args=False).to_event(1)

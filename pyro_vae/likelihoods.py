@@ -1,0 +1,193 @@
+"""Likelihoods p(x given z): modules whose call turns latents into the distribution of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_vae.errors import InputError
+from pyro_vae.networks import Head, feature_shape
+
+__all__ = ["Bernoulli", "Gaussian", "Likelihood"]
+
+
+class Likelihood(nn.Module):
+    """Base of the likelihoods; also the recipe for one of your own.
+
+    A likelihood is any callable that takes latents ``(*batch, latent_dim)`` and returns a Pyro
+    distribution with batch shape ``batch`` and event shape ``data_shape``. To derive from this class:
+
+    1. keep every constructor argument under its own name;
+    2. build a :class:`pyro_vae.networks.Head` per parameter on the decoder's features;
+    3. set ``accepts`` to the closed interval of values the density is defined for;
+    4. return the distribution from ``forward``, with ``.to_event(len(self.data_shape))``.
+
+    Attributes:
+        accepts: the closed interval of the data's values.
+        data_shape: shape of one datum.
+    """
+
+    accepts: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    instead: ClassVar[str] = "check the data"
+    data_shape: tuple[int, ...]
+
+    def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.data_shape = tuple(int(size) for size in data_shape)
+        self.latent_dim = getattr(decoder, "latent_dim", None)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x given z): batch shape ``z.shape[:-1]``, event shape ``data_shape``."""
+        raise NotImplementedError
+
+    def start_at_mean(self, mean: Tensor) -> None:
+        """Set the output bias so that training starts from the best constant datum.
+
+        Args:
+            mean: mean of the training data, ``data_shape``.
+        """
+        raise NotImplementedError
+
+    def check(self, x: Tensor) -> None:
+        """Refuse data this density is not defined for; called once per data set.
+
+        Args:
+            x: data ``(N, *data_shape)``.
+
+        Raises:
+            InputError: another shape, a value that is not finite, or one outside ``accepts``.
+        """
+        if tuple(x.shape[1:]) != self.data_shape:
+            raise InputError(
+                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), "
+                f"got {tuple(x.shape)}: build the likelihood with the data's own shape"
+            )
+        low, high = self.accepts
+        smallest, largest = (value.item() for value in x.aminmax())
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            raise InputError("expected finite data, got NaN or infinity: remove or fill them")
+        if smallest < low or largest > high:
+            raise InputError(
+                f"expected x in [{low:g}, {high:g}] for {type(self).__name__}, "
+                f"got values from {smallest:g} to {largest:g}: {self.instead}"
+            )
+
+
+class Bernoulli(Likelihood):
+    """Independent Bernoulli pixels with the logits from a head on the decoder's features.
+
+    Grey values in [0, 1] are accepted. The result is then a pseudo-likelihood (the cross-entropy with
+    the grey values as probabilities), not a density, and is not comparable with one.
+
+    Args:
+        decoder: network from latents to features.
+        data_shape: shape of one datum.
+
+    Shapes:
+        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
+
+    Source:
+        Kingma, Welling 2014, appendix C.1, equation 11.
+    """
+
+    accepts = (0.0, 1.0)
+    instead = "divide by the largest possible value (255 for bytes) or use Gaussian"
+
+    def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__(decoder, data_shape)
+        self.logits = Head(feature_shape(decoder), self.data_shape)
+
+    def start_at_mean(self, mean: Tensor) -> None:
+        """Set the output bias to the logit of ``mean``."""
+        # A pixel that is never on in the training set may be on in the next one: keep its
+        # probability away from 0 and 1.
+        self.logits.start_at(bias=torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return independent Bernoulli pixels."""
+        logits = self.logits(self.decoder(z))
+        pixels = dist.Bernoulli(logits=logits, validate_args=False)
+        return pixels.to_event(len(self.data_shape))
+
+
+class Gaussian(Likelihood):
+    """Independent normal pixels around a mean from a head on the decoder's features.
+
+    .. math:: p(x | z) = N(x; f(z), sigma^2 I)
+
+    Args:
+        decoder: network from latents to features.
+        data_shape: shape of one datum.
+        sigma: a positive number (fixed), ``"learned"`` (one for all pixels), or ``"per-pixel"`` (from
+            a second head, depending on z).
+        floor: least sigma where it is learned. Without one, a pixel that never changes drives sigma
+            to 0 and the density to infinity. The default is half a grey level of an 8-bit image.
+
+    Shapes:
+        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
+
+    Raises:
+        InputError: a sigma or a floor that is not positive, or an unknown word.
+
+    Source:
+        Kingma, Welling 2014, appendix C.2, equation 12; learned sigma: Rybkin, Daniilidis, Levine
+        2021, "Simple and Effective VAE Training with Calibrated Decoders".
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        sigma: float | str = 0.1,
+        floor: float = 0.5 / 255,
+    ) -> None:
+        super().__init__(decoder, data_shape)
+        self.sigma = _check_sigma(sigma)
+        if not 0 < floor < math.inf:
+            raise InputError(f"expected a sigma floor above 0, got {floor}")
+        self.floor = floor
+        self.mean = Head(feature_shape(decoder), self.data_shape)
+        # sigma = floor + softplus(raw); raw = 0 starts sigma near 0.7.
+        if self.sigma == "learned":
+            self.raw_sigma = nn.Parameter(torch.zeros(()))
+        elif self.sigma == "per-pixel":
+            self.raw_sigma_head = Head(feature_shape(decoder), self.data_shape)
+            self.raw_sigma_head.start_at(weight_scale=0.1)
+
+    def start_at_mean(self, mean: Tensor) -> None:
+        """Set the output bias to ``mean``."""
+        self.mean.start_at(bias=mean)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return independent normal pixels."""
+        features = self.decoder(z)
+        mean = self.mean(features)
+        scale = self._scale(features).expand_as(mean)
+        return dist.Normal(mean, scale, validate_args=False).to_event(len(self.data_shape))
+
+    def _scale(self, features: Tensor) -> Tensor:
+        if self.sigma == "learned":
+            return self.floor + F.softplus(self.raw_sigma)
+        if self.sigma == "per-pixel":
+            return self.floor + F.softplus(self.raw_sigma_head(features))
+        return features.new_tensor(self.sigma)
+
+
+def _check_sigma(sigma: float | str) -> float | str:
+    if isinstance(sigma, str):
+        if sigma not in ("learned", "per-pixel"):
+            raise InputError(
+                f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
+            )
+        return sigma
+    if not 0 < sigma < math.inf:
+        raise InputError(f"expected a finite sigma above 0, got {sigma}")
+    return float(sigma)

@@ -1,0 +1,313 @@
+"""Encoders and decoders: plain networks from data to features and from latents to features.
+
+A network knows nothing of probability. It returns features, and the likelihood or the variational
+family that uses it owns the head that turns them into parameters; so one network serves any of them.
+
+A network of your own serves here if it maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)`` and
+says the latter in an attribute ``out_shape`` (a tuple of ints).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import InputError, unknown_name
+
+__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise unknown_name("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
+
+
+def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Check a list of sizes; a size is a whole number of at least 1."""
+    if not values or any(int(value) != value or value < 1 for value in values):
+        raise InputError(f"expected {name} as whole numbers of at least 1, got {list(values)}")
+    return tuple(int(value) for value in values)
+
+
+class _MLP(nn.Module):
+    """Fully connected layers on the last axis, each followed by the activation."""
+
+    def __init__(self, in_features: int, hidden: Sequence[int], activation: str) -> None:
+        super().__init__()
+        widths = (in_features, *hidden)
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(width_in, width_out), _activation(activation)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class MLPEncoder(nn.Module):
+    """Fully connected encoder: data of any shape, flattened, to the features of its last layer.
+
+    Args:
+        data_shape: shape of one datum.
+        hidden: widths of the hidden layers; the last one is the number of features.
+        activation: one of :data:`ACTIVATIONS`, after every layer.
+
+    Shapes:
+        ``(*batch, *data_shape)`` to ``(*batch, hidden[-1])``.
+
+    Raises:
+        InputError: a width below 1, an unknown activation, or data of another shape.
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        hidden: Sequence[int] = (512, 256),
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.data_shape = _positive("data_shape", data_shape)
+        self.hidden = _positive("hidden widths", hidden)
+        self.activation = activation
+        self.out_shape = (self.hidden[-1],)
+        self.body = _MLP(math.prod(self.data_shape), self.hidden, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features ``(*batch, hidden[-1])`` of data ``(*batch, *data_shape)``."""
+        check_shape(x, self.data_shape)
+        return self.body(x.flatten(start_dim=x.dim() - len(self.data_shape)))
+
+
+class MLPDecoder(nn.Module):
+    """Fully connected decoder: a latent vector to the features of the last hidden layer.
+
+    Args:
+        latent_dim: size of the latent vector.
+        hidden: widths of the hidden layers, from the latent side to the data side.
+        activation: one of :data:`ACTIVATIONS`, after every layer.
+
+    Shapes:
+        ``(*batch, latent_dim)`` to ``(*batch, hidden[-1])``.
+
+    Raises:
+        InputError: a size below 1 or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        hidden: Sequence[int] = (256, 512),
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.latent_dim = _positive("latent_dim", [latent_dim])[0]
+        self.hidden = _positive("hidden widths", hidden)
+        self.activation = activation
+        self.out_shape = (self.hidden[-1],)
+        self.body = _MLP(self.latent_dim, self.hidden, activation)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the features ``(*batch, hidden[-1])`` of latents ``(*batch, latent_dim)``."""
+        return self.body(z)
+
+
+class ConvEncoder(nn.Module):
+    """Convolutional encoder for images: strided convolutions, then one fully connected layer.
+
+    Every convolution halves height and width (rounded up). There is no batch normalisation: it would
+    tie the data of a batch together, and each datum's ELBO must depend on that datum alone.
+
+    Args:
+        data_shape: ``(channels, height, width)`` of one image.
+        channels: output channels of the convolutions.
+        features: width of the fully connected layer.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Shapes:
+        ``(*batch, channels, height, width)`` to ``(*batch, features)``, any number of batch axes.
+
+    Raises:
+        InputError: data that are not images, a size below 1, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        *,
+        features: int = 256,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.data_shape = _image_shape(data_shape)
+        self.channels = _positive("channels", channels)
+        self.features = _positive("features", [features])[0]
+        self.activation = activation
+        self.out_shape = (self.features,)
+        in_channels, height, width = self.data_shape
+        layers: list[nn.Module] = []
+        for out_channels in self.channels:
+            layers += [
+                nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1),
+                _activation(activation),
+            ]
+            in_channels, height, width = out_channels, -(-height // 2), -(-width // 2)
+        self.convolutions = nn.Sequential(*layers)
+        self.body = _MLP(in_channels * height * width, (self.features,), activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features ``(*batch, features)`` of images ``(*batch, *data_shape)``."""
+        check_shape(x, self.data_shape)
+        batch = x.shape[:-3]
+        maps = self.convolutions(x.reshape(-1, *self.data_shape))
+        return self.body(maps.flatten(1)).reshape(*batch, self.features)
+
+
+class ConvDecoder(nn.Module):
+    """Convolutional decoder for images: one fully connected layer, then upsampled convolutions.
+
+    Each stage doubles height and width by nearest-neighbour interpolation and convolves (which leaves
+    no checkerboard, unlike a strided transposed convolution; Odena, Dumoulin, Olah 2016).
+
+    Args:
+        latent_dim: size of the latent vector.
+        data_shape: ``(channels, height, width)`` of one image.
+        channels: channels of the maps, from the latent side to the data side.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Shapes:
+        ``(*batch, latent_dim)`` to ``(*batch, channels[-1], height, width)``.
+
+    Raises:
+        InputError: data that are not images, a size below 1, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        data_shape: Sequence[int],
+        channels: Sequence[int] = (64, 32),
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.latent_dim = _positive("latent_dim", [latent_dim])[0]
+        self.data_shape = _image_shape(data_shape)
+        self.channels = _positive("channels", channels)
+        self.activation = activation
+        _, height, width = self.data_shape
+        self.out_shape = (self.channels[-1], height, width)
+        sizes = [(height, width)]
+        for _ in self.channels:
+            sizes.insert(0, (-(-sizes[0][0] // 2), -(-sizes[0][1] // 2)))
+        self.sizes = sizes
+        self.body = _MLP(self.latent_dim, (self.channels[0] * math.prod(sizes[0]),), activation)
+        in_channels = self.channels[0]
+        self.stages = nn.ModuleList()
+        for out_channels, size in zip(self.channels, sizes[1:], strict=True):
+            convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+            upsample = nn.Upsample(size=size, mode="nearest")
+            self.stages.append(nn.Sequential(upsample, convolution, _activation(activation)))
+            in_channels = out_channels
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return feature maps ``(*batch, channels[-1], height, width)`` of latents."""
+        batch = z.shape[:-1]
+        maps = self.body(z).reshape(-1, self.channels[0], *self.sizes[0])
+        for stage in self.stages:
+            maps = stage(maps)
+        return maps.reshape(*batch, *self.out_shape)
+
+
+class Head(nn.Module):
+    """The affine map from a network's features to one parameter of a distribution.
+
+    Feature maps as large as the wanted image are mapped pixel by pixel (a convolution with kernel
+    size 1); anything else is flattened and mapped by one linear layer.
+
+    Args:
+        in_shape: shape of the features of one datum.
+        out_shape: shape of the parameter of one datum.
+
+    Shapes:
+        ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``.
+    """
+
+    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.in_shape = _positive("in_shape", in_shape)
+        self.out_shape = _positive("out_shape", out_shape)
+        self.pixelwise = len(in_shape) == 3 == len(out_shape) and in_shape[1:] == out_shape[1:]
+        self.map: nn.Conv2d | nn.Linear
+        if self.pixelwise:
+            self.map = nn.Conv2d(self.in_shape[0], self.out_shape[0], kernel_size=1)
+        else:
+            self.map = nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the parameter ``(*batch, *out_shape)`` of features ``(*batch, *in_shape)``."""
+        batch = features.shape[: features.dim() - len(self.in_shape)]
+        if self.pixelwise:
+            flat = self.map(features.reshape(-1, *self.in_shape))
+        else:
+            flat = self.map(features.flatten(start_dim=len(batch)))
+        return flat.reshape(*batch, *self.out_shape)
+
+    @torch.no_grad()
+    def start_at(self, weight_scale: float = 1.0, bias: Tensor | float = 0.0) -> None:
+        """Scale the initial weights and set the bias (a number or a tensor of ``out_shape``)."""
+        assert self.map.bias is not None
+        self.map.weight.mul_(weight_scale)
+        start = torch.as_tensor(bias).to(self.map.bias).expand(self.out_shape)
+        if self.pixelwise:
+            start = start.mean(dim=(-2, -1))  # one bias per channel serves every pixel
+        self.map.bias.copy_(start.flatten())
+
+
+def check_shape(x: Tensor, data_shape: tuple[int, ...]) -> None:
+    """Refuse data whose trailing axes are not ``data_shape``."""
+    if tuple(x.shape[x.dim() - len(data_shape) :]) != data_shape or x.dim() < len(data_shape):
+        raise InputError(
+            f"expected data of shape (*batch, {', '.join(map(str, data_shape))}), "
+            f"got {tuple(x.shape)}: build the networks with the data's own shape"
+        )
+
+
+def feature_shape(network: nn.Module) -> tuple[int, ...]:
+    """Return the shape of the features a network makes of one datum.
+
+    Raises:
+        InputError: the network does not say it in ``out_shape``.
+    """
+    shape = getattr(network, "out_shape", None)
+    if shape is None:
+        raise InputError(
+            f"expected a network with an attribute out_shape, got {type(network).__name__}: "
+            "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
+        )
+    return tuple(shape)
+
+
+def _image_shape(data_shape: Sequence[int]) -> tuple[int, int, int]:
+    shape = _positive("data_shape", data_shape)
+    if len(shape) != 3:
+        raise InputError(
+            f"expected images of shape (channels, height, width), got {shape}: "
+            "use an MLP for data that are not images"
+        )
+    return shape[0], shape[1], shape[2]

@@ -1,0 +1,105 @@
+"""The VAE: a prior, a likelihood and a variational family as the two Pyro functions of a pair."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyro_vae import guides
+from pyro_vae.errors import InputError
+
+__all__ = ["VAE"]
+
+_numbers = itertools.count()
+
+
+class VAE(nn.Module):
+    """Variational autoencoder: ``vae.model`` and ``vae.guide`` are a Pyro pair like any other.
+
+    Args:
+        prior: p(z), a callable without arguments; see :class:`pyro_vae.priors.Prior`.
+        likelihood: p(x given z), a callable of z; see :class:`pyro_vae.likelihoods.Likelihood`.
+        guide: q(z given x), a callable of x; see :class:`pyro_vae.guides.VariationalFamily`.
+
+    Components that are plain functions must hold nothing to train: their parameters would be unknown
+    to Pyro (:func:`pyro_vae.fit` refuses them).
+
+    Raises:
+        InputError: components whose latents differ in support or size.
+
+    Source:
+        Kingma, Welling 2014, "Auto-Encoding Variational Bayes"; Rezende, Mohamed, Wierstra 2014.
+    """
+
+    def __init__(
+        self,
+        prior: Callable[[], dist.Distribution],
+        likelihood: Callable[[Tensor], dist.Distribution],
+        guide: Callable[[Tensor], dist.Distribution],
+    ) -> None:
+        super().__init__()
+        _check_components(prior, likelihood, guide)
+        self.prior = prior
+        self.likelihood = likelihood
+        self.variational_family = guide
+        self.name = f"vae_{next(_numbers)}"
+
+    def model(self, x: Tensor) -> None:
+        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood."""
+        self._register("prior")
+        self._register("likelihood")
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Draw z from q(z given x) for x ``(N, *data_shape)``."""
+        self._register("variational_family")
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.variational_family(x))
+
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
+        check = getattr(self.likelihood, "check", None)
+        if check is not None:
+            check(x)
+
+    def _register(self, part: str) -> None:
+        component = getattr(self, part)
+        if isinstance(component, nn.Module):
+            pyro.module(f"{self.name}.{part}", component)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy (copy.deepcopy goes through here) is another VAE: under the same name Pyro would keep
+        # training the original's parameters.
+        super().__setstate__(state)
+        self.name = f"vae_{next(_numbers)}"
+
+
+def _check_components(prior: object, likelihood: object, guide: object) -> None:
+    """Refuse latents that differ between the components, as far as the components say."""
+    wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
+    if wanted is not None and got is not None and wanted != got:
+        families = (getattr(guides, name) for name in guides.__all__)
+        matching = [
+            family.__name__
+            for family in families
+            if family is not guides.VariationalFamily and family.latent_support == wanted
+        ]
+        raise InputError(
+            f"expected a family with latents on the {wanted} for {type(prior).__name__}, got "
+            f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
+        )
+    sizes = {
+        type(part).__name__: part.latent_dim
+        for part in (prior, likelihood, guide)
+        if getattr(part, "latent_dim", None) is not None
+    }
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"expected one latent dimension, got {said}: give each the same")
