@@ -9,6 +9,7 @@ says the latter in an attribute ``out_shape`` (a tuple of ints).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,7 +50,7 @@ class _MLP(nn.Module):
         super().__init__()
         widths = (in_features, *hidden)
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), _activation(activation)]
         self.layers = nn.Sequential(*layers)
 

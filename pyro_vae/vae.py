@@ -96,10 +96,9 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
             f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
         )
     sizes = {
-        type(part).__name__: part.latent_dim
-        for part in (prior, likelihood, guide)
-        if getattr(part, "latent_dim", None) is not None
+        type(part).__name__: getattr(part, "latent_dim", None) for part in (prior, likelihood, guide)
     }
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"expected one latent dimension, got {said}: give each the same")

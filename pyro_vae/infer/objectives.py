@@ -1,0 +1,94 @@
+"""Objectives over a pair: the beta handler, and rate and distortion read from an ELBO's traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+
+__all__ = ["latent_scale_of", "recorded_traces", "scale_latents"]
+
+_SCALE = "pyro_vae_latent_scale"
+
+
+class _ScaleLatents(Messenger):
+    """Multiply the scale of unobserved sample sites and remember by how much."""
+
+    def __init__(self, scale: float | Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["is_observed"]:
+            return
+        message["scale"] = message["scale"] * self.scale
+        known = message["infer"].get(_SCALE, 1.0)
+        message["infer"] = {**message["infer"], _SCALE: known * self.scale}
+
+
+def scale_latents(function: Callable[..., Any], scale: float | Tensor) -> Callable[..., Any]:
+    """Scale the log-probabilities of the latent sites of a model or a guide, and of no other site.
+
+    Applied to both functions of a pair it turns the ELBO into the beta-VAE's objective, distortion +
+    beta * rate. Unlike ``poutine.scale`` it leaves observed sites alone, accepts 0 (a warm-up starts
+    there) and is known to :func:`pyro_vae.log_weights`, which takes it out again.
+
+    Args:
+        function: a model or a guide.
+        scale: beta, at least 0; a tensor may change between calls without a recompilation.
+
+    Raises:
+        InputError: a number below 0 or not finite.
+
+    Source:
+        Higgins et al. 2017, "beta-VAE", equation 4.
+    """
+    if not isinstance(scale, Tensor):
+        check_beta(scale)
+        if scale == 1:
+            return function
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        with _ScaleLatents(scale):
+            return function(*args, **kwargs)
+
+    return scaled
+
+
+def check_beta(beta: float) -> None:
+    """Refuse a beta below 0 or not finite."""
+    if not 0 <= beta < float("inf"):
+        raise InputError(f"expected a finite beta of at least 0, got {beta}")
+
+
+def latent_scale_of(site: dict[str, Any]) -> Any:
+    """Return the scale that :func:`scale_latents` gave a traced site (1 where it gave none)."""
+    return site["infer"].get(_SCALE, 1.0)
+
+
+@contextmanager
+def recorded_traces(objective: ELBO) -> Iterator[list[tuple[Any, Any]]]:
+    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
+
+    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
+    and put back afterwards.
+    """
+    traces: list[tuple[Any, Any]] = []
+    draw = objective._get_trace
+
+    def recording(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        pair = draw(*args, **kwargs)
+        traces.append(pair)
+        return pair
+
+    objective._get_trace = recording
+    try:
+        yield traces
+    finally:
+        del objective._get_trace
