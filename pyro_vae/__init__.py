@@ -1,1 +1,97 @@
+"""Variational autoencoders in Pyro: train, measure, compare and use any model/guide pair.
+
+Submodules and names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_MODULES = (
+    "datasets",
+    "distributions",
+    "errors",
+    "evaluation",
+    "guides",
+    "infer",
+    "likelihoods",
+    "networks",
+    "plots",
+    "priors",
+    "runs",
+    "tasks",
+)
+_NAMES = {
+    "VAE": "pyro_vae.vae",
+    "InputError": "pyro_vae.errors",
+    "FitResult": "pyro_vae.infer.training",
+    "fit": "pyro_vae.infer.training",
+    "LogMarginal": "pyro_vae.evaluation.importance",
+    "log_marginal": "pyro_vae.evaluation.importance",
+    "log_weights": "pyro_vae.infer.log_weights",
+    "load": "pyro_vae.runs",
+    "save": "pyro_vae.runs",
+}
+
+__all__ = [
+    "VAE",
+    "FitResult",
+    "InputError",
+    "LogMarginal",
+    "datasets",
+    "distributions",
+    "errors",
+    "evaluation",
+    "fit",
+    "guides",
+    "infer",
+    "likelihoods",
+    "load",
+    "log_marginal",
+    "log_weights",
+    "networks",
+    "plots",
+    "priors",
+    "runs",
+    "save",
+    "tasks",
+]
+
+if TYPE_CHECKING:
+    from pyro_vae import (
+        datasets,
+        distributions,
+        errors,
+        evaluation,
+        guides,
+        infer,
+        likelihoods,
+        networks,
+        plots,
+        priors,
+        runs,
+        tasks,
+    )
+    from pyro_vae.errors import InputError
+    from pyro_vae.evaluation.importance import LogMarginal, log_marginal
+    from pyro_vae.infer.log_weights import log_weights
+    from pyro_vae.infer.training import FitResult, fit
+    from pyro_vae.runs import load, save
+    from pyro_vae.vae import VAE
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pyro_vae.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, "__version__"))

@@ -6,13 +6,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.errors import InputError
 
-__all__ = ["latent_scale_of", "recorded_traces", "scale_latents"]
+__all__ = [
+    "TracePair",
+    "check_beta",
+    "elbo_terms",
+    "latent_scale_of",
+    "recorded_traces",
+    "scale_latents",
+    "subsample_scale",
+]
+
+TracePair = tuple[Any, Any]  # a model trace and the guide trace it was replayed against
 
 _SCALE = "pyro_vae_latent_scale"
 
@@ -73,16 +86,16 @@ def latent_scale_of(site: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def recorded_traces(objective: ELBO) -> Iterator[list[tuple[Any, Any]]]:
+def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
     """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
 
     Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
     and put back afterwards.
     """
-    traces: list[tuple[Any, Any]] = []
+    traces: list[TracePair] = []
     draw = objective._get_trace
 
-    def recording(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def recording(*args: Any, **kwargs: Any) -> TracePair:
         pair = draw(*args, **kwargs)
         traces.append(pair)
         return pair
@@ -92,3 +105,34 @@ def recorded_traces(objective: ELBO) -> Iterator[list[tuple[Any, Any]]]:
         yield traces
     finally:
         del objective._get_trace
+
+
+def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
+    """Return rate and distortion of the traces an ELBO has drawn, ``(2,)``, sums over the batch.
+
+    Scales (beta, subsampling) are taken out and masks kept, so minus their sum is the ELBO whatever
+    was optimised. NaN for an ELBO that sums over enumerated values, whose traces hold no single draw.
+    """
+    signs = []
+    for model_trace, guide_trace in traces:
+        for trace, of_guide in ((model_trace, False), (guide_trace, True)):
+            for site in trace.nodes.values():
+                if site["type"] == "sample" and not site_is_subsample(site):
+                    signs.append((site, 0 if of_guide or not site["is_observed"] else 1, of_guide))
+    if any("unscaled_log_prob" not in site for site, _, _ in signs):
+        return torch.full((2,), torch.nan)
+    terms: list[list[Tensor]] = [[], []]
+    for site, index, of_guide in signs:
+        log_prob = site["unscaled_log_prob"].detach()
+        total = scale_and_mask(log_prob, mask=site["mask"]).sum()
+        terms[index].append(total if of_guide else -total)
+    return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+
+
+def subsample_scale(traces: list[TracePair], plate: str) -> float:
+    """Return by how much a data plate that subsamples scales the sites inside it (else 1)."""
+    for site in traces[0][0].nodes.values():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.name == plate and frame.full_size and frame.full_size > 0:
+                return frame.full_size / frame.size
+    return 1.0

@@ -27,6 +27,7 @@ __all__ = [
     "modules_of",
     "owned_modules",
     "seeded",
+    "training_mode",
 ]
 
 Inputs = tuple[Tensor, ...]
@@ -84,11 +85,26 @@ def device_of(*functions: PairFunction, default: torch.device) -> torch.device:
 @contextmanager
 def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
     """Put every module the functions reach in eval mode; each submodule's mode is restored."""
-    modes = {part: part.training for module in modules_of(*functions) for part in module.modules()}
-    for part in modes:
-        part.training = False
-    try:
+    with _modes_restored(*functions) as parts:
+        for part in parts:
+            part.training = False
         yield
+
+
+@contextmanager
+def training_mode(*functions: PairFunction) -> Iterator[None]:
+    """Put the modules the functions belong to in training mode; every mode is restored."""
+    with _modes_restored(*functions):
+        for module in owned_modules(*functions):
+            module.train()
+        yield
+
+
+@contextmanager
+def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
+    modes = {part: part.training for module in modules_of(*functions) for part in module.modules()}
+    try:
+        yield list(modes)
     finally:
         for part, training in modes.items():
             part.training = training

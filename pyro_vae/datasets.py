@@ -1,0 +1,288 @@
+"""Data sets as tensors: loaded, scaled, split and binarised once, so that a batch is an index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import InputError, unknown_name
+
+__all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
+
+NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
+BINARIZATIONS = ("dynamic", "static", "threshold", "none")
+
+# Share of a set without a split of its own that is kept for testing.
+_TEST_SHARE = 0.2
+# Share of the training part kept for validation unless a size is given, and its largest size.
+_VALIDATION_SHARE, _VALIDATION_MOST = 0.1, 10_000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in three parts, each a float32 tensor ``(N, *data_shape)``.
+
+    Attributes:
+        name: the name or the file it was loaded by.
+        train: training data; with ``binarize="dynamic"`` still grey, drawn afresh for each batch.
+        validation: validation data, binarised once; may have length 0.
+        test: test data, binarised once.
+        train_labels, validation_labels, test_labels: class labels ``(N,)``, where there are any.
+        binarize: how grey values are turned into bits, one of :data:`BINARIZATIONS`.
+        checksums: SHA-256 of each part as it is here.
+    """
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    validation_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    binarize: str = "none"
+    checksums: dict[str, str] | None = None
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
+        return tuple(self.train.shape[1:])
+
+    def draw(self, batch: Tensor) -> Tensor:
+        """Return a training batch as the model sees it: bits drawn afresh if dynamic."""
+        return torch.bernoulli(batch) if self.binarize == "dynamic" else batch
+
+
+def load(
+    name_or_path: str | Path,
+    root: str | Path | None = None,
+    *,
+    binarize: str = "dynamic",
+    validation_size: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+) -> Dataset:
+    """Load a named data set or a file of the user's own.
+
+    Args:
+        name_or_path: ``digits`` (8x8 handwritten digits that come with scikit-learn), ``mnist``,
+            ``fashion-mnist``, ``kmnist``, ``omniglot``, or the path of a ``.npy`` or ``.npz`` file.
+            A ``.npz`` holds either one array (or one named ``x``, with labels ``y``) or ``train``,
+            ``test`` and perhaps ``validation`` and ``*_labels``.
+        root: folder of the named sets, as torchvision lays it out; by default the variable
+            ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae``.
+        binarize: ``dynamic`` draws bits with the grey values as probabilities, afresh for every
+            training batch and once, by ``seed``, for validation and test; ``static`` draws once for
+            every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are.
+        validation_size: data taken from the training part for validation; 0 trains on all of it.
+            By default a tenth, 10,000 at most.
+        seed: seed of the split and of the bits drawn once.
+        download: allow torchvision to download a set that is missing.
+
+    Returns:
+        the data set. Images have shape ``(channels, height, width)`` and values in [0, 1]; files keep
+        their shape and values.
+
+    Raises:
+        InputError: an unknown name, missing or unreadable files, data that can't be split or
+            binarised as asked.
+    """
+    if binarize not in BINARIZATIONS:
+        raise unknown_name("binarisation", binarize, BINARIZATIONS)
+    generator = torch.Generator().manual_seed(seed)
+    if str(name_or_path) in NAMES:
+        parts = _load_named(str(name_or_path), _root(root), download)
+    else:
+        parts = _load_file(Path(name_or_path))
+    tensors = {name: _as_tensor(name, value) for name, value in parts.items()}
+    tensors = _split(tensors, validation_size, generator)
+    dataset = Dataset(
+        name=str(name_or_path),
+        train=tensors["train"],
+        validation=tensors["validation"],
+        test=tensors["test"],
+        train_labels=tensors.get("train_labels"),
+        validation_labels=tensors.get("validation_labels"),
+        test_labels=tensors.get("test_labels"),
+        binarize=binarize,
+    )
+    return _with_checksums(_binarized(dataset, generator))
+
+
+def _root(root: str | Path | None) -> Path:
+    chosen = root or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
+    return Path(chosen)
+
+
+def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return {"x": digits.images[:, None] / 16, "y": digits.target}
+    import torchvision.datasets as sets
+
+    try:
+        if name == "omniglot":
+            return _load_omniglot(sets, root, download)
+        load_part = {
+            "mnist": sets.MNIST,
+            "fashion-mnist": sets.FashionMNIST,
+            "kmnist": sets.KMNIST,
+        }[name]
+        train = load_part(root, train=True, download=download)
+        test = load_part(root, train=False, download=download)
+    except (RuntimeError, OSError, URLError, ValueError) as error:
+        raise InputError(_missing_message(name, root, download, error)) from error
+    return {
+        "train": train.data[:, None] / 255,
+        "train_labels": train.targets,
+        "test": test.data[:, None] / 255,
+        "test_labels": test.targets,
+    }
+
+
+def _missing_message(name: str, root: Path, download: bool, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    advice = (
+        "check the network or put the files there"
+        if download
+        else "give the right root or allow the download"
+    )
+    return f"expected data set {name!r} below {root}, got: {reason}; {advice}"
+
+
+def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for part, background in (("train", True), ("test", False)):
+        images = sets.Omniglot(root, background=background, download=download)
+        # 105x105 pixels, ink dark; 28x28 with ink bright is how the field uses the set.
+        small = [
+            255 - np.asarray(image.convert("L").resize((28, 28), resample=4)) for image, _ in images
+        ]
+        parts[part] = np.stack(small)[:, None] / 255
+        parts[f"{part}_labels"] = np.array([label for _, label in images._flat_character_images])
+    return parts
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".npy", ".npz"):
+        raise unknown_name("data set (and no .npy or .npz file)", str(path), NAMES)
+    if not path.is_file():
+        raise InputError(f"expected a data file at {path}, found none: check the path")
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return {"x": content}
+        with content:
+            arrays = {name: content[name] for name in content.files}
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"expected a readable array file at {path}, got: {reason}") from error
+    if len(arrays) == 1:
+        return {"x": next(iter(arrays.values()))}
+    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}
+    surplus = sorted(set(arrays) - known - {"x", "y"})
+    if surplus or not ({"train", "test"} <= set(arrays) or "x" in arrays):
+        raise InputError(
+            f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
+            f"got {', '.join(sorted(arrays)) or 'nothing'}: rename them"
+        )
+    return arrays
+
+
+_PARTS = ("train", "validation", "test")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """Return data as float32 and labels as int64; refuse what is no data."""
+    array = np.asarray(value)
+    if name == "y" or name.endswith("_labels"):
+        return torch.as_tensor(array.astype(np.int64))
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
+    if array.ndim < 2 or 0 in array.shape:
+        raise InputError(
+            f"expected {name!r} of shape (N, ...) with at least one datum, got {array.shape}"
+        )
+    tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
+    if not tensor.isfinite().all():
+        raise InputError(f"expected finite data in {name!r}, got NaN or infinity: clean them first")
+    return tensor
+
+
+def _split(
+    parts: dict[str, Tensor], validation_size: int | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Bring any of the accepted layouts to train, validation and test."""
+    if "x" in parts:
+        x, y = parts["x"], parts.get("y")
+        test_size = max(1, round(_TEST_SHARE * len(x)))
+        _check_size("data", len(x), test_size + 1)
+        parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator)
+    shapes = {name: tuple(parts[name].shape[1:]) for name in _PARTS if name in parts}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"expected parts of one data shape, got {shapes}")
+    if "validation" in parts:
+        return parts
+    size = validation_size
+    if size is None:
+        size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
+    if size < 0:
+        raise InputError(f"expected a validation size of at least 0, got {size}")
+    _check_size("training data", len(parts["train"]), size + 1)
+    return _cut(parts, "validation", size, generator)
+
+
+def _cut(
+    parts: dict[str, Any], name: str, size: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Move ``size`` random data from the training part to a new part."""
+    if size == 0:
+        return {**parts, name: parts["train"][:0]}
+    order = torch.randperm(len(parts["train"]), generator=generator)
+    taken, kept = order[:size].sort().values, order[size:].sort().values
+    cut = {**parts, name: parts["train"][taken], "train": parts["train"][kept]}
+    if parts.get("train_labels") is not None:
+        cut[f"{name}_labels"] = parts["train_labels"][taken]
+        cut["train_labels"] = parts["train_labels"][kept]
+    return cut
+
+
+def _check_size(what: str, size: int, least: int) -> None:
+    if size < least:
+        raise InputError(f"expected at least {least} {what} to split as asked, got {size}")
+
+
+def _binarized(dataset: Dataset, generator: torch.Generator) -> Dataset:
+    if dataset.binarize == "none":
+        return dataset
+    for part in (dataset.train, dataset.validation, dataset.test):
+        if len(part) and not (part.min() >= 0 and part.max() <= 1):
+            raise InputError(
+                f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
+                f"{part.max():g}: divide by the largest possible value (255 for bytes), or use "
+                "binarize 'none' with the Gaussian likelihood"
+            )
+
+    def bits(part: Tensor) -> Tensor:
+        if dataset.binarize == "threshold":
+            return (part > 0.5).float()
+        return torch.bernoulli(part, generator=generator)
+
+    train = dataset.train if dataset.binarize == "dynamic" else bits(dataset.train)
+    return replace(dataset, train=train, validation=bits(dataset.validation), test=bits(dataset.test))
+
+
+def _with_checksums(dataset: Dataset) -> Dataset:
+    checksums = {
+        name: hashlib.sha256(getattr(dataset, name).numpy().tobytes()).hexdigest() for name in _PARTS
+    }
+    return replace(dataset, checksums=checksums)

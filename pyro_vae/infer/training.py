@@ -1,0 +1,521 @@
+"""Training: stochastic variational inference over any model/guide pair."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.datasets import Dataset
+from pyro_vae.errors import InputError
+from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.infer.objectives import (
+    TracePair,
+    check_beta,
+    elbo_terms,
+    recorded_traces,
+    scale_latents,
+    subsample_scale,
+)
+from pyro_vae.infer.pair import (
+    HANDLER_LOCK,
+    Inputs,
+    PairFunction,
+    as_inputs,
+    device_of,
+    evaluation_mode,
+    modules_of,
+    owned_modules,
+    seeded,
+    training_mode,
+)
+
+__all__ = ["HISTORY", "FitResult", "bound_terms", "fit", "resolve_device"]
+
+# Validation draws come from their own seed, the same in every epoch: they leave the training's random
+# stream alone, and differences between epochs are not drowned in the noise of the draws.
+_VALIDATION_SEED = 20_131_220
+# Data scored by one pass of the pair in validation.
+_VALIDATION_BLOCK = 4096
+
+HISTORY = (
+    "train_elbo",
+    "train_rate",
+    "train_distortion",
+    "validation_elbo",
+    "validation_rate",
+    "validation_distortion",
+    "beta",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run of :func:`fit` left behind besides the trained parameters.
+
+    Attributes:
+        history: one array ``(epochs,)`` per quantity, per datum and in nats where it is a bound:
+            ``train_elbo``, ``train_rate``, ``train_distortion``, ``validation_elbo``,
+            ``validation_rate``, ``validation_distortion`` (NaN without validation data), ``beta``,
+            ``seconds``. The ELBO is minus rate minus distortion whatever the beta.
+        best_epoch: epoch (from 1) whose parameters were kept; the last one without early stopping.
+        stopped_early: whether the validation ELBO stopped improving before the last epoch.
+        device: where it was trained.
+        batch_size, learning_rate, num_parameters: the settings that shaped the run.
+    """
+
+    history: dict[str, np.ndarray]
+    best_epoch: int
+    stopped_early: bool
+    device: str
+    batch_size: int
+    learning_rate: float
+    num_parameters: int
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in training epochs (validation not counted)."""
+        return float(self.history["seconds"].sum())
+
+
+def fit(
+    model: PairFunction,
+    guide: PairFunction,
+    data: Dataset | Tensor | Sequence[Tensor],
+    *,
+    epochs: int = 100,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    objective: ELBO | None = None,
+    beta: float = 1.0,
+    validation: Tensor | Sequence[Tensor] | None = None,
+    patience: int | None = None,
+    transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+    device: str | torch.device = "auto",
+    seed: int | None = None,
+    plate: str = "data",
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    progress: bool | None = None,
+) -> FitResult:
+    """Train a model/guide pair by stochastic variational inference with Adam.
+
+    The loss of a batch is the objective's, divided by the number of data in the batch: an unbiased
+    estimate of the mean loss per datum whatever the size of the last batch. With beta, distortion +
+    beta * rate is minimised.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used), a tensor
+            ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
+        epochs: passes over the training data.
+        batch_size: data per step; the last batch of an epoch may be smaller.
+        learning_rate: Adam's step size.
+        objective: any Pyro ELBO; by default ``Trace_ELBO()``.
+        beta: weight of the latent terms, at least 0.
+        validation: data to evaluate after every epoch, as the model sees them.
+        patience: stop after this many epochs without a better validation ELBO and put the best
+            parameters back. None trains to the end and keeps the last ones.
+        transform: called with the tensors of every training batch, on the device; returns what the
+            pair is given. A dynamically binarised Dataset brings its own.
+        device: ``auto`` takes CUDA where there is one. Modules and methods of modules are moved
+            there; plain functions stay where their parameters are.
+        seed: seed of everything random in the run; the generators' state is restored afterwards.
+            None draws from the global state.
+        plate: name of the data plate.
+        on_epoch: called with (epoch from 1, that epoch's metrics).
+        progress: show a progress bar on standard error; by default only on a terminal.
+
+    Returns:
+        history and settings of the run.
+
+    Raises:
+        InputError: options or data out of range, a pair that breaks the contract (a latent outside
+            the data plate, or missing from the guide), parameters that Pyro does not know, or a loss
+            that is not finite.
+
+    Source:
+        Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; Adam: Kingma, Ba 2015.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> prior, encoder = pv.priors.StandardNormal(2), pv.networks.MLPEncoder((4,), (8,))
+        >>> likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (8,)), (4,))
+        >>> vae = pv.VAE(prior, likelihood, pv.guides.MeanFieldNormal(encoder, 2))
+        >>> result = pv.fit(vae.model, vae.guide, torch.ones(16, 4), epochs=2, seed=0)
+        >>> result.history["train_elbo"].shape
+        (2,)
+    """
+    _check_options(epochs, batch_size, learning_rate, beta, patience)
+    train, validation_inputs, transform = _prepare(data, validation, transform)
+    if patience is not None and validation_inputs is None:
+        raise InputError("expected validation data for patience, got none: pass validation=")
+    for part in (train, validation_inputs):
+        if part is not None:
+            _check_support(model, part)
+    place = _place(model, guide, device, train[0].device)
+    train = tuple(value.to(place) for value in train)
+    if validation_inputs is not None:
+        validation_inputs = tuple(value.to(place) for value in validation_inputs)
+    with HANDLER_LOCK, seeded(seed), training_mode(model, guide), _Progress(epochs, progress) as bar:
+        steps = _Steps(model, guide, objective or Trace_ELBO(), beta, learning_rate, plate)
+        rows: list[dict[str, float]] = []
+        best = _Best(patience)
+        for epoch in range(1, epochs + 1):
+            row = steps.run_epoch(train, transform, batch_size)
+            row |= _validated(model, guide, validation_inputs, plate)
+            rows.append(row)
+            bar.show(epoch, row)
+            if on_epoch is not None:
+                on_epoch(epoch, row)
+            if best.has_passed(epoch, row["validation_elbo"], steps):
+                break
+        best.restore(steps)
+    return FitResult(
+        history={name: np.array([row[name] for row in rows]) for name in HISTORY},
+        best_epoch=best.epoch,
+        stopped_early=len(rows) < epochs,
+        device=str(place),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_parameters=sum(parameter.numel() for parameter in steps.parameters.values()),
+    )
+
+
+def bound_terms(
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+) -> dict[str, float]:
+    """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        x: data on the pair's device.
+        plate: name of the data plate.
+
+    Returns:
+        ``elbo``, ``rate`` and ``distortion``: means per datum, nats.
+    """
+    inputs = as_inputs(x)
+    rate = distortion = 0.0
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide):
+        for start in range(0, len(inputs[0]), _VALIDATION_BLOCK):
+            block = tuple(value[start : start + _VALIDATION_BLOCK] for value in inputs)
+            scores = PairScorer(model, guide, block, plate=plate).draw(1)
+            rate += (scores.log_proposal - scores.log_prior).sum().item()
+            distortion -= scores.log_likelihood.sum().item()
+    count = len(inputs[0])
+    return {
+        "elbo": -(rate + distortion) / count,
+        "rate": rate / count,
+        "distortion": distortion / count,
+    }
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; refuse an absent one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise InputError(
+            f"expected a device that is here, got {device!r}: {count} CUDA devices found"
+        )
+    return chosen
+
+
+class _Steps:
+    """Gradient steps on one pair: its objective, its parameters and their optimiser."""
+
+    def __init__(
+        self,
+        model: PairFunction,
+        guide: PairFunction,
+        objective: ELBO,
+        beta: float,
+        learning_rate: float,
+        plate: str,
+    ) -> None:
+        self.model, self.guide, self.plate = model, guide, plate
+        self.objective, self.beta, self.learning_rate = objective, beta, learning_rate
+        self.scaled_model = scale_latents(model, beta)
+        self.scaled_guide = scale_latents(guide, beta)
+        self.parameters: dict[str, Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._store_size = -1
+
+    def run_epoch(
+        self, train: Inputs, transform: Callable[..., Any] | None, batch_size: int
+    ) -> dict[str, float]:
+        """Take one pass over the data; totals stay on the device until the pass is over."""
+        start = time.perf_counter()
+        count = len(train[0])
+        totals = torch.zeros(2, dtype=torch.float64, device=train[0].device)
+        for index in torch.randperm(count, device=train[0].device).split(batch_size):
+            batch = tuple(value[index] for value in train)
+            if transform is not None:
+                batch = as_inputs(transform(*batch))
+            totals += self._step(batch)
+        rate, distortion = (totals / count).tolist()
+        return {
+            "train_elbo": -(rate + distortion),
+            "train_rate": rate,
+            "train_distortion": distortion,
+            "beta": self.beta,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def state(self) -> list[tuple[Tensor, Tensor]]:
+        """Return every parameter and buffer of the pair beside a copy of its value."""
+        modules = modules_of(self.model, self.guide)
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        tensors = [*self.parameters.values(), *buffers]
+        return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def _step(self, batch: Inputs) -> Tensor:
+        """Take one gradient step; return the sums of rate and distortion over the batch."""
+        with recorded_traces(self.objective) as traces:
+            if len(pyro.get_param_store()) == self._store_size:
+                self._backward(batch, traces)
+            else:
+                self._backward_gathering_parameters(batch, traces)
+        assert self._optimizer is not None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return elbo_terms(traces, self.objective.num_particles)
+
+    def _backward_gathering_parameters(self, batch: Inputs, traces: list[TracePair]) -> None:
+        """Take the backward pass and learn the pair's parameters from it.
+
+        Done at the first step, and again whenever Pyro's store has grown.
+        """
+        if self._optimizer is None:
+            with torch.random.fork_rng():  # the check draws, and must not shift the run's draws
+                PairScorer(self.model, self.guide, batch, plate=self.plate)
+        with poutine.trace(param_only=True) as capture:
+            self._backward(batch, traces, check_against=capture.trace)
+        found = _parameters_of(capture.trace)
+        new = {name: leaf for name, leaf in found.items() if name not in self.parameters}
+        self.parameters |= new
+        leaves = [new[name] for name in sorted(new)]
+        if self._optimizer is None:
+            if not leaves:
+                raise InputError(
+                    "expected parameters to train, the pair has none: name them by pyro.module or "
+                    "pyro.param"
+                )
+            self._optimizer = torch.optim.Adam(leaves, lr=self.learning_rate, fused=True)
+        elif leaves:
+            self._optimizer.add_param_group({"params": leaves})
+        self._store_size = len(pyro.get_param_store())
+
+    def _backward(
+        self, batch: Inputs, traces: list[TracePair], check_against: Trace | None = None
+    ) -> None:
+        """Add the gradient of the mean loss per datum to the parameters."""
+        pair = (self.scaled_model, self.scaled_guide)
+        if not hasattr(self.objective, "differentiable_loss"):
+            _check_finite(self.objective.loss_and_grads(*pair, *batch))
+            divisor = len(batch[0]) * subsample_scale(traces, self.plate)
+            for leaf in self.parameters.values():
+                if leaf.grad is not None:
+                    leaf.grad /= divisor
+            return
+        loss = self.objective.differentiable_loss(*pair, *batch)
+        _check_finite(loss)
+        if check_against is not None:
+            _check_registered(loss, _parameters_of(check_against))
+        (loss / (len(batch[0]) * subsample_scale(traces, self.plate))).backward()
+
+
+class _Best:
+    """Early stopping: remembers the parameters with the best validation ELBO."""
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience, self.epoch, self.elbo = patience, 0, -math.inf
+        self._state: list[tuple[Tensor, Tensor]] = []
+
+    def has_passed(self, epoch: int, elbo: float, steps: _Steps) -> bool:
+        """Take in an epoch's validation ELBO; say whether patience has run out."""
+        if self.patience is None:
+            self.epoch = epoch
+            return False
+        if elbo > self.elbo:
+            self.epoch, self.elbo, self._state = epoch, elbo, steps.state()
+        return epoch - self.epoch >= self.patience
+
+    @torch.no_grad()
+    def restore(self, steps: _Steps) -> None:
+        """Put the best parameters and buffers back."""
+        for tensor, value in self._state:
+            tensor.copy_(value)
+
+
+class _Progress:
+    """A progress bar on standard error: epoch, ELBO of both parts, rate and distortion."""
+
+    def __init__(self, epochs: int, show: bool | None) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.table import Column
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("epoch {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),
+            console=console,
+            expand=True,
+            disable=not (console.is_terminal if show is None else show),
+        )
+        self._task = self._progress.add_task("", total=epochs)
+
+    def __enter__(self) -> _Progress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, epoch: int, row: dict[str, float]) -> None:
+        """Show the metrics of an epoch that has ended."""
+        text = f"ELBO {row['train_elbo']:.2f}"
+        if not math.isnan(row["validation_elbo"]):
+            text += f" (valid. {row['validation_elbo']:.2f})"
+        text += f"  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
+        self._progress.update(self._task, completed=epoch, description=text)
+
+
+def _validated(
+    model: PairFunction, guide: PairFunction, inputs: Inputs | None, plate: str
+) -> dict[str, float]:
+    names = ("elbo", "rate", "distortion")
+    if inputs is None:
+        return {f"validation_{name}": math.nan for name in names}
+    with seeded(_VALIDATION_SEED):
+        terms = bound_terms(model, guide, inputs, plate=plate)
+    return {f"validation_{name}": terms[name] for name in names}
+
+
+def _prepare(
+    data: Dataset | Tensor | Sequence[Tensor],
+    validation: Tensor | Sequence[Tensor] | None,
+    transform: Callable[..., Any] | None,
+) -> tuple[Inputs, Inputs | None, Callable[..., Any] | None]:
+    """Bring a Dataset, tensors or arrays to training inputs, validation inputs and transform."""
+    if isinstance(data, Dataset):
+        if validation is None and len(data.validation):
+            validation = data.validation
+        if transform is None and data.binarize == "dynamic":
+            transform = data.draw
+        data = data.train
+    return _tensors(data), None if validation is None else _tensors(validation), transform
+
+
+def _tensors(data: Any) -> Inputs:
+    values = (data,) if isinstance(data, Tensor | np.ndarray) else tuple(data)
+    return as_inputs([_tensor(value) for value in values])
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray):  # NumPy computes in float64 where networks are float32
+        value = torch.as_tensor(value)
+        value = value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _place(
+    model: PairFunction, guide: PairFunction, device: str | torch.device, given: torch.device
+) -> torch.device:
+    """Move what may be moved and return the device the pair computes on."""
+    owned = owned_modules(model, guide)
+    if owned:
+        place = resolve_device(device)
+        for module in owned:
+            module.to(place)
+        return place
+    default = given if device == "auto" else resolve_device(device)
+    place = device_of(model, guide, default=default)
+    if device != "auto" and place.type != default.type:
+        raise InputError(
+            f"expected the parameters of plain functions on {device}, they are on {place}: move "
+            "their modules there, plain functions are never moved"
+        )
+    return place
+
+
+def _check_options(
+    epochs: int, batch_size: int, learning_rate: float, beta: float, patience: int | None
+) -> None:
+    if epochs < 0:
+        raise InputError(f"expected epochs of at least 0, got {epochs}")
+    if batch_size < 1:
+        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
+    if not 0 < learning_rate < math.inf:
+        raise InputError(f"expected a finite learning rate above 0, got {learning_rate}")
+    if patience is not None and patience < 1:
+        raise InputError(f"expected a patience of at least 1 epoch, got {patience}")
+    check_beta(beta)
+
+
+def _check_support(model: PairFunction, inputs: Inputs) -> None:
+    """Let the owner of the model refuse data its likelihood is not defined for."""
+    for owner in owned_modules(model):
+        check = getattr(owner, "check_data", None)
+        if check is not None:
+            check(*inputs)
+
+
+def _check_finite(loss: Tensor | float) -> None:
+    value = loss.item() if isinstance(loss, Tensor) else loss
+    if not math.isfinite(value):
+        raise InputError(
+            f"expected a finite loss, got {value}: lower the learning rate, or look for data outside "
+            "the likelihood's support"
+        )
+
+
+def _parameters_of(trace: Trace) -> dict[str, Tensor]:
+    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
+
+
+def _check_registered(loss: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Refuse a loss that depends on a trainable tensor unknown to Pyro: it would stay untrained."""
+    known = {id(leaf) for leaf in parameters.values()}
+    seen, waiting, unknown = set(), [loss.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            unknown.append(tuple(leaf.shape))
+        waiting += [parent for parent, _ in node.next_functions]
+    if unknown:
+        raise InputError(
+            f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
+            f"not (shapes {', '.join(map(str, sorted(unknown)[:3]))}): name their module by "
+            "pyro.module under a name that is not taken, or freeze them by requires_grad_(False)"
+        )

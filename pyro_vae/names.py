@@ -1,0 +1,45 @@
+"""Names and defaults of the command line; imports nothing heavy, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ACTIVATIONS", "FAMILIES", "LIKELIHOODS", "PRIORS", "TrainSettings"]
+
+# Name on the command line -> class name in the module of its kind.
+PRIORS = {
+    "standard-normal": "StandardNormal",
+}
+LIKELIHOODS = {
+    "bernoulli": "Bernoulli",
+    "gaussian": "Gaussian",
+}
+FAMILIES = {
+    "mean-field": "MeanFieldNormal",
+}
+ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything ``pyro-vae train`` can be told; the defaults suit the digits."""
+
+    dataset: str = "digits"
+    data_root: str | None = None
+    download: bool = False
+    validation_size: int | None = None
+    binarize: str | None = None
+    prior: str = "standard-normal"
+    likelihood: str = "bernoulli"
+    sigma: str = "learned"
+    guide: str = "mean-field"
+    latent_dim: int = 16
+    hidden: str = "512,256"
+    activation: str = "relu"
+    beta: float = 1.0
+    epochs: int = 200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    patience: int | None = None
+    seed: int = 0
+    device: str = "auto"
