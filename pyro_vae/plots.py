@@ -1,4 +1,4 @@
-"""Pictures: arrays in, a matplotlib Figure out; no model is known here and no global state touched."""
+"""Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["image_grid", "is_image", "reconstructions", "samples", "training_curves"]
 
@@ -76,13 +78,15 @@ def samples(
     axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left")
     if data.shape[1] == 1:
-        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
+        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40).tolist()
         axes.hist(data[:, 0], bins, density=True, color=_BLUE, alpha=0.5, label="data")
         axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=_ORANGE, label="drawn")
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        axes.scatter(*data.T, s=6, color=_BLUE, alpha=0.4, label="data", linewidths=0)
-        axes.scatter(*drawn.T, s=6, color=_ORANGE, alpha=0.7, label="drawn", linewidths=0)
+        axes.scatter(data[:, 0], data[:, 1], s=6, color=_BLUE, alpha=0.4, label="data", linewidths=0)
+        axes.scatter(
+            drawn[:, 0], drawn[:, 1], s=6, color=_ORANGE, alpha=0.7, label="drawn", linewidths=0
+        )
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
@@ -131,15 +135,14 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
         for part, colour in (("train", _BLUE), ("validation", _ORANGE)):
             curve = np.asarray(history[f"{part}_{name}"], dtype=float)
             if np.isfinite(curve).any():
-                axes.plot(
-                    np.arange(1, len(curve) + 1), curve, color=colour, label=part, linewidth=1.3
-                )
+                epochs = np.arange(1, len(curve) + 1)
+                axes.plot(epochs, curve, color=colour, label=part, linewidth=1.3)
                 # The fall of the first epochs would flatten everything that follows.
                 shown.append(curve[len(curve) // 20 :])
         label = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}[name]
         axes.set(xlabel="epoch", ylabel=f"{label} (nats per datum)")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         _fit_vertically(axes, shown)
     panels[0].legend(frameon=False, fontsize=9)
     return figure
@@ -153,10 +156,9 @@ def _show(axes: Axes, image: Array, limits: tuple[float, float]) -> None:
         return
     flat = image[0] if image.ndim == 3 else image
     axes.imshow(flat, cmap="gray_r", vmin=limits[0], vmax=limits[1], interpolation="nearest")
-    edge = {"xy": (0, 0), "width": 1, "height": 1, "transform": axes.transAxes}
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle(**edge, fill=False, edgecolor="0.8", linewidth=0.6))
+    frame = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor="0.8")
+    frame.set_linewidth(0.6)
+    axes.add_patch(frame)
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:
@@ -179,7 +181,7 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
             linewidth=1,
         )
     axes.set(xlabel="coordinate", ylabel="value (median, middle 90 %)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _fit_vertically(axes: Axes, curves: Sequence[Array]) -> None:

@@ -28,8 +28,8 @@ def generate(
 
     Args:
         model: the generative function of a pair.
-        like: inputs ``(N, ...)`` that give the number, shape and conditions of the data; the values of
-            the observed site are not looked at.
+        like: inputs ``(N, ...)`` that give the number, shape and conditions of the data; the values
+            of the observed site are not looked at.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
         seed: seed of the draws; the generators' state is restored afterwards.
@@ -88,7 +88,7 @@ def _observed_site(trace: Any, name: str | None) -> str:
     ]
     if name is None and len(sites) == 1:
         return sites[0]
-    if name not in sites:
+    if name is None or name not in sites:
         wanted = "one observed site" if name is None else f"an observed site {name!r}"
         raise InputError(f"expected {wanted}, the model has {', '.join(sites) or 'none'}: name one")
     return name
