@@ -61,6 +61,10 @@ def train(
     ] = _default.hidden,
     activation: Annotated[str, typer.Option(help=_one_of(ACTIVATIONS))] = _default.activation,
     beta: Annotated[float, typer.Option(help="Weight of the KL term.")] = _default.beta,
+    warmup_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs over which beta rises from 0; default: a tenth of the epochs."),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = _default.epochs,
     batch_size: Annotated[int, typer.Option(help="Data per step.")] = _default.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Adam's step size.")] = _default.learning_rate,
@@ -93,6 +97,7 @@ def train(
         hidden=hidden,
         activation=activation,
         beta=beta,
+        warmup_epochs=warmup_epochs,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

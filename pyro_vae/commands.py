@@ -251,10 +251,18 @@ def _fit(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         beta=settings.beta,
+        warmup_epochs=_warmup_epochs(settings),
         patience=settings.patience,
         device=device,
         progress=progress,
     )
+
+
+def _warmup_epochs(settings: TrainSettings) -> int:
+    """Return the warm-up as told; by default a tenth of the run, which keeps the latents in use."""
+    if settings.warmup_epochs is None:
+        return settings.epochs // 10
+    return settings.warmup_epochs
 
 
 def _open(

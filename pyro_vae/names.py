@@ -33,10 +33,11 @@ class TrainSettings:
     likelihood: str = "bernoulli"
     sigma: str = "learned"
     guide: str = "mean-field"
-    latent_dim: int = 16
+    latent_dim: int = 8
     hidden: str = "512,256"
     activation: str = "relu"
     beta: float = 1.0
+    warmup_epochs: int | None = None
     epochs: int = 200
     batch_size: int = 64
     learning_rate: float = 1e-3

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 
 __all__ = [
+    "BetaSchedule",
     "TracePair",
     "check_beta",
     "elbo_terms",
@@ -72,6 +73,29 @@ def scale_latents(function: Callable[..., Any], scale: float | Tensor) -> Callab
             return function(*args, **kwargs)
 
     return scaled
+
+
+class BetaSchedule:
+    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant.
+
+    Args:
+        beta: the final value.
+        warmup_steps: steps before it is reached; 0 starts there.
+    """
+
+    def __init__(self, beta: float, warmup_steps: int) -> None:
+        self.beta, self.warmup_steps, self.steps = beta, warmup_steps, 0
+
+    @property
+    def current(self) -> float:
+        """Beta of the coming step."""
+        if self.steps >= self.warmup_steps:
+            return self.beta
+        return self.beta * self.steps / self.warmup_steps
+
+    def step(self) -> None:
+        """Go on to the next step."""
+        self.steps += 1
 
 
 def check_beta(beta: float) -> None:

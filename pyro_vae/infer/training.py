@@ -20,6 +20,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.objectives import (
+    BetaSchedule,
     TracePair,
     check_beta,
     elbo_terms,
@@ -99,6 +100,7 @@ def fit(
     learning_rate: float = 1e-3,
     objective: ELBO | None = None,
     beta: float = 1.0,
+    warmup_epochs: int = 0,
     validation: Tensor | Sequence[Tensor] | None = None,
     patience: int | None = None,
     transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
@@ -124,9 +126,11 @@ def fit(
         learning_rate: Adam's step size.
         objective: any Pyro ELBO; by default ``Trace_ELBO()``.
         beta: weight of the latent terms, at least 0.
+        warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
+            Without it a pair on few data can settle on ignoring its latents (posterior collapse).
         validation: data to evaluate after every epoch, as the model sees them.
-        patience: stop after this many epochs without a better validation ELBO and put the best
-            parameters back. None trains to the end and keeps the last ones.
+        patience: stop after this many epochs without a better validation ELBO (after the warm-up) and
+            put the best parameters back. None trains to the end and keeps the last ones.
         transform: called with the tensors of every training batch, on the device; returns what the
             pair is given. A dynamically binarised Dataset brings its own.
         device: ``auto`` takes CUDA where there is one. Modules and methods of modules are moved
@@ -146,7 +150,8 @@ def fit(
             that is not finite.
 
     Source:
-        Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; Adam: Kingma, Ba 2015.
+        Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; warm-up: Bowman et al. 2016,
+        Sonderby et al. 2016; Adam: Kingma, Ba 2015.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -157,7 +162,7 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    _check_options(epochs, batch_size, learning_rate, beta, patience)
+    _check_options(epochs, batch_size, learning_rate, beta, warmup_epochs, patience)
     train, validation_inputs, transform = _prepare(data, validation, transform)
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
@@ -169,9 +174,10 @@ def fit(
     if validation_inputs is not None:
         validation_inputs = tuple(value.to(place) for value in validation_inputs)
     with HANDLER_LOCK, seeded(seed), training_mode(model, guide), _Progress(epochs, progress) as bar:
-        steps = _Steps(model, guide, objective or Trace_ELBO(), beta, learning_rate, plate)
+        schedule = BetaSchedule(beta, warmup_epochs * -(-len(train[0]) // batch_size))
+        steps = _Steps(model, guide, objective or Trace_ELBO(), schedule, learning_rate, plate)
         rows: list[dict[str, float]] = []
-        best = _Best(patience)
+        best = _Best(patience, warmup_epochs)
         for epoch in range(1, epochs + 1):
             row = steps.run_epoch(train, transform, batch_size)
             row |= _validated(model, guide, validation_inputs, plate)
@@ -247,14 +253,12 @@ class _Steps:
         model: PairFunction,
         guide: PairFunction,
         objective: ELBO,
-        beta: float,
+        schedule: BetaSchedule,
         learning_rate: float,
         plate: str,
     ) -> None:
         self.model, self.guide, self.plate = model, guide, plate
-        self.objective, self.beta, self.learning_rate = objective, beta, learning_rate
-        self.scaled_model = scale_latents(model, beta)
-        self.scaled_guide = scale_latents(guide, beta)
+        self.objective, self.schedule, self.learning_rate = objective, schedule, learning_rate
         self.parameters: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._store_size = -1
@@ -276,7 +280,7 @@ class _Steps:
             "train_elbo": -(rate + distortion),
             "train_rate": rate,
             "train_distortion": distortion,
-            "beta": self.beta,
+            "beta": self.schedule.current,
             "seconds": time.perf_counter() - start,
         }
 
@@ -297,6 +301,7 @@ class _Steps:
         assert self._optimizer is not None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
         return elbo_terms(traces, self.objective.num_particles)
 
     def _backward_gathering_parameters(self, batch: Inputs, traces: list[TracePair]) -> None:
@@ -328,7 +333,8 @@ class _Steps:
         self, batch: Inputs, traces: list[TracePair], check_against: Trace | None = None
     ) -> None:
         """Add the gradient of the mean loss per datum to the parameters."""
-        pair = (self.scaled_model, self.scaled_guide)
+        beta = self.schedule.current
+        pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta))
         if not hasattr(self.objective, "differentiable_loss"):
             _check_finite(self.objective.loss_and_grads(*pair, *batch))
             divisor = len(batch[0]) * subsample_scale(traces, self.plate)
@@ -344,15 +350,16 @@ class _Steps:
 
 
 class _Best:
-    """Early stopping: remembers the parameters with the best validation ELBO."""
+    """Early stopping: remembers the parameters with the best validation ELBO after the warm-up."""
 
-    def __init__(self, patience: int | None) -> None:
-        self.patience, self.epoch, self.elbo = patience, 0, -math.inf
+    def __init__(self, patience: int | None, warmup_epochs: int) -> None:
+        self.patience, self.warmup_epochs = patience, warmup_epochs
+        self.epoch, self.elbo = 0, -math.inf
         self._state: list[tuple[Tensor, Tensor]] = []
 
     def has_passed(self, epoch: int, elbo: float, steps: _Steps) -> bool:
         """Take in an epoch's validation ELBO; say whether patience has run out."""
-        if self.patience is None:
+        if self.patience is None or epoch <= self.warmup_epochs:
             self.epoch = epoch
             return False
         if elbo > self.elbo:
@@ -466,7 +473,12 @@ def _place(
 
 
 def _check_options(
-    epochs: int, batch_size: int, learning_rate: float, beta: float, patience: int | None
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    beta: float,
+    warmup_epochs: int,
+    patience: int | None,
 ) -> None:
     if epochs < 0:
         raise InputError(f"expected epochs of at least 0, got {epochs}")
@@ -474,6 +486,8 @@ def _check_options(
         raise InputError(f"expected a batch size of at least 1, got {batch_size}")
     if not 0 < learning_rate < math.inf:
         raise InputError(f"expected a finite learning rate above 0, got {learning_rate}")
+    if warmup_epochs < 0:
+        raise InputError(f"expected warm-up epochs of at least 0, got {warmup_epochs}")
     if patience is not None and patience < 1:
         raise InputError(f"expected a patience of at least 1 epoch, got {patience}")
     check_beta(beta)

@@ -1,0 +1,36 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Each target installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?=
+
+.PHONY: demo test test-all lint ci clean
+
+# Plain torch and torchvision from one index match each other and carry CUDA.
+$(BIN)/.demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(BIN)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $(BIN)/.demo $@
+
+demo: $(BIN)/.demo
+	$(BIN)/pyro-vae train $(if $(RUN),--output $(RUN))
+
+test: $(BIN)/.test
+	$(BIN)/python -m pytest
+
+# The slow part too; tests that need a GPU run where there is one.
+test-all: $(BIN)/.test
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(BIN)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
