@@ -1,0 +1,103 @@
+"""What every distribution on the unit sphere shares: support, area, random directions."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.transforms import Normalize
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_vae.errors import InputError
+
+__all__ = [
+    "SphereDistribution",
+    "check_dimension",
+    "log_sphere_area",
+    "random_directions",
+    "unit_sphere",
+]
+
+
+class _UnitSphere(constraints.Constraint):
+    """Vectors of unit length, up to what normalising in float32 leaves.
+
+    Pyro's `constraints.sphere` allows 10 eps sqrt(m) with the eps of the value's dtype. Here it is
+    float32's throughout, so that a float32 sample may be scored in float64. Densities are computed
+    from chords and feel a norm off by d only as d^2.
+    """
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        tolerance = 10.0 * torch.finfo(torch.float32).eps * math.sqrt(value.shape[-1])
+        return (torch.linalg.vector_norm(value, dim=-1) - 1.0).abs() < tolerance
+
+
+unit_sphere = _UnitSphere()
+
+
+@transform_to.register(unit_sphere)
+def _transform_to_unit_sphere(constraint: _UnitSphere) -> Normalize:
+    """Let `pyro.param(..., constraint=unit_sphere)` optimise an unconstrained vector."""
+    return Normalize()
+
+
+class SphereDistribution(TorchDistribution):
+    """Base of the distributions on S^(m-1) in R^m: event shape ``(m,)``, unit vectors."""
+
+    support: ClassVar[constraints.Constraint] = unit_sphere
+    has_rsample = True
+
+    def _validate_sample(self, value: Tensor) -> None:
+        try:
+            super()._validate_sample(value)
+        except ValueError as error:
+            raise InputError(
+                f"expected unit vectors that broadcast to shape {_shape(self.shape())}, got "
+                f"{_describe(value)}: check the shape and divide by the norm"
+            ) from error
+
+
+def _shape(shape: torch.Size) -> str:
+    return str(tuple(shape))
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if not value.dim() or not value.numel():
+        return f"shape {_shape(value.shape)}"
+    norm = torch.linalg.vector_norm(value.detach().double(), dim=-1)
+    low, high = norm.min().item(), norm.max().item()
+    return f"shape {_shape(value.shape)} with norms from {low:.9g} to {high:.9g}"
+
+
+def check_dimension(m: int) -> int:
+    """Return the ambient dimension ``m``.
+
+    Raises:
+        InputError: if ``m`` is not a whole number of at least 2.
+    """
+    if isinstance(m, bool) or not isinstance(m, int) or m < 2:
+        raise InputError(f"expected an ambient dimension m >= 2, got {m!r}: a circle has m = 2")
+    return m
+
+
+def log_sphere_area(m: int) -> float:
+    """Log of the area of S^(m-1), ``2 pi^(m/2) / Gamma(m/2)``, in nats."""
+    return math.log(2.0) + 0.5 * m * math.log(math.pi) - math.lgamma(0.5 * m)
+
+
+def random_directions(
+    shape: torch.Size, *, dtype: torch.dtype | None, device: torch.device | None
+) -> Tensor:
+    """Draw independent uniform unit vectors along the last dimension of ``shape``."""
+    normal = torch.randn(shape, dtype=dtype, device=device)
+    norm = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
+    # The generators' grid makes all of a vector exactly zero with chance 2^-24 (float32) where it
+    # is one or two numbers long. It has no direction; a fixed unit vector stands in for it.
+    return torch.where(norm > 0, normal / norm, shape[-1] ** -0.5)
