@@ -2,8 +2,8 @@
 
     python tests/benchmarks/epoch.py --data-root DATA [--epochs 5] [--batch-size 128]
 
-Both train the 784-400-20 VAE on the 60,000 MNIST images with grey pixels as Bernoulli targets, in turns
-within one process, so that they meet the same machine; medians and their ratio are printed.
+Both train the 784-400-20 VAE on the 60,000 MNIST images with grey pixels as Bernoulli targets, in
+turns within one process, so that they meet the same machine; medians and their ratio are printed.
 """
 
 from __future__ import annotations
