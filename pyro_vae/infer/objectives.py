@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
@@ -19,6 +20,7 @@ __all__ = [
     "BetaSchedule",
     "TracePair",
     "check_beta",
+    "draw_traces",
     "elbo_terms",
     "latent_scale_of",
     "recorded_traces",
@@ -131,6 +133,15 @@ def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
         del objective._get_trace
 
 
+def draw_traces(
+    model: Callable[..., Any], guide: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> TracePair:
+    """Trace the guide, then the model with the guide's draws."""
+    guide_trace = poutine.trace(guide).get_trace(*inputs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*inputs)
+    return model_trace, guide_trace
+
+
 def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
     """Return rate and distortion of the traces an ELBO has drawn, ``(2,)``, sums over the batch.
 
@@ -143,7 +154,7 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
             for site in trace.nodes.values():
                 if site["type"] == "sample" and not site_is_subsample(site):
                     signs.append((site, 0 if of_guide or not site["is_observed"] else 1, of_guide))
-    if any("unscaled_log_prob" not in site for site, _, _ in signs):
+    if any(site["infer"].get("_enumerate_dim") is not None for site, _, _ in signs):
         return torch.full((2,), torch.nan)
     terms: list[list[Tensor]] = [[], []]
     for site, index, of_guide in signs:

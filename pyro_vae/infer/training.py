@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.infer.log_weights import PairScorer
-from pyro_vae.infer.objectives import (
-    BetaSchedule,
-    TracePair,
-    check_beta,
-    elbo_terms,
-    recorded_traces,
-    scale_latents,
-    subsample_scale,
-)
+from pyro_vae.infer.objectives import BetaSchedule, check_beta, draw_traces, elbo_terms
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -35,11 +22,12 @@ from pyro_vae.infer.pair import (
     as_inputs,
     device_of,
     evaluation_mode,
-    modules_of,
     owned_modules,
     seeded,
     training_mode,
 )
+from pyro_vae.infer.progress import EpochProgress
+from pyro_vae.infer.steps import EarlyStopping, Steps
 
 __all__ = ["HISTORY", "FitResult", "bound_terms", "fit", "resolve_device"]
 
@@ -173,14 +161,19 @@ def fit(
     train = tuple(value.to(place) for value in train)
     if validation_inputs is not None:
         validation_inputs = tuple(value.to(place) for value in validation_inputs)
-    with HANDLER_LOCK, seeded(seed), training_mode(model, guide), _Progress(epochs, progress) as bar:
+    with (
+        HANDLER_LOCK,
+        seeded(seed),
+        training_mode(model, guide),
+        EpochProgress(epochs, progress) as bar,
+    ):
         schedule = BetaSchedule(beta, warmup_epochs * -(-len(train[0]) // batch_size))
-        steps = _Steps(model, guide, objective or Trace_ELBO(), schedule, learning_rate, plate)
+        steps = Steps(model, guide, objective or Trace_ELBO(), schedule, learning_rate, plate)
         rows: list[dict[str, float]] = []
-        best = _Best(patience, warmup_epochs)
+        best = EarlyStopping(patience, warmup_epochs)
         for epoch in range(1, epochs + 1):
             row = steps.run_epoch(train, transform, batch_size)
-            row |= _validated(model, guide, validation_inputs, plate)
+            row |= _validated(model, guide, validation_inputs)
             rows.append(row)
             bar.show(epoch, row)
             if on_epoch is not None:
@@ -200,7 +193,7 @@ def fit(
 
 
 def bound_terms(
-    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor]
 ) -> dict[str, float]:
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
 
@@ -208,7 +201,6 @@ def bound_terms(
         model: the generative function of the pair.
         guide: the variational function of the pair.
         x: data on the pair's device.
-        plate: name of the data plate.
 
     Returns:
         ``elbo``, ``rate`` and ``distortion``: means per datum, nats.
@@ -218,9 +210,11 @@ def bound_terms(
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide):
         for start in range(0, len(inputs[0]), _VALIDATION_BLOCK):
             block = tuple(value[start : start + _VALIDATION_BLOCK] for value in inputs)
-            scores = PairScorer(model, guide, block, plate=plate).draw(1)
-            rate += (scores.log_proposal - scores.log_prior).sum().item()
-            distortion -= scores.log_likelihood.sum().item()
+            traces = draw_traces(model, guide, block)
+            for trace in traces:
+                trace.compute_log_prob()
+            block_rate, block_distortion = elbo_terms([traces], num_particles=1).tolist()
+            rate, distortion = rate + block_rate, distortion + block_distortion
     count = len(inputs[0])
     return {
         "elbo": -(rate + distortion) / count,
@@ -245,183 +239,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-class _Steps:
-    """Gradient steps on one pair: its objective, its parameters and their optimiser."""
-
-    def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        objective: ELBO,
-        schedule: BetaSchedule,
-        learning_rate: float,
-        plate: str,
-    ) -> None:
-        self.model, self.guide, self.plate = model, guide, plate
-        self.objective, self.schedule, self.learning_rate = objective, schedule, learning_rate
-        self.parameters: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._store_size = -1
-
-    def run_epoch(
-        self, train: Inputs, transform: Callable[..., Any] | None, batch_size: int
-    ) -> dict[str, float]:
-        """Take one pass over the data; totals stay on the device until the pass is over."""
-        start = time.perf_counter()
-        count = len(train[0])
-        totals = torch.zeros(2, dtype=torch.float64, device=train[0].device)
-        for index in torch.randperm(count, device=train[0].device).split(batch_size):
-            batch = tuple(value[index] for value in train)
-            if transform is not None:
-                batch = as_inputs(transform(*batch))
-            totals += self._step(batch)
-        rate, distortion = (totals / count).tolist()
-        return {
-            "train_elbo": -(rate + distortion),
-            "train_rate": rate,
-            "train_distortion": distortion,
-            "beta": self.schedule.current,
-            "seconds": time.perf_counter() - start,
-        }
-
-    def state(self) -> list[tuple[Tensor, Tensor]]:
-        """Return every parameter and buffer of the pair beside a copy of its value."""
-        modules = modules_of(self.model, self.guide)
-        buffers = [buffer for module in modules for buffer in module.buffers()]
-        tensors = [*self.parameters.values(), *buffers]
-        return [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def _step(self, batch: Inputs) -> Tensor:
-        """Take one gradient step; return the sums of rate and distortion over the batch."""
-        with recorded_traces(self.objective) as traces:
-            if len(pyro.get_param_store()) == self._store_size:
-                self._backward(batch, traces)
-            else:
-                self._backward_gathering_parameters(batch, traces)
-        assert self._optimizer is not None
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        return elbo_terms(traces, self.objective.num_particles)
-
-    def _backward_gathering_parameters(self, batch: Inputs, traces: list[TracePair]) -> None:
-        """Take the backward pass and learn the pair's parameters from it.
-
-        Done at the first step, and again whenever Pyro's store has grown.
-        """
-        if self._optimizer is None:
-            with torch.random.fork_rng():  # the check draws, and must not shift the run's draws
-                PairScorer(self.model, self.guide, batch, plate=self.plate)
-        with poutine.trace(param_only=True) as capture:
-            self._backward(batch, traces, check_against=capture.trace)
-        found = _parameters_of(capture.trace)
-        new = {name: leaf for name, leaf in found.items() if name not in self.parameters}
-        self.parameters |= new
-        leaves = [new[name] for name in sorted(new)]
-        if self._optimizer is None:
-            if not leaves:
-                raise InputError(
-                    "expected parameters to train, the pair has none: name them by pyro.module or "
-                    "pyro.param"
-                )
-            self._optimizer = torch.optim.Adam(leaves, lr=self.learning_rate, fused=True)
-        elif leaves:
-            self._optimizer.add_param_group({"params": leaves})
-        self._store_size = len(pyro.get_param_store())
-
-    def _backward(
-        self, batch: Inputs, traces: list[TracePair], check_against: Trace | None = None
-    ) -> None:
-        """Add the gradient of the mean loss per datum to the parameters."""
-        beta = self.schedule.current
-        pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta))
-        if not hasattr(self.objective, "differentiable_loss"):
-            _check_finite(self.objective.loss_and_grads(*pair, *batch))
-            divisor = len(batch[0]) * subsample_scale(traces, self.plate)
-            for leaf in self.parameters.values():
-                if leaf.grad is not None:
-                    leaf.grad /= divisor
-            return
-        loss = self.objective.differentiable_loss(*pair, *batch)
-        _check_finite(loss)
-        if check_against is not None:
-            _check_registered(loss, _parameters_of(check_against))
-        (loss / (len(batch[0]) * subsample_scale(traces, self.plate))).backward()
-
-
-class _Best:
-    """Early stopping: remembers the parameters with the best validation ELBO after the warm-up."""
-
-    def __init__(self, patience: int | None, warmup_epochs: int) -> None:
-        self.patience, self.warmup_epochs = patience, warmup_epochs
-        self.epoch, self.elbo = 0, -math.inf
-        self._state: list[tuple[Tensor, Tensor]] = []
-
-    def has_passed(self, epoch: int, elbo: float, steps: _Steps) -> bool:
-        """Take in an epoch's validation ELBO; say whether patience has run out."""
-        if self.patience is None or epoch <= self.warmup_epochs:
-            self.epoch = epoch
-            return False
-        if elbo > self.elbo:
-            self.epoch, self.elbo, self._state = epoch, elbo, steps.state()
-        return epoch - self.epoch >= self.patience
-
-    @torch.no_grad()
-    def restore(self, steps: _Steps) -> None:
-        """Put the best parameters and buffers back."""
-        for tensor, value in self._state:
-            tensor.copy_(value)
-
-
-class _Progress:
-    """A progress bar on standard error: epoch, ELBO of both parts, rate and distortion."""
-
-    def __init__(self, epochs: int, show: bool | None) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.table import Column
-
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("epoch {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None),
-            console=console,
-            expand=True,
-            disable=not (console.is_terminal if show is None else show),
-        )
-        self._task = self._progress.add_task("", total=epochs)
-
-    def __enter__(self) -> _Progress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, epoch: int, row: dict[str, float]) -> None:
-        """Show the metrics of an epoch that has ended."""
-        text = f"ELBO {row['train_elbo']:.2f}"
-        if not math.isnan(row["validation_elbo"]):
-            text += f" (valid. {row['validation_elbo']:.2f})"
-        text += f"  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
-        self._progress.update(self._task, completed=epoch, description=text)
-
-
-def _validated(
-    model: PairFunction, guide: PairFunction, inputs: Inputs | None, plate: str
-) -> dict[str, float]:
+def _validated(model: PairFunction, guide: PairFunction, inputs: Inputs | None) -> dict[str, float]:
     names = ("elbo", "rate", "distortion")
     if inputs is None:
         return {f"validation_{name}": math.nan for name in names}
     with seeded(_VALIDATION_SEED):
-        terms = bound_terms(model, guide, inputs, plate=plate)
+        terms = bound_terms(model, guide, inputs)
     return {f"validation_{name}": terms[name] for name in names}
 
 
@@ -499,37 +322,3 @@ def _check_support(model: PairFunction, inputs: Inputs) -> None:
         check = getattr(owner, "check_data", None)
         if check is not None:
             check(*inputs)
-
-
-def _check_finite(loss: Tensor | float) -> None:
-    value = loss.item() if isinstance(loss, Tensor) else loss
-    if not math.isfinite(value):
-        raise InputError(
-            f"expected a finite loss, got {value}: lower the learning rate, or look for data outside "
-            "the likelihood's support"
-        )
-
-
-def _parameters_of(trace: Trace) -> dict[str, Tensor]:
-    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
-
-
-def _check_registered(loss: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Refuse a loss that depends on a trainable tensor unknown to Pyro: it would stay untrained."""
-    known = {id(leaf) for leaf in parameters.values()}
-    seen, waiting, unknown = set(), [loss.grad_fn], []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            unknown.append(tuple(leaf.shape))
-        waiting += [parent for parent, _ in node.next_functions]
-    if unknown:
-        raise InputError(
-            f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
-            f"not (shapes {', '.join(map(str, sorted(unknown)[:3]))}): name their module by "
-            "pyro.module under a name that is not taken, or freeze them by requires_grad_(False)"
-        )
