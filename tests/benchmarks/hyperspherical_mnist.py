@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["normal", "von-mises-fisher"])
     parser.add_argument("--num-data", type=int, default=10_000, help="test data for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="folder to keep the trained models in")
     options = parser.parse_args()
     data = pv.datasets.load("mnist", options.data_root, validation_size=10_000, seed=options.seed)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -62,6 +63,8 @@ def main() -> None:
             patience=options.patience,
             seed=options.seed,
         )
+        if options.output:
+            pv.save(vae, f"{options.output}/{kind}-{options.dim}-{options.seed}")
         device = torch.device(result.device)
         estimate = pv.log_marginal(
             vae.model,

@@ -1,16 +1,11 @@
-"""Variational families q(z given x): modules that turn data into an approximate posterior."""
+"""The base of the variational families: the recipe for one of your own."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.networks import Head, feature_shape
-from pyro_vae.priors import check_latent_dim
-
-__all__ = ["MeanFieldNormal", "VariationalFamily"]
+from pyro_vae.priors.base import check_latent_dim
 
 
 class VariationalFamily(nn.Module):
@@ -33,7 +28,7 @@ class VariationalFamily(nn.Module):
         latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
     """
 
-    latent_support: ClassVar[str] = "real"
+    latent_support: str = "real"
     latent_dim: int
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
@@ -52,36 +47,3 @@ class VariationalFamily(nn.Module):
     def forward(self, x: Tensor) -> dist.Distribution:
         """Return q(z given x) for data ``(*batch, *data_shape)``."""
         return self.distribution(self.encode(x))
-
-
-class MeanFieldNormal(VariationalFamily):
-    """Normal with independent coordinates: heads for the mean and the log-variance.
-
-    .. math:: q(z | x) = N(z; mu(x), diag(sigma^2(x)))
-
-    Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Source:
-        Kingma, Welling 2014, section 3, equation 9.
-    """
-
-    def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
-        super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
-        self.loc = Head(features, (latent_dim,))
-        self.log_variance = Head(features, (latent_dim,))
-
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Return ``loc`` and ``log_variance``, each ``(*batch, latent_dim)``."""
-        features = self.encoder(x)
-        return {"loc": self.loc(features), "log_variance": self.log_variance(features)}
-
-    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
-        """Return the normal with these means and log-variances."""
-        scale = (0.5 * parameters["log_variance"]).exp()
-        return dist.Normal(parameters["loc"], scale, validate_args=False).to_event(1)

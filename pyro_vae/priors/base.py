@@ -1,0 +1,75 @@
+"""The base of the priors: the recipe for one of your own, and the checks they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import InputError
+
+
+class Prior(nn.Module):
+    """Base of the priors; also the recipe for one of your own.
+
+    A prior is any callable that takes nothing and returns a Pyro distribution with batch shape ``()``
+    and event shape ``(latent_dim,)``; a lambda will do where nothing is learned. A class of three
+    lines becomes a full citizen (moved to the GPU, trained, saved) by deriving from this one:
+
+    1. keep every constructor argument under its own name (``self.latent_dim = latent_dim``), so that
+       a saved run can be built again;
+    2. say where the latents live in ``latent_support``;
+    3. return the distribution from ``forward``, its tensors on the module's device.
+
+    Attributes:
+        latent_dim: size of the latent vector.
+        latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
+    """
+
+    latent_support: str = "real"
+    latent_dim: int
+
+    def forward(self) -> dist.Distribution:
+        """Return p(z): batch shape ``()``, event shape ``(latent_dim,)``."""
+        raise NotImplementedError
+
+    def keep(self, name: str, value: Tensor, *, learn: bool) -> None:
+        """Store a tensor as a parameter where it is learned, as a buffer where it is fixed."""
+        if learn:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+
+def check_latent_dim(latent_dim: int, *, at_least: int = 1) -> int:
+    """Return ``latent_dim``, or refuse one that is not a whole number of at least ``at_least``."""
+    return check_count("latent_dim", latent_dim, at_least=at_least)
+
+
+def check_count(name: str, value: int, *, at_least: int = 1) -> int:
+    """Return ``value``, or refuse one that is not a whole number of at least ``at_least``."""
+    if isinstance(value, bool) or int(value) != value or value < at_least:
+        raise InputError(f"expected {name} as a whole number of at least {at_least}, got {value}")
+    return int(value)
+
+
+def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Return the widths of hidden layers, or refuse none at all or one below 1."""
+    if not widths:
+        raise InputError("expected at least one hidden width, got none")
+    return tuple(check_count("hidden width", width) for width in widths)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value``, or refuse one that is not a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise InputError(f"expected a finite {name} above 0, got {value}")
+    return float(value)
+
+
+def softplus_inverse(value: Tensor) -> Tensor:
+    """Return the raw number whose softplus is ``value``."""
+    return value + torch.log(-torch.expm1(-value))

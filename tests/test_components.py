@@ -1,0 +1,683 @@
+"""The contract of every prior, likelihood and family: all tests over all of them."""
+
+import copy
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from sklearn.datasets import load_digits
+from torch import nn
+
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.errors import InputError
+from pyro_vae.networks import MLPDecoder, MLPEncoder
+from pyro_vae.vae import VAE
+
+DATA_SHAPE = (2, 3)
+
+
+def encoder(data_shape=DATA_SHAPE):
+    return MLPEncoder(data_shape, (8,), activation="tanh")
+
+
+def vamp(family, latent_dim, data_shape=DATA_SHAPE):
+    return priors.VampPrior(
+        family(encoder(data_shape), latent_dim),
+        data_shape,
+        num_pseudo_inputs=4,
+        learn_weights=True,
+    )
+
+
+# Name -> constructor of latent_dim. The name is the class's, with what sets a variant apart after it.
+FAMILIES = {
+    "MeanFieldNormal": guides.MeanFieldNormal,
+    "FullRankNormal": guides.FullRankNormal,
+    "InverseAutoregressiveFlow": functools.partial(
+        guides.InverseAutoregressiveFlow, hidden=(8, 8), context_features=4
+    ),
+    "NeuralSplineFlow": functools.partial(
+        guides.NeuralSplineFlow, hidden=(8,), num_bins=4, context_features=4
+    ),
+    "MixtureOfNormals": functools.partial(guides.MixtureOfNormals, num_components=3),
+    "VonMisesFisher": guides.VonMisesFisher,
+    "Beta": guides.Beta,
+}
+PRIORS = {
+    "StandardNormal": priors.StandardNormal,
+    "StandardNormal learned": functools.partial(priors.StandardNormal, scale=0.7, learn_scale=True),
+    "GaussianMixture": functools.partial(priors.GaussianMixture, num_components=3),
+    "GaussianMixture fixed": functools.partial(
+        priors.GaussianMixture, num_components=3, learn_weights=False, learn_components=False
+    ),
+    "VonMisesFisher": functools.partial(
+        priors.VonMisesFisher, concentration=3.0, learn_loc=True, learn_concentration=True
+    ),
+    "VonMisesFisher fixed": priors.VonMisesFisher,
+    "HypersphericalUniform": priors.HypersphericalUniform,
+    "Beta": functools.partial(priors.Beta, concentration1=2.0, learn_concentrations=True),
+    "Beta fixed": priors.Beta,
+    "FlowPrior": functools.partial(priors.FlowPrior, hidden=(8, 8), num_bins=4),
+} | {
+    f"VampPrior {name}": functools.partial(vamp, functools.partial(family))
+    for name, family in FAMILIES.items()
+}
+LIKELIHOODS = {
+    "Bernoulli": likelihoods.Bernoulli,
+    "ContinuousBernoulli": likelihoods.ContinuousBernoulli,
+    "Gaussian": functools.partial(likelihoods.Gaussian, sigma=0.4),
+    "Gaussian learned": functools.partial(likelihoods.Gaussian, sigma="learned"),
+    "Gaussian per-pixel": functools.partial(likelihoods.Gaussian, sigma="per-pixel"),
+}
+SUPPORT = {name: make(encoder(), 2).latent_support for name, make in FAMILIES.items()}
+PRIOR_SUPPORT = {name: make(2).latent_support for name, make in PRIORS.items()}
+
+
+def dimensions(support):
+    """The latent dimensions that a grid can cover; the sphere in one dimension is two points."""
+    return [2] if support == "unit sphere" else [1, 2]
+
+
+FAMILIES_AND_DIMENSIONS = [
+    (name, latent_dim) for name, support in SUPPORT.items() for latent_dim in dimensions(support)
+]
+
+
+def make_prior(name, latent_dim=2, *, seed=0):
+    torch.manual_seed(seed)
+    return shaken(PRIORS[name](latent_dim))
+
+
+def make_family(name, latent_dim=2, *, seed=0):
+    torch.manual_seed(seed)
+    return shaken(FAMILIES[name](encoder(), latent_dim))
+
+
+def make_likelihood(name, *, seed=0):
+    torch.manual_seed(seed)
+    decoder = MLPDecoder(2, (8,), activation="tanh")
+    return shaken(LIKELIHOODS[name](decoder, DATA_SHAPE))
+
+
+def shaken(component):
+    """Move every parameter off its start, where flows are the identity."""
+    with torch.no_grad():
+        for part in (component, getattr(component, "guide", None)):
+            for parameter in part.parameters() if isinstance(part, nn.Module) else ():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return component
+
+
+def in_double(component):
+    guide = getattr(component, "guide", None)
+    if guide is not None:
+        guide.double()
+    return component.double()
+
+
+def some_latents(support, shape, latent_dim=2, dtype=torch.float32):
+    z = torch.randn(*shape, latent_dim, dtype=dtype)
+    if support == "unit sphere":
+        return z / z.norm(dim=-1, keepdim=True)
+    return z.sigmoid() if support == "unit interval" else z
+
+
+def quadrature(support, latent_dim, shifts=16):
+    """Return randomly shifted grids ``(shifts, points, latent_dim)`` and the log of their weights.
+
+    Equal steps along the line (through the logit for the unit interval, along the angle for the
+    circle), and their square in two dimensions. Over a uniform shift the sum is unbiased for the
+    integral, so the spread over shifts is its standard error.
+    """
+    # Past these ends lie less than 1e-7 of every density here.
+    end = {"real": 13.0, "unit interval": 34.0, "unit sphere": math.pi}[support]
+    axes = 1 if support == "unit sphere" else latent_dim
+    points = {1: 1000, 2: 100}[axes]
+    step = 2 * end / points
+    line = step * torch.arange(points, dtype=torch.float64) - end
+    grid = torch.stack(torch.meshgrid(*[line] * axes, indexing="ij"), -1).reshape(-1, axes)
+    nodes = grid + step * torch.rand(shifts, 1, axes, dtype=torch.float64)
+    log_weights = torch.full(nodes.shape[:-1], axes * math.log(step), dtype=torch.float64)
+    if support == "unit sphere":
+        return torch.cat([nodes.cos(), nodes.sin()], -1), log_weights
+    if support == "unit interval":
+        log_slope = nn.functional.logsigmoid(nodes) + nn.functional.logsigmoid(-nodes)
+        return nodes.sigmoid(), log_weights + log_slope.sum(-1)
+    return nodes, log_weights
+
+
+def integral(distribution, support, latent_dim):
+    """Integrate 1 and the statistics under a density.
+
+    Returns the integrals and their standard errors, each ``(*batch, 1 + statistics)``.
+    """
+    nodes, log_weights = quadrature(support, latent_dim)
+    batch, grid = distribution.batch_shape, log_weights.shape
+    with torch.no_grad():
+        log_prob = distribution.log_prob(nodes.reshape(*grid, *[1] * len(batch), latent_dim))
+    mass = (log_prob.reshape(*grid, -1) + log_weights[..., None]).exp()
+    functions = torch.cat([torch.ones(*grid, 1, dtype=torch.float64), statistics(nodes)], -1)
+    values = torch.einsum("sgb,sgf->sbf", mass, functions).reshape(len(nodes), *batch, -1)
+    return values.mean(0), values.std(0) / math.sqrt(len(values))
+
+
+def statistics(z):
+    """Return functions whose means tell distributions apart, ``(*batch, functions)``."""
+    first, last = z[..., 0], z[..., -1]
+    return torch.stack([first, last, first**2, first * last, (3 * first - last).cos()], -1)
+
+
+def assert_density_and_draws(distribution, support, latent_dim, *draws):
+    """Check that the density integrates to 1 and gives the means of each set of draws."""
+    exact, error = integral(distribution, support, latent_dim)
+    assert (error[..., 0] < 5e-3).all()
+    assert ((exact[..., 0] - 1).abs() < 5 * error[..., 0] + 1e-6).all()
+    for values in map(statistics, draws):
+        standard_error = values.std(0) / math.sqrt(len(values))
+        missing = (values.mean(0) - exact[..., 1:]).abs()
+        assert (missing < 5 * (standard_error + error[..., 1:]) + 1e-6).all()
+
+
+def assert_gradients(component, loss):
+    loss.backward()
+    for name, parameter in component.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+# --- every public class is here ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "constructors", "base"),
+    [
+        (priors, PRIORS, priors.Prior),
+        (likelihoods, LIKELIHOODS, likelihoods.Likelihood),
+        (guides, FAMILIES, guides.VariationalFamily),
+    ],
+)
+def test_every_public_class_has_a_constructor_here(module, constructors, base):
+    public = {name for name in module.__all__ if getattr(module, name) is not base}
+    assert public == {name.split()[0] for name in constructors}
+    assert all(issubclass(getattr(module, name), base) for name in public)
+
+
+# --- priors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_shapes(name):
+    prior = make_prior(name)
+    p = prior()
+    assert p.batch_shape == ()
+    assert p.event_shape == (prior.latent_dim,) == (2,)
+    for sample_shape in ((), (5,), (4, 5)):
+        z = p.sample(sample_shape)
+        assert z.shape == (*sample_shape, 2)
+        assert z.dtype == torch.float32
+        assert p.log_prob(z).shape == sample_shape
+    expanded = p.expand((4, 5))
+    z = expanded.sample()
+    assert z.shape == (4, 5, 2)
+    assert len(z.reshape(20, 2).unique(dim=0)) == 20
+    torch.testing.assert_close(expanded.log_prob(z), prior().log_prob(z.clone()))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_gradients(name):
+    prior = make_prior(name)
+    z = some_latents(prior.latent_support, (20,))
+    p = prior()
+    if not list(prior.parameters()):
+        assert not p.log_prob(z).requires_grad
+        return
+    assert_gradients(prior, p.log_prob(z).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "latent_dim"),
+    [
+        pytest.param(
+            name,
+            latent_dim,
+            # Mixtures of flows on the whole grid take seconds.
+            marks=pytest.mark.slow if name.endswith("Flow") and latent_dim == 2 else (),
+        )
+        for name, support in PRIOR_SUPPORT.items()
+        for latent_dim in dimensions(support)
+    ],
+)
+def test_prior_density_and_draws(name, latent_dim):
+    support = PRIOR_SUPPORT[name]
+    p = in_double(make_prior(name, latent_dim))()
+    torch.manual_seed(1)
+    assert_density_and_draws(p, support, latent_dim, p.sample((20000,)))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_state_and_precision(name):
+    prior, other = make_prior(name, seed=0), make_prior(name, seed=1)
+    if hasattr(prior, "guide"):
+        other.guide.load_state_dict(prior.guide.state_dict())
+    other.load_state_dict(prior.state_dict())
+    z = some_latents(prior.latent_support, (20,), dtype=torch.float64)
+    single = prior().log_prob(z.float())
+    torch.testing.assert_close(other().log_prob(z.float()), single, rtol=0, atol=0)
+    double = in_double(prior)()
+    assert double.sample().dtype == double.log_prob(z).dtype == torch.float64
+    torch.testing.assert_close(double.log_prob(z).float(), single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_scores_under_vmap(name):
+    prior = make_prior(name)
+    z = some_latents(prior.latent_support, (3, 5))
+    scored = torch.vmap(lambda value: prior().expand((5,)).log_prob(value))(z)
+    torch.testing.assert_close(scored, prior().log_prob(z))
+
+
+# --- families ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (4, 5)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_shapes(name, batch):
+    family = make_family(name, 3)
+    x = torch.rand(*batch, *DATA_SHAPE)
+    parameters = family.encode(x)
+    assert all(value.shape[: len(batch)] == batch for value in parameters.values())
+    q = family(x)
+    assert q.batch_shape == batch
+    assert q.event_shape == (3,) == (family.latent_dim,)
+    for sample_shape in ((), (6,), (2, 6)):
+        z = q.rsample(sample_shape)
+        assert z.shape == (*sample_shape, *batch, 3)
+        assert q.log_prob(z).shape == (*sample_shape, *batch)
+    value = q.sample()
+    torch.testing.assert_close(q.log_prob(value), family.distribution(parameters).log_prob(value))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_accepts_any_parameters(name):
+    family = make_family(name, 3)
+    torch.manual_seed(1)
+    for scale in (0.1, 3.0, 10.0):
+        parameters = {
+            key: (scale * torch.randn_like(value)).requires_grad_()
+            for key, value in family.encode(torch.rand(50, *DATA_SHAPE)).items()
+        }
+        q = family.distribution(parameters)
+        z = q.rsample()
+        log_prob = q.log_prob(z)
+        assert z.isfinite().all()
+        assert log_prob.isfinite().all()
+        (log_prob.sum() + z.square().sum()).backward()
+        assert all(value.grad.isfinite().all() for value in parameters.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_starts_near_the_prior(name):
+    torch.manual_seed(0)
+    family = FAMILIES[name](MLPEncoder((64,), (64,)), 8)
+    z = family(digits()).rsample((20,))
+    assert z.isfinite().all()
+    # Within a factor of 2 of the root mean square of N(0, I), the uniform sphere, the uniform cube.
+    wanted = {"real": 1.0, "unit sphere": 8**-0.5, "unit interval": 3**-0.5}[SUPPORT[name]]
+    assert wanted / 2 < z.square().mean().sqrt() < 2 * wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_expands_to_independent_particles(name):
+    family = in_double(make_family(name, 3))
+    x = torch.rand(5, *DATA_SHAPE, dtype=torch.float64)
+    q = family(x)
+    particles = q.expand((7, 5))
+    assert particles.batch_shape == (7, 5)
+    z = particles.rsample()
+    assert z.shape == (7, 5, 3)
+    assert len(z.reshape(35, 3).unique(dim=0)) == 35
+    torch.testing.assert_close(particles.log_prob(z), q.log_prob(z.clone()))
+    one_by_one = torch.stack([family(row).log_prob(z[:, i]) for i, row in enumerate(x)], -1)
+    torch.testing.assert_close(particles.log_prob(z), one_by_one)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_gradients(name):
+    family = make_family(name)
+    q = family(torch.rand(10, *DATA_SHAPE))
+    z = q.rsample()
+    assert_gradients(family, (q.log_prob(z) + z.square().sum(-1) + z[..., 0]).sum())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_scores_draws_and_foreign_points_alike(name):
+    family = in_double(make_family(name, 3))
+    x = torch.rand(10, *DATA_SHAPE, dtype=torch.float64)
+    q = family(x)
+    fixed = q.sample()
+    # A point drawn without a graph must still give the parameters their gradients.
+    with_graph = torch.autograd.grad(q.log_prob(fixed).sum(), family.parameters())
+    fresh = torch.autograd.grad(family(x).log_prob(fixed.clone()).sum(), family.parameters())
+    for left, right in zip(with_graph, fresh, strict=True):
+        torch.testing.assert_close(left, right)
+    # And the gradient with respect to the point must not pass through how it was drawn.
+    z = fixed.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(q.log_prob(z).sum(), z)
+    assert slope.isfinite().all()
+    drawn = q.rsample()
+    torch.testing.assert_close(q.log_prob(drawn), q.log_prob(drawn.clone()))
+
+
+@pytest.mark.parametrize(("name", "latent_dim"), FAMILIES_AND_DIMENSIONS)
+def test_family_density_and_draws(name, latent_dim):
+    support = SUPPORT[name]
+    family = in_double(make_family(name, latent_dim))
+    q = family(torch.rand(2, *DATA_SHAPE, dtype=torch.float64))
+    torch.manual_seed(1)
+    draws, particles = q.sample((20000,)), q.expand((20000, 2)).sample()
+    assert_density_and_draws(q, support, latent_dim, draws, particles)
+
+
+@pytest.mark.parametrize(("name", "latent_dim"), FAMILIES_AND_DIMENSIONS)
+def test_family_gradient_through_draws_is_unbiased(name, latent_dim):
+    support = SUPPORT[name]
+    torch.manual_seed(3)
+    family = in_double(make_family(name, latent_dim))
+    with torch.no_grad():
+        parameters = family.encode(torch.rand(DATA_SHAPE, dtype=torch.float64))
+        # Parameters of some size: mixtures with unequal weights, flows that bend.
+        parameters = {key: value + torch.randn_like(value) / 2 for key, value in parameters.items()}
+    weights = torch.tensor([1.0, 0.5, 0.3, 0.7, 2.0], dtype=torch.float64)
+
+    def copies(number):
+        """One leaf per draw or grid, so that each has its own gradient."""
+        return {
+            key: value.expand(number, *value.shape).clone().requires_grad_()
+            for key, value in parameters.items()
+        }
+
+    drawn = copies(10000)
+    z = family.distribution(drawn).rsample()
+    (statistics(z) @ weights).sum().backward()
+
+    nodes, log_weights = (part.transpose(0, 1) for part in quadrature(support, latent_dim))
+    exact = copies(nodes.shape[1])
+    mass = (family.distribution(exact).log_prob(nodes) + log_weights).exp()
+    (mass * (statistics(nodes) @ weights)).sum().backward()
+
+    for key in parameters:
+        estimate, wanted = drawn[key].grad, exact[key].grad
+        variance = estimate.var(0) / len(estimate) + wanted.var(0) / len(wanted)
+        assert ((estimate.mean(0) - wanted.mean(0)).abs() < 5 * variance.sqrt() + 1e-6).all(), key
+        assert (wanted.mean(0).abs() > 1e-4).any(), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_state_and_precision(name):
+    family, other = make_family(name, seed=0), make_family(name, seed=1)
+    other.load_state_dict(family.state_dict())
+    x = torch.rand(20, *DATA_SHAPE, dtype=torch.float64)
+    z = family(x.float()).sample()
+    single = family(x.float()).log_prob(z)
+    torch.testing.assert_close(other(x.float()).log_prob(z), single, rtol=0, atol=0)
+    q = in_double(family)(x)
+    assert q.rsample().dtype == q.log_prob(z.double()).dtype == torch.float64
+    torch.testing.assert_close(q.log_prob(z.double()).float(), single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_scores_under_vmap(name):
+    family = make_family(name)
+    q = family(torch.rand(5, *DATA_SHAPE))
+    z = q.sample((3,))
+    scored = torch.vmap(q.log_prob)(z)
+    torch.testing.assert_close(scored, q.log_prob(z))
+
+
+@pytest.mark.parametrize("make", [*PRIORS.values(), *FAMILIES.values()])
+def test_latent_dimension_must_be_a_whole_number_large_enough(make):
+    inputs = (encoder(),) if make in FAMILIES.values() else ()
+    smallest = 2 if make(*inputs, 2).latent_support == "unit sphere" else 1
+    for wrong in (smallest - 1, 2.5):
+        with pytest.raises(InputError, match=f"latent_dim as a whole number of at least {smallest}"):
+            make(*inputs, wrong)
+
+
+# --- likelihoods ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (4, 5)])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_shapes(name, batch):
+    likelihood = make_likelihood(name)
+    p = likelihood(torch.randn(*batch, 2))
+    assert p.batch_shape == batch
+    assert p.event_shape == DATA_SHAPE
+    x = p.sample()
+    assert x.shape == (*batch, *DATA_SHAPE) == p.mean.shape
+    assert p.log_prob(x).shape == batch
+    expanded = p.expand((7, *batch))
+    assert expanded.sample().shape == (7, *batch, *DATA_SHAPE)
+    torch.testing.assert_close(expanded.log_prob(x), p.log_prob(x).expand(7, *batch))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_gradients(name):
+    likelihood = make_likelihood(name)
+    assert_gradients(
+        likelihood, likelihood(torch.randn(9, 2)).log_prob(torch.rand(9, *DATA_SHAPE)).sum()
+    )
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_density_and_draws(name):
+    likelihood = make_likelihood(name).double()
+    torch.manual_seed(1)
+    pixels = likelihood(torch.randn(2, dtype=torch.float64)).base_dist
+    if name == "Bernoulli":
+        nodes = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        weights = torch.ones(2, dtype=torch.float64)
+    else:
+        low, high = (0.0, 1.0) if likelihood.accepts[0] == 0 else (-10.0, 10.0)
+        nodes = torch.linspace(low, high, 20001, dtype=torch.float64)
+        weights = torch.full_like(nodes, (high - low) / 20000)
+        weights[[0, -1]] /= 2
+    mass = (pixels.log_prob(nodes.reshape(-1, 1, 1)).exp() * weights.reshape(-1, 1, 1)).detach()
+    # The trapezoid rule with this step is right to 1e-7 for slopes of the size met here.
+    torch.testing.assert_close(
+        mass.sum(0), torch.ones(DATA_SHAPE, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    draws = pixels.sample((20000,))
+    for power in (1, 2):
+        exact = (mass * nodes.reshape(-1, 1, 1) ** power).sum(0)
+        values = draws**power
+        standard_error = values.std(0) / math.sqrt(len(values))
+        assert ((values.mean(0) - exact).abs() < 5 * standard_error + 1e-6).all()
+    exact_mean = (mass * nodes.reshape(-1, 1, 1)).sum(0)
+    torch.testing.assert_close(pixels.mean.detach(), exact_mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_state_precision_and_vmap(name):
+    likelihood, other = make_likelihood(name, seed=0), make_likelihood(name, seed=1)
+    other.load_state_dict(likelihood.state_dict())
+    z, x = torch.randn(6, 2), torch.rand(6, *DATA_SHAPE)
+    single = likelihood(z).log_prob(x)
+    torch.testing.assert_close(other(z).log_prob(x), single, rtol=0, atol=0)
+    over_z = torch.vmap(lambda row, datum: likelihood(row).log_prob(datum))(z, x)
+    torch.testing.assert_close(over_z, single)
+    p = likelihood.double()(z.double())
+    assert p.sample().dtype == p.log_prob(x.double()).dtype == torch.float64
+    torch.testing.assert_close(p.log_prob(x.double()).float(), single, rtol=1e-4, atol=1e-4)
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+# "meta" computes no numbers but refuses, as a GPU does, to mix its tensors with those of the CPU.
+DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((make_prior, name) for name in PRIORS),
+        *((make_family, name) for name in FAMILIES),
+        *((make_likelihood, name) for name in LIKELIHOODS),
+    ],
+)
+def test_component_moves_to_another_device(make, name, device):
+    component = make(name)
+    if hasattr(component, "guide"):
+        component.guide.to(device)
+    component.to(device)
+    inputs = {
+        make_prior: (),
+        make_family: (torch.rand(5, *DATA_SHAPE, device=device),),
+        make_likelihood: (torch.randn(5, 2, device=device),),
+    }[make]
+    distribution = component(*inputs)
+    value = torch.rand(distribution.shape(), device=device)
+    assert distribution.log_prob(value).device.type == device
+    # torch's Dirichlet sampler, on which Beta rests, does not exist on "meta".
+    if "Beta" not in name or device != "meta":
+        assert distribution.sample().device.type == device
+
+
+# --- pairs ------------------------------------------------------------------------------------------
+
+TRAINED_PRIORS = {
+    "StandardNormal": priors.StandardNormal,
+    "GaussianMixture": functools.partial(priors.GaussianMixture, num_components=5),
+    "FlowPrior": functools.partial(priors.FlowPrior, num_layers=2, hidden=(16,)),
+    "VonMisesFisher": functools.partial(priors.VonMisesFisher, learn_concentration=True),
+    "HypersphericalUniform": priors.HypersphericalUniform,
+    "Beta": functools.partial(priors.Beta, learn_concentrations=True),
+}
+MATCHING = [
+    (prior, family)
+    for prior, make in TRAINED_PRIORS.items()
+    for family in FAMILIES
+    if make(2).latent_support == SUPPORT[family]
+] + [("VampPrior", family) for family in FAMILIES]
+# Each prior and each family once; the others take too long for every day.
+QUICK = {
+    ("StandardNormal", "NeuralSplineFlow"),
+    ("GaussianMixture", "InverseAutoregressiveFlow"),
+    ("FlowPrior", "MixtureOfNormals"),
+    ("VampPrior", "FullRankNormal"),
+    ("VonMisesFisher", "VonMisesFisher"),
+    ("Beta", "Beta"),
+}
+
+
+@functools.cache
+def digits():
+    return torch.tensor(load_digits().data[:512] / 16, dtype=torch.float32)
+
+
+def make_pair(prior_name, family_name, latent_dim=4):
+    torch.manual_seed(0)
+    family = FAMILIES[family_name](MLPEncoder((64,), (32,)), latent_dim)
+    if prior_name == "VampPrior":
+        prior = priors.VampPrior(family, (64,), num_pseudo_inputs=10, learn_weights=True)
+        prior.start_at_data(digits())
+    else:
+        prior = TRAINED_PRIORS[prior_name](latent_dim)
+    likelihood = likelihoods.Bernoulli(MLPDecoder(latent_dim, (32,)), (64,))
+    likelihood.start_at_mean(digits().mean(0))
+    return VAE(prior, likelihood, family)
+
+
+def train(vae, steps=200):
+    """Train by plain Pyro and return the losses per datum."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-3}), Trace_ELBO())
+    batches = digits().split(64)
+    losses = [svi.step(batches[step % len(batches)]) / 64 for step in range(steps)]
+    pyro.clear_param_store()
+    return torch.tensor(losses)
+
+
+def assert_trains(vae, steps=200):
+    before = copy.deepcopy(dict(vae.named_parameters()))
+    losses = train(vae, steps)
+    assert losses.isfinite().all()
+    assert losses[-16:].mean() < losses[:16].mean()
+    for name, parameter in vae.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("prior", "family"),
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in MATCHING],
+)
+def test_matching_pair_trains(prior, family):
+    assert_trains(make_pair(prior, family))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_trains(name):
+    torch.manual_seed(0)
+    likelihood = LIKELIHOODS[name](MLPDecoder(4, (32,)), (64,))
+    likelihood.start_at_mean(digits().mean(0))
+    family = guides.MeanFieldNormal(MLPEncoder((64,), (32,)), 4)
+    assert_trains(VAE(priors.StandardNormal(4), likelihood, family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectorised_particles_estimate_the_same_elbo(family):
+    prior = {"unit sphere": "HypersphericalUniform", "unit interval": "Beta"}.get(
+        SUPPORT[family], "StandardNormal"
+    )
+    vae, x = make_pair(prior, family), digits()[:2]
+    pyro.set_rng_seed(0)
+    with torch.no_grad():
+        q, p = vae.variational_family(x), vae.prior()
+        z = q.rsample((4000,))
+        terms = vae.likelihood(z).log_prob(x) + p.log_prob(z) - q.log_prob(z.clone())
+        elbo = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=1)
+        loss = elbo.loss(vae.model, vae.guide, x)
+    per_sample = terms.sum(-1)
+    # Two independent estimates of the same spread.
+    standard_error = per_sample.std() * math.sqrt(2 / 4000)
+    assert abs(-loss - per_sample.mean()) < 5 * standard_error + 1e-6
+
+
+def test_mismatching_supports_are_refused_naming_the_families_that_match():
+    for prior_name, make in TRAINED_PRIORS.items():
+        prior = make(2)
+        matching = {name for name, support in SUPPORT.items() if support == prior.latent_support}
+        likelihood = likelihoods.Bernoulli(MLPDecoder(2, (4,)), DATA_SHAPE)
+        for family_name in set(FAMILIES) - matching:
+            family = FAMILIES[family_name](encoder(), 2)
+            with pytest.raises(InputError, match=f"for {prior_name}, got {family_name}") as error:
+                VAE(prior, likelihood, family)
+            named = str(error.value).rsplit("use ", 1)[1].split(" or ")
+            assert set(named) == matching
+
+
+def test_prior_of_three_lines_trains():
+    class Laplace(priors.Prior):
+        def __init__(self, latent_dim):
+            super().__init__()
+            self.latent_dim, self.log_scale = latent_dim, nn.Parameter(torch.zeros(latent_dim))
+
+        def forward(self):
+            return dist.Laplace(torch.zeros_like(self.log_scale), self.log_scale.exp()).to_event(1)
+
+    vae = make_pair("StandardNormal", "MeanFieldNormal")
+    assert_trains(VAE(Laplace(4), vae.likelihood, vae.variational_family))
+
+
+def test_lambda_prior_trains():
+    vae = make_pair("StandardNormal", "MeanFieldNormal")
+    prior = lambda: dist.Laplace(torch.zeros(4), 1.0).to_event(1)  # noqa: E731 (what is tested)
+    assert_trains(VAE(prior, vae.likelihood, vae.variational_family))
