@@ -95,6 +95,11 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
             f"expected a family with latents on the {wanted} for {type(prior).__name__}, got "
             f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
         )
+    if getattr(prior, "guide", guide) is not guide:
+        raise InputError(
+            f"expected {type(prior).__name__} to be built on the family of the same VAE, got another, "
+            "which nobody trains: pass it the family that is the VAE's guide"
+        )
     sizes = {
         type(part).__name__: getattr(part, "latent_dim", None) for part in (prior, likelihood, guide)
     }

@@ -160,6 +160,17 @@ def test_latent_sizes_must_agree():
         )
 
 
+def test_a_vamp_prior_of_another_family_is_refused():
+    vae = make_vae()
+    other = make_vae().variational_family
+    with pytest.raises(pv.InputError, match="family of the same VAE"):
+        pv.VAE(
+            pv.priors.VampPrior(other, SHAPE, num_pseudo_inputs=3),
+            vae.likelihood,
+            vae.variational_family,
+        )
+
+
 def test_a_lambda_is_a_component():
     vae = make_vae()
     own = pv.VAE(

@@ -3,41 +3,60 @@
 from __future__ import annotations
 
 import math
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+import random
+import sys
+from typing import Any
 
 __all__ = ["EpochProgress"]
 
 
 class EpochProgress:
-    """A progress bar on standard error: epoch, ELBO of both parts, rate and distortion."""
+    """A bar with epoch, time left, ELBO of both parts, rate and distortion.
+
+    Args:
+        epochs: how many there will be.
+        show: whether to show it; None shows it on a terminal only.
+    """
 
     def __init__(self, epochs: int, show: bool | None) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("epoch {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None),
-            console=console,
-            expand=True,
-            disable=not (console.is_terminal if show is None else show),
-        )
-        self._task = self._progress.add_task("", total=epochs)
+        self._progress: Any = None
+        if sys.stderr.isatty() if show is None else show:
+            state = random.getstate()  # rich draws from it, already when imported
+            self._progress = _bar()
+            self._task = self._progress.add_task("", total=epochs)
+            random.setstate(state)
 
     def __enter__(self) -> EpochProgress:
-        self._progress.start()
+        if self._progress is not None:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
     def show(self, epoch: int, row: dict[str, float]) -> None:
         """Show the metrics of an epoch that has ended."""
+        if self._progress is None:
+            return
         text = f"ELBO {row['train_elbo']:.2f}"
         if not math.isnan(row["validation_elbo"]):
-            text += f" (valid. {row['validation_elbo']:.2f})"
+            text += f" (validation {row['validation_elbo']:.2f})"
         text += f"  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
         self._progress.update(self._task, completed=epoch, description=text)
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    def column() -> Column:
+        return Column(no_wrap=True)
+
+    return Progress(
+        TextColumn("epoch {task.completed}/{task.total}", table_column=column()),
+        TimeRemainingColumn(compact=True, table_column=column()),
+        TextColumn("{task.description}", table_column=column()),
+        console=Console(stderr=True),
+    )

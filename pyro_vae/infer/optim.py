@@ -1,0 +1,283 @@
+"""One torch optimiser over all parameters: a drop-in for Pyro's optimiser-per-tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+
+__all__ = ["FusedOptim"]
+
+# Devices on which an optimiser's fused kernel exists in every supported release of torch.
+FUSED_DEVICES = {
+    torch.optim.Adam: ("cpu", "cuda"),
+    torch.optim.AdamW: ("cpu", "cuda"),
+    torch.optim.SGD: ("cpu", "cuda"),
+    torch.optim.Adagrad: ("cpu",),
+}
+
+# Options that choose an implementation and leave the numbers alone; not part of a saved state.
+IMPLEMENTATION_OPTIONS = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
+
+
+class FusedOptim(PyroOptim):
+    """A ``PyroOptim`` that holds a single torch optimiser over all parameters.
+
+    ``pyro.optim.Adam`` makes one optimiser per tensor and steps them one by one.  Here all
+    parameters are stepped by one call, with torch's fused kernel where optimiser and device have
+    one.  Parameters are ordered by their name in Pyro's store, so that two processes agree.
+    Parameters whose options are equal share a group; one that first appears later joins the group
+    of its options, at that group's present learning rate, or opens a new group; one that no longer
+    appears keeps its state.  A parameter replaced in the store under its old name starts afresh,
+    as it does in Pyro.
+
+    After a step the gradients of the parameters it was given are None, where stock Pyro leaves
+    zeros.  A parameter that a later step does not use is then left alone by that step: with zeros,
+    Adam's momentum and weight decay would go on moving it.
+
+    The state has the format of ``PyroOptim``, parameter name to the state dict of an optimiser over
+    that one parameter, and loads from and into ``pyro.optim`` optimisers.
+
+    Args:
+        optim_constructor: a ``torch.optim.Optimizer`` class.
+        optim_args: its options, or a callable from the parameter's name (as in
+            ``nn.Module.named_parameters``, behind the Pyro module's name) to its options.
+        clip_args: ``{"clip_norm": ..., "clip_value": ...}`` or a callable from (module name,
+            parameter name) to such a dict.  As in Pyro the norm is that of each parameter's own
+            gradient, not the global one; the norm is clipped before the values.
+        scheduler: a class of ``torch.optim.lr_scheduler``; call :meth:`step` when it should move.
+        scheduler_args: the scheduler's options besides the optimiser.
+
+    Raises:
+        InputError: for clipping options other than the two above, for an optimiser that needs a
+            closure, or if a parameter with new options appears after a schedule began.
+
+    Example:
+        >>> optim = FusedOptim(torch.optim.Adam, {"lr": 1e-3},
+        ...                    scheduler=torch.optim.lr_scheduler.ExponentialLR,
+        ...                    scheduler_args={"gamma": 0.9})
+    """
+
+    def __init__(
+        self,
+        optim_constructor: type[torch.optim.Optimizer],
+        optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
+        clip_args: dict[str, float] | Callable[[str, str], dict[str, float]] | None = None,
+        *,
+        scheduler: Callable[..., Any] | None = None,
+        scheduler_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(optim_constructor, optim_args, clip_args)
+        if optim_constructor is torch.optim.LBFGS:
+            raise InputError("LBFGS needs a closure, which SVI does not give: choose another")
+        self._scheduler_constructor = scheduler
+        self._scheduler_args = dict(scheduler_args or {})
+        self._reset()
+
+    def _reset(self) -> None:
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: Any = None
+        self.optim_objs: dict[Tensor, Any] = {}
+        self._names: dict[Tensor, str] = {}
+        self._tensors: dict[str, Tensor] = {}
+        # What each group was opened with: configured options, and those of a loaded state.
+        self._group_options: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
+        self._clipped: dict[tuple[float | None, float | None], list[Tensor]] = {}
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Step the given parameters, then set their gradients to None."""
+        given = params if isinstance(params, set) else set(params)
+        if not given:
+            return
+        if not given <= self._names.keys():
+            self._add([param for param in given if param not in self._names])
+        others = self._names.keys() - given if len(given) < len(self._names) else ()
+        hidden = [(param, param.grad) for param in others if param.grad is not None]
+        for param, _ in hidden:
+            param.grad = None
+        self._clip()
+        assert self.optimizer is not None
+        self.optimizer.step(*args, **kwargs)
+        for param in given:
+            param.grad = None
+        for param, gradient in hidden:
+            param.grad = gradient
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Move the learning-rate schedule, as ``PyroLRScheduler.step`` does."""
+        if self.scheduler is not None:
+            self.scheduler.step(*args, **kwargs)
+
+    # --- parameters that appear ---
+
+    def _add(self, params: list[Tensor]) -> None:
+        store = pyro.get_param_store()
+        named = {}
+        for param in params:
+            name = store.param_name(param)
+            if name is None:
+                raise InputError(
+                    "expected parameters of Pyro's store, got a tensor without a name there: "
+                    "declare it with pyro.param or pyro.module"
+                )
+            named[name] = param
+        for name in sorted(named):
+            self._drop_replaced(name)
+            self._names[named[name]] = name
+            self._tensors[name] = named[name]
+            self._place(name, named[name])
+            key = self._clip_key(named[name])
+            if key != (None, None):
+                self._clipped.setdefault(key, []).append(named[name])
+        assert self.optimizer is not None
+        if self.scheduler is None and self._scheduler_constructor is not None:
+            self.scheduler = self._scheduler_constructor(self.optimizer, **self._scheduler_args)
+        self._consume_waiting_state()
+        self.optim_objs = dict.fromkeys(self._names, self.scheduler or self.optimizer)
+
+    def _drop_replaced(self, name: str) -> None:
+        """Forget the tensor that had this name before."""
+        old = self._tensors.pop(name, None)
+        if old is None or self.optimizer is None:
+            return
+        del self._names[old]
+        self.optimizer.state.pop(old, None)
+        lists = [group["params"] for group in self.optimizer.param_groups]
+        for tensors in [*lists, *self._clipped.values()]:
+            tensors[:] = [tensor for tensor in tensors if tensor is not old]
+
+    def _place(self, name: str, param: Tensor) -> None:
+        """Put a parameter into the group of its options."""
+        options = self._get_optim_args(param)
+        loaded = self._waiting_options(name)
+        index = self._group_of(options, loaded)
+        # An optimiser of its own for a moment: some fill a parameter's state in the constructor.
+        own = self._construct(param, options)
+        if self.optimizer is None:
+            self.optimizer = own
+        elif index is not None:
+            self.optimizer.param_groups[index]["params"].append(param)
+        elif self.scheduler is not None:
+            raise InputError(
+                f"parameter {name!r} has options of its own and appeared after the schedule began: "
+                "run the pair once before the first step of the schedule"
+            )
+        else:
+            self.optimizer.add_param_group(own.param_groups[0])
+        if index is None:
+            self._group_options.append((options, loaded))
+        self.optimizer.state.update(own.state)
+
+    def _group_of(self, options: dict[str, Any], loaded: dict[str, Any] | None) -> int | None:
+        """The group with these options, and with the loaded ones where there are any."""
+        for index, (known, known_loaded) in enumerate(self._group_options):
+            if known == options and loaded in (None, known_loaded):
+                return index
+        return None
+
+    def _construct(self, param: Tensor, options: dict[str, Any]) -> torch.optim.Optimizer:
+        devices = FUSED_DEVICES.get(self.pt_optim_constructor, ())
+        chosen = options.keys() & IMPLEMENTATION_OPTIONS
+        if not chosen and param.device.type in devices and param.is_floating_point():
+            options = {**options, "fused": True}
+        return self.pt_optim_constructor([param], **options)
+
+    def _waiting_options(self, name: str) -> dict[str, Any] | None:
+        state = self._state_waiting_to_be_consumed.get(name)
+        return None if state is None else _options(state)
+
+    # --- clipping ---
+
+    def _clip_key(self, param: Tensor) -> tuple[float | None, float | None]:
+        options = dict(self._get_grad_clip_args(param))
+        key = (options.pop("clip_norm", None), options.pop("clip_value", None))
+        if options:
+            raise InputError(f"expected clip_norm and clip_value in clip_args, got {list(options)}")
+        return key
+
+    def _clip(self) -> None:
+        for (norm, value), params in self._clipped.items():
+            gradients = [param.grad for param in params if param.grad is not None]
+            if norm is not None and gradients:
+                # torch.nn.utils.clip_grad_norm_ of each tensor by itself, all in a few launches.
+                factors = torch._foreach_norm(gradients)
+                torch._foreach_add_(factors, 1e-6)
+                torch._foreach_reciprocal_(factors)
+                torch._foreach_mul_(factors, norm)
+                torch._foreach_clamp_max_(factors, 1.0)
+                torch._foreach_mul_(gradients, factors)
+            if value is not None and gradients:
+                torch.nn.utils.clip_grad_value_(params, value)
+
+    # --- state ---
+
+    def get_state(self) -> dict[str, Any]:
+        """State of every parameter by name, in the format of ``PyroOptim``."""
+        result = dict(self._state_waiting_to_be_consumed)
+        if self.optimizer is None:
+            return result
+        packed = self.optimizer.state_dict()
+        for group, packed_group in zip(
+            self.optimizer.param_groups, packed["param_groups"], strict=True
+        ):
+            for param, index in zip(group["params"], packed_group["params"], strict=True):
+                state: dict[str, Any] = {
+                    "state": {0: packed["state"][index]} if index in packed["state"] else {},
+                    "param_groups": [{**packed_group, "params": [0]}],
+                }
+                if self.scheduler is not None:
+                    state = {"scheduler": self.scheduler.state_dict(), "optimizer": state}
+                result[self._names[param]] = state
+        return result
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; it is applied when its parameters are next stepped."""
+        waiting = {**self.get_state(), **state_dict}
+        self._reset()
+        self._state_waiting_to_be_consumed = waiting
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same as :meth:`get_state`."""
+        return self.get_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same as :meth:`set_state`."""
+        self.set_state(state_dict)
+
+    def _consume_waiting_state(self) -> None:
+        """Load what waits for the parameters now present."""
+        waiting = {
+            name: self._state_waiting_to_be_consumed.pop(name)
+            for name in self._tensors
+            if name in self._state_waiting_to_be_consumed
+        }
+        if not waiting:
+            return
+        assert self.optimizer is not None
+        packed = self.optimizer.state_dict()
+        for group, packed_group in zip(
+            self.optimizer.param_groups, packed["param_groups"], strict=True
+        ):
+            for param, index in zip(group["params"], packed_group["params"], strict=True):
+                state = waiting.get(self._names[param])
+                if state is None:
+                    continue
+                if self.scheduler is not None and "scheduler" in state:
+                    self.scheduler.load_state_dict(state["scheduler"])
+                own = state.get("optimizer", state)
+                if own["state"]:
+                    packed["state"][index] = own["state"][0]
+                packed_group |= _options(state)
+        self.optimizer.load_state_dict(packed)
+
+
+def _options(state: dict[str, Any]) -> dict[str, Any]:
+    """Options in a parameter's state, the learning rate the schedule had reached among them."""
+    group = state.get("optimizer", state)["param_groups"][0]
+    return {k: v for k, v in group.items() if k not in IMPLEMENTATION_OPTIONS}

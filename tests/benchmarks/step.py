@@ -1,0 +1,272 @@
+"""Time one training step of a 784-512-256-20 Bernoulli VAE: Pyro, compiled Pyro, loops by hand.
+
+Run ``python tests/benchmarks/step.py``.  All contenders take the same number of steps in every
+round, one after the other, so that a slow spell of the machine falls on all of them; the table
+gives medians over the rounds and ratios taken within each round.  With a CUDA device the
+benchmark runs there, unless ``--device cpu`` is given.  Libraries that are not installed are left
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_vae.infer.compiled import CompiledTrace_ELBO
+from pyro_vae.infer.optim import FusedOptim
+
+PIXELS, WIDTHS, LATENT = 784, (512, 256), 20
+LEARNING_RATE = 1e-3
+
+Step = Callable[[Tensor], float]
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for size, following in itertools.pairwise(sizes):
+        layers += [nn.Linear(size, following), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class VAE(nn.Module):
+    """The one network, as a Pyro pair and as a loss written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = mlp(PIXELS, *WIDTHS, 2 * LATENT)
+        self.decoder = mlp(LATENT, *reversed(WIDTHS), PIXELS)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(x.new_zeros(LATENT), x.new_ones(LATENT)).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The same estimate: both log-densities of z at the draw, not their closed-form KL."""
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        noise = torch.randn_like(loc)
+        z = loc + log_scale.exp() * noise
+        divergence = (0.5 * z**2 - 0.5 * noise**2 - log_scale).sum()
+        fit = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
+        return fit + divergence
+
+
+def pyro_step(device: str, elbo: Trace_ELBO, optim: pyro.optim.PyroOptim) -> Step:
+    vae = VAE().to(device)
+    # Every contender has a parameter store of its own, swapped in for its steps.
+    store = pyro.get_param_store()
+    svi = SVI(vae.model, vae.guide, optim, elbo)
+    state = {"params": {}, "constraints": {}}
+
+    def step(x: Tensor) -> float:
+        if not store:
+            store.set_state(state)
+        loss = svi.step(x)
+        if not state["params"]:
+            state.update(store.get_state())
+        return loss
+
+    return step
+
+
+def hand_step(device: str, compile_mode: str | None) -> Step:
+    vae = VAE().to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, fused=True)
+    loss_of = vae.loss if compile_mode is None else torch.compile(vae.loss, mode=compile_mode)
+
+    def step(x: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(x)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def pythae_step(device: str) -> Step:
+    import pythae.models
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(PIXELS, *WIDTHS, 2 * LATENT)
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            loc, log_variance = self.net(x).chunk(2, -1)
+            return ModelOutput(embedding=loc, log_covariance=log_variance)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(LATENT, *reversed(WIDTHS), PIXELS)
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=self.net(z).sigmoid())
+
+    config = pythae.models.VAEConfig(
+        input_dim=(PIXELS,), latent_dim=LATENT, reconstruction_loss="bce"
+    )
+    vae = pythae.models.VAE(config, encoder=Encoder(), decoder=Decoder()).to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+
+    def step(x: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = vae({"data": x}).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def numpyro_step() -> Step:
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as ndist
+    from jax.example_libraries import stax
+
+    def net(*sizes: int) -> tuple:
+        layers = [layer for size in sizes[:-1] for layer in (stax.Dense(size), stax.Relu)]
+        return stax.serial(*layers, stax.Dense(sizes[-1]))
+
+    def model(x):
+        decode = numpyro.module("decoder", net(*reversed(WIDTHS), PIXELS), (len(x), LATENT))
+        with numpyro.plate("data", len(x)):
+            prior = ndist.Normal(jnp.zeros(LATENT), 1.0).to_event(1)
+            z = numpyro.sample("z", prior)
+            numpyro.sample("x", ndist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+
+    def guide(x):
+        encode = numpyro.module("encoder", net(*WIDTHS, 2 * LATENT), (len(x), PIXELS))
+        with numpyro.plate("data", len(x)):
+            loc, log_scale = jnp.split(encode(x), 2, -1)
+            numpyro.sample("z", ndist.Normal(loc, jnp.exp(log_scale)).to_event(1))
+
+    svi = numpyro.infer.SVI(
+        model, guide, numpyro.optim.Adam(LEARNING_RATE), numpyro.infer.Trace_ELBO()
+    )
+    update = jax.jit(svi.update)
+    state = None
+
+    def step(x: Tensor) -> float:
+        nonlocal state
+        batch = jnp.asarray(x.cpu().numpy())
+        if state is None:
+            state = svi.init(jax.random.PRNGKey(0), batch)
+        state, loss = update(state, batch)
+        return float(loss)
+
+    return step
+
+
+def contenders(device: str) -> Iterator[tuple[str, Step]]:
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    options = {"lr": LEARNING_RATE}
+
+    def fused() -> FusedOptim:
+        return FusedOptim(torch.optim.Adam, options)
+
+    yield "stock SVI", pyro_step(device, Trace_ELBO(), pyro.optim.Adam(dict(options)))
+    yield "stock SVI, FusedOptim", pyro_step(device, Trace_ELBO(), fused())
+    yield "compiled SVI, FusedOptim", pyro_step(device, CompiledTrace_ELBO(), fused())
+    yield "eager loop by hand", hand_step(device, None)
+    yield "compiled loop by hand", hand_step(device, mode)
+    if importlib.util.find_spec("pythae"):
+        yield "pythae", pythae_step(device)
+    if importlib.util.find_spec("numpyro"):
+        yield "NumPyro", numpyro_step()
+
+
+def measure(steps: dict[str, Step], x: Tensor, rounds: int, length: int) -> dict[str, list[float]]:
+    """Milliseconds per step of each contender in each round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(-1, rounds):  # the first round warms up
+        for name, step in steps.items():
+            pyro.clear_param_store()
+            for _ in range(3):
+                step(x)
+            start = time.perf_counter()
+            for _ in range(length):
+                step(x)
+            if index >= 0:
+                times[name].append((time.perf_counter() - start) / length * 1e3)
+    return times
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line for line in lines if "model name" in line).split(":")[1].strip()
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def report(times: dict[str, list[float]], device: str, batch_size: int) -> str:
+    lines = [
+        f"{hardware(device)}; torch {torch.__version__}, Pyro {pyro.__version__}; "
+        f"784-512-256-20 Bernoulli VAE, batch {batch_size}, {len(times['stock SVI'])} rounds",
+        "median and quartiles over the rounds",
+        "",
+        f"{'step':26}{'ms':>22}{'to stock SVI':>22}{'to compiled by hand':>22}",
+    ]
+    for name, values in times.items():
+        cells = [values]
+        for base in ("stock SVI", "compiled loop by hand"):
+            cells.append([v / b for v, b in zip(values, times[base], strict=True)])
+        texts = []
+        for cell in cells:
+            low, middle, high = quartiles(cell)
+            texts.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"{name:26}" + "".join(f"{text:>22}" for text in texts))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="steps per round")
+    parser.add_argument("--batch-size", type=int, default=128)
+    options = parser.parse_args()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pyro.set_rng_seed(0)
+    x = torch.rand(options.batch_size, PIXELS).bernoulli().to(device)
+    steps = dict(contenders(device))
+    print(report(measure(steps, x, options.rounds, options.steps), device, options.batch_size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""FusedOptim takes the steps of Pyro's own optimisers, with one torch optimiser."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+from torch.distributions import constraints
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.optim import FusedOptim
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+SCHEDULE = {
+    "scheduler": torch.optim.lr_scheduler.ExponentialLR,
+    "scheduler_args": {"gamma": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_store():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def make_pair():
+    net = nn.Linear(3, 3)
+
+    def model(x):
+        pyro.module("net", net)
+        noise = pyro.param("noise", torch.tensor(0.5), constraint=constraints.positive)
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(x) + z, noise).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    return model, guide
+
+
+def train(optim, steps=4, pair=None, after_step=None):
+    if pair is None:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        pair = make_pair()
+    svi = SVI(*pair, optim, Trace_ELBO())
+    for _ in range(steps):
+        svi.step(X)
+        if after_step:
+            after_step(optim)
+    return parameters(), pair
+
+
+def parameters():
+    return {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def per_name(name):
+    return {"lr": 0.05, "betas": (0.8, 0.9)} if "net." in name else {"lr": 0.01}
+
+
+def clip_by_name(module_name, name):
+    return {"clip_norm": 0.1} if name == "weight" else {}
+
+
+@pytest.mark.parametrize(
+    ("constructor", "options"),
+    [
+        (torch.optim.Adam, {"lr": 0.02}),
+        (torch.optim.Adam, per_name),
+        (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+        (torch.optim.Adagrad, {"lr": 0.02}),
+        (torch.optim.RMSprop, {"lr": 0.02}),
+    ],
+)
+@pytest.mark.parametrize("clip_args", [None, {"clip_norm": 0.5}, {"clip_value": 0.1}, clip_by_name])
+def test_steps_are_pyros(constructor, options, clip_args):
+    expected, _ = train(pyro.optim.PyroOptim(constructor, options, clip_args))
+    found, _ = train(FusedOptim(constructor, options, clip_args))
+    assert_equal(found, expected)
+
+
+def test_clipping_by_norm_and_value_together():
+    clip_args = {"clip_norm": 0.5, "clip_value": 0.2}
+    expected, _ = train(pyro.optim.SGD({"lr": 0.1}, clip_args))
+    found, _ = train(FusedOptim(torch.optim.SGD, {"lr": 0.1}, clip_args))
+    assert_equal(found, expected)
+
+
+def test_one_fused_optimiser_with_groups_by_options_in_order_of_names():
+    optim = FusedOptim(torch.optim.Adam, per_name)
+    train(optim)
+    groups = optim.optimizer.param_groups
+    store = pyro.get_param_store()
+    names = [[store.param_name(p) for p in group["params"]] for group in groups]
+    assert names == [["loc", "noise"], ["net$$$bias", "net$$$weight"]]
+    assert [group["lr"] for group in groups] == [0.01, 0.05]
+    assert all(group["fused"] for group in groups)
+    assert set(optim.optim_objs.values()) == {optim.optimizer}
+    assert len(optim.optim_objs) == 4
+
+
+def test_chosen_implementation_is_kept():
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1, "foreach": True})
+    train(optim, steps=1)
+    assert optim.optimizer.param_groups[0]["foreach"]
+    assert not optim.optimizer.param_groups[0]["fused"]
+
+
+def test_schedule_is_pyros():
+    stock = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
+    )
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, **SCHEDULE)
+    expected, _ = train(stock, after_step=lambda o: o.step())
+    found, _ = train(optim, after_step=lambda o: o.step())
+    assert_equal(found, expected)
+    assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 16)
+
+
+def test_plateau_schedule_takes_the_loss():
+    optim = FusedOptim(
+        torch.optim.SGD,
+        {"lr": 0.1},
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
+        scheduler_args={"patience": 0, "factor": 0.1},
+    )
+    optim.step(1.0)  # nothing to schedule yet
+    train(optim, steps=3, after_step=lambda o: o.step(1.0))
+    assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_gradients_are_none_and_momentum_does_not_move_unused_parameters():
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim)
+    store = dict(pyro.get_param_store().named_parameters())
+    assert all(p.grad is None for p in store.values())
+    before = parameters()
+    store["loc"].grad = torch.ones(3)
+    optim(set(store.values()))
+    after = parameters()
+    assert not torch.equal(after["loc"], before["loc"])
+    assert torch.equal(after["noise"], before["noise"])
+
+
+def test_only_the_given_parameters_are_stepped():
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim)
+    store = dict(pyro.get_param_store().named_parameters())
+    before = parameters()
+    for param in store.values():
+        param.grad = torch.ones_like(param)
+    optim([store["loc"]])
+    after = parameters()
+    assert [n for n in after if not torch.equal(after[n], before[n])] == ["loc"]
+    assert store["loc"].grad is None
+    assert torch.equal(store["noise"].grad, torch.ones(()))
+    optim([])
+
+
+def test_parameters_that_appear_later():
+    optim = FusedOptim(torch.optim.Adam, per_name)
+    first = pyro.param("b", torch.zeros(2))
+    second = pyro.param("net.c", torch.zeros(2))
+    for params in ([first], [first, second]):
+        for param in params:
+            param.grad = torch.ones(2)
+        optim(params)
+    a = pyro.param("a", torch.zeros(2))
+    a.grad = torch.ones(2)
+    optim([a])
+    assert [len(g["params"]) for g in optim.optimizer.param_groups] == [2, 1]
+    torch.testing.assert_close(a.detach(), torch.full((2,), -0.01))
+    torch.testing.assert_close(first.detach(), torch.full((2,), -0.02))
+    torch.testing.assert_close(second.detach(), torch.full((2,), -0.05))
+
+
+def test_replaced_parameter_starts_afresh():
+    runs = []
+    for optim in (pyro.optim.Adam({"lr": 0.1}), FusedOptim(torch.optim.Adam, {"lr": 0.1})):
+        _, pair = train(optim)
+        pyro.get_param_store()["loc"] = torch.ones(3)
+        pyro.set_rng_seed(1)
+        runs.append(train(optim, steps=2, pair=pair)[0])
+    assert_equal(runs[1], runs[0])
+    assert len(optim.optimizer.state) == 4
+    assert sum(len(g["params"]) for g in optim.optimizer.param_groups) == 4
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_state_resumes_a_run(scheduled, tmp_path):
+    options = SCHEDULE if scheduled else {}
+    schedule = (lambda o: o.step()) if scheduled else None
+    pyro.set_rng_seed(0)
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, **options)
+    _, pair = train(optim, steps=3, after_step=schedule)
+    optim.save(tmp_path / "optim.pt")
+    saved, generator = parameters(), pyro.util.get_rng_state()
+    expected, _ = train(optim, steps=3, pair=pair, after_step=schedule)
+    with torch.no_grad():
+        for name, param in pyro.get_param_store().named_parameters():
+            param.copy_(saved[name])
+    pyro.util.set_rng_state(generator)
+    resumed = FusedOptim(torch.optim.Adam, {"lr": 0.1}, **options)
+    resumed.load(tmp_path / "optim.pt")
+    assert resumed.get_state().keys() == saved.keys()
+    found, _ = train(resumed, steps=3, pair=pair, after_step=schedule)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("direction", ["from Pyro", "to Pyro"])
+def test_state_is_exchanged_with_pyro(direction):
+    def fused():
+        return FusedOptim(torch.optim.Adam, {"lr": 0.1})
+
+    def stock():
+        return pyro.optim.Adam({"lr": 0.1})
+
+    runs = []
+    source, target = (stock, fused) if direction == "from Pyro" else (fused, stock)
+    for make in (source, target):
+        optim = source()
+        _, pair = train(optim, steps=3)
+        fresh = make()
+        fresh.set_state(optim.get_state())
+        runs.append(train(fresh, steps=3, pair=pair)[0])
+    assert_equal(runs[1], runs[0])
+
+
+def test_loading_takes_effect_on_a_running_optimiser():
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    _, pair = train(optim, steps=2)
+    state = optim.state_dict()
+    for own in state.values():
+        own["param_groups"][0]["lr"] = 0.0
+    optim.load_state_dict(state)
+    before = parameters()
+    train(optim, steps=2, pair=pair)
+    assert_equal(parameters(), before)
+    steps = {float(s["step"]) for s in optim.optimizer.state.values()}
+    assert steps == {4.0}
+
+
+def test_gradients_that_are_missing_do_not_warn():
+    param = pyro.param("a", torch.zeros(2))
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, {"clip_norm": 1.0, "clip_value": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optim([param])
+    assert torch.equal(param.detach(), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("use", "match"),
+    [
+        (lambda: FusedOptim(torch.optim.LBFGS, {}), "LBFGS needs a closure"),
+        (
+            lambda: FusedOptim(torch.optim.SGD, {"lr": 0.1}, {"norm": 1.0})(
+                [pyro.param("a", torch.zeros(1))]
+            ),
+            "expected clip_norm and clip_value",
+        ),
+        (
+            lambda: FusedOptim(torch.optim.SGD, {"lr": 0.1})([torch.zeros(1)]),
+            "without a name there",
+        ),
+    ],
+)
+def test_wrong_use_is_named(use, match):
+    with pytest.raises(InputError, match=match):
+        use()
+
+
+def test_new_options_after_a_schedule_began_are_refused():
+    optim = FusedOptim(torch.optim.Adam, per_name, **SCHEDULE)
+    optim([pyro.param("a", torch.zeros(1))])
+    optim([pyro.param("b", torch.zeros(1))])
+    with pytest.raises(InputError, match=r"'net\.c' has options of its own"):
+        optim([pyro.param("net.c", torch.zeros(1))])
+
+
+@pytest.mark.gpu
+def test_cuda_parameters_are_fused():
+    param = pyro.param("a", torch.zeros(2, device="cuda"))
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    param.grad = torch.ones_like(param)
+    optim([param])
+    assert optim.optimizer.param_groups[0]["fused"]
+    torch.testing.assert_close(param.detach().cpu(), torch.full((2,), -0.1))
