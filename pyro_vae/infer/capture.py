@@ -28,23 +28,6 @@ class CannotCaptureError(Exception):
     """Why a pair can't be captured faithfully; its text completes "runs eagerly: ..."."""
 
 
-class LatentScale(Messenger):
-    """Scale the log-densities of the latent sites by ``scale`` (a number or a 0-dim tensor).
-
-    In the model those are the sites that are not observed; in the guide every site, since all of
-    them, auxiliary ones too, make up log q.  Unlike ``poutine.scale`` it accepts zero.
-    """
-
-    def __init__(self, scale: float | Tensor, *, whole: bool) -> None:
-        super().__init__()
-        self.scale = scale
-        self.whole = whole
-
-    def _pyro_sample(self, message: Any) -> None:
-        if not site_is_subsample(message) and (self.whole or not message["is_observed"]):
-            message["scale"] = message["scale"] * self.scale
-
-
 # --- arguments -------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
-from pyro_vae.infer.capture import CannotCaptureError, LatentScale
+from pyro_vae.infer.capture import CannotCaptureError
+from pyro_vae.infer.objectives import scale_latents
 from pyro_vae.infer.program import (
     Call,
     DeviceLoss,
@@ -141,8 +142,8 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
         if isinstance(self._scale, Tensor) or self._scale != 1.0:
             if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
                 raise InputError("beta needs a guide that is a function of its own, got a handler")
-            model = LatentScale(self._scale, whole=False)(model)
-            guide = LatentScale(self._scale, whole=True)(guide)
+            model = scale_latents(model, self._scale)
+            guide = scale_latents(guide, self._scale, is_guide=True)
         self._sites = []
         for model_trace, guide_trace in super()._get_traces(model, guide, args, kwargs):
             for trace in (guide_trace, model_trace):

@@ -34,21 +34,23 @@ _SCALE = "pyro_vae_latent_scale"
 
 
 class _ScaleLatents(Messenger):
-    """Multiply the scale of unobserved sample sites and remember by how much."""
+    """Multiply the scale of latent sites and remember by how much."""
 
-    def __init__(self, scale: float | Tensor) -> None:
+    def __init__(self, scale: float | Tensor, is_guide: bool) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.is_guide = scale, is_guide
 
     def _pyro_sample(self, message: Any) -> None:
-        if message["is_observed"]:
+        if (message["is_observed"] and not self.is_guide) or site_is_subsample(message):
             return
         message["scale"] = message["scale"] * self.scale
         known = message["infer"].get(_SCALE, 1.0)
         message["infer"] = {**message["infer"], _SCALE: known * self.scale}
 
 
-def scale_latents(function: Callable[..., Any], scale: float | Tensor) -> Callable[..., Any]:
+def scale_latents(
+    function: Callable[..., Any], scale: float | Tensor, *, is_guide: bool = False
+) -> Callable[..., Any]:
     """Scale the log-probabilities of the latent sites of a model or a guide, and of no other site.
 
     Applied to both functions of a pair it turns the ELBO into the beta-VAE's objective, distortion +
@@ -58,6 +60,8 @@ def scale_latents(function: Callable[..., Any], scale: float | Tensor) -> Callab
     Args:
         function: a model or a guide.
         scale: beta, at least 0; a tensor may change between calls without a recompilation.
+        is_guide: whether the function is a guide, where every site is a part of log q: its factors
+            are then scaled too.
 
     Raises:
         InputError: a number below 0 or not finite.
@@ -71,7 +75,7 @@ def scale_latents(function: Callable[..., Any], scale: float | Tensor) -> Callab
             return function
 
     def scaled(*args: Any, **kwargs: Any) -> Any:
-        with _ScaleLatents(scale):
+        with _ScaleLatents(scale, is_guide):
             return function(*args, **kwargs)
 
     return scaled

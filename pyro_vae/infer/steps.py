@@ -114,7 +114,7 @@ class Steps:
     ) -> None:
         """Add the gradient of the mean loss per datum to the parameters."""
         beta = self.schedule.current
-        pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta))
+        pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta, is_guide=True))
         if not hasattr(self.objective, "differentiable_loss"):
             _check_finite(self.objective.loss_and_grads(*pair, *batch))
             divisor = len(batch[0]) * subsample_scale(traces, self.plate)
