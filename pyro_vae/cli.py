@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -133,23 +134,34 @@ def evaluate(
 @app.command()
 def sample(
     run: _Run,
-    num: Annotated[int, typer.Option(help="How many.")] = 64,
-    draw: Annotated[
-        bool, typer.Option("--draw", help="Draw from the likelihood instead of taking its mean.")
-    ] = False,
+    num: Annotated[
+        int | None, typer.Option(help="How many; default: 64 images or 1000 vectors.")
+    ] = None,
+    mean: Annotated[
+        bool | None,
+        typer.Option(
+            "--mean/--draw",
+            help="Means of the likelihood or draws; default: draws for real vectors, else means.",
+        ),
+    ] = None,
     output: _Picture = None,
+    data_root: _DataRoot = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Draw new data from a run's model into a picture."""
     from pyro_vae import commands
 
-    typer.echo(commands.sample(run, number=num, mean=not draw, output=output, seed=seed))
+    typer.echo(
+        commands.sample(run, number=num, mean=mean, data_root=data_root, output=output, seed=seed)
+    )
 
 
 @app.command()
 def reconstruct(
     run: _Run,
-    num: Annotated[int, typer.Option(help="How many of the test data.")] = 12,
+    num: Annotated[
+        int | None, typer.Option(help="How many; default: 12 images or 500 vectors.")
+    ] = None,
     output: _Picture = None,
     data_root: _DataRoot = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -161,9 +173,22 @@ def reconstruct(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        sys.stderr.write(f"pyro-vae: {error}\n")
-        sys.exit(2)
+    """Run the command line.
+
+    A user's mistake, and a file that can't be read or written, is one line on standard error and exit
+    code 2; a warning is one line on standard error.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+        try:
+            app()
+        except InputError as error:
+            _tell(str(error))
+            sys.exit(2)
+        except OSError as error:
+            _tell(f"expected to read or write {error.filename}, got: {error.strerror}")
+            sys.exit(2)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"pyro-vae: {text}\n")

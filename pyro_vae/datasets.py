@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, unknown_name
 
-__all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
+__all__ = ["BINARIZATIONS", "FILE_TYPES", "NAMES", "Dataset", "load", "root_of"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
+FILE_TYPES = (".npy", ".npz")
 
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
@@ -98,7 +101,7 @@ def load(
         raise unknown_name("binarisation", binarize, BINARIZATIONS)
     generator = torch.Generator().manual_seed(seed)
     if str(name_or_path) in NAMES:
-        parts = _load_named(str(name_or_path), _root(root), download)
+        parts = _load_named(str(name_or_path), root_of(root), download)
     else:
         parts = _load_file(Path(name_or_path))
     tensors = {name: _as_tensor(name, value) for name, value in parts.items()}
@@ -116,9 +119,10 @@ def load(
     return _with_checksums(_binarized(dataset, generator))
 
 
-def _root(root: str | Path | None) -> Path:
+def root_of(root: str | Path | None) -> Path:
+    """Return the folder of the named sets: as given, from the variable, or the default one."""
     chosen = root or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
-    return Path(chosen)
+    return Path(chosen).expanduser().absolute()
 
 
 def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
@@ -139,7 +143,8 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
         }[name]
         train = load_part(root, train=True, download=download)
         test = load_part(root, train=False, download=download)
-    except (RuntimeError, OSError, URLError, ValueError) as error:
+    # torchvision asserts where a file is cut short.
+    except (RuntimeError, OSError, URLError, ValueError, AssertionError) as error:
         raise InputError(_missing_message(name, root, download, error)) from error
     return {
         "train": train.data[:, None] / 255,
@@ -173,24 +178,26 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
 
 
 def _load_file(path: Path) -> dict[str, Any]:
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix not in FILE_TYPES:
         raise unknown_name("data set (and no .npy or .npz file)", str(path), NAMES)
+    path = path.expanduser()
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, found none: check the path")
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {"x": content}
-        with content:
+        with path.open("rb") as stream:
+            content = np.load(stream, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"x": content}
             arrays = {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"expected a readable array file at {path}, got: {reason}") from error
+        raise InputError(
+            f"expected an array file of numbers at {path}, got: {reason}; write it by numpy.save"
+        ) from error
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
     known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}
-    surplus = sorted(set(arrays) - known - {"x", "y"})
-    if surplus or not ({"train", "test"} <= set(arrays) or "x" in arrays):
+    if not ({"x"} <= set(arrays) <= {"x", "y"} or {"train", "test"} <= set(arrays) <= known):
         raise InputError(
             f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
             f"got {', '.join(sorted(arrays)) or 'nothing'}: rename them"
@@ -199,22 +206,31 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 
 _PARTS = ("train", "validation", "test")
+_UNREADABLE = (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     """Return data as float32 and labels as int64; refuse what is no data."""
     array = np.asarray(value)
     if name == "y" or name.endswith("_labels"):
+        if array.dtype.kind not in "iub" or array.ndim != 1:
+            raise InputError(
+                f"expected labels {name!r} as whole numbers (N,), got {array.dtype} {array.shape}"
+            )
         return torch.as_tensor(array.astype(np.int64))
     if array.dtype.kind not in "fiub":
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
     if array.ndim < 2 or 0 in array.shape:
+        advice = "reshape to (N, 1)" if array.ndim == 1 and len(array) else "check the file"
         raise InputError(
-            f"expected {name!r} of shape (N, ...) with at least one datum, got {array.shape}"
+            f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
         )
-    tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
+    with np.errstate(over="ignore"):  # what float32 can't hold is refused below
+        tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
     if not tensor.isfinite().all():
-        raise InputError(f"expected finite data in {name!r}, got NaN or infinity: clean them first")
+        raise InputError(
+            f"expected finite float32 data in {name!r}, got NaN or infinity: clean them first"
+        )
     return tensor
 
 
@@ -222,6 +238,12 @@ def _split(
     parts: dict[str, Tensor], validation_size: int | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Bring any of the accepted layouts to train, validation and test."""
+    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
+        if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
+            raise InputError(
+                f"expected one label per datum, got {len(parts[labels])} {labels!r} for "
+                f"{len(parts.get(of, ()))} {of!r}"
+            )
     if "x" in parts:
         x, y = parts["x"], parts.get("y")
         test_size = max(1, round(_TEST_SHARE * len(x)))
@@ -231,6 +253,8 @@ def _split(
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
     if "validation" in parts:
+        if validation_size is not None:
+            raise InputError("expected no validation size for data with a validation part")
         return parts
     size = validation_size
     if size is None:
@@ -282,7 +306,5 @@ def _binarized(dataset: Dataset, generator: torch.Generator) -> Dataset:
 
 
 def _with_checksums(dataset: Dataset) -> Dataset:
-    checksums = {
-        name: hashlib.sha256(getattr(dataset, name).numpy().tobytes()).hexdigest() for name in _PARTS
-    }
+    checksums = {name: hashlib.sha256(getattr(dataset, name).numpy()).hexdigest() for name in _PARTS}
     return replace(dataset, checksums=checksums)

@@ -9,13 +9,26 @@ __all__ = ["ACTIVATIONS", "FAMILIES", "LIKELIHOODS", "PRIORS", "TrainSettings"]
 # Name on the command line -> class name in the module of its kind.
 PRIORS = {
     "standard-normal": "StandardNormal",
+    "gaussian-mixture": "GaussianMixture",
+    "von-mises-fisher": "VonMisesFisher",
+    "hypersphere-uniform": "HypersphericalUniform",
+    "beta": "Beta",
+    "vamp": "VampPrior",
+    "flow": "FlowPrior",
 }
 LIKELIHOODS = {
     "bernoulli": "Bernoulli",
     "gaussian": "Gaussian",
+    "continuous-bernoulli": "ContinuousBernoulli",
 }
 FAMILIES = {
     "mean-field": "MeanFieldNormal",
+    "full-rank": "FullRankNormal",
+    "iaf": "InverseAutoregressiveFlow",
+    "spline": "NeuralSplineFlow",
+    "mixture": "MixtureOfNormals",
+    "von-mises-fisher": "VonMisesFisher",
+    "beta": "Beta",
 }
 ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
 

@@ -253,7 +253,8 @@ class Head(nn.Module):
         super().__init__()
         self.in_shape = _positive("in_shape", in_shape)
         self.out_shape = _positive("out_shape", out_shape)
-        self.pixelwise = len(in_shape) == 3 == len(out_shape) and in_shape[1:] == out_shape[1:]
+        both_maps = len(self.in_shape) == 3 == len(self.out_shape)
+        self.pixelwise = both_maps and self.in_shape[1:] == self.out_shape[1:]
         self.map: nn.Conv2d | nn.Linear
         if self.pixelwise:
             self.map = nn.Conv2d(self.in_shape[0], self.out_shape[0], kernel_size=1)

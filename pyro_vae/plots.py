@@ -19,9 +19,12 @@ _BLUE, _ORANGE = "#1f5a94", "#d1742b"
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
-    """Say whether data of this shape are shown as images: (1 or 3, H, W), or (H, W) of at least 4."""
+    """Say whether data of this shape are shown as images.
+
+    They are as ``(C, H, W)`` or ``(H, W, C)`` with 1 or 3 channels, and as ``(H, W)`` of at least 4.
+    """
     if len(data_shape) == 3:
-        return data_shape[0] in (1, 3)
+        return data_shape[0] in (1, 3) or data_shape[2] in (1, 3)
     return len(data_shape) == 2 and min(data_shape) >= 4
 
 
@@ -35,26 +38,30 @@ def image_grid(
     """Show images in a grid, one sequence per row; ink is dark on white paper.
 
     Args:
-        rows: arrays of images ``(columns, C, H, W)`` or ``(columns, H, W)``.
+        rows: arrays of images ``(columns, *data_shape)`` (see :func:`is_image`).
         title: a line above the grid.
         row_labels: one label per row.
         limits: the values shown as white and as black.
     """
-    columns = max(len(row) for row in rows)
-    left = 1.0 if row_labels else 0.1
-    width, height = left + 0.62 * columns + 0.1, 0.62 * len(rows) + 0.5
+    cell_width, cell_height = _cell(rows[0].shape[1:])
+    left, gap = 0.75 if row_labels else 0.1, 0.05
+    width = left + (cell_width + gap) * max(len(row) for row in rows) + gap
+    width = max(width, left + 0.075 * len(title))  # about a character's width at this size
+    height = (cell_height + gap) * len(rows) + 0.4
     figure = Figure(figsize=(width, height), dpi=150)
-    figure.text(left / width, 1 - 0.28 / height, title, fontsize=10, va="center")
+    # One pair of axes, in inches from the lower left corner, holds everything.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.text(left, height - 0.2, title, fontsize=10, va="center")
     for row_index, row in enumerate(rows):
-        bottom = (len(rows) - 1 - row_index) * 0.62 + 0.06
+        bottom = (len(rows) - 1 - row_index) * (cell_height + gap) + gap
         for column, image in enumerate(row):
-            box = ((left + 0.62 * column) / width, bottom / height, 0.58 / width, 0.58 / height)
-            axes = figure.add_axes(box)
-            _show(axes, image, limits)
+            at = left + column * (cell_width + gap)
+            _show(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
         if row_labels:
-            middle = (bottom + 0.29) / height
-            label_at = (left - 0.1) / width
-            figure.text(label_at, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
+            middle = bottom + cell_height / 2
+            axes.text(left - 0.1, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
+    axes.set(xlim=(0, width), ylim=(0, height))
     return figure
 
 
@@ -70,27 +77,26 @@ def samples(
         limits: the values shown as white and as black.
     """
     if is_image(drawn.shape[1:]):
-        columns = math.ceil(math.sqrt(len(drawn)))
+        cell_width, cell_height = _cell(drawn.shape[1:])
+        columns = math.ceil(math.sqrt(len(drawn) * cell_height / cell_width))
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=10, loc="left")
+    figure, axes = _one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40).tolist()
         axes.hist(data[:, 0], bins, density=True, color=_BLUE, alpha=0.5, label="data")
         axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=_ORANGE, label="drawn")
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        axes.scatter(data[:, 0], data[:, 1], s=6, color=_BLUE, alpha=0.4, label="data", linewidths=0)
-        axes.scatter(
-            drawn[:, 0], drawn[:, 1], s=6, color=_ORANGE, alpha=0.7, label="drawn", linewidths=0
-        )
+        for values, colour, label in ((data, _BLUE, "data"), (drawn, _ORANGE, "drawn")):
+            axes.scatter(
+                values[:, 0], values[:, 1], s=6, color=colour, alpha=0.5, label=label, linewidths=0
+            )
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
-    axes.legend(frameon=False, fontsize=9)
+    _legend_above(axes)
     return figure
 
 
@@ -108,15 +114,20 @@ def reconstructions(
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
-    figure = Figure(figsize=(4.4, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
+    if _are_bits(data):
+        bins = np.linspace(0, 1, 26).tolist()
+        axes.hist(got[true == 0], bins, color=_BLUE, alpha=0.5, label="data 0")
+        axes.hist(got[true == 1], bins, color=_ORANGE, histtype="step", label="data 1")
+        axes.set(xlabel="reconstruction", ylabel="values")
+        _legend_above(axes)
+        return figure
     ends = [min(true.min(), got.min()), max(true.max(), got.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
     axes.scatter(true, got, s=5, color=_BLUE, alpha=0.4, linewidths=0, label="one value")
     axes.set(xlabel="data", ylabel="reconstruction")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    _legend_above(axes)
     return figure
 
 
@@ -134,41 +145,103 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
         shown = []
         for part, colour in (("train", _BLUE), ("validation", _ORANGE)):
             curve = np.asarray(history[f"{part}_{name}"], dtype=float)
-            if np.isfinite(curve).any():
+            finite = np.isfinite(curve)
+            if finite.any():
                 epochs = np.arange(1, len(curve) + 1)
-                axes.plot(epochs, curve, color=colour, label=part, linewidth=1.3)
+                marker = "o" if len(curve) <= 20 else None  # a line needs two epochs to be seen
+                axes.plot(
+                    epochs,
+                    curve,
+                    color=colour,
+                    label=part,
+                    linewidth=1.3,
+                    marker=marker,
+                    markersize=3,
+                )
                 # The fall of the first epochs would flatten everything that follows.
-                shown.append(curve[len(curve) // 20 :])
+                start = len(curve) // 20
+                shown.append(curve[start:][finite[start:]])
         label = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}[name]
-        axes.set(xlabel="epoch", ylabel=f"{label} (nats per datum)")
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        _fit_vertically(axes, shown)
+        _fit_vertically(axes, np.concatenate([*shown, []]))
+    panels[0].set_ylabel("nats per datum")
     panels[0].legend(frameon=False, fontsize=9)
     return figure
 
 
-def _show(axes: Axes, image: Array, limits: tuple[float, float]) -> None:
-    axes.set_axis_off()
-    if image.ndim == 3 and image.shape[0] == 3:
-        low, high = limits
-        axes.imshow(np.clip((image.transpose(1, 2, 0) - low) / (high - low), 0, 1))
-        return
-    flat = image[0] if image.ndim == 3 else image
-    axes.imshow(flat, cmap="gray_r", vmin=limits[0], vmax=limits[1], interpolation="nearest")
-    frame = Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor="0.8")
-    frame.set_linewidth(0.6)
-    axes.add_patch(frame)
+def _one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend_above(axes: Axes) -> None:
+    """Put the legend right of the title, where it hides no data."""
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        markerscale=2,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderpad=0,
+        columnspacing=1,
+    )
+
+
+def _are_bits(data: Array) -> bool:
+    return bool(((data == 0) | (data == 1)).all())
+
+
+def _cell(shape: Sequence[int]) -> tuple[float, float]:
+    """Return the width and height in inches at which an image is shown: of its own proportions."""
+    height, width = (size for axis, size in enumerate(shape) if axis != _channel_axis(shape))
+    side = math.sqrt(height * width)
+    inches = min(max(0.58, side / 48), 1.3)
+    return inches * width / side, inches * height / side
+
+
+def _channel_axis(shape: Sequence[int]) -> int | None:
+    if len(shape) == 2:
+        return None
+    return 0 if shape[0] in (1, 3) else 2
+
+
+def _show(
+    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
+) -> None:
+    low, high = limits
+    channel_axis = _channel_axis(image.shape)
+    if channel_axis is not None:
+        image = np.moveaxis(image, channel_axis, -1)
+        image = (
+            image[:, :, 0]
+            if image.shape[2] == 1
+            else np.clip((image - low) / (high - low or 1), 0, 1)
+        )
+    axes.imshow(image, cmap="gray_r", vmin=low, vmax=high, extent=extent, aspect="auto")
+    left, right, bottom, top = extent
+    axes.add_patch(
+        Rectangle((left, bottom), right - left, top - bottom, fill=False, ec="0.8", linewidth=0.6)
+    )
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:
-    """Show the median and the middle 90 % of each coordinate."""
+    """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
+    bits = _are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in (
         (data, _BLUE, "data", -0.12),
         (drawn, _ORANGE, "drawn", 0.12),
     ):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
+        if bits:
+            low = middle = high = values.mean(0)
         errors = np.stack([middle - low, high - middle])
         axes.errorbar(
             position + shift,
@@ -180,14 +253,12 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
             label=label,
             linewidth=1,
         )
-    axes.set(xlabel="coordinate", ylabel="value (median, middle 90 %)")
+    axes.set(xlabel="coordinate", ylabel="share of ones" if bits else "median, middle 90 %")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _fit_vertically(axes: Axes, curves: Sequence[Array]) -> None:
-    if not curves:
-        return
-    low = min(np.nanmin(curve) for curve in curves)
-    high = max(np.nanmax(curve) for curve in curves)
-    margin = 0.05 * (high - low) or 0.5
-    axes.set_ylim(low - margin, high + margin)
+def _fit_vertically(axes: Axes, values: Array) -> None:
+    if len(values):
+        low, high = values.min(), values.max()
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_ylim(low - margin, high + margin)

@@ -6,21 +6,38 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 import pyro_vae
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.infer.training import resolve_device
 from pyro_vae.vae import VAE
 
-__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "is_run", "load", "read_config", "save", "write_json"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "WEIGHTS",
+    "check_free",
+    "describe",
+    "finite_or_none",
+    "load",
+    "new_run",
+    "read_config",
+    "save",
+    "save_weights",
+    "write_json",
+    "write_whole",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
@@ -46,14 +63,12 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
 
     Raises:
         InputError: a folder that holds a run, or a component that can't be described.
+        OSError: a folder that can't be written.
     """
     folder = Path(folder)
-    if is_run(folder):
-        raise InputError(f"expected a folder without a run, {folder} holds one: choose another")
-    config = describe(vae, settings)
-    make_folder(folder)
-    write_json(folder / CONFIG, config)
-    save_weights(vae, folder)
+    check_free(folder)
+    with new_run(folder, describe(vae, settings)):
+        save_weights(vae, folder)
     return folder
 
 
@@ -66,22 +81,47 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
     Args:
         folder: the run folder.
         components: classes of your own by name, e.g. ``{"MyPrior": MyPrior}``.
-        device: where to put the weights.
+        device: where to put the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        InputError: no run there, a file that can't be read, an unknown component, or weights that do
-            not match the settings.
+        InputError: no run there, a file that can't be read, an unknown component, weights that do
+            not match the settings, or a device that is not here.
     """
-    folder = Path(folder)
+    folder, place = Path(folder), resolve_device(device)
     config = read_config(folder)
     vae = _build_vae(config, components or {})
     _assign(vae, _read_weights(folder / WEIGHTS))
-    return vae.to(device).eval()
+    return vae.to(place).eval()
 
 
-def is_run(folder: str | Path) -> bool:
-    """Say whether a folder holds a run."""
-    return (Path(folder) / CONFIG).exists()
+def check_free(folder: Path) -> None:
+    """Refuse a folder that can't become a run folder without overwriting something.
+
+    Raises:
+        InputError: a file of that name, or a folder that holds a run, finished or not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"expected a folder, {folder} is a file: choose another")
+    if (folder / CONFIG).exists():
+        which = "a run" if (folder / WEIGHTS).exists() else "an unfinished run"
+        raise InputError(f"expected a folder without a run, {folder} holds {which}: choose another")
+
+
+@contextmanager
+def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Create a run folder with its settings; take it away again if the body fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, config)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for name in (CONFIG, WEIGHTS):
+                (folder / name).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -125,14 +165,14 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on their names and values alone."""
-    state = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda path: save_file(state, path))
+    state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
+    write_whole(folder / WEIGHTS, lambda path: path.write_bytes(serialised(state)))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
     text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -146,20 +186,16 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder with its parents, or say why it can't be."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with the path of a temporary file that takes the file's place when done."""
+    # The temporary name keeps the suffix, by which a picture's format is chosen.
+    temporary = path.with_name(f".part-{path.name}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"expected a folder that can be written at {folder}, got: {error.strerror}"
-        ) from error
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _registry() -> dict[str, type[nn.Module]]:
@@ -190,6 +226,8 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
         return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
     if isinstance(component, Tensor):
         return {"tensor": component.tolist()}
+    if isinstance(component, float) and not math.isfinite(component):
+        return {"float": str(component)}  # JSON has no number for it
     if component is None or isinstance(component, bool | int | float | str):
         return component
     if isinstance(component, list | tuple):
@@ -205,9 +243,13 @@ def _build_vae(config: dict[str, Any], components: Components) -> VAE:
     try:
         for part in _PARTS:
             parts[part] = _build(config["model"][part], components, parts)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"expected a description of a VAE in {CONFIG}, got: {error}") from error
-    return VAE(parts["prior"], parts["likelihood"], parts["variational_family"])
+        return VAE(parts["prior"], parts["likelihood"], parts["variational_family"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _build(description: Any, components: Components, parts: dict[str, Any]) -> Any:
@@ -219,6 +261,8 @@ def _build(description: Any, components: Components, parts: dict[str, Any]) -> A
         return parts[description["shared"]]
     if "tensor" in description:
         return torch.tensor(description["tensor"])
+    if "float" in description:
+        return float(description["float"])
     name = description["class"]
     registry = _registry() | {f"custom.{key}": value for key, value in components.items()}
     if name not in registry:
@@ -243,9 +287,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"expected safetensors weights in {path}, got: {error}") from error
 
 
+def _state(vae: VAE) -> dict[str, Tensor]:
+    """Return the tensors to keep by name; one shared by two components once, under its first name."""
+    names: dict[int, str] = {}
+    state = vae.state_dict(keep_vars=True)  # the very tensors, so that shared ones can be told
+    for name, value in state.items():
+        names.setdefault(id(value), name)
+    return {name: state[name] for name in names.values()}
+
+
 def _assign(vae: VAE, weights: dict[str, Tensor]) -> None:
-    """Check every tensor, then assign all of them."""
-    expected = vae.state_dict()
+    """Check every tensor, then assign all of them; the VAE takes on their floating-point type."""
+    expected = _state(vae)
     missing, surplus = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or surplus:
         raise InputError(
@@ -260,4 +313,9 @@ def _assign(vae: VAE, weights: dict[str, Tensor]) -> None:
             )
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"expected finite weights, got NaN or infinity in {name}")
-    vae.load_state_dict(weights)
+    types = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(types) > 1:
+        raise InputError(f"expected weights of one floating-point type, got {len(types)}")
+    for dtype in types:
+        vae.to(dtype)
+    vae.load_state_dict(weights, strict=False)  # the names were checked above

@@ -1,0 +1,49 @@
+"""The estimate of log p(x) that the commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae import likelihoods
+from pyro_vae.datasets import Dataset
+from pyro_vae.evaluation.importance import LogMarginal, log_marginal
+from pyro_vae.vae import VAE
+
+
+def estimated(vae: VAE, x: Tensor, *, num_samples: int, seed: int) -> LogMarginal:
+    """Return the estimate of log p(x) by importance sampling; a terminal shows its progress."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("log p(x)", total=len(x))
+        return log_marginal(
+            vae.model,
+            vae.guide,
+            x,
+            num_samples=num_samples,
+            seed=seed,
+            progress=lambda done, _: bar.update(task, completed=done),
+        )
+
+
+def as_dict(estimate: LogMarginal) -> dict[str, Any]:
+    """Return the estimate's means per datum, in nats, as ``evaluate`` reports them."""
+    return {
+        "log_marginal": estimate.mean,
+        "standard_error": estimate.mean_standard_error,
+        "data_standard_error": estimate.data_standard_error,
+        "elbo": estimate.elbo.mean().item(),
+        "rate": estimate.rate.mean().item(),
+        "distortion": estimate.distortion.mean().item(),
+        "num_samples": int(estimate.num_samples[0]),  # the same for every datum
+        "num_data": len(estimate.log_prob),
+    }
+
+
+def is_pseudo(vae: VAE, dataset: Dataset) -> bool:
+    """Say whether a Bernoulli scores grey values, which is no density."""
+    grey = bool(((dataset.test > 0) & (dataset.test < 1)).any())
+    return grey and isinstance(vae.likelihood, likelihoods.Bernoulli)

@@ -1,0 +1,154 @@
+"""What is done with a finished run: ``pyro-vae evaluate``, ``sample`` and ``reconstruct``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pyro_vae import datasets, plots, runs
+from pyro_vae.commands.measuring import as_dict, estimated, is_pseudo
+from pyro_vae.commands.pictures import (
+    data_shape_of,
+    reconstruction_picture,
+    sample_picture,
+    save_picture,
+)
+from pyro_vae.commands.settings import check_seed
+from pyro_vae.datasets import Dataset
+from pyro_vae.errors import InputError
+from pyro_vae.infer.training import resolve_device
+from pyro_vae.names import TrainSettings
+from pyro_vae.vae import VAE
+
+_MOST_PICTURED = 10_000
+
+
+def evaluate(
+    run: Path, *, num_samples: int, data_root: str | None, device: str, seed: int
+) -> dict[str, Any]:
+    """Estimate log p(x) of a run's whole test part.
+
+    Returns:
+        means per datum in nats: ``log_marginal`` with ``standard_error`` (Monte Carlo) and
+        ``data_standard_error``, ``elbo``, ``rate``, ``distortion``, ``num_samples``, ``num_data``.
+
+    Raises:
+        InputError: no run there, data that changed since, or options out of range.
+
+    Warns:
+        UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
+    """
+    if num_samples < 1:
+        raise InputError(f"expected a number of samples of at least 1, got {num_samples}")
+    check_seed(seed)
+    place = resolve_device(device)
+    vae, settings, _ = _opened(run, place)
+    dataset = _data_of(run, settings, data_root)
+    if is_pseudo(vae, dataset):
+        warnings.warn(
+            "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
+            "density",
+            stacklevel=2,
+        )
+    test = dataset.test.to(place)
+    return as_dict(estimated(vae, test, num_samples=num_samples, seed=seed))
+
+
+def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
+    """Print an estimate as one JSON object alone on standard output, or as a table."""
+    if as_json:
+        sys.stdout.write(json.dumps(runs.finite_or_none(values)) + "\n")
+        return
+    table = Table(title="Whole test part, nats per datum", title_justify="left", min_width=52)
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if name[:3] == "num" else f"{value:.3f}")
+    Console().print(table)
+
+
+def sample(
+    run: Path,
+    *,
+    number: int | None,
+    mean: bool | None,
+    data_root: str | None,
+    output: Path | None,
+    seed: int,
+) -> Path:
+    """Draw new data from a run's model and write them as a picture; return its path."""
+    _check_pictured(number)
+    check_seed(seed)
+    path = _picture_path(output, run / f"samples-seed-{seed}.png")
+    vae, settings, limits = _opened(run, torch.device("cpu"))
+    # Only vectors are shown beside the data.
+    image = plots.is_image(data_shape_of(vae))
+    data = None if image else _data_of(run, settings, data_root).test
+    save_picture(sample_picture(vae, data, limits, number=number, mean=mean, seed=seed), path)
+    return path
+
+
+def reconstruct(
+    run: Path, *, number: int | None, data_root: str | None, output: Path | None, seed: int
+) -> Path:
+    """Reconstruct a run's first test data and write them as a picture; return its path."""
+    _check_pictured(number)
+    check_seed(seed)
+    path = _picture_path(output, run / f"reconstructions-seed-{seed}.png")
+    vae, settings, limits = _opened(run, torch.device("cpu"))
+    data = _data_of(run, settings, data_root).test
+    save_picture(reconstruction_picture(vae, data, limits, number=number, seed=seed), path)
+    return path
+
+
+def _opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
+    """Load a run's VAE, its settings, and the values shown as white and as black."""
+    config = runs.read_config(run)
+    vae = runs.load(run, device=str(device))
+    try:
+        low, high = config["run"]["limits"]
+        return vae, TrainSettings(**config["run"]["settings"]), (low, high)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected the settings of `pyro-vae train` in {run}, got a folder by pv.save: use the "
+            "library on it"
+        ) from error
+
+
+def _data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
+    """Load the data a run was trained on; refuse others."""
+    source = Path(settings.dataset)
+    if data_root is not None and source.suffix in datasets.FILE_TYPES:
+        source = Path(data_root) / source.name
+    dataset = datasets.load(
+        source,
+        data_root or settings.data_root,
+        binarize=settings.binarize or "none",
+        validation_size=settings.validation_size,
+        seed=settings.seed,
+    )
+    if dataset.checksums != runs.read_config(run)["run"].get("checksums"):
+        raise InputError(
+            f"expected the data that {run} was trained on, got others by the checksum: restore them "
+            "or give --data-root"
+        )
+    return dataset
+
+
+def _check_pictured(number: int | None) -> None:
+    if number is not None and not 1 <= number <= _MOST_PICTURED:
+        raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
+
+
+def _picture_path(output: Path | None, default: Path) -> Path:
+    path = (output or default).expanduser()
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
+    return path

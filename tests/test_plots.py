@@ -1,0 +1,198 @@
+"""Pictures: what is in them, for images of every kind and for vectors."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pyro_vae import plots
+
+RANDOM = np.random.default_rng(0)
+
+
+def pixels(figure):
+    """Return the picture as it is written, ``(height, width, 4)``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+IMAGES = [(1, 8, 8), (8, 8), (8, 8, 1), (3, 8, 8), (8, 8, 3), (1, 4, 40), (64, 64)]
+VECTORS = [(1,), (2,), (3,), (100,), (2, 3), (5, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", IMAGES)
+def test_images_are_recognised(shape):
+    assert plots.is_image(shape)
+
+
+@pytest.mark.parametrize("shape", VECTORS)
+def test_vectors_are_recognised(shape):
+    assert not plots.is_image(shape)
+
+
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_every_sample_has_a_place_of_its_own(shape, count):
+    figure = plots.samples(RANDOM.random((count, *shape)), RANDOM.random((3, *shape)), title="t")
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    assert not axes.axison
+    places = [image.get_extent() for image in axes.images]
+    assert len(set(map(tuple, places))) == count
+    assert [text.get_text() for text in axes.texts] == ["t"]
+    width, height = figure.get_size_inches()
+    for left, right, bottom, top in places:
+        assert 0 <= left < right <= width
+        assert 0 <= bottom < top <= height - 0.3  # the title's line is free
+    image_height, image_width = (size for size in shape if size not in (1, 3))
+    left, right, bottom, top = places[0]
+    assert (right - left) / (top - bottom) == pytest.approx(image_width / image_height)
+
+
+def test_reconstructions_of_images_stand_below_their_data():
+    data = RANDOM.random((12, 1, 8, 8))
+    figure = plots.reconstructions(data, 1 - data, title="t")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["t", "data", "rebuilt"]
+    above, below = axes.images[:12], axes.images[12:]
+    for datum, top, bottom in zip(data, above, below, strict=True):
+        np.testing.assert_array_equal(top.get_array(), datum[0])
+        np.testing.assert_array_equal(bottom.get_array(), 1 - datum[0])
+        assert top.get_extent()[:2] == bottom.get_extent()[:2]
+        assert top.get_extent()[2] > bottom.get_extent()[3]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (8, 8, 1)])
+def test_ink_is_dark_on_white(shape):
+    image = np.zeros((1, *shape))
+    image.reshape(8, 8)[:4] = 1  # the upper half is ink
+    picture = pixels(plots.image_grid([image], title=""))
+    paper, centre = picture[5, 5, :3], picture.shape[1] // 2
+    column = picture[:, 20, :3].astype(int).sum(1)
+    assert (paper == 255).all()
+    assert centre > 20
+    inside = column[-95:-10]  # the only image, 87 pixels high, at the lower edge
+    assert inside[10] == 0
+    assert inside[70] == 765
+
+
+def test_limits_are_white_and_black():
+    image = np.full((1, 8, 8), -2.0)
+    image[0, :4] = 6.0
+    (axes,) = plots.image_grid([image], title="", limits=(-2.0, 6.0)).axes
+    assert axes.images[0].get_clim() == (-2, 6)
+    colour = np.full((1, 3, 8, 8), 2.0)
+    (axes,) = plots.image_grid([colour], title="", limits=(-2.0, 6.0)).axes
+    assert (axes.images[0].get_array() == 0.5).all()
+
+
+def test_colours_keep_their_order_and_are_clipped():
+    image = np.zeros((1, 3, 8, 8))
+    image[:, 0], image[:, 1] = 2.0, -1.0
+    (axes,) = plots.image_grid([image], title="").axes
+    shown = axes.images[0].get_array()
+    assert shown.shape == (8, 8, 3)
+    np.testing.assert_array_equal(shown[0, 0], [1, 0, 0])
+    (axes,) = plots.image_grid([np.moveaxis(image, 1, -1)], title="").axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), shown)
+
+
+def test_a_title_is_wide_enough_for_one_image():
+    title = "12 test data and their reconstructions (z from the guide, mean of p(x|z))"
+    figure = plots.image_grid([np.zeros((1, 8, 8))], title=title)
+    figure.draw_without_rendering()
+    box = figure.axes[0].texts[0].get_window_extent()
+    assert box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("shape", VECTORS)
+def test_vectors_are_shown_beside_the_data(shape):
+    drawn, data = RANDOM.random((30, *shape)), RANDOM.random((50, *shape))
+    figure = plots.samples(drawn, data, title="t")
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "t"
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"data", "drawn"}
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    pixels(figure)
+
+
+def test_points_in_the_plane_are_all_shown():
+    drawn, data = RANDOM.random((30, 2)), RANDOM.random((50, 2))
+    shown = [
+        np.asarray(points.get_offsets())
+        for points in plots.samples(drawn, data, title="").axes[0].collections
+    ]
+    np.testing.assert_array_equal(shown[0], data)
+    np.testing.assert_array_equal(shown[1], drawn)
+
+
+def test_many_coordinates_are_shown_by_their_quantiles():
+    data = np.tile(np.arange(101.0)[:, None], (1, 5))
+    lines = plots.samples(data, data, title="").axes[0].containers
+    for bars in lines:
+        np.testing.assert_allclose(bars.lines[0].get_ydata(), 50)
+        for segment in bars.lines[2][0].get_segments():
+            np.testing.assert_allclose(segment[:, 1], [5, 95])
+
+
+def test_bits_are_shown_by_their_share_of_ones():
+    data = (RANDOM.random((40, 6)) < 0.3).astype(float)
+    axes = plots.samples(RANDOM.random((20, 6)), data, title="").axes[0]
+    np.testing.assert_allclose(axes.containers[0].lines[0].get_ydata(), data.mean(0))
+    assert axes.get_ylabel() == "share of ones"
+    axes = plots.reconstructions(data, RANDOM.random((40, 6)), title="").axes[0]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"data 0", "data 1"}
+
+
+@pytest.mark.parametrize("shape", VECTORS)
+def test_reconstructed_vectors_are_shown_value_against_value(shape):
+    data, rebuilt = RANDOM.random((30, *shape)), RANDOM.random((30, *shape))
+    (axes,) = plots.reconstructions(data, rebuilt, title="t").axes
+    points = np.asarray(axes.collections[0].get_offsets())
+    expected = np.stack([data.reshape(-1), rebuilt.reshape(-1)], 1)
+    np.testing.assert_array_equal(points, expected[:5000])
+
+
+def history(epochs, validation=True):
+    rows = {}
+    for name in ("elbo", "rate", "distortion"):
+        rows[f"train_{name}"] = RANDOM.random(epochs)
+        rows[f"validation_{name}"] = RANDOM.random(epochs) if validation else np.full(epochs, np.nan)
+    return rows
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 60])
+@pytest.mark.parametrize("validation", [True, False])
+def test_training_curves_have_three_panels(epochs, validation):
+    rows = history(epochs, validation)
+    figure = plots.training_curves(rows, title="t")
+    assert [axes.get_title() for axes in figure.axes] == ["ELBO", "rate (KL)", "distortion"]
+    for axes, name in zip(figure.axes, ("elbo", "rate", "distortion"), strict=True):
+        assert len(axes.lines) == 1 + validation
+        np.testing.assert_array_equal(axes.lines[0].get_ydata(), rows[f"train_{name}"])
+        assert axes.lines[0].get_xdata().tolist() == list(range(1, epochs + 1))
+        assert (axes.lines[0].get_marker() == "o") is (epochs <= 20)
+    pixels(figure)
+
+
+def test_the_fall_of_the_first_epochs_does_not_flatten_the_rest():
+    rows = history(100, validation=False)
+    rows["train_distortion"][0] = 1e6
+    axes = plots.training_curves(rows, title="").axes[2]
+    assert axes.get_ylim()[1] < 2
+
+
+def test_a_diverged_curve_is_still_drawn():
+    rows = history(30)
+    rows["train_elbo"][25:] = np.inf
+    rows["validation_rate"][25:] = np.nan
+    pixels(plots.training_curves(rows, title=""))
+
+
+def test_no_global_state_is_touched():
+    before = dict(matplotlib.rcParams)
+    pixels(plots.samples(np.zeros((4, 8, 8)), np.zeros((4, 8, 8)), title=""))
+    assert dict(matplotlib.rcParams) == before
