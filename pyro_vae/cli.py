@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from pyro_vae.errors import InputError
-from pyro_vae.names import ACTIVATIONS, FAMILIES, LIKELIHOODS, PRIORS, TrainSettings
+from pyro_vae.names import (
+    ACTIVATIONS,
+    FAMILIES,
+    LIKELIHOODS,
+    METHODS,
+    PRIORS,
+    EvaluateSettings,
+    TrainSettings,
+)
 
 __all__ = ["app", "main"]
 
@@ -22,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_default = TrainSettings()
+_default, _how = TrainSettings(), EvaluateSettings()
 _Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
 _DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set; default: the run's.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -51,6 +59,10 @@ def train(
         Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
     ] = None,
     prior: Annotated[str, typer.Option(help=_one_of(PRIORS))] = _default.prior,
+    num_components: Annotated[
+        int | None,
+        typer.Option(help="Components of gaussian-mixture (10) or vamp (a tenth of the data)."),
+    ] = None,
     likelihood: Annotated[str, typer.Option(help=_one_of(LIKELIHOODS))] = _default.likelihood,
     sigma: Annotated[
         str, typer.Option(help="Gaussian likelihood: a number, learned, or per-pixel.")
@@ -91,6 +103,7 @@ def train(
         validation_size=validation_size,
         binarize=binarize,
         prior=prior,
+        num_components=num_components,
         likelihood=likelihood,
         sigma=sigma,
         guide=guide,
@@ -112,7 +125,21 @@ def train(
 @app.command()
 def evaluate(
     run: _Run,
-    num_samples: Annotated[int, typer.Option(help="Importance samples per datum.")] = 5000,
+    method: Annotated[str, typer.Option(help=_one_of(METHODS))] = _how.method,
+    num_samples: Annotated[
+        int, typer.Option(help="Importance samples per datum.")
+    ] = _how.num_samples,
+    target_standard_error: Annotated[
+        float | None,
+        typer.Option(help="Nats; the samples become a pilot that decides each datum's number."),
+    ] = None,
+    num_chains: Annotated[int, typer.Option(help="Annealing: chains per datum.")] = _how.num_chains,
+    num_steps: Annotated[int, typer.Option(help="Annealing: steps.")] = _how.num_steps,
+    num_data: Annotated[int | None, typer.Option(help="Only the first so many test data.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
@@ -120,13 +147,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     device: _Device = "auto",
 ) -> None:
-    """Estimate log p(x) of a run's whole test part by importance sampling."""
+    """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
     from pyro_vae import commands
 
+    how = EvaluateSettings(
+        method=method,
+        num_samples=num_samples,
+        target_standard_error=target_standard_error,
+        num_chains=num_chains,
+        num_steps=num_steps,
+        num_data=num_data,
+        seed=seed,
+    )
     commands.print_estimate(
-        commands.evaluate(
-            run, num_samples=num_samples, data_root=data_root, device=device, seed=seed
-        ),
+        commands.evaluate(run, how, data_root=data_root, device=device, picture=picture),
         as_json=as_json,
     )
 

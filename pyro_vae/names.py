@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "LIKELIHOODS", "PRIORS", "TrainSettings"]
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "LIKELIHOODS",
+    "METHODS",
+    "PRIORS",
+    "EvaluateSettings",
+    "TrainSettings",
+]
 
 # Name on the command line -> class name in the module of its kind.
 PRIORS = {
@@ -30,6 +38,7 @@ FAMILIES = {
     "von-mises-fisher": "VonMisesFisher",
     "beta": "Beta",
 }
+METHODS = ("importance", "annealed", "both")
 ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
 
 
@@ -43,6 +52,7 @@ class TrainSettings:
     validation_size: int | None = None
     binarize: str | None = None
     prior: str = "standard-normal"
+    num_components: int | None = None
     likelihood: str = "bernoulli"
     sigma: str = "learned"
     guide: str = "mean-field"
@@ -57,3 +67,16 @@ class TrainSettings:
     patience: int | None = None
     seed: int = 0
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How ``pyro-vae evaluate`` estimates log p(x)."""
+
+    method: str = "importance"
+    num_samples: int = 5000
+    target_standard_error: float | None = None
+    num_chains: int = 16
+    num_steps: int = 1000
+    num_data: int | None = None
+    seed: int = 0

@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["image_grid", "is_image", "reconstructions", "samples", "training_curves"]
+__all__ = [
+    "image_grid",
+    "is_image",
+    "reconstructions",
+    "samples",
+    "training_curves",
+    "weight_diagnostics",
+]
 
 Array = np.ndarray
 
@@ -262,3 +269,35 @@ def _fit_vertically(axes: Axes, values: Array) -> None:
         low, high = values.min(), values.max()
         margin = 0.05 * (high - low) or 0.5
         axes.set_ylim(low - margin, high + margin)
+
+
+def weight_diagnostics(
+    pareto_k: Array, num_samples: Array | None, estimates: Array | None, *, title: str
+) -> Figure:
+    """Show how far importance weights can be trusted: their tail index, and the estimate's course.
+
+    Args:
+        pareto_k: tail index of each datum's weights, ``(N,)``.
+        num_samples: numbers of samples ``(T,)``, or None to leave the second panel out.
+        estimates: mean estimate of log p(x) from so many samples, ``(T,)``, nats.
+        title: a line above the picture.
+    """
+    alone = num_samples is None or estimates is None
+    figure = Figure(figsize=(4.6 if alone else 9, 3.4), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
+    axes: Axes = panels[0]
+    axes.scatter(np.arange(1, len(pareto_k) + 1), pareto_k, s=6, color=_BLUE, linewidths=0)
+    axes.axhline(0.7, color=_ORANGE, linewidth=1.2)
+    axes.text(1.0, 0.7, " 0.7", color=_ORANGE, fontsize=9, transform=axes.get_yaxis_transform())
+    above = int((pareto_k > 0.7).sum())
+    axes.set(xlabel="datum", ylabel="Pareto k", title=f"{above} of {len(pareto_k)} above 0.7")
+    axes.title.set_fontsize(9)
+    axes.spines[["top", "right"]].set_visible(False)
+    if num_samples is not None and estimates is not None:
+        axes = panels[1]
+        axes.plot(num_samples, estimates, color=_BLUE, marker="o", markersize=3, linewidth=1.3)
+        axes.set(xscale="log", xlabel="samples per datum", ylabel="mean log p(x) (nats)")
+        axes.set_title("a curve that still rises is still too low", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

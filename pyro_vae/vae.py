@@ -97,8 +97,8 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
         )
     if getattr(prior, "guide", guide) is not guide:
         raise InputError(
-            f"expected {type(prior).__name__} to be built on the family of the same VAE, got another, "
-            "which nobody trains: pass it the family that is the VAE's guide"
+            f"expected {type(prior).__name__} to be built on the family of the same VAE, got another "
+            "one, which nobody trains: pass it the family that is the VAE's guide"
         )
     sizes = {
         type(part).__name__: getattr(part, "latent_dim", None) for part in (prior, likelihood, guide)

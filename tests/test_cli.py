@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,6 +40,10 @@ KEYS = {
     "distortion",
     "num_samples",
     "num_data",
+    "num_unreliable",
+    "median_ess",
+    "acceptance",
+    "method",
 }
 FILES = [
     "config.json",
@@ -188,6 +193,28 @@ def test_numbers_that_are_not_finite_are_null(digits):
     values = json.loads(result.out, parse_constant=pytest.fail)
     assert values["standard_error"] is None  # unknown from one sample
     assert values["log_marginal"] is not None
+
+
+def test_evaluate_by_both_methods_agrees_within_the_errors_and_draws_a_picture(digits, tmp_path):
+    picture = tmp_path / "k.png"
+    result = run(
+        "evaluate", digits, "--method", "both", "--num-samples", 500, "--num-chains", 8,
+        "--num-steps", 50, "--num-data", 10, "--picture", picture, "--json",
+    )  # fmt: skip
+    values = json.loads(result.out)
+    annealed = values["annealed"]
+    assert (values["method"], annealed["method"]) == ("importance", "annealed")
+    assert values["num_data"] == annealed["num_data"] == 10
+    assert 0 < annealed["acceptance"] <= 1
+    error = math.hypot(values["standard_error"], annealed["standard_error"])
+    assert abs(values["log_marginal"] - annealed["log_marginal"]) < 5 * error
+    assert picture.stat().st_size > 1000
+
+
+def test_evaluate_to_a_target_error_reaches_it(digits):
+    options = ("--num-samples", 100, "--target-standard-error", 0.02, "--num-data", 5)
+    result = run("evaluate", digits, *options, "--json")
+    assert json.loads(result.out)["standard_error"] < 2 * 0.02 / 5**0.5
 
 
 def test_evaluate_leaves_the_run_alone(here):
@@ -429,6 +456,12 @@ def test_an_output_that_is_taken_is_left_alone(here, output, message):
         ("sample .", "found no config.json in it: check the path"),
         ("reconstruct nowhere", "found no config.json in it: check the path"),
         ("evaluate run --num-samples 0", "at least 1, got 0"),
+        ("evaluate run --method anealed", "did you mean 'annealed'"),
+        ("evaluate run --num-chains 0", "--num-chains of at least 1"),
+        ("evaluate run --num-steps 0", "--num-steps of at least 1"),
+        ("evaluate run --num-data 0", "--num-data of at least 1"),
+        ("evaluate run --target-standard-error 0", "target_standard_error above 0"),
+        ("evaluate run --picture k.txt", "picture file"),
         ("evaluate run --num-samples -5", "at least 1, got -5"),
         ("evaluate run --device cuda:9", "'cuda:9'"),
         ("evaluate run --seed -1", "expected a seed from 0"),

@@ -196,3 +196,11 @@ def test_no_global_state_is_touched():
     before = dict(matplotlib.rcParams)
     pixels(plots.samples(np.zeros((4, 8, 8)), np.zeros((4, 8, 8)), title=""))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_weight_diagnostics_mark_the_limit_and_leave_a_missing_curve_out():
+    k = np.array([0.1, 0.9, 0.8])
+    both = plots.weight_diagnostics(k, np.array([1, 10]), np.array([-3.0, -2.0]), title="t")
+    assert len(both.axes) == 2
+    assert "2 of 3" in both.axes[0].get_title()
+    assert len(plots.weight_diagnostics(k, None, None, title="t").axes) == 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods, plots, runs, tasks
 from pyro_vae.datasets import Dataset
+from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.vae import VAE
 
 # Data shown unless told otherwise: as images, and as vectors, whose distribution needs more.
@@ -58,6 +59,17 @@ def reconstruction_picture(
         " (z from the guide, mean of p(x|z))" if image else ""
     )
     return plots.reconstructions(x.cpu().numpy(), rebuilt.cpu().numpy(), title=title, limits=limits)
+
+
+def diagnostics_picture(estimate: LogMarginal) -> Figure:
+    """Show the tail index per datum and the mean estimate after fewer samples."""
+    curve = estimate.convergence
+    return plots.weight_diagnostics(
+        estimate.pareto_k.numpy(),
+        None if curve is None else curve.num_samples.numpy(),
+        None if curve is None else curve.log_prob.mean(1).numpy(),
+        title=f"log p(x) of {len(estimate.log_prob)} test data, method {estimate.method}",
+    )
 
 
 def limits_of(dataset: Dataset) -> tuple[float, float]:

@@ -6,12 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pyro_vae import datasets, guides, likelihoods, networks, priors
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.pair import seeded
-from pyro_vae.infer.training import _check_options
-from pyro_vae.names import ACTIVATIONS, FAMILIES, LIKELIHOODS, PRIORS, TrainSettings
+from pyro_vae.infer.training import check_options
+from pyro_vae.names import (
+    ACTIVATIONS,
+    FAMILIES,
+    LIKELIHOODS,
+    METHODS,
+    PRIORS,
+    EvaluateSettings,
+    TrainSettings,
+)
 from pyro_vae.vae import VAE
 
 
@@ -29,7 +39,7 @@ def checked(settings: TrainSettings) -> TrainSettings:
         raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
     check_seed(settings.seed)
     _sigma(settings.sigma)
-    _check_options(
+    check_options(
         settings.epochs,
         settings.batch_size,
         settings.learning_rate,
@@ -38,7 +48,7 @@ def checked(settings: TrainSettings) -> TrainSettings:
         settings.patience,
     )
     with seeded(settings.seed):
-        _components(settings, (1,))  # a stand-in: sizes are refused before any data are read
+        _components(settings, (1,), 10)  # a stand-in: sizes are refused before any data are read
     if settings.binarize is None:
         bits = settings.likelihood == "bernoulli"
         settings = replace(settings, binarize="dynamic" if bits else "none")
@@ -51,7 +61,7 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     Raises:
         InputError: sizes out of range, or data the likelihood is not defined for.
     """
-    vae = _components(settings, dataset.data_shape)
+    vae = _components(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
             vae.check_data(part)
@@ -62,17 +72,13 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     return vae
 
 
-def _components(settings: TrainSettings, data_shape: tuple[int, ...]) -> VAE:
+def _components(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
     hidden, activation = _hidden(settings.hidden), settings.activation
     try:
         encoder = networks.MLPEncoder(data_shape, hidden, activation=activation)
         decoder = networks.MLPDecoder(settings.latent_dim, hidden[::-1], activation=activation)
         guide = getattr(guides, FAMILIES[settings.guide])(encoder, settings.latent_dim)
-        if settings.prior == "vamp":
-            bounded = settings.likelihood != "gaussian"
-            prior = priors.VampPrior(guide, data_shape, unit_interval=bounded)
-        else:
-            prior = getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
+        prior = _prior(settings, guide, data_shape, num_data)
         options: dict[str, Any] = {}
         if settings.likelihood == "gaussian":
             options["sigma"] = _sigma(settings.sigma)
@@ -83,6 +89,34 @@ def _components(settings: TrainSettings, data_shape: tuple[int, ...]) -> VAE:
             f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
             f"dimension {settings.latent_dim}: make them smaller"
         ) from error
+
+
+def _prior(
+    settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
+) -> nn.Module:
+    number = settings.num_components
+    if settings.prior == "vamp":
+        # A tenth of the data keeps a step's cost near that of the batch; 500 is the paper's number.
+        number = max(1, min(500, num_data // 10)) if number is None else number
+        bounded = settings.likelihood != "gaussian"
+        return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
+    if settings.prior == "gaussian-mixture" and number is not None:
+        return priors.GaussianMixture(settings.latent_dim, number)
+    return getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
+
+
+def check_evaluation(how: EvaluateSettings) -> None:
+    """Refuse options of an evaluation that are out of range, before anything is read."""
+    if how.method not in METHODS:
+        raise unknown_name("method", how.method, METHODS)
+    for name in ("num_samples", "num_chains", "num_steps", "num_data"):
+        value = getattr(how, name)
+        if value is not None and value < 1:
+            raise InputError(
+                f"expected --{name.replace('_', '-')} of at least 1, got {value}: leave it out for "
+                "the default"
+            )
+    check_seed(how.seed)
 
 
 def check_seed(seed: int) -> None:

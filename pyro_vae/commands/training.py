@@ -29,7 +29,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance import LogMarginal
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.training import FitResult, bound_terms, fit, resolve_device
-from pyro_vae.names import TrainSettings
+from pyro_vae.names import EvaluateSettings, TrainSettings
 from pyro_vae.vae import VAE
 
 # The estimate at the end of a training run is a first look: at most so many data and samples.
@@ -72,7 +72,9 @@ def train(settings: TrainSettings, output: Path | None, *, progress: bool | None
     test = dataset.test.to(device)
     with seeded(_SEED):
         bound = bound_terms(vae.model, vae.guide, test)
-    estimate = estimated(vae, test[:_QUICK_DATA], num_samples=_QUICK_SAMPLES, seed=_SEED)
+    estimate = estimated(
+        vae, test[:_QUICK_DATA], EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    )
     metrics = _metrics(result, bound, estimate, len(test)) | {
         "pseudo_likelihood": is_pseudo(vae, dataset)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,42 @@ from pyro_vae import datasets, plots, runs
 from pyro_vae.commands.measuring import as_dict, estimated, is_pseudo
 from pyro_vae.commands.pictures import (
     data_shape_of,
+    diagnostics_picture,
     reconstruction_picture,
     sample_picture,
     save_picture,
 )
-from pyro_vae.commands.settings import check_seed
+from pyro_vae.commands.settings import check_evaluation, check_seed
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.infer.training import resolve_device
-from pyro_vae.names import TrainSettings
+from pyro_vae.names import EvaluateSettings, TrainSettings
 from pyro_vae.vae import VAE
 
 _MOST_PICTURED = 10_000
 
 
 def evaluate(
-    run: Path, *, num_samples: int, data_root: str | None, device: str, seed: int
+    run: Path,
+    how: EvaluateSettings,
+    *,
+    data_root: str | None,
+    device: str,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
-    """Estimate log p(x) of a run's whole test part.
+    """Estimate log p(x) of a run's test part.
+
+    Args:
+        run: the run folder.
+        how: method, samples, chains and seed.
+        data_root: where the data are now; by default where they were.
+        device: where to compute.
+        picture: file for a picture of the importance weights' diagnostics.
 
     Returns:
         means per datum in nats: ``log_marginal`` with ``standard_error`` (Monte Carlo) and
-        ``data_standard_error``, ``elbo``, ``rate``, ``distortion``, ``num_samples``, ``num_data``.
+        ``data_standard_error``, ``elbo``, ``rate``, ``distortion``, ``num_samples``, ``num_data``;
+        with both methods, annealing's under ``annealed``.
 
     Raises:
         InputError: no run there, data that changed since, or options out of range.
@@ -45,9 +60,9 @@ def evaluate(
     Warns:
         UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
     """
-    if num_samples < 1:
-        raise InputError(f"expected a number of samples of at least 1, got {num_samples}")
-    check_seed(seed)
+    check_evaluation(how)
+    if picture is not None:
+        picture = _picture_path(picture, picture)
     place = resolve_device(device)
     vae, settings, _ = _opened(run, place)
     dataset = _data_of(run, settings, data_root)
@@ -57,8 +72,15 @@ def evaluate(
             "density",
             stacklevel=2,
         )
-    test = dataset.test.to(place)
-    return as_dict(estimated(vae, test, num_samples=num_samples, seed=seed))
+    test = dataset.test[: how.num_data].to(place)
+    methods = ("importance", "annealed") if how.method == "both" else (how.method,)
+    estimates = [estimated(vae, test, replace(how, method=method)) for method in methods]
+    if picture is not None:
+        save_picture(diagnostics_picture(estimates[0]), picture)
+    values = as_dict(estimates[0])
+    if how.method == "both":
+        values["annealed"] = as_dict(estimates[1])
+    return values
 
 
 def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
@@ -66,11 +88,15 @@ def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(runs.finite_or_none(values)) + "\n")
         return
-    table = Table(title="Whole test part, nats per datum", title_justify="left", min_width=52)
+    columns = [values, *([values["annealed"]] if "annealed" in values else [])]
+    title = "Means over the test data; bounds and errors in nats"
+    table = Table(title=title, title_justify="left", min_width=52)
     table.add_column("quantity")
-    table.add_column("value", justify="right")
-    for name, value in values.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if name[:3] == "num" else f"{value:.3f}")
+    for column in columns:
+        table.add_column(column["method"], justify="right")
+    for name in values:
+        if name not in ("method", "annealed"):
+            table.add_row(name.replace("_", " "), *(_cell(column[name]) for column in columns))
     Console().print(table)
 
 
@@ -106,6 +132,12 @@ def reconstruct(
     data = _data_of(run, settings, data_root).test
     save_picture(reconstruction_picture(vae, data, limits, number=number, seed=seed), path)
     return path
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def _opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:

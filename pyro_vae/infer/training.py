@@ -29,7 +29,7 @@ from pyro_vae.infer.pair import (
 from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.steps import EarlyStopping, Steps
 
-__all__ = ["HISTORY", "FitResult", "bound_terms", "fit", "resolve_device"]
+__all__ = ["HISTORY", "FitResult", "bound_terms", "check_options", "fit", "resolve_device"]
 
 # Validation draws come from their own seed, the same in every epoch: they leave the training's random
 # stream alone, and differences between epochs are not drowned in the noise of the draws.
@@ -150,7 +150,7 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    _check_options(epochs, batch_size, learning_rate, beta, warmup_epochs, patience)
+    check_options(epochs, batch_size, learning_rate, beta, warmup_epochs, patience)
     train, validation_inputs, transform = _prepare(data, validation, transform)
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
@@ -231,6 +231,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
         raise InputError(
@@ -295,7 +297,7 @@ def _place(
     return place
 
 
-def _check_options(
+def check_options(
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -303,6 +305,7 @@ def _check_options(
     warmup_epochs: int,
     patience: int | None,
 ) -> None:
+    """Refuse options of :func:`fit` that are out of range."""
     if epochs < 0:
         raise InputError(f"expected epochs of at least 0, got {epochs}")
     if batch_size < 1:
