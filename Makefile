@@ -21,11 +21,11 @@ demo: $(BIN)/.demo
 	$(BIN)/pyro-vae train $(if $(RUN),--output $(RUN))
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # The slow part too; tests that need a GPU run where there is one.
 test-all: $(BIN)/.test
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

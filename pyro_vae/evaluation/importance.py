@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.log_weights import Latents, PairScorer
+from pyro_vae.evaluation.annealing import AnnealingOptions, anneal
+from pyro_vae.evaluation.blocks import Progress, blocks_of, can_be_split, memory_budget
+from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
+from pyro_vae.evaluation.streaming import Block, Stream, join_blocks
+from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
+    Inputs,
     PairFunction,
     as_inputs,
     evaluation_mode,
@@ -26,48 +29,12 @@ __all__ = ["LogMarginal", "log_marginal"]
 # particles of each fit beside them.
 _BLOCK = 1024
 
+# Bytes of the draws kept for ArviZ by default.
+_KEPT_BYTES = 1 << 23
 
-@dataclass(frozen=True)
-class LogMarginal:
-    """An estimate of log p(x), one value per datum (nats, float64, on the CPU).
-
-    Attributes:
-        log_prob: estimate of log p(x), ``(N,)``. Its expectation is a lower bound that tightens with
-            the number of samples; ``-inf`` where every sample had likelihood 0.
-        standard_error: Monte Carlo standard error of ``log_prob`` by the delta method, ``(N,)``; NaN
-            (unknown) for a single sample, infinite where ``log_prob`` is ``-inf``.
-        ess: effective sample size, (sum w)^2 / sum w^2, ``(N,)``.
-        rate: E_q[log q(z|x) - log p(z)], ``(N,)``, Monte Carlo from the same draws.
-        distortion: -E_q[log p(x|z)], ``(N,)``, Monte Carlo from the same draws.
-        num_samples: draws per datum.
-    """
-
-    log_prob: Tensor
-    standard_error: Tensor
-    ess: Tensor
-    rate: Tensor
-    distortion: Tensor
-    num_samples: int
-
-    @property
-    def elbo(self) -> Tensor:
-        """Evidence lower bound per datum, ``(N,)``: minus rate minus distortion."""
-        return -self.rate - self.distortion
-
-    @property
-    def mean(self) -> float:
-        """Mean of log p(x) over the data."""
-        return self.log_prob.mean().item()
-
-    @property
-    def mean_standard_error(self) -> float:
-        """Monte Carlo standard error of :attr:`mean` (the data held fixed)."""
-        return self.standard_error.square().sum().sqrt().item() / len(self.standard_error)
-
-    @property
-    def data_standard_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate over the data's distribution."""
-        return self.log_prob.std().item() / math.sqrt(len(self.log_prob))
+# The target's variance is estimated from the pilot; so many fresh samples at least make the delta
+# method and the tail index meaningful for the data that need hardly any.
+_FEWEST_SAMPLES = 200
 
 
 def log_marginal(
@@ -76,133 +43,217 @@ def log_marginal(
     x: Tensor | Sequence[Tensor],
     *,
     num_samples: int = 5000,
+    method: str = "importance",
+    target_standard_error: float | None = None,
+    max_samples: int | None = None,
+    num_chains: int = 16,
+    num_steps: int = 1000,
+    num_leapfrog_steps: int = 5,
+    num_transitions: int = 1,
+    start: str = "guide",
+    schedule: str = "sigmoid",
     max_memory: int | None = None,
+    keep_draws: int | None = None,
+    compile: bool | None = None,
     plate: str = "data",
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    running_mean: Callable[[float], None] | None = None,
 ) -> LogMarginal:
-    """Estimate log p(x) per datum by importance sampling from the guide.
+    """Estimate log p(x) per datum: by importance sampling from the guide, or by annealing from it.
 
     .. math:: log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x)
 
-    Runs without gradients and with the pair's modules in eval mode, which is restored. The guide is
-    run once per datum; samples are streamed in chunks, so memory does not grow with their number.
+    Runs without gradients of parameters and with the pair's modules in eval mode, which is restored.
+    Samples are streamed in chunks, so memory does not grow with their number. For annealed
+    importance sampling see :mod:`pyro_vae.evaluation.annealing`.
 
     Args:
         model: the generative function of the pair.
         guide: the variational function of the pair; its cost per datum is paid once.
         x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
-        num_samples: draws per datum, K.
-        max_memory: bytes that a chunk may need; by default 512 MiB on a CPU and a quarter of the free
+        num_samples: draws per datum, K; with ``target_standard_error`` those of the pilot.
+        method: ``"importance"``, or ``"annealed"`` where the guide is too poor a proposal.
+        target_standard_error: nats. A pilot of ``num_samples`` draws then decides how many fresh ones
+            each datum gets. The pilot is thrown away: to stop at a value one has seen would bias it.
+        max_samples: most fresh draws per datum for the target; by default 20 times ``num_samples``.
+        num_chains: annealing: chains per datum.
+        num_steps: annealing: intermediate distributions.
+        num_leapfrog_steps: annealing: most gradient evaluations of a transition.
+        num_transitions: annealing: transitions at each intermediate distribution.
+        start: annealing: ``"guide"`` or ``"prior"``.
+        schedule: annealing: ``"sigmoid"`` or ``"linear"``.
+        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU and a quarter of the free
             memory on a GPU. More data than fit are taken block by block.
+        keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all.
+        compile: whether to capture and compile the model's score (importance sampling only). None
+            does so for work long enough to pay for it; a pair that can't be captured runs as it is.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards. None draws from the
             global state.
-        progress: called with (data done, N) after every block.
+        progress: called with (data done, N) as the work goes on.
+        running_mean: called beside ``progress`` with the mean estimate over the data begun so far.
 
     Raises:
-        InputError: a pair that can't be weighed rightly (see :func:`pyro_vae.log_weights`), a number
-            of samples below 1, or a NaN from the pair.
+        InputError: a pair that can't be weighed rightly (see :func:`pyro_vae.log_weights`), an option
+            out of range, or a NaN from the pair.
+
+    Warns:
+        UserWarning: data with Pareto k > 0.7, and how many.
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
+    _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, max_memory)
+    inputs = as_inputs(x)
+    report = Progress(progress, running_mean)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        if method == "annealed":
+            options = AnnealingOptions(
+                num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
+            )
+            estimate = anneal(
+                model, guide, inputs, options, plate=plate, max_memory=max_memory, report=report
+            )
+        else:
+            budget = max_memory or memory_budget(inputs[0].device)
+            sampler = _Sampler(model, guide, inputs, plate, budget, keep_draws, compile, report)
+            if target_standard_error is None:
+                estimate = sampler.run(num_samples)
+            else:
+                most = max_samples or 20 * num_samples
+                estimate = sampler.run_to_target(num_samples, target_standard_error, most)
+            warn_if_unreliable(estimate, stacklevel=2)
+    return estimate
+
+
+def _check_options(
+    num_samples: int,
+    method: str,
+    target: float | None,
+    max_samples: int | None,
+    keep_draws: int | None,
+    max_memory: int | None,
+) -> None:
     if num_samples < 1:
         raise InputError(f"expected num_samples of at least 1, got {num_samples}")
-    inputs = as_inputs(x)
-    num_data = len(inputs[0])
-    blocks: list[dict[str, Tensor]] = []
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        budget = max_memory or _memory_budget(inputs[0].device)
-        for start in range(0, num_data, _BLOCK):
-            block = tuple(value[start : start + _BLOCK] for value in inputs)
-            scorer = PairScorer(model, guide, block, plate=plate)
-            blocks.append(_stream(scorer, num_samples, budget))
-            if progress is not None:
-                progress(min(start + _BLOCK, num_data), num_data)
-    joined = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
-    return LogMarginal(num_samples=num_samples, **joined)
+    if method not in ("importance", "annealed"):
+        raise InputError(f"expected method 'importance' or 'annealed', got {method!r}")
+    if target is not None:
+        if method != "importance":
+            raise InputError(
+                "expected method='importance' with target_standard_error, got 'annealed': "
+                "set num_chains and num_steps instead"
+            )
+        if not 0 < target < math.inf:
+            raise InputError(f"expected a target_standard_error above 0, got {target}")
+        if num_samples < 2:
+            raise InputError(
+                "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
+            )
+    if max_samples is not None and max_samples < 1:
+        raise InputError(f"expected max_samples of at least 1, got {max_samples}")
+    if keep_draws is not None and keep_draws < 0:
+        raise InputError(f"expected keep_draws of at least 0, got {keep_draws}")
+    if max_memory is not None and max_memory < 1:
+        raise InputError(f"expected max_memory of at least 1 byte, got {max_memory}")
 
 
-class _RunningMoments:
-    """Streaming sums over particles of w and w^2 (relative to the largest w), rate and distortion."""
+class _Sampler:
+    """Importance sampling of one data set, block by block."""
 
-    def __init__(self, num_data: int, device: torch.device) -> None:
-        zeros = torch.zeros(num_data, dtype=torch.float64, device=device)
-        self.largest = zeros - math.inf
-        self.sum_weights, self.sum_squares = zeros, zeros
-        self.sum_rate, self.sum_distortion = zeros, zeros
-        self.count = 0
+    def __init__(
+        self,
+        model: PairFunction,
+        guide: PairFunction,
+        inputs: Inputs,
+        plate: str,
+        budget: int,
+        keep_draws: int | None,
+        compile: bool | None,
+        report: Progress,
+    ) -> None:
+        self.model, self.guide, self.inputs, self.plate = model, guide, inputs, plate
+        self.budget, self.keep_draws, self.compile, self.report = budget, keep_draws, compile, report
+        self.num_data = len(inputs[0])
 
-    def add(self, log_likelihood: Tensor, log_prior: Tensor, log_proposal: Tensor) -> None:
-        log_weights = log_likelihood + log_prior - log_proposal
-        if log_weights.isnan().any():
-            raise InputError(_nan_message(log_likelihood, log_prior, log_proposal))
-        largest = torch.maximum(self.largest, log_weights.amax(0))
-        # While every weight is 0 there is nothing to rescale; 0 stands in for -inf - (-inf).
-        shift = torch.where(largest.isneginf(), 0.0, largest)
-        rescale = (self.largest - shift).exp()
-        weights = (log_weights - shift).exp()
-        self.sum_weights = self.sum_weights * rescale + weights.sum(0)
-        self.sum_squares = self.sum_squares * rescale.square() + weights.square().sum(0)
-        self.largest = largest
-        self.sum_rate = self.sum_rate + (log_proposal - log_prior).sum(0)
-        self.sum_distortion = self.sum_distortion - log_likelihood.sum(0)
-        self.count += len(log_weights)
+    def run(self, num_samples: int) -> LogMarginal:
+        """Take as many samples of every datum."""
+        everything = torch.arange(self.num_data)
+        blocks = self._sample(everything, num_samples, self._kept(num_samples), [])
+        counts = torch.full((self.num_data,), num_samples)
+        return join_blocks(blocks, counts, counts)
 
-    def result(self) -> dict[str, Tensor]:
-        count = self.count
-        log_prob = self.sum_weights.log() + self.largest - math.log(count)
-        ess = self.sum_weights.square() / self.sum_squares
-        # Var(log mean w) ~ Var(w) / (K mean(w)^2), with the unbiased sample variance of w.
-        relative_variance = (1 / ess - 1 / count).clamp(min=0)
-        correction = count / (count - 1) if count > 1 else math.nan
-        standard_error = (relative_variance * correction).sqrt()
-        impossible = self.largest.isneginf()
-        return {
-            "log_prob": torch.where(impossible, -math.inf, log_prob).cpu(),
-            "standard_error": torch.where(impossible, math.inf, standard_error).cpu(),
-            "ess": torch.where(impossible, 0.0, ess).cpu(),
-            "rate": (self.sum_rate / count).cpu(),
-            "distortion": (self.sum_distortion / count).cpu(),
-        }
+    def run_to_target(self, num_pilot: int, target: float, most: int) -> LogMarginal:
+        """Let a pilot decide how many fresh samples each datum gets."""
+        everything = torch.arange(self.num_data)
+        quiet = _Sampler(
+            self.model,
+            self.guide,
+            self.inputs,
+            self.plate,
+            self.budget,
+            0,
+            self.compile,
+            Progress(None, None),
+        )
+        pilot = quiet.run(num_pilot)
+        wanted = num_pilot * (pilot.standard_error / target).square()
+        # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
+        steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
+        counts = (1.25**steps).ceil().long().clamp(min(_FEWEST_SAMPLES, most), most)
+        if not can_be_split(self.model, self.guide, self.inputs, self.plate):
+            counts = counts.max().expand(self.num_data)
+        kept = self._kept(int(counts.min()))
+        blocks: list[Block] = []
+        for count in counts.unique().tolist():
+            blocks += self._sample(everything[counts == count], count, kept, blocks)
+        return join_blocks(blocks, counts, counts + num_pilot, convergence=False)
+
+    def _kept(self, num_samples: int) -> int:
+        return num_samples if self.keep_draws is None else min(num_samples, self.keep_draws)
+
+    def _sample(
+        self, positions: Tensor, num_samples: int, kept: int, before: list[Block]
+    ) -> list[Block]:
+        """Sample the data at these positions; ``before`` are blocks done earlier, for the report."""
+        blocks: list[Block] = []
+        whole = len(positions) == self.num_data
+        selected = self.inputs if whole else _rows(self.inputs, positions)
+        size = None
+        for rows in blocks_of(self.model, self.guide, selected, self.plate, _BLOCK):
+            block = tuple(value[rows] for value in selected)
+            size = size or len(block[0])
+            # Blocks of one size share one compiled program: the last is filled up by its last datum.
+            block = tuple(_filled(value, size) for value in block)
+            scorer = PairScorer(self.model, self.guide, block, plate=self.plate)
+            if self.keep_draws is None:
+                elements = sum(math.prod(shape) for shape in scorer.latent_shapes.values())
+                bytes_per_draw = (8 * elements + 16 * len(block[0])) * self.num_data
+                kept = min(kept, _KEPT_BYTES * len(block[0]) // bytes_per_draw)
+            done = before + blocks
+            stream = Stream(scorer, num_samples, self.budget, kept)
+            for fraction in stream.run(self.compile):
+                self._tell(done, fraction, stream)
+            blocks.append(stream.result(positions[rows]))
+        return blocks
+
+    def _tell(self, done: list[Block], fraction: float, stream: Stream) -> None:
+        data_done = sum(len(block.positions) for block in done)
+        if self.report.data is not None:
+            done_now = data_done + int(fraction * stream.num_data)
+            self.report.data(min(done_now, self.num_data), self.num_data)
+        if self.report.mean is not None:
+            sums = [block.per_datum["log_prob"].sum() for block in done]
+            sums.append(stream.moments.result()["log_prob"].sum().cpu())
+            self.report.mean(torch.stack(sums).sum().item() / (data_done + stream.num_data))
 
 
-def _stream(scorer: PairScorer, num_samples: int, budget: int) -> dict[str, Tensor]:
-    """Draw and score all samples of one block within the memory budget."""
-    moments = _RunningMoments(scorer.num_data, scorer.inputs[0].device)
-    # Half of the budget holds the latents drawn in one pass of the guide, the other half the chunk of
-    # them that the model scores.
-    drawn_at_once = max(1, min(num_samples, budget // (2 * scorer.bytes_per_proposal())))
-    scored_at_once = max(1, budget // (2 * scorer.bytes_per_datum * scorer.num_data))
-    for first in range(0, num_samples, drawn_at_once):
-        count = min(drawn_at_once, num_samples - first)
-        latents, log_proposal = scorer.propose(count)
-        for start in range(0, count, scored_at_once):
-            rows = slice(start, start + scored_at_once)
-            chunk: Latents = {name: value[rows] for name, value in latents.items()}
-            moments.add(*scorer.score(chunk), log_proposal[rows])
-    return moments.result()
+def _rows(inputs: Inputs, positions: Tensor) -> Inputs:
+    return tuple(value[positions.to(value.device)] for value in inputs)
 
 
-def _memory_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free // 4
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1 << 24, min(1 << 29, available // 4))
-
-
-def _nan_message(log_likelihood: Tensor, log_prior: Tensor, log_proposal: Tensor) -> str:
-    terms = {
-        "log p(x|z)": log_likelihood,
-        "log p(z)": log_prior,
-        "log q(z|x)": log_proposal,
-    }
-    name, term = next((item for item in terms.items() if item[1].isnan().any()), ("weights", None))
-    count = 0 if term is None else int(term.isnan().any(0).sum())
-    return (
-        f"expected finite log-probabilities, got NaN in {name} for {count} of "
-        f"{log_likelihood.shape[1]} data: look for NaN parameters or a log of a negative number"
-    )
+def _filled(value: Tensor, size: int) -> Tensor:
+    missing = size - len(value)
+    return torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) if missing else value

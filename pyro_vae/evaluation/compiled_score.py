@@ -1,0 +1,148 @@
+"""A model's score captured once and compiled, for evaluations long enough to pay for it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.infer.capture import (
+    CannotCaptureError,
+    autocast_dtypes,
+    trace_graph,
+    with_submodules,
+)
+from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.infer.pair import PairFunction, modules_of
+from pyro_vae.infer.particles import GivenScore, all_close
+from pyro_vae.infer.program import State
+from pyro_vae.infer.sites import Latents
+
+__all__ = ["compiled_score"]
+
+Terms = tuple[Tensor, Tensor]
+
+# Bytes that scoring must allocate in all before a compilation (seconds; half a minute the first time
+# on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU.
+_WORTHWHILE = {"cpu": 5 * 10**10, "cuda": 2 * 10**12}
+
+# The programs of each model, kept as long as the model (or the module whose method it is) lives.
+_PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Hashable, _Program | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def compiled_score(
+    scorer: PairScorer, latents: Latents, work: int, wanted: bool | None
+) -> Callable[[Latents], Terms] | None:
+    """Return a compiled ``scorer.score`` for at most as many particles as ``latents`` has.
+
+    Compiled programs are kept per model and shape: later calls pay nothing. A program follows
+    parameters that are trained or replaced meanwhile. It is checked against the uncompiled score
+    before it is used.
+
+    Args:
+        scorer: the pair bound to its data.
+        latents: latents of the shapes to come.
+        work: bytes that scoring will allocate in all.
+        wanted: True, False, or None for where the work repays the compilation.
+
+    Returns:
+        the score; None where it should not or can't be compiled (a warning says why if it was
+        asked for).
+    """
+    device = scorer.inputs[0].device.type
+    repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
+    scorer.score({name: value[:2] for name, value in latents.items()})
+    if wanted is False or not (wanted or repaid) or scorer.under_model.strategy == "plain":
+        return None
+    programs = _PROGRAMS.setdefault(_owner(scorer.model), {})
+    key = _signature(scorer, latents)
+    program = programs.get(key)
+    stale = program is not None and program.state.current() is None
+    if key not in programs or stale:
+        with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
+            programs[key] = program = _compile(scorer, latents, warn=bool(wanted))
+    return None if program is None else program.bound_to(scorer)
+
+
+class _Program:
+    """A captured score: a graph over latents, inputs and the tensors the model reads."""
+
+    def __init__(self, graph: torch.fx.GraphModule, state: State, names: list[str]) -> None:
+        self.state, self.names = state, names
+        self.run = torch.compile(graph, fullgraph=True, dynamic=False)
+
+    def bound_to(self, scorer: PairScorer) -> Callable[[Latents], Terms]:
+        """Return the score of latents with this scorer's data."""
+        tensors = self.state.current()
+        assert tensors is not None
+        # The parameters stand still while an estimate runs.
+        rest = [*scorer.inputs, *tensors]
+
+        def score(latents: Latents) -> Terms:
+            log_likelihood, log_prior = self.run(*(latents[name] for name in self.names), *rest)
+            return log_likelihood, log_prior
+
+        return score
+
+
+def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> _Program | None:
+    try:
+        program = _capture(scorer, latents)
+        compiled, plain = program.bound_to(scorer)(latents), scorer.score(latents)
+        if all_close(compiled, plain):
+            return program
+        reason = "it gives other values than the model"
+    except CannotCaptureError as error:
+        reason = str(error)
+    except RuntimeError as error:  # every failure of torch.compile's backends is one
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if warn:
+        warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
+    return None
+
+
+def _capture(scorer: PairScorer, latents: Latents) -> _Program:
+    trace, _ = scorer.traces()
+    store = pyro.get_param_store()._params
+    in_store = [
+        name for name, site in trace.nodes.items() if site["type"] == "param" and name in store
+    ]
+    state = State(with_submodules(modules_of(scorer.model)), in_store, [])
+    # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
+    names = list(latents)
+    given = {name: latents[name].detach() for name in names}
+    inputs = tuple(value.detach() for value in scorer.inputs)
+    alias = GivenScore(scorer.model, "model", inputs, scorer.plate, scorer.data_axes)
+    strategy = getattr(alias, scorer.under_model.strategy)
+    with poutine.block():
+        graph, closed_over = trace_graph(
+            lambda: strategy(given), [*given.values(), *inputs, *state.tensors]
+        )
+    state.add_fixed(closed_over)
+    return _Program(graph, state, names)
+
+
+def _signature(scorer: PairScorer, latents: Latents) -> Hashable:
+    tensors = [*latents.values(), *scorer.inputs]
+    function = scorer.model.__func__ if inspect.ismethod(scorer.model) else None
+    return (
+        function,
+        scorer.plate,
+        tuple(latents),
+        tuple((value.shape, value.stride(), value.dtype, value.device) for value in tensors),
+        torch.get_default_dtype(),
+        autocast_dtypes(),
+    )
+
+
+def _owner(function: PairFunction) -> Any:
+    return function.__self__ if inspect.ismethod(function) else function

@@ -1,0 +1,130 @@
+"""The Pareto tail index of importance weights, from a stream of them and for many data at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["PARETO_K_LIMIT", "TailWeights", "generalized_pareto_shape", "tail_length"]
+
+# Above it the weights have so heavy a tail that the estimate and its standard error can't be trusted
+# at any practical number of samples (Vehtari et al. 2024, section 3).
+PARETO_K_LIMIT = 0.7
+
+# Fewer tail weights than this say nothing about a tail.
+_SMALLEST_TAIL = 5
+
+# Weights whose largest ones agree to this relative error of their logarithm are equal but for the
+# rounding of float32 sums (64 units in the last place): no tail, k = 0 by definition.
+_ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+# Strength and shape of the prior on k: ten observations of k = 0.5 (Vehtari et al., appendix G).
+_PRIOR_COUNT, _PRIOR_SHAPE = 10.0, 0.5
+
+# Scale of the quasi-prior on the profile parameter (Zhang, Stephens 2009, section 3).
+_PRIOR_SCALE = 3.0
+
+
+def tail_length(num_samples: int) -> int:
+    """Return how many of the largest weights make the tail, ceil(min(S / 5, 3 sqrt(S)))."""
+    return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
+
+
+class TailWeights:
+    """The largest log weights of each datum, kept while all of them stream by.
+
+    Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``.
+
+    Args:
+        num_samples: the number of weights per datum that will come, S.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.kept = tail_length(num_samples) + 1  # the one below the tail is the cutoff
+        self._pending: list[Tensor] = []
+        self._count = 0
+
+    def add(self, log_weights: Tensor) -> None:
+        """Add weights ``(num_new, N)``, float64, nats."""
+        self._pending.append(log_weights)
+        self._count += len(log_weights)
+        if self._count >= 2 * self.kept:
+            self._compress()
+
+    def pareto_k(self) -> Tensor:
+        """Return the estimated tail index per datum, ``(N,)``.
+
+        NaN: too few samples to tell (fewer than 21). 0: the largest weights are equal. Infinity:
+        fewer than 5 weights rise above the cutoff, or every weight is 0.
+        """
+        self._compress()
+        (largest_first,) = self._pending
+        if len(largest_first) < self.kept or self.kept <= _SMALLEST_TAIL:
+            return largest_first.new_full((largest_first.shape[1],), math.nan)
+        return _pareto_k(largest_first.T.contiguous())
+
+    def _compress(self) -> None:
+        weights = torch.cat(self._pending)
+        weights = weights.topk(min(self.kept, len(weights)), dim=0).values
+        self._pending, self._count = [weights], len(weights)
+
+
+def _pareto_k(largest_first: Tensor) -> Tensor:
+    """Return k from the M + 1 largest log weights per datum, ``(N, M + 1)``, largest first."""
+    largest, cutoff = largest_first[:, 0], largest_first[:, -1]
+    pareto_k = torch.full_like(largest, math.inf)
+    equal = largest - cutoff <= _ROUNDING * largest.abs().clamp(min=1)
+    possible = largest.isfinite()
+    # Weights too small for float64 beside the largest one are no part of a tail.
+    smallest = math.log(torch.finfo(torch.float64).tiny)
+    relative = largest_first - torch.where(possible, largest, 0.0)[:, None]
+    relative_cutoff = relative[:, -1].clamp(min=smallest)
+    in_tail = relative > relative_cutoff[:, None]
+    lengths = in_tail.sum(1)
+    for length in lengths[possible & ~equal].unique().tolist():
+        if length < _SMALLEST_TAIL:
+            continue
+        rows = possible & ~equal & (lengths == length)
+        base = relative_cutoff[rows, None]
+        exceedances = base.exp() * (relative[rows, :length] - base).expm1()
+        pareto_k[rows] = generalized_pareto_shape(exceedances.flip(1))
+    return torch.where(possible & equal, 0.0, pareto_k)
+
+
+def generalized_pareto_shape(exceedances: Tensor) -> Tensor:
+    r"""Estimate the shape k of generalized Pareto distributions, one per row.
+
+    .. math:: p(y | k, \sigma) = (1 + k y / \sigma)^{-1/k - 1} / \sigma
+
+    The profile parameter :math:`b = -k / \sigma` gets its posterior mean over a grid of quasi-prior
+    quantiles; k follows from it and is shrunk towards 0.5 by a prior worth ten observations.
+
+    Args:
+        exceedances: positive values in ascending order, ``(rows, n)``, float64.
+
+    Returns:
+        k, ``(rows,)``.
+
+    Source:
+        Zhang, Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
+        Distribution", equations 5 to 9; prior on k: Vehtari et al. 2024, appendix G.
+    """
+    count = exceedances.shape[1]
+    grid_size = 30 + int(math.sqrt(count))
+    quartile = exceedances[:, int(count / 4 + 0.5) - 1, None]
+    index = torch.arange(1, grid_size + 1, dtype=exceedances.dtype, device=exceedances.device)
+    spread = (1 - (grid_size / (index - 0.5)).sqrt()) / (_PRIOR_SCALE * quartile)
+    grid = 1 / exceedances[:, -1:] + spread
+    shapes = torch.stack([_shape_given(b, exceedances) for b in grid.unbind(1)], dim=1)
+    profile = count * ((-grid / shapes).log() - shapes - 1)
+    weights = profile.nan_to_num(nan=-math.inf).softmax(dim=1)
+    shape = _shape_given((weights * grid).sum(1), exceedances)
+    return (count * shape + _PRIOR_COUNT * _PRIOR_SHAPE) / (count + _PRIOR_COUNT)
+
+
+def _shape_given(b: Tensor, exceedances: Tensor) -> Tensor:
+    """Return the shape that maximises the likelihood at a profile parameter b, one per row."""
+    return torch.log1p(-b[:, None] * exceedances).mean(1)

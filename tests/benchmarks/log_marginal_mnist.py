@@ -1,0 +1,107 @@
+"""log p(x) of binarised MNIST's test set: importance sampling, and annealing beside it on a subset.
+
+Run ``python tests/benchmarks/log_marginal_mnist.py --data-root FOLDER``. A standard VAE (784-512-256,
+20 latents, Bernoulli pixels) is trained for ten minutes; its 10,000 test images are then weighed by
+importance sampling, and the first 200 by annealing from the guide as well. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+import warnings
+
+import torch
+
+import pyro_vae as pv
+from pyro_vae.evaluation import LogMarginal
+
+
+class TimeIsUpError(Exception):
+    """Training has had its minutes."""
+
+
+def train(data: pv.datasets.Dataset, options: argparse.Namespace) -> pv.VAE:
+    torch.manual_seed(0)
+    shape = data.data_shape
+    vae = pv.VAE(
+        pv.priors.StandardNormal(20),
+        pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(20, (256, 512)), shape),
+        pv.guides.MeanFieldNormal(pv.networks.MLPEncoder(shape, (512, 256)), 20),
+    )
+    vae.likelihood.start_at_mean(data.train.mean(0))
+    begin = time.perf_counter()
+
+    def stop_in_time(epoch: int, metrics: dict[str, float]) -> None:
+        if time.perf_counter() - begin > 60 * options.minutes:
+            print(f"trained {epoch} epochs, {metrics}")
+            raise TimeIsUpError
+
+    with contextlib.suppress(TimeIsUpError):
+        pv.fit(
+            vae.model,
+            vae.guide,
+            data,
+            epochs=1_000_000,
+            learning_rate=options.learning_rate,
+            device=options.device,
+            seed=0,
+            on_epoch=stop_in_time,
+        )
+    return vae
+
+
+def estimated(name: str, vae: pv.VAE, x: torch.Tensor, **options: object) -> LogMarginal:
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table has a column for it
+        estimate = pv.log_marginal(vae.model, vae.guide, x, seed=0, **options)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - begin
+    k = "" if estimate.method == "annealed" else f"{estimate.num_unreliable / len(x):.1%}"
+    print(
+        f"| {name} | {len(x)} | {estimate.mean:.3f} | {estimate.mean_standard_error:.3f} | "
+        f"{estimate.data_standard_error:.2f} | {k} | {seconds:.0f} |",
+        flush=True,
+    )
+    return estimate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", required=True, help="where the MNIST files are, or go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--num-test", type=int, default=10_000)
+    parser.add_argument("--num-samples", type=int, default=5_000)
+    parser.add_argument("--num-annealed", type=int, default=200)
+    parser.add_argument("--num-chains", type=int, default=16)
+    parser.add_argument("--num-steps", type=int, default=1_000)
+    parser.add_argument("--num-bracket", type=int, default=0, help="data of a bidirectional check")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = pv.datasets.load("mnist", root=options.data_root)
+    vae = train(data, options)
+    test_x = data.test[: options.num_test].to(options.device)
+    print("| method | data | mean log p(x) | MC error | data error | k > 0.7 | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    importance = f"importance, {options.num_samples} samples"
+    annealed = f"annealed from the guide, {options.num_chains} x {options.num_steps}"
+    estimated(importance, vae, test_x, num_samples=options.num_samples)
+    subset = test_x[: options.num_annealed]
+    sampled = estimated(importance, vae, subset, num_samples=options.num_samples)
+    chains = {"num_chains": options.num_chains, "num_steps": options.num_steps}
+    moved = estimated(annealed, vae, subset, method="annealed", **chains)
+    difference = moved.log_prob - sampled.log_prob
+    error = (moved.standard_error.square() + sampled.standard_error.square()).sum().sqrt()
+    print(f"annealed minus importance: {difference.mean():.3f} +- {error / len(subset):.3f} nats")
+    if options.num_bracket:
+        bracket = {"num_data": options.num_bracket, "seed": 0, **chains}
+        print(pv.evaluation.bidirectional(vae.model, vae.guide, subset, **bracket))
+
+
+if __name__ == "__main__":
+    main()

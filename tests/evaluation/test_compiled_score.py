@@ -1,0 +1,131 @@
+"""The compiled score: the same numbers, one compilation, and it follows the parameters."""
+
+import gc
+import warnings
+import weakref
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.evaluation import compiled_score as module
+
+
+def small_vae():
+    return pv.VAE(
+        pv.priors.StandardNormal(3),
+        pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(3, (16,)), (20,)),
+        pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((20,), (16,)), 3),
+    )
+
+
+def estimate(model, guide, x, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ data have Pareto k")
+        return pv.log_marginal(model, guide, x, num_samples=101, seed=0, **options)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Count the captures; they run uncompiled, which needs no C++ compiler and no time."""
+    counted = []
+    capture = module._capture
+
+    def counting(*args):
+        counted.append(1)
+        return capture(*args)
+
+    monkeypatch.setattr(module, "_capture", counting)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    return counted
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_numbers():
+    vae, x = small_vae(), torch.rand(7, 20).round()
+    plain = estimate(vae.model, vae.guide, x, compile=False)
+    compiled = estimate(vae.model, vae.guide, x, compile=True)
+    torch.testing.assert_close(compiled.log_prob, plain.log_prob, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(compiled.log_prob, plain.log_prob)  # other kernels did run
+
+
+def test_repeated_calls_and_trained_parameters(compilations):
+    vae, x = small_vae(), torch.rand(7, 20).round()
+    for _ in range(3):
+        compiled = estimate(vae.model, vae.guide, x, compile=True, max_memory=1 << 20)
+        plain = estimate(vae.model, vae.guide, x, compile=False, max_memory=1 << 20)
+        torch.testing.assert_close(compiled.log_prob, plain.log_prob)
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter.add_(0.1)
+    assert len(compilations) == 1
+    vae.likelihood.logits.map.bias = torch.nn.Parameter(torch.ones(20))
+    compiled = estimate(vae.model, vae.guide, x, compile=True, max_memory=1 << 20)
+    plain = estimate(vae.model, vae.guide, x, compile=False, max_memory=1 << 20)
+    torch.testing.assert_close(compiled.log_prob, plain.log_prob)
+
+
+def test_other_data_of_the_same_shape_share_the_program(compilations):
+    vae = small_vae()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.rand(2000, 20).round()
+        compiled = estimate(vae.model, vae.guide, x, compile=True)
+        plain = estimate(vae.model, vae.guide, x, compile=False)
+        torch.testing.assert_close(compiled.log_prob, plain.log_prob)
+    assert len(compilations) == 1
+
+
+def test_programs_die_with_their_model(compilations):
+    vae = small_vae()
+    estimate(vae.model, vae.guide, torch.rand(3, 20).round(), compile=True)
+    assert vae in module._PROGRAMS
+    reference = weakref.ref(vae)
+    del vae
+    gc.collect()
+    assert reference() is None
+
+
+def test_small_work_is_not_compiled(compilations):
+    vae = small_vae()
+    estimate(vae.model, vae.guide, torch.rand(3, 20).round())
+    assert not compilations
+
+
+def test_plain_functions_and_store_parameters(compilations):
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x = torch.randn(4, 2)
+    for value in (1.0, 2.0):
+        pyro.get_param_store()["scale"] = torch.tensor(value)
+        compiled = estimate(model, guide, x, compile=True)
+        plain = estimate(model, guide, x, compile=False)
+        torch.testing.assert_close(compiled.log_prob, plain.log_prob)
+        assert compilations
+
+
+def test_a_model_that_reads_values_runs_as_it_is():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            mean = torch.tensor(z.tolist())
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x = torch.randn(4, 2)
+    with pytest.warns(UserWarning, match="runs uncompiled"):
+        compiled = estimate(model, guide, x, compile=True)
+    assert torch.equal(compiled.log_prob, estimate(model, guide, x, compile=False).log_prob)
