@@ -18,13 +18,6 @@ from pyro_vae.infer.compiled import CompiledTrace_ELBO
 X = torch.tensor([0.3, -0.2, 1.1])
 
 
-@pytest.fixture(autouse=True)
-def _clean_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-
-
 def pair(change=lambda z: z, *, latent=None, draw=None):
     """A normal model whose mean is ``change(z)``."""
 

@@ -16,13 +16,6 @@ NUM_PROJECTIONS = 3
 X = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _clean_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-
-
 def standard_normal(size):
     return dist.Normal(torch.zeros(size), torch.ones(size)).to_event(1)
 
