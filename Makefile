@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?=
 
-.PHONY: demo test test-all lint ci clean
+.PHONY: demo test test-all test-gpu lint ci clean
 
 # Plain torch and torchvision from one index match each other and carry CUDA.
 $(BIN)/.demo: pyproject.toml
@@ -23,9 +23,13 @@ demo: $(BIN)/.demo
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -n auto
 
-# The slow part too; tests that need a GPU run where there is one.
+# The slow part too.
 test-all: $(BIN)/.test
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "not gpu"
+
+# What needs a CUDA device.
+test-gpu: $(BIN)/.test
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

@@ -220,7 +220,8 @@ def main() -> None:
             _tell(str(error))
             sys.exit(2)
         except OSError as error:
-            _tell(f"expected to read or write {error.filename}, got: {error.strerror}")
+            where = error.filename or "the output"
+            _tell(f"expected to read or write {where}, got: {error.strerror}")
             sys.exit(2)
 
 

@@ -38,7 +38,7 @@ def _activation(name: str) -> nn.Module:
 
 def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Check a list of sizes; a size is a whole number of at least 1."""
-    if not values or any(int(value) != value or value < 1 for value in values):
+    if not values or any(int(value) != value or not 1 <= value < 2**31 for value in values):
         raise InputError(f"expected {name} as whole numbers of at least 1, got {list(values)}")
     return tuple(int(value) for value in values)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.pair import HANDLER_LOCK, PairFunction, as_inputs, evaluation_mode, seeded
+from pyro_vae.infer.sites import sample_sites
 
 __all__ = ["generate", "reconstruct"]
 
@@ -43,7 +45,8 @@ def generate(
     inputs = as_inputs(like)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model), seeded(seed):
         name = _observed_site(poutine.trace(model).get_trace(*inputs), observed)
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
+        with _Freed(name):
+            trace = poutine.trace(model).get_trace(*inputs)
     return _value(trace.nodes[name], mean)
 
 
@@ -80,11 +83,23 @@ def reconstruct(
         return _value(site, mean) if mean else site["fn"].sample()
 
 
+class _Freed(Messenger):
+    """Draw one observed site anew; the others keep what they observed, as conditions."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] == self.name:
+            message.update(is_observed=False, value=None, done=False)
+
+
 def _observed_site(trace: Any, name: str | None) -> str:
     sites = [
         site["name"]
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
+        for site in sample_sites(trace)
+        if site["is_observed"] and not site_is_factor(site)
     ]
     if name is None and len(sites) == 1:
         return sites[0]

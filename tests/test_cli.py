@@ -353,7 +353,8 @@ def refused(folder, *arguments, message):
 BAD_SETTINGS = {
     "--latent-dim 0": "latent",
     "--latent-dim -3": "latent",
-    "--latent-dim 100000000000000": "fit in memory",
+    "--latent-dim 1000000000": "fit in memory",
+    "--latent-dim 100000000000000": "expected latent_dim as whole numbers",
     "--epochs -1": "expected epochs of at least 0, got -1",
     "--beta -1": "beta",
     "--beta nan": "beta",

@@ -20,8 +20,3 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["estimate"].log_prob.isfinite().all()
-
-
-@pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"])
-def test_files_that_the_readme_leans_on_exist(path):
-    assert (README.parent / path).is_file()

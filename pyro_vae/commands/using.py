@@ -74,7 +74,13 @@ def evaluate(
         )
     test = dataset.test[: how.num_data].to(place)
     methods = ("importance", "annealed") if how.method == "both" else (how.method,)
-    estimates = [estimated(vae, test, replace(how, method=method)) for method in methods]
+    # The target is importance sampling's; annealing has its chains and steps.
+    targets = {"importance": how.target_standard_error, "annealed": None}
+    if how.method == "both":
+        ways = [replace(how, method=m, target_standard_error=targets[m]) for m in methods]
+    else:
+        ways = [how]
+    estimates = [estimated(vae, test, way) for way in ways]
     if picture is not None:
         save_picture(diagnostics_picture(estimates[0]), picture)
     values = as_dict(estimates[0])

@@ -54,7 +54,11 @@ def memory_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free // 4
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = 1 << 27
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system says what is free
+        return most
     # Larger tensors than this leads to (32 MiB) are mapped anew by the C library for every operation,
     # which costs more than their arithmetic.
-    return max(1 << 24, min(1 << 27, available // 4))
+    return max(1 << 24, min(most, available // 4))

@@ -46,7 +46,7 @@ def compiled_score(
 
     Compiled programs are kept per model and shape: later calls pay nothing. A program follows
     parameters that are trained or replaced meanwhile. It is checked against the uncompiled score
-    before it is used.
+    on the first chunk of every call.
 
     Args:
         scorer: the pair bound to its data.
@@ -67,6 +67,9 @@ def compiled_score(
     key = _signature(scorer, latents)
     program = programs.get(key)
     stale = program is not None and program.state.current() is None
+    if program is not None and not stale:
+        # What the key can't see (a plain attribute of the model) may have changed since.
+        stale = not all_close(program.bound_to(scorer)(latents), scorer.score(latents))
     if key not in programs or stale:
         with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
             programs[key] = program = _compile(scorer, latents, warn=bool(wanted))

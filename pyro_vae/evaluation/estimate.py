@@ -161,10 +161,12 @@ def summarise(
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
     """Warn of data whose weights have too heavy a tail."""
     count = estimate.num_unreliable
+    advice = 'method="annealed", a wider guide or more samples'
+    if estimate.method == "annealed":
+        advice = "more steps or chains"
     if count:
         warnings.warn(
             f"{count} of {len(estimate.log_prob)} data have Pareto k > {PARETO_K_LIMIT}: their "
-            "log p(x) is probably too low and their standard error too small; use "
-            'method="annealed", a wider guide or more samples',
+            f"log p(x) is probably too low and their standard error too small; use {advice}",
             stacklevel=stacklevel + 1,
         )

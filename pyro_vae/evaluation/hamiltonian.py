@@ -13,9 +13,8 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.streaming import check_weights
 from pyro_vae.infer.capture import CannotCaptureError, trace_graph
-from pyro_vae.infer.log_weights import PairScorer, Scores
+from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.particles import all_close
 from pyro_vae.infer.sites import Latents, Site, is_delta, latent_sites
 

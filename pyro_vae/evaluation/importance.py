@@ -19,6 +19,7 @@ from pyro_vae.infer.pair import (
     Inputs,
     PairFunction,
     as_inputs,
+    check_support,
     evaluation_mode,
     seeded,
 )
@@ -107,6 +108,7 @@ def log_marginal(
     """
     _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, max_memory)
     inputs = as_inputs(x)
+    check_support(model, inputs)
     report = Progress(progress, running_mean)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         if method == "annealed":

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import Convergence, LogMarginal, PosteriorDraws, summarise
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.infer.log_weights import PairScorer, Scores
+from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.sites import Latents
 
-__all__ = ["Block", "Stream", "Terms", "check_weights", "join_blocks", "join_draws"]
+__all__ = ["Block", "Stream", "Terms", "join_blocks", "join_draws"]
 
 Terms = tuple[Tensor, Tensor]
 
@@ -210,23 +209,3 @@ def join_draws(draws: list[PosteriorDraws], order: Tensor) -> PosteriorDraws | N
         join([part.log_likelihood for part in draws]),
         join([part.log_weights for part in draws]),
     )
-
-
-def check_weights(scores: Scores) -> None:
-    """Refuse weights that are NaN or infinite, naming the term that made them so."""
-    weights = scores.log_weights
-    if not (weights.isnan() | weights.isposinf()).any():
-        return
-    terms = {
-        "log p(x|z)": (scores.log_likelihood, 1),
-        "log p(z)": (scores.log_prior, 1),
-        "log q(z|x)": (scores.log_proposal, -1),
-    }
-    for name, (term, sign) in terms.items():
-        for kind, bad in (("NaN", term.isnan()), ("infinity", (sign * term).isposinf())):
-            if bad.any():
-                raise InputError(
-                    f"expected finite log-probabilities, got {kind} in {name} for "
-                    f"{int(bad.any(0).sum())} of {weights.shape[1]} data: look for NaN parameters, "
-                    "a log of a negative number or a scale of 0"
-                )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,19 +80,6 @@ def called_modules(found: dict[nn.Module, None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def reachable_modules(function: Any) -> Iterator[nn.Module]:
-    """Yield the modules that a function closes over, is bound to, or is itself."""
-    owner = getattr(function, "__self__", function)
-    values = [owner, *getattr(owner, "__dict__", {}).values()]
-    if isinstance(owner, nn.Module):
-        values += owner.children()
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    if inspect.isfunction(plain):
-        closed = inspect.getclosurevars(plain)
-        values += [*closed.nonlocals.values(), *closed.globals.values()]
-    yield from (value for value in values if isinstance(value, nn.Module))
 
 
 def with_submodules(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import CannotCaptureError
 from pyro_vae.infer.objectives import scale_latents
+from pyro_vae.infer.pair import modules_of
 from pyro_vae.infer.program import (
     Call,
     DeviceLoss,
@@ -248,7 +249,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
         if pair.refused or any(program.state.current() for program in known):
             return loss
         if pair.wants(signature):
-            closed_over = map(capture.reachable_modules, (call.model, call.guide))
+            closed_over = map(modules_of, (call.model, call.guide))
             modules = capture.with_submodules([*found, *itertools.chain(*closed_over)])
             try:
                 program = self._capture(call, modules, signature, inputs)

@@ -18,7 +18,13 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.pair import HANDLER_LOCK, Inputs, PairFunction, as_inputs
+from pyro_vae.infer.pair import (
+    HANDLER_LOCK,
+    Inputs,
+    PairFunction,
+    as_inputs,
+    check_support,
+)
 from pyro_vae.infer.particles import (
     AllocationCounter,
     GivenScore,
@@ -92,8 +98,12 @@ def log_weights(
     """
     if num_samples < 1:
         raise InputError(f"expected num_samples of at least 1, got {num_samples}")
+    inputs = as_inputs(x)
+    check_support(model, inputs)
     with HANDLER_LOCK:
-        return PairScorer(model, guide, as_inputs(x), plate=plate).draw(num_samples).log_weights
+        scores = PairScorer(model, guide, inputs, plate=plate).draw(num_samples)
+    check_weights(scores)
+    return scores.log_weights
 
 
 class PairScorer:
@@ -250,6 +260,11 @@ class PairScorer:
                 model_trace = poutine.trace(self.model).get_trace(*self.inputs)
         if not latents:
             raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
+        if not any(site["is_observed"] for site in sample_sites(model_trace)):
+            raise InputError(
+                "expected a model that observes data, got none observed: pass obs= to pyro.sample, "
+                "and the model before the guide"
+            )
         check_latents_match(model_trace, guide_trace)
         frames = []
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
@@ -264,3 +279,23 @@ class PairScorer:
         self._point_masses = {site["name"] for site in latents if is_delta(site["fn"])}
         self.bytes_per_datum = max(1, in_model.bytes // self.num_data)
         self._guide_bytes_per_datum = max(1, in_guide.bytes // self.num_data)
+
+
+def check_weights(scores: Scores) -> None:
+    """Refuse weights that are NaN or infinite, naming the term that made them so."""
+    weights = scores.log_weights
+    if not (weights.isnan() | weights.isposinf()).any():
+        return
+    terms = {
+        "log p(x|z)": (scores.log_likelihood, 1),
+        "log p(z)": (scores.log_prior, 1),
+        "log q(z|x)": (scores.log_proposal, -1),
+    }
+    for name, (term, sign) in terms.items():
+        for kind, bad in (("NaN", term.isnan()), ("infinity", (sign * term).isposinf())):
+            if bad.any():
+                raise InputError(
+                    f"expected finite log-probabilities, got {kind} in {name} for "
+                    f"{int(bad.any(0).sum())} of {weights.shape[1]} data: look for NaN parameters, "
+                    "a log of a negative number or a scale of 0"
+                )

@@ -159,7 +159,7 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
                 if site["type"] == "sample" and not site_is_subsample(site):
                     signs.append((site, 0 if of_guide or not site["is_observed"] else 1, of_guide))
     if any(site["infer"].get("_enumerate_dim") is not None for site, _, _ in signs):
-        return torch.full((2,), torch.nan)
+        return torch.full((2,), torch.nan, device=signs[0][0]["value"].device)
     terms: list[list[Tensor]] = [[], []]
     for site, index, of_guide in signs:
         log_prob = site["unscaled_log_prob"].detach()

@@ -22,6 +22,7 @@ __all__ = [
     "HANDLER_LOCK",
     "Inputs",
     "as_inputs",
+    "check_support",
     "device_of",
     "evaluation_mode",
     "modules_of",
@@ -47,16 +48,31 @@ def as_inputs(x: Tensor | Sequence[Tensor]) -> Inputs:
     Raises:
         InputError: no tensor, no data, or first dimensions that differ.
     """
-    inputs = (x,) if isinstance(x, Tensor) else tuple(x)
+    values = tuple(x) if isinstance(x, list | tuple) else (x,)
+    inputs = tuple(_tensor(value) for value in values)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
-        got = ", ".join(type(value).__name__ for value in inputs) or "nothing"
-        raise InputError(f"expected x as a tensor or a tuple of tensors, got {got}")
+        got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
+        raise InputError(
+            f"expected x as a tensor or a tuple of tensors, got {got}: of a Dataset pass one part, "
+            "e.g. data.test"
+        )
     lengths = [len(value) if value.dim() else 0 for value in inputs]
     if len(set(lengths)) != 1:
         raise InputError(f"expected inputs that share their first dimension, got {lengths}")
     if lengths[0] == 0:
         raise InputError("expected at least one datum, got an empty data set")
     return inputs
+
+
+def check_support(model: PairFunction, inputs: Inputs) -> None:
+    """Let the owner of a model refuse data its likelihood is not defined for.
+
+    The owner of a method that has a ``check_data`` (as :class:`pyro_vae.VAE` does) is asked.
+    """
+    for owner in owned_modules(model):
+        check = getattr(owner, "check_data", None)
+        if check is not None and len(inputs) == 1:
+            check(*inputs)
 
 
 def owned_modules(*functions: PairFunction) -> list[nn.Module]:
@@ -116,14 +132,23 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not 0 <= seed < 2**32:
+        raise InputError(f"expected a seed from 0 to 2**32 - 1, got {seed}")
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
-        pyro.set_rng_seed(seed)
         try:
+            pyro.set_rng_seed(seed)
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.as_tensor(value)  # NumPy computes in float64 where networks are float32
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def _owner(function: Any) -> Any:
@@ -134,6 +159,8 @@ def _owner(function: Any) -> Any:
 
 def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
     """Collect the modules in ``value``, following partials, methods, functions and containers."""
+    if isinstance(value, functools.partial):
+        _reach([value.args, value.keywords], found, seen)
     value = _owner(value)
     if id(value) in seen:
         return
@@ -142,11 +169,15 @@ def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
         found.append(value)
     elif isinstance(value, types.FunctionType):
         names = inspect.getclosurevars(value)
-        for inner in (*names.nonlocals.values(), *names.globals.values()):
-            # A function from elsewhere (a library's) holds nothing of the pair.
-            foreign = isinstance(inner, types.FunctionType) and (inner.__module__ != value.__module__)
-            if not foreign:
-                _reach(inner, found, seen)
+        # A function from elsewhere that is only named (a library's) holds nothing of the pair; one
+        # that is closed over (a handler's, around the pair) may.
+        named = [
+            inner
+            for inner in names.globals.values()
+            if not isinstance(inner, types.FunctionType) or inner.__module__ == value.__module__
+        ]
+        defaults = [value.__defaults__, value.__kwdefaults__]
+        _reach([*names.nonlocals.values(), *named, *defaults], found, seen)
     elif isinstance(value, list | tuple):
         for inner in value:
             _reach(inner, found, seen)

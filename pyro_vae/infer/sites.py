@@ -106,6 +106,15 @@ def check_site(function: str, site: Site, plate: str, num_data: int) -> None:
             f"expected site {name!r} of the {function} to have {num_data} data along "
             f"plate {plate!r}, got {size}: use pyro.plate({plate!r}, len(x))"
         )
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    stray = [
+        dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
+    ]
+    if stray:
+        raise InputError(
+            f"expected site {name!r} of the {function} to have one log-probability per datum, got "
+            f"shape {tuple(log_prob.shape)}: declare event dimensions by .to_event(k), or squeeze"
+        )
     known = latent_scale_of(site)
     for frame in site["cond_indep_stack"]:
         if frame.full_size and frame.full_size > 0:

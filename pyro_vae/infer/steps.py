@@ -116,9 +116,15 @@ class Steps:
         beta = self.schedule.current
         pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta, is_guide=True))
         if not hasattr(self.objective, "differentiable_loss"):
-            _check_finite(self.objective.loss_and_grads(*pair, *batch))
+            loss = self.objective.loss_and_grads(*pair, *batch)
+            for part in loss if isinstance(loss, tuple) else (loss,):
+                _check_finite(part)
+            known = self.parameters
+            if check_against is not None:
+                known = known | _parameters_of(check_against)
+                _check_registered(_log_probs(traces), known)
             divisor = len(batch[0]) * subsample_scale(traces, self.plate)
-            for leaf in self.parameters.values():
+            for leaf in known.values():
                 if leaf.grad is not None:
                     leaf.grad /= divisor
             return
@@ -130,7 +136,7 @@ class Steps:
                     "expected parameters to train, the pair has none: name them by pyro.module or "
                     "pyro.param"
                 )
-            _check_registered(loss, _parameters_of(check_against))
+            _check_registered([loss], _parameters_of(check_against))
         (loss / (len(batch[0]) * subsample_scale(traces, self.plate))).backward()
 
 
@@ -188,10 +194,16 @@ def _parameters_of(trace: Trace) -> dict[str, Tensor]:
     return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
 
 
-def _check_registered(loss: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Refuse a loss that depends on a trainable tensor unknown to Pyro: it would stay untrained."""
+def _log_probs(traces: list[TracePair]) -> list[Tensor]:
+    """Return the log-probabilities that an objective computed from its traces."""
+    sites = (site for pair in traces for trace in pair for site in trace.nodes.values())
+    return [site["log_prob"] for site in sites if isinstance(site.get("log_prob"), Tensor)]
+
+
+def _check_registered(roots: list[Tensor], parameters: dict[str, Tensor]) -> None:
+    """Refuse a graph with a trainable tensor unknown to Pyro: it would stay untrained."""
     known = {id(leaf) for leaf in parameters.values()}
-    seen, waiting, unknown = set(), [loss.grad_fn], []
+    seen, waiting, unknown = set(), [root.grad_fn for root in roots], []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

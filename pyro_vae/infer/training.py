@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
+from pyro_vae.infer.compiled import CompiledTrace_ELBO
 from pyro_vae.infer.objectives import BetaSchedule, check_beta, draw_traces, elbo_terms
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
     PairFunction,
     as_inputs,
+    check_support,
     device_of,
     evaluation_mode,
     owned_modules,
@@ -152,11 +154,16 @@ def fit(
     """
     check_options(epochs, batch_size, learning_rate, beta, warmup_epochs, patience)
     train, validation_inputs, transform = _prepare(data, validation, transform)
+    if isinstance(objective, CompiledTrace_ELBO):
+        raise InputError(
+            "expected an objective that draws traces, got CompiledTrace_ELBO: use it with Pyro's own "
+            "SVI, as SVI(model, guide, FusedOptim(...), CompiledTrace_ELBO())"
+        )
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     for part in (train, validation_inputs):
         if part is not None:
-            _check_support(model, part)
+            check_support(model, part)
     place = _place(model, guide, device, train[0].device)
     train = tuple(value.to(place) for value in train)
     if validation_inputs is not None:
@@ -259,22 +266,21 @@ def _prepare(
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
             validation = data.validation
-        if transform is None and data.binarize == "dynamic":
-            transform = data.draw
+        if data.binarize == "dynamic":
+            transform = _after_drawing(data, transform)
         data = data.train
     return _tensors(data), None if validation is None else _tensors(validation), transform
 
 
+def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Draw the bits of a batch, then apply the user's own transform."""
+    if transform is None:
+        return data.draw
+    return lambda batch: transform(data.draw(batch))
+
+
 def _tensors(data: Any) -> Inputs:
-    values = (data,) if isinstance(data, Tensor | np.ndarray) else tuple(data)
-    return as_inputs([_tensor(value) for value in values])
-
-
-def _tensor(value: Any) -> Any:
-    if isinstance(value, np.ndarray):  # NumPy computes in float64 where networks are float32
-        value = torch.as_tensor(value)
-        value = value.to(torch.get_default_dtype()) if value.is_floating_point() else value
-    return value.detach() if isinstance(value, Tensor) else value
+    return tuple(value.detach() for value in as_inputs(data))
 
 
 def _place(
@@ -308,7 +314,7 @@ def check_options(
     """Refuse options of :func:`fit` that are out of range."""
     if epochs < 0:
         raise InputError(f"expected epochs of at least 0, got {epochs}")
-    if batch_size < 1:
+    if not 1 <= batch_size < 2**31:
         raise InputError(f"expected a batch size of at least 1, got {batch_size}")
     if not 0 < learning_rate < math.inf:
         raise InputError(f"expected a finite learning rate above 0, got {learning_rate}")
@@ -317,11 +323,3 @@ def check_options(
     if patience is not None and patience < 1:
         raise InputError(f"expected a patience of at least 1 epoch, got {patience}")
     check_beta(beta)
-
-
-def _check_support(model: PairFunction, inputs: Inputs) -> None:
-    """Let the owner of the model refuse data its likelihood is not defined for."""
-    for owner in owned_modules(model):
-        check = getattr(owner, "check_data", None)
-        if check is not None:
-            check(*inputs)

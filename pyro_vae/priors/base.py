@@ -51,7 +51,7 @@ def check_latent_dim(latent_dim: int, *, at_least: int = 1) -> int:
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
     """Return ``value``, or refuse one that is not a whole number of at least ``at_least``."""
-    if isinstance(value, bool) or int(value) != value or value < at_least:
+    if isinstance(value, bool) or int(value) != value or not at_least <= value < 2**31:
         raise InputError(f"expected {name} as a whole number of at least {at_least}, got {value}")
     return int(value)
 

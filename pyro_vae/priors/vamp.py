@@ -102,6 +102,11 @@ class VampPrior(Prior):
                 f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), "
                 f"got {tuple(x.shape)}: build the prior with the data's own shape"
             )
+        if self.unit_interval and not (x.min() >= 0 and x.max() <= 1):
+            raise InputError(
+                f"expected data in [0, 1], got values from {x.min():g} to {x.max():g}: build the "
+                "prior with unit_interval=False"
+            )
         start = x.mean(0) + x.std(0, correction=0) * torch.randn_like(self.raw_pseudo_inputs)
         if self.unit_interval:
             # At the very ends the sigmoid would no longer move.

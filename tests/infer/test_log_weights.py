@@ -518,3 +518,26 @@ def test_modes_and_global_state_are_kept():
     pv.log_weights(model, guide, inputs, num_samples=3)
     assert vae.training
     assert (pyro.settings.get("validate_poutine"), torch.is_grad_enabled()) == validation
+
+
+def test_a_site_that_broadcast_over_the_data_twice_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)  # z is (N, 1): the log-density is (N, N)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x[:, None], 0.7).to_event(1))
+
+    with pyro.validation_enabled(False), pytest.raises(pv.InputError, match="squeeze"):
+        pv.log_weights(model, guide, torch.randn(6), num_samples=2)
+
+
+def test_a_model_that_observes_nothing_is_refused():
+    def function(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(x)]))
+
+    with pytest.raises(pv.InputError, match="observes data"):
+        pv.log_weights(function, function, torch.randn(6), num_samples=2)

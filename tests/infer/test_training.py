@@ -1,6 +1,7 @@
 """``fit`` on any pair: same steps as Pyro's own SVI, no parameter lost, no state left behind."""
 
 import copy
+import functools
 import math
 import threading
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from pyro.infer import (
     SVI,
+    RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
@@ -19,7 +21,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.infer import bound_terms
+from pyro_vae.infer import CompiledTrace_ELBO, bound_terms
 
 PIXELS = 6
 
@@ -554,3 +556,86 @@ def test_fit_on_cuda():
     assert result.device.startswith("cuda")
     assert all(parameter.is_cuda for parameter in vae.parameters())
     assert math.isfinite(result.history["validation_elbo"][-1])
+
+
+def test_tensors_unknown_to_pyro_are_refused_whatever_the_objective():
+    net = nn.Linear(2, PIXELS)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    for objective in (RenyiELBO(num_particles=2), TraceGraph_ELBO()):
+        with pytest.raises(pv.InputError, match="known to Pyro, 2 are not"):
+            pv.fit(model, guide, make_data(), epochs=1, objective=objective)
+
+
+def test_a_compiled_objective_is_refused_with_the_way_to_use_it():
+    vae = make_vae()
+    with pytest.raises(pv.InputError, match="SVI"):
+        pv.fit(vae.model, vae.guide, make_data(), epochs=1, objective=CompiledTrace_ELBO())
+
+
+def test_a_transform_sees_the_bits_of_a_dynamic_data_set():
+    vae, seen = make_vae(), []
+    data = pv.datasets.Dataset(
+        "grey",
+        torch.full((20, PIXELS), 0.5),
+        torch.zeros(0, PIXELS),
+        torch.zeros(1, PIXELS),
+        binarize="dynamic",
+    )
+
+    def note(batch):
+        seen.append(batch)
+        return batch
+
+    pv.fit(vae.model, vae.guide, data, epochs=1, batch_size=20, transform=note)
+    assert set(seen[0].unique().tolist()) == {0.0, 1.0}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decode, self.modes = nn.Linear(2, PIXELS), set()
+
+    def forward(self, z):
+        self.modes.add(self.training)
+        return self.decode(z)
+
+
+@pytest.mark.parametrize("way", ["partial", "default", "mask", "beta", "container"])
+def test_every_module_of_the_pair_is_in_eval_mode_while_it_is_measured(way):
+    net = Dropping()
+
+    def body(net, x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(1), obs=x)
+
+    def with_default(x, net=net):
+        body(net, x)
+
+    nets = {"decoder": [net]}
+    model = {
+        "partial": functools.partial(body, net),
+        "default": with_default,
+        "mask": pyro.poutine.mask(lambda x: body(net, x), mask=True),
+        "beta": pv.infer.scale_latents(lambda x: body(net, x), 2.0),
+        "container": lambda x: body(nets["decoder"][0], x),
+    }[way]
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    pv.log_marginal(model, guide, make_data(), num_samples=30)
+    assert net.modes == {False}
+    assert net.training
