@@ -260,17 +260,17 @@ class PairScorer:
                 model_trace = poutine.trace(self.model).get_trace(*self.inputs)
         if not latents:
             raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-        if not any(site["is_observed"] for site in sample_sites(model_trace)):
-            raise InputError(
-                "expected a model that observes data, got none observed: pass obs= to pyro.sample, "
-                "and the model before the guide"
-            )
         check_latents_match(model_trace, guide_trace)
         frames = []
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
             for site in sample_sites(trace):
                 check_site(function, site, self.plate, self.num_data)
                 frames += [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        if not any(site["is_observed"] for site in sample_sites(model_trace)):
+            raise InputError(
+                "expected a model that observes data, got none observed: pass obs= to pyro.sample, "
+                "and the model before the guide"
+            )
         self._nesting = max((-frame.dim for frame in frames), default=1)
         self.latent_shapes = {name: value.shape for name, value in drawn.items()}
         self.data_axes = {

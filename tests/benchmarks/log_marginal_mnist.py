@@ -71,6 +71,7 @@ def estimated(name: str, vae: pv.VAE, x: torch.Tensor, **options: object) -> Log
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", required=True, help="where the MNIST files are, or go")
+    parser.add_argument("--model", help="folder of a saved model to weigh instead of training one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -84,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = pv.datasets.load("mnist", root=options.data_root)
-    vae = train(data, options)
+    vae = pv.load(options.model, device=options.device) if options.model else train(data, options)
     test_x = data.test[: options.num_test].to(options.device)
     print("| method | data | mean log p(x) | MC error | data error | k > 0.7 | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
