@@ -107,7 +107,6 @@ def test_reparameterised_gradient_is_the_closed_form_in_one_dimension():
         with pyro.plate("particles", draws, dim=-2), pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc.expand(1), log_scale.exp()).to_event(1))
 
-    per_draw = []
     trace = pyro.poutine.trace(guide).get_trace(x)
     replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace=trace)).get_trace(x)
     z = trace.nodes["z"]["value"]

@@ -80,9 +80,21 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
         InputError: if ``beta`` is negative or not finite, or ``verify_every`` is less than 1.
 
     Example:
-        >>> svi = SVI(model, guide, FusedOptim(torch.optim.Adam, {"lr": 1e-3}),
-        ...           CompiledTrace_ELBO())
-        >>> svi.step(x)
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro_vae.infer import FusedOptim
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     shift = pyro.param("shift", torch.zeros(()))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(shift, 1.0))
+        >>> elbo = CompiledTrace_ELBO(backend="eager")  # without: compiled by inductor
+        >>> svi = pyro.infer.SVI(model, guide, FusedOptim(torch.optim.Adam, {"lr": 1e-3}), elbo)
+        >>> losses = [svi.step(torch.ones(8)) for _ in range(3)]
+        >>> elbo.num_graphs
+        1
     """
 
     def __init__(

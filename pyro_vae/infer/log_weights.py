@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.infer.objectives import draw_traces
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -173,11 +174,7 @@ class PairScorer:
 
     def traces(self) -> tuple[Trace, Trace]:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        guide_trace = poutine.trace(self.guide).get_trace(*self.inputs)
-        drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-        with Given(drawn):
-            model_trace = poutine.trace(self.model).get_trace(*self.inputs)
-        return model_trace, guide_trace
+        return draw_traces(self.model, self.guide, self.inputs)
 
     def bytes_per_proposal(self) -> int:
         """Return the bytes that one more particle per datum needs in :meth:`propose`."""

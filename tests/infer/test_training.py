@@ -412,7 +412,8 @@ def test_parameters_created_later_are_trained():
     assert (pyro.param("late") > 0.1).all()
 
 
-def test_trainable_tensors_unknown_to_pyro_are_refused():
+def unregistered_pair():
+    """A pair whose decoder no pyro.module names."""
     net = nn.Linear(2, PIXELS)
 
     def model(x):
@@ -425,6 +426,11 @@ def test_trainable_tensors_unknown_to_pyro_are_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
+    return model, guide, net
+
+
+def test_trainable_tensors_unknown_to_pyro_are_refused():
+    model, guide, net = unregistered_pair()
     with pytest.raises(pv.InputError, match="known to Pyro, 2 are not"):
         pv.fit(model, guide, make_data(), epochs=1)
     net.requires_grad_(False)
@@ -559,18 +565,7 @@ def test_fit_on_cuda():
 
 
 def test_tensors_unknown_to_pyro_are_refused_whatever_the_objective():
-    net = nn.Linear(2, PIXELS)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(1), obs=x)
-
-    def guide(x):
-        loc = pyro.param("loc", torch.zeros(2))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-
+    model, guide, _ = unregistered_pair()
     for objective in (RenyiELBO(num_particles=2), TraceGraph_ELBO()):
         with pytest.raises(pv.InputError, match="known to Pyro, 2 are not"):
             pv.fit(model, guide, make_data(), epochs=1, objective=objective)
