@@ -1,9 +1,9 @@
-"""Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
+"""Pictures of data: grids of images, draws and reconstructions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,18 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "image_grid",
-    "is_image",
-    "reconstructions",
-    "samples",
-    "training_curves",
-    "weight_diagnostics",
-]
+from pyro_vae.plots.style import BLUE, ORANGE, Array, legend_above, one_panel
 
-Array = np.ndarray
-
-_BLUE, _ORANGE = "#1f5a94", "#d1742b"
+__all__ = ["image_grid", "is_image", "reconstructions", "samples"]
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -89,21 +80,21 @@ def samples(
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
-    figure, axes = _one_panel(title, (6.4, 4))
+    figure, axes = one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40).tolist()
-        axes.hist(data[:, 0], bins, density=True, color=_BLUE, alpha=0.5, label="data")
-        axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=_ORANGE, label="drawn")
+        axes.hist(data[:, 0], bins, density=True, color=BLUE, alpha=0.5, label="data")
+        axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=ORANGE, label="drawn")
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        for values, colour, label in ((data, _BLUE, "data"), (drawn, _ORANGE, "drawn")):
+        for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
             axes.scatter(
                 values[:, 0], values[:, 1], s=6, color=colour, alpha=0.5, label=label, linewidths=0
             )
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
@@ -121,84 +112,21 @@ def reconstructions(
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
-    figure, axes = _one_panel(title, (6.4, 4.4))
+    figure, axes = one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
     if _are_bits(data):
         bins = np.linspace(0, 1, 26).tolist()
-        axes.hist(got[true == 0], bins, color=_BLUE, alpha=0.5, label="data 0")
-        axes.hist(got[true == 1], bins, color=_ORANGE, histtype="step", label="data 1")
+        axes.hist(got[true == 0], bins, color=BLUE, alpha=0.5, label="data 0")
+        axes.hist(got[true == 1], bins, color=ORANGE, histtype="step", label="data 1")
         axes.set(xlabel="reconstruction", ylabel="values")
-        _legend_above(axes)
+        legend_above(axes)
         return figure
     ends = [min(true.min(), got.min()), max(true.max(), got.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
-    axes.scatter(true, got, s=5, color=_BLUE, alpha=0.4, linewidths=0, label="one value")
+    axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
     axes.set(xlabel="data", ylabel="reconstruction")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
-
-
-def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
-    """Show ELBO, rate and distortion against epochs.
-
-    Args:
-        history: arrays ``(epochs,)`` as :class:`pyro_vae.FitResult` holds them.
-        title: a line above the picture.
-    """
-    figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    panels = figure.subplots(1, 3)
-    for axes, name in zip(panels, ("elbo", "rate", "distortion"), strict=True):
-        shown = []
-        for part, colour in (("train", _BLUE), ("validation", _ORANGE)):
-            curve = np.asarray(history[f"{part}_{name}"], dtype=float)
-            finite = np.isfinite(curve)
-            if finite.any():
-                epochs = np.arange(1, len(curve) + 1)
-                marker = "o" if len(curve) <= 20 else None  # a line needs two epochs to be seen
-                axes.plot(
-                    epochs,
-                    curve,
-                    color=colour,
-                    label=part,
-                    linewidth=1.3,
-                    marker=marker,
-                    markersize=3,
-                )
-                # The fall of the first epochs would flatten everything that follows.
-                start = len(curve) // 20
-                shown.append(curve[start:][finite[start:]])
-        label = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}[name]
-        axes.set_title(label, fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        _fit_vertically(axes, np.concatenate([*shown, []]))
-    panels[0].set_ylabel("nats per datum")
-    panels[0].legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend_above(axes: Axes) -> None:
-    """Put the legend right of the title, where it hides no data."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        markerscale=2,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderpad=0,
-        columnspacing=1,
-    )
 
 
 def _are_bits(data: Array) -> bool:
@@ -243,8 +171,8 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     bits = _are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in (
-        (data, _BLUE, "data", -0.12),
-        (drawn, _ORANGE, "drawn", 0.12),
+        (data, BLUE, "data", -0.12),
+        (drawn, ORANGE, "drawn", 0.12),
     ):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
@@ -262,42 +190,3 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
         )
     axes.set(xlabel="coordinate", ylabel="share of ones" if bits else "median, middle 90 %")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _fit_vertically(axes: Axes, values: Array) -> None:
-    if len(values):
-        low, high = values.min(), values.max()
-        margin = 0.05 * (high - low) or 0.5
-        axes.set_ylim(low - margin, high + margin)
-
-
-def weight_diagnostics(
-    pareto_k: Array, num_samples: Array | None, estimates: Array | None, *, title: str
-) -> Figure:
-    """Show how far importance weights can be trusted: their tail index, and the estimate's course.
-
-    Args:
-        pareto_k: tail index of each datum's weights, ``(N,)``.
-        num_samples: numbers of samples ``(T,)``, or None to leave the second panel out.
-        estimates: mean estimate of log p(x) from so many samples, ``(T,)``, nats.
-        title: a line above the picture.
-    """
-    alone = num_samples is None or estimates is None
-    figure = Figure(figsize=(4.6 if alone else 9, 3.4), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    panels = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
-    axes: Axes = panels[0]
-    axes.scatter(np.arange(1, len(pareto_k) + 1), pareto_k, s=6, color=_BLUE, linewidths=0)
-    axes.axhline(0.7, color=_ORANGE, linewidth=1.2)
-    axes.text(1.0, 0.7, " 0.7", color=_ORANGE, fontsize=9, transform=axes.get_yaxis_transform())
-    above = int((pareto_k > 0.7).sum())
-    axes.set(xlabel="datum", ylabel="Pareto k", title=f"{above} of {len(pareto_k)} above 0.7")
-    axes.title.set_fontsize(9)
-    axes.spines[["top", "right"]].set_visible(False)
-    if num_samples is not None and estimates is not None:
-        axes = panels[1]
-        axes.plot(num_samples, estimates, color=_BLUE, marker="o", markersize=3, linewidth=1.3)
-        axes.set(xscale="log", xlabel="samples per datum", ylabel="mean log p(x) (nats)")
-        axes.set_title("a curve that still rises is still too low", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure

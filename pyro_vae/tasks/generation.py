@@ -1,4 +1,4 @@
-"""What a trained pair is used for: generate new data and reconstruct given ones."""
+"""Generate new data from a pair, and reconstruct given ones."""
 
 from __future__ import annotations
 
