@@ -33,6 +33,10 @@ Terms = tuple[Tensor, Tensor]
 # on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU.
 _WORTHWHILE = {"cpu": 5 * 10**10, "cuda": 2 * 10**12}
 
+# Particles (of every datum of a block) by which a program made earlier is held against plain calls
+# at every estimate: what can go stale shows in one.
+_CHECKED = 1
+
 # The programs of each model, kept as long as the model (or the module whose method it is) lives.
 _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Hashable, _Program | None]] = (
     weakref.WeakKeyDictionary()
@@ -45,8 +49,8 @@ def compiled_score(
     """Return a compiled ``scorer.score`` for at most as many particles as ``latents`` has.
 
     Compiled programs are kept per model and shape: later calls pay nothing. A program follows
-    parameters that are trained or replaced meanwhile. It is checked against the uncompiled score
-    on the first chunk of every call.
+    parameters that are trained or replaced meanwhile. It is checked against the uncompiled score: on
+    a whole chunk when made, on the first particles of every later call.
 
     Args:
         scorer: the pair bound to its data.
@@ -60,20 +64,29 @@ def compiled_score(
     """
     device = scorer.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
-    scorer.score({name: value[:2] for name, value in latents.items()})
-    if wanted is False or not (wanted or repaid) or scorer.under_model.strategy == "plain":
+    if wanted is False or not (wanted or repaid):
         return None
     programs = _PROGRAMS.setdefault(_owner(scorer.model), {})
     key = _signature(scorer, latents)
     program = programs.get(key)
-    stale = program is not None and program.state.current() is None
-    if program is not None and not stale:
-        # What the key can't see (a plain attribute of the model) may have changed since.
-        stale = not all_close(program.bound_to(scorer)(latents), scorer.score(latents))
-    if key not in programs or stale:
+    if program is not None and _still_holds(program, scorer, latents):
+        return program.bound_to(scorer)
+    if key not in programs or program is not None:
         with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
             programs[key] = program = _compile(scorer, latents, warn=bool(wanted))
     return None if program is None else program.bound_to(scorer)
+
+
+def _still_holds(program: _Program, scorer: PairScorer, latents: Latents) -> bool:
+    """Compare the first particles with plain calls: what the key can't see may have changed since.
+
+    That is a plain attribute of the model, or its parameters' shapes.
+    """
+    if program.state.current() is None:
+        return False
+    few = {name: value[:_CHECKED] for name, value in latents.items()}
+    compiled = tuple(term[:_CHECKED] for term in program.bound_to(scorer)(latents))
+    return all_close(compiled, scorer.under_model.plain(few))
 
 
 class _Program:
@@ -98,6 +111,9 @@ class _Program:
 
 
 def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> _Program | None:
+    scorer.score({name: value[:2] for name, value in latents.items()})  # chooses a strategy
+    if scorer.under_model.strategy == "plain":
+        return None
     try:
         program = _capture(scorer, latents)
         compiled, plain = program.bound_to(scorer)(latents), scorer.score(latents)
