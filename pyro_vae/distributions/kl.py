@@ -1,13 +1,14 @@
-"""Closed-form KL divergences on the sphere, registered with torch.distributions.
+"""Closed-form KL divergences that torch and Pyro lack, registered with torch.distributions.
 
-Each is assembled in float64, where the cancelling terms (k A against log M) stay exact enough,
-and rounded once to the dtype of the first distribution.
+On the sphere each is assembled in float64, where the cancelling terms (k A against log M) stay exact
+enough, and rounded once to the dtype of the first distribution.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.distributions.kl import register_kl
 
 from pyro_vae.errors import InputError
@@ -62,3 +63,14 @@ def _kl_von_mises_fisher_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) 
     chord = (p.loc.double() - q.loc.double()).square().sum(-1)
     concentration_part = (k_p - k_q) * mean - (log_partition_p - log_partition_q)
     return (concentration_part + 0.5 * k_q * mean * chord).to(p.loc.dtype)
+
+
+@register_kl(MultivariateNormal, Independent)
+def _kl_full_normal_normal(p: MultivariateNormal, q: Independent[Normal]) -> Tensor:
+    """sum_d [(S_dd + (mu_d - m_d)^2) / s_d^2 - 1] / 2 + log s_d - log L_dd, where S = L L^T."""
+    normal = q.base_dist
+    if not isinstance(normal, Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    squares = p.variance + (p.loc - normal.loc).square()
+    log_scales = normal.scale.log() - p.scale_tril.diagonal(dim1=-2, dim2=-1).log()
+    return (0.5 * (squares / normal.variance - 1) + log_scales).sum(-1)

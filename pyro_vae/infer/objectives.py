@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,14 +24,18 @@ __all__ = [
     "draw_traces",
     "elbo_terms",
     "latent_scale_of",
+    "plate_scale",
     "recorded_traces",
     "scale_latents",
     "subsample_scale",
+    "unscaled_function",
+    "wide",
 ]
 
 TracePair = tuple[Any, Any]  # a model trace and the guide trace it was replayed against
 
 _SCALE = "pyro_vae_latent_scale"
+_FUNCTION = "pyro_vae_unscaled_function"
 
 
 class _ScaleLatents(Messenger):
@@ -78,7 +83,15 @@ def scale_latents(
         with _ScaleLatents(scale, is_guide):
             return function(*args, **kwargs)
 
+    scaled.__dict__[_FUNCTION] = function
     return scaled
+
+
+def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that :func:`scale_latents` was given, however often it was applied."""
+    while _FUNCTION in getattr(function, "__dict__", ()):
+        function = function.__dict__[_FUNCTION]
+    return function
 
 
 class BetaSchedule:
@@ -146,11 +159,13 @@ def draw_traces(
     return model_trace, guide_trace
 
 
-def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
+def elbo_terms(traces: list[TracePair], num_particles: int, *, subsampling: bool = False) -> Tensor:
     """Return rate and distortion of the traces an ELBO has drawn, ``(2,)``, sums over the batch.
 
     Scales (beta, subsampling) are taken out and masks kept, so minus their sum is the ELBO whatever
-    was optimised. NaN for an ELBO that sums over enumerated values, whose traces hold no single draw.
+    was optimised. With ``subsampling`` the scales of the plates stay in: minus the sum then estimates
+    the ELBO of all the data. NaN for an ELBO that sums over enumerated values, whose traces hold no
+    single draw.
     """
     signs = []
     for model_trace, guide_trace in traces:
@@ -162,8 +177,9 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
         return torch.full((2,), torch.nan, device=signs[0][0]["value"].device)
     terms: list[list[Tensor]] = [[], []]
     for site, index, of_guide in signs:
-        log_prob = site["unscaled_log_prob"].detach()
-        total = scale_and_mask(log_prob, mask=site["mask"]).sum()
+        log_prob = wide(site["unscaled_log_prob"].detach())
+        scale = plate_scale(site) if subsampling else 1.0
+        total = scale_and_mask(log_prob, scale=scale, mask=site["mask"]).sum()
         terms[index].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
 
@@ -175,3 +191,14 @@ def subsample_scale(traces: list[TracePair], plate: str) -> float:
             if frame.name == plate and frame.full_size and frame.full_size > 0:
                 return frame.full_size / frame.size
     return 1.0
+
+
+def plate_scale(site: dict[str, Any]) -> float:
+    """Return by how much the plates around a site scale it because they subsample."""
+    frames = (frame for frame in site["cond_indep_stack"] if frame.full_size and frame.full_size > 0)
+    return math.prod(frame.full_size / frame.size for frame in frames)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, or as it is where the device has no float64."""
+    return tensor if tensor.device.type == "mps" else tensor.double()

@@ -153,3 +153,19 @@ def test_stays_on_the_device():
     ]:
         assert value.device.type == "cuda"
         torch.testing.assert_close(value.cpu(), reference)
+
+
+def test_full_covariance_normal_to_independent_normals():
+    """Against torch's own formula for two full covariances."""
+    factor = torch.randn(5, 3, 3, dtype=torch.float64).tril() + 3 * torch.eye(3).double()
+    loc, other = torch.randn(2, 5, 3, dtype=torch.float64)
+    scale = torch.rand(5, 3, dtype=torch.float64) + 0.5
+    p = dist.MultivariateNormal(loc, scale_tril=factor)
+    q = dist.Normal(other, scale).to_event(1)
+    full = dist.MultivariateNormal(other, scale_tril=torch.diag_embed(scale))
+    torch.testing.assert_close(kl_divergence(p, q), kl_divergence(p, full))
+    torch.testing.assert_close(
+        kl_divergence(p.expand((2, 5)), q), kl_divergence(p, full).expand(2, 5)
+    )
+    with pytest.raises(NotImplementedError):
+        kl_divergence(p, dist.Laplace(other, scale).to_event(1))

@@ -1,0 +1,189 @@
+"""Bounds on log p(x) as objectives: what each reports, and the base that Pyro's SVI and fit share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.trace_elbo import _compute_log_r
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.objectives import TracePair, elbo_terms, wide
+
+__all__ = ["Bound", "BoundTerms", "TraceBound", "refuse_score_function", "unscaled_log_prob"]
+
+
+class BoundTerms(NamedTuple):
+    """What one evaluation of a bound gives: 0-dim tensors, sums over the batch, in nats.
+
+    Attributes:
+        loss: the negative bound, detached, accumulated in float64.
+        surrogate: what is differentiated; only its gradient means anything.
+        rate: sum of log q(z given x) - log p(z), mean over particles, detached.
+        distortion: sum of -log p(x given z), mean over particles, detached. Beta and subsampling
+            scales are taken out of both and masks kept: minus their sum is the plain ELBO.
+    """
+
+    loss: Tensor
+    surrogate: Tensor
+    rate: Tensor
+    distortion: Tensor
+
+
+class Bound(ELBO):
+    """Base of the objectives; also the recipe for one of your own.
+
+    Write :meth:`terms`. The object then works in Pyro's own ``SVI(model, guide, optim, bound)``, in
+    :func:`pyro_vae.fit`, and captured as a graph. For the last, ``terms`` must read no tensor's value
+    in Python (no ``.item()``, no ``if`` on a tensor) and must draw in the same order every time.
+
+    The loss is the negative bound on log p(x): plates' subsampling scales it, beta does not.
+    :class:`TraceBound` alone keeps beta in its loss, as Pyro's ``Trace_ELBO`` does.
+
+    Args:
+        num_particles: draws per datum.
+        max_plate_nesting: as in Pyro's ``ELBO``.
+        vectorize_particles: draw the particles in one outer plate instead of one after the other.
+        options: the other options of Pyro's ``ELBO``.
+    """
+
+    def terms(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion.
+
+        Args:
+            model: the generative function of the pair.
+            guide: the variational function of the pair.
+            args: positional arguments of both.
+            kwargs: keyword arguments of both.
+        """
+        raise NotImplementedError
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative bound, summed over the batch, in nats."""
+        return _read(self.terms(model, guide, args, kwargs).loss)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a tensor with the value of the loss and the gradient of the surrogate."""
+        terms = self.terms(model, guide, args, kwargs)
+        warn_if_nan(terms.surrogate, "loss")
+        return terms.loss + (terms.surrogate - terms.surrogate.detach())
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative bound; add the surrogate's gradient to the parameters' ``grad``."""
+        terms = self.terms(model, guide, args, kwargs)
+        if terms.surrogate.requires_grad:
+            terms.surrogate.backward(retain_graph=self.retain_graph)
+        return _read(terms.loss)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> TracePair:
+        nesting = self.max_plate_nesting
+        model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, args, kwargs)
+        _refuse_enumeration(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+
+class TraceBound(Bound):
+    r"""The ELBO of Pyro's ``Trace_ELBO``: same draws, same loss and same gradient from one seed.
+
+    .. math:: -L = E_q[\log q(z|x) - \log p(z) - \log p(x|z)]
+
+    Sites without a reparameterised draw get Pyro's score-function term (Rao-Blackwellised over
+    plates); reparameterised ones the pathwise gradient. Unlike ``Trace_ELBO`` it reads no value in
+    Python, so that it can be captured, and it reports rate and distortion.
+
+    Args:
+        num_particles: draws per datum.
+        max_plate_nesting: as in Pyro's ``ELBO``.
+        vectorize_particles: draw the particles in one outer plate instead of one after the other.
+        options: the other options of Pyro's ``ELBO``.
+
+    Raises:
+        InputError: at the first use, for a site that is enumerated.
+
+    Source:
+        Kingma, Welling 2014, equation 3; Ranganath, Gerrish, Blei 2014, "Black Box Variational
+        Inference", for the score-function term.
+    """
+
+    def terms(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion (beta stays in the loss)."""
+        loss: Any = 0.0
+        surrogate: Any = 0.0
+        traces: list[TracePair] = []
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            traces.append((model_trace, guide_trace))
+            for sign, trace in ((-1.0, model_trace), (1.0, guide_trace)):
+                for site in trace.nodes.values():
+                    if site["type"] == "sample":
+                        loss = loss + sign * wide(site["log_prob_sum"].detach())
+            surrogate = surrogate + _surrogate(model_trace, guide_trace)
+        rate, distortion = elbo_terms(traces, self.num_particles)
+        count = self.num_particles
+        return BoundTerms(loss / count, surrogate / count, rate, distortion)
+
+
+def _surrogate(model_trace: Any, guide_trace: Any) -> Tensor:
+    """Return what Pyro differentiates for one pair of traces: the negative surrogate ELBO."""
+    surrogate: Any = 0.0
+    log_r = None
+    for site in model_trace.nodes.values():
+        if site["type"] == "sample":
+            surrogate = surrogate - site["log_prob_sum"]
+    for site in guide_trace.nodes.values():
+        if site["type"] != "sample":
+            continue
+        _, score_function, entropy = site["score_parts"]
+        if not is_identically_zero(entropy):
+            surrogate = surrogate + entropy.sum()
+        if not is_identically_zero(score_function):
+            if log_r is None:
+                log_r = _compute_log_r(model_trace, guide_trace)
+            surrogate = surrogate - (log_r.sum_to(site["cond_indep_stack"]) * score_function).sum()
+    return surrogate
+
+
+def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
+    """Return a scored site's log-probability with its mask and without its scale.
+
+    The value is the one of :func:`pyro_vae.infer.sites.site_log_prob`, taken from what Pyro has
+    computed already.
+    """
+    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+
+
+def _refuse_enumeration(*traces: Any) -> None:
+    """Refuse sites that are summed out: there is no single draw to score."""
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site["infer"].get("enumerate"):
+                raise InputError(
+                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
+                    "TraceEnum_ELBO, or draw it"
+                )
+
+
+def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> None:
+    """Refuse guide sites whose draws carry no gradient."""
+    for site in sites:
+        if not is_identically_zero(site["score_parts"].score_function):
+            raise InputError(
+                f"expected reparameterised latents for {objective}, {site['name']!r} "
+                f"({type(site['fn']).__name__}) is not: use Trace_ELBO or TraceBound"
+            )
+
+
+def _read(loss: Tensor) -> float:
+    value = float(loss)
+    if value != value:
+        warnings.warn("Encountered NaN: loss", stacklevel=3)
+    return value
