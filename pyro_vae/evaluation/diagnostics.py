@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
 if TYPE_CHECKING:
     from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws
 
-__all__ = ["to_arviz"]
+__all__ = ["calibration_groups", "pointwise_densities", "to_arviz"]
 
 
 def to_arviz(
@@ -46,8 +48,6 @@ def to_arviz(
     Raises:
         InputError: no draws were kept, labels of another length, or a number of draws below 1.
     """
-    import arviz
-
     draws = estimate.draws
     if draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
@@ -58,6 +58,78 @@ def to_arviz(
     if len(names) != num_data:
         raise InputError(f"expected {num_data} labels, one per datum, got {len(names)}")
     groups = _groups(estimate, draws, _resampled(draws.log_weights, num_draws, seed), names)
+    return _structure(groups)
+
+
+def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) -> Any:
+    """Return log p(x) of data outside the training as ArviZ's pointwise predictive density.
+
+    ``arviz.compare({name: densities, ...})`` takes it as it is: it ranks the models by the sum over
+    the data, with differences and their paired standard errors, and ``arviz.plot_compare`` shows
+    them. ArviZ calls such numbers ``elpd_loo``. Nothing is left out here, and nothing needs to be:
+    the model has not seen the data, so log p(x) is their log predictive density. There is no
+    effective number of parameters (``p`` is 0).
+
+    ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
+    (below about -700 nats) use ``method="pseudo-BMA"``.
+
+    Args:
+        log_prob: log p(x) per datum, ``(N,)``, nats.
+        pareto_k: tail index of each datum's weights, ``(N,)``.
+        num_samples: draws that ``log_prob`` rests on.
+    """
+    import arviz
+    import xarray
+
+    count = len(log_prob)
+    per_datum = {
+        name: xarray.DataArray(value.numpy(), dims="data", coords={"data": range(count)}, name=name)
+        for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
+    }
+    error = math.sqrt(count) * log_prob.std(correction=0).item()
+    heavy = bool((pareto_k > PARETO_K_LIMIT).any())
+    numbers = {
+        "elpd": log_prob.sum().item(),
+        "se": error,
+        "p": 0.0,
+        "n_samples": num_samples,
+        "n_data_points": count,
+        "warning": heavy,
+        "pareto_k": per_datum["pareto_k"],
+        "scale": "log",
+        "good_k": PARETO_K_LIMIT,
+    }
+    fields = getattr(arviz.ELPDData, "__dataclass_fields__", None)
+    if fields is None:  # a pandas Series in the 0.x line
+        old_names = {"elpd": "elpd_loo", "p": "p_loo"}
+        renamed = {old_names.get(name, name): value for name, value in numbers.items()}
+        renamed["loo_i"] = per_datum["elpd"]
+        return arviz.ELPDData(list(renamed.values()), index=list(renamed))
+    kind = {"kind": "loo"} if "kind" in fields else {}  # asked for until 1.2
+    return arviz.ELPDData(**numbers, **kind, elpd_i=per_datum["elpd"])
+
+
+def calibration_groups(ranks: dict[str, Any]) -> Any:
+    """Return normalised ranks in ArviZ's group for simulation-based calibration, ``prior_sbc``.
+
+    Args:
+        ranks: by latent site, ``(M, D)`` in (0, 1).
+    """
+    import xarray
+
+    variables = {
+        name: (("chain", "draw", f"{name}_dim_0"), value[None]) for name, value in ranks.items()
+    }
+    sizes = {f"{name}_dim_0": range(value.shape[1]) for name, value in ranks.items()}
+    count = len(next(iter(ranks.values())))
+    coordinates = {"chain": [0], "draw": range(count), **sizes}
+    return _structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
+
+
+def _structure(groups: dict[str, Any]) -> Any:
+    """Return groups in the data structure of the installed ArviZ."""
+    import arviz
+
     # The 1.x line keeps the old name for xarray's DataTree.
     if hasattr(arviz.InferenceData, "from_dict"):
         return arviz.InferenceData.from_dict(groups)
