@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
+import operator
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, first_line, unknown_name
 
 __all__ = ["BINARIZATIONS", "FILE_TYPES", "NAMES", "Dataset", "load", "root_of"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz")
+
+# Pixels of the images of the IDX files; other sizes are a damaged header or another set.
+_IDX_SHAPE = (28, 28)
+
+# What the readers of archives, arrays, IDX files and pictures raise at bytes that are none.
+_UNREADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
+    *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
@@ -99,6 +112,14 @@ def load(
     """
     if binarize not in BINARIZATIONS:
         raise unknown_name("binarisation", binarize, BINARIZATIONS)
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(
+            f"expected the name or the file of a data set, got {type(name_or_path).__name__}: pass "
+            "tensors to fit themselves, or as a Dataset"
+        )
+    seed = _whole("seed", seed, most=2**63 - 1)
+    if validation_size is not None:
+        validation_size = _whole("validation size", validation_size, most=2**63 - 1)
     generator = torch.Generator().manual_seed(seed)
     if str(name_or_path) in NAMES:
         parts = _load_named(str(name_or_path), root_of(root), download)
@@ -122,7 +143,24 @@ def load(
 def root_of(root: str | Path | None) -> Path:
     """Return the folder of the named sets: as given, from the variable, or the default one."""
     chosen = root or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
-    return Path(chosen).expanduser().absolute()
+    return _expanded(Path(chosen)).absolute()
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"expected a path, got {str(path)!r}: {first_line(error)}") from error
+
+
+def _whole(name: str, value: int, *, most: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"expected a {name} as a whole number, got {value!r}") from None
+    if not 0 <= number <= most:
+        raise InputError(f"expected a {name} of at least 0, got {value!r}")
+    return number
 
 
 def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
@@ -143,9 +181,14 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
         }[name]
         train = load_part(root, train=True, download=download)
         test = load_part(root, train=False, download=download)
-    # torchvision asserts where a file is cut short.
-    except (RuntimeError, OSError, URLError, ValueError, AssertionError) as error:
+    except _UNREADABLE as error:
         raise InputError(_missing_message(name, root, download, error)) from error
+    for part in (train, test):
+        if tuple(part.data.shape[1:]) != _IDX_SHAPE:
+            raise InputError(
+                f"expected images of {_IDX_SHAPE} pixels for {name!r} below {root}, got "
+                f"{tuple(part.data.shape[1:])}: the files are damaged or of another set"
+            )
     return {
         "train": train.data[:, None] / 255,
         "train_labels": train.targets,
@@ -155,7 +198,7 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
 
 
 def _missing_message(name: str, root: Path, download: bool, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    reason = first_line(error)
     advice = (
         "check the network or put the files there"
         if download
@@ -180,19 +223,22 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
 def _load_file(path: Path) -> dict[str, Any]:
     if path.suffix not in FILE_TYPES:
         raise unknown_name("data set (and no .npy or .npz file)", str(path), NAMES)
-    path = path.expanduser()
+    path = _expanded(path)
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, found none: check the path")
     try:
+        _check_room(str(path), _bytes_of(path))
         with path.open("rb") as stream:
             content = np.load(stream, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 return {"x": content}
             arrays = {name: content[name] for name in content.files}
+    except InputError:
+        raise
     except _UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"expected an array file of numbers at {path}, got: {reason}; write it by numpy.save"
+            f"expected an array file of numbers at {path}, got: {first_line(error)}; write it by "
+            "numpy.save"
         ) from error
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
@@ -206,7 +252,35 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 
 _PARTS = ("train", "validation", "test")
-_UNREADABLE = (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def _bytes_of(path: Path) -> int:
+    """Return how many bytes a file is once unpacked."""
+    if path.suffix == ".npy":
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(member.file_size for member in archive.infolist())
+
+
+def _check_room(what: str, needed: int) -> None:
+    """Refuse data that the memory can't hold, before it is full."""
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise InputError(
+            f"expected data that fit in memory, got {needed / 2**30:.1f} GiB in {what} with "
+            f"{available / 2**30:.1f} GiB free: keep them as a float32 .npy file and pass "
+            "numpy.load(path, mmap_mode='r') itself to fit, which reads it batch by batch"
+        )
+
+
+def _available_memory() -> int | None:
+    """Return the bytes that can be had without swapping, or None where the system doesn't say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
@@ -225,6 +299,8 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         raise InputError(
             f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
         )
+    if array.dtype != np.float32:
+        _check_room(f"{name!r} as float32", 4 * array.size)
     with np.errstate(over="ignore"):  # what float32 can't hold is refused below
         tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
     if not tensor.isfinite().all():
@@ -259,8 +335,6 @@ def _split(
     size = validation_size
     if size is None:
         size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
-    if size < 0:
-        raise InputError(f"expected a validation size of at least 0, got {size}")
     _check_size("training data", len(parts["train"]), size + 1)
     return _cut(parts, "validation", size, generator)
 

@@ -7,6 +7,17 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases",
+        type=int,
+        default=None,
+        metavar="N",
+        help="how many random cases each fuzz and property test tries (default: 200 mutated files, "
+        "some ten drawn models; try 2000 before a release)",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     with pyro.get_param_store().scope(), torch.random.fork_rng():

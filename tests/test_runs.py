@@ -1,9 +1,14 @@
 """Saving and loading: equal results, equal bytes, nothing unpickled, nothing half done."""
 
+import concurrent.futures
 import json
 import math
 import os
+import resource
 import stat
+import subprocess
+import sys
+import time
 
 import pyro.distributions as dist
 import pytest
@@ -13,6 +18,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import names, runs
+from pyro_vae.runs import description, weights
 
 SHAPE, LATENT = (1, 4, 4), 2
 
@@ -125,6 +131,28 @@ class Shifted(nn.Module):
         return dist.Normal(self.start + self.shift, 1.0).to_event(1)
 
 
+TENSORS = {
+    "double": torch.tensor([0.1, -1.5], dtype=torch.float64),
+    "half": torch.tensor([0.1, -1.5], dtype=torch.float16),
+    "brain": torch.tensor([0.1, -1.5], dtype=torch.bfloat16),
+    "not finite": torch.tensor([math.inf, -math.inf, math.nan]),
+    "whole": torch.tensor([[2**62, -(2**53) - 1]]),
+    "bits": torch.tensor([True, False]),
+    "scalar": torch.tensor(0.1),
+    "empty": torch.zeros(0, 3),
+    "smallest": torch.tensor([5e-324, 1.7976931348623157e308], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_among_the_settings_keep_type_shape_and_every_bit(tmp_path, case):
+    prior = Shifted(LATENT, torch.zeros(LATENT), bound=TENSORS[case])
+    folder = pv.save(make_vae(prior), tmp_path / "run")
+    bound = pv.load(folder, components={"Shifted": Shifted}).prior.bound
+    torch.testing.assert_close(bound, TENSORS[case], rtol=0, atol=0, equal_nan=True)
+    assert (bound.dtype, bound.shape) == (TENSORS[case].dtype, TENSORS[case].shape)
+
+
 class Inner(nn.Module):
     def __init__(self, size):
         super().__init__()
@@ -202,16 +230,17 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(state):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "serialised", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(pv.InputError, match="got: No space left on device; make room or choose"):
         pv.save(make_vae(), tmp_path / "a" / "run")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(pv.InputError, match="No space left"):
         pv.save(make_vae(), tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]  # it was there before
 
 
@@ -241,6 +270,12 @@ DAMAGES = {
     "wrong shape": (lambda w: w.update({k: v[..., :1].clone() for k, v in w.items()}), "of shape"),
     "nan": (lambda w: next(iter(w.values())).fill_(math.nan), "finite weights"),
     "inf": (lambda w: next(iter(w.values())).fill_(math.inf), "finite weights"),
+    "whole numbers": (lambda w: w.update({k: v.int() for k, v in w.items()}), "as torch.float32"),
+    "eight bits": (
+        lambda w: w.update({k: v.to(torch.float8_e4m3fn) for k, v in w.items()}),
+        "as torch.float32",
+    ),
+    "other values": (lambda w: next(iter(w.values())).add_(1.0), "another checksum"),
     "mixed": (lambda w: w.update({k: w[k].double() for k in list(w)[:1]}), "one floating-point type"),
 }
 
@@ -259,8 +294,9 @@ def test_refused_weights_are_not_assigned_in_part(saved, damage):
     vae = make_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     change_weights(saved, DAMAGES[damage][0])
+    config = runs.read_config(saved)
     with pytest.raises(pv.InputError):
-        runs._assign(vae, load_file(saved / "model.safetensors"))
+        weights.assign(vae, *weights.read_weights(saved), model=config["model"])
     torch.testing.assert_close(dict(vae.state_dict()), before, rtol=0, atol=0)
 
 
@@ -294,7 +330,21 @@ CONFIGS = {
     "bytes": ("\udcff", "expected JSON"),
     "a list": ("[]", "expected format 1"),
     "older": ('{"model": {}}', "expected format 1 .* got None"),
-    "newer": ('{"format": 2}', "expected format 1 .* got 2: it comes from another version"),
+    "newer": ('{"format": 2}', "expected format 1 .* got 2: it was written by a newer pyro_vae"),
+    "true": ('{"format": true}', "expected format 1 .* got True"),
+    "not whole": ('{"format": 1.0}', "expected format 1 .* got 1.0"),
+    "a name twice": ('{"format": 1, "model": {}, "model": {}}', "a name twice"),
+    "not a number": ('{"format": 1, "model": NaN}', "NaN, which JSON has not"),
+    "infinity": ('{"format": 1, "model": -Infinity}', "-Infinity, which JSON has not"),
+    "beyond floats": ('{"format": 1, "model": 1e999}', "no float holds"),
+    "beyond sizes": ('{"format": 1, "model": ' + "9" * 5000 + "}", "of 5000 digits"),
+    "deep lists": ('{"format": 1, "model": ' + "[" * 100_000 + "]" * 100_000 + "}", "expected JSON"),
+    "deep objects": (
+        '{"format": 1, "model": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + "}",
+        "expected JSON",
+    ),
+    "run is a list": ('{"format": 1, "run": []}', "expected an object 'run'"),
+    "no object": ("5", "expected format 1 .* got None"),
     "no model": ('{"format": 1}', "expected a description of a VAE"),
     "model is text": ('{"format": 1, "model": "vae"}', "expected a description of a VAE"),
 }
@@ -308,11 +358,16 @@ def test_settings_that_are_none_are_refused(saved, case):
         pv.load(saved)
 
 
-def change_config(folder, change):
+def change_config(folder, change, *, vouch=False):
+    """Change a description; a forger who vouches for it writes the checksum anew."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     change(config["model"])
     path.write_text(json.dumps(config))
+    if vouch:
+        state = load_file(folder / "model.safetensors")
+        checksum = weights._checksum(config["model"], state)
+        save_file(state, folder / "model.safetensors", {"checksum": checksum})
 
 
 FORGERIES = {
@@ -332,9 +387,175 @@ FORGERIES = {
 @pytest.mark.parametrize("case", FORGERIES)
 def test_forged_settings_are_refused(saved, case):
     change, message = FORGERIES[case]
-    change_config(saved, change)
-    with pytest.raises(pv.InputError, match=message):
+    change_config(saved, change, vouch=True)
+    with pytest.raises(pv.InputError, match=message) as caught:
         pv.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_settings_of_the_same_shape_are_refused(saved):
+    def change(model):
+        model["likelihood"]["settings"]["decoder"]["settings"]["activation"] = "relu"
+
+    change_config(saved, change)
+    with pytest.raises(pv.InputError, match="another checksum"):
+        pv.load(saved)
+    change_config(saved, change, vouch=True)
+    assert pv.load(saved).likelihood.decoder.activation == "relu"  # the checksum alone was wrong
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def described(kind, **settings):
+    return {"class": kind, "settings": settings}
+
+
+HUGE = 2**31 - 1
+SIZES = {
+    "one layer": lambda m: m["prior"]["settings"].update(latent_dim=HUGE),
+    "one tensor": lambda m: m.update(
+        prior=described("priors.GaussianMixture", latent_dim=40_000, num_components=900_000)
+    ),
+    "pseudo-inputs": lambda m: m.update(
+        prior=described(
+            "priors.VampPrior",
+            guide={"shared": "variational_family"},
+            data_shape=[1000, 1000],
+            num_pseudo_inputs=1_000_000,
+        )
+    ),
+    "layers": lambda m: m["variational_family"]["settings"].update(
+        encoder=described("networks.MLPEncoder", data_shape=[1], hidden=[1] * 1_000_000)
+    ),
+    "wide layers": lambda m: m["variational_family"]["settings"].update(
+        encoder=described("networks.MLPEncoder", data_shape=[900_000], hidden=[900_000])
+    ),
+    "flows": lambda m: m.update(
+        prior=described("priors.FlowPrior", latent_dim=2, num_layers=1_000_000)
+    ),
+    "convolutions": lambda m: m["variational_family"]["settings"].update(
+        encoder=described(
+            "networks.ConvEncoder", data_shape=[1, 900_000, 900_000], channels=[500_000]
+        )
+    ),
+    "a declared tensor": lambda m: m["prior"]["settings"].update(
+        scale={"tensor": {"dtype": "float32", "shape": [HUGE, HUGE], "values": [1.0]}}
+    ),
+    "deep": lambda m: m["prior"]["settings"].update(latent_dim=nested(900)),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_settings_of_any_size_take_neither_memory_nor_time(saved, case):
+    change_config(saved, SIZES[case], vouch=True)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(pv.InputError, match="expected"):
+        pv.load(saved)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 300_000  # KiB on Linux
+    assert after.ru_utime - before.ru_utime < 5
+
+
+def test_the_bound_on_sizes_leaves_room_for_every_component(saved, monkeypatch):
+    tightest = []
+    check = description._Bounded._check
+
+    def noted(self, fits):
+        tightest.append(self.left)
+        check(self, fits)
+
+    monkeypatch.setattr(description._Bounded, "_check", noted)
+    pv.load(saved)
+    assert min(tightest) > 0.8 * description._ELEMENTS_AT_LEAST
+
+
+def test_links_that_leave_the_folder_are_refused(saved, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        outside = tmp_path / f"outside-{name}"
+        (saved / name).rename(outside)
+        (saved / name).symlink_to(outside)
+        with pytest.raises(pv.InputError, match=f"expected {name} inside .* got a link to"):
+            pv.load(saved)
+        (saved / name).unlink()
+        outside.rename(saved / name)
+    (tmp_path / "link").symlink_to(saved)  # the folder itself may be one
+    assert pv.load(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "../" * 3000])
+def test_names_that_are_no_path_are_refused(name):
+    for act in (pv.load, lambda folder: pv.save(make_vae(), folder)):
+        with pytest.raises(pv.InputError, match="expected"):
+            act(name)
+
+
+def test_folders_that_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "run", "/proc/run", "/dev/null/run"):
+        with pytest.raises(pv.InputError, match="expected to write"):
+            pv.save(make_vae(), place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pyro_vae import runs
+with runs.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        for act in (lambda: runs.locked(tmp_path), lambda: runs.new_run(tmp_path, {})):
+            with (
+                pytest.raises(pv.InputError, match=f"in use by process {first.pid} on .*: wait"),
+                act(),
+            ):
+                pytest.fail("entered")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        first.kill()
+        first.wait()
+    assert (tmp_path / ".lock").exists()  # of a process that is no more
+    pv.save(make_vae(), tmp_path)
+    assert pv.load(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_threads_exclude_each_other_too(tmp_path):
+    with (
+        runs.locked(tmp_path),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        pytest.raises(pv.InputError, match=f"in use by process {os.getpid()} "),
+    ):
+        pool.submit(pv.save, make_vae(), tmp_path).result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_that_start_at_once_one_wins(tmp_path):
+    def attempt(_):
+        try:
+            with runs.new_run(tmp_path / "run", {"format": 1}):
+                time.sleep(0.05)
+                return True
+        except pv.InputError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(attempt, range(16)))
+    refusals = [result for result in results if result is not True]
+    assert len(refusals) == 15
+    assert all("in use" in text or "holds an unfinished run" in text for text in refusals)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_devices_are_checked_first(saved):

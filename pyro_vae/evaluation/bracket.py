@@ -145,7 +145,7 @@ def bidirectional(
     options = AnnealingOptions(
         num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
     )
-    template = as_inputs(x)
+    template = as_inputs(x, model, guide)
     num_data = len(template[0]) if num_data is None else num_data
     if num_data < 1:
         raise InputError(f"expected num_data of at least 1, got {num_data}")

@@ -61,13 +61,13 @@ def log_marginal(
     progress: Callable[[int, int], None] | None = None,
     running_mean: Callable[[float], None] | None = None,
 ) -> LogMarginal:
-    """Estimate log p(x) per datum: by importance sampling from the guide, or by annealing from it.
+    r"""Estimate log p(x) per datum: by importance sampling from the guide, or by annealing from it.
 
-    .. math:: log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x)
+    .. math:: \log p(x) \approx \log \frac1K \sum_k p(x, z_k) / q(z_k | x), \quad z_k \sim q(z | x)
 
     Runs without gradients of parameters and with the pair's modules in eval mode, which is restored.
-    Samples are streamed in chunks, so memory does not grow with their number. For annealed
-    importance sampling see :mod:`pyro_vae.evaluation.annealing`.
+    Samples are streamed in chunks, so memory does not grow with their number. The
+    annealed estimate moves each draw from q to the posterior in ``num_steps`` small steps.
 
     Args:
         model: the generative function of the pair.
@@ -107,7 +107,7 @@ def log_marginal(
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
     _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, max_memory)
-    inputs = as_inputs(x)
+    inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     report = Progress(progress, running_mean)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):

@@ -25,6 +25,7 @@ from pyro_vae.infer.pair import (
     PairFunction,
     as_inputs,
     check_support,
+    device_of,
 )
 from pyro_vae.infer.particles import (
     AllocationCounter,
@@ -99,7 +100,7 @@ def log_weights(
     """
     if num_samples < 1:
         raise InputError(f"expected num_samples of at least 1, got {num_samples}")
-    inputs = as_inputs(x)
+    inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     with HANDLER_LOCK:
         scores = PairScorer(model, guide, inputs, plate=plate).draw(num_samples)
@@ -129,6 +130,9 @@ class PairScorer:
     def __init__(
         self, model: PairFunction, guide: PairFunction, inputs: Inputs, *, plate: str = "data"
     ) -> None:
+        # Data too large for the pair's device come from elsewhere, block by block.
+        place = device_of(model, guide, default=inputs[0].device)
+        inputs = tuple(value.to(place) for value in inputs)
         self.model, self.guide, self.inputs, self.plate = model, guide, inputs, plate
         self.num_data = len(inputs[0])
         self._drawn_by: Callable[[int], tuple[Latents, Tensor]] | None = None

@@ -1,0 +1,242 @@
+"""A VAE as plain values, and back: registered classes and their settings, nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import pyro_vae
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.errors import InputError, first_line, unknown_name
+from pyro_vae.runs.files import CONFIG, FORMAT
+from pyro_vae.vae import VAE
+
+__all__ = ["Components", "build", "describe"]
+
+# The parts of a VAE, in the order they are built: a prior may use the variational family.
+_PARTS = ("variational_family", "prior", "likelihood")
+Components = Mapping[str, type[nn.Module]]
+
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("float16", "bfloat16", "float32", "float64"),
+        *("int8", "int16", "int32", "int64", "uint8", "bool"),
+    )
+}
+
+# Elements that building may fill for each element of the weights, and at the least: masks, starting
+# values and what is derived from the settings come on top of the weights themselves.
+_PER_WEIGHT, _ELEMENTS_AT_LEAST = 16, 1 << 20
+# What one small tensor costs besides its elements, in elements: a million layers of one unit each
+# must not take minutes to build.
+_PER_TENSOR = 256
+# Largest whole number among a registered class's settings beside few weights; each is a size or a
+# count that some weight has as well.
+_LARGEST_SIZE = 1 << 20
+
+
+def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the plain values that a VAE can be built from again.
+
+    Args:
+        vae: the model.
+        settings: more plain values to keep under ``"run"``.
+
+    Raises:
+        InputError: a component that can't be described.
+    """
+    shared: dict[int, str] = {}
+    model: dict[str, Any] = {}
+    for part in _PARTS:
+        component = getattr(vae, part)
+        model[part] = _describe(component, shared)
+        shared[id(component)] = part
+    return {
+        "format": FORMAT,
+        "pyro_vae": pyro_vae.__version__,
+        "model": model,
+        "run": dict(settings or {}),
+    }
+
+
+def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
+    """Build a VAE from its description.
+
+    Args:
+        config: the settings that :func:`describe` returned.
+        components: classes of the caller's own by name.
+        num_weights: elements of the weights that the VAE is to take; what would need far more is
+            refused before it is made.
+
+    Raises:
+        InputError: an unknown component, or no description of a VAE.
+    """
+    parts: dict[str, Any] = {}
+    try:
+        with torch.device("cpu"), _Bounded(num_weights) as bound:
+            for part in _PARTS:
+                parts[part] = _build(config["model"][part], components, parts, bound)
+                if not isinstance(parts[part], nn.Module):
+                    raise InputError(f"expected a class for the {part} in {CONFIG}, got none")
+            return VAE(parts["prior"], parts["likelihood"], parts["variational_family"])
+    except InputError:
+        raise
+    except _UNBUILDABLE as error:
+        raise InputError(
+            f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+
+
+# What constructors raise that are given something else than they expect.
+_UNBUILDABLE = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuse to make tensors beyond a number of elements, before their memory is taken.
+
+    A few bytes of settings can describe networks of any size, which would fill the memory before
+    anyone could see that the weights don't fit them.
+    """
+
+    _MAKERS: tuple[Callable[..., Any], ...] = (
+        *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint),
+        *(torch.arange, torch.linspace, torch.eye, torch.randperm),
+        *(torch.tril_indices, torch.triu_indices),
+    )
+
+    def __init__(self, num_weights: int) -> None:
+        super().__init__()
+        self.left = max(_ELEMENTS_AT_LEAST, _PER_WEIGHT * num_weights)
+        self.largest_size = max(_LARGEST_SIZE, num_weights)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count what a constructor of tensors is about to make."""
+        kwargs = kwargs or {}
+        if function in self._MAKERS:
+            self.left -= max(_PER_TENSOR, function(*args, **{**kwargs, "device": "meta"}).numel())
+            self._check(self.left >= 0)
+        return function(*args, **kwargs)
+
+    def check_size(self, value: Any) -> None:
+        """Refuse a setting that is a size no weight has."""
+        for number in value if isinstance(value, tuple) else (value,):
+            self._check(not isinstance(number, int) or abs(number) <= self.largest_size)
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            raise InputError(
+                f"expected settings that fit the weights, {CONFIG} describes networks far larger "
+                "than the weights beside it: the two are not of one run"
+            )
+
+
+def _registry() -> dict[str, type[nn.Module]]:
+    registry = {}
+    for kind in (networks, priors, likelihoods, guides):
+        for name in kind.__all__:
+            member = getattr(kind, name)
+            if inspect.isclass(member) and issubclass(member, nn.Module):
+                registry[f"{kind.__name__.removeprefix('pyro_vae.')}.{name}"] = member
+    return registry
+
+
+def _describe(component: Any, shared: dict[int, str]) -> Any:
+    """Describe a component or one of its settings by plain values."""
+    if id(component) in shared:
+        return {"shared": shared[id(component)]}
+    if isinstance(component, nn.Module):
+        names = {member: name for name, member in _registry().items()}
+        kind = type(component)
+        settings = {}
+        for name in inspect.signature(kind).parameters:
+            if not hasattr(component, name):
+                raise InputError(
+                    f"expected {kind.__name__} to keep its argument {name!r} as an attribute: set "
+                    f"self.{name} = {name} so that it can be saved"
+                )
+            settings[name] = _describe(getattr(component, name), shared)
+        return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
+    if isinstance(component, Tensor) and str(component.dtype).removeprefix("torch.") in _DTYPES:
+        return {"tensor": _describe_tensor(component.detach())}
+    if isinstance(component, float) and not math.isfinite(component):
+        return {"float": str(float(component))}  # JSON has no number for it
+    if component is None or isinstance(component, bool | int | float | str):
+        return component
+    if isinstance(component, list | tuple):
+        return [_describe(inner, shared) for inner in component]
+    raise InputError(
+        f"expected components and settings that can be saved, got {type(component).__name__}: "
+        "write it as a module (see pyro_vae.priors.Prior) or save its state_dict yourself"
+    )
+
+
+def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor with its type, its shape and values that are read back to the bit."""
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
+    }
+
+
+def _build(description: Any, components: Components, parts: dict[str, Any], bound: _Bounded) -> Any:
+    """Build what :func:`_describe` described."""
+    if isinstance(description, list):
+        return tuple(_build(inner, components, parts, bound) for inner in description)
+    if not isinstance(description, dict):
+        return description
+    if "shared" in description:
+        return parts[description["shared"]]
+    if "tensor" in description:
+        return _build_tensor(description["tensor"])
+    if "float" in description:
+        return float(description["float"])
+    name = description["class"]
+    registered = _registry().get(name)
+    kind = registered or components.get(name.removeprefix("custom."))
+    if kind is None:
+        raise _unknown(name)
+    settings = {}
+    for key, value in description["settings"].items():
+        settings[key] = _build(value, components, parts, bound)
+        if registered is not None:
+            bound.check_size(settings[key])
+    return kind(**settings)
+
+
+def _unknown(name: str) -> InputError:
+    if not name.startswith("custom."):
+        return unknown_name("component", name, _registry())
+    own = name.removeprefix("custom.")[:80]
+    if not own.isidentifier():
+        return InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
+    return InputError(
+        f"expected the class of component {own!r}: pass it, components={{{own!r}: {own}}}"
+    )
+
+
+def _build_tensor(description: dict[str, Any]) -> Tensor:
+    values = [
+        float(value["float"]) if isinstance(value, dict) else value for value in description["values"]
+    ]
+    tensor = torch.tensor(values, dtype=_DTYPES[description["dtype"]])
+    return tensor.reshape(description["shape"])

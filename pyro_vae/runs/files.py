@@ -1,0 +1,189 @@
+"""The files of a run folder: JSON read strictly, and everything written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pyro_vae.errors import InputError, first_line
+
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "WEIGHTS",
+    "finite_or_none",
+    "own_file",
+    "read_config",
+    "refuse_to_write",
+    "write_json",
+    "write_whole",
+]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = 1
+
+# Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
+_MOST_CONFIG_BYTES = 1 << 26
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a run's settings.
+
+    Raises:
+        InputError: no run there, or settings that are no JSON object of a known format.
+    """
+    path = own_file(folder, CONFIG)
+    if path is None:
+        raise InputError(
+            f"expected a run folder at {folder}, found no {CONFIG} in it: check the path"
+        )
+    try:
+        size = path.stat().st_size
+        if size > _MOST_CONFIG_BYTES:
+            raise InputError(
+                f"expected at most {_MOST_CONFIG_BYTES:,} bytes of settings in {path}, got {size:,}"
+            )
+        config = _parsed(path.read_text(encoding="utf-8"))
+    # A RecursionError: lists in lists without end.
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        OSError,
+        RecursionError,
+        _NotJSONError,
+    ) as error:
+        raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
+    _check_format(config, path)
+    return config
+
+
+def own_file(folder: str | Path, name: str) -> Path | None:
+    """Return the path of a regular file of a run folder, or None where there is none.
+
+    Raises:
+        InputError: a link to a file elsewhere, or a path that is none.
+    """
+    path = Path(folder) / name
+    try:
+        if not path.is_file():
+            return None
+        inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise InputError(
+            f"expected a run folder, got {str(folder)!r}: {first_line(error)}"
+        ) from error
+    if not inside:
+        raise InputError(
+            f"expected {name} inside {folder}, got a link to {os.path.realpath(path)}: put the file "
+            "itself there"
+        )
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all; numbers that are not finite become null."""
+    text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return plain JSON values with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with the path of a temporary file that takes the file's place when done.
+
+    Raises:
+        InputError: a file that can't be written: no permission, no space, no such folder.
+    """
+    # The temporary name keeps the suffix, by which a picture's format is chosen.
+    temporary = path.with_name(f".part-{path.name}")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        refuse_to_write(path, error)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
+    """Turn what the system says of a path into the one error of this package."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    raise InputError(
+        f"expected to write {str(path)!r}, got: {reason}; make room or choose another folder"
+    ) from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content is on the disk, so that the name never precedes it."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _NotJSONError(ValueError):
+    """What Python's reader accepts although it isn't JSON, or says the same thing twice."""
+
+
+def _parsed(text: str) -> Any:
+    def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            raise _NotJSONError("an object with a name twice")
+        return members
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise _NotJSONError(f"a number that no float holds ({digits[:20]})")
+        return value
+
+    def whole_number(digits: str) -> int:
+        # No size, seed or count is longer; Python takes ever longer to read such numbers.
+        if len(digits) > 20:
+            raise _NotJSONError(f"a whole number of {len(digits)} digits")
+        return int(digits)
+
+    def no_constant(name: str) -> None:
+        raise _NotJSONError(f"{name}, which JSON has not")
+
+    return json.loads(
+        text,
+        object_pairs_hook=no_twice,
+        parse_float=number,
+        parse_int=whole_number,
+        parse_constant=no_constant,
+    )
+
+
+def _check_format(config: Any, path: Path) -> None:
+    version = config.get("format") if isinstance(config, dict) else None
+    # True is 1 to Python, and so is 1.0.
+    if type(version) is not int or version != FORMAT:
+        newer = type(version) is int and version > FORMAT
+        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
+        raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
+    if not isinstance(config.get("run", {}), dict):
+        raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,174 @@
+"""Run folders: made, locked, saved to and loaded from."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.pair import seeded
+from pyro_vae.infer.training import resolve_device
+from pyro_vae.runs.description import Components, build, describe
+from pyro_vae.runs.files import CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
+from pyro_vae.runs.weights import assign, read_weights, save_weights
+from pyro_vae.vae import VAE
+
+__all__ = ["check_free", "load", "locked", "new_run", "save"]
+
+_LOCK = ".lock"
+
+
+def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = None) -> Path:
+    """Write a VAE to a folder: ``config.json`` and ``model.safetensors``.
+
+    A component is described by its class and its constructor's arguments, read from the attributes of
+    the same names.
+
+    Args:
+        vae: the model to save.
+        folder: created if missing; must not hold a run yet.
+        settings: more plain values to keep under ``"run"`` in ``config.json``.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: a folder that holds a run, is in use or can't be written, or a component that
+            can't be described. Nothing is left behind.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    with new_run(folder, describe(vae, settings)):
+        save_weights(vae, folder)
+    return folder
+
+
+def load(folder: str | Path, *, components: Components | None = None, device: str = "cpu") -> VAE:
+    """Build a VAE from a folder that :func:`save` or ``pyro-vae train`` wrote.
+
+    Only classes of this package and those passed in are built; nothing is unpickled, no name in a
+    file is imported and no file outside the folder is read. Names, shapes, types, values and the
+    checksum of settings and weights are checked before any weight is assigned, and nothing global is
+    changed: not the random state, nor the default type, nor Pyro's parameter store.
+
+    Args:
+        folder: the run folder.
+        components: classes of your own by name, e.g. ``{"MyPrior": MyPrior}``.
+        device: where to put the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: no run there, a file that can't be read or that comes from a newer version, an
+            unknown component, weights that do not match the settings, or a device that is not here.
+    """
+    folder, place = Path(folder), resolve_device(device)
+    config = read_config(folder)
+    weights, checksum = read_weights(folder)
+    with seeded(0):  # constructors draw starting values
+        vae = build(config, components or {}, sum(value.numel() for value in weights.values()))
+    assign(vae, weights, checksum, model=config["model"])
+    return vae.to(place).eval()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that can't become a run folder without overwriting something.
+
+    Raises:
+        InputError: a file of that name, or a folder that holds a run, finished or not.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"expected a folder, {folder} is a file: choose another")
+        if not (folder / CONFIG).exists():
+            return
+        which = "a run" if (folder / WEIGHTS).exists() else "an unfinished run"
+    except OSError as error:  # a name too long, or a folder that can't be searched
+        refuse_to_write(folder, error)
+    raise InputError(f"expected a folder without a run, {folder} holds {which}: choose another")
+
+
+@contextmanager
+def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Create a run folder with its settings and hold its lock; take it away if the body fails.
+
+    Raises:
+        InputError: a folder that holds a run, is in use or can't be written.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
+            refuse_to_write(folder, error)
+        with locked(folder):
+            check_free(folder)
+            try:
+                write_json(folder / CONFIG, config)
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    for name in (CONFIG, WEIGHTS):
+                        (folder / name).unlink(missing_ok=True)
+                raise
+    except BaseException:
+        for path in made:
+            with suppress(OSError, ValueError):
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run: a second one, of this process or of another, is refused.
+
+    The lock ends with the process that holds it, however that ends; its file, which says whose it
+    is, is then taken over by the next run.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        InputError: a folder in use, or one that can't be written.
+    """
+    path = folder / _LOCK
+    try:
+        descriptor = _acquired(path)
+    except OSError as error:
+        refuse_to_write(path, error)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # before it is released: the next one makes its own
+        os.close(descriptor)
+
+
+def _acquired(path: Path) -> int:
+    import fcntl  # not on every system that can load a run
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, named = os.fstat(descriptor), os.stat(path)
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder took it away in between: try again with a new one
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
+            os.close(descriptor)
+            raise InputError(
+                f"expected a folder that no other run uses, {path.parent} is in use by {owner}: wait "
+                "for it or choose another folder"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

@@ -1,0 +1,133 @@
+"""The weights of a run: safetensors with a checksum, checked before any is assigned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.runs.description import describe
+from pyro_vae.runs.files import WEIGHTS, own_file, write_whole
+from pyro_vae.vae import VAE
+
+__all__ = ["assign", "read_weights", "save_weights"]
+
+# One entry alone: the order of several in the file would differ from process to process.
+_CHECKSUM = "checksum"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What the reader of safetensors raises at bytes that are none.
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
+def save_weights(vae: VAE, folder: Path) -> None:
+    """Write the weights; the file's bytes depend on the description, the names and values alone.
+
+    Raises:
+        InputError: a file that can't be written, or a component that can't be described.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
+    metadata = {_CHECKSUM: _checksum(describe(vae)["model"], state)}
+    content = serialised(state, metadata=metadata)
+    write_whole(folder / WEIGHTS, lambda path: path.write_bytes(content))
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read the weights of a run and the checksum written with them.
+
+    Raises:
+        InputError: no weights, or bytes that are none.
+    """
+    path = own_file(folder, WEIGHTS)
+    if path is None:
+        raise InputError(
+            f"expected weights at {folder / WEIGHTS}, found none: the run did not finish"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+            return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
+    except _UNREADABLE as error:
+        raise InputError(
+            f"expected safetensors weights in {path}, got: {first_line(error)}"
+        ) from error
+
+
+def assign(
+    vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
+) -> None:
+    """Check every tensor, then assign all of them; the VAE takes on their floating-point type.
+
+    Args:
+        vae: a VAE as the settings describe it.
+        weights: tensors by name.
+        checksum: what was written with the weights.
+        model: the description under ``"model"`` in the settings.
+
+    Raises:
+        InputError: missing or surplus names, another shape or type, NaN or infinity, or another
+            checksum; the VAE is then as it was.
+    """
+    _check(_state(vae), weights)
+    if checksum != _checksum(model, weights):
+        raise InputError(
+            "expected settings and weights as they were written, got another checksum: one of the "
+            "files is damaged, changed or of another run; save the model again"
+        )
+    for dtype in _float_types(weights):
+        vae.to(dtype)
+    vae.load_state_dict(weights, strict=False)  # the names were checked above
+
+
+def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    missing, surplus = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or surplus:
+        raise InputError(
+            f"expected the weights that the settings describe, {len(missing)} are missing and "
+            f"{len(surplus)} surplus (first: {(missing + surplus)[0][:80]!r})"
+        )
+    for name, value in weights.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            raise InputError(
+                f"expected weight {name} of shape {tuple(wanted.shape)}, got {tuple(value.shape)}"
+            )
+        real = wanted.is_floating_point()
+        if (value.dtype not in _FLOATS) if real else (value.dtype != wanted.dtype):
+            raise InputError(f"expected weight {name} as {wanted.dtype}, got {value.dtype}")
+        if real and not value.isfinite().all():
+            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
+    types = _float_types(weights)
+    if len(types) > 1:
+        raise InputError(f"expected weights of one floating-point type, got {len(types)}")
+
+
+def _float_types(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
+    return {value.dtype for value in weights.values() if value.is_floating_point()}
+
+
+def _checksum(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a description and of the weights' names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(weights):
+        value = weights[name]
+        digest.update(f"\n{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _state(vae: VAE) -> dict[str, Tensor]:
+    """Return the tensors to keep by name; one shared by two components once, under its first name."""
+    names: dict[int, str] = {}
+    state = vae.state_dict(keep_vars=True)  # the very tensors, so that shared ones can be told
+    for name, value in state.items():
+        names.setdefault(id(value), name)
+    return {name: state[name] for name in names.values()}
