@@ -204,3 +204,138 @@ def test_weight_diagnostics_mark_the_limit_and_leave_a_missing_curve_out():
     assert len(both.axes) == 2
     assert "2 of 3" in both.axes[0].get_title()
     assert len(plots.weight_diagnostics(k, None, None, title="t").axes) == 1
+
+
+def test_column_labels_stand_above_their_columns():
+    rows = [RANDOM.random((3, 8, 8)), RANDOM.random((3, 8, 8))]
+    (axes,) = plots.image_grid(rows, title="t", column_labels=["a", "b", "c"]).axes
+    labels = {text.get_text(): text.get_position() for text in axes.texts}
+    for label, image in zip("abc", axes.images[:3], strict=True):
+        left, right, _, top = image.get_extent()
+        across, up = labels[label]
+        assert left < across < right
+        assert top < up < labels["t"][1]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_what_is_not_there_is_tinted(shape):
+    image = np.zeros((1, *shape))
+    image[..., :4, :] = np.nan
+    picture = pixels(plots.image_grid([image], title=""))[-95:-10, 20, :3]
+    assert len(set(picture[10])) > 1  # blue, neither paper nor ink
+    assert len(set(picture[70])) == 1
+
+
+def test_every_code_is_shown_in_the_colour_of_its_class():
+    codes, labels = RANDOM.normal(size=(60, 2)), np.arange(60) % 3
+    figure = plots.latent_scatter(codes, labels, title="t", axis_labels=("a", "b"))
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("a", "b")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2"]
+    for value, points in enumerate(axes.collections):
+        np.testing.assert_array_equal(points.get_offsets(), codes[labels == value])
+    assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 3
+    pixels(figure)
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(60)])
+def test_codes_without_few_classes_have_no_legend(labels):
+    (axes,) = plots.latent_scatter(RANDOM.normal(size=(60, 2)), labels, title="").axes
+    assert axes.get_legend() is None
+    assert len(axes.collections[0].get_offsets()) == 60
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(60) % 2])
+def test_a_single_latent_is_shown_by_histograms(labels):
+    figure = plots.latent_scatter(RANDOM.normal(size=(60, 1)), labels, title="")
+    assert figure.axes[0].patches
+    pixels(figure)
+
+
+def test_the_sphere_has_its_outline():
+    figure = plots.latent_scatter(np.zeros((5, 2)), title="", unit_circle=True)
+    assert [patch.radius for patch in figure.axes[0].patches] == [1]
+    pixels(figure)
+
+
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_images_of_a_manifold_stand_where_their_latents_are(shape, rows):
+    data = RANDOM.random((rows, 4, *shape))
+    first, second = np.linspace(-2, 2, 4), np.linspace(-1, 1, rows)
+    figure = plots.manifold(data, first, second, title="t", limits=(0, 1))
+    (axes,) = figure.axes
+    assert len(axes.images) == 4 * rows
+    places = [image.get_extent() for image in axes.images]
+    # The first row of data lies lowest, its first column leftmost.
+    assert places[0][0] == min(left for left, *_ in places)
+    assert places[0][2] == min(bottom for _, _, bottom, _ in places)
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert ticks == ["-2.00", "-0.67", "0.67", "2.00"]
+    pixels(figure)
+
+
+@pytest.mark.parametrize("shape", VECTORS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_manifold_of_vectors_has_a_panel_per_coordinate(shape, rows):
+    data = RANDOM.random((rows, 4, *shape))
+    figure = plots.manifold(data, np.arange(4.0), np.arange(float(rows)), title="t")
+    named = [axes for axes in figure.axes if axes.get_title()]
+    assert len(named) == min(9, np.prod(shape))
+    pixels(figure)
+
+
+@pytest.mark.parametrize("shape", VECTORS + IMAGES[:4])
+def test_traversals_and_interpolations_of_every_kind(shape):
+    data, values = RANDOM.random((3, 5, *shape)), np.sort(RANDOM.random((3, 5)))
+    walks = plots.traversals(data, values, ["a", "b", "c"], title="t")
+    ways = plots.interpolations(data[:, 0], data.swapaxes(0, 1), data[:, 4], title="t")
+    pixels(walks)
+    pixels(ways)
+    if plots.is_image(shape):
+        assert len(walks.axes[0].images) == 15
+        assert len(ways.axes[0].images) == 21  # the data at both ends too
+        texts = [text.get_text() for text in ways.axes[0].texts]
+        assert texts == ["t", "from", "0", "0.25", "0.5", "0.75", "1", "to"]
+    else:
+        assert [axes.get_xlabel() for axes in walks.axes[:3]] == ["a", "b", "c"]
+
+
+def test_walks_of_few_coordinates_are_lines_at_the_values():
+    data, values = RANDOM.random((2, 5, 3)), np.sort(RANDOM.random((2, 5)))
+    figure = plots.traversals(data, values, ["a", "b"], title="")
+    for axes, walk, value in zip(figure.axes, data, values, strict=True):
+        for coordinate, line in enumerate(axes.lines):
+            np.testing.assert_array_equal(line.get_xdata(), value)
+            np.testing.assert_array_equal(line.get_ydata(), walk[:, coordinate])
+
+
+def test_completed_images_stand_between_what_was_seen_and_the_truth():
+    truth, mean = RANDOM.random((2, 1, 8, 8)), RANDOM.random((2, 1, 8, 8))
+    missing = np.zeros(truth.shape, dtype=bool)
+    missing[..., 4:, :] = True
+    draws = RANDOM.random((3, 2, 1, 8, 8))
+    figure = plots.completions(truth, missing, mean, mean, draws, title="t")
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["t", "observed", "mean", "draw", "draw", "draw", "truth"]
+    shown = [np.ma.filled(image.get_array(), np.nan) for image in axes.images[:6]]
+    np.testing.assert_array_equal(shown[0], np.where(missing, np.nan, truth)[0, 0])
+    np.testing.assert_array_equal(shown[1], mean[0, 0])
+    np.testing.assert_array_equal(shown[4], draws[2, 0, 0])
+    np.testing.assert_array_equal(shown[5], truth[0, 0])
+    pixels(figure)
+
+
+def test_completed_vectors_are_shown_where_they_were_missing():
+    truth, mean = RANDOM.random((6, 4)), RANDOM.random((6, 4))
+    missing = RANDOM.random((6, 4)) < 0.5
+    figure = plots.completions(truth, missing, mean, mean, truth[None], title="t")
+    (bars,) = figure.axes[0].containers
+    np.testing.assert_array_equal(bars.lines[0].get_xdata(), truth[missing])
+    np.testing.assert_array_equal(bars.lines[0].get_ydata(), mean[missing])
+    pixels(figure)
+    bits = plots.completions((truth < 0.5) * 1.0, missing, mean, mean, truth[None], title="t")
+    names = {text.get_text() for text in bits.axes[0].get_legend().get_texts()}
+    assert names == {"truth 0", "truth 1"}
+    pixels(bits)

@@ -62,10 +62,10 @@ def evaluate(
     """
     check_evaluation(how)
     if picture is not None:
-        picture = _picture_path(picture, picture)
+        picture = picture_path(picture, picture)
     place = resolve_device(device)
-    vae, settings, _ = _opened(run, place)
-    dataset = _data_of(run, settings, data_root)
+    vae, settings, _ = opened(run, place)
+    dataset = data_of(run, settings, data_root)
     if is_pseudo(vae, dataset):
         warnings.warn(
             "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
@@ -116,13 +116,13 @@ def sample(
     seed: int,
 ) -> Path:
     """Draw new data from a run's model and write them as a picture; return its path."""
-    _check_pictured(number)
+    check_pictured(number)
     check_seed(seed)
-    path = _picture_path(output, run / f"samples-seed-{seed}.png")
-    vae, settings, limits = _opened(run, torch.device("cpu"))
+    path = picture_path(output, run / f"samples-seed-{seed}.png")
+    vae, settings, limits = opened(run, torch.device("cpu"))
     # Only vectors are shown beside the data.
     image = plots.is_image(data_shape_of(vae))
-    data = None if image else _data_of(run, settings, data_root).test
+    data = None if image else data_of(run, settings, data_root).test
     save_picture(sample_picture(vae, data, limits, number=number, mean=mean, seed=seed), path)
     return path
 
@@ -131,11 +131,11 @@ def reconstruct(
     run: Path, *, number: int | None, data_root: str | None, output: Path | None, seed: int
 ) -> Path:
     """Reconstruct a run's first test data and write them as a picture; return its path."""
-    _check_pictured(number)
+    check_pictured(number)
     check_seed(seed)
-    path = _picture_path(output, run / f"reconstructions-seed-{seed}.png")
-    vae, settings, limits = _opened(run, torch.device("cpu"))
-    data = _data_of(run, settings, data_root).test
+    path = picture_path(output, run / f"reconstructions-seed-{seed}.png")
+    vae, settings, limits = opened(run, torch.device("cpu"))
+    data = data_of(run, settings, data_root).test
     save_picture(reconstruction_picture(vae, data, limits, number=number, seed=seed), path)
     return path
 
@@ -146,7 +146,7 @@ def _cell(value: float | int | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
+def opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
     """Load a run's VAE, its settings, and the values shown as white and as black."""
     config = runs.read_config(run)
     vae = runs.load(run, device=str(device))
@@ -160,7 +160,7 @@ def _opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[
         ) from error
 
 
-def _data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
+def data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
     """Load the data a run was trained on; refuse others."""
     source = Path(settings.dataset)
     if data_root is not None and source.suffix in datasets.FILE_TYPES:
@@ -170,7 +170,7 @@ def _data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Datas
         data_root or settings.data_root,
         binarize=settings.binarize or "none",
         validation_size=settings.validation_size,
-        seed=settings.seed,
+        seed=settings.split_seed,
     )
     if dataset.checksums != runs.read_config(run)["run"].get("checksums"):
         raise InputError(
@@ -180,12 +180,14 @@ def _data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Datas
     return dataset
 
 
-def _check_pictured(number: int | None) -> None:
+def check_pictured(number: int | None) -> None:
+    """Refuse a number of data that no picture shows."""
     if number is not None and not 1 <= number <= _MOST_PICTURED:
         raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
 
 
-def _picture_path(output: Path | None, default: Path) -> Path:
+def picture_path(output: Path | None, default: Path) -> Path:
+    """Return the file to write a picture to, or refuse one of another kind."""
     path = (output or default).expanduser()
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")

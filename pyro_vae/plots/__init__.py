@@ -1,13 +1,38 @@
 """Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
 
+from pyro_vae.plots.autoencoder import autoencoder_and_vae
+from pyro_vae.plots.comparison import (
+    datum_against_datum,
+    observed_and_replicated,
+    paired_differences,
+    prior_and_aggregate,
+    rank_histograms,
+)
+from pyro_vae.plots.completion import completions
 from pyro_vae.plots.curves import training_curves, weight_diagnostics
+from pyro_vae.plots.families import families_and_runs
 from pyro_vae.plots.images import image_grid, is_image, reconstructions, samples
+from pyro_vae.plots.latent import interpolations, latent_scatter, manifold, traversals
+from pyro_vae.plots.sweep import rate_distortion
 
 __all__ = [
+    "autoencoder_and_vae",
+    "completions",
+    "datum_against_datum",
+    "families_and_runs",
     "image_grid",
+    "interpolations",
     "is_image",
+    "latent_scatter",
+    "manifold",
+    "observed_and_replicated",
+    "paired_differences",
+    "prior_and_aggregate",
+    "rank_histograms",
+    "rate_distortion",
     "reconstructions",
     "samples",
     "training_curves",
+    "traversals",
     "weight_diagnostics",
 ]

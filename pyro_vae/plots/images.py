@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, legend_above, one_panel
+from pyro_vae.plots.style import BLUE, INK, ORANGE, TINT, Array, legend_above, one_panel
 
 __all__ = ["image_grid", "is_image", "reconstructions", "samples"]
 
@@ -31,21 +32,24 @@ def image_grid(
     *,
     title: str,
     row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> Figure:
-    """Show images in a grid, one sequence per row; ink is dark on white paper.
+    """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
     Args:
         rows: arrays of images ``(columns, *data_shape)`` (see :func:`is_image`).
         title: a line above the grid.
         row_labels: one label per row.
+        column_labels: one label per column, above the first row.
         limits: the values shown as white and as black.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
     left, gap = 0.75 if row_labels else 0.1, 0.05
     width = left + (cell_width + gap) * max(len(row) for row in rows) + gap
     width = max(width, left + 0.075 * len(title))  # about a character's width at this size
-    height = (cell_height + gap) * len(rows) + 0.4
+    grid_height = (cell_height + gap) * len(rows)
+    height = grid_height + (0.6 if column_labels else 0.4)
     figure = Figure(figsize=(width, height), dpi=150)
     # One pair of axes, in inches from the lower left corner, holds everything.
     axes = figure.add_axes((0, 0, 1, 1))
@@ -59,6 +63,9 @@ def image_grid(
         if row_labels:
             middle = bottom + cell_height / 2
             axes.text(left - 0.1, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
+    for column, label in enumerate(column_labels):
+        middle = left + column * (cell_width + gap) + cell_width / 2
+        axes.text(middle, grid_height + 0.14, label, fontsize=8, ha="center", va="center")
     axes.set(xlim=(0, width), ylim=(0, height))
     return figure
 
@@ -133,6 +140,19 @@ def _are_bits(data: Array) -> bool:
     return bool(((data == 0) | (data == 1)).all())
 
 
+def flat_image(image: Array, limits: tuple[float, float]) -> Array:
+    """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
+    channel_axis = _channel_axis(image.shape)
+    if channel_axis is None:
+        return image
+    image = np.moveaxis(image, channel_axis, -1)
+    if image.shape[2] == 1:
+        return image[:, :, 0]
+    low, high = limits
+    scaled = np.clip((image - low) / (high - low or 1), 0, 1)
+    return np.where(np.isnan(image), to_rgb(TINT), scaled)
+
+
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
     """Return the width and height in inches at which an image is shown: of its own proportions."""
     height, width = (size for axis, size in enumerate(shape) if axis != _channel_axis(shape))
@@ -151,15 +171,9 @@ def _show(
     axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
 ) -> None:
     low, high = limits
-    channel_axis = _channel_axis(image.shape)
-    if channel_axis is not None:
-        image = np.moveaxis(image, channel_axis, -1)
-        image = (
-            image[:, :, 0]
-            if image.shape[2] == 1
-            else np.clip((image - low) / (high - low or 1), 0, 1)
-        )
-    axes.imshow(image, cmap="gray_r", vmin=low, vmax=high, extent=extent, aspect="auto")
+    axes.imshow(
+        flat_image(image, limits), cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto"
+    )
     left, right, bottom, top = extent
     axes.add_patch(
         Rectangle((left, bottom), right - left, top - bottom, fill=False, ec="0.8", linewidth=0.6)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "ORANGE", "Array", "fit_vertically", "legend_above", "one_panel"]
+__all__ = [
+    "BLUE",
+    "INK",
+    "MAP",
+    "ORANGE",
+    "TINT",
+    "Array",
+    "class_colours",
+    "fit_vertically",
+    "legend_above",
+    "legend_beside",
+    "one_panel",
+]
 
 Array = np.ndarray
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"
+# Behind values that are not there.
+TINT = "#c9dcee"
+# Images are dark ink on white paper; other fields of values are shown by a map of even lightness.
+INK = colormaps["gray_r"].with_extremes(bad=TINT)
+MAP = colormaps["viridis"]
 
 
 def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -34,6 +52,26 @@ def legend_above(axes: Axes) -> None:
         borderpad=0,
         columnspacing=1,
     )
+
+
+def legend_beside(axes: Axes, *, marker_scale: float) -> None:
+    """Put the legend of classes right of the panel, one line per class."""
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        markerscale=marker_scale,
+        title="class",
+        title_fontsize=9,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+    )
+
+
+def class_colours(number: int) -> list[tuple[float, float, float, float]]:
+    """Return colours that tell classes apart: fixed ones for up to 10, then around the hues."""
+    if number <= 10:
+        return [colormaps["tab10"](index) for index in range(number)]
+    return [colormaps["turbo"](index / (number - 1)) for index in range(number)]
 
 
 def fit_vertically(axes: Axes, values: Array) -> None:

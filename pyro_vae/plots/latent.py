@@ -1,0 +1,267 @@
+"""Pictures of the latent space: where data lie in it, and what its points decode to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+from pyro_vae.plots.images import flat_image, image_grid, is_image
+from pyro_vae.plots.style import BLUE, INK, MAP, Array, class_colours, legend_beside, one_panel
+
+__all__ = ["interpolations", "latent_scatter", "manifold", "traversals"]
+
+# Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
+_MOST_LINES = 8
+# Panels of a picture of vectors.
+_MOST_PANELS = 9
+# Classes with a legend; more (identities, say) would fill it.
+_MOST_CLASSES = 50
+
+
+def latent_scatter(
+    codes: Array,
+    labels: Array | None = None,
+    *,
+    title: str,
+    axis_labels: Sequence[str] = ("latent 1", "latent 2"),
+    unit_circle: bool = False,
+) -> Figure:
+    """Show latent codes in the plane, coloured by label; a single latent as histograms.
+
+    Args:
+        codes: ``(N, 2)`` or ``(N, 1)``.
+        labels: classes ``(N,)``, if there are any.
+        title: a line above the picture.
+        axis_labels: what the two coordinates are.
+        unit_circle: draw the outline of the unit sphere that the codes lie in.
+    """
+    classes = [] if labels is None else list(np.unique(labels))
+    if codes.shape[1] == 1:
+        return _histograms(codes[:, 0], labels, classes, title, axis_labels[0])
+    figure, axes = one_panel(title, (6.2 if classes else 5.4, 5.4))
+    size = max(1.5, min(12.0, 12_000 / len(codes)))
+    if 0 < len(classes) <= _MOST_CLASSES:
+        assert labels is not None
+        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
+            points = codes[labels == value]
+            axes.scatter(
+                points[:, 0], points[:, 1], s=size, color=[colour], label=str(value), linewidths=0
+            )
+        legend_beside(axes, marker_scale=6 / math.sqrt(size))
+    else:
+        axes.scatter(codes[:, 0], codes[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
+    if unit_circle:
+        axes.add_patch(Circle((0, 0), 1, fill=False, ec="0.6", linewidth=0.8))
+        axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
+    axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+    axes.set_aspect("equal", adjustable="box" if unit_circle else "datalim")
+    return figure
+
+
+def manifold(
+    data: Array,
+    first: Array,
+    second: Array,
+    *,
+    title: str,
+    axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Show what a grid of latents decodes to: images in their places, vectors as maps.
+
+    Args:
+        data: decoded data ``(rows, columns, *data_shape)``.
+        first: value of the first latent in each column, ``(columns,)``.
+        second: value of the second latent in each row, ``(rows,)``; increasing values stand higher.
+        title: a line above the picture.
+        axis_labels: what the two coordinates are.
+        limits: the values shown as white and as black.
+    """
+    if is_image(data.shape[2:]):
+        return _image_manifold(data, first, second, title, axis_labels, limits)
+    rows, columns = data.shape[:2]
+    values = data.reshape(rows, columns, -1)
+    shown = _most_varying(values.reshape(rows * columns, -1))
+    figure = Figure(figsize=_panels_size(len(shown)), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    for axes, coordinate in zip(_panels(figure, len(shown)), shown, strict=True):
+        axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
+        if rows == 1:
+            axes.plot(first, values[0, :, coordinate], color=BLUE, linewidth=1.3)
+            axes.set_xlabel(axis_labels[0])
+            axes.spines[["top", "right"]].set_visible(False)
+            continue
+        mesh = axes.pcolormesh(first, second, values[:, :, coordinate], cmap=MAP, shading="gouraud")
+        axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+        figure.colorbar(mesh, ax=axes, label="decoded mean")
+    return figure
+
+
+def traversals(
+    data: Array,
+    values: Array,
+    names: Sequence[str],
+    *,
+    title: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Show what one latent after the other does to a datum.
+
+    Args:
+        data: decoded data ``(latents, steps, *data_shape)``.
+        values: value of the moved latent, ``(latents, steps)``.
+        names: name of each latent.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    if is_image(data.shape[2:]):
+        return image_grid(list(data), title=title, row_labels=names, limits=limits)
+    return _vector_walks(data, list(values), names, title)
+
+
+def interpolations(
+    start: Array,
+    way: Array,
+    end: Array,
+    *,
+    title: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Show the way from some data to others: between them what was decoded.
+
+    Args:
+        start: ``(N, *data_shape)``.
+        way: decoded data ``(steps, N, *data_shape)``.
+        end: ``(N, *data_shape)``.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    shares = np.linspace(0, 1, len(way))
+    if is_image(start.shape[1:]):
+        rows = [
+            np.concatenate([start[n : n + 1], way[:, n], end[n : n + 1]]) for n in range(len(start))
+        ]
+        labels = ["from", *(f"{share:.2g}" for share in shares), "to"]
+        return image_grid(rows, title=title, column_labels=labels, limits=limits)
+    names = [f"pair {n + 1}: share of the way" for n in range(len(start))]
+    return _vector_walks(way.swapaxes(0, 1), [shares] * len(start), names, title)
+
+
+def _histograms(
+    codes: Array, labels: Array | None, classes: Sequence[Any], title: str, name: str
+) -> Figure:
+    figure, axes = one_panel(title, (6.2, 4))
+    bins = np.histogram_bin_edges(codes, bins=50).tolist()
+    if labels is not None and 0 < len(classes) <= _MOST_CLASSES:
+        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
+            chosen = codes[labels == value]
+            axes.hist(chosen, bins, histtype="step", color=colour, label=str(value), linewidth=1.3)
+        legend_beside(axes, marker_scale=1)
+    else:
+        axes.hist(codes, bins, color=BLUE, alpha=0.5)
+    axes.set(xlabel=name, ylabel="data")
+    return figure
+
+
+def _image_manifold(
+    data: Array,
+    first: Array,
+    second: Array,
+    title: str,
+    axis_labels: tuple[str, str],
+    limits: tuple[float, float],
+) -> Figure:
+    rows, columns = data.shape[:2]
+    image_height, image_width = flat_image(data[0, 0], limits).shape[:2]
+    # About 7 inches in all, each image with its own proportions.
+    cell = 6.4 / max(columns * image_width, rows * image_height, 10 * image_height)
+    width, height = cell * columns * image_width, cell * rows * image_height
+    figure, axes = one_panel(title, (max(width + 1.1, 0.075 * len(title) + 1), height + 1.1))
+    gap = 0.03  # of a cell: neighbours are told apart
+    for row in range(rows):
+        for column in range(columns):
+            axes.imshow(
+                flat_image(data[row, column], limits),
+                cmap=INK,
+                vmin=limits[0],
+                vmax=limits[1],
+                extent=(column + gap, column + 1 - gap, row + gap, row + 1 - gap),
+                aspect="auto",
+            )
+    axes.set(xlim=(0, columns), ylim=(0, rows), aspect=image_height / image_width)
+    axes.set_xlabel(axis_labels[0])
+    axes.set_xticks(*_ticks(first))
+    if rows > 1:
+        axes.set_ylabel(axis_labels[1])
+        axes.set_yticks(*_ticks(second))
+    else:
+        axes.set_yticks([])
+    return figure
+
+
+def _ticks(values: Array) -> tuple[list[float], list[str]]:
+    """Return about seven tick positions, in the middle of cells, with the cells' values."""
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(7, len(values))).round().astype(int))
+    digits = 2 if np.abs(values).max() < 10 else 0
+    return [index + 0.5 for index in chosen], [f"{values[index]:.{digits}f}" for index in chosen]
+
+
+def _vector_walks(
+    data: Array, positions: Sequence[Array], names: Sequence[str], title: str
+) -> Figure:
+    """Show vectors along ways ``(ways, steps, *data_shape)``: as lines, or many as a map."""
+    data = data.reshape(*data.shape[:2], -1)[:_MOST_PANELS]
+    figure = Figure(figsize=_panels_size(len(data)), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = _panels(figure, len(data))
+    coordinates = np.arange(1, data.shape[2] + 1)
+    for axes, way, position, name in zip(panels, data, positions, names, strict=False):
+        axes.set_xlabel(name)
+        if data.shape[2] > _MOST_LINES:
+            mesh = axes.pcolormesh(
+                position,
+                coordinates,
+                way.T,
+                cmap=MAP,
+                shading="nearest",
+                vmin=data.min(),
+                vmax=data.max(),
+            )
+            axes.set_ylabel("coordinate")
+            continue
+        for coordinate, colour in zip(coordinates, class_colours(len(coordinates)), strict=True):
+            label = f"coordinate {coordinate}"
+            axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
+        axes.set_ylabel("decoded mean")
+        axes.spines[["top", "right"]].set_visible(False)
+    if data.shape[2] > _MOST_LINES:
+        figure.colorbar(mesh, ax=panels, label="decoded mean")
+    else:
+        entries = panels[0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _most_varying(values: Array) -> list[int]:
+    """Return in order the coordinates ``(points, coordinates)`` that vary most, as many as fit."""
+    order = np.argsort(-values.var(0), kind="stable")
+    return sorted(int(index) for index in order[:_MOST_PANELS])
+
+
+def _panels_size(number: int) -> tuple[float, float]:
+    columns = min(3, number)
+    return 3.2 * columns + 1.3, 2.6 * math.ceil(number / columns) + 0.4
+
+
+def _panels(figure: Figure, number: int) -> list[Axes]:
+    columns = min(3, number)
+    grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False)
+    for axes in grid.flat[number:]:
+        axes.set_axis_off()
+    return list(grid.flat[:number])

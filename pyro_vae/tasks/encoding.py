@@ -1,0 +1,136 @@
+"""Encode data into latents, and decode latents into data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.codes import chosen_site, code_sites, draw_codes, mean_codes
+from pyro_vae.infer.pair import (
+    HANDLER_LOCK,
+    Inputs,
+    PairFunction,
+    as_inputs,
+    evaluation_mode,
+    seeded,
+)
+from pyro_vae.infer.sites import Given, data_dim, latent_sites
+from pyro_vae.tasks.generation import _observed_site
+
+__all__ = ["decode", "encode"]
+
+# Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
+_MEAN_DRAWS = 1000
+
+
+def encode(
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    mean: bool = True,
+    num_draws: int | None = None,
+    site: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> Tensor:
+    """Return the latent codes of data: posterior means, or draws of the guide.
+
+    Args:
+        guide: the variational function of a pair.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
+        mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
+        num_draws: draws returned (by default 1), or those that a mean rests on which the distribution
+            does not have in closed form (by default 1,000).
+        site: name of the latent; needed where the guide has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        means ``(N, *shape of one latent)``, or draws ``(num_draws, N, *shape of one latent)``.
+
+    Raises:
+        InputError: no latent, several without a name, one of another name or outside the data plate.
+
+    Warns:
+        UserWarning: the mean has no closed form and comes from draws.
+    """
+    inputs = as_inputs(x, guide)
+    if num_draws is not None and num_draws < 1:
+        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(guide), seeded(seed):
+        name = chosen_site(code_sites(guide, inputs, plate), site)
+        if not mean:
+            return draw_codes(guide, inputs, num_draws or 1, plate)[name]
+        code = mean_codes(guide, inputs, num_draws or _MEAN_DRAWS, plate)[name]
+    if not code.exact:
+        warnings.warn(
+            f"the mean of latent {name!r} has no closed form: it is that of "
+            f"{num_draws or _MEAN_DRAWS:,} draws",
+            stacklevel=2,
+        )
+    return code.mean
+
+
+def decode(
+    model: PairFunction,
+    z: Tensor | Mapping[str, Tensor],
+    like: Tensor | Sequence[Tensor],
+    *,
+    mean: bool = True,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> Tensor:
+    """Return the data that latents stand for: the likelihood's mean or a draw from it.
+
+    Args:
+        model: the generative function of a pair.
+        z: latents ``(N, *shape of one latent)``; of several sites by name. Sites that are not named
+            are drawn from the prior.
+        like: inputs ``(N, ...)`` that give shape and conditions of the data; the values of the
+            observed site are not looked at.
+        mean: return the likelihood's mean instead of a draw from it.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        ``(N, *data_shape)``.
+
+    Raises:
+        InputError: latents of another name or number, or an observed site that can't be told.
+    """
+    inputs = as_inputs(like, model)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model), seeded(seed):
+        return decoded(model, z, inputs, mean=mean, observed=observed, plate=plate)
+
+
+def decoded(
+    model: PairFunction,
+    z: Tensor | Mapping[str, Tensor],
+    inputs: Inputs,
+    *,
+    mean: bool = True,
+    observed: str | None = None,
+    plate: str = "data",
+) -> Tensor:
+    """Do the work of :func:`decode` for callers that hold the lock and have set the mode."""
+    trace = poutine.trace(model).get_trace(*(value[:1] for value in inputs))
+    sites = {site["name"]: site for site in latent_sites(trace)}
+    named = dict(z) if isinstance(z, Mapping) else {chosen_site(sites, None): z}
+    given = {}
+    for name, value in named.items():
+        site = sites[chosen_site(sites, name)]
+        if len(value) != len(inputs[0]):
+            raise InputError(f"expected {len(inputs[0])} latents {name!r} as data, got {len(value)}")
+        axis = data_dim(site, plate) - site["fn"].event_dim
+        given[name] = value.to(inputs[0].device).movedim(0, axis)
+    with Given(given):
+        trace = poutine.trace(model).get_trace(*inputs)
+    distribution = trace.nodes[_observed_site(trace, observed)]["fn"]
+    return distribution.mean if mean else distribution.sample()

@@ -1,0 +1,224 @@
+"""A VAE as a scikit-learn transformer: latent codes in a pipeline, log p(x) as its score."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from torch import Tensor
+
+from pyro_vae import tasks
+from pyro_vae.building import Architecture, build_vae, start_at_data
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.importance import log_marginal
+from pyro_vae.infer.pair import HANDLER_LOCK, seeded
+from pyro_vae.infer.training import fit, resolve_device
+from pyro_vae.vae import VAE
+
+__all__ = ["VAETransformer"]
+
+
+class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Variational autoencoder as a scikit-learn transformer.
+
+    Works in a ``Pipeline`` and a ``GridSearchCV``, which maximises :meth:`score`, the mean
+    log p(x). Two settings can only be compared by it where the data before them are scaled alike: a
+    density depends on the units. Names are those of ``pyro-vae train``.
+
+    Args:
+        latent_dim: size of the latent vector.
+        prior: ``standard-normal``, ``gaussian-mixture``, ``von-mises-fisher``,
+            ``hypersphere-uniform``, ``beta``, ``vamp`` or ``flow``.
+        likelihood: ``gaussian``, ``bernoulli`` (data in [0, 1]) or ``continuous-bernoulli``.
+        guide: ``mean-field``, ``full-rank``, ``iaf``, ``spline``, ``mixture``, ``von-mises-fisher``
+            or ``beta``.
+        hidden: widths of the encoder's layers; the decoder mirrors them.
+        activation: name of the activation.
+        sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
+        num_components: components of the prior, where it has any.
+        beta: weight of the KL term.
+        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs.
+        epochs: passes over the data.
+        batch_size: data per step.
+        learning_rate: Adam's step size.
+        num_samples: importance samples per datum of the scores.
+        seed: seed of initial weights, training and scores.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Attributes:
+        vae_: the trained :class:`pyro_vae.VAE`.
+        history_: the curves of :class:`pyro_vae.FitResult`.
+        n_features_in_: number of features.
+        feature_names_in_: their names, where X had any.
+
+    Example:
+        >>> from sklearn.decomposition import PCA
+        >>> from sklearn.pipeline import make_pipeline
+        >>> pipeline = make_pipeline(PCA(5), VAETransformer(latent_dim=2, epochs=1, hidden=(8,)))
+        >>> pipeline.fit_transform(np.random.default_rng(0).normal(size=(50, 10))).shape
+        (50, 2)
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 8,
+        *,
+        prior: str = "standard-normal",
+        likelihood: str = "gaussian",
+        guide: str = "mean-field",
+        hidden: Sequence[int] = (512, 256),
+        activation: str = "relu",
+        sigma: float | str = "learned",
+        num_components: int | None = None,
+        beta: float = 1.0,
+        warmup_epochs: int | None = None,
+        epochs: int = 100,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        num_samples: int = 500,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        # Stored as they came and checked by fit: scikit-learn clones estimators by these attributes.
+        self.latent_dim = latent_dim
+        self.prior = prior
+        self.likelihood = likelihood
+        self.guide = guide
+        self.hidden = hidden
+        self.activation = activation
+        self.sigma = sigma
+        self.num_components = num_components
+        self.beta = beta
+        self.warmup_epochs = warmup_epochs
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.num_samples = num_samples
+        self.seed = seed
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> VAETransformer:
+        """Train on data ``(N, n_features)``; ``y`` is not used.
+
+        Raises:
+            InputError: an option out of range, or data the likelihood is not defined for.
+        """
+        architecture = Architecture(
+            prior=self.prior,
+            likelihood=self.likelihood,
+            guide=self.guide,
+            latent_dim=self.latent_dim,
+            hidden=tuple(self.hidden),
+            activation=self.activation,
+            num_components=self.num_components,
+            sigma=self.sigma,
+        )
+        x = torch.from_numpy(self._checked(X, reset=True))
+        warmup = self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+        with _own_parameters(), seeded(self.seed):
+            vae = build_vae(architecture, tuple(x.shape[1:]), len(x))
+            vae.check_data(x)
+            start_at_data(vae, x)
+            result = fit(
+                vae.model,
+                vae.guide,
+                x,
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                beta=self.beta,
+                warmup_epochs=warmup,
+                device=self.device,
+                progress=False,
+            )
+        self.vae_ = vae.eval()
+        self.history_ = result.history
+        self._n_features_out = self.latent_dim
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return posterior means ``(N, latent_dim)``; for flows, which have none, means of draws."""
+        vae, x = self._ready(X)
+        with _own_parameters(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the mean of latent 'z' has no closed form")
+            z = tasks.encode(vae.guide, x, seed=self.seed)
+        return z.cpu().numpy()
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """Return the likelihood's means ``(N, n_features)`` for latents ``(N, latent_dim)``.
+
+        On a sphere, where a posterior mean lies inside, its direction is decoded.
+        """
+        check_is_fitted(self)
+        z = torch.from_numpy(check_array(X, dtype=np.float32))
+        if z.shape[1] != self._n_features_out:
+            raise InputError(
+                f"expected latents of {self._n_features_out} coordinates, got {z.shape[1]}"
+            )
+        vae = self._placed()
+        assert isinstance(self.n_features_in_, int)
+        if getattr(vae.prior, "latent_support", None) == "unit sphere":
+            z = torch.nn.functional.normalize(z, dim=-1)
+        with _own_parameters():
+            x = tasks.decode(vae.model, z, z.new_zeros(len(z), self.n_features_in_))
+        return x.cpu().numpy()
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return log p(x) of each datum in nats, ``(N,)``, by importance sampling.
+
+        Warns:
+            UserWarning: data whose importance weights can't be trusted.
+        """
+        vae, x = self._ready(X)
+        with _own_parameters():
+            estimate = log_marginal(
+                vae.model,
+                vae.guide,
+                x,
+                num_samples=self.num_samples,
+                keep_draws=0,
+                seed=self.seed,
+            )
+        return estimate.log_prob.numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the mean log p(x) in nats; ``y`` is not used."""
+        return float(self.score_samples(X).mean())
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        if hasattr(self, "vae_"):
+            self.vae_.cpu()  # to be loaded where there is no accelerator; it is placed when used
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def _checked(self, X: Any, *, reset: bool) -> np.ndarray:
+        return np.array(validate_data(self, X, dtype=np.float32, reset=reset), order="C")
+
+    def _ready(self, X: Any) -> tuple[VAE, Tensor]:
+        check_is_fitted(self)
+        x = torch.from_numpy(self._checked(X, reset=False))
+        vae = self._placed()
+        return vae, x
+
+    def _placed(self) -> VAE:
+        vae: VAE = self.vae_
+        return vae.to(resolve_device(self.device))
+
+
+@contextmanager
+def _own_parameters() -> Iterator[None]:
+    """Leave Pyro's parameter store as it was: an estimator is no part of the user's program."""
+    with HANDLER_LOCK, pyro.get_param_store().scope():
+        yield

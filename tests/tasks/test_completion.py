@@ -1,0 +1,346 @@
+"""Data completion: exact conditionals, what each method promises, what is refused."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.tasks import complete
+
+F64 = torch.float64
+
+
+def mean_errors(problem, missing, draws):
+    """Errors of the draws' means, in standard errors: draws of a datum are independent."""
+    errors = []
+    for n, hidden in enumerate(missing):
+        mean, covariance = problem.conditional(problem.x[n], hidden)
+        values = draws[:, n][:, hidden]
+        errors.append((values.mean(0) - mean) / (covariance.diag() / len(values)).sqrt())
+    return torch.stack(errors)
+
+
+def covariance_errors(problem, missing, draws):
+    """Errors of the draws' covariances, in standard errors of a normal sample's."""
+    errors = []
+    for n, hidden in enumerate(missing):
+        _, covariance = problem.conditional(problem.x[n], hidden)
+        got = draws[:, n][:, hidden].T.cov()
+        variances = covariance.diag()
+        error = ((variances[:, None] * variances + covariance**2) / len(draws)).sqrt()
+        errors.append((got - covariance) / error)
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)], ids=["exact", "poor guide"])
+def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
+    problem = pca(shift=shift, covariance_scale=scale)
+    missing = hide(problem.x)
+    incomplete = problem.x.masked_fill(missing, math.nan)
+    result = complete(
+        problem.model, problem.guide, incomplete, missing, num_draws=3000, num_steps=100, seed=0
+    )
+    assert mean_errors(problem, missing, result.draws).abs().max() < 5
+    assert covariance_errors(problem, missing, result.draws).abs().max() < 5
+    assert result.r_hat.max() < 1.05
+    if scale == 1:
+        assert (result.acceptance == 1).all()
+    else:
+        assert ((result.acceptance > 0.1) & (result.acceptance < 0.9)).all()
+
+
+def test_mean_and_standard_deviation_are_the_conditional_s(pca, hide):
+    problem = pca(shift=0.1, covariance_scale=1.3)
+    missing = hide(problem.x)
+    result = complete(problem.model, problem.guide, problem.x, missing, num_draws=1000, seed=0)
+    for n, hidden in enumerate(missing):
+        mean, covariance = problem.conditional(problem.x[n], hidden)
+        deviation = covariance.diag().sqrt()
+        # The averages rest on more than the last states, whose standard errors bound theirs.
+        error = (result.mean[n][hidden] - mean).abs()
+        assert (error < 5 * deviation / math.sqrt(1000) + 1e-6).all()
+        error = (result.standard_deviation[n][hidden] - deviation).abs()
+        assert (error < 5 * deviation / math.sqrt(2000) + 1e-6).all()
+    assert torch.equal(result.mean[~missing], problem.x[~missing])
+    assert (result.standard_deviation[~missing] == 0).all()
+
+
+def test_pseudo_gibbs_is_biased_where_the_guide_is_not_the_posterior(pca, hide):
+    options = {"method": "pseudo-gibbs", "num_draws": 3000, "num_steps": 100, "seed": 0}
+    exact = pca()
+    missing = hide(exact.x)
+    result = complete(exact.model, exact.guide, exact.x, missing, **options)
+    assert mean_errors(exact, missing, result.draws).abs().max() < 5
+    poor = pca(shift=0.3, covariance_scale=1.5)
+    result = complete(poor.model, poor.guide, poor.x, missing, **options)
+    assert mean_errors(poor, missing, result.draws).abs().max() > 5
+    assert covariance_errors(poor, missing, result.draws).abs().max() > 5
+    assert "biased" in result.guarantee
+    assert result.acceptance is None
+
+
+def test_importance_converges_to_the_conditional(pca, hide):
+    problem = pca(covariance_scale=8.0)
+    missing = hide(problem.x)
+    worst = []
+    for num_samples in (1, 5000):
+        result = complete(
+            problem.model,
+            problem.guide,
+            problem.x,
+            missing,
+            method="importance",
+            num_samples=num_samples,
+            num_draws=200,
+            seed=0,
+        )
+        worst.append(mean_errors(problem, missing, result.draws).abs().max())
+    assert result.ess.min() > 200
+    assert worst[0] > 5
+    # Resampled from samples of this effective number, draws share them: their error is that of both.
+    shared = math.sqrt(1 + 200 / result.ess.min())
+    assert worst[1] < 5 * shared
+    assert covariance_errors(problem, missing, result.draws).abs().max() < 5 * shared
+    assert "consistent" in result.guarantee
+
+
+@pytest.mark.parametrize("method", ["metropolis", "importance", "pseudo-gibbs"])
+def test_shapes_observed_values_and_seed(pca, hide, method):
+    problem = pca(num_data=5)
+    missing = hide(problem.x)
+    missing[0] = False
+    missing[1] = True
+    incomplete = problem.x.masked_fill(missing, math.nan)
+    before = torch.get_rng_state()
+
+    def run(seed):
+        return complete(
+            problem.model,
+            problem.guide,
+            incomplete,
+            missing,
+            method=method,
+            num_draws=4,
+            num_samples=50,
+            num_steps=5,
+            seed=seed,
+        )
+
+    result, again, other = run(0), run(0), run(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(result.draws, again.draws)
+    assert not torch.equal(result.draws, other.draws)
+    assert result.draws.shape == (4, 5, 8)
+    assert result.mean.shape == result.standard_deviation.shape == (5, 8)
+    assert torch.equal(result.draws[:, ~missing], problem.x[~missing].expand(4, -1))
+    assert result.draws.isfinite().all()
+    assert result.draws[0][missing].ne(result.draws[1][missing]).all()
+
+
+def test_any_memory_will_do(pca, hide):
+    """A byte at a time: one datum and one chain after another."""
+    problem = pca(shift=0.2, covariance_scale=1.5)
+    missing = hide(problem.x)
+    options = {"num_draws": 12, "num_steps": 20, "max_memory": 1, "seed": 0}
+    result = complete(problem.model, problem.guide, problem.x, missing, **options)
+    assert result.draws.shape == (12, 3, 8)
+    assert result.acceptance.shape == result.r_hat.shape == (3,)
+    assert mean_errors(problem, missing, result.draws).abs().max() < 5
+
+
+def test_a_guide_with_parameters_per_datum_runs_chain_by_chain(pca, hide):
+    problem = pca()
+    missing = hide(problem.x)
+    means = (problem.x - problem.b) @ problem.W / 8
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(means, 0.7).to_event(1))
+
+    options = {"num_draws": 20, "num_steps": 40, "seed": 0}
+    result = complete(problem.model, guide, problem.x, missing, **options)
+    assert mean_errors(problem, missing, result.draws).abs().max() < 5
+
+
+def test_several_latents_a_condition_and_an_inner_plate(pca):
+    """x = y + z1 + z2 + noise in each of two columns, z1 per datum and z2 per value."""
+
+    def model(y, x):
+        with pyro.plate("data", len(x), dim=-2):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            with pyro.plate("columns", 2, dim=-1):
+                z2 = pyro.sample("z2", dist.Normal(torch.zeros((), dtype=F64), 0.5))
+                pyro.sample("x", dist.Normal(y + z1 + z2, 0.5), obs=x)
+
+    def guide(y, x):
+        with pyro.plate("data", len(x), dim=-2):
+            loc = 0.5 * (x - y).mean(1, keepdim=True)
+            z1 = pyro.sample("z1", dist.Normal(loc, 0.8))
+            with pyro.plate("columns", 2, dim=-1):
+                pyro.sample("z2", dist.Normal(0.4 * (x - y - z1), 0.5))
+
+    x = torch.tensor([[1.0, 2.0], [0.0, -1.0]], dtype=F64)
+    y = torch.tensor([[5.0], [-5.0]], dtype=F64)
+    missing = torch.tensor([[False, True], [True, False]])
+    result = complete(
+        model, guide, (y, x + y), missing, position=1, num_draws=3000, num_steps=60, seed=0
+    )
+    # Var x = 1 + 1/4 + 1/4, Cov = 1: the other column has mean x / 1.5 and variance 1.5 - 1 / 1.5.
+    values = (result.draws - y)[:, missing]
+    mean, variance = x[~missing] / 1.5, 1.5 - 1 / 1.5
+    assert ((values.mean(0) - mean).abs() < 5 * math.sqrt(variance / 3000)).all()
+    assert ((values.var(0) - variance).abs() < 5 * variance * math.sqrt(2 / 3000)).all()
+
+
+def bernoulli_vae(shape=(1, 3, 3)):
+    decoder = pv.networks.MLPDecoder(2, (8,))
+    encoder = pv.networks.MLPEncoder(shape, (8,))
+    likelihood = pv.likelihoods.Bernoulli(decoder, shape)
+    return pv.VAE(pv.priors.StandardNormal(2), likelihood, pv.guides.MeanFieldNormal(encoder, 2))
+
+
+@pytest.mark.parametrize("method", ["metropolis", "importance", "pseudo-gibbs"])
+def test_a_vae_of_bits_is_completed_by_bits(method):
+    vae = bernoulli_vae()
+    x = torch.bernoulli(torch.full((6, 1, 3, 3), 0.5))
+    missing = torch.zeros_like(x, dtype=torch.bool)
+    missing[:, :, 2] = True
+    vae.train()
+    result = complete(
+        vae.model, vae.guide, x, missing, method=method, num_draws=3, num_steps=4, num_samples=9
+    )
+    assert vae.training
+    assert ((result.draws == 0) | (result.draws == 1)).all()
+    assert ((result.mean[missing] > 0) & (result.mean[missing] < 1)).all()
+    assert not result.draws.requires_grad
+
+
+def test_bits_have_the_exact_conditional_probabilities():
+    """Two latent classes by a normal's sign would need quadrature; here a grid sums over z."""
+    vae = bernoulli_vae((6,)).double()
+    with torch.no_grad():
+        for weight in vae.likelihood.parameters():
+            weight.mul_(4)
+    x = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]], dtype=F64)
+    missing = torch.tensor([[False, False, False, True, True, True]])
+    axis = torch.linspace(-7, 7, 281, dtype=F64)
+    z = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        probability = vae.likelihood(z).mean
+        log_weight = dist.Bernoulli(probability[:, :3]).log_prob(x[:, :3]).sum(1)
+        weight = (log_weight - 0.5 * z.square().sum(1)).softmax(0)
+        exact = weight @ probability[:, 3:]
+    num_draws = 4000
+    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=100, seed=0)
+    got = result.draws[:, 0, 3:].mean(0)
+    assert ((got - exact).abs() < 5 * (exact * (1 - exact) / num_draws).sqrt()).all()
+    result = complete(
+        vae.model, vae.guide, x, missing, method="importance", num_draws=num_draws, seed=0,
+        num_samples=20_000,
+    )  # fmt: skip
+    error = (exact * (1 - exact) * (1 / num_draws + 1 / result.ess.min())).sqrt()
+    assert ((result.draws[:, 0, 3:].mean(0) - exact).abs() < 5 * error).all()
+
+
+def test_the_first_fill_is_the_model_s_mean_or_as_given(pca):
+    """Seen by a guide that records what it is given."""
+    problem = pca(num_data=2)
+    missing = torch.ones_like(problem.x, dtype=torch.bool)
+    missing[:, 0] = False
+    seen = []
+
+    def guide(x):
+        seen.append(x)
+        problem.guide(x)
+
+    options = {"method": "importance", "num_draws": 2, "num_samples": 4, "seed": 0}
+    complete(problem.model, guide, problem.x, missing, initial=7.0, **options)
+    assert (seen[0][missing] == 7).all()
+    seen.clear()
+    complete(problem.model, guide, problem.x, missing, **options)
+    fill, deviation = seen[0], (problem.covariance.diag() / 16).sqrt()  # 16 draws of the prior
+    assert ((fill - problem.b).abs() < 5 * deviation)[missing].all()
+    assert torch.equal(fill[:, 0], problem.x[:, 0])
+
+
+def test_a_likelihood_that_is_not_elementwise_is_refused(pca, hide):
+    problem = pca()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+            covariance = torch.eye(8, dtype=F64)
+            pyro.sample("pixels", dist.MultivariateNormal(z @ problem.W.T, covariance), obs=x)
+
+    with pytest.raises(pv.InputError, match=r"'pixels' to have independent values .*Multivariate"):
+        complete(model, problem.guide, problem.x, hide(problem.x))
+
+
+def test_a_model_that_uses_the_data_elsewhere_is_refused(pca, hide):
+    problem = pca()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+            loc = z @ problem.W.T + x.roll(1, dims=1)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(pv.InputError, match="at its observed site 'x' alone"):
+        complete(model, problem.guide, problem.x, hide(problem.x))
+
+
+def test_a_transformed_observation_is_refused(pca, hide):
+    problem = pca()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ problem.W.T, 1.0).to_event(1), obs=2 * x + 1)
+
+    with pytest.raises(pv.InputError, match="'x' to observe the input as it is"):
+        complete(model, problem.guide, problem.x, hide(problem.x))
+
+
+def test_a_guide_of_point_masses_is_refused_by_metropolis_alone(pca, hide):
+    problem = pca()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = (x - problem.b) @ problem.W / 8
+            u = pyro.sample("u", dist.Normal(loc, 1.0).to_event(1), infer={"is_auxiliary": True})
+            density = dist.Normal(loc, 1.0).to_event(1).log_prob(u) * 0
+            pyro.sample("z", dist.Delta(u, log_density=density, event_dim=1))
+
+    missing = hide(problem.x)
+    with pytest.raises(pv.InputError, match="'z' is a point mass: use method"):
+        complete(problem.model, guide, problem.x, missing)
+    result = complete(problem.model, guide, problem.x, missing, method="importance", num_draws=2)
+    assert result.draws.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"missing": torch.zeros(3, 8)}, "boolean tensor, got torch.float32"),
+        ({"missing": torch.zeros(3, 7, dtype=torch.bool)}, r"data's shape \(3, 8\), got \(3, 7\)"),
+        ({"missing": torch.zeros(3, 8, dtype=torch.bool)}, "no NaN among the observed values"),
+        ({"method": "gibbs"}, "unknown method 'gibbs': did you mean 'pseudo-gibbs'"),
+        ({"num_draws": 0}, "num_draws of at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps of at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples of at least 1, got 0"),
+        ({"initial": math.nan}, "finite values to fill with"),
+        ({"position": 1}, "position from 0 to 0, got 1"),
+        ({"observed": "y"}, "observed site 'y', the model has x"),
+    ],
+)
+def test_bad_options_are_refused(pca, hide, change, message):
+    problem = pca()
+    x = problem.x.clone()
+    missing = hide(x)
+    x[missing] = math.nan
+    options = {"missing": missing, **change}
+    with pytest.raises(pv.InputError, match=message):
+        complete(problem.model, problem.guide, x, **options)
