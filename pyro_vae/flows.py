@@ -194,9 +194,9 @@ class Inverse:
 
 
 class FlowDistribution(TorchDistribution):
-    """What a standard normal becomes when pushed through layers.
+    r"""What a standard normal becomes when pushed through layers.
 
-    .. math:: log p(y) = log N(x; 0, I) - log |det dy/dx|
+    .. math:: \log p(y) = \log N(x; 0, I) - \log |\det dy/dx|
 
     Pyro's own transforms remember the last point they mapped, in the module: after an optimiser step
     that memory is stale. Here nothing outlives the distribution, which is built anew at every call of

@@ -126,9 +126,9 @@ class Bernoulli(Likelihood):
 
 
 class ContinuousBernoulli(Likelihood):
-    """Independent continuous Bernoulli pixels: a proper density for grey values in [0, 1].
+    r"""Independent continuous Bernoulli pixels: a proper density for grey values in [0, 1].
 
-    .. math:: p(x | z) = prod_i exp(eta_i x_i) eta_i / (exp(eta_i) - 1), eta = f(z)
+    .. math:: p(x | z) = \prod_i \exp(\eta_i x_i) \eta_i / (\exp(\eta_i) - 1), \quad \eta = f(z)
 
     The Bernoulli's cross-entropy with the normaliser it lacks for grey values. eta is the logit of
     the parameter lambda of the source.
@@ -249,9 +249,9 @@ def _even_series(square: Tensor, factor: Callable[[int], float]) -> Tensor:
 
 
 class Gaussian(Likelihood):
-    """Independent normal pixels around a mean from a head on the decoder's features.
+    r"""Independent normal pixels around a mean from a head on the decoder's features.
 
-    .. math:: p(x | z) = N(x; f(z), sigma^2 I)
+    .. math:: p(x | z) = N(x; f(z), \sigma^2 I)
 
     Args:
         decoder: network from latents to features.

@@ -15,9 +15,9 @@ LEAST_CONCENTRATION = 0.5
 
 
 class Beta(VariationalFamily):
-    """Independent Beta coordinates on (0, 1), starting near the uniform distribution.
+    r"""Independent Beta coordinates on (0, 1), starting near the uniform distribution.
 
-    .. math:: q(z | x) = prod_d Beta(z_d; a_d(x), b_d(x)), a and b > 1/2
+    .. math:: q(z | x) = \prod_d Beta(z_d; a_d(x), b_d(x)), \quad a_d, b_d > 1/2
 
     Gradients pass through the draws by implicit differentiation.
 

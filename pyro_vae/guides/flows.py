@@ -41,9 +41,9 @@ class _FlowFamily(VariationalFamily):
 
 
 class InverseAutoregressiveFlow(_FlowFamily):
-    """Normal pushed through autoregressive affine layers: draws in one pass, cheaply scored.
+    r"""Normal pushed through autoregressive affine layers: draws in one pass, cheaply scored.
 
-    .. math:: z_0 = mu(x) + sigma(x) e;  z_t = g_t z_{t-1} + (1 - g_t) m_t
+    .. math:: z_0 = \mu(x) + \sigma(x) e, \quad z_t = g_t z_{t-1} + (1 - g_t) m_t
 
     where coordinate i of the gate g_t in (0, 1) and of m_t depends on the coordinates of z_{t-1}
     before i and on the datum. A point that q has just drawn is scored with what drawing computed; any
@@ -99,9 +99,9 @@ class InverseAutoregressiveFlow(_FlowFamily):
 
 
 class NeuralSplineFlow(_FlowFamily):
-    """Standard normal bent by coupling layers of splines, then shifted and scaled.
+    r"""Standard normal bent by coupling layers of splines, then shifted and scaled.
 
-    .. math:: z = mu(x) + sigma(x) f(e; x), e ~ N(0, I)
+    .. math:: z = \mu(x) + \sigma(x) f(e; x), \quad e \sim N(0, I)
 
     The shift comes last so that the splines see standardised numbers, which fill their box
     [-bound, bound] whatever the datum. Drawing takes one pass of each layer's network, scoring any

@@ -18,9 +18,9 @@ from pyro_vae.priors.gaussian_mixture import variance_of_means
 
 
 class DiagonalNormalMixture(TorchDistribution):
-    """Mixture of normals with diagonal covariances, reparameterised.
+    r"""Mixture of normals with diagonal covariances, reparameterised.
 
-    .. math:: q(z) = sum_k pi_k prod_d N(z_d; m_kd, s_kd^2)
+    .. math:: q(z) = \sum_k \pi_k \prod_d N(z_d; m_{kd}, s_{kd}^2)
 
     A draw z moves with the parameters so that the moved draws follow the moved density: any velocity
     v with dq/dphi + div(q v) = 0 gives an unbiased gradient E[df/dz v]. The two used here:
@@ -139,9 +139,9 @@ class DiagonalNormalMixture(TorchDistribution):
 
 
 class MixtureOfNormals(VariationalFamily):
-    """Mixture of K normals with independent coordinates for each datum.
+    r"""Mixture of K normals with independent coordinates for each datum.
 
-    .. math:: q(z | x) = sum_k pi_k(x) N(z; mu_k(x), diag(sigma_k^2(x)))
+    .. math:: q(z | x) = \sum_k \pi_k(x) N(z; \mu_k(x), diag(\sigma_k^2(x)))
 
     The gradient of the ELBO is unbiased for the weights too. The components start apart, or they
     would learn in step: their means are drawn as in :class:`pyro_vae.priors.GaussianMixture`.

@@ -12,9 +12,9 @@ from pyro_vae.priors.gaussian_mixture import lower_cholesky, raw_cholesky
 
 
 class MeanFieldNormal(VariationalFamily):
-    """Normal with independent coordinates: heads for the mean and the log-variance.
+    r"""Normal with independent coordinates: heads for the mean and the log-variance.
 
-    .. math:: q(z | x) = N(z; mu(x), diag(sigma^2(x)))
+    .. math:: q(z | x) = N(z; \mu(x), diag(\sigma^2(x)))
 
     Args:
         encoder: network from data to features.
@@ -53,9 +53,9 @@ class MeanFieldNormal(VariationalFamily):
 
 
 class FullRankNormal(VariationalFamily):
-    """Normal with a full covariance for each datum, through its Cholesky factor.
+    r"""Normal with a full covariance for each datum, through its Cholesky factor.
 
-    .. math:: q(z | x) = N(z; mu(x), L(x) L(x)^T)
+    .. math:: q(z | x) = N(z; \mu(x), L(x) L(x)^T)
 
     L is lower triangular with a positive diagonal (through softplus) and starts near the identity.
 

@@ -20,9 +20,9 @@ STARTING_CONCENTRATION_PER_DIMENSION = 0.25
 
 
 class VonMisesFisher(VariationalFamily):
-    """Von Mises-Fisher distribution on the unit sphere of R^m, m = latent_dim.
+    r"""Von Mises-Fisher distribution on the unit sphere of R^m, m = latent_dim.
 
-    .. math:: q(z | x) = C_m(k(x)) exp(k(x) mu(x) . z)
+    .. math:: q(z | x) = C_m(k(x)) \exp(k(x) \mu(x) \cdot z)
 
     The mean direction is a head's output divided by its length; the concentration is m times the
     softplus of another's, so that the same head serves few dimensions and many.

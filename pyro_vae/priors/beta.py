@@ -10,9 +10,9 @@ from pyro_vae.priors.base import Prior, check_latent_dim, check_positive
 
 
 class Beta(Prior):
-    """Independent Beta coordinates on (0, 1); the default is the uniform distribution.
+    r"""Independent Beta coordinates on (0, 1); the default is the uniform distribution.
 
-    .. math:: p(z) = prod_d Beta(z_d; a, b)
+    .. math:: p(z) = \prod_d Beta(z_d; a, b)
 
     Draws lie strictly inside, at the last number before 0 or 1 if need be. In float32 that happens
     near 1 to 2 draws in 10,000 at b = 1/2, one in 10^7 at 1, and to many well below 1/2.

@@ -13,9 +13,9 @@ from pyro_vae.priors.base import Prior, check_count, check_latent_dim, check_pos
 
 
 class FlowPrior(Prior):
-    """Standard normal pushed through coupling layers of rational-quadratic splines.
+    r"""Standard normal pushed through coupling layers of rational-quadratic splines.
 
-    .. math:: z = f(e), e ~ N(0, I): log p(z) = log N(f^{-1}(z); 0, I) + log |det df^{-1}/dz|
+    .. math:: z = f(e),\ e \sim N(0, I): \log p(z) = \log N(f^{-1}(z); 0, I) + \log |\det df^{-1}/dz|
 
     Scoring a point, which training does at every step, takes one pass of each layer's network,
     drawing one takes two. The flow starts near the identity. With one latent coordinate each layer is

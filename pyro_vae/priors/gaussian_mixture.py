@@ -14,9 +14,9 @@ from pyro_vae.priors.base import Prior, check_count, check_latent_dim, softplus_
 
 
 class GaussianMixture(Prior):
-    """Mixture of K normals with weights, means and full covariances.
+    r"""Mixture of K normals with weights, means and full covariances.
 
-    .. math:: p(z) = sum_k pi_k N(z; m_k, L_k L_k^T)
+    .. math:: p(z) = \sum_k \pi_k N(z; m_k, L_k L_k^T)
 
     The factors L_k are lower triangular with a positive diagonal (through softplus). The mixture
     starts with equal weights, randomly drawn means (by torch's global generator: seed it to repeat

@@ -12,9 +12,9 @@ from pyro_vae.priors.base import Prior, check_latent_dim, check_positive
 
 
 class VonMisesFisher(Prior):
-    """Von Mises-Fisher prior on the unit sphere of R^m, m = latent_dim.
+    r"""Von Mises-Fisher prior on the unit sphere of R^m, m = latent_dim.
 
-    .. math:: p(z) = C_m(k) exp(k mu . z)
+    .. math:: p(z) = C_m(k) \exp(k \mu \cdot z)
 
     The mean direction mu starts at the first axis.
 
@@ -66,9 +66,9 @@ class VonMisesFisher(Prior):
 
 
 class HypersphericalUniform(Prior):
-    """Uniform prior on the unit sphere of R^m, m = latent_dim.
+    r"""Uniform prior on the unit sphere of R^m, m = latent_dim.
 
-    .. math:: p(z) = Gamma(m/2) / (2 pi^(m/2))
+    .. math:: p(z) = \Gamma(m/2) / (2 \pi^{m/2})
 
     Args:
         latent_dim: m, the dimension of the ambient space; the sphere has one less.

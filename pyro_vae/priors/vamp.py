@@ -13,9 +13,9 @@ from pyro_vae.priors.base import Prior, check_count
 
 
 class VampPrior(Prior):
-    """Mixture of the posteriors of K pseudo-inputs, which are trained with the rest.
+    r"""Mixture of the posteriors of K pseudo-inputs, which are trained with the rest.
 
-    .. math:: p(z) = sum_k w_k q(z | u_k)
+    .. math:: p(z) = \sum_k w_k q(z | u_k)
 
     The pseudo-inputs pass through the encoder once per call. The prior points to the family without
     owning it: its parameters, its state and its device are those of the pseudo-inputs alone, and the
