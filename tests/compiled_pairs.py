@@ -17,9 +17,9 @@ class CountingELBO(CompiledTrace_ELBO):
 
     replays = 0
 
-    def _replay(self, *args):
+    def _replay(self, replay):
         self.replays += 1
-        return super()._replay(*args)
+        return super()._replay(replay)
 
 
 class VAE(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -177,17 +176,6 @@ def refuse_pair(guide: Any, modules: Sequence[nn.Module]) -> None:
         raise CannotCaptureError("DistributedDataParallel reduces gradients in hooks")
 
 
-def refuse_sites(guide_trace: Any) -> None:
-    """Refuse sites whose gradient is not pathwise."""
-    for name, site in guide_trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site["infer"].get("enumerate"):
-            raise CannotCaptureError(f"site {name!r} is enumerated")
-        if not is_identically_zero(site["score_parts"].score_function):
-            raise CannotCaptureError(f"site {name!r} is not reparameterised")
-
-
 def refuse_changed_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:
     """Refuse a pair whose sites differ between two runs."""
     if expected != found:
@@ -242,10 +230,11 @@ class _RefuseDynamicShapes(TorchDispatchMode):
 # --- the graph -------------------------------------------------------------------------------
 
 
-def accumulating_leaves(loss: Tensor) -> list[Tensor]:
-    """The leaves that ``loss.backward()`` would give a gradient, in a fixed order."""
+def accumulating_leaves(*roots: Tensor) -> list[Tensor]:
+    """The leaves that a backward pass from the roots would give a gradient, in a fixed order."""
     leaves: dict[int, Tensor] = {}
-    pending, seen = [loss.grad_fn], set()
+    pending: list[Any] = [root.grad_fn for root in roots]
+    seen = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:

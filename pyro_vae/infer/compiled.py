@@ -1,42 +1,71 @@
-"""Trace_ELBO whose step is captured once and compiled: a drop-in for Pyro's SVI."""
+"""Objectives whose step is captured once and compiled: drop-ins for Pyro's SVI."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer import capture
-from pyro_vae.infer.capture import CannotCaptureError
+from pyro_vae.infer.bounds import Bound
+from pyro_vae.infer.engine import Engine, Replay
+from pyro_vae.infer.estimators import BoundEstimator, TraceEstimator
 from pyro_vae.infer.objectives import scale_latents
-from pyro_vae.infer.pair import modules_of
-from pyro_vae.infer.program import (
-    Call,
-    DeviceLoss,
-    Pair,
-    Program,
-    Reference,
-    State,
-    accumulate,
-    parts_of,
-    refuse_difference,
-    refuse_different_buffers,
-    refuse_gradients,
-)
+from pyro_vae.infer.program import Call, DeviceLoss, accumulate
 
-__all__ = ["CompiledTrace_ELBO"]
+__all__ = ["Compiled", "CompiledTrace_ELBO"]
 
 
-class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
+class _Stepping:
+    """The part of a compiled objective that takes steps; the engine holds its settings."""
+
+    engine: Engine
+
+    @property
+    def beta(self) -> float:
+        """Weight of the latent sites' terms."""
+        return self.engine.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.engine.beta = value
+
+    @property
+    def num_graphs(self) -> int:
+        """How many captured steps are held, over all pairs and signatures."""
+        return self.engine.num_graphs
+
+    def _scaled(self, model: Any, guide: Any) -> tuple[Any, Any]:
+        """The pair under beta."""
+        if self.beta == 1.0:
+            return model, guide
+        if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+            raise InputError("beta needs a guide that is a function of its own, got a handler")
+        return scale_latents(model, self.beta), scale_latents(guide, self.beta, is_guide=True)
+
+    def _step(self, call: Call, eager: Callable[[], Any]) -> Any:
+        result = self.engine.step(call, eager)
+        return self._replay(result) if isinstance(result, Replay) else result
+
+    def _replay(self, replay: Replay) -> Any:
+        """Hand the gradients over and return the loss, as Pyro's own step does."""
+        accumulate(replay.leaves, replay.gradients)
+        if _PYRO_STACK:
+            replay.program.emit([handler.trace for handler in _PYRO_STACK])
+        loss = replay.summary[0]
+        if replay.program.device.type != "cpu":
+            return loss.as_subclass(DeviceLoss)
+        value = loss.item()
+        warn_if_nan(value, "loss")
+        return value
+
+
+class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own naming)
     r"""Pyro's ``Trace_ELBO`` with the whole step, loss and gradients, captured once and compiled.
 
     .. math:: -L = E_q[\log q(z|x)^\beta - \log p(z)^\beta - \log p(x|z)]
@@ -115,90 +144,17 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
             vectorize_particles=vectorize_particles,
             **options,
         )
-        if verify_every is not None and verify_every < 1:
-            raise InputError(f"verify_every must be at least 1, got {verify_every}: use None")
-        self.backend = backend
-        self.mode = mode
-        self.verify_every = verify_every
-        self._pairs: dict[tuple[int, ...], Pair] = {}
-        self._beta_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._sites: list[str] = []
+        self.engine = Engine(
+            TraceEstimator(self),
+            name=type(self).__name__,
+            backend=backend,
+            mode=mode,
+            verify_every=verify_every,
+        )
         self.beta = beta
 
-    @property
-    def beta(self) -> float:
-        """Weight of the latent sites' terms."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        if not (0.0 <= float(value) < math.inf):
-            raise InputError(f"beta must be finite and at least 0, got {value}")
-        self._beta = float(value)
-        self._scale: float | Tensor = self._beta
-        self._beta_tensors.clear()
-
-    @property
-    def num_graphs(self) -> int:
-        """How many captured steps are held, over all pairs and signatures."""
-        return sum(len(pair.programs) for pair in self._pairs.values())
-
-    def _beta_tensor(self, device: torch.device) -> Tensor:
-        key = (device, torch.get_default_dtype())
-        if key not in self._beta_tensors:
-            self._beta_tensors[key] = torch.full((), self._beta, device=device)
-        return self._beta_tensors[key]
-
-    # --- the estimator, shared by the eager and the captured step ---
-
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-        if isinstance(self._scale, Tensor) or self._scale != 1.0:
-            if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
-                raise InputError("beta needs a guide that is a function of its own, got a handler")
-            model = scale_latents(model, self._scale)
-            guide = scale_latents(guide, self._scale, is_guide=True)
-        self._sites = []
-        for model_trace, guide_trace in super()._get_traces(model, guide, args, kwargs):
-            for trace in (guide_trace, model_trace):
-                self._sites += [n for n, s in trace.nodes.items() if s["type"] == "sample"]
-            yield model_trace, guide_trace
-
-    def _negative_elbo(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The loss, summed in float64 as Pyro's float sum is, and what its gradient is taken of."""
-        loss: Any = 0.0
-        surrogate: Any = 0.0
-        for model_trace, guide_trace in self._get_traces(*call):
-            for sign, trace in ((-1.0, model_trace), (1.0, guide_trace)):
-                for site in trace.nodes.values():
-                    if site["type"] != "sample":
-                        continue
-                    term = site["log_prob_sum"]
-                    wide = term.detach() if term.device.type == "mps" else term.detach().double()
-                    loss = loss + sign / self.num_particles * wide
-                    if trace is guide_trace:
-                        term = site["score_parts"].entropy_term.sum()
-                    surrogate = surrogate + sign / self.num_particles * term
-        return loss, surrogate
-
-    def _reference(self, call: Call) -> Reference:
-        """Loss and gradients by Pyro's own code; refuse what a graph can't hold."""
-        loss: Any = 0.0
-        surrogate: Any = 0.0
-        with poutine.block(), poutine.trace(param_only=True) as parameters:
-            for model_trace, guide_trace in self._get_traces(*call):
-                capture.refuse_sites(guide_trace)
-                value, term = self._differentiable_loss_particle(model_trace, guide_trace)
-                loss = loss + value / self.num_particles
-                surrogate = surrogate + term / self.num_particles
-        nodes = parameters.trace.nodes
-        if not nodes or not getattr(surrogate, "requires_grad", False):
-            raise CannotCaptureError("no parameter that Pyro knows of requires a gradient")
-        leaves = capture.accumulating_leaves(surrogate)
-        gradients = torch.autograd.grad(surrogate, leaves, allow_unused=True)
-        used = {leaf: g for leaf, g in zip(leaves, gradients, strict=True) if g is not None}
-        return Reference(loss, used, tuple(self._sites), dict(nodes))
-
-    # --- the step ---
+        return super()._get_traces(*self._scaled(model, guide), args, kwargs)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Estimate the loss and add its gradient to the parameters' ``grad``.
@@ -207,168 +163,81 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's own naming)
             The negative ELBO in nats, summed over the batch (a float on the CPU, a 0-dim tensor on
             an accelerator).
         """
-        call = Call(model, guide, args, kwargs)
-        pair = self._pair(model, guide)
-        if pair.refused or not torch.is_grad_enabled():
-            return super().loss_and_grads(model, guide, *args, **kwargs)
-        inputs: list[Tensor] = []
-        try:
-            capture.refuse_handlers()
-            signature = self._signature((args, kwargs), inputs)
-        except CannotCaptureError as reason:
-            pair.warn(reason)
-            return super().loss_and_grads(model, guide, *args, **kwargs)
-        for program in pair.programs:
-            if program.signature == signature:
-                tensors = program.state.current()
-                due = self.verify_every is not None and program.due(self.verify_every)
-                if tensors is None or (due and not self._holds(pair, program, call)):
-                    continue
-                pair.last = signature
-                return self._replay(program, tensors, inputs)
-        return self._stock_then_capture(pair, call)
-
-    def _signature(self, arguments: Any, inputs: list[Tensor]) -> tuple[Hashable, Hashable]:
-        """All that a graph depends on besides the pair's state; shapes stand apart."""
-        structure = capture.describe(arguments, inputs)
-        particles = (self.num_particles, self.vectorize_particles, self.max_plate_nesting)
-        context = (particles, torch.get_default_dtype(), capture.autocast_dtypes(), structure)
-        return context, tuple((tensor.shape, tensor.stride()) for tensor in inputs)
-
-    def _replay(self, program: Program, tensors: list[Tensor], inputs: list[Tensor]) -> Any:
-        beta = self._beta_tensor(program.device)
-        loss, gradients = program.outputs([beta, *inputs, *tensors])
-        accumulate([tensors[i] for i in program.leaves], gradients)
-        if _PYRO_STACK:
-            program.emit([handler.trace for handler in _PYRO_STACK])
-        if program.device.type != "cpu":
-            return loss.as_subclass(DeviceLoss)
-        value = loss.item()
-        warn_if_nan(value, "loss")
-        return value
-
-    # --- the first step of a signature ---
-
-    def _stock_then_capture(self, pair: Pair, call: Call) -> Any:
-        """Take Pyro's own step, which also creates parameters, then capture the next ones."""
-        found: dict[nn.Module, None] = {}
-        with capture.called_modules(found):
-            loss = super().loss_and_grads(call.model, call.guide, *call.args, **call.kwargs)
-        # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
-        inputs: list[Tensor] = []
-        signature = self._signature((call.args, call.kwargs), inputs)
-        known = [program for program in pair.programs if program.signature == signature]
-        if pair.refused or any(program.state.current() for program in known):
-            return loss
-        if pair.wants(signature):
-            closed_over = map(modules_of, (call.model, call.guide))
-            modules = capture.with_submodules([*found, *itertools.chain(*closed_over)])
-            try:
-                program = self._capture(call, modules, signature, inputs)
-                self._compile(pair, program, call)
-                pair.programs.insert(0, program)
-            except CannotCaptureError as reason:
-                pair.refuse(reason)
-            except Exception as error:  # the step itself is done, and right
-                pair.refuse(f"its capture failed with {type(error).__name__}: {error}")
-        return loss
-
-    def _capture(
-        self, call: Call, modules: Sequence[nn.Module], signature: Any, inputs: list[Tensor]
-    ) -> Program:
-        """Record the step's graph and hold it against Pyro's own step."""
-        capture.refuse_pair(call.guide, modules)
-        before = capture.Snapshot(modules)
-        with before.put_back(), capture.conditions():
-            reference = self._reference(call)
-            before.refuse_untraceable()
-            state = State(modules, list(reference.parameters), list(reference.gradients))
-            refuse_gradients(state, reference)
-            leaves = list(reference.gradients)
-            beta = self._beta_tensor(leaves[0].device)
-            # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
-            aliases = [tensor.detach() for tensor in inputs]
-
-            def step() -> tuple[Tensor, ...]:
-                arguments = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
-                loss, surrogate = self._negative_elbo(Call(call.model, call.guide, *arguments))
-                return (loss, *torch.autograd.grad(surrogate, leaves))
-
-            try:
-                self._scale = beta
-                graph, closed_over = capture.trace_graph(step, [beta, *aliases, *state.tensors])
-            finally:
-                self._scale = self._beta
-            capture.refuse_changed_sites(reference.sites, tuple(self._sites))
-            state.add_fixed(closed_over)
-            program = Program(signature, state, graph, reference)
-        self._check(program, call)
-        return program
-
-    def _compile(self, pair: Pair, program: Program, call: Call) -> None:
-        """Hand the graph to the backend; without one it runs operator by operator."""
-        if self.backend == "eager":
-            return
-        options: dict[str, Any] | None = None
-        if self.backend == "inductor":
-            from torch._inductor import list_mode_options
-
-            mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
-            # Eager torch's random stream: then the compiled graph too can be held against Pyro.
-            options = {**list_mode_options(mode), "fallback_random": True}
-        compiled = torch.compile(
-            program.graph, backend=self.backend, fullgraph=True, dynamic=False, options=options
+        stock = super().loss_and_grads
+        return self._step(
+            Call(model, guide, args, kwargs), lambda: stock(model, guide, *args, **kwargs)
         )
-        program.use(compiled, device_graphs=bool(options and options.get("triton.cudagraphs")))
-        try:
-            self._check(program, call)
-        except CannotCaptureError:
-            raise
-        except Exception as error:
-            program.use(program.graph)
-            text = " ".join(str(error).split()[:20]) or type(error).__name__
-            name = getattr(self.backend, "__name__", self.backend)
-            pair.warn(f"the backend {name!r} failed ({text}); the captured graph runs uncompiled")
 
-    # --- holding a program against stock Pyro ---
 
-    def _holds(self, pair: Pair, program: Program, call: Call) -> bool:
-        """Repeat the comparison; False, and no program from then on, once it fails."""
-        try:
-            self._check(program, call)
-        except CannotCaptureError as reason:
-            pair.refuse(reason)
-            return False
-        return True
+class Compiled(_Stepping, ELBO):
+    """Any :class:`~pyro_vae.infer.bounds.Bound` with the whole step captured once and compiled.
 
-    def _check(self, program: Program, call: Call) -> None:
-        """Compare one step of the program with Pyro's own on the same generator state."""
-        before = capture.Snapshot(program.state.live_modules())
-        inputs: list[Tensor] = []
-        capture.describe((call.args, call.kwargs), inputs)
-        with before.put_back():
-            with capture.conditions():
-                reference = self._reference(call)
-            capture.refuse_changed_sites(program.sites, reference.sites)
-            buffers = before.buffer_values()
-            before.restore()
-            tensors = program.state.current()
-            if tensors is None:
-                raise CannotCaptureError("the pair changes its parameters' places at every step")
-            values = [self._beta_tensor(program.device), *inputs, *tensors]
-            loss, gradients = program.outputs(values)
-            leaves = [tensors[i] for i in program.leaves]
-            refuse_difference(program, reference, loss, dict(zip(leaves, gradients, strict=True)))
-            refuse_different_buffers(buffers, before.buffer_values())
-            program.note_layouts(values, gradients)
+    What :class:`CompiledTrace_ELBO` says of steps, refusals and what is baked in holds here too.
+    The bound's own eager step is the standard that the graph is held against.
 
-    # --- pairs ---
+    Args:
+        objective: the bound.
+        beta: weight of the latent sites' terms, at least 0; assign the attribute to change it.
+        backend: as in :class:`CompiledTrace_ELBO`.
+        mode: as in :class:`CompiledTrace_ELBO`.
+        verify_every: repeat the comparison every so many steps of a graph.
 
-    def _pair(self, model: Any, guide: Any) -> Pair:
-        parts = (*parts_of(model), *parts_of(guide))
-        key = tuple(id(part) for part in parts)
-        pair = self._pairs.get(key)
-        if pair is None or not pair.consists_of(parts):
-            pairs = self._pairs
-            pair = pairs[key] = Pair(parts, lambda _: pairs.pop(key, None))
-        return pair
+    Raises:
+        InputError: an objective that is no Bound, a ``beta`` that is negative or not finite, or
+            ``verify_every`` less than 1.
+
+    Example:
+        >>> from pyro_vae.infer.bounds import TraceBound
+        >>> Compiled(TraceBound(num_particles=2)).objective.num_particles
+        2
+    """
+
+    def __init__(
+        self,
+        objective: Bound,
+        *,
+        beta: float = 1.0,
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        verify_every: int | None = None,
+    ) -> None:
+        if not isinstance(objective, Bound):
+            raise InputError(
+                f"expected an objective of pyro_vae.infer, got {type(objective).__name__}: for "
+                "Pyro's Trace_ELBO use CompiledTrace_ELBO"
+            )
+        super().__init__(num_particles=objective.num_particles)
+        self.objective = objective
+        self.engine = Engine(
+            BoundEstimator(objective),
+            name=f"Compiled({type(objective).__name__})",
+            backend=backend,
+            mode=mode,
+            verify_every=verify_every,
+        )
+        self.beta = beta
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.objective._get_trace(*self._scaled(model, guide), args, kwargs)
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative bound, summed over the batch, in nats."""
+        return self.objective.loss(*self._scaled(model, guide), *args, **kwargs)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a tensor with the value of the loss and the gradient of the surrogate."""
+        return self.objective.differentiable_loss(*self._scaled(model, guide), *args, **kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Estimate the negative bound and add the gradient to the parameters' ``grad``.
+
+        Returns:
+            The negative bound in nats, summed over the batch (a float on the CPU, a 0-dim tensor on
+            an accelerator).
+        """
+
+        def eager() -> float:
+            pair = self._scaled(model, guide)
+            return self.objective.loss_and_grads(*pair, *args, **kwargs)
+
+        return self._step(Call(model, guide, args, kwargs), eager)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
@@ -131,16 +130,16 @@ class Call(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What stock Pyro gives for one step: the standard a program is held to."""
+    """What one step gives by the code that is the standard a program is held to."""
 
-    loss: float
+    summary: Tensor
     gradients: dict[Tensor, Tensor]
     sites: tuple[str, ...]
     parameters: dict[str, dict[str, Any]]
 
 
 class Program:
-    """A captured step: a graph from (beta, arguments, state) to (loss, gradients)."""
+    """A captured step: a graph from (beta, arguments, state) to (summary, gradients)."""
 
     def __init__(
         self,
@@ -186,25 +185,28 @@ class Program:
         self._copies_outputs = device_graphs
         self._copied = []
         if device_graphs:
-            for i in self.leaves:
+            for tensor in self.state.tensors:
                 # Read in place by the graph; a moved one is noticed and recorded anew.
-                torch._dynamo.mark_static_address(self.state.tensors[i], guard=False)
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def outputs(self, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Run the program: the loss and the gradients, owned by the caller."""
+    def outputs(self, values: list[Tensor], *, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Run the program: the summary and the gradients.
+
+        They are the caller's own; without ``keep`` they last until the next run only.
+        """
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
             for device in self.cast:  # the graph holds its casts already
                 contexts.enter_context(torch.autocast(device, enabled=False))
             if self._copies_outputs:
                 torch.compiler.cudagraph_mark_step_begin()
-            loss, *gradients = self.run(*values)
-            if self._copies_outputs:
+            summary, *gradients = self.run(*values)
+            if self._copies_outputs and keep:
                 # Multiplying by one copies all the gradients in one launch.
-                loss, gradients = loss.clone(), list(torch._foreach_mul(gradients, 1))
+                summary, gradients = summary.clone(), list(torch._foreach_mul(gradients, 1))
             for i, leaf in self._copied:
                 gradients[i] = torch.empty_like(values[leaf]).copy_(gradients[i])
-            return loss, gradients
+            return summary, gradients
 
     def note_layouts(self, values: list[Tensor], gradients: Sequence[Tensor]) -> None:
         """Find the gradients to be copied: those that share memory or aren't laid out as the leaf.
@@ -258,29 +260,34 @@ def refuse_gradients(state: State, reference: Reference) -> None:
 
 
 def refuse_difference(
-    program: Program, reference: Reference, loss: Tensor, gradients: dict[Tensor, Tensor]
+    program: Program,
+    reference: Reference,
+    own: Reference,
+    names: Sequence[str],
+    rounding: Sequence[torch.dtype] = (),
 ) -> None:
-    """Refuse a program whose loss or gradients are not stock Pyro's.
+    """Refuse a program whose summary or gradients are not the reference's.
 
     Rounding is allowed for by the square root of the precision computed in, relative to the norm
     of each parameter's gradient plus a thousandth of the whole gradient's: a gradient that vanishes
     in exact arithmetic has nothing but the rounding of larger terms.
     """
-    if set(gradients) != set(reference.gradients):
+    if set(own.gradients) != set(reference.gradients):
         raise CannotCaptureError("the set of parameters that get a gradient changes")
     dtypes = [gradient.dtype for gradient in reference.gradients.values()]
-    dtypes += [dtype for dtype in autocast_dtypes() if dtype is not None]
+    dtypes += [*rounding, *(dtype for dtype in autocast_dtypes() if dtype is not None)]
     tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-    expected_loss = torch.tensor(float(reference.loss), dtype=torch.float64)
-    if not _close(loss.detach().cpu(), expected_loss, 1e3, tolerance):
-        raise CannotCaptureError(
-            f"its loss {float(loss):.6g} differs from stock Pyro's {float(reference.loss):.6g}"
-        )
-    whole = sum(float(g.double().norm()) ** 2 for g in reference.gradients.values()) ** 0.5
-    for leaf, expected in reference.gradients.items():
-        if not _close(gradients[leaf], expected, whole, tolerance):
+    for name, value, expected in zip(names, own.summary, reference.summary, strict=True):
+        if not _close(value, expected, 1e3, tolerance):
+            raise CannotCaptureError(
+                f"its {name} {float(value):.6g} differs from the eager {float(expected):.6g}"
+            )
+    finite = (g.double().nan_to_num(0.0, 0.0, 0.0) for g in reference.gradients.values())
+    whole = sum(float(gradient.norm()) ** 2 for gradient in finite) ** 0.5
+    for leaf, gradient in reference.gradients.items():
+        if not _close(own.gradients[leaf], gradient, whole, tolerance):
             name = program.state.name(leaf)
-            raise CannotCaptureError(f"its gradient of {name!r} differs from stock Pyro's")
+            raise CannotCaptureError(f"its gradient of {name!r} differs from the eager one")
 
 
 def refuse_different_buffers(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
@@ -308,13 +315,18 @@ def _close(value: Tensor, expected: Tensor, scale: float, tolerance: float) -> b
 class Pair:
     """The programs of one (model, guide), known by weak references to what the two consist of."""
 
-    def __init__(self, parts: tuple[Any, ...], forget: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        parts: tuple[Any, ...],
+        forget: Callable[[Any], Any],
+        say: Callable[[str, str], None],
+    ) -> None:
         self.references = [_weak(part, forget) for part in parts]
         self.title = f"model {_title(*parts[:2])} with guide {_title(*parts[2:])}"
         self.programs: list[Program] = []
         self.last: Any = None
         self.refused = False
-        self.warned = False
+        self._say: Callable[[str, str], None] | None = say
 
     def consists_of(self, parts: tuple[Any, ...]) -> bool:
         """Whether the pair is this very one, not one that lived at the same addresses."""
@@ -323,7 +335,7 @@ class Pair:
     def wants(self, signature: Any) -> bool:
         """Whether to capture: not for a batch whose shapes differ and that came only once."""
         if len(self.programs) >= MAXIMUM_PROGRAMS:
-            self.warn(
+            self.report(
                 f"its arguments, flags or parameters changed {MAXIMUM_PROGRAMS} times; pass "
                 "numbers that change as tensors"
             )
@@ -334,17 +346,17 @@ class Pair:
             for program in self.programs
         )
 
-    def warn(self, reason: object) -> None:
+    def report(self, reason: object) -> None:
         """Say once why the pair, or some of its calls, run eagerly."""
-        if not self.warned:
-            self.warned = True
-            warnings.warn(f"CompiledTrace_ELBO runs {self.title} eagerly: {reason}", stacklevel=5)
+        if self._say is not None:
+            say, self._say = self._say, None
+            say(self.title, str(reason))
 
     def refuse(self, reason: object) -> None:
-        """Run as stock Pyro from now on."""
+        """Run eagerly from now on."""
         self.refused = True
         self.programs.clear()
-        self.warn(reason)
+        self.report(reason)
 
 
 class DeviceLoss(Tensor):

@@ -35,6 +35,11 @@ class EpochProgress:
         if self._progress is not None:
             self._progress.stop()
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+
     def show(self, epoch: int, row: dict[str, float]) -> None:
         """Show the metrics of an epoch that has ended."""
         if self._progress is None:

@@ -1,176 +1,302 @@
-"""Gradient steps on one pair: parameters gathered and checked, optimiser, early stopping."""
+"""Gradient steps on one pair: parameters gathered and checked, one optimiser, eager or captured."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.objectives import (
-    BetaSchedule,
-    TracePair,
-    draw_traces,
-    elbo_terms,
-    recorded_traces,
-    scale_latents,
-    subsample_scale,
-)
-from pyro_vae.infer.pair import Inputs, PairFunction, as_inputs, modules_of
+from pyro_vae.infer.capture import Snapshot, accumulating_leaves, with_submodules
+from pyro_vae.infer.engine import Engine, Replay, scaled
+from pyro_vae.infer.objectives import BetaSchedule, draw_traces
+from pyro_vae.infer.options import LearningRate
+from pyro_vae.infer.pair import Inputs, PairFunction, modules_of
+from pyro_vae.infer.per_datum import BoundPerDatum
+from pyro_vae.infer.program import Call
 from pyro_vae.infer.sites import latent_sites
 
-__all__ = ["EarlyStopping", "Steps"]
+__all__ = ["Steps"]
 
 
 class Steps:
-    """Gradient steps on one pair: its objective, its parameters and their optimiser."""
+    """Gradient steps on one pair, by Adam over all its parameters at once.
+
+    A step whose loss or gradient is not finite is not applied. Nothing is read from the device
+    before an epoch is over.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        estimator: what a step computes.
+        engine: captures steps and replays them; None runs every step eagerly.
+        beta: weight of the latent terms, step by step.
+        learning_rate: Adam's step size, step by step.
+        device: where the pair computes.
+        skip_limit: how many steps that are not finite may be left out; None stops at the first one.
+
+    Attributes:
+        parameters: the pair's unconstrained parameters by their name in Pyro's store.
+        optimizer: Adam over them, in the order of their names; None before the first step.
+        count: steps taken.
+        skipped: steps left out.
+    """
 
     def __init__(
         self,
         model: PairFunction,
         guide: PairFunction,
-        objective: ELBO,
-        schedule: BetaSchedule,
-        learning_rate: float,
-        plate: str,
+        estimator: BoundPerDatum,
+        engine: Engine | None,
+        *,
+        beta: BetaSchedule,
+        learning_rate: LearningRate,
+        device: torch.device,
+        skip_limit: int | None = None,
     ) -> None:
-        self.model, self.guide, self.plate = model, guide, plate
-        self.objective, self.schedule, self.learning_rate = objective, schedule, learning_rate
+        self.model, self.guide = model, guide
+        self.estimator, self.engine = estimator, engine
+        self.beta, self.learning_rate = beta, learning_rate
+        self.device, self.skip_limit = device, skip_limit
         self.parameters: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.count = self.skipped = 0
         self._store_size = -1
+        self._stopped = torch.zeros((), dtype=torch.float32, device=device)
+        self._waiting: dict[str, Any] | None = None
 
-    def run_epoch(
-        self, train: Inputs, transform: Callable[..., Any] | None, batch_size: int
-    ) -> dict[str, float]:
-        """Take one pass over the data; totals stay on the device until the pass is over."""
+    # --- an epoch ---
+
+    def run_epoch(self, train: Inputs, batch_size: int, epoch: int) -> dict[str, float]:
+        """Take one pass over the data and return the epoch's metrics.
+
+        Raises:
+            InputError: a step that is not finite, or more of them than may be skipped.
+        """
         start = time.perf_counter()
-        count = len(train[0])
-        totals = torch.zeros(2, dtype=torch.float64, device=train[0].device)
-        for index in torch.randperm(count, device=train[0].device).split(batch_size):
-            batch = tuple(value[index] for value in train)
-            if transform is not None:
-                batch = as_inputs(transform(*batch))
-            totals += self._step(batch)
-        rate, distortion = (totals / count).tolist()
+        batches = torch.randperm(len(train[0]), device=train[0].device).split(batch_size)
+        width = len(self.estimator.names)
+        summaries = torch.zeros(len(batches), width, dtype=torch.float64, device=self.device)
+        for summary, index in zip(summaries.unbind(), batches, strict=True):
+            batch = tuple(value[index].to(self.device, non_blocking=True) for value in train)
+            summary.copy_(self._step(batch))
+            if self.device.type == "cpu" and self.skip_limit is None and summary[-1]:
+                break
+        table = summaries.cpu().numpy()
+        seconds = time.perf_counter() - start
+        self._refuse_not_finite(table, epoch)
         return {
-            "train_elbo": -(rate + distortion),
-            "train_rate": rate,
-            "train_distortion": distortion,
-            "beta": self.schedule.current,
-            "seconds": time.perf_counter() - start,
+            **_means(table, np.array([len(index) for index in batches])),
+            "beta": self.beta.current,
+            "seconds": seconds,
+            "data_per_second": len(train[0]) / seconds,
         }
 
-    def state(self) -> list[tuple[Tensor, Tensor]]:
-        """Return every parameter and buffer of the pair beside a copy of its value."""
-        modules = modules_of(self.model, self.guide)
-        buffers = [buffer for module in modules for buffer in module.buffers()]
-        tensors = [*self.parameters.values(), *buffers]
-        return [(tensor, tensor.detach().clone()) for tensor in tensors]
+    def _refuse_not_finite(self, table: np.ndarray, epoch: int) -> None:
+        bad = np.flatnonzero(table[:, -1])
+        self.skipped += len(bad)
+        if self.skipped <= (self.skip_limit or 0):
+            return
+        loss, norm = table[bad[0], 0], table[bad[0], -2]
+        what, value = ("gradient norm", norm) if np.isfinite(loss) else ("loss", loss)
+        skips = "" if self.skip_limit is None else f" ({self.skipped} steps were skipped)"
+        raise InputError(
+            f"expected a finite {what}, got {value} in epoch {epoch}, batch {bad[0] + 1}{skips}: "
+            "lower the learning rate, clip the gradient, or look for data outside the likelihood's "
+            "support"
+        )
+
+    # --- a step ---
 
     def _step(self, batch: Inputs) -> Tensor:
-        """Take one gradient step; return the sums of rate and distortion over the batch."""
-        with recorded_traces(self.objective) as traces:
-            if len(pyro.get_param_store()) == self._store_size:
-                self._backward(batch, traces)
-            else:
-                self._backward_gathering_parameters(batch, traces)
-        assert self._optimizer is not None
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        return elbo_terms(traces, self.objective.num_particles)
+        """Take one step and return its summary."""
+        if self.engine is None:
+            summary = self._eager(batch)
+        else:
+            self.engine.beta = self.beta.current
+            summary = self._captured(self.engine, batch)
+        self._apply(summary)
+        return summary
 
-    def _backward_gathering_parameters(self, batch: Inputs, traces: list[TracePair]) -> None:
-        """Take the backward pass and learn the pair's parameters from it.
+    def _captured(self, engine: Engine, batch: Inputs) -> Tensor:
+        call = Call(self.model, self.guide, batch, {})
+        fresh = engine.num_graphs == 0 and not engine.reasons
+        before = Snapshot(with_submodules(modules_of(self.model, self.guide))) if fresh else None
+        result = engine.step(call, lambda: self._eager(batch))
+        if before is not None and engine.num_graphs:
+            # The step that led to the capture is taken again by the graph, so that a run that is
+            # resumed here takes the very steps of one that was never interrupted.
+            before.restore()
+            result = engine.step(call, lambda: self._eager(batch))
+        if not isinstance(result, Replay):
+            return result
+        for leaf, gradient in zip(result.leaves, result.gradients, strict=True):
+            leaf.grad = gradient
+        return result.summary
 
-        Done at the first step, and again whenever Pyro's store has grown.
-        """
-        if self._optimizer is None:
-            with torch.random.fork_rng():  # the check draws, and must not shift the run's draws
-                _check_latents(*draw_traces(self.model, self.guide, batch), self.plate)
-        with poutine.trace(param_only=True) as capture:
-            self._backward(batch, traces, check_against=capture.trace)
-        found = _parameters_of(capture.trace)
-        new = {name: leaf for name, leaf in found.items() if name not in self.parameters}
+    def _eager(self, batch: Inputs) -> Tensor:
+        """Run the pair, leave the gradients with the parameters, and return the summary."""
+        batch = self.estimator.transformed(batch)
+        call = scaled(Call(self.model, self.guide, batch, {}), self.beta.current)
+        if len(pyro.get_param_store()) == self._store_size:
+            terms = self.estimator.of_batch(call)
+        else:
+            if self.optimizer is None:
+                self._inspect(batch)
+            with poutine.trace(param_only=True) as seen:
+                terms = self.estimator.of_batch(call)
+            self._check_trainable(terms.surrogate, _parameters_of(seen.trace))
+            self._learn(_parameters_of(seen.trace))
+        for leaf in self.parameters.values():
+            leaf.grad = None
+        terms.surrogate.backward()
+        with torch.no_grad():
+            leaves = [leaf for leaf in self.parameters.values() if leaf.grad is not None]
+            found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            summary, gradients = self.estimator.finish(terms, found)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        return summary
+
+    def _inspect(self, batch: Inputs) -> None:
+        """Check the pair's latents and learn its parameters, without shifting the run's draws."""
+        # Every device is named, for torch warns of several that are not.
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            with poutine.trace(param_only=True) as seen:
+                traces = draw_traces(self.model, self.guide, batch)
+            _check_latents(*traces, self.estimator.plate)
+        self._learn(_parameters_of(seen.trace))
+
+    def _check_trainable(self, surrogate: Tensor, found: dict[str, Tensor]) -> None:
+        if not surrogate.requires_grad:
+            raise InputError(
+                "expected parameters to train, the pair has none: name them by pyro.module or "
+                "pyro.param"
+            )
+        _check_registered(surrogate, self.parameters | found)
+
+    def _learn(self, found: dict[str, Tensor]) -> None:
+        """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
+        new = {name: found[name] for name in sorted(found) if name not in self.parameters}
         self.parameters |= new
-        leaves = [new[name] for name in sorted(new)]
-        if self._optimizer is None:
-            self._optimizer = torch.optim.Adam(leaves, lr=self.learning_rate, fused=True)
-        elif leaves:
-            self._optimizer.add_param_group({"params": leaves})
+        if self.optimizer is None and new:
+            self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
+            self._take_up()
+        elif self.optimizer is not None and new:
+            self.optimizer.add_param_group({"params": list(new.values())})
         self._store_size = len(pyro.get_param_store())
 
-    def _backward(
-        self, batch: Inputs, traces: list[TracePair], check_against: Trace | None = None
-    ) -> None:
-        """Add the gradient of the mean loss per datum to the parameters."""
-        beta = self.schedule.current
-        pair = (scale_latents(self.model, beta), scale_latents(self.guide, beta, is_guide=True))
-        if not hasattr(self.objective, "differentiable_loss"):
-            loss = self.objective.loss_and_grads(*pair, *batch)
-            for part in loss if isinstance(loss, tuple) else (loss,):
-                _check_finite(part)
-            known = self.parameters
-            if check_against is not None:
-                known = known | _parameters_of(check_against)
-                _check_registered(_log_probs(traces), known)
-            divisor = len(batch[0]) * subsample_scale(traces, self.plate)
-            for leaf in known.values():
-                if leaf.grad is not None:
-                    leaf.grad /= divisor
-            return
-        loss = self.objective.differentiable_loss(*pair, *batch)
-        _check_finite(loss)
-        if check_against is not None:
-            if not loss.requires_grad:
-                raise InputError(
-                    "expected parameters to train, the pair has none: name them by pyro.module or "
-                    "pyro.param"
-                )
-            _check_registered([loss], _parameters_of(check_against))
-        (loss / (len(batch[0]) * subsample_scale(traces, self.plate))).backward()
+    def _apply(self, summary: Tensor) -> None:
+        """Let Adam take the gradients, unless something is not finite; then drop them."""
+        assert self.optimizer is not None
+        flag = summary[-1].float()
+        if self.skip_limit is None:  # nothing after the step that stops the run is applied either
+            flag = self._stopped = torch.maximum(self._stopped, flag)
+        # Read on the device by the fused kernels, on CPU and CUDA alike: at 1 parameters, moments and
+        # step counts stay as they are. It is torch's contract with its gradient scaler.
+        vars(self.optimizer)["found_inf"] = flag
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.count += 1
+        self.beta.step()
 
+    def _rate(self) -> float:
+        return self.learning_rate.at(self.count)
 
-class EarlyStopping:
-    """Early stopping: remembers the parameters with the best validation ELBO after the warm-up."""
+    # --- state ---
 
-    def __init__(self, patience: int | None, warmup_epochs: int) -> None:
-        self.patience, self.warmup_epochs = patience, warmup_epochs
-        self.epoch, self.elbo = 0, -math.inf
-        self._state: list[tuple[Tensor, Tensor]] = []
-
-    def has_passed(self, epoch: int, elbo: float, steps: Steps) -> bool:
-        """Take in an epoch's validation ELBO; say whether patience has run out."""
-        if self.patience is None or epoch <= self.warmup_epochs:
-            self.epoch = epoch
-            return False
-        if elbo > self.elbo:
-            self.epoch, self.elbo, self._state = epoch, elbo, steps.state()
-        return epoch - self.epoch >= self.patience
+    def values(self) -> dict[str, list[Tensor]]:
+        """Copies of the parameters in the order of their names, and of the modules' buffers."""
+        return {
+            "parameters": [leaf.detach().clone() for leaf in self._leaves()],
+            "buffers": [buffer.detach().clone() for buffer in self._buffers()],
+        }
 
     @torch.no_grad()
-    def restore(self, steps: Steps) -> None:
-        """Put the best parameters and buffers back."""
-        for tensor, value in self._state:
+    def put_back(self, values: dict[str, list[Tensor]]) -> None:
+        """Put values of :meth:`values` back in place."""
+        for tensor, value in zip(
+            [*self._leaves(), *self._buffers()],
+            [*values["parameters"], *values["buffers"]],
+            strict=True,
+        ):
             tensor.copy_(value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the coming steps depend on, random generators aside.
 
-def _check_finite(loss: Tensor | float) -> None:
-    value = loss.item() if isinstance(loss, Tensor) else loss
-    if not math.isfinite(value):
-        raise InputError(
-            f"expected a finite loss, got {value}: lower the learning rate, or look for data outside "
-            "the likelihood's support"
-        )
+        Parameters stand in the order of their names: a module's name in Pyro's store may count its
+        instances, and so differ from process to process.
+        """
+        adam = {} if self.optimizer is None else self.optimizer.state
+        moments = [adam.get(leaf, {}) for leaf in self._leaves()]
+        return {
+            "values": self.values(),
+            "adam": [{k: v.clone() for k, v in moment.items()} for moment in moments],
+            "count": self.count,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state of :meth:`state_dict`; before the first step it waits for the parameters.
+
+        Raises:
+            InputError: a state of another pair.
+        """
+        self.count, self.skipped = state["count"], state["skipped"]
+        self.beta.steps = self.count
+        self._waiting = state
+        self._take_up()
+
+    def _take_up(self) -> None:
+        if self.optimizer is None or self._waiting is None:
+            return
+        state, self._waiting = self._waiting, None
+        kept = [tuple(value.shape) for value in state["values"]["parameters"]]
+        own = [tuple(leaf.shape) for leaf in self._leaves()]
+        if kept != own:
+            raise InputError(
+                f"expected the state of a run of this pair, got {len(kept)} parameters for its "
+                f"{len(own)}, or others in shape: build the pair as it was built then"
+            )
+        self.put_back(state["values"])
+        for leaf, moment in zip(self._leaves(), state["adam"], strict=True):
+            if moment:
+                # As the optimiser keeps them: fused ones count steps on the device of the parameter.
+                self.optimizer.state[leaf] = {k: v.to(leaf.device).clone() for k, v in moment.items()}
+
+    def _leaves(self) -> list[Tensor]:
+        return [self.parameters[name] for name in sorted(self.parameters)]
+
+    def _buffers(self) -> list[Tensor]:
+        modules = modules_of(self.model, self.guide)
+        return [buffer for module in modules for buffer in module.buffers()]
+
+
+def _means(table: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """Means per datum over the steps that were applied; of the gradient's norm per step."""
+    applied = table[:, -1] == 0
+    count = max(int(sizes[applied].sum()), 1)
+    loss, rate, distortion, norm = table[applied, :-1].sum(0)
+    return {
+        "train_bound": -loss / count,
+        "train_elbo": -(rate + distortion) / count,
+        "train_rate": rate / count,
+        "train_distortion": distortion / count,
+        "gradient_norm": norm / max(int(applied.sum()), 1),
+    }
+
+
+def _parameters_of(trace: Trace) -> dict[str, Tensor]:
+    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
 
 
 def _check_latents(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
@@ -190,32 +316,14 @@ def _check_latents(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
                 )
 
 
-def _parameters_of(trace: Trace) -> dict[str, Tensor]:
-    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
-
-
-def _log_probs(traces: list[TracePair]) -> list[Tensor]:
-    """Return the log-probabilities that an objective computed from its traces."""
-    sites = (site for pair in traces for trace in pair for site in trace.nodes.values())
-    return [site["log_prob"] for site in sites if isinstance(site.get("log_prob"), Tensor)]
-
-
-def _check_registered(roots: list[Tensor], parameters: dict[str, Tensor]) -> None:
-    """Refuse a graph with a trainable tensor unknown to Pyro: it would stay untrained."""
+def _check_registered(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Refuse a trainable tensor unknown to Pyro: it would stay untrained."""
     known = {id(leaf) for leaf in parameters.values()}
-    seen, waiting, unknown = set(), [root.grad_fn for root in roots], []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            unknown.append(tuple(leaf.shape))
-        waiting += [parent for parent, _ in node.next_functions]
+    unknown = [leaf for leaf in accumulating_leaves(surrogate) if id(leaf) not in known]
     if unknown:
+        shapes = sorted(tuple(leaf.shape) for leaf in unknown)
         raise InputError(
             f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
-            f"not (shapes {', '.join(map(str, sorted(unknown)[:3]))}): name their module by "
+            f"not (shapes {', '.join(map(str, shapes[:3]))}): name their module by "
             "pyro.module under a name that is not taken, or freeze them by requires_grad_(False)"
         )
