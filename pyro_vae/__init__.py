@@ -26,9 +26,13 @@ _MODULES = (
 )
 _NAMES = {
     "VAE": "pyro_vae.vae",
+    "Autoencoder": "pyro_vae.autoencoder",
+    "VAETransformer": "pyro_vae.transformer",
     "InputError": "pyro_vae.errors",
     "FitResult": "pyro_vae.infer.training",
     "fit": "pyro_vae.infer.training",
+    "Comparison": "pyro_vae.evaluation.comparison",
+    "compare": "pyro_vae.evaluation.comparison",
     "LogMarginal": "pyro_vae.evaluation.importance",
     "log_marginal": "pyro_vae.evaluation.importance",
     "log_weights": "pyro_vae.infer.log_weights",
@@ -38,9 +42,13 @@ _NAMES = {
 
 __all__ = [
     "VAE",
+    "Autoencoder",
+    "Comparison",
     "FitResult",
     "InputError",
     "LogMarginal",
+    "VAETransformer",
+    "compare",
     "datasets",
     "distributions",
     "errors",
@@ -75,11 +83,14 @@ if TYPE_CHECKING:
         runs,
         tasks,
     )
+    from pyro_vae.autoencoder import Autoencoder
     from pyro_vae.errors import InputError
+    from pyro_vae.evaluation.comparison import Comparison, compare
     from pyro_vae.evaluation.importance import LogMarginal, log_marginal
     from pyro_vae.infer.log_weights import log_weights
     from pyro_vae.infer.training import FitResult, fit
     from pyro_vae.runs import load, save
+    from pyro_vae.transformer import VAETransformer
     from pyro_vae.vae import VAE
 
 

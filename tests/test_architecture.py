@@ -11,11 +11,12 @@ PACKAGE = Path(pyro_vae.__file__).parent
 
 # A module imports from the groups above its own, or from its own group without a circle.
 GROUPS = [
-    {"errors", "names", "networks", "distributions", "flows", "datasets", "plots"},
+    {"errors", "names", "networks", "distributions", "flows", "datasets", "plots", "report"},
     {"priors", "likelihoods", "guides"},
-    {"vae"},
+    {"vae", "building"},
     {"infer"},
-    {"evaluation", "tasks", "runs"},
+    {"autoencoder", "evaluation", "tasks", "runs"},
+    {"transformer"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -1,7 +1,26 @@
 """What the commands of the command line do; imported by a command, never by ``--help``."""
 
+from pyro_vae.commands.baseline import autoencoder
+from pyro_vae.commands.comparing import compare_families
+from pyro_vae.commands.completing import complete
+from pyro_vae.commands.exploring import interpolate, latent, traverse
 from pyro_vae.commands.settings import build_vae
+from pyro_vae.commands.sweeping import sweep
 from pyro_vae.commands.training import train
 from pyro_vae.commands.using import evaluate, print_estimate, reconstruct, sample
 
-__all__ = ["build_vae", "evaluate", "print_estimate", "reconstruct", "sample", "train"]
+__all__ = [
+    "autoencoder",
+    "build_vae",
+    "compare_families",
+    "complete",
+    "evaluate",
+    "interpolate",
+    "latent",
+    "print_estimate",
+    "reconstruct",
+    "sample",
+    "sweep",
+    "train",
+    "traverse",
+]

@@ -27,7 +27,6 @@ __all__ = [
     "plate_scale",
     "recorded_traces",
     "scale_latents",
-    "subsample_scale",
     "unscaled_function",
     "wide",
 ]
@@ -182,15 +181,6 @@ def elbo_terms(traces: list[TracePair], num_particles: int, *, subsampling: bool
         total = scale_and_mask(log_prob, scale=scale, mask=site["mask"]).sum()
         terms[index].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
-
-
-def subsample_scale(traces: list[TracePair], plate: str) -> float:
-    """Return by how much a data plate that subsamples scales the sites inside it (else 1)."""
-    for site in traces[0][0].nodes.values():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.name == plate and frame.full_size and frame.full_size > 0:
-                return frame.full_size / frame.size
-    return 1.0
 
 
 def plate_scale(site: dict[str, Any]) -> float:

@@ -1,0 +1,28 @@
+"""`pyro-vae autoencoder`: its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyro_vae.cli.app import app
+from pyro_vae.cli.options import gathers
+from pyro_vae.names import TrainSettings
+
+
+@app.command()
+@gathers(TrainSettings, without=("prior", "num_components", "guide", "beta"))
+def autoencoder(
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    settings: TrainSettings,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
+    ] = None,
+) -> None:
+    """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
+    from pyro_vae import commands
+
+    commands.autoencoder(settings, loss, output=output)

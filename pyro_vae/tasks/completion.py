@@ -1,0 +1,379 @@
+"""Data completion: draws of the missing values given the observed ones, by any pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.evaluation.blocks import can_be_split, memory_budget
+from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.infer.pair import (
+    HANDLER_LOCK,
+    Inputs,
+    PairFunction,
+    as_inputs,
+    evaluation_mode,
+    seeded,
+)
+from pyro_vae.infer.particles import BATCHING_ERRORS
+from pyro_vae.infer.sites import (
+    Given,
+    Latents,
+    check_latents_match,
+    is_delta,
+    latent_sites,
+    sample_sites,
+    site_log_prob,
+)
+from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
+from pyro_vae.tasks.generation import _observed_site
+from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
+
+__all__ = ["METHODS", "Completion", "complete"]
+
+METHODS = {
+    "metropolis": "exact in the limit of many steps",
+    "importance": "consistent: exact in the limit of many samples, biased with few (see ess)",
+    "pseudo-gibbs": "biased: exact only where the guide is the exact posterior",
+}
+
+# Draws of the latents from the prior whose mean data are the first fill.
+_PRIOR_DRAWS = 16
+# Data that share one pass at most; the memory may allow fewer.
+_BLOCK = 1024
+
+
+class Completion(NamedTuple):
+    """Draws of p(x_missing given x_observed), and how far they can be trusted.
+
+    Attributes:
+        draws: ``(num_draws, N, *data_shape)``; observed values as they came.
+        mean: mean of each value given the observed ones, ``(N, *data_shape)``.
+        standard_deviation: likewise; 0 where observed.
+        method: how the draws were made, one of :data:`METHODS`.
+        acceptance: share of accepted proposals, ``(N,)``; metropolis only.
+        r_hat: potential scale reduction of log p(x, z) over the chains' second halves, ``(N,)``;
+            metropolis with at least 2 draws. Well above 1.01 the chains still remember their starts.
+        ess: effective number of the importance samples, ``(N,)``; importance only.
+    """
+
+    draws: Tensor
+    mean: Tensor
+    standard_deviation: Tensor
+    method: str
+    acceptance: Tensor | None = None
+    r_hat: Tensor | None = None
+    ess: Tensor | None = None
+
+    @property
+    def guarantee(self) -> str:
+        """What the method promises of the draws."""
+        return METHODS[self.method]
+
+
+def complete(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    missing: Tensor,
+    *,
+    method: str = "metropolis",
+    num_draws: int = 16,
+    num_samples: int = 1000,
+    num_steps: int = 200,
+    initial: float | Tensor | None = None,
+    observed: str | None = None,
+    position: int = 0,
+    plate: str = "data",
+    max_memory: int | None = None,
+    seed: int | None = None,
+) -> Completion:
+    r"""Draw the missing values given the observed ones.
+
+    ``metropolis`` alternates two moves that leave :math:`p(z, x_{mis} | x_{obs})` invariant: z' from
+    the guide at the data as filled now, accepted with probability
+
+    .. math:: \min\left(1, \frac{p(x_{obs}, x_{mis} | z') p(z')\, q(z | x_{obs}, x_{mis})}
+        {p(x_{obs}, x_{mis} | z) p(z)\, q(z' | x_{obs}, x_{mis})}\right),
+
+    then :math:`x_{mis} \sim p(x_{mis} | z)`. Each draw is the end of a chain of its own, so draws are
+    independent of each other. ``pseudo-gibbs`` accepts every z': its limit is not the conditional
+    unless the guide is the exact posterior. ``importance`` draws z from the guide at the data as
+    filled first, weighs it by :math:`p(x_{obs}, z) / q(z)` and resamples.
+
+    Args:
+        model: a generative function whose observed site is elementwise given the latents.
+        guide: its variational function.
+        x: data ``(N, *data_shape)``, or a tuple of tensors passed as ``model(*x)``. Hidden places
+            may hold anything, also NaN.
+        missing: boolean, of the shape of the data: what to fill in.
+        method: one of :data:`METHODS`.
+        num_draws: draws per datum: chains, or resampled importance samples.
+        num_samples: importance samples per datum.
+        num_steps: steps of each chain. ``mean`` and ``standard_deviation`` are averages over the
+            second half of all chains.
+        initial: what the hidden places are filled with first: a number, or a tensor that broadcasts
+            to the data. By default the model's own mean of them, over latents from the prior.
+        observed: name of the observed site with missing values; needed where the model has several.
+        position: which of the inputs has the missing values.
+        plate: name of the data plate.
+        max_memory: bytes that a pass may need; by default 128 MiB on a CPU and a quarter of the free
+            memory on a GPU.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        draws, their moments and diagnostics.
+
+    Raises:
+        InputError: an option out of range, a ``missing`` that doesn't fit, a NaN among the observed
+            values, a site that is not elementwise, a model that uses the data elsewhere than at its
+            observed site, or a pair that can't be weighed (see :func:`pyro_vae.log_weights`).
+
+    Source:
+        metropolis: Mattei, Frellsen 2018, "Leveraging the exact likelihood of deep latent variable
+        models", algorithm 2; importance: Mattei, Frellsen 2019, "MIWAE", section 4; pseudo-gibbs:
+        Rezende, Mohamed, Wierstra 2014, appendix F.
+    """
+    _check_options(method, num_draws, num_samples, num_steps, max_memory)
+    inputs = as_inputs(x)
+    if not 0 <= position < len(inputs):
+        raise InputError(f"expected a position from 0 to {len(inputs) - 1}, got {position}")
+    given = inputs[position]
+    check_missing(given, missing)
+    missing = missing.to(given.device)
+    if given[~missing].isnan().any():
+        raise InputError("expected no NaN among the observed values: mark them as missing")
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        start = _first_fill(model, inputs, missing, position, initial, observed)
+        problem, bytes_per_datum = _bound(model, guide, start, missing, position, observed, plate)
+        if method == "metropolis":
+            _check_density(problem)
+        budget = max_memory or memory_budget(given.device)
+        rows = max(1, budget // bytes_per_datum)
+        parts = []
+        size = min(_BLOCK, rows) if problem.divisible else len(given)
+        for first in range(0, len(given), size):
+            part = problem.rows(slice(first, first + size))
+            if method == "importance":
+                parts.append(_by_importance(part, num_draws, num_samples, budget))
+            else:
+                together = max(1, rows // len(part.missing)) if problem.divisible else 1
+                parts.append(_by_chains(part, method, num_draws, num_steps, together))
+    return _joined(parts, given, missing)
+
+
+def _by_chains(
+    problem: Problem, method: str, num_draws: int, num_steps: int, together: int
+) -> Completion:
+    """Run a chain per draw, as many at once as the memory allows."""
+    accept_all = method == "pseudo-gibbs"
+    runs = [
+        run_chains(problem, min(together, num_draws - done), num_steps, accept_all=accept_all)
+        for done in range(0, num_draws, together)
+    ]
+    x, mean, square, acceptance, log_joint, variance = (
+        torch.cat(values) for values in zip(*runs, strict=True)
+    )
+    kept = num_steps - num_steps // 2
+    r_hat = None if accept_all or num_draws < 2 else _r_hat(log_joint, variance, kept)
+    share = None if accept_all else acceptance.mean(0)
+    mean, square = mean.mean(0), square.mean(0)
+    return Completion(x, mean, _deviation(mean, square), method, share, r_hat)
+
+
+def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
+    """Return the potential scale reduction of chains from their means and variances ``(C, N)``.
+
+    Source:
+        Gelman, Rubin 1992, "Inference from iterative simulation using multiple sequences".
+    """
+    within = variances.mean(0)
+    return ((length - 1) / length + means.var(0) / within).sqrt()
+
+
+def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: int) -> Completion:
+    """Weigh draws from the guide by the density of the observed part, and resample."""
+    masked = on_observed_part(problem.model, observed=problem.site, position=problem.position)
+    guide = problem.guide
+    inputs = (*problem.inputs, problem.missing)
+    scorer = PairScorer(masked, lambda *given: guide(*given[:-1]), inputs, plate=problem.plate)
+    num_data = len(problem.missing)
+    chunk = max(1, budget // (scorer.bytes_per_datum * num_data))
+    drawn: list[Latents] = []
+    weights = []
+    for done in range(0, num_samples, chunk):
+        latents, log_proposal = scorer.propose(min(chunk, num_samples - done))
+        scores = Scores(*scorer.score(latents), log_proposal)
+        check_weights(scores)
+        drawn.append(latents)
+        weights.append(scores.log_weights)
+    shares = torch.cat(weights).softmax(0)  # (num_samples, N)
+    if shares.isnan().any():
+        raise InputError(
+            "expected latents that explain the observed values, got weights of 0 only for "
+            f"{int(shares.isnan().any(0).sum())} data: raise num_samples, or use metropolis"
+        )
+    picked = torch.multinomial(shares.T, num_draws, replacement=True).T
+    rows = torch.arange(num_data, device=picked.device)
+    means, squares, draws = [], [], []
+    chosen = {}
+    for name, axis in problem.data_axes.items():
+        values = torch.cat([latents[name] for latents in drawn]).movedim(axis, 1)
+        chosen[name] = values[picked, rows].movedim(1, axis)
+    for index in range(num_draws):
+        x, _, site = draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
+        mean, square = value_moments(site)
+        means.append(mean)
+        squares.append(square)
+        draws.append(x)
+    mean, square = torch.stack(means).mean(0), torch.stack(squares).mean(0)
+    ess = 1 / shares.square().sum(0)
+    return Completion(torch.stack(draws), mean, _deviation(mean, square), "importance", ess=ess)
+
+
+def _deviation(mean: Tensor, square: Tensor) -> Tensor:
+    return (square - mean.square()).clamp(min=0).sqrt()
+
+
+def _joined(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
+    """Join blocks of data, and put the observed values back as they came."""
+    draws = torch.cat([part.draws for part in parts], dim=1)
+    mean = torch.cat([part.mean for part in parts]).to(draws.dtype)
+    deviation = torch.cat([part.standard_deviation for part in parts]).to(draws.dtype)
+
+    def diagnostic(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return Completion(
+        torch.where(missing, draws, x),
+        torch.where(missing, mean, x),
+        deviation.masked_fill(~missing, 0.0),
+        parts[0].method,
+        diagnostic("acceptance"),
+        diagnostic("r_hat"),
+        diagnostic("ess"),
+    )
+
+
+def _first_fill(
+    model: PairFunction,
+    inputs: Inputs,
+    missing: Tensor,
+    position: int,
+    initial: float | Tensor | None,
+    observed: str | None,
+) -> Inputs:
+    """Return the inputs with the hidden places filled as asked, or by the model's own mean."""
+    x = inputs[position]
+
+    def with_fill(fill: Tensor) -> Inputs:
+        filled = torch.where(missing, fill.to(x), x)
+        return (*inputs[:position], filled, *inputs[position + 1 :])
+
+    if initial is not None:
+        fill = torch.as_tensor(initial)
+        if not fill.isfinite().all():
+            raise InputError("expected finite values to fill with, got NaN or infinity in initial")
+        return with_fill(fill)
+    blank = with_fill(x.new_zeros(()))
+    total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for _ in range(_PRIOR_DRAWS):
+        trace = poutine.trace(model).get_trace(*blank)
+        site = trace.nodes[_observed_site(trace, observed)]
+        if site["value"].shape != x.shape:
+            raise _not_observed(site["name"], x, site["value"])
+        total += value_moments({**site, "value": site["fn"].sample()})[0]
+    return with_fill(total / _PRIOR_DRAWS)
+
+
+def _bound(
+    model: PairFunction,
+    guide: PairFunction,
+    inputs: Inputs,
+    missing: Tensor,
+    position: int,
+    observed: str | None,
+    plate: str,
+) -> tuple[Problem, int]:
+    """Bind a pair to filled data, refuse what can't be completed; also the bytes per datum."""
+    guide_trace = poutine.trace(guide).get_trace(*inputs)
+    trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*inputs)
+    name = _observed_site(trace, observed)
+    site, x = trace.nodes[name], inputs[position]
+    if site["value"].shape != x.shape or not torch.equal(site["value"], x):
+        raise _not_observed(name, x, site["value"])
+    elementwise_base(name, site["fn"])
+    check_latents_match(trace, guide_trace)
+    latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    problem = Problem(model, guide, inputs, missing, position, name, plate, {}, False)
+    # From here on the hidden values are in the support of the likelihood: the first fill need not be.
+    problem = problem.filled(draw_hidden(problem, latents)[0])
+    _check_conditional_independence(problem, latents)
+    scorer = PairScorer(model, guide, problem.inputs, plate=plate)
+    divisible = _is_divisible(problem)
+    problem = problem.filled(x)._replace(data_axes=scorer.data_axes, divisible=divisible)
+    return problem, scorer.bytes_per_datum
+
+
+def _is_divisible(problem: Problem) -> bool:
+    """Tell whether the pair accepts fewer data than these, and more."""
+    if len(problem.missing) >= 3:
+        return can_be_split(problem.model, problem.guide, problem.inputs, problem.plate)
+    try:
+        twice = problem.tiled(2)
+        PairScorer(problem.model, problem.guide, twice.inputs, plate=problem.plate)
+    except BATCHING_ERRORS:
+        return False
+    return True
+
+
+def _check_conditional_independence(problem: Problem, latents: Latents) -> None:
+    """Refuse a model in which anything but the observed site itself depends on the hidden values."""
+    other, *_ = draw_hidden(problem, latents)
+    runs = []
+    for x in (problem.x, other):
+        with Given(latents):
+            trace = poutine.trace(problem.model).get_trace(*problem.filled(x).inputs)
+        trace.nodes[problem.site]["value"] = problem.x
+        runs.append({site["name"]: site_log_prob(site) for site in sample_sites(trace)})
+    for name, value in runs[0].items():
+        if not torch.allclose(value, runs[1][name], rtol=1e-4, atol=1e-4, equal_nan=True):
+            raise InputError(
+                f"expected a model that uses the data at its observed site {problem.site!r} alone, "
+                f"the density at {name!r} changes with the hidden values: they can't be drawn given "
+                "the latents"
+            )
+
+
+def _check_density(problem: Problem) -> None:
+    """Refuse a guide whose density at given latents is not known."""
+    for site in latent_sites(poutine.trace(problem.guide).get_trace(*problem.inputs)):
+        if is_delta(site["fn"]):
+            raise InputError(
+                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
+                'mass: use method="importance" or "pseudo-gibbs"'
+            )
+
+
+def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
+    return InputError(
+        f"expected site {name!r} to observe the input as it is, shape {tuple(x.shape)}, got other "
+        f"values of shape {tuple(value.shape)}: name the site by observed=, the input by position="
+    )
+
+
+def _check_options(
+    method: str, num_draws: int, num_samples: int, num_steps: int, max_memory: int | None
+) -> None:
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    counts = {"num_draws": num_draws, "num_samples": num_samples, "num_steps": num_steps}
+    for name, value in {**counts, "max_memory": max_memory}.items():
+        if value is not None and value < 1:
+            raise InputError(f"expected {name} of at least 1, got {value}")

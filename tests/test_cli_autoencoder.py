@@ -1,0 +1,42 @@
+"""`pyro-vae autoencoder`: the table, the picture and the JSON of one command."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from pyro_vae.cli import app
+from pyro_vae.errors import InputError
+
+SMALL = ["--epochs", "1", "--latent-dim", "2", "--hidden", "16,8", "--device", "cpu"]
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, ["autoencoder", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(("likelihood", "loss"), [("bernoulli", "bce"), ("gaussian", "mse")])
+def test_both_are_trained_and_compared(tmp_path, likelihood, loss):
+    folder = tmp_path / "both"
+    shown = invoke("--output", folder, "--likelihood", likelihood, *SMALL)
+    assert "reconstruction error" in shown
+    assert "random / held-out" in shown
+    assert {path.name for path in folder.iterdir()} == {"autoencoder.png", "autoencoder.json"}
+    written = json.loads((folder / "autoencoder.json").read_text())
+    assert written["loss"] == loss
+    assert written["settings"]["likelihood"] == likelihood
+    assert all(value > 0 for row in written["table"].values() for value in row.values())
+    assert len(written["history"]["autoencoder"]["train_loss"]) == 1
+    assert len(written["history"]["vae"]["train_elbo"]) == 1
+    with pytest.raises(InputError, match="expected a new or empty folder"):
+        invoke("--output", folder, *SMALL)
+
+
+def test_an_unknown_loss_is_refused_before_any_training(tmp_path):
+    with pytest.raises(InputError, match="unknown loss 'l1'"):
+        invoke("--output", tmp_path / "both", "--loss", "l1", *SMALL)
+    assert not (tmp_path / "both").exists()
