@@ -1,7 +1,5 @@
 """The command line end to end, and every mistake: one clear line, exit code 2, nothing touched."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -12,17 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from command_line import SMALL, refused, run, snapshot
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import commands, datasets, names
-from pyro_vae.cli import main
+from pyro_vae.cli import app
 from pyro_vae.names import TrainSettings
 
 pytestmark = [
@@ -30,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
 ]
 
-SMALL = ("--hidden", "16", "--latent-dim", "2", "--device", "cpu")
 KEYS = {
     "log_marginal",
     "standard_error",
@@ -50,40 +46,16 @@ FILES = [
     "metrics.json",
     "model.safetensors",
     "reconstructions.png",
+    "report.html",
     "samples.png",
     "training.png",
 ]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*arguments):
-    """Run the command line in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["pyro-vae", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def train(*arguments, epochs=2):
     result = run("train", *SMALL, "--epochs", epochs, *arguments)
     assert result.code == 0, result.err
     return result
-
-
-def snapshot(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +132,46 @@ def test_train_says_what_was_measured_and_where(tmp_path):
     assert f"run folder: {tmp_path / 'run'}" in result.out
     assert "pseudo" not in result.out
     assert max(map(len, result.out.splitlines()[:-1])) <= 80
+
+
+def test_the_choice_of_compiling_is_printed_and_recorded(digits, tmp_path):
+    metrics = json.loads((digits / "metrics.json").read_text())
+    assert metrics["compiled"] is False
+    assert "compiling pays from" in metrics["compile_choice"]
+    result = train("--compile", "off", "--output", tmp_path / "run", epochs=0)
+    assert "training step: eager as asked" in result.out
+    assert "eager as asked" in (tmp_path / "run" / "report.html").read_text()
+
+
+OBJECTIVES = {
+    "elbo": (None, 1),
+    "elbo --num-particles 2": (pv.infer.TraceBound, 2),
+    "analytic-kl": (pv.infer.AnalyticKL, 1),
+    "sticking-the-landing": (pv.infer.StickingTheLanding, 1),
+    "free-bits --free-bits 0.1": (pv.infer.FreeBits, 1),
+    "iwae": (pv.infer.IWAE, 5),
+    "iwae --num-particles 3": (pv.infer.IWAE, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_every_objective_trains(here, monkeypatch, options):
+    given = []
+
+    def fit(*arguments, objective, **others):
+        given.append(objective)
+        return pv.fit(*arguments, objective=objective, **others)
+
+    monkeypatch.setattr(commands.training, "fit", fit)
+    recipe = ("--schedule", "cosine", "--gradient-clip", 5)
+    train("--dataset", "bits.npy", *recipe, "--output", "own", "--objective", *options.split())
+    kind, particles = OBJECTIVES[options]
+    (objective,) = given
+    assert objective is None if kind is None else type(objective) is kind
+    assert getattr(objective, "num_particles", 1) == particles
+    history = json.loads(Path("own/metrics.json").read_text())["history"]
+    assert np.isfinite(history["train_elbo"]).all()
 
 
 def test_a_seed_repeats_a_run(digits, tmp_path):
@@ -336,19 +348,6 @@ def test_an_empty_folder_is_taken(here):
     assert Path("mine/config.json").is_file()
 
 
-def refused(folder, *arguments, message):
-    """Check that a command fails with one clear line and touches nothing."""
-    before = snapshot(folder)
-    result = run(*arguments)
-    assert result.code == 2, result
-    assert result.out == ""
-    assert result.err.startswith("pyro-vae: ")
-    assert result.err.count("\n") == 1
-    assert result.err.endswith("\n")
-    assert message in result.err
-    assert snapshot(folder) == before
-
-
 # Options that are wrong whatever the data: refused before any are read.
 BAD_SETTINGS = {
     "--latent-dim 0": "latent",
@@ -384,6 +383,16 @@ BAD_SETTINGS = {
     "--guide meanfield": "did you mean 'mean-field'?",
     "--activation rely": "did you mean 'relu'?",
     "--binarize statik": "did you mean 'static'?",
+    "--data-seed -1": "expected a seed from 0",
+    "--objective iwea": "did you mean 'iwae'?",
+    "--num-particles 0": "--num-particles of at least 1, got 0",
+    "--objective free-bits": "expected --free-bits with --objective free-bits",
+    "--free-bits 0.1": "got 0.1 with elbo",
+    "--objective free-bits --free-bits -1": "floor of at least 0",
+    "--schedule linear": "expected a schedule constant, cosine",
+    "--gradient-clip 0": "gradient_clip above 0",
+    "--precision float16": "expected a precision float32",
+    "--compile yes": "choose from auto, off, on",
     "--prior von-mises-fisher --guide mean-field": "latents on the unit sphere",
 }
 
@@ -517,7 +526,9 @@ def test_usage_errors_exit_with_2_and_no_traceback(here, arguments):
 
 def test_help_fits_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for arguments in ((), ("train",), ("evaluate",), ("sample",), ("reconstruct",)):
+    commands_there = [command.callback.__name__ for command in app.registered_commands]
+    assert {"train", "evaluate", "compare", "sweep", "sample"} <= set(commands_there)
+    for arguments in ((), *((name,) for name in commands_there)):
         result = run(*arguments, "--help")
         assert result.code == 0
         assert max(map(len, result.out.splitlines())) <= 80

@@ -367,3 +367,56 @@ def test_a_data_set_of_ones_own_making_serves_fit():
     )
     result = pv.fit(vae.model, vae.guide, data, epochs=2, device="cpu")
     assert np.isfinite(result.history["train_elbo"]).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (torch.zeros(4, 2), {}),
+        (None, {}),
+        ("digits", {"validation_size": 2.5}),
+        ("digits", {"validation_size": "10"}),
+        ("digits", {"seed": -1}),
+        ("digits", {"seed": 2**70}),
+        ("digits", {"seed": "0"}),
+        ("digits", {"binarize": None}),
+        ("mnist", {"root": "~nobody-of-this-name/data"}),
+        ("~nobody-of-this-name/own.npy", {}),
+        ("own\0.npy", {}),
+        ("mnist", {"root": "a\0b"}),
+        ("mnist", {"root": "/dev/null", "download": True}),
+        ("mnist", {"root": "/proc/nowhere", "download": True}),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(source, options):
+    with pytest.raises(pv.InputError, match=r"expected|unknown") as caught:
+        load(source, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_files_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"own{suffix}"
+    array = np.zeros((1000, 100), np.uint8)
+    np.save(path, array) if suffix == ".npy" else np.savez_compressed(path, x=array)
+    monkeypatch.setattr(pv.datasets, "_available_memory", lambda: array.nbytes // 2)
+    with pytest.raises(pv.InputError, match=r"fit in memory, got .* GiB free: keep them as"):
+        load(path)
+    monkeypatch.setattr(pv.datasets, "_available_memory", lambda: 2 * array.nbytes)
+    with pytest.raises(pv.InputError, match="'x' as float32"):  # four times the bytes
+        load(path)
+    monkeypatch.setattr(pv.datasets, "_available_memory", lambda: 5 * array.nbytes)
+    assert len(load(path).test) == 200
+
+
+def test_what_linux_says_is_available_is_between_nothing_and_everything():
+    available = pv.datasets._available_memory()
+    assert available is None or 0 < available < 1 << 50
+
+
+def test_idx_files_of_another_size_are_refused(tmp_path):
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    write_idx(raw / "train-images-idx3-ubyte", np.zeros((50, 14, 56)))
+    with pytest.raises(pv.InputError, match=r"expected images of \(28, 28\) pixels"):
+        load("mnist", tmp_path)

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.datasets import Dataset
+from pyro_vae.evaluation.codes import ACTIVE_VARIANCE
+from pyro_vae.evaluation.estimate import Convergence, warn_if_unreliable
 from pyro_vae.evaluation.importance import LogMarginal, log_marginal
+from pyro_vae.infer.processes import Processes
 from pyro_vae.names import EvaluateSettings
+from pyro_vae.tasks.encoding import encode
 from pyro_vae.vae import VAE
 
 
 def estimated(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarginal:
-    """Return the estimate of log p(x); a terminal shows the data done and the running mean."""
+    """Return the estimate of log p(x); a terminal shows the data done and the running mean.
+
+    Several processes share the data out, and each returns the whole estimate, without draws.
+    """
+    processes = Processes.current()
+    if not processes.are_several or not len(x):
+        return _estimated(vae, x, how, show=True)
+    own = processes.share(x)
+    part = None
+    if len(own):
+        with warnings.catch_warnings():
+            # Told below, once and of all the data.
+            warnings.filterwarnings("ignore", r"\d+ of \d+ data have Pareto")
+            how = replace(how, seed=processes.own_seed(how.seed))
+            part = replace(_estimated(vae, own, how, show=processes.is_first), draws=None)
+    whole = _side_by_side([part for part in processes.gather(part) if part is not None])
+    warn_if_unreliable(whole, stacklevel=2)
+    return whole
+
+
+def _side_by_side(parts: list[LogMarginal]) -> LogMarginal:
+    """Return the estimate of all the data from the estimates of their parts, in order."""
+    whole: dict[str, Any] = {}
+    for each in fields(LogMarginal):
+        values = [getattr(part, each.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            whole[each.name] = torch.cat(values)
+    curves = [part.convergence for part in parts if part.convergence is not None]
+    if len(curves) == len(parts):
+        log_prob = torch.cat([curve.log_prob for curve in curves], dim=1)
+        whole["convergence"] = Convergence(curves[0].num_samples, log_prob)
+    return LogMarginal(**whole, method=parts[0].method)
+
+
+def _estimated(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:
     console = Console(stderr=True)
+    hidden = not (show and console.is_terminal)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x))
         return log_marginal(
             vae.model,
@@ -52,6 +95,31 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
         "method": estimate.method,
     }
+
+
+def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
+    """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
+    count = len(estimate.log_prob)
+    return {
+        name: values.std().item() / math.sqrt(count) if count > 1 else math.nan
+        for name, values in (
+            ("elbo", estimate.elbo),
+            ("rate", estimate.rate),
+            ("distortion", estimate.distortion),
+        )
+    }
+
+
+def active_units(vae: VAE, x: Tensor) -> int:
+    """Count the latent coordinates whose posterior mean varies over the data.
+
+    Source:
+        Burda, Grosse, Salakhutdinov 2016, section 5.2: variance above 0.01.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mean of latent")  # draws settle this one as well
+        means = encode(vae.guide, x, seed=0)
+    return int((means.var(0) > ACTIVE_VARIANCE).sum())
 
 
 def is_pseudo(vae: VAE, dataset: Dataset) -> bool:

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from pyro_vae import datasets, guides, likelihoods, networks, priors
+from pyro_vae import building, datasets, infer
+from pyro_vae.building import Architecture
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.training import check_options
-from pyro_vae.names import (
-    ACTIVATIONS,
-    FAMILIES,
-    LIKELIHOODS,
-    METHODS,
-    PRIORS,
-    EvaluateSettings,
-    TrainSettings,
-)
+from pyro_vae.names import COMPILE, METHODS, OBJECTIVES, EvaluateSettings, TrainSettings
 from pyro_vae.vae import VAE
+
+_IWAE_PARTICLES = 5  # the smaller number of Burda et al. 2016
 
 
 def checked(settings: TrainSettings) -> TrainSettings:
     """Refuse names and numbers out of range before anything heavy happens."""
-    for kind, name, known in (
-        ("prior", settings.prior, PRIORS),
-        ("likelihood", settings.likelihood, LIKELIHOODS),
-        ("guide", settings.guide, FAMILIES),
-        ("activation", settings.activation, ACTIVATIONS),
-    ):
-        if name not in known:
-            raise unknown_name(kind, name, known)
+    architecture = _architecture(settings)
+    architecture.check_names()
     if settings.binarize is not None and settings.binarize not in datasets.BINARIZATIONS:
         raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
+    if settings.compile not in COMPILE:
+        raise unknown_name("choice of compile", settings.compile, COMPILE)
     check_seed(settings.seed)
-    _sigma(settings.sigma)
+    check_seed(settings.split_seed)
     check_options(
         settings.epochs,
         settings.batch_size,
@@ -46,9 +35,14 @@ def checked(settings: TrainSettings) -> TrainSettings:
         settings.beta,
         warmup_epochs(settings),
         settings.patience,
+        schedule=settings.schedule,
+        gradient_clip=settings.gradient_clip,
+        precision=settings.precision,
     )
+    objective_of(settings)
     with seeded(settings.seed):
-        _components(settings, (1,), 10)  # a stand-in: sizes are refused before any data are read
+        # On stand-in data: sizes are refused before any are read.
+        building.build_vae(architecture, (1,), 10)
     if settings.binarize is None:
         bits = settings.likelihood == "bernoulli"
         settings = replace(settings, binarize="dynamic" if bits else "none")
@@ -61,48 +55,53 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     Raises:
         InputError: sizes out of range, or data the likelihood is not defined for.
     """
-    vae = _components(settings, dataset.data_shape, len(dataset.train))
+    vae = building.build_vae(_architecture(settings), dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
             vae.check_data(part)
-    assert isinstance(vae.likelihood, likelihoods.Likelihood)
-    vae.likelihood.start_at_mean(dataset.train.mean(0))
-    if isinstance(vae.prior, priors.VampPrior):
-        vae.prior.start_at_data(dataset.train)
+    building.start_at_data(vae, dataset.train)
     return vae
 
 
-def _components(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
-    hidden, activation = _hidden(settings.hidden), settings.activation
-    try:
-        encoder = networks.MLPEncoder(data_shape, hidden, activation=activation)
-        decoder = networks.MLPDecoder(settings.latent_dim, hidden[::-1], activation=activation)
-        guide = getattr(guides, FAMILIES[settings.guide])(encoder, settings.latent_dim)
-        prior = _prior(settings, guide, data_shape, num_data)
-        options: dict[str, Any] = {}
-        if settings.likelihood == "gaussian":
-            options["sigma"] = _sigma(settings.sigma)
-        kind = getattr(likelihoods, LIKELIHOODS[settings.likelihood])
-        return VAE(prior, kind(decoder, data_shape, **options), guide)
-    except RuntimeError as error:  # torch's word for memory that is not there
+def objective_of(settings: TrainSettings) -> Bound | None:
+    """Return the objective that the settings name; None for the plain ELBO.
+
+    Raises:
+        InputError: an unknown name, or options out of range or of another objective.
+    """
+    name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
+    if name not in OBJECTIVES:
+        raise unknown_name("objective", name, OBJECTIVES)
+    if particles is not None and particles < 1:
+        raise InputError(f"expected --num-particles of at least 1, got {particles}")
+    if (floor is not None) != (name == "free-bits"):
+        given = "none" if floor is None else floor
         raise InputError(
-            f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
-            f"dimension {settings.latent_dim}: make them smaller"
-        ) from error
+            f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
+        )
+    if name == "iwae":
+        return infer.IWAE(particles or _IWAE_PARTICLES)
+    if name == "free-bits":
+        assert floor is not None
+        return infer.FreeBits(floor, num_particles=particles or 1)
+    if name == "analytic-kl":
+        return infer.AnalyticKL(num_particles=particles or 1)
+    if name == "sticking-the-landing":
+        return infer.StickingTheLanding(num_particles=particles or 1)
+    return None if particles in (None, 1) else infer.TraceBound(num_particles=particles)
 
 
-def _prior(
-    settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
-) -> nn.Module:
-    number = settings.num_components
-    if settings.prior == "vamp":
-        # A tenth of the data keeps a step's cost near that of the batch; 500 is the paper's number.
-        number = max(1, min(500, num_data // 10)) if number is None else number
-        bounded = settings.likelihood != "gaussian"
-        return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
-    if settings.prior == "gaussian-mixture" and number is not None:
-        return priors.GaussianMixture(settings.latent_dim, number)
-    return getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
+def _architecture(settings: TrainSettings) -> Architecture:
+    return Architecture(
+        prior=settings.prior,
+        likelihood=settings.likelihood,
+        guide=settings.guide,
+        latent_dim=settings.latent_dim,
+        hidden=_hidden(settings.hidden),
+        activation=settings.activation,
+        num_components=settings.num_components,
+        sigma=_sigma(settings.sigma),
+    )
 
 
 def check_evaluation(how: EvaluateSettings) -> None:

@@ -114,7 +114,7 @@ class LogMarginal:
     ) -> Any:
         """Return the estimate in the data structure of the installed ArviZ.
 
-        See :func:`pyro_vae.evaluation.diagnostics.to_arviz` for its groups.
+        See :func:`pyro_vae.evaluation.to_arviz` for its groups.
 
         Args:
             num_draws: posterior draws per datum, resampled from the weighted draws that were kept.

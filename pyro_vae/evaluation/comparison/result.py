@@ -222,7 +222,7 @@ class Comparison:
     def to_arviz(self) -> dict[str, Any]:
         """Return the pairs as ArviZ's pointwise densities: ``arviz.compare`` takes them as they are.
 
-        See :func:`pyro_vae.evaluation.diagnostics.pointwise_densities`.
+        See ``pyro_vae.evaluation.diagnostics.pointwise_densities``.
         """
         from pyro_vae.evaluation.diagnostics import pointwise_densities
 
