@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?=
 
-.PHONY: demo test test-all test-gpu lint ci clean
+.PHONY: demo test test-all test-gpu lint docs notebooks ci clean
 
 # Plain torch and torchvision from one index match each other and carry CUDA.
 $(BIN)/.demo: pyproject.toml
@@ -36,5 +36,13 @@ lint: $(BIN)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The API documentation, every warning an error: open docs/build/index.html.
+docs: $(BIN)/.test
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/build
+
+# Execute the notebooks and keep their outputs; NOTEBOOKS="notebooks/01_first_vae.ipynb" for some.
+notebooks: $(BIN)/.test
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build docs/build docs/reference *.egg-info .mypy_cache .pytest_cache .ruff_cache

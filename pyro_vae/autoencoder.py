@@ -39,7 +39,10 @@ class AutoencoderFit:
         best_epoch: epoch (from 1) whose weights were kept; the last one without early stopping.
         stopped_early: whether the validation loss stopped improving before the last epoch.
         device: where it was trained.
-        loss, batch_size, learning_rate, num_parameters: the settings that shaped the run.
+        loss: ``"mse"`` or ``"bce"``.
+        batch_size: data per step.
+        learning_rate: Adam's step size.
+        num_parameters: how many numbers were trained.
     """
 
     history: dict[str, np.ndarray]
@@ -148,7 +151,8 @@ class Autoencoder(nn.Module):
 
         Args:
             data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used, and bits drawn
-                afresh for every batch if it is dynamic), or a tensor ``(N, *data_shape)``.
+                afresh for every batch if it is dynamic), or a tensor ``(N, *data_shape)`` of any
+                real type.
             epochs: passes over the training data.
             batch_size: data per step; the last batch of an epoch may be smaller.
             learning_rate: Adam's step size.
@@ -179,8 +183,9 @@ class Autoencoder(nn.Module):
                 self._check_data(part, loss)
         place = resolve_device(device)
         self.to(place)
-        train = train.to(place)
-        held_out = None if held_out is None else held_out.to(place)
+        kind = next(self.parameters()).dtype
+        train = train.to(place, kind)
+        held_out = None if held_out is None else held_out.to(place, kind)
         self.ends_in_logits.fill_(loss == "bce")
         rows: list[dict[str, float]] = []
         best = _Best(patience)
@@ -264,13 +269,11 @@ class Autoencoder(nn.Module):
 class _LossProgress(EpochProgress):
     """The bar of a training run, with the loss of both parts."""
 
-    def show(self, epoch: int, row: dict[str, float]) -> None:
-        if self._progress is None:
-            return
+    def described(self, row: dict[str, float]) -> str:
         text = f"loss {row['train_loss']:.4g}"
         if not math.isnan(row["validation_loss"]):
             text += f" (validation {row['validation_loss']:.4g})"
-        self._progress.update(self._task, completed=epoch, description=text)
+        return text
 
 
 class _Best:

@@ -51,7 +51,9 @@ class Dataset:
         train: training data; with ``binarize="dynamic"`` still grey, drawn afresh for each batch.
         validation: validation data, binarised once; may have length 0.
         test: test data, binarised once.
-        train_labels, validation_labels, test_labels: class labels ``(N,)``, where there are any.
+        train_labels: class labels ``(N,)``, where there are any.
+        validation_labels: likewise of the validation data.
+        test_labels: likewise of the test data.
         binarize: how grey values are turned into bits, one of :data:`BINARIZATIONS`.
         checksums: SHA-256 of each part as it is here.
     """

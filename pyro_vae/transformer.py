@@ -39,7 +39,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         likelihood: ``gaussian``, ``bernoulli`` (data in [0, 1]) or ``continuous-bernoulli``.
         guide: ``mean-field``, ``full-rank``, ``iaf``, ``spline``, ``mixture``, ``von-mises-fisher``
             or ``beta``.
-        hidden: widths of the encoder's layers; the decoder mirrors them.
+        hidden: widths of the encoder's layers, or the width of one; the decoder mirrors them.
         activation: name of the activation.
         sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
         num_components: components of the prior, where it has any.
@@ -73,7 +73,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         prior: str = "standard-normal",
         likelihood: str = "gaussian",
         guide: str = "mean-field",
-        hidden: Sequence[int] = (512, 256),
+        hidden: Sequence[int] | int = (512, 256),
         activation: str = "relu",
         sigma: float | str = "learned",
         num_components: int | None = None,
@@ -115,7 +115,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             likelihood=self.likelihood,
             guide=self.guide,
             latent_dim=self.latent_dim,
-            hidden=tuple(self.hidden),
+            hidden=(self.hidden,) if isinstance(self.hidden, int) else tuple(self.hidden),
             activation=self.activation,
             num_components=self.num_components,
             sigma=self.sigma,

@@ -194,3 +194,15 @@ def test_sizes_must_be_said():
     assert autoencoder.decode(torch.zeros(3, 2)).shape == (3, 6)
     with pytest.raises(pv.InputError, match="got"):
         autoencoder.decode(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.uint8, torch.bool])
+def test_data_of_any_real_type_are_taken(kind):
+    torch.manual_seed(0)
+    bits = torch.bernoulli(torch.full((20, 6), 0.5))
+    losses = []
+    for x in (bits, bits.to(kind)):
+        torch.manual_seed(1)
+        result = make_autoencoder().fit(x, epochs=2, loss="bce", validation=x, seed=0)
+        losses.append(result.history["validation_loss"][-1])
+    assert losses[0] == losses[1]

@@ -40,3 +40,20 @@ def test_an_unknown_loss_is_refused_before_any_training(tmp_path):
     with pytest.raises(InputError, match="unknown loss 'l1'"):
         invoke("--output", tmp_path / "both", "--loss", "l1", *SMALL)
     assert not (tmp_path / "both").exists()
+
+
+def test_the_vae_is_trained_by_the_objective_that_was_asked_for(tmp_path):
+    histories = []
+    for options in ([], ["--objective", "iwae", "--num-particles", "3"]):
+        folder = tmp_path / f"run-{len(options)}"
+        invoke("--output", folder, *SMALL, *options)
+        histories.append(json.loads((folder / "autoencoder.json").read_text())["history"])
+    plain, weighted = histories
+    assert plain["autoencoder"]["train_loss"] == weighted["autoencoder"]["train_loss"]
+    assert plain["vae"]["train_elbo"] != weighted["vae"]["train_elbo"]
+
+
+@pytest.mark.parametrize("option", ["--schedule", "--gradient-clip", "--precision"])
+def test_what_the_autoencoders_training_does_not_have_is_no_option(tmp_path, option):
+    result = CliRunner().invoke(app, ["autoencoder", "--output", str(tmp_path / "a"), option, "1"])
+    assert result.exit_code == 2

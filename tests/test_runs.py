@@ -366,7 +366,7 @@ def change_config(folder, change, *, vouch=False):
     path.write_text(json.dumps(config))
     if vouch:
         state = load_file(folder / "model.safetensors")
-        checksum = weights._checksum(config["model"], state)
+        checksum = weights.checksum_of(config["model"], state)
         save_file(state, folder / "model.safetensors", {"checksum": checksum})
 
 

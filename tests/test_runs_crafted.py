@@ -51,7 +51,7 @@ def rewrite(run, change):
     change(config["model"])
     path.write_text(json.dumps(config))
     state = load_file(run / "model.safetensors")
-    checksum = weights._checksum(config["model"], state)
+    checksum = weights.checksum_of(config["model"], state)
     save_file(state, run / "model.safetensors", {"checksum": checksum})
 
 

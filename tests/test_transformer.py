@@ -159,3 +159,12 @@ def test_mistakes_are_refused(x):
         small().fit(x).inverse_transform(x)
     with pytest.raises(pv.InputError, match="latent_dim"):
         small(latent_dim=0).fit(x)
+
+
+def test_one_layer_may_be_said_as_a_number():
+    X = np.random.default_rng(0).normal(size=(20, 3))
+    codes = [
+        pv.VAETransformer(2, hidden=hidden, epochs=1, device="cpu").fit_transform(X)
+        for hidden in (8, (8,))
+    ]
+    np.testing.assert_array_equal(*codes)

@@ -13,7 +13,13 @@ from pyro_vae.names import TrainSettings
 
 
 @app.command()
-@gathers(TrainSettings, without=("prior", "num_components", "guide", "beta"))
+@gathers(
+    TrainSettings,
+    without=(
+        *("prior", "num_components", "guide", "beta"),
+        *("schedule", "gradient_clip", "precision"),  # the autoencoder's training has none
+    ),
+)
 def autoencoder(
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
     settings: TrainSettings,

@@ -6,10 +6,11 @@ from pyro_vae.commands.completing import complete
 from pyro_vae.commands.exploring import interpolate, latent, traverse
 from pyro_vae.commands.settings import build_vae
 from pyro_vae.commands.sweeping import sweep
-from pyro_vae.commands.training import train
+from pyro_vae.commands.training import Checkpointing, resume, train
 from pyro_vae.commands.using import evaluate, print_estimate, reconstruct, sample
 
 __all__ = [
+    "Checkpointing",
     "autoencoder",
     "build_vae",
     "compare_families",
@@ -19,6 +20,7 @@ __all__ = [
     "latent",
     "print_estimate",
     "reconstruct",
+    "resume",
     "sample",
     "sweep",
     "train",

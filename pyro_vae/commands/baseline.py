@@ -13,7 +13,7 @@ from rich.table import Table
 from pyro_vae import plots, runs
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.commands.pictures import limits_of, save_picture
-from pyro_vae.commands.settings import build_vae, checked, warmup_epochs
+from pyro_vae.commands.settings import build_vae, checked, objective_of, warmup_epochs
 from pyro_vae.commands.training import data_of, origin
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
@@ -21,7 +21,7 @@ from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.training import FitResult, fit, resolve_device
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.names import TrainSettings
+from pyro_vae.names import COMPILE, TrainSettings
 from pyro_vae.tasks.baseline import AutoencoderComparison, compare_autoencoder
 from pyro_vae.vae import VAE
 
@@ -41,7 +41,8 @@ def autoencoder(
     ``autoencoder.json``.
 
     Args:
-        settings: what to train on what, and how.
+        settings: what to train on what, and how; schedule, gradient clipping and precision, which the
+            autoencoder's training does not have, are not used, nor is beta.
         loss: of the autoencoder; by default ``mse`` beside a Gaussian likelihood, else ``bce``.
         output: a new or empty folder.
         progress: show a progress bar; by default on a terminal.
@@ -106,7 +107,13 @@ def _trained(
         baseline = _autoencoder_like(vae)
         deterministic = baseline.fit(dataset, loss=loss, **options)
         variational = fit(
-            vae.model, vae.guide, dataset, warmup_epochs=warmup_epochs(settings), **options
+            vae.model,
+            vae.guide,
+            dataset,
+            objective=objective_of(settings),
+            warmup_epochs=warmup_epochs(settings),
+            compile=COMPILE[settings.compile],
+            **options,
         )
     device = next(vae.parameters()).device
     with seeded(_SEED):

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.datasets import Dataset
-from pyro_vae.evaluation.codes import ACTIVE_VARIANCE
+from pyro_vae.evaluation.codes import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.evaluation.estimate import Convergence, warn_if_unreliable
 from pyro_vae.evaluation.importance import LogMarginal, log_marginal
 from pyro_vae.infer.processes import Processes
 from pyro_vae.names import EvaluateSettings
-from pyro_vae.tasks.encoding import encode
 from pyro_vae.vae import VAE
 
 
@@ -111,15 +110,8 @@ def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
 
 
 def active_units(vae: VAE, x: Tensor) -> int:
-    """Count the latent coordinates whose posterior mean varies over the data.
-
-    Source:
-        Burda, Grosse, Salakhutdinov 2016, section 5.2: variance above 0.01.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the mean of latent")  # draws settle this one as well
-        means = encode(vae.guide, x, seed=0)
-    return int((means.var(0) > ACTIVE_VARIANCE).sum())
+    """Count the latent coordinates whose posterior mean has a variance over the data above 0.01."""
+    return int((unit_variances(vae.guide, x) > ACTIVE_VARIANCE).sum())
 
 
 def is_pseudo(vae: VAE, dataset: Dataset) -> bool:

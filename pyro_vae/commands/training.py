@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
+import shutil
 import sys
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +55,34 @@ METRICS = "metrics.json"
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
 _SEED = 0  # of what is drawn from the trained model
 
+# Where the data lie and what computes may be told anew when a run is resumed.
+_FREE = ("data_root", "download", "device")
 
-def train(settings: TrainSettings, output: Path | None, *, progress: bool | None = None) -> Path:
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a run writes its state: after so many epochs, and after so many minutes."""
+
+    every: int | None = None
+    minutes: float | None = 1.0
+
+
+def train(
+    settings: TrainSettings,
+    output: Path | None,
+    *,
+    checkpointing: Checkpointing | None = None,
+    progress: bool | None = None,
+) -> Path:
     """Train a VAE as told, evaluate it, and write a run folder.
 
-    Several processes (see :func:`pyro_vae.fit`) do so together; the first one writes.
+    Several processes (see :func:`pyro_vae.fit`) do so together; the first one writes, and no state on
+    the way.
 
     Args:
         settings: what to train on what, and how.
         output: the run folder; by default a new one below ``runs``.
+        checkpointing: when the run writes its state; by default every minute.
         progress: show a progress bar; by default on a terminal.
 
     Returns:
@@ -69,6 +91,7 @@ def train(settings: TrainSettings, output: Path | None, *, progress: bool | None
     Raises:
         InputError: settings or data out of range, or a folder that is in use.
         OSError: a folder that can't be written.
+        Interrupted: SIGINT or SIGTERM ended the training; :func:`resume` goes on with it.
     """
     settings = checked(settings)
     processes = Processes.current()
@@ -76,7 +99,52 @@ def train(settings: TrainSettings, output: Path | None, *, progress: bool | None
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: data_of(settings))
-    metrics = train_run(settings, dataset, folder, progress=progress)[1]
+    when = None if processes.are_several else checkpointing or Checkpointing()
+    metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
+    _print_summary(folder, metrics)
+    return folder
+
+
+def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = None) -> Path:
+    """Go on with a run that was interrupted or killed, to the end that it would have had.
+
+    Args:
+        folder: the run folder.
+        given: settings that are told once more; they must be the run's own.
+        progress: show a progress bar; by default on a terminal.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        InputError: no run there, other settings or data than it was begun with, or a checkpoint that
+            can't be read.
+        Interrupted: SIGINT or SIGTERM ended it again.
+    """
+    if Processes.current().are_several:
+        raise InputError("expected one process to resume a run, got several: leave torchrun out")
+    folder = folder.expanduser()
+    run = runs.read_config(folder)["run"]
+    try:
+        settings, when = TrainSettings(**run["settings"]), Checkpointing(**run["checkpoints"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
+        ) from error
+    settings = _told_again(settings, given, folder)
+    if (folder / METRICS).exists():
+        shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
+        Console().print(f"finished before: {folder}", soft_wrap=True, highlight=False)
+        return folder
+    dataset = data_of(settings)
+    if dataset.checksums != run.get("checksums"):
+        raise InputError(
+            f"expected the data that {folder} was begun with, got others by the checksum: restore "
+            "them or give --data-root"
+        )
+    _, metrics = train_run(
+        settings, dataset, folder, checkpointing=when, resumed=True, progress=progress
+    )
     _print_summary(folder, metrics)
     return folder
 
@@ -88,9 +156,11 @@ def train_run(
     *,
     start: VAE | None = None,
     held: VAE | None = None,
+    checkpointing: Checkpointing | None = None,
+    resumed: bool = False,
     progress: bool | None = None,
 ) -> tuple[VAE, dict[str, Any]]:
-    """Train into a new run folder; nothing is left of a run that does not finish its training.
+    """Train into a new run folder; nothing is left of a run that fails before its first checkpoint.
 
     Args:
         settings: checked settings.
@@ -99,6 +169,8 @@ def train_run(
         start: a VAE of the same shape whose weights are the starting point.
         held: a VAE whose prior and likelihood are taken over and stay as they are; the guide alone is
             trained.
+        checkpointing: when to write the run's state; None: never.
+        resumed: go on with the run that the folder holds.
         progress: show a progress bar; by default on a terminal.
 
     Returns:
@@ -111,10 +183,11 @@ def train_run(
             vae.load_state_dict(start.state_dict())
         if held is not None:
             take_over_model(vae, held)
-        config = runs.describe(vae, _record(settings, dataset, device))
+        config = runs.describe(vae, _record(settings, dataset, device, checkpointing))
         with ExitStack() as stack:
-            processes.decided(lambda: stack.enter_context(runs.new_run(folder, config)))
-            result = _fit(vae, dataset, settings, device, progress, hold=held is not None)
+            processes.decided(lambda: stack.enter_context(_run_at(folder, config, resumed)))
+            state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
+            result = _fit(vae, dataset, settings, device, progress, hold=held is not None, **state)
             if processes.is_first:
                 runs.save_weights(vae, folder)
     test = dataset.test.to(device)
@@ -129,8 +202,9 @@ def train_run(
     if processes.is_first:
         pictures = _write_pictures(vae, dataset, result, folder)
         pictures["diagnostics"] = diagnostics_picture(estimate)
-        write_run_page(folder, config, metrics, pictures)
+        write_run_page(folder, runs.read_config(folder), metrics, pictures)
         runs.write_json(folder / METRICS, metrics)
+        shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
     return vae, metrics
 
 
@@ -175,9 +249,49 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     return output
 
 
-def _record(settings: TrainSettings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def _told_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
+    """Return a run's settings with what may change; refuse what would make it another run."""
+    told = checked(replace(settings, **given))
+    for field in fields(settings):
+        begun, now = getattr(settings, field.name), getattr(told, field.name)
+        if field.name not in _FREE and begun != now:
+            raise InputError(
+                f"expected {field.name.replace('_', ' ')} {begun!r} as {folder} was begun with, got "
+                f"{now!r}: leave it out, or train anew"
+            )
+    return told
+
+
+def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractContextManager[None]:
+    """Begin a run, or go on with the same one."""
+    if not resumed:
+        return runs.new_run(folder, config)
+    if runs.read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
+        raise InputError(
+            f"expected the model that {folder} describes, its settings build another one: its "
+            f"{runs.CONFIG} was changed, or another version wrote it"
+        )
+    return runs.continued_run(folder)
+
+
+def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any]:
+    return {
+        "checkpoint": folder / runs.CHECKPOINTS,
+        "checkpoint_every": when.every,
+        "checkpoint_minutes": when.minutes,
+        "resume": resumed,
+    }
+
+
+def _record(
+    settings: TrainSettings,
+    dataset: Dataset,
+    device: torch.device,
+    checkpointing: Checkpointing | None,
+) -> dict[str, Any]:
     """Return what a run must know about itself from its first second on."""
     return {
+        **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
         "settings": asdict(settings),
         "checksums": dataset.checksums,
         "limits": limits_of(dataset),
@@ -194,6 +308,7 @@ def _fit(
     progress: bool | None,
     *,
     hold: bool,
+    **state: Any,
 ) -> FitResult:
     vae.to(device)
     with frozen(vae, dataset, device) if hold else nullcontext(vae.model) as model:
@@ -214,6 +329,7 @@ def _fit(
             compile=COMPILE[settings.compile],
             device=device,
             progress=progress,
+            **state,
         )
 
 
@@ -228,6 +344,7 @@ def _metrics(
         "num_parameters": result.num_parameters,
         "compiled": result.compiled,
         "compile_choice": result.compile_choice,
+        "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": num_test},
         "test_log_marginal": as_dict(estimate),
@@ -270,4 +387,6 @@ def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     epochs = len(metrics["history"]["train_elbo"])
     console.print(f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}")
     console.print(f"training step: {metrics['compile_choice']}", soft_wrap=True, highlight=False)
+    for text in metrics["warnings"]:
+        console.print(f"warning: {text}", soft_wrap=True, highlight=False)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)

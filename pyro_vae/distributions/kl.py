@@ -7,8 +7,15 @@ enough, and rounded once to the dtype of the first distribution.
 from __future__ import annotations
 
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 from torch.distributions.kl import register_kl
 
 from pyro_vae.errors import InputError
@@ -17,7 +24,31 @@ from .hyperspherical_uniform import HypersphericalUniform
 from .sphere import SphereDistribution
 from .von_mises_fisher import VonMisesFisher
 
-__all__: list[str] = []
+__all__ = ["closed_form_kl"]
+
+
+def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """Return KL(q || p) in nats where one is registered with torch in closed form, else None.
+
+    A distribution that was expanded by Pyro's default way is looked at as it was before: under its
+    wrapper's type nothing is registered.
+
+    Args:
+        q: batch shape ``batch``.
+        p: a batch shape that broadcasts with it, the same event shape.
+
+    Returns:
+        the broadcast batch shape.
+    """
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    while isinstance(q, ExpandedDistribution):
+        q = q.base_dist
+    while isinstance(p, ExpandedDistribution):
+        p = p.base_dist
+    try:
+        return kl_divergence(q, p).expand(shape)
+    except NotImplementedError:
+        return None
 
 
 def _check_same_sphere(p: SphereDistribution, q: SphereDistribution) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import blocks_of
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import (
@@ -20,7 +20,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import data_dim, sample_sites
+from pyro_vae.infer.sites import data_dim, observed_site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,8 +117,8 @@ def posterior_predictive(
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
-        InputError: several observed sites without a name, no site of that name, a number of draws
-            below 1, or a pair that can't be weighed.
+        InputError: several observed sites without a name, no site of that name, no statistic, a
+            number of draws below 1, or a pair that can't be weighed.
 
     Source:
         Gelman, Meng, Stern 1996, "Posterior Predictive Assessment of Model Fitness via Realized
@@ -127,6 +127,8 @@ def posterior_predictive(
     if num_draws < 1:
         raise InputError(f"expected num_draws of at least 1, got {num_draws}")
     statistics = _STATISTICS if statistics is None else statistics
+    if not statistics:
+        raise InputError("expected at least one statistic, got none: leave it out for the default")
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     seen: dict[str, list[Tensor]] = {name: [] for name in statistics}
@@ -136,7 +138,8 @@ def posterior_predictive(
             scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
             replicated: dict[str, list[Tensor]] = {name: [] for name in statistics}
             for _ in range(num_draws):
-                site = _observed_site(scorer.traces()[0], observed)
+                trace, _ = scorer.traces()
+                site = trace.nodes[observed_site(trace, observed)]
                 axis = data_dim(site, plate) - site["fn"].event_dim
                 new = site["fn"].sample().movedim(axis, 0).double()
                 for name, statistic in statistics.items():
@@ -239,7 +242,13 @@ def aggregate_posterior(
             both = (scorer.propose(num_draws)[0], scorer.propose_from_prior(num_draws))
             for found, latents in zip(rows_of, both, strict=True):
                 flat = {
-                    name: latents[name].movedim(axis, 1).flatten(0, 1).flatten(1).double().cpu()
+                    name: latents[name]
+                    .movedim(axis, 1)
+                    .flatten(0, 1)
+                    .unsqueeze(-1)
+                    .flatten(1)
+                    .double()
+                    .cpu()
                     for name, axis in scorer.data_axes.items()
                 }
                 found.append(torch.cat(list(flat.values()), dim=1))
@@ -250,16 +259,3 @@ def aggregate_posterior(
                 ]
     draws, prior = (torch.cat(found) for found in rows_of)
     return AggregatePosterior(draws, prior, labels)
-
-
-def _observed_site(trace: Any, name: str | None) -> dict[str, Any]:
-    sites = {site["name"]: site for site in sample_sites(trace) if site["is_observed"]}
-    if name is None and len(sites) == 1:
-        return next(iter(sites.values()))
-    if name is None:
-        raise InputError(
-            f"expected one observed site, the model has {', '.join(sites)}: name one by observed="
-        )
-    if name not in sites:
-        raise unknown_name("observed site", name, sites)
-    return sites[name]

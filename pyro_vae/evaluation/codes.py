@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.information import Estimate, information
 from pyro_vae.evaluation.probes import check_labels, probe_accuracies
-from pyro_vae.infer.codes import code_sites, mean_codes, support_of
+from pyro_vae.infer.codes import Code, code_sites, mean_codes, support_of
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     PairFunction,
@@ -33,10 +33,10 @@ from pyro_vae.infer.pair import (
     seeded,
 )
 
-__all__ = ["Estimate", "Representation", "representation"]
+__all__ = ["ACTIVE_VARIANCE", "Estimate", "Representation", "representation", "unit_variances"]
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
-# section 5.3, who found the variances to fall into two clearly separated groups).
+# section 5.2, who found the variances to fall into two clearly separated groups).
 ACTIVE_VARIANCE = 0.01
 
 # Draws that a posterior mean without closed form rests on.
@@ -74,8 +74,9 @@ class Representation:
             known one by one.
         dimension_wise_kl: sum_d KL(q(z_d) || p(z_d)); None where the prior's are not either.
         unavailable: for each measure that is None, why.
-        nearest_neighbour_accuracy, linear_accuracy: cross-validated accuracy of labels from the
-            posterior means, with its binomial standard error; None without labels.
+        nearest_neighbour_accuracy: cross-validated accuracy of labels from the posterior means, with
+            its binomial standard error; None without labels.
+        linear_accuracy: likewise by logistic regression.
         num_folds: folds of the cross-validation; None without labels.
     """
 
@@ -148,7 +149,7 @@ def representation(
             rightly (see :func:`pyro_vae.log_weights`).
 
     Source:
-        Burda, Grosse, Salakhutdinov 2016, section 5.3 (active units); Hoffman, Johnson 2016, "ELBO
+        Burda, Grosse, Salakhutdinov 2016, section 5.2 (active units); Hoffman, Johnson 2016, "ELBO
         surgery", equation 7 (index-code mutual information and marginal KL); Chen et al. 2018,
         "Isolating Sources of Disentanglement", equation 2 (total correlation, dimension-wise KL);
         Poole et al. 2019, "On Variational Bounds of Mutual Information", equations 5 and 12 (the
@@ -170,12 +171,8 @@ def representation(
         measures = information(
             model, guide, inputs, num_samples=num_samples, max_memory=max_memory, plate=plate
         )
-    means = torch.cat([code.mean.reshape(len(inputs[0]), -1) for code in codes.values()], 1).double()
-    errors = torch.cat(
-        [code.standard_error.reshape(len(inputs[0]), -1) for code in codes.values()], 1
-    ).double()
-    # Means from draws vary by their own error too.
-    unit_variances = (means.var(0) - errors.square().mean(0)).clamp(min=0).cpu()
+    means = _side_by_side([code.mean for code in codes.values()])
+    variances = _variances(codes)
     accuracies: dict[str, Any] = {}
     if labels is not None:
         nearest, linear, folds = probe_accuracies(
@@ -192,14 +189,52 @@ def representation(
         }
     return Representation(
         sites=tuple(codes),
-        latent_dim=len(unit_variances),
+        latent_dim=len(variances),
         num_data=len(inputs[0]),
         num_samples=num_samples,
-        unit_variances=unit_variances,
+        unit_variances=variances,
         means_exact=all(code.exact for code in codes.values()),
         **measures,
         **accuracies,
     )
+
+
+def unit_variances(
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    plate: str = "data",
+    seed: int | None = 0,
+) -> Tensor:
+    """Return Var_x E[z_d given x] of each latent coordinate, ``(D,)``, float64, on the CPU.
+
+    As in :func:`representation`, without the rest of its measures: a coordinate is active where it is
+    above 0.01.
+
+    Args:
+        guide: the variational function of a pair.
+        x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``guide(*x)``.
+        plate: name of the data plate.
+        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: no latent, or one outside the data plate.
+    """
+    inputs = as_inputs(x, guide)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(guide), seeded(seed):
+        return _variances(mean_codes(guide, inputs, _MEAN_DRAWS, plate))
+
+
+def _variances(codes: dict[str, Code]) -> Tensor:
+    means = _side_by_side([code.mean for code in codes.values()])
+    errors = _side_by_side([code.standard_error for code in codes.values()])
+    # Means from draws vary by their own error too.
+    return (means.var(0) - errors.square().mean(0)).clamp(min=0).cpu()
+
+
+def _side_by_side(values: list[Tensor]) -> Tensor:
+    """Return values of several sites, ``(N, ...)`` each, as one matrix ``(N, D)``, float64."""
+    return torch.cat([value.reshape(len(value), -1) for value in values], 1).double()
 
 
 def _binomial(accuracy: float, count: int) -> Estimate:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
-import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
-from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, Independent
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
 from pyro_vae.guides.mixture import DiagonalNormalMixture
 
-__all__ = ["closed_form_kl", "coordinate_marginals", "independent_coordinates"]
+__all__ = ["coordinate_marginals", "independent_coordinates"]
 
 
 def independent_coordinates(distribution: Distribution) -> Distribution | None:
@@ -45,16 +43,3 @@ def coordinate_marginals(distribution: Distribution) -> Distribution | None:
         weights = dist.Categorical(logits=logits, validate_args=False)
         return dist.MixtureSameFamily(weights, components, validate_args=False)
     return independent_coordinates(distribution)
-
-
-def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return KL(q || p) in nats where torch or Pyro knows it in closed form, else None."""
-    while isinstance(p, ExpandedDistribution):
-        p = p.base_dist
-    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-    while isinstance(q, ExpandedDistribution):
-        q = q.base_dist
-    try:
-        return kl_divergence(q, p).expand(shape)
-    except NotImplementedError:
-        return None

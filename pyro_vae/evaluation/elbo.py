@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.evaluation.blocks import blocks_of, memory_budget
 from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.objectives import TracePair
@@ -184,8 +184,5 @@ def _exact_kl(traces: TracePair, plate: str) -> Tensor | None:
         return None
     if prior["mask"] is not None or posterior["mask"] is not None:
         return None
-    try:
-        kl = kl_divergence(posterior["fn"], prior["fn"])
-    except NotImplementedError:
-        return None
-    return sum_to(kl.expand(posterior["fn"].batch_shape), (data_dim(posterior, plate),))
+    kl = closed_form_kl(posterior["fn"], prior["fn"])
+    return None if kl is None else sum_to(kl, (data_dim(posterior, plate),))

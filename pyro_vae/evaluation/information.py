@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.evaluation.blocks import memory_budget
-from pyro_vae.evaluation.coordinates import (
-    closed_form_kl,
-    coordinate_marginals,
-    independent_coordinates,
-)
+from pyro_vae.evaluation.coordinates import coordinate_marginals, independent_coordinates
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import Inputs, PairFunction
 from pyro_vae.infer.sites import Latents
@@ -53,7 +50,9 @@ def information(
     prior = posterior = None
     if len(scorer.latent_shapes) == 1:
         (name,) = scorer.latent_shapes
-        prior, posterior = model_trace.nodes[name]["fn"], guide_trace.nodes[name]["fn"]
+        sites = model_trace.nodes[name], guide_trace.nodes[name]
+        if all(site["mask"] is None for site in sites):
+            prior, posterior = (site["fn"] for site in sites)
     coordinates = _coordinates(posterior, prior, scorer.num_data)
     budget = max_memory or memory_budget(inputs[0].device)
     rows = [_one_draw(scorer, coordinates, budget) for _ in range(num_samples)]
@@ -79,7 +78,7 @@ def _coordinates(
 ) -> _Coordinates:
     """Find out what is known of the coordinates, and say why where nothing is."""
     if posterior is None or prior is None:
-        reason = "the pair has several latents"
+        reason = "the pair has several latents, or a masked one"
     elif posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
         reason = "the latent is not one vector per datum"
     else:

@@ -139,7 +139,7 @@ class _Grid:
         values = torch.cat(
             [latents[self.name], self.scorer.propose_from_prior(_PLACING_DRAWS // 4)[self.name]]
         )
-        flat = values.movedim(self.axis, 1).flatten(2).double()
+        flat = values.movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
         low, high = flat.amin(0), flat.amax(0)
         room = (high - low).clamp(min=1e-6)
         return low - room, high + room

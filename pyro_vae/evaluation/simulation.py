@@ -39,9 +39,9 @@ class Calibration:
     """Ranks of the latents that made simulated data among the guide's draws.
 
     Attributes:
-        ranks: by latent site, ``(M, D)``: how many draws lie below the true value, for each of the
-            simulated data and each dimension; uniform on 0, ..., ``num_draws`` where the guide is the
-            posterior.
+        ranks: by latent site, ``(M, D)``: how many draws lie below the true value (among equal ones
+            a place at random), for each of the simulated data and each dimension; uniform on 0, ...,
+            ``num_draws`` where the guide is the posterior.
         num_draws: draws of the guide per datum.
         num_bins: bins of the histograms and of the test.
         x: the simulated data, as the pair takes them.
@@ -178,13 +178,24 @@ def calibration(
             block = tuple(value[rows] for value in inputs)
             drawn, _ = PairScorer(model, guide, block, plate=plate).propose(num_draws)
             for name, (value, axis) in latents.items():
-                true = value.movedim(axis, 0)[rows].flatten(1)
-                draws = drawn[name].movedim(axis, 1).flatten(2)
-                ranks.setdefault(name, []).append((draws < true).sum(0).cpu())
+                true = value.movedim(axis, 0)[rows].unsqueeze(-1).flatten(1)
+                draws = drawn[name].movedim(axis, 1).unsqueeze(-1).flatten(2)
+                ranks.setdefault(name, []).append(_ranks(true, draws).cpu())
             if progress is not None:
                 progress(min(rows.stop, num_data), num_data)
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
     return Calibration(joined, num_draws, num_bins, inputs)
+
+
+def _ranks(true: Tensor, draws: Tensor) -> Tensor:
+    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random.
+
+    Among draws that equal the true value, as those of a discrete latent do, every place is as
+    likely: without that the ranks of a posterior would not be uniform.
+    """
+    below, equal = (draws < true).sum(0), (draws == true).sum(0)
+    place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
+    return below + place.long().minimum(equal)
 
 
 def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Independent
 
-from pyro_vae.distributions import kl  # noqa: F401  (registers the divergences that torch lacks)
+from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, refuse_score_function
 from pyro_vae.infer.objectives import elbo_terms, plate_scale, wide
@@ -77,7 +77,7 @@ def _divergence(model_site: Site, site: Site, closed_form: bool) -> Divergence:
     by_dimension = not (factors_q.event_shape or factors_p.event_shape or point_mass)
     value = None
     if closed_form and not point_mass:
-        value = _closed_form(factors_q, factors_p) if by_dimension else _closed_form(q, p)
+        value = closed_form_kl(factors_q, factors_p) if by_dimension else closed_form_kl(q, p)
     exact = value is not None
     if value is None and by_dimension:
         value = factors_q.log_prob(site["value"]) - factors_p.log_prob(site["value"])
@@ -88,13 +88,6 @@ def _divergence(model_site: Site, site: Site, closed_form: bool) -> Divergence:
         mask = mask.reshape(mask.shape + (1,) * q.event_dim)
     shape = q.batch_shape + (q.event_shape if by_dimension else ())
     return Divergence(site, scale_and_mask(value.expand(shape), mask=mask), exact, by_dimension)
-
-
-def _closed_form(q: Distribution, p: Distribution) -> Tensor | None:
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return None
 
 
 def _factors(distribution: Any) -> Any:

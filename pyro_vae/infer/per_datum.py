@@ -18,7 +18,7 @@ from pyro_vae.infer.options import products_in
 from pyro_vae.infer.pair import Inputs, as_inputs
 from pyro_vae.infer.program import Call
 
-__all__ = ["BoundPerDatum", "StockBound", "bound_of"]
+__all__ = ["BoundPerDatum", "StockBound", "bound_of", "finished"]
 
 
 class StockBound(Bound):
@@ -88,6 +88,8 @@ class BoundPerDatum:
         transform: called with the batch; what it returns is given to both functions.
         gradient_clip: greatest global norm of the gradient that is handed over.
         precision: what layers multiply in.
+        is_share: whether a batch is one process's share of it: the gradients are then left as they
+            are, for only those of the whole batch can be clipped.
     """
 
     names: tuple[str, ...] = ("loss", "rate", "distortion", "gradient norm", "non-finite flag")
@@ -100,9 +102,10 @@ class BoundPerDatum:
         transform: Callable[..., Any] | None = None,
         gradient_clip: float | None = None,
         precision: str = "float32",
+        is_share: bool = False,
     ) -> None:
         self.bound, self.plate, self.transform = bound, plate, transform
-        self.gradient_clip, self.precision = gradient_clip, precision
+        self.gradient_clip, self.precision, self.is_share = gradient_clip, precision, is_share
         # TF32 has the mantissa of float16. It and bfloat16 round differently from kernel to kernel.
         kinds = {"tf32": (torch.float16,), "bfloat16": (torch.bfloat16,)}
         self.rounding: tuple[torch.dtype, ...] = kinds.get(precision, ())
@@ -137,16 +140,23 @@ class BoundPerDatum:
         self, terms: BoundTerms, gradients: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summary (see ``names``) and the gradients, clipped if asked for."""
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
-        if self.gradient_clip is not None:
-            # A gradient of exactly 0 divides to infinity, and is left as it is.
-            factor = (self.gradient_clip / norm).clamp(max=1.0)
-            gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
-        loss = wide(terms.loss)
-        flag = wide(~(loss.isfinite() & norm.isfinite()))
-        summary = [loss, wide(terms.rate), wide(terms.distortion), norm, flag]
-        return torch.stack(summary), gradients
+        return finished(terms, gradients, None if self.is_share else self.gradient_clip)
+
+
+def finished(
+    terms: BoundTerms, gradients: Sequence[Tensor], gradient_clip: float | None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the summary of a step and its gradients, clipped to a global norm if there is one."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
+    if gradient_clip is not None:
+        # A gradient of exactly 0 divides to infinity, and is left as it is.
+        factor = (gradient_clip / norm).clamp(max=1.0)
+        gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
+    loss = wide(terms.loss)
+    flag = wide(~(loss.isfinite() & norm.isfinite()))
+    summary = [loss, wide(terms.rate), wide(terms.distortion), norm, flag]
+    return torch.stack(summary), gradients
 
 
 class _PlateScale(Messenger):

@@ -42,13 +42,15 @@ class EpochProgress:
 
     def show(self, epoch: int, row: dict[str, float]) -> None:
         """Show the metrics of an epoch that has ended."""
-        if self._progress is None:
-            return
+        if self._progress is not None:
+            self._progress.update(self._task, completed=epoch, description=self.described(row))
+
+    def described(self, row: dict[str, float]) -> str:
+        """Return the metrics in words; another kind of training says others."""
         text = f"ELBO {row['train_elbo']:.2f}"
         if not math.isnan(row["validation_elbo"]):
             text += f" (validation {row['validation_elbo']:.2f})"
-        text += f"  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
-        self._progress.update(self._task, completed=epoch, description=text)
+        return f"{text}  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
 
 
 def _bar() -> Any:

@@ -9,7 +9,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.errors import InputError
@@ -23,6 +23,7 @@ __all__ = [
     "data_dim",
     "is_delta",
     "latent_sites",
+    "observed_site",
     "sample_sites",
     "site_log_prob",
     "sum_to",
@@ -64,6 +65,33 @@ def latent_sites(trace: Trace) -> list[Site]:
     return [site for site in sample_sites(trace) if not site["is_observed"]]
 
 
+def observed_site(trace: Trace, name: str | None) -> str:
+    """Return the name of the site that observes the data: the one asked for, or the only one.
+
+    Factors observe nothing.
+
+    Raises:
+        InputError: no observed site, several and no name, or a name that is not there.
+    """
+    sites = [
+        site["name"]
+        for site in sample_sites(trace)
+        if site["is_observed"] and not site_is_factor(site)
+    ]
+    if name is None and len(sites) == 1:
+        return sites[0]
+    if not sites:
+        raise InputError(
+            "expected a model that observes data, got none observed: pass obs= to pyro.sample, and "
+            "the model before the guide"
+        )
+    if name is None or name not in sites:
+        wanted = "one observed site" if name is None else f"an observed site {name!r}"
+        there = ", ".join(sites)
+        raise InputError(f"expected {wanted}, the model has {there}: name one by observed=")
+    return name
+
+
 def site_log_prob(site: Site) -> Tensor:
     """Return a traced site's log-probability with its mask and without its scale."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -78,8 +106,19 @@ def sum_to(log_prob: Tensor, kept: tuple[int, ...]) -> Tensor:
 
 
 def data_dim(site: Site, plate: str) -> int:
-    """Return the (negative) batch dimension of the data plate at a site."""
-    return next(frame.dim for frame in site["cond_indep_stack"] if frame.name == plate)
+    """Return the (negative) batch dimension of the data plate at a site.
+
+    Raises:
+        InputError: a site outside that plate.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.name == plate:
+            dim: int = frame.dim
+            return dim
+    raise InputError(
+        f"expected site {site['name']!r} inside the data plate {plate!r}, got one outside: move it "
+        "there, or name your plate by plate="
+    )
 
 
 def check_site(function: str, site: Site, plate: str, num_data: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.infer.bounds import BoundTerms
 from pyro_vae.infer.capture import Snapshot, accumulating_leaves, with_submodules
 from pyro_vae.infer.engine import Engine, Replay, scaled
 from pyro_vae.infer.objectives import BetaSchedule, draw_traces
 from pyro_vae.infer.options import LearningRate
 from pyro_vae.infer.pair import Inputs, PairFunction, modules_of
-from pyro_vae.infer.per_datum import BoundPerDatum
+from pyro_vae.infer.per_datum import BoundPerDatum, finished
+from pyro_vae.infer.position import Position
+from pyro_vae.infer.processes import ALONE, Processes
 from pyro_vae.infer.program import Call
 from pyro_vae.infer.sites import latent_sites
 
@@ -40,10 +43,12 @@ class Steps:
         learning_rate: Adam's step size, step by step.
         device: where the pair computes.
         skip_limit: how many steps that are not finite may be left out; None stops at the first one.
+        processes: who shares the batches; each takes the steps, on the sum of all gradients.
 
     Attributes:
         parameters: the pair's unconstrained parameters by their name in Pyro's store.
         optimizer: Adam over them, in the order of their names; None before the first step.
+        shown: the first batch as the pair was given it.
         count: steps taken.
         skipped: steps left out.
     """
@@ -59,38 +64,63 @@ class Steps:
         learning_rate: LearningRate,
         device: torch.device,
         skip_limit: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.model, self.guide = model, guide
+        self.model, self.guide, self.processes = model, guide, processes
         self.estimator, self.engine = estimator, engine
         self.beta, self.learning_rate = beta, learning_rate
         self.device, self.skip_limit = device, skip_limit
         self.parameters: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
+        self.shown: Inputs = ()
         self.count = self.skipped = 0
         self._store_size = -1
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
         self._waiting: dict[str, Any] | None = None
+        self._position: Position | None = None
 
     # --- an epoch ---
 
-    def run_epoch(self, train: Inputs, batch_size: int, epoch: int) -> dict[str, float]:
-        """Take one pass over the data and return the epoch's metrics.
+    def run_epoch(
+        self,
+        train: Inputs,
+        batch_size: int,
+        epoch: int,
+        *,
+        after_step: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Take one pass over the data, or what is left of it, and return the epoch's metrics.
+
+        Args:
+            train: the data.
+            batch_size: data per step.
+            epoch: which pass, from 1; one that a resumed state was in the middle of goes on there.
+            after_step: called between two steps, when :meth:`state_dict` is whole.
 
         Raises:
             InputError: a step that is not finite, or more of them than may be skipped.
         """
-        start = time.perf_counter()
-        batches = torch.randperm(len(train[0]), device=train[0].device).split(batch_size)
-        width = len(self.estimator.names)
-        summaries = torch.zeros(len(batches), width, dtype=torch.float64, device=self.device)
-        for summary, index in zip(summaries.unbind(), batches, strict=True):
-            batch = tuple(value[index].to(self.device, non_blocking=True) for value in train)
-            summary.copy_(self._step(batch))
+        position = self._position
+        if position is None or position.epoch != epoch:
+            position = self._position = self._begin(train, batch_size, epoch)
+        batches = position.order.to(train[0].device).split(batch_size)
+        for index in batches[position.taken :]:
+            own = self.processes.share(index)
+            # A process that gets nothing of a small batch takes part in the step and counts nothing.
+            rows = own if len(own) else index[:1]
+            batch = tuple(value[rows].to(self.device, non_blocking=True) for value in train)
+            summary = self._step(batch, len(own) / len(index))
+            position.note(summary)
             if self.device.type == "cpu" and self.skip_limit is None and summary[-1]:
                 break
+            if after_step is not None:
+                after_step()
+        summaries = position.summaries.clone()
+        self.processes.sum_(summaries[:, :3])  # norm and flag are those of the whole batch already
+        self.processes.take_first(self._buffers())
         table = summaries.cpu().numpy()
-        seconds = time.perf_counter() - start
-        self._refuse_not_finite(table, epoch)
+        seconds = position.seconds
+        self._refuse_not_finite(table, position)
         return {
             **_means(table, np.array([len(index) for index in batches])),
             "beta": self.beta.current,
@@ -98,7 +128,14 @@ class Steps:
             "data_per_second": len(train[0]) / seconds,
         }
 
-    def _refuse_not_finite(self, table: np.ndarray, epoch: int) -> None:
+    def _begin(self, train: Inputs, batch_size: int, epoch: int) -> Position:
+        order = torch.randperm(len(train[0]), device=train[0].device)
+        self.processes.take_first([order])
+        shape = -(-len(order) // batch_size), len(self.estimator.names)
+        summaries = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        return Position(epoch, order, summaries)
+
+    def _refuse_not_finite(self, table: np.ndarray, position: Position) -> None:
         bad = np.flatnonzero(table[:, -1])
         self.skipped += len(bad)
         if self.skipped <= (self.skip_limit or 0):
@@ -106,21 +143,27 @@ class Steps:
         loss, norm = table[bad[0], 0], table[bad[0], -2]
         what, value = ("gradient norm", norm) if np.isfinite(loss) else ("loss", loss)
         skips = "" if self.skip_limit is None else f" ({self.skipped} steps were skipped)"
+        if self.skip_limit is None:  # nothing was applied since: back to the last good state
+            self.count -= position.go_back_to(int(bad[0]))
+            self.skipped, self.beta.steps = 0, self.count
+            self._stopped.zero_()
         raise InputError(
-            f"expected a finite {what}, got {value} in epoch {epoch}, batch {bad[0] + 1}{skips}: "
-            "lower the learning rate, clip the gradient, or look for data outside the likelihood's "
-            "support"
+            f"expected a finite {what}, got {value} in epoch {position.epoch}, batch {bad[0] + 1}"
+            f"{skips}: lower the learning rate, clip the gradient, or look for data outside the "
+            "likelihood's support"
         )
 
     # --- a step ---
 
-    def _step(self, batch: Inputs) -> Tensor:
-        """Take one step and return its summary."""
+    def _step(self, batch: Inputs, share: float) -> Tensor:
+        """Take one step on a share of the batch and return its summary."""
         if self.engine is None:
             summary = self._eager(batch)
         else:
             self.engine.beta = self.beta.current
             summary = self._captured(self.engine, batch)
+        if self.processes.are_several:
+            summary = self._summed(summary, share)
         self._apply(summary)
         return summary
 
@@ -164,8 +207,31 @@ class Steps:
             leaf.grad = gradient
         return summary
 
+    def _summed(self, summary: Tensor, share: float) -> Tensor:
+        """Sum the gradients over the processes and finish the step: all come to the same decision.
+
+        The share's loss, rate and distortion are summed later, once in an epoch.
+        """
+        leaves = self._leaves()
+        own = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in own), summary[-1:].float()])
+        if share:
+            flat[:-1] *= share  # from the mean over the share to its part of the batch's mean
+        else:
+            flat.zero_()
+            summary = torch.zeros_like(summary)
+        *pieces, failed = self.processes.sum_(flat).split([*(leaf.numel() for leaf in leaves), 1])
+        terms = BoundTerms(summary[0], summary[0], summary[1], summary[2])
+        clip = self.estimator.gradient_clip
+        whole, gradients = finished(terms, pieces, clip)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient.view(leaf.shape).to(leaf.dtype)
+        whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
+        return whole
+
     def _inspect(self, batch: Inputs) -> None:
         """Check the pair's latents and learn its parameters, without shifting the run's draws."""
+        self.shown = batch
         # Every device is named, for torch warns of several that are not.
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             with poutine.trace(param_only=True) as seen:
@@ -190,6 +256,8 @@ class Steps:
             self._take_up()
         elif self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": list(new.values())})
+        if new:
+            self.processes.take_first([*new.values(), *self._buffers()])
         self._store_size = len(pyro.get_param_store())
 
     def _apply(self, summary: Tensor) -> None:
@@ -243,6 +311,7 @@ class Steps:
             "adam": [{k: v.clone() for k, v in moment.items()} for moment in moments],
             "count": self.count,
             "skipped": self.skipped,
+            "position": None if self._position is None else self._position.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,8 +322,24 @@ class Steps:
         """
         self.count, self.skipped = state["count"], state["skipped"]
         self.beta.steps = self.count
+        if state["position"] is not None:
+            self._position = Position.of_state(state["position"], self.device)
         self._waiting = state
         self._take_up()
+
+    def resume(self, state: dict[str, Any], batch: Inputs) -> None:
+        """Take up a state of :meth:`state_dict` at once, although no step may be left to take.
+
+        Args:
+            state: the state.
+            batch: data on which the pair may be run to find its parameters.
+
+        Raises:
+            InputError: a state of another pair.
+        """
+        self.load_state_dict(state)
+        if self._waiting is not None:
+            self._inspect(self.estimator.transformed(batch))
 
     def _take_up(self) -> None:
         if self.optimizer is None or self._waiting is None:

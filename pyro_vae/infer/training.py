@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
+from pyro_vae.infer.checkpoints import Checkpoints, bound_named, data_checksum
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
+from pyro_vae.infer.diagnosis import diagnosed
 from pyro_vae.infer.engine import Engine
 from pyro_vae.infer.objectives import BetaSchedule
 from pyro_vae.infer.options import LearningRate, Schedule, check_options, computing_in
@@ -30,6 +33,7 @@ from pyro_vae.infer.pair import (
     training_mode,
 )
 from pyro_vae.infer.per_datum import BoundPerDatum, StockBound, bound_of
+from pyro_vae.infer.processes import Processes
 from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.steps import Steps
 from pyro_vae.infer.validation import EarlyStopping, bound_terms, validated
@@ -74,10 +78,14 @@ class FitResult:
         best_epoch: epoch (from 1) whose parameters were kept; the last one without early stopping.
         stopped_early: whether the validation ELBO stopped improving before the last epoch.
         device: where it was trained.
-        batch_size, learning_rate, num_parameters: the settings that shaped the run.
+        batch_size: data per step.
+        learning_rate: Adam's step size.
+        num_parameters: how many numbers were trained.
         compiled: whether the steps were captured and compiled.
         compile_choice: why they were, or were not.
         skipped_steps: steps that were left out because their loss or gradient was not finite.
+        warnings: what went wrong all the same, one line each with what to try: posterior collapse,
+            exploding gradients, a learned sigma that runs to 0.
     """
 
     history: dict[str, np.ndarray]
@@ -90,6 +98,7 @@ class FitResult:
     compiled: bool
     compile_choice: str
     skipped_steps: int
+    warnings: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
@@ -120,6 +129,10 @@ def fit(
     device: str | torch.device = "auto",
     seed: int | None = None,
     plate: str = "data",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    checkpoint_minutes: float | None = 1.0,
+    resume: bool = False,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool | None = None,
 ) -> FitResult:
@@ -128,6 +141,13 @@ def fit(
     The loss of a batch is the objective's, divided by the number of data in the batch: an unbiased
     estimate of the mean loss per datum whatever the size of the last batch. With beta, distortion +
     beta * rate is minimised.
+
+    Where torch.distributed has a process group, all its processes train the pair together, each by
+    the same call with all the data: a batch of ``batch_size`` is shared out, gradients are summed,
+    and parameters start from those of rank 0 and stay the same everywhere, to the bit. Stopping and
+    skipping are decided on the sums, noise differs between processes, ``on_epoch`` is called in each,
+    and the mean that :class:`pyro_vae.infer.FreeBits` takes is over a process's share. On CUDA each
+    process sets its device before.
 
     Args:
         model: the generative function of the pair.
@@ -168,7 +188,20 @@ def fit(
         seed: seed of everything random in the run; the generators' state is restored afterwards.
             None draws from the global state.
         plate: name of the data plate.
-        on_epoch: called with (epoch from 1, that epoch's metrics).
+        checkpoint: folder for the run's state: parameters, optimiser, schedules, place in the epoch,
+            history, best values so far and every random generator. The last two are kept. SIGINT and
+            SIGTERM then end the run at the next step's boundary, with
+            :class:`pyro_vae.infer.checkpoints.Interrupted`, and a step that stops the run as not
+            finite leaves the state before it (in the first epoch: nothing).
+        checkpoint_every: epochs after which one is written.
+        checkpoint_minutes: minutes after which one is written, in the middle of an epoch too; 0 after
+            every step, None not by time.
+        resume: go on from the newest checkpoint, or start where there is none. The other options and
+            the data must be those the run was begun with. On a CPU without compilation the weights
+            and the history are then those of a run that was never interrupted, bit for bit, but for
+            ``seconds`` and ``data_per_second``.
+        on_epoch: called with (epoch from 1, that epoch's metrics); once more for an epoch if the run
+            was killed before that was on the disk.
         progress: show a progress bar on standard error; by default only on a terminal.
 
     Returns:
@@ -176,8 +209,9 @@ def fit(
 
     Raises:
         InputError: options or data out of range, a pair that breaks the contract (a latent outside
-            the data plate, or missing from the guide), parameters that Pyro does not know, or a loss
-            or gradient that is not finite (its epoch and batch are named).
+            the data plate, or missing from the guide), parameters that Pyro does not know, a loss or
+            gradient that is not finite (its epoch and batch are named), or a checkpoint of another
+            run.
 
     Source:
         Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; warm-up: Bowman et al. 2016,
@@ -206,6 +240,9 @@ def fit(
         on_nonfinite=on_nonfinite,
         nonfinite_limit=nonfinite_limit,
     )
+    checkpoints = Checkpoints(
+        checkpoint, every=checkpoint_every, minutes=checkpoint_minutes, resume=resume
+    )
     train, validation_inputs, transform = _prepare(data, validation, transform)
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
@@ -216,6 +253,21 @@ def fit(
     train = tuple(value.detach() for value in as_inputs(train, model, guide))
     if validation_inputs is not None:
         validation_inputs = as_inputs(validation_inputs, model, guide)
+    processes = Processes.current()
+    if checkpoint is not None and processes.are_several:
+        raise InputError("expected one process for checkpoint=, got several: leave it out")
+    processes.check_same(
+        data=train,
+        validation_data=validation_inputs,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        beta=beta,
+        warmup_epochs=warmup_epochs,
+        patience=patience,
+        gradient_clip=gradient_clip,
+        on_nonfinite=(on_nonfinite, nonfinite_limit),
+    )
     steps_per_epoch = -(-len(train[0]) // batch_size)
     estimator = BoundPerDatum(
         bound_of(objective),
@@ -223,6 +275,7 @@ def fit(
         transform=transform,
         gradient_clip=gradient_clip,
         precision=precision,
+        is_share=processes.are_several,
     )
     engine, choice = _engine(estimator, objective, compile, place, epochs * steps_per_epoch)
     with (
@@ -230,8 +283,10 @@ def fit(
         seeded(seed),
         training_mode(model, guide),
         computing_in(precision, place),
-        EpochProgress(epochs, progress) as bar,
+        EpochProgress(epochs, progress if processes.is_first else False) as bar,
+        checkpoints,
     ):
+        processes.draw_apart()
         steps = Steps(
             model,
             guide,
@@ -241,21 +296,42 @@ def fit(
             learning_rate=LearningRate(learning_rate, schedule, epochs * steps_per_epoch),
             device=place,
             skip_limit=nonfinite_limit if on_nonfinite == "skip" else None,
+            processes=processes,
         )
         rows: list[dict[str, float]] = []
         best = EarlyStopping(patience, warmup_epochs)
-        for epoch in range(1, epochs + 1):
-            row = steps.run_epoch(train, batch_size, epoch)
-            row |= validated(model, guide, validation_inputs)
+        if checkpoint is not None:
+            asked = {
+                "data": data_checksum(train, validation_inputs),
+                "objective": bound_named(estimator.bound),
+                "compiled": engine is not None,
+                "transform": transform is not None,
+                "schedule": "a function" if callable(schedule) else schedule,
+                "beta": steps.beta.beta,
+                "device": place.type,
+                **{"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+                **{"warmup_epochs": warmup_epochs, "patience": patience, "precision": precision},
+                **{"gradient_clip": gradient_clip, "plate": plate, "seed": seed},
+                **{"on_nonfinite": on_nonfinite, "nonfinite_limit": nonfinite_limit},
+            }
+            checkpoints.begin(asked, steps, best, rows, _first(train, batch_size, place))
+        resumed = len(rows)
+        for epoch in range(resumed + 1, epochs + 1):
+            if best.is_over(len(rows)):
+                break
+            row = steps.run_epoch(train, batch_size, epoch, after_step=checkpoints.after_step)
+            row |= validated(model, guide, validation_inputs, processes)
             rows.append(row)
-            if epoch == 1:  # known only now: the first step finds out what can be captured
+            best.take_in(epoch, row["validation_elbo"], steps)
+            if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
                 bar.note(_outcome(engine, choice))
             bar.show(epoch, row)
             if on_epoch is not None:
                 on_epoch(epoch, row)
-            if best.has_passed(epoch, row["validation_elbo"], steps):
-                break
+            checkpoints.after_epoch(epoch)
+        checkpoints.finish()
         best.restore(steps)
+        found = diagnosed(rows, model, guide, steps.shown, warmup_epochs=warmup_epochs)
     return FitResult(
         history={name: np.array([row[name] for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
@@ -267,7 +343,12 @@ def fit(
         compiled=engine is not None and engine.num_graphs > 0,
         compile_choice=_outcome(engine, choice),
         skipped_steps=steps.skipped,
+        warnings=found,
     )
+
+
+def _first(inputs: Inputs, number: int, place: torch.device) -> Inputs:
+    return tuple(value[:number].to(place) for value in inputs)
 
 
 def _outcome(engine: Engine | None, choice: str) -> str:

@@ -19,6 +19,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
+from pyro_vae.infer.processes import ALONE, Processes
 from pyro_vae.infer.steps import Steps
 
 __all__ = ["EarlyStopping", "bound_terms", "validated"]
@@ -31,7 +32,11 @@ _VALIDATION_BLOCK = 4096
 
 
 def bound_terms(
-    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor]
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
 
@@ -39,31 +44,35 @@ def bound_terms(
         model: the generative function of the pair.
         guide: the variational function of the pair.
         x: data ``(N, ...)``, or a tuple of tensors.
+        processes: share the data out; all of them must call, with all the data.
 
     Returns:
         ``elbo``, ``rate`` and ``distortion``: means per datum, nats.
     """
     inputs = as_inputs(x, model, guide)
     device = device_of(model, guide, default=inputs[0].device)
-    totals: Any = 0.0  # read once: a sum on the device
+    own = tuple(processes.share(value) for value in inputs)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # read once: a sum on the device
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide):
-        for start in range(0, len(inputs[0]), _VALIDATION_BLOCK):
-            block = tuple(value[start : start + _VALIDATION_BLOCK].to(device) for value in inputs)
+        for start in range(0, len(own[0]), _VALIDATION_BLOCK):
+            block = tuple(value[start : start + _VALIDATION_BLOCK].to(device) for value in own)
             traces = draw_traces(model, guide, block)
             for trace in traces:
                 trace.compute_log_prob()
             totals = totals + elbo_terms([traces], num_particles=1)
-    rate, distortion = (totals / len(inputs[0])).tolist()
+    rate, distortion = (processes.sum_(totals) / len(inputs[0])).tolist()
     return {"elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
 
 
-def validated(model: PairFunction, guide: PairFunction, inputs: Inputs | None) -> dict[str, float]:
+def validated(
+    model: PairFunction, guide: PairFunction, inputs: Inputs | None, processes: Processes = ALONE
+) -> dict[str, float]:
     """Return the validation columns of an epoch; NaN without validation data."""
     names = ("elbo", "rate", "distortion")
     if inputs is None:
         return {f"validation_{name}": math.nan for name in names}
-    with seeded(_VALIDATION_SEED):
-        terms = bound_terms(model, guide, inputs)
+    with seeded(processes.own_seed(_VALIDATION_SEED)):
+        terms = bound_terms(model, guide, inputs, processes=processes)
     return {f"validation_{name}": terms[name] for name in names}
 
 
@@ -75,14 +84,16 @@ class EarlyStopping:
         self.epoch, self.elbo = 0, -math.inf
         self._values: dict[str, list[Tensor]] | None = None
 
-    def has_passed(self, epoch: int, elbo: float, steps: Steps) -> bool:
-        """Take in an epoch's validation ELBO; say whether patience has run out."""
+    def take_in(self, epoch: int, elbo: float, steps: Steps) -> None:
+        """Take in an epoch's validation ELBO, and the values if it is the best so far."""
         if self.patience is None or epoch <= self.warmup_epochs:
             self.epoch = epoch
-            return False
-        if elbo > self.elbo:
+        elif elbo > self.elbo:
             self.epoch, self.elbo, self._values = epoch, elbo, steps.values()
-        return epoch - self.epoch >= self.patience
+
+    def is_over(self, epochs: int) -> bool:
+        """Say whether patience has run out after so many epochs."""
+        return self.patience is not None and epochs - self.epoch >= self.patience
 
     def restore(self, steps: Steps) -> None:
         """Put the best parameters and buffers back."""

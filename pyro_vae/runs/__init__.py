@@ -2,6 +2,7 @@
 
 from pyro_vae.runs.description import describe
 from pyro_vae.runs.files import (
+    CHECKPOINTS,
     CONFIG,
     FORMAT,
     WEIGHTS,
@@ -10,14 +11,16 @@ from pyro_vae.runs.files import (
     write_json,
     write_whole,
 )
-from pyro_vae.runs.folder import check_free, load, locked, new_run, save
+from pyro_vae.runs.folder import check_free, continued_run, load, locked, new_run, save
 from pyro_vae.runs.weights import save_weights
 
 __all__ = [
+    "CHECKPOINTS",
     "CONFIG",
     "FORMAT",
     "WEIGHTS",
     "check_free",
+    "continued_run",
     "describe",
     "finite_or_none",
     "load",

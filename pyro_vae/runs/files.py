@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pyro_vae.errors import InputError, first_line
+from pyro_vae.infer.files import refuse_to_write, write_whole
 
 __all__ = [
+    "CHECKPOINTS",
     "CONFIG",
     "FORMAT",
     "WEIGHTS",
@@ -24,7 +25,7 @@ __all__ = [
     "write_whole",
 ]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 FORMAT = 1
 
 # Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
@@ -100,42 +101,6 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with the path of a temporary file that takes the file's place when done.
-
-    Raises:
-        InputError: a file that can't be written: no permission, no space, no such folder.
-    """
-    # The temporary name keeps the suffix, by which a picture's format is chosen.
-    temporary = path.with_name(f".part-{path.name}")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        refuse_to_write(path, error)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
-    """Turn what the system says of a path into the one error of this package."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-    raise InputError(
-        f"expected to write {str(path)!r}, got: {reason}; make room or choose another folder"
-    ) from error
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content is on the disk, so that the name never precedes it."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _NotJSONError(ValueError):

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
+from pyro_vae.infer.checkpoints import checkpoint_files
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.training import resolve_device
 from pyro_vae.runs.description import Components, build, describe
-from pyro_vae.runs.files import CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
 from pyro_vae.runs.weights import assign, read_weights, save_weights
 from pyro_vae.vae import VAE
 
-__all__ = ["check_free", "load", "locked", "new_run", "save"]
+__all__ = ["check_free", "continued_run", "load", "locked", "new_run", "save"]
 
 _LOCK = ".lock"
 
@@ -94,6 +95,8 @@ def check_free(folder: Path) -> None:
 def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Create a run folder with its settings and hold its lock; take it away if the body fails.
 
+    One that holds a checkpoint by then stays, for :func:`continued_run`.
+
     Raises:
         InputError: a folder that holds a run, is in use or can't be written.
     """
@@ -111,7 +114,7 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
                 yield
             except BaseException:
                 with suppress(OSError):
-                    for name in (CONFIG, WEIGHTS):
+                    for name in () if checkpoint_files(folder / CHECKPOINTS) else (CONFIG, WEIGHTS):
                         (folder / name).unlink(missing_ok=True)
                 raise
     except BaseException:
@@ -119,6 +122,17 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
             with suppress(OSError, ValueError):
                 path.rmdir()
         raise
+
+
+@contextmanager
+def continued_run(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run that was begun before; what it holds stays if the body fails.
+
+    Raises:
+        InputError: a folder in use, or one that can't be written.
+    """
+    with locked(folder):
+        yield
 
 
 @contextmanager

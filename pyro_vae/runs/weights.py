@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
+from pyro_vae.infer.files import UNREADABLE, checksum_of
 from pyro_vae.runs.description import describe
 from pyro_vae.runs.files import WEIGHTS, own_file, write_whole
 from pyro_vae.vae import VAE
@@ -24,9 +23,6 @@ __all__ = ["assign", "read_weights", "save_weights"]
 _CHECKSUM = "checksum"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What the reader of safetensors raises at bytes that are none.
-_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
-
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone.
@@ -35,7 +31,7 @@ def save_weights(vae: VAE, folder: Path) -> None:
         InputError: a file that can't be written, or a component that can't be described.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
-    metadata = {_CHECKSUM: _checksum(describe(vae)["model"], state)}
+    metadata = {_CHECKSUM: checksum_of(describe(vae)["model"], state)}
     content = serialised(state, metadata=metadata)
     write_whole(folder / WEIGHTS, lambda path: path.write_bytes(content))
 
@@ -55,7 +51,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         with safe_open(path, framework="pt") as file:
             checksum = (file.metadata() or {}).get(_CHECKSUM)
             return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(
             f"expected safetensors weights in {path}, got: {first_line(error)}"
         ) from error
@@ -77,7 +73,7 @@ def assign(
             checksum; the VAE is then as it was.
     """
     _check(_state(vae), weights)
-    if checksum != _checksum(model, weights):
+    if checksum != checksum_of(model, weights):
         raise InputError(
             "expected settings and weights as they were written, got another checksum: one of the "
             "files is damaged, changed or of another run; save the model again"
@@ -112,16 +108,6 @@ def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Non
 
 def _float_types(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
     return {value.dtype for value in weights.values() if value.is_floating_point()}
-
-
-def _checksum(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a description and of the weights' names, types, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode())
-    for name in sorted(weights):
-        value = weights[name]
-        digest.update(f"\n{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _state(vae: VAE) -> dict[str, Tensor]:

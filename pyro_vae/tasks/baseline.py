@@ -28,13 +28,13 @@ _BLOCK = 1024
 
 
 class Side(NamedTuple):
-    """What one of the two does; S random latents, N held-out data, a G x G grid.
+    """What one of the two does; S random latents, N held-out data, a G x G grid, M the least of S, N.
 
     Attributes:
         reconstructions: held-out data decoded from their (mean) codes, ``(N, *data_shape)``.
         error: their root-mean-square error per datum, ``(N,)``.
         error_of_draws: the same from drawn codes; an autoencoder has no other code to draw.
-        held_out_distance: from a held-out code to the nearest training code, ``(N,)``.
+        held_out_distance: from the first held-out codes to the nearest training code, ``(M,)``.
         random_distance: from a random latent to the nearest training code, ``(S,)``.
         random: the random latents decoded, ``(S, *data_shape)``.
         random_data_distance: root-mean-square distance of those to the nearest training datum,
@@ -56,7 +56,7 @@ class Side(NamedTuple):
     @property
     def hole_ratio(self) -> float:
         """Median distance of random latents over that of held-out codes; 1 where no holes are."""
-        return (self.random_distance.median() / self.held_out_distance.median()).item()
+        return _ratio(self.random_distance.median(), self.held_out_distance.median())
 
 
 class AutoencoderComparison(NamedTuple):
@@ -65,7 +65,7 @@ class AutoencoderComparison(NamedTuple):
     Attributes:
         autoencoder, vae: what each does.
         held_out: the held-out data, ``(N, *data_shape)``.
-        held_out_data_distance: their distance to the nearest training datum, ``(N,)``.
+        held_out_data_distance: distance of the first of them to the nearest training datum, ``(M,)``.
     """
 
     autoencoder: Side
@@ -81,14 +81,14 @@ class AutoencoderComparison(NamedTuple):
         reference = self.held_out_data_distance.median().item()
         columns = {}
         for name, side in (("autoencoder", self.autoencoder), ("vae", self.vae)):
-            held_out = side.held_out_distance.median().item()
+            held_out = side.held_out_distance.median()
             columns[name] = {
                 "reconstruction error": _rms(side.error),
                 "reconstruction error, drawn code": _rms(side.error_of_draws),
-                "nearest-code distance, held-out": held_out,
+                "nearest-code distance, held-out": held_out.item(),
                 "nearest-code distance, random": side.random_distance.median().item(),
                 "random / held-out": side.hole_ratio,
-                "largest on the grid / held-out": side.grid_distance.max().item() / held_out,
+                "largest on the grid / held-out": _ratio(side.grid_distance.max(), held_out),
                 "decoded random latent to nearest datum": side.random_data_distance.median().item(),
                 "held-out datum to nearest datum": reference,
             }
@@ -134,7 +134,7 @@ def compare_autoencoder(
     Raises:
         InputError: too few data or random latents, or a pair with several latents.
     """
-    (train,), (held_out,) = as_inputs(train), as_inputs(held_out)
+    (train,), (held_out,) = as_inputs(train, model), as_inputs(held_out, model)
     if len(train) < 2 or len(held_out) < 4:
         raise InputError(
             f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
@@ -223,6 +223,11 @@ class _Measured(NamedTuple):
 
 def _rms(errors: Tensor) -> float:
     return errors.square().mean().sqrt().item()
+
+
+def _ratio(value: Tensor, reference: Tensor) -> float:
+    """Divide; by 0 (held-out data that are training data) the ratio is infinite or not known."""
+    return (value / reference).item()
 
 
 def _fitted_normal(codes: Tensor, number: int) -> Tensor:

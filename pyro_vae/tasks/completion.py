@@ -27,11 +27,11 @@ from pyro_vae.infer.sites import (
     check_latents_match,
     is_delta,
     latent_sites,
+    observed_site,
     sample_sites,
     site_log_prob,
 )
 from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
-from pyro_vae.tasks.generation import _observed_site
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 
 __all__ = ["METHODS", "Completion", "complete"]
@@ -140,7 +140,7 @@ def complete(
         Rezende, Mohamed, Wierstra 2014, appendix F.
     """
     _check_options(method, num_draws, num_samples, num_steps, max_memory)
-    inputs = as_inputs(x)
+    inputs = as_inputs(x, model, guide)
     if not 0 <= position < len(inputs):
         raise InputError(f"expected a position from 0 to {len(inputs) - 1}, got {position}")
     given = inputs[position]
@@ -277,7 +277,16 @@ def _first_fill(
         return (*inputs[:position], filled, *inputs[position + 1 :])
 
     if initial is not None:
+        if not isinstance(initial, int | float | Tensor):
+            raise InputError(f"expected initial as a number or a tensor, got {initial!r}")
         fill = torch.as_tensor(initial)
+        # More dimensions than the data's would add data; sizes count from the last.
+        sizes = zip(reversed(fill.shape), reversed(x.shape), strict=False)
+        if fill.dim() > x.dim() or any(size not in (1, wanted) for size, wanted in sizes):
+            raise InputError(
+                f"expected initial to broadcast to the data's shape {tuple(x.shape)}, got "
+                f"{tuple(fill.shape)}"
+            )
         if not fill.isfinite().all():
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
@@ -285,7 +294,7 @@ def _first_fill(
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for _ in range(_PRIOR_DRAWS):
         trace = poutine.trace(model).get_trace(*blank)
-        site = trace.nodes[_observed_site(trace, observed)]
+        site = trace.nodes[observed_site(trace, observed)]
         if site["value"].shape != x.shape:
             raise _not_observed(site["name"], x, site["value"])
         total += value_moments({**site, "value": site["fn"].sample()})[0]
@@ -304,7 +313,7 @@ def _bound(
     """Bind a pair to filled data, refuse what can't be completed; also the bytes per datum."""
     guide_trace = poutine.trace(guide).get_trace(*inputs)
     trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*inputs)
-    name = _observed_site(trace, observed)
+    name = observed_site(trace, observed)
     site, x = trace.nodes[name], inputs[position]
     if site["value"].shape != x.shape or not torch.equal(site["value"], x):
         raise _not_observed(name, x, site["value"])

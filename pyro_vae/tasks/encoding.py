@@ -19,8 +19,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import Given, data_dim, latent_sites
-from pyro_vae.tasks.generation import _observed_site
+from pyro_vae.infer.sites import Given, data_dim, latent_sites, observed_site
 
 __all__ = ["decode", "encode"]
 
@@ -90,8 +89,8 @@ def decode(
 
     Args:
         model: the generative function of a pair.
-        z: latents ``(N, *shape of one latent)``; of several sites by name. Sites that are not named
-            are drawn from the prior.
+        z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
+            name. Sites that are not named are drawn from the prior.
         like: inputs ``(N, ...)`` that give shape and conditions of the data; the values of the
             observed site are not looked at.
         mean: return the likelihood's mean instead of a draw from it.
@@ -103,7 +102,7 @@ def decode(
         ``(N, *data_shape)``.
 
     Raises:
-        InputError: latents of another name or number, or an observed site that can't be told.
+        InputError: latents of another name, number or shape, or an observed site that can't be told.
     """
     inputs = as_inputs(like, model)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model), seeded(seed):
@@ -126,11 +125,17 @@ def decoded(
     given = {}
     for name, value in named.items():
         site = sites[chosen_site(sites, name)]
-        if len(value) != len(inputs[0]):
-            raise InputError(f"expected {len(inputs[0])} latents {name!r} as data, got {len(value)}")
         axis = data_dim(site, plate) - site["fn"].event_dim
-        given[name] = value.to(inputs[0].device).movedim(0, axis)
+        like = site["value"]
+        value = torch.as_tensor(value).to(like)
+        wanted = (len(inputs[0]), *like.movedim(axis, 0).shape[1:])
+        if value.shape != wanted:
+            raise InputError(
+                f"expected latents {name!r} of shape {wanted}, one for each datum, got "
+                f"{tuple(value.shape)}"
+            )
+        given[name] = value.movedim(0, axis)
     with Given(given):
         trace = poutine.trace(model).get_trace(*inputs)
-    distribution = trace.nodes[_observed_site(trace, observed)]["fn"]
+    distribution = trace.nodes[observed_site(trace, observed)]["fn"]
     return distribution.mean if mean else distribution.sample()

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_vae.errors import InputError
@@ -24,7 +22,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import Given, Latents, sample_sites
+from pyro_vae.infer.sites import Given, Latents, observed_site
 from pyro_vae.tasks.temperature import AtTemperature, check_temperature
 
 __all__ = ["generate", "reconstruct"]
@@ -81,7 +79,7 @@ def generate(
     given = inputs if data is None else as_inputs(data, model)
     functions = (model,) if guide is None else (model, guide)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(*functions), seeded(seed):
-        name = _observed_site(poutine.trace(model).get_trace(*inputs), observed)
+        name = observed_site(poutine.trace(model).get_trace(*inputs), observed)
         latents: Latents = {}
         if guide is not None:
             latents = _from_aggregate_posterior(
@@ -122,23 +120,8 @@ def reconstruct(
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         drawn = poutine.trace(guide).get_trace(*inputs)
         trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*inputs)
-        site = trace.nodes[_observed_site(trace, observed)]
+        site = trace.nodes[observed_site(trace, observed)]
         return _value(site, mean) if mean else site["fn"].sample()
-
-
-def _observed_site(trace: Trace, name: str | None) -> str:
-    """Return the name of a model's observed site; refuse none, or several without a name."""
-    sites = [
-        site["name"]
-        for site in sample_sites(trace)
-        if site["is_observed"] and not site_is_factor(site)
-    ]
-    if name is None and len(sites) == 1:
-        return sites[0]
-    if name is None or name not in sites:
-        wanted = "one observed site" if name is None else f"an observed site {name!r}"
-        raise InputError(f"expected {wanted}, the model has {', '.join(sites) or 'none'}: name one")
-    return name
 
 
 class _Freed(Messenger):

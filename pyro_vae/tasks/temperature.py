@@ -12,6 +12,7 @@ from torch import distributions
 
 from pyro_vae.errors import InputError
 from pyro_vae.flows import FlowDistribution
+from pyro_vae.guides.mixture import DiagonalNormalMixture
 from pyro_vae.infer.sites import is_delta
 
 __all__ = ["AtTemperature", "check_temperature"]
@@ -71,6 +72,8 @@ def _spread(name: str, fn: Any, factor: float) -> Any:
         components = _spread(name, fn.component_distribution, factor)
         weights = fn.mixture_distribution
         return dist.MixtureSameFamily(weights, components, validate_args=False)
+    if isinstance(fn, DiagonalNormalMixture):
+        return DiagonalNormalMixture(fn.log_weights, fn.loc, fn.scale * factor)
     if isinstance(fn, FlowDistribution):
         return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
     if isinstance(fn, distributions.TransformedDistribution):

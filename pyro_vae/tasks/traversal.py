@@ -256,7 +256,9 @@ class _Walker:
         self.size = self.flat.shape[1]
 
     def check_dimensions(self, dimensions: Sequence[int]) -> None:
-        """Refuse coordinates that the latent doesn't have."""
+        """Refuse coordinates that the latent doesn't have, and none at all."""
+        if not dimensions:
+            raise InputError("expected at least one of the latent's dimensions, got none")
         for dimension in dimensions:
             if not 0 <= dimension < self.size:
                 raise InputError(

@@ -1,17 +1,19 @@
 """log p(x) of binarised MNIST's test set: importance sampling, and annealing beside it on a subset.
 
-Run ``python tests/benchmarks/log_marginal_mnist.py --data-root FOLDER``. A standard VAE (784-512-256,
-20 latents, Bernoulli pixels) is trained for ten minutes; its 10,000 test images are then weighed by
-importance sampling, and the first 200 by annealing from the guide as well. Prints Markdown tables.
+Run ``python tests/benchmarks/log_marginal_mnist.py --data-root FOLDER``. The network of Burda et al.
+(784-200-200-50, tanh, images binarised afresh in every epoch) is trained by the ELBO and then by
+IWAE, each with a cosine schedule; the defaults take ten minutes on two cores. Its 10,000 test images
+are then weighed by importance sampling, and the first 200 by annealing from the guide as well. Prints
+Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -19,38 +21,48 @@ import pyro_vae as pv
 from pyro_vae.evaluation import LogMarginal
 
 
-class TimeIsUpError(Exception):
-    """Training has had its minutes."""
-
-
 def train(data: pv.datasets.Dataset, options: argparse.Namespace) -> pv.VAE:
     torch.manual_seed(0)
-    shape = data.data_shape
+    shape, widths = data.data_shape, (200, 200)
     vae = pv.VAE(
-        pv.priors.StandardNormal(20),
-        pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(20, (256, 512)), shape),
-        pv.guides.MeanFieldNormal(pv.networks.MLPEncoder(shape, (512, 256)), 20),
+        pv.priors.StandardNormal(50),
+        pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(50, widths, activation="tanh"), shape),
+        pv.guides.MeanFieldNormal(pv.networks.MLPEncoder(shape, widths, activation="tanh"), 50),
     )
     vae.likelihood.start_at_mean(data.train.mean(0))
+    phases = [
+        (pv.infer.TraceBound(), options.epochs, options.learning_rate, options.warmup_epochs),
+        (pv.infer.IWAE(options.particles), options.iwae_epochs, options.iwae_learning_rate, 0),
+    ]
     begin = time.perf_counter()
-
-    def stop_in_time(epoch: int, metrics: dict[str, float]) -> None:
-        if time.perf_counter() - begin > 60 * options.minutes:
-            print(f"trained {epoch} epochs, {metrics}")
-            raise TimeIsUpError
-
-    with contextlib.suppress(TimeIsUpError):
-        pv.fit(
-            vae.model,
-            vae.guide,
-            data,
-            epochs=1_000_000,
-            learning_rate=options.learning_rate,
-            device=options.device,
-            seed=0,
-            on_epoch=stop_in_time,
-        )
+    for objective, epochs, learning_rate, warmup_epochs in phases:
+        if epochs:
+            result = pv.fit(
+                vae.model,
+                vae.guide,
+                data,
+                objective=objective,
+                epochs=epochs,
+                batch_size=options.batch_size,
+                learning_rate=learning_rate,
+                warmup_epochs=warmup_epochs,
+                schedule="cosine",
+                device=options.device,
+                seed=0,
+                on_epoch=told_every(max(1, epochs // 10)),
+            )
+            print(f"{type(objective).__name__}: {result.seconds:.0f} s, {result.compile_choice}")
+    print(f"trained in {(time.perf_counter() - begin) / 60:.1f} minutes, all counted", flush=True)
     return vae
+
+
+def told_every(period: int) -> Callable[[int, dict[str, float]], None]:
+    def tell(epoch: int, row: dict[str, float]) -> None:
+        if epoch % period == 0:
+            bound, elbo = row["train_bound"], row["validation_elbo"]
+            print(f"  {epoch}: train {bound:.2f}, validation ELBO {elbo:.2f}", flush=True)
+
+    return tell
 
 
 def estimated(name: str, vae: pv.VAE, x: torch.Tensor, **options: object) -> LogMarginal:
@@ -73,8 +85,14 @@ def main() -> None:
     parser.add_argument("--data-root", required=True, help="where the MNIST files are, or go")
     parser.add_argument("--model", help="folder of a saved model to weigh instead of training one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--warmup-epochs", type=int, default=10)
+    parser.add_argument("--iwae-epochs", type=int, default=50)
+    parser.add_argument("--iwae-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--particles", type=int, default=5, help="of the IWAE phase")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--save", help="folder to keep the trained model in")
     parser.add_argument("--num-test", type=int, default=10_000)
     parser.add_argument("--num-samples", type=int, default=5_000)
     parser.add_argument("--num-annealed", type=int, default=200)
@@ -86,6 +104,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = pv.datasets.load("mnist", root=options.data_root)
     vae = pv.load(options.model, device=options.device) if options.model else train(data, options)
+    if options.save:
+        pv.save(vae, options.save)
     test_x = data.test[: options.num_test].to(options.device)
     print("| method | data | mean log p(x) | MC error | data error | k > 0.7 | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

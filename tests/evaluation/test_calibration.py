@@ -1,5 +1,6 @@
 """Calibration, posterior predictive check and aggregate posterior of right and wrong guides."""
 
+import math
 import warnings
 
 import matplotlib as mpl
@@ -189,5 +190,67 @@ def test_an_observed_site_is_chosen_by_name():
     assert (check.observed["mean"] == 2).all()
     with pytest.raises(InputError, match="name one by observed="):
         pv.evaluation.posterior_predictive(model, guide, data)
-    with pytest.raises(InputError, match="unknown observed site 'w'"):
+    with pytest.raises(InputError, match="an observed site 'w', the model has x, y"):
         pv.evaluation.posterior_predictive(model, guide, data, observed="w")
+
+
+def scalar_pair(shift=0.0):
+    """A latent without event dimensions, with its exact posterior or one beside it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, 0.5**0.5))
+
+    return model, guide
+
+
+def test_a_latent_may_be_a_number():
+    x = torch.linspace(-1, 1, 200, dtype=F64)
+    right = pv.evaluation.calibration(*scalar_pair(), x, num_data=1000, seed=0)
+    wrong = pv.evaluation.calibration(*scalar_pair(0.5), x, num_data=1000, seed=0)
+    assert right.ranks["z"].shape == (1000, 1)
+    assert right.labels == ["z"]
+    assert right.p_value[0] > 1e-3
+    assert wrong.p_value[0] < 1e-6
+    aggregate = pv.evaluation.aggregate_posterior(*scalar_pair(), x, num_draws=3, seed=0)
+    assert aggregate.draws.shape == aggregate.prior.shape == (600, 1)
+
+
+def test_the_ranks_of_a_discrete_posterior_are_uniform():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.7, dtype=F64)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            # log p(x, z = 1) - log p(x, z = 0)
+            pyro.sample("z", dist.Bernoulli(logits=x - 0.5 + math.log(0.7 / 0.3)))
+
+    x = torch.zeros(10, dtype=F64)
+    result = pv.evaluation.calibration(model, guide, x, num_data=2000, num_draws=19, seed=0)
+    assert result.p_value[0] > 1e-3
+    assert result.ranks["z"].max() == 19
+
+
+def test_a_factor_is_no_observed_site():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+            pyro.factor("penalty", -(z**2).sum(-1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 4, 0.5).to_event(1))
+
+    x = torch.ones(5, 1, dtype=F64)
+    check = pv.evaluation.posterior_predictive(model, guide, x, num_draws=3)
+    assert (check.observed["mean"] == 1).all()
+    with pytest.raises(InputError, match="at least one statistic"):
+        pv.evaluation.posterior_predictive(model, guide, x, statistics={})

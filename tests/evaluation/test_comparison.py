@@ -244,6 +244,20 @@ def test_a_pair_under_two_names_is_trained_once():
 # What can't be compared.
 
 
+def test_pairs_that_would_train_the_same_parameters_are_refused():
+    x, options = bits(), {"fit_options": {"epochs": 1}, **QUICK}
+    vae = small_vae()
+    other = pv.VAE(pv.priors.StandardNormal(2), vae.likelihood, small_vae().variational_family)
+    pairs = {"a": pair_of(vae), "b": pair_of(other)}
+    before = values_of(vae)
+    with pytest.raises(InputError, match="share no parameters to train, got shared ones of 'a' and"):
+        pv.compare(pairs, x, train=x, **options)
+    assert unchanged(vae, before)
+    # Nothing is shared of what trains where the model is held, nor where nothing trains.
+    pv.compare(pairs, x, train=x, hold="model", **options)
+    pv.compare(pairs, x, **QUICK)
+
+
 def test_likelihoods_that_differ_in_kind_are_refused():
     grey = torch.rand(8, 6)
     density = pair_of(small_vae("ContinuousBernoulli"))
@@ -297,6 +311,10 @@ def test_options_out_of_range_are_refused():
     for pairs, options, message in (
         ({}, {}, "at least one pair"),
         ({"a": vae}, {}, r"expected \(model, guide\) for 'a', got VAE"),
+        ([pair], {}, r"one pair \{name: \(model, guide\)\}, got list"),
+        ({"a": pair}, {"methods": "importance"}, "expected methods .* got 'importance'"),
+        ({"a": pair}, {"num_samples": 0, "train": x}, "num_samples of at least 1"),
+        ({"a": pair}, {"fit_options": {"epoch": 1}}, "unknown fit option 'epoch': .* 'epochs'"),
         ({"a": pair}, {"methods": ("annealed",)}, "expected methods"),
         ({"a": pair}, {"methods": ("nested",)}, "expected methods"),
         ({"a": pair}, {"hold": "guide"}, "hold None or 'model', got 'guide'"),

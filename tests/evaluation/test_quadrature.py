@@ -79,3 +79,19 @@ def test_what_has_no_grid_is_refused(exact):
     small = exact["gaussian"]()
     with pytest.raises(InputError, match="odd num_points of at least 9, got 100"):
         pv.evaluation.posterior_divergence(small.model, small.guide, small.x, num_points=100)
+
+
+def test_a_latent_may_be_a_number():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.3, 0.5**0.5))
+
+    x = torch.linspace(-1, 1, 3, dtype=F64)
+    result = pv.evaluation.posterior_divergence(model, guide, x, seed=0)
+    # Normals of one variance v: (m - m')^2 / (2 v).
+    torch.testing.assert_close(result.kl, torch.full((3,), 0.09, dtype=F64), rtol=1e-6, atol=1e-6)

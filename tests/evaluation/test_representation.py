@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.building import Architecture, build_vae
 from pyro_vae.evaluation import Estimate, representation
+from pyro_vae.evaluation.codes import unit_variances
 
 F64 = torch.float64
 A = torch.tensor([[1.1, 0.4, 0.0], [0.9, -0.5, 0.5]], dtype=F64)  # encoder means A x
@@ -350,3 +352,15 @@ def test_a_seed_repeats_the_result_and_leaves_the_generators_alone():
     first, second = (representation(*linear_pair(), x, seed=3) for _ in range(2))
     assert first.mutual_information == second.mutual_information
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("guide", ["mean-field", "iaf"])
+def test_unit_variances_alone_are_those_of_the_representation(guide):
+    pair = build_vae(Architecture("standard-normal", "bernoulli", guide, 3, (8,), "relu"), (6,), 100)
+    x = torch.bernoulli(torch.full((40, 6), 0.5))
+    alone = unit_variances(pair.guide, x, seed=3)
+    whole = pv.evaluation.representation(pair.model, pair.guide, x, num_samples=2, seed=3)
+    torch.testing.assert_close(alone, whole.unit_variances, rtol=0.2, atol=1e-3)
+    if guide == "mean-field":
+        means = pair.variational_family(x).mean.detach().double()
+        torch.testing.assert_close(alone, means.var(0))

@@ -128,3 +128,15 @@ def test_too_little_is_refused(change, message):
     data = {"train": torch.rand(30, 6), "held_out": torch.rand(9, 6), **change}
     with pytest.raises(pv.InputError, match=message):
         compare_autoencoder(autoencoder, vae.model, vae.guide, **data)
+
+
+def test_held_out_data_that_were_trained_on_make_no_ratio():
+    autoencoder, vae = make_both((4,))
+    train = torch.rand(8, 4)
+    comparison = compare_autoencoder(
+        autoencoder, vae.model, vae.guide, train.double(), train.double(), num_random=5, seed=0
+    )
+    table = comparison.table()
+    assert table["nearest-code distance, held-out"]["autoencoder"] == 0
+    assert table["random / held-out"]["autoencoder"] == math.inf
+    assert len(comparison.vae.held_out_distance) == 5

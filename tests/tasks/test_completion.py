@@ -344,3 +344,27 @@ def test_bad_options_are_refused(pca, hide, change, message):
     options = {"missing": missing, **change}
     with pytest.raises(pv.InputError, match=message):
         complete(problem.model, problem.guide, x, **options)
+
+
+@pytest.mark.parametrize("method", ["metropolis", "importance"])
+def test_data_of_another_type_serve_a_network(method):
+    networks = pv.networks
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Gaussian(networks.MLPDecoder(2, (8,)), (4,)),
+        pv.guides.MeanFieldNormal(networks.MLPEncoder((4,), (8,)), 2),
+    )
+    x = torch.ones(5, 4)
+    missing = torch.arange(4).expand(5, 4) > 1
+    options = {"method": method, "num_draws": 2, "num_steps": 3, "num_samples": 9, "seed": 0}
+    expected = complete(vae.model, vae.guide, x, missing, **options)
+    for same in (x.double(), x.long(), x.double().numpy()):
+        got = complete(vae.model, vae.guide, same, missing, **options)
+        assert torch.equal(got.draws, expected.draws)
+
+
+@pytest.mark.parametrize("initial", [torch.zeros(3), torch.zeros(2, 3, 8), "mean"])
+def test_a_first_fill_that_does_not_fit_is_refused(pca, hide, initial):
+    problem = pca()
+    with pytest.raises(pv.InputError, match="expected initial"):
+        complete(problem.model, problem.guide, problem.x, hide(problem.x), initial=initial)

@@ -130,10 +130,23 @@ def test_mistakes_are_refused():
         tasks.encode(guide, x, site="top", num_draws=0)
     with pytest.raises(pv.InputError, match="inside the data plate 'rows'"):
         tasks.encode(guide, x, site="top", plate="rows")
-    with pytest.raises(pv.InputError, match="5 latents 'top' as data, got 3"):
+    with pytest.raises(pv.InputError, match=r"latents 'top' of shape \(5,\).* got \(3,\)"):
         tasks.decode(model, {"top": torch.zeros(3)}, x)
     with pytest.raises(pv.InputError, match="expected a guide that draws a latent"):
         tasks.encode(lambda x: None, x)
+
+
+def test_codes_may_come_in_another_type_but_not_in_another_shape():
+    pair, x = vae(), data()
+    codes = tasks.encode(pair.guide, x)
+    expected = tasks.decode(pair.model, codes, x)
+    for same in (codes.double(), codes.numpy(), codes.double().numpy()):
+        torch.testing.assert_close(tasks.decode(pair.model, same, x.double()), expected)
+    for shape in ((7,), (7, 2), (6, 3), (1, 7, 3)):
+        with pytest.raises(pv.InputError, match=r"latents 'z' of shape \(7, 3\)"):
+            tasks.decode(pair.model, torch.zeros(shape), x)
+    with pytest.raises(pv.InputError, match="site 'z' inside the data plate 'rows', got one outside"):
+        tasks.decode(pair.model, codes, x, plate="rows")
 
 
 def test_mode_and_generators_are_left_alone():

@@ -6,10 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.distributions import VonMisesFisher
 from pyro_vae.tasks import generate, reconstruct
+from pyro_vae.tasks.temperature import AtTemperature
 
 N = 4000
 
@@ -124,7 +126,7 @@ def test_a_model_without_data_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
 
-    with pytest.raises(pv.InputError, match="one observed site, the model has none"):
+    with pytest.raises(pv.InputError, match="a model that observes data, got none observed"):
         generate(model, torch.zeros(3, 1))
 
 
@@ -310,3 +312,22 @@ def test_a_temperature_out_of_range_is_refused(temperature):
 def test_data_without_a_guide_are_refused():
     with pytest.raises(pv.InputError, match="expected a guide with data"):
         generate(linear_model, torch.zeros(3, 1), data=torch.zeros(3, 1))
+
+
+def test_temperature_of_the_mixture_family():
+    guide = pv.guides.MixtureOfNormals(pv.networks.MLPEncoder((3,), (8,)), 1, num_components=2)
+    decoder = pv.networks.MLPDecoder(1, (8,))
+    likelihood = pv.likelihoods.Gaussian(decoder, (3,))
+    vae = pv.VAE(pv.priors.StandardNormal(1), likelihood, guide)
+    x = torch.randn(1, 3)
+    q = guide(x)
+    with AtTemperature(2.0):
+        drawn = poutine.trace(vae.guide).get_trace(x.expand(N, 3)).nodes["z"]["value"]
+    mean = q.mean.item()
+    # Var z = E s^2 + Var m; the temperature is a factor of s alone.
+    inside = (q.log_weights.exp() * q.scale.squeeze(-1) ** 2).sum().item()
+    variance = q.variance.item() + 3 * inside
+    drawn = drawn.double()
+    fourth = (drawn - drawn.mean()).pow(4).mean()
+    assert abs(drawn.mean() - mean) < 5 * math.sqrt(variance / N) + 1e-6
+    assert abs(drawn.var() - variance) < 5 * ((fourth - variance**2) / N).sqrt() + 1e-6

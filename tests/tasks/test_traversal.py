@@ -217,3 +217,11 @@ def test_mistakes_are_refused():
             *plain(lambda: dist.Poisson(1.0).expand([3]).to_event(1),
                    lambda x: dist.Poisson(x.abs()).to_event(1)), x,
         )  # fmt: skip
+
+
+def test_no_dimension_is_refused():
+    likelihood = pv.likelihoods.Gaussian(pv.networks.MLPDecoder(2, (8,)), (3,))
+    guide = pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((3,), (8,)), 2)
+    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
+    with pytest.raises(pv.InputError, match="at least one of the latent's dimensions"):
+        tasks.traverse(vae.model, vae.guide, torch.randn(2, 3), dimensions=[])

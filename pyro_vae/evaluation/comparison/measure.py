@@ -13,8 +13,15 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.annealing import AnnealingOptions
 from pyro_vae.evaluation.blocks import can_be_split
+from pyro_vae.evaluation.comparison.checks import (
+    Pair,
+    Trained,
+    check_apart,
+    check_fit_options,
+    check_options,
+    check_pairs,
+)
 from pyro_vae.evaluation.comparison.frozen import frozen_model, parameters_of
 from pyro_vae.evaluation.comparison.likelihoods import check_comparable, observed_sites
 from pyro_vae.evaluation.comparison.result import Comparison, Measured
@@ -39,7 +46,6 @@ from pyro_vae.infer.training import FitResult, fit, resolve_device
 
 __all__ = ["compare"]
 
-Pair = tuple[PairFunction, PairFunction]
 Data = Tensor | Sequence[Tensor]
 Report = Callable[[str, str, float], None]
 
@@ -107,8 +113,9 @@ def compare(
 
     Raises:
         InputError: no pairs, pairs whose likelihoods can't be subtracted (a density and a
-            pseudo-likelihood, discrete and continuous observations, other observed values), an
-            unknown option, or a pair that can't be weighed.
+            pseudo-likelihood, discrete and continuous observations, other observed values),
+            different pairs to train that share parameters, an unknown option, or a pair that can't
+            be weighed.
 
     Source:
         Paired differences: Vehtari, Gelman, Gabry 2017, "Practical Bayesian model evaluation using
@@ -126,9 +133,14 @@ def compare(
         >>> pv.compare({"mean field": (vae.model, vae.guide)}, data, seed=0).best()
         'mean field'
     """
-    _check_pairs(pairs)
-    counts = {"num_elbo_samples": num_elbo_samples, "num_importance": num_importance}
-    annealing = _check_options(methods, annealing_options, posterior, hold, counts)
+    check_pairs(pairs)
+    counts = {
+        "num_samples": num_samples,
+        "num_elbo_samples": num_elbo_samples,
+        "num_importance": num_importance,
+    }
+    annealing = check_options(methods, annealing_options, posterior, hold, counts)
+    check_fit_options(fit_options or {})
     as_inputs(x)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
@@ -148,7 +160,9 @@ def compare(
     first = next(iter(pairs.values()))
     with HANDLER_LOCK:
         likelihood = _check_likelihoods(pairs, x, settings, hold)
-        sizes = {name: _sizes(pair, x, plate, hold) for name, pair in pairs.items()}
+        owned = {name: _parameters(pair, x, plate, hold) for name, pair in pairs.items()}
+        if train is not None:
+            check_apart(pairs, owned, hold)
         shared: Any = nullcontext()
         if hold == "model":
             guides = {name: guide for name, (_, guide) in pairs.items()}
@@ -160,48 +174,10 @@ def compare(
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
             fits = _train(chosen, train, options, report)
             measured = {
-                name: _measure(name, pair, x, settings, report, sizes[name], fits.get(name))
+                name: _measure(name, pair, x, settings, report, owned[name], fits.get(name))
                 for name, pair in chosen.items()
             }
     return Comparison(measured, likelihood, num_importance, num_samples, hold, seed)
-
-
-def _check_pairs(pairs: Mapping[str, Pair]) -> None:
-    if not pairs:
-        raise InputError("expected at least one pair {name: (model, guide)}, got none")
-    for name, pair in pairs.items():
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
-            raise InputError(
-                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
-                "(vae.model, vae.guide)"
-            )
-
-
-def _check_options(
-    methods: Sequence[str],
-    annealing_options: Mapping[str, Any] | None,
-    posterior: str | None,
-    hold: str | None,
-    counts: Mapping[str, int],
-) -> dict[str, Any]:
-    unknown = set(methods) - {"importance", "annealed"}
-    if unknown or "importance" not in methods:
-        raise InputError(
-            f"expected methods ('importance',) or ('importance', 'annealed'), got {tuple(methods)}"
-        )
-    if posterior not in (None, "quadrature"):
-        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
-    if hold not in (None, "model"):
-        raise InputError(f"expected hold None or 'model', got {hold!r}")
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"expected {name} of at least 1, got {count}")
-    options = dict(annealing_options or {})
-    known = set(AnnealingOptions.__dataclass_fields__)
-    for name in set(options) - known:
-        raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
-    AnnealingOptions(**options)  # refuses numbers out of range before anything is trained
-    return options
 
 
 def _check_likelihoods(
@@ -219,15 +195,14 @@ def _check_likelihoods(
     return check_comparable(observed)
 
 
-def _sizes(pair: Pair, x: Data, plate: str, hold: str | None) -> tuple[int, int]:
-    """Return the numbers of parameters that train: of the pair (or what trains of it), the guide."""
+def _parameters(pair: Pair, x: Data, plate: str, hold: str | None) -> Trained:
+    """Return what trains of a pair, and of its guide."""
     model, guide = pair
     shown = _shown(pair, as_inputs(x, model, guide), plate)
     with seeded(0), evaluation_mode(model, guide):
         in_guide = {id(leaf): leaf.numel() for leaf in parameters_of(guide, shown)}
         in_model = {id(leaf): leaf.numel() for leaf in parameters_of(model, shown)}
-    both = in_guide if hold == "model" else in_guide | in_model
-    return sum(both.values()), sum(in_guide.values())
+    return Trained(in_guide if hold == "model" else in_guide | in_model, in_guide)
 
 
 def _train(
@@ -264,7 +239,7 @@ def _measure(
     x: Data,
     settings: _Settings,
     report: Report,
-    sizes: tuple[int, int],
+    owned: Trained,
     trained: FitResult | None,
 ) -> Measured:
     model, guide = pair
@@ -321,7 +296,8 @@ def _measure(
         bounds.exact_kl,
         divergence,
         estimate,
-        *sizes,
+        num_parameters=sum(owned.parameters.values()),
+        num_guide_parameters=sum(owned.of_guide.values()),
         seconds_per_1000=1000 * seconds / len(inputs[0]),
         fit=trained,
     )

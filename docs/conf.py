@@ -1,0 +1,60 @@
+"""Settings of Sphinx: the API documentation, built from the docstrings of every public name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference
+
+import pyro_vae
+
+project = "pyro_vae"
+author = "the pyro_vae contributors"
+version = release = pyro_vae.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+exclude_patterns = ["build"]
+html_theme = "furo"
+html_title = f"pyro_vae {release}"
+html_copy_source = False
+html_show_copyright = False
+
+# Types are written at the arguments, where they are read; a signature keeps names and defaults.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_member_order = "bysource"
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+# A field of a dataclass is documented once, in the class.
+napoleon_use_ivar = True
+napoleon_custom_sections = ["Shapes", "Source", ("Warns", "Warns")]
+
+# A reference to a public name must lead somewhere. Names of other libraries, and types that a
+# signature takes from a module that is not public, are plain text.
+nitpicky = True
+_PUBLIC = "|".join(name.removeprefix("pyro_vae.") for name in reference.public_modules())
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!pyro_vae).*"),
+    ("py:class", rf"pyro_vae\.(?!(?:{_PUBLIC})\.\w+$)\w+\..*"),
+]
+
+
+def setup(app: Sphinx) -> None:
+    """Write one page per public module before Sphinx looks for pages; see to properties."""
+    app.connect("builder-inited", lambda app: reference.write_pages(Path(app.srcdir)))
+    app.connect("autodoc-process-docstring", _spare_colon, priority=400)
+
+
+def _spare_colon(_app: Sphinx, what: str, *rest: object) -> None:
+    """Write a dash for a property's first colon, before which napoleon (priority 500) sees a type."""
+    lines = rest[-1]
+    if what == "property" and isinstance(lines, list) and lines:
+        lines[0] = lines[0].replace(": ", " - ", 1)

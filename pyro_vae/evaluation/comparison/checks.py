@@ -1,0 +1,90 @@
+"""What a comparison refuses before anything is trained or measured."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.evaluation.annealing import AnnealingOptions
+from pyro_vae.infer.pair import PairFunction
+from pyro_vae.infer.training import fit
+
+__all__ = ["Pair", "Trained", "check_apart", "check_fit_options", "check_options", "check_pairs"]
+
+Pair = tuple[PairFunction, PairFunction]
+
+
+class Trained(NamedTuple):
+    """What trains of a pair: numbers of elements by the parameters' identity.
+
+    Attributes:
+        parameters: all that train.
+        of_guide: those of the guide.
+    """
+
+    parameters: dict[int, int]
+    of_guide: dict[int, int]
+
+
+def check_pairs(pairs: Mapping[str, Pair]) -> None:
+    """Refuse what is no mapping from names to pairs."""
+    if not isinstance(pairs, Mapping) or not pairs:
+        got = type(pairs).__name__ if pairs else "none"
+        raise InputError(f"expected at least one pair {{name: (model, guide)}}, got {got}")
+    for name, pair in pairs.items():
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
+            raise InputError(
+                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
+                "(vae.model, vae.guide)"
+            )
+
+
+def check_options(
+    methods: Sequence[str],
+    annealing_options: Mapping[str, Any] | None,
+    posterior: str | None,
+    hold: str | None,
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """Refuse options out of range before anything is trained; return annealing's as given."""
+    unknown = set(methods) - {"importance", "annealed"}
+    if isinstance(methods, str) or unknown or "importance" not in methods:
+        raise InputError(
+            f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
+        )
+    if posterior not in (None, "quadrature"):
+        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
+    if hold not in (None, "model"):
+        raise InputError(f"expected hold None or 'model', got {hold!r}")
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"expected {name} of at least 1, got {count}")
+    options = dict(annealing_options or {})
+    known = set(AnnealingOptions.__dataclass_fields__)
+    for name in set(options) - known:
+        raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
+    AnnealingOptions(**options)
+    return options
+
+
+def check_fit_options(fit_options: Mapping[str, Any]) -> None:
+    """Refuse names that :func:`pyro_vae.fit` does not know."""
+    known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
+    for name in fit_options:
+        if name not in known:
+            raise unknown_name("fit option", name, known)
+
+
+def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: str | None) -> None:
+    """Refuse different pairs that would train the same parameters, one undoing the other."""
+    for (name, pair), (other, its) in itertools.combinations(pairs.items(), 2):
+        same = pair[1] == its[1] if hold == "model" else pair == its
+        if not same and owned[name].parameters.keys() & owned[other].parameters.keys():
+            raise InputError(
+                f"expected pairs that share no parameters to train, got shared ones of {name!r} and "
+                f"{other!r}: build each from networks and parameter names of its own, or train them "
+                "beforehand"
+            )

@@ -1,0 +1,120 @@
+"""What went wrong in a training run, read from its history and one look at the pair it left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.infer.objectives import draw_traces
+from pyro_vae.infer.pair import Inputs, PairFunction, evaluation_mode, seeded
+from pyro_vae.infer.sites import latent_sites
+
+__all__ = ["diagnosed"]
+
+# Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
+# 0.01, the usual test for an active one (Burda et al. 2016, appendix C), costs log(1.01) / 2 = 0.005;
+# as much again for the noise of the steps.
+_CODES_NOTHING = 0.01
+# Epochs whose rate is averaged: the rate of one is that of one draw per datum.
+_AVERAGED = 10
+# An epoch's mean gradient norm over the median of those before. A learned sigma that falls from 0.7
+# to a well-fitted 0.02 lets it grow by their ratio, 35, while the bound improves.
+_EXPLODES = 100.0
+# Learned sigma over the spread of the data: a model that explains all but 1e-4 of their variance has
+# found data that don't vary, or learned them by heart.
+_RUNS_AWAY = 0.01
+
+
+def diagnosed(
+    rows: Sequence[Mapping[str, float]],
+    model: PairFunction,
+    guide: PairFunction,
+    batch: Inputs,
+    *,
+    warmup_epochs: int,
+) -> tuple[str, ...]:
+    """Name what went wrong, one line each, with what to try.
+
+    Args:
+        rows: metrics per epoch.
+        model: the generative function of the pair, trained.
+        guide: the variational function of the pair, trained.
+        batch: data as the pair is given them; it runs on them once, and no generator moves.
+        warmup_epochs: epochs of the warm-up, in which nothing is said of collapse.
+    """
+    if not rows:
+        return ()
+    with seeded(0), evaluation_mode(model, guide):
+        model_trace, guide_trace = draw_traces(model, guide, batch)
+    found = (
+        _collapse(rows, guide_trace, len(batch[0]), warmup_epochs),
+        _explosion(rows),
+        _runaway_sigma(rows, model_trace),
+    )
+    return tuple(text for text in found if text)
+
+
+def _collapse(
+    rows: Sequence[Mapping[str, float]], guide_trace: Trace, num_data: int, warmup_epochs: int
+) -> str | None:
+    after = rows[warmup_epochs:]
+    rate = float(np.mean([row["train_rate"] for row in after[-_AVERAGED:]])) if after else math.nan
+    drawn = sum(site["value"].numel() for site in latent_sites(guide_trace))
+    units = drawn // num_data
+    # Written so that a rate that is not a number says nothing.
+    if not units or not abs(rate) < _CODES_NOTHING * units:
+        return None
+    which = "the one latent unit codes" if units == 1 else f"all {units} latent units together code"
+    return (
+        f"posterior collapse: {which} {rate:.2g} nats, so the model ignores its latents; try a "
+        "longer warm-up (warmup_epochs), a smaller beta, free bits, or a weaker decoder"
+    )
+
+
+def _explosion(rows: Sequence[Mapping[str, float]]) -> str | None:
+    norms = np.array([row["gradient_norm"] for row in rows])
+    bounds = np.array([row["train_bound"] for row in rows])
+    for epoch in range(1, len(rows)):
+        before = float(np.median(norms[:epoch]))
+        # A density that sharpens has steep gradients too, but a bound that gets better.
+        if norms[epoch] > _EXPLODES * before > 0 and bounds[epoch] < bounds[:epoch].max():
+            return (
+                f"exploding gradients: their norm rose to {norms[epoch]:.2g} in epoch {epoch + 1}, "
+                f"{norms[epoch] / before:,.0f} times the median before, and the bound fell; try a "
+                "lower learning_rate, gradient_clip, or a schedule"
+            )
+    return None
+
+
+def _runaway_sigma(rows: Sequence[Mapping[str, float]], model_trace: Trace) -> str | None:
+    for site in model_trace.nodes.values():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        sigma, value = _learned_scale(site["fn"]), site["value"]
+        if sigma is None or len(value) < 2:
+            continue
+        spread = float(value.double().var(0).mean().sqrt())
+        if sigma < _RUNS_AWAY * spread:
+            return (
+                f"sigma runs to 0: at site {site['name']!r} it is {sigma:.2g}, the data's spread is "
+                f"{spread:.2g}, and the distortion went from {rows[0]['train_distortion']:.4g} to "
+                f"{rows[-1]['train_distortion']:.4g} nats; try a fixed sigma or a larger "
+                "floor, noise on the data (dequantise them), and check the validation ELBO"
+            )
+    return None
+
+
+def _learned_scale(distribution: Any) -> float | None:
+    """Return the median scale of a location-scale family, where parameters decide it."""
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    scale = getattr(distribution, "scale", None)
+    if not isinstance(scale, Tensor) or not scale.requires_grad:
+        return None
+    return float(torch.median(scale.detach()))

@@ -1,0 +1,332 @@
+"""Checkpoints: a run left at any step and resumed is the run that was never left, bit for bit."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO
+from safetensors import safe_open
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.infer import IWAE, training
+from pyro_vae.infer.checkpoints import Interrupted, checkpoint_files
+from pyro_vae.infer.steps import Steps
+
+PIXELS = 6
+TIMES = {"seconds", "data_per_second"}
+# Three batches per epoch, 18 steps.
+OPTIONS = {"epochs": 6, "batch_size": 16, "learning_rate": 0.01, "checkpoint_minutes": None}
+
+
+def make_vae():
+    torch.manual_seed(0)
+    decoder, encoder = pv.networks.MLPDecoder(2, (8,)), pv.networks.MLPEncoder((PIXELS,), (8,))
+    return pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Bernoulli(decoder, (PIXELS,)),
+        pv.guides.MeanFieldNormal(encoder, 2),
+    )
+
+
+class Drawing(nn.Module):
+    """Plain functions with a buffer that counts, and draws from every generator."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(PIXELS, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def model(self, x):
+        weight = pyro.param("weight", torch.zeros(2, PIXELS))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("net", self.net)
+        if self.training:
+            self.calls += 1
+        loc, raw = self.net(x).chunk(2, -1)
+        shift = random.gauss(0, 0.1) + np.random.normal(0, 0.1)  # noqa: NPY002
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc + shift, raw.exp()).to_event(1))
+
+
+@pytest.fixture
+def x():
+    return torch.bernoulli(torch.rand(40, PIXELS))
+
+
+def run(make, data, folder, stops=(), **options):
+    """Train with a SIGTERM in the middle of these steps; start again each time."""
+    stops = iter(stops)
+    while True:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        vae, stop = make(), next(stops, None)
+        with pytest.MonkeyPatch.context() as patch:
+            take = Steps._step
+
+            def step(self, *arguments, take=take, stop=stop):
+                if self.count == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return take(self, *arguments)
+
+            patch.setattr(Steps, "_step", step)
+            try:
+                found = pv.fit(
+                    vae.model, vae.guide, data, checkpoint=folder, **{**OPTIONS, **options}
+                )
+            except Interrupted:
+                options["resume"] = True
+                continue
+        names = sorted(pyro.get_param_store().keys())
+        stored = [pyro.param(name).detach().clone() for name in names]
+        draws = torch.rand(2), random.random(), np.random.rand()  # noqa: NPY002
+        return found, [*stored, *vae.state_dict().values()], draws
+
+
+def assert_same(found, expected):
+    for name in found[0].history.keys() - TIMES:
+        np.testing.assert_array_equal(found[0].history[name], expected[0].history[name], name)
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    assert torch.equal(found[2][0], expected[2][0])
+    assert found[2][1:] == expected[2][1:]
+    for name in ("best_epoch", "stopped_early", "skipped_steps", "num_parameters", "warnings"):
+        assert getattr(found[0], name) == getattr(expected[0], name)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_vae, {"warmup_epochs": 4, "schedule": "cosine", "gradient_clip": 0.5}),
+        (make_vae, {"objective": IWAE(3), "transform": torch.bernoulli}),
+        (make_vae, {"objective": RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=False)}),
+        (make_vae, {"patience": 1, "learning_rate": 0.5, "validation": "data"}),
+        (Drawing, {"validation": "data"}),
+    ],
+    ids=["schedules", "IWAE", "Renyi", "early stopping", "plain functions"],
+)
+def test_a_run_left_at_any_step_is_the_run_that_was_not(make, options, x, tmp_path):
+    if options.get("validation") == "data":
+        options = {**options, "validation": x[:10]}
+    expected = run(make, x, tmp_path / "whole", **options)
+    # In the first step, in the middle and at the end of an epoch, in the last step.
+    found = run(make, x, tmp_path / "left", stops=(0, 1, 4, 8, 17), **options)
+    assert_same(found, expected)
+    # The end of a run is taken up too, without another step.
+    assert_same(run(make, x, tmp_path / "left", resume=True, **options), expected)
+
+
+def test_state_after_every_step_and_two_are_kept(x, tmp_path):
+    kept = []
+    expected = run(make_vae, x, tmp_path / "whole")
+    found = run(
+        make_vae, x, tmp_path / "often", checkpoint_minutes=0,
+        on_epoch=lambda *_: kept.append([path.name for path in checkpoint_files(tmp_path / "often")]),
+    )  # fmt: skip
+    assert_same(found, expected)
+    names = [f"step-{count:010d}.safetensors" for count in range(19)]
+    assert kept == [names[last - 1 : last + 1] for last in (3, 6, 9, 12, 15, 18)]
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == names[-1:]
+
+
+def test_period_in_epochs(x, tmp_path):
+    run(make_vae, x, tmp_path / "run", checkpoint_every=4)
+    names = [path.name for path in checkpoint_files(tmp_path / "run")]
+    assert names == ["step-0000000012.safetensors", "step-0000000018.safetensors"]
+
+
+def interrupted(x, folder, **options):
+    """Leave a run after 4 and 5 steps."""
+    vae = make_vae()
+    counts = itertools.count(1)
+
+    def transform(batch):
+        if next(counts) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch
+
+    given = {**OPTIONS, "checkpoint_minutes": 0, "seed": 1, **options}
+    with pytest.raises(Interrupted, match="repeat the call with resume=True") as caught:
+        pv.fit(vae.model, vae.guide, x, checkpoint=folder, transform=transform, **given)
+    assert (caught.value.number, caught.value.folder) == (signal.SIGINT, folder)
+    paths = checkpoint_files(folder)
+    assert [path.name[-14:-12] for path in paths] == ["04", "05"]
+    return paths
+
+
+def resume(x, folder, **options):
+    vae = make_vae()
+    given = {**OPTIONS, "seed": 1, "transform": lambda batch: batch, "resume": True, **options}
+    result = pv.fit(vae.model, vae.guide, x, checkpoint=folder, **given)
+    return result, torch.nn.utils.parameters_to_vector(vae.parameters()).detach()
+
+
+@pytest.mark.parametrize("cut", [0, 100, -1])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(x, tmp_path, cut):
+    paths = interrupted(x, tmp_path / "run")
+    _, expected = resume(x, tmp_path / "whole")
+    paths[-1].write_bytes(paths[-1].read_bytes()[:cut])
+    with pytest.warns(UserWarning, match="can't be read .* the one before is taken"):
+        _, found = resume(x, tmp_path / "run")
+    assert torch.equal(found, expected)
+
+
+def test_a_changed_byte_is_seen_and_nothing_readable_is_an_error(x, tmp_path):
+    paths = interrupted(x, tmp_path)
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    with (
+        pytest.warns(UserWarning, match="its checksum is another"),
+        pytest.raises(pv.InputError, match="got 2 damaged ones"),
+    ):
+        resume(x, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 8}, "expected batch size 16 .*, got 8"),
+        ({"epochs": 7}, "expected epochs 6 .*, got 7"),
+        ({"learning_rate": 0.02}, "expected learning rate 0.01 .*, got 0.02"),
+        ({"beta": 2.0}, "expected beta 1.0 .*, got 2.0"),
+        ({"objective": IWAE(2)}, "expected objective 'TraceBound.*, got 'IWAE"),
+        ({"seed": 2}, "expected seed 1 .*, got 2"),
+        ({"transform": None}, "expected transform True .*, got False"),
+        ({"compile": True}, "expected compiled False .*, got True"),
+        ({"schedule": "cosine"}, "expected schedule 'constant' .*, got 'cosine'"),
+    ],
+)
+def test_other_options_are_refused(x, tmp_path, options, message):
+    interrupted(x, tmp_path)
+    with pytest.raises(pv.InputError, match=message):
+        resume(x, tmp_path, **options)
+
+
+def test_other_data_and_another_pair_are_refused(x, tmp_path):
+    interrupted(x, tmp_path)
+    with pytest.raises(pv.InputError, match="expected data"):
+        resume(1 - x, tmp_path)
+    other = Drawing()
+    with pytest.raises(pv.InputError, match="expected the state of a run of this pair"):
+        pv.fit(
+            other.model, other.guide, x, checkpoint=tmp_path, resume=True, seed=1,
+            transform=lambda batch: batch, **OPTIONS,
+        )  # fmt: skip
+
+
+def test_a_newer_format_is_refused(x, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_vae.infer.checkpoints._FORMAT", 2)
+    interrupted(x, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(pv.InputError, match="written by a newer pyro_vae: update"):
+        resume(x, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": None, "resume": True}, "expected the folder of the checkpoints"),
+        ({"checkpoint_every": 0}, "checkpoint_every of at least 1"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes of at least 0"),
+        ({}, "resume=True goes on from them"),
+    ],
+)
+def test_options_out_of_range(x, tmp_path, options, message):
+    interrupted(x, tmp_path)
+    vae = make_vae()
+    with pytest.raises(pv.InputError, match=message):
+        pv.fit(vae.model, vae.guide, x, **{"checkpoint": tmp_path, **OPTIONS, **options})
+
+
+def test_a_file_in_the_way_is_one_clear_error(x, tmp_path):
+    (tmp_path / "file").write_text("")
+    vae = make_vae()
+    with pytest.raises(pv.InputError, match=r"expected a folder|expected to write"):
+        pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path / "file", **OPTIONS)
+
+
+def test_checkpoints_hold_plain_values_and_tensors(x, tmp_path):
+    path = interrupted(x, tmp_path)[-1]
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["checkpoint"])
+    assert content["format"] == 1
+    assert content["state"]["steps"]["count"] == 5
+    assert content["settings"]["batch_size"] == 16
+
+
+def test_handlers_are_restored_and_only_the_main_thread_has_them(x, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    def note(epoch, row):
+        seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+
+    def train(folder):
+        vae = make_vae()
+        options = {**OPTIONS, "epochs": 1}
+        pv.fit(vae.model, vae.guide, x, checkpoint=folder, on_epoch=note, **options)
+
+    train(tmp_path / "main")
+    thread = threading.Thread(target=train, args=[tmp_path / "thread"])
+    thread.start()
+    thread.join()
+    assert seen[0] != before
+    assert seen[1] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert len(checkpoint_files(tmp_path / "thread")) == 1
+
+
+def test_a_second_signal_ends_the_run_at_once(x, tmp_path):
+    def transform(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one was held back")
+
+    vae = make_vae()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path, transform=transform, **OPTIONS)
+    assert not isinstance(caught.value, Interrupted)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_step_that_is_not_finite_leaves_the_state_before_it(x, tmp_path):
+    counts = itertools.count(1)
+
+    def transform(batch):
+        return batch * (torch.nan if next(counts) == 8 else 1.0)
+
+    def train(transform, **options):
+        vae = make_vae()
+        pv.fit(
+            vae.model, vae.guide, x, checkpoint=tmp_path, transform=transform, seed=1,
+            **OPTIONS, **options,
+        )  # fmt: skip
+        return vae
+
+    with pytest.raises(pv.InputError, match="in epoch 3, batch 2"):
+        train(transform)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000007.safetensors"]
+    vae = train(lambda batch: batch, resume=True)
+    assert all(value.isfinite().all() for value in vae.parameters())
+    assert checkpoint_files(tmp_path)[-1].name == "step-0000000018.safetensors"
+
+
+def test_history_has_its_columns_after_a_resumption(x, tmp_path):
+    interrupted(x, tmp_path)
+    result, _ = resume(x, tmp_path)
+    assert set(result.history) == set(training.HISTORY)
+    assert all(len(column) == 6 for column in result.history.values())

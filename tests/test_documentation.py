@@ -1,0 +1,82 @@
+"""What is public is documented: in the pages built from the docstrings, and in the README."""
+
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import pytest
+
+import pyro_vae
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    value
+    for value in (getattr(pyro_vae, name) for name in pyro_vae.__all__)
+    if isinstance(value, types.ModuleType)
+]
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """Build the pages, every warning an error, and return the names they define."""
+    source = tmp_path_factory.mktemp("docs")
+    for path in (ROOT / "docs").glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, source)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", source, source / "build"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    # Sphinx's inventory: four lines of heading, then one compressed line per name.
+    inventory = (source / "build" / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    return {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [pyro_vae, *MODULES], ids=lambda module: module.__name__)
+def test_every_public_name_has_its_place_in_the_pages(documented, module):
+    for name in module.__all__:
+        value = getattr(module, name)
+        owners = [module.__name__]
+        if name in pyro_vae.__all__ and getattr(pyro_vae, name) is value:
+            owners.append("pyro_vae")
+        assert any(f"{owner}.{name}" in documented for owner in owners), f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize("module", [pyro_vae, *MODULES], ids=lambda module: module.__name__)
+def test_public_names_are_there_and_listed_once(module):
+    assert len(module.__all__) == len(set(module.__all__))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize("module", [pyro_vae.priors, pyro_vae.likelihoods, pyro_vae.guides])
+def test_every_component_is_in_the_readme(module):
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in module.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def test_names_in_the_texts_exist():
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "notebooks").glob("*.ipynb")]
+    pattern = re.compile(r"\bpv((?:\.[A-Za-z_]\w*)+)")
+    found = {name for path in texts for name in pattern.findall(path.read_text())}
+    assert len(found) > 10
+    for name in found:
+        value = pyro_vae
+        for part in name.strip(".").split("."):
+            assert hasattr(value, part), f"pv{name}"
+            value = getattr(value, part)
+            if not isinstance(value, types.ModuleType | type):
+                break  # what follows is an attribute of what it returns
+
+
+def test_every_module_has_its_place_in_the_layout_described():
+    package = Path(pyro_vae.__file__).parent
+    described = (ROOT / "CONTRIBUTING.md").read_text().split("## Layout")[1].split("\n## ")[0]
+    for path in package.iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").exists():
+            assert path.stem == "__init__" or f"`{path.stem}`" in described, path.stem

@@ -1,0 +1,139 @@
+"""A run of the real command killed at random moments ends, resumed, as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from command_line import run
+
+TIMES = {"seconds", "data_per_second"}  # the columns of the history that a clock decides
+SMALL = (
+    *("--hidden", 8, "--latent-dim", 2, "--batch-size", 16, "--validation-size", 20),
+    *("--schedule", "cosine", "--patience", 100, "--epochs", 12, "--device", "cpu"),
+)
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "bits.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 2, (120, 6)))
+    return path
+
+
+def start(*arguments):
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "pyro_vae", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONHASHSEED", None)  # the order of sets differs from process to process
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def train(bits, folder, *arguments):
+    return start("train", "--dataset", bits, *SMALL, "--output", folder, *arguments)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def ending(folder):
+    """All that a run leaves and no clock decides."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics.pop("training_seconds")
+    history = {name: row for name, row in metrics.pop("history").items() if name not in TIMES}
+    return (folder / "model.safetensors").read_bytes(), history, metrics
+
+
+@pytest.fixture(scope="module")
+def whole(bits, tmp_path_factory):
+    """The uninterrupted run, written without a checkpoint in between, and its seconds."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = train(bits, folder, "--checkpoint-minutes", 1000)
+    wait_for(folder / "config.json", process)
+    begun = time.monotonic()
+    finished(process)
+    return folder, time.monotonic() - begun
+
+
+def assert_resumed(folder, whole):
+    finished(start("train", "--resume", folder))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in whole.iterdir()
+    )
+    assert ending(folder) == ending(whole)
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_its_run_to_the_bit(bits, whole, tmp_path):
+    finished(train(bits, tmp_path / "run", "--checkpoint-every", 5))
+    assert ending(tmp_path / "run") == ending(whole[0])
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed(bits, whole, tmp_path, request):
+    moments = random.Random(0)
+    counts = {"before a checkpoint": 0, "while writing one": 0, "between": 0, "after the training": 0}
+    for case in range(request.config.getoption("--cases") or 5):
+        folder = tmp_path / f"run-{case}"
+        # A state after every step: most of the time goes into writing them.
+        process = train(bits, folder, "--checkpoint-minutes", 0)
+        wait_for(folder / "config.json", process)
+        if case % 4:  # most of them amid the steps, the others at any moment
+            wait_for(folder / "checkpoints", process)
+            time.sleep(moments.uniform(0, 0.5))
+        else:
+            time.sleep(moments.uniform(0, whole[1]))
+        process.kill()
+        process.communicate()
+        states = list((folder / "checkpoints").glob("*"))
+        if (folder / "model.safetensors").exists():
+            counts["after the training"] += 1
+        elif any(path.name.startswith(".part") for path in states):
+            counts["while writing one"] += 1
+        else:
+            counts["between" if states else "before a checkpoint"] += 1
+        assert_resumed(folder, whole[0])
+    print(f"killed {counts}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_its_state_on_disk(bits, whole, tmp_path, number):
+    folder = tmp_path / "run"
+    process = train(bits, folder, "--epochs", 100_000, "--compile", "off")
+    wait_for(folder / "config.json", process)
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "")
+    assert err == f"pyro-vae: interrupted: go on by `pyro-vae train --resume {folder}`\n"
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    refused = run("train", "--resume", folder, "--epochs", 12)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "expected epochs 100000" in refused.err
+
+
+def test_what_is_no_interrupted_run_is_refused(bits, tmp_path):
+    result = run("train", "--resume", tmp_path)
+    assert result.code == 2
+    assert "expected a run folder" in result.err
+    result = run("train", "--resume", tmp_path, "--output", "elsewhere")
+    assert result.code == 2
+    assert "without --output" in result.err
+    assert list(tmp_path.iterdir()) == []
