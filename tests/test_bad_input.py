@@ -304,3 +304,10 @@ def test_data_too_large_for_the_gpu_are_weighed_in_blocks(monkeypatch):
             vae.model, vae.guide, x, num_samples=5, seed=0, max_memory=1 << 27
         )
     torch.testing.assert_close(blockwise.log_prob, expected.log_prob)
+
+
+def test_an_error_raised_inside_a_trace_is_one_line():
+    vae = make_vae()
+    with pytest.raises(pv.InputError) as caught:
+        pv.log_marginal(vae.model, vae.guide, torch.ones(3, 5), num_samples=2)
+    assert "\n" not in str(caught.value)

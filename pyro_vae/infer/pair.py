@@ -67,9 +67,11 @@ class _HandlerLock:
             )
         self._depth += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._depth -= 1
         self._lock.release()
+        if isinstance(error, InputError):  # to what is raised inside a trace Pyro adds its shapes
+            error.args = (str(error).partition("\n")[0],)
 
 
 HANDLER_LOCK = _HandlerLock()
