@@ -18,8 +18,9 @@ from pyro_vae import tasks
 from pyro_vae.building import Architecture, build_vae, start_at_data
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance import log_marginal
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import HANDLER_LOCK, seeded
-from pyro_vae.infer.training import fit, resolve_device
+from pyro_vae.infer.training import fit
 from pyro_vae.vae import VAE
 
 __all__ = ["VAETransformer"]

@@ -18,8 +18,9 @@ from pyro_vae.commands.training import data_of, origin
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.guides import VariationalFamily
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import seeded
-from pyro_vae.infer.training import FitResult, fit, resolve_device
+from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.names import COMPILE, TrainSettings
 from pyro_vae.tasks.baseline import AutoencoderComparison, compare_autoencoder

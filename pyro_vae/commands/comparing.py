@@ -22,7 +22,7 @@ from pyro_vae.commands.studies import Study, opened, write_rows
 from pyro_vae.commands.training import data_of, origin
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import Measured, compare
-from pyro_vae.infer.training import resolve_device
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import EvaluateSettings, TrainSettings
 from pyro_vae.report import plus_minus
 from pyro_vae.vae import VAE

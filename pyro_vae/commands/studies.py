@@ -19,7 +19,7 @@ from pyro_vae import runs
 from pyro_vae.commands.training import METRICS, train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.infer.training import resolve_device
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import TrainSettings
 from pyro_vae.report import plus_minus
 from pyro_vae.vae import VAE

@@ -17,7 +17,7 @@ from pyro_vae.commands.settings import checked
 from pyro_vae.commands.studies import Study, known, opened, write_rows
 from pyro_vae.commands.training import data_of, origin
 from pyro_vae.errors import InputError
-from pyro_vae.infer.training import resolve_device
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import TrainSettings
 from pyro_vae.report import Page, plus_minus
 from pyro_vae.vae import VAE

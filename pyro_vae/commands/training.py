@@ -42,9 +42,10 @@ from pyro_vae.commands.settings import build_vae, checked, objective_of, warmup_
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance import LogMarginal
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.processes import Processes
-from pyro_vae.infer.training import FitResult, bound_terms, fit, resolve_device
+from pyro_vae.infer.training import FitResult, bound_terms, fit
 from pyro_vae.names import COMPILE, EvaluateSettings, TrainSettings
 from pyro_vae.vae import VAE
 

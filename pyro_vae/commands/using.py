@@ -25,7 +25,7 @@ from pyro_vae.commands.pictures import (
 from pyro_vae.commands.settings import check_evaluation, check_seed
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.infer.training import resolve_device
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import EvaluateSettings, TrainSettings
 from pyro_vae.vae import VAE
 

@@ -110,6 +110,23 @@ class Representation:
         """How many coordinates are active."""
         return int(self.active.sum())
 
+    def __str__(self) -> str:
+        said = {
+            f"rate ({self.rate_method})": self.rate,
+            "mutual information": self.mutual_information,
+            "marginal KL": self.marginal_kl,
+            "total correlation": self.total_correlation,
+            "dimension-wise KL": self.dimension_wise_kl,
+            "nearest-neighbour accuracy": self.nearest_neighbour_accuracy,
+            "linear-probe accuracy": self.linear_accuracy,
+        }
+        units = f"{self.active_units} of {self.latent_dim} units active"
+        rows = [f"{self.num_data} data, {units}, nats per datum"]
+        for name, estimate in said.items():
+            if estimate is not None:
+                rows.append(f"{name:28}{estimate.value:9.4f} +- {estimate.standard_error:.4f}")
+        return "\n".join(rows)
+
 
 def representation(
     model: PairFunction,

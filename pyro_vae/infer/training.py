@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.infer.checkpoints import Checkpoints, bound_named, data_checksum
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
+from pyro_vae.infer.devices import place_pair
 from pyro_vae.infer.diagnosis import diagnosed
 from pyro_vae.infer.engine import Engine
 from pyro_vae.infer.objectives import BetaSchedule
@@ -27,8 +28,6 @@ from pyro_vae.infer.pair import (
     PairFunction,
     as_inputs,
     check_support,
-    device_of,
-    owned_modules,
     seeded,
     training_mode,
 )
@@ -38,7 +37,7 @@ from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.steps import Steps
 from pyro_vae.infer.validation import EarlyStopping, bound_terms, validated
 
-__all__ = ["HISTORY", "FitResult", "bound_terms", "check_options", "fit", "resolve_device"]
+__all__ = ["HISTORY", "FitResult", "bound_terms", "check_options", "fit"]
 
 HISTORY = (
     "train_elbo",
@@ -88,7 +87,7 @@ class FitResult:
             exploding gradients, a learned sigma that runs to 0.
     """
 
-    history: dict[str, np.ndarray]
+    history: dict[str, np.ndarray] = field(repr=False)
     best_epoch: int
     stopped_early: bool
     device: str
@@ -249,7 +248,7 @@ def fit(
     for part in (train, validation_inputs):
         if part is not None:
             check_support(model, part)
-    place = _place(model, guide, device, train[0].device)
+    place = place_pair(model, guide, device, train[0].device)
     train = tuple(value.detach() for value in as_inputs(train, model, guide))
     if validation_inputs is not None:
         validation_inputs = as_inputs(validation_inputs, model, guide)
@@ -391,24 +390,6 @@ def _engine(
     return engine, choice
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; refuse an absent one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
-    count = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise InputError(
-            f"expected a device that is here, got {device!r}: {count} CUDA devices found"
-        )
-    return chosen
-
-
 def _prepare(
     data: Dataset | Tensor | Sequence[Tensor],
     validation: Tensor | Sequence[Tensor] | None,
@@ -429,23 +410,3 @@ def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Calla
     if transform is None:
         return data.draw
     return lambda batch: transform(data.draw(batch))
-
-
-def _place(
-    model: PairFunction, guide: PairFunction, device: str | torch.device, given: torch.device
-) -> torch.device:
-    """Move what may be moved and return the device the pair computes on."""
-    owned = owned_modules(model, guide)
-    if owned:
-        place = resolve_device(device)
-        for module in owned:
-            module.to(place)
-        return place
-    default = given if device == "auto" else resolve_device(device)
-    place = device_of(model, guide, default=default)
-    if device != "auto" and place.type != default.type:
-        raise InputError(
-            f"expected the parameters of plain functions on {device}, they are on {place}: move "
-            "their modules there, plain functions are never moved"
-        )
-    return place

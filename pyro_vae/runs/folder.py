@@ -11,8 +11,8 @@ from typing import Any
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.checkpoints import checkpoint_files
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import seeded
-from pyro_vae.infer.training import resolve_device
 from pyro_vae.runs.description import Components, build, describe
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
 from pyro_vae.runs.weights import assign, read_weights, save_weights

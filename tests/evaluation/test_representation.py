@@ -364,3 +364,11 @@ def test_unit_variances_alone_are_those_of_the_representation(guide):
     if guide == "mean-field":
         means = pair.variational_family(x).mean.detach().double()
         torch.testing.assert_close(alone, means.var(0))
+
+
+def test_it_prints_what_it_knows_and_leaves_out_the_rest():
+    model, guide = linear_pair()
+    text = str(representation(model, guide, some_data()))
+    assert "30 data, 2 of 2 units active" in text
+    assert "total correlation" in text
+    assert "accuracy" not in text

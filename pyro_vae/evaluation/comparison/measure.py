@@ -30,6 +30,7 @@ from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.hamiltonian import AnnealingPath
 from pyro_vae.evaluation.importance import log_marginal
 from pyro_vae.evaluation.quadrature import posterior_divergence
+from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
@@ -42,7 +43,7 @@ from pyro_vae.infer.pair import (
     owned_modules,
     seeded,
 )
-from pyro_vae.infer.training import FitResult, fit, resolve_device
+from pyro_vae.infer.training import FitResult, fit
 
 __all__ = ["compare"]
 
