@@ -1,45 +1,20 @@
 """The commands that look into a trained run: pictures of every kind of run, and every mistake."""
 
 import contextlib
-import io
-import sys
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from command_line import run
 
 from pyro_vae import InputError
-from pyro_vae.cli import main
 from pyro_vae.commands.completing import hidden_part
 
 pytestmark = [
     pytest.mark.filterwarnings("always:.* data have Pareto k"),
     pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
 ]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*arguments):
-    """Run the command line in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["pyro-vae", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 RUNS = {
