@@ -52,6 +52,16 @@ def wait_for(path, process):
         time.sleep(0.002)
 
 
+def wait_for_step(checkpoints, step, process):
+    """Wait until a state of this step or a later one is on the disk, or the run is over."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        names = (path.stem for path in checkpoints.glob("step-*.safetensors"))
+        if any(int(name.removeprefix("step-")) >= step for name in names):
+            return
+        time.sleep(0.002)
+
+
 def ending(folder):
     """All that a run leaves and no clock decides."""
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -95,8 +105,8 @@ def test_killed_at_a_random_moment_and_resumed(bits, whole, tmp_path, request):
         process = train(bits, folder, "--checkpoint-minutes", 0)
         wait_for(folder / "config.json", process)
         if case % 4:  # most of them amid the steps, the others at any moment
-            wait_for(folder / "checkpoints", process)
-            time.sleep(moments.uniform(0, 0.5))
+            wait_for_step(folder / "checkpoints", moments.randrange(1, 40), process)
+            time.sleep(moments.uniform(0, 0.02))
         else:
             time.sleep(moments.uniform(0, whole[1]))
         process.kill()
@@ -110,6 +120,7 @@ def test_killed_at_a_random_moment_and_resumed(bits, whole, tmp_path, request):
             counts["between" if states else "before a checkpoint"] += 1
         assert_resumed(folder, whole[0])
     print(f"killed {counts}")
+    assert counts["while writing one"] + counts["between"] > 0, counts
 
 
 @pytest.mark.slow
