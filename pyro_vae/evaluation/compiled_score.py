@@ -45,8 +45,8 @@ _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Hashable, _Program | None]] = (
 
 def compiled_score(
     scorer: PairScorer, latents: Latents, work: int, wanted: bool | None
-) -> Callable[[Latents], Terms] | None:
-    """Return a compiled ``scorer.score`` for at most as many particles as ``latents`` has.
+) -> tuple[Callable[[Latents], Terms], Terms] | None:
+    """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
 
     Compiled programs are kept per model and shape: later calls pay nothing. A program follows
     parameters that are trained or replaced meanwhile. It is checked against the uncompiled score: on
@@ -59,8 +59,8 @@ def compiled_score(
         wanted: True, False, or None for where the work repays the compilation.
 
     Returns:
-        the score; None where it should not or can't be compiled (a warning says why if it was
-        asked for).
+        the score, and what it gives at ``latents`` (checking it has paid for that); None where it
+        should not or can't be compiled (a warning says why if it was asked for).
     """
     device = scorer.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
@@ -69,24 +69,30 @@ def compiled_score(
     programs = _PROGRAMS.setdefault(_owner(scorer.model), {})
     key = _signature(scorer, latents)
     program = programs.get(key)
-    if program is not None and _still_holds(program, scorer, latents):
-        return program.bound_to(scorer)
-    if key not in programs or program is not None:
-        with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
-            programs[key] = program = _compile(scorer, latents, warn=bool(wanted))
-    return None if program is None else program.bound_to(scorer)
+    if program is not None:
+        terms = _terms_if_it_holds(program, scorer, latents)
+        if terms is not None:
+            return program.bound_to(scorer), terms
+    if key in programs and program is None:
+        return None
+    with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
+        made = _compile(scorer, latents, warn=bool(wanted))
+    programs[key] = None if made is None else made[0]
+    return None if made is None else (made[0].bound_to(scorer), made[1])
 
 
-def _still_holds(program: _Program, scorer: PairScorer, latents: Latents) -> bool:
-    """Compare the first particles with plain calls: what the key can't see may have changed since.
+def _terms_if_it_holds(program: _Program, scorer: PairScorer, latents: Latents) -> Terms | None:
+    """Return the program's terms if plain calls give the first particles' too.
 
-    That is a plain attribute of the model, or its parameters' shapes.
+    What the key can't see may have changed since the program was made: a plain attribute of the
+    model, or its parameters' shapes.
     """
     if program.state.current() is None:
-        return False
+        return None
+    terms = program.bound_to(scorer)(latents)
     few = {name: value[:_CHECKED] for name, value in latents.items()}
-    compiled = tuple(term[:_CHECKED] for term in program.bound_to(scorer)(latents))
-    return all_close(compiled, scorer.under_model.plain(few))
+    first = tuple(term[:_CHECKED] for term in terms)
+    return terms if all_close(first, scorer.under_model.plain(few)) else None
 
 
 class _Program:
@@ -110,7 +116,7 @@ class _Program:
         return score
 
 
-def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> _Program | None:
+def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> tuple[_Program, Terms] | None:
     scorer.score({name: value[:2] for name, value in latents.items()})  # chooses a strategy
     if scorer.under_model.strategy == "plain":
         return None
@@ -118,7 +124,7 @@ def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> _Program | 
         program = _capture(scorer, latents)
         compiled, plain = program.bound_to(scorer)(latents), scorer.score(latents)
         if all_close(compiled, plain):
-            return program
+            return program, compiled
         reason = "it gives other values than the model"
     except CannotCaptureError as error:
         reason = str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class Stream:
         Args:
             compile: whether to compile the model's score; None where that is repaid.
         """
-        compiled, size = None, self.scored_at_once
+        score, size = self.scorer.score, self.scored_at_once
+        terms: Terms | None = None
         for first in range(0, self.num_samples, self.drawn_at_once):
             count = min(self.drawn_at_once, self.num_samples - first)
             latents, log_proposal = self.scorer.propose(count)
@@ -67,13 +69,14 @@ class Stream:
                 work = self.num_samples * self.num_data * self.scorer.bytes_per_datum
                 shown = {name: value[:size] for name, value in latents.items()}
                 compiled = compiled_score(self.scorer, shown, work, compile)
+                if compiled is not None:
+                    program, terms = compiled  # the terms of this chunk are there already
+                    score = partial(_padded, program, size=size)
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
                 chunk = {name: value[rows] for name, value in latents.items()}
-                terms = (
-                    self.scorer.score(chunk) if compiled is None else _padded(compiled, chunk, size)
-                )
-                self._add(chunk, Scores(*terms, log_proposal[rows]))
+                self._add(chunk, Scores(*(terms or score(chunk)), log_proposal[rows]))
+                terms = None
             yield (first + count) / self.num_samples
 
     def _add(self, latents: Latents, scores: Scores) -> None:
