@@ -80,3 +80,7 @@ def test_every_module_has_its_place_in_the_layout_described():
     for path in package.iterdir():
         if path.suffix == ".py" or (path / "__init__.py").exists():
             assert path.stem == "__init__" or f"`{path.stem}`" in described, path.stem
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {pyro_vae.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -3,9 +3,11 @@
     python tests/benchmarks/training.py [--data-root DATA] [--device cuda] [--rounds 30] [--epochs 5]
 
 Two tables. The first is of single steps on one batch: all contenders take the same number of steps in
-every round, one after the other, so that a slow spell of the machine falls on all of them. The second
-is of whole epochs of the 60,000 MNIST images, batches drawn from a permutation and binarised afresh:
-``pyro_vae.fit`` and the loop written by hand take turns, epoch by epoch. Medians over the rounds, and
+every round, one after the other, so that a slow spell of the machine falls on all of them. Each has a
+process of its own, as in use: parameters, moments and gradients of one just fit into a cache, and
+several in one process slow each other down. The second table is of whole epochs of the 60,000 MNIST
+images, batches drawn from a permutation and binarised afresh: ``pyro_vae.fit`` and the loop written
+by hand take turns, epoch by epoch. Medians over the rounds, and
 ratios taken within each round, with their quartiles. With a CUDA device it runs there, unless
 ``--device cpu`` is given. Libraries that are not installed are left out. Without ``--data-root`` the
 epochs are of random grey values of the same shape, which cost the same.
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import pyro
 import pyro.distributions as dist
@@ -79,20 +83,11 @@ class VAE(nn.Module):
 
 def pyro_step(device: str, elbo: Trace_ELBO, optim: pyro.optim.PyroOptim) -> Step:
     vae = VAE().to(device)
-    # Every contender has a parameter store of its own, swapped in for its steps.
-    store = pyro.get_param_store()
-    svi = SVI(vae.model, vae.guide, optim, elbo)
-    state = {"params": {}, "constraints": {}}
+    return SVI(vae.model, vae.guide, optim, elbo).step
 
-    def step(x: Tensor) -> float:
-        if not store:
-            store.set_state(state)
-        loss = svi.step(x)
-        if not state["params"]:
-            state.update(store.get_state())
-        return loss
 
-    return step
+def fused() -> FusedOptim:
+    return FusedOptim(torch.optim.Adam, {"lr": LEARNING_RATE})
 
 
 def hand_step(device: str, compile_mode: str | None) -> Step:
@@ -189,37 +184,56 @@ def numpyro_step() -> Step:
     return step
 
 
-def contenders(device: str) -> Iterator[tuple[str, Step]]:
-    mode = "reduce-overhead" if device == "cuda" else "default"
-    options = {"lr": LEARNING_RATE}
-
-    def fused() -> FusedOptim:
-        return FusedOptim(torch.optim.Adam, options)
-
-    yield "stock SVI", pyro_step(device, Trace_ELBO(), pyro.optim.Adam(dict(options)))
-    yield "stock SVI, FusedOptim", pyro_step(device, Trace_ELBO(), fused())
-    yield "compiled SVI, FusedOptim", pyro_step(device, CompiledTrace_ELBO(), fused())
-    yield "eager loop by hand", hand_step(device, None)
-    yield "compiled loop by hand", hand_step(device, mode)
-    if importlib.util.find_spec("pythae"):
-        yield "pythae", pythae_step(device)
-    if importlib.util.find_spec("numpyro"):
-        yield "NumPyro", numpyro_step()
+CONTENDERS: dict[str, Callable[[str], Step]] = {
+    "stock SVI": lambda device: pyro_step(
+        device, Trace_ELBO(), pyro.optim.Adam({"lr": LEARNING_RATE})
+    ),
+    "stock SVI, FusedOptim": lambda device: pyro_step(device, Trace_ELBO(), fused()),
+    "compiled SVI, FusedOptim": lambda device: pyro_step(device, CompiledTrace_ELBO(), fused()),
+    "eager loop by hand": lambda device: hand_step(device, None),
+    "compiled loop by hand": lambda device: hand_step(
+        device, "reduce-overhead" if device == "cuda" else "default"
+    ),
+    "pythae": pythae_step,
+    "NumPyro": lambda device: numpyro_step(),
+}
+LIBRARIES = {"pythae": "pythae", "NumPyro": "numpyro"}
 
 
-def measure(steps: dict[str, Step], x: Tensor, rounds: int, length: int) -> dict[str, list[float]]:
+def serve(name: str, device: str, batch_size: int, threads: int, asked: Connection) -> None:
+    """Take as many steps as asked, again and again, and answer with milliseconds per step."""
+    torch.set_num_threads(threads)
+    pyro.set_rng_seed(0)
+    x = torch.rand(batch_size, PIXELS).bernoulli().to(device)
+    step = CONTENDERS[name](device)
+    while length := asked.recv():
+        for _ in range(3):
+            step(x)
+        start = time.perf_counter()
+        for _ in range(length):
+            step(x)
+        asked.send((time.perf_counter() - start) / length * 1e3)
+
+
+def measure(device: str, batch_size: int, rounds: int, length: int) -> dict[str, list[float]]:
     """Milliseconds per step of each contender in each round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(-1, rounds):  # the first round warms up
-        for name, step in steps.items():
-            pyro.clear_param_store()
-            for _ in range(3):
-                step(x)
-            start = time.perf_counter()
-            for _ in range(length):
-                step(x)
-            if index >= 0:
-                times[name].append((time.perf_counter() - start) / length * 1e3)
+    context = multiprocessing.get_context("spawn")
+    ends: dict[str, Connection] = {}
+    for name in CONTENDERS:
+        if name not in LIBRARIES or importlib.util.find_spec(LIBRARIES[name]):
+            ends[name], other = context.Pipe()
+            arguments = (name, device, batch_size, torch.get_num_threads(), other)
+            context.Process(target=serve, args=arguments, daemon=True).start()
+            other.close()
+            ends[name].send(length)  # builds, compiles, warms up
+            ends[name].recv()
+    times: dict[str, list[float]] = {name: [] for name in ends}
+    for _ in range(rounds):
+        for name, end in ends.items():
+            end.send(length)
+            times[name].append(end.recv())
+    for end in ends.values():
+        end.send(0)
     return times
 
 
@@ -327,8 +341,7 @@ def main() -> None:
         f"784-512-256-20 Bernoulli VAE, batch {options.batch_size}; median [quartiles]\n"
     )
     if options.rounds:
-        x = torch.rand(options.batch_size, PIXELS).bernoulli().to(device)
-        times = measure(dict(contenders(device)), x, options.rounds, options.steps)
+        times = measure(device, options.batch_size, options.rounds, options.steps)
         bases = ("stock SVI", "compiled loop by hand")
         print(report(times, f"step, ms, {options.rounds} rounds", bases) + "\n")
     if options.epochs:
