@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import operator
 import os
 import struct
 import tokenize
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, unknown_name
+from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
 
 __all__ = ["BINARIZATIONS", "FILE_TYPES", "NAMES", "Dataset", "load", "root_of"]
 
@@ -35,6 +34,9 @@ _UNREADABLE = (
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
+
+# Largest number that torch takes for a seed or a size.
+_LARGEST = 2**63 - 1
 
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
@@ -119,9 +121,9 @@ def load(
             f"expected the name or the file of a data set, got {type(name_or_path).__name__}: pass "
             "tensors to fit themselves, or as a Dataset"
         )
-    seed = _whole("seed", seed, most=2**63 - 1)
+    seed = whole_number("a seed", seed, most=_LARGEST)
     if validation_size is not None:
-        validation_size = _whole("validation size", validation_size, most=2**63 - 1)
+        validation_size = whole_number("a validation size", validation_size, most=_LARGEST)
     generator = torch.Generator().manual_seed(seed)
     if str(name_or_path) in NAMES:
         parts = _load_named(str(name_or_path), root_of(root), download)
@@ -153,16 +155,6 @@ def _expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise InputError(f"expected a path, got {str(path)!r}: {first_line(error)}") from error
-
-
-def _whole(name: str, value: int, *, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"expected a {name} as a whole number, got {value!r}") from None
-    if not 0 <= number <= most:
-        raise InputError(f"expected a {name} of at least 0, got {value!r}")
-    return number
 
 
 def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:

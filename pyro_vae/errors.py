@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["InputError", "first_line", "unknown_name"]
+__all__ = [
+    "InputError",
+    "first_line",
+    "positive_number",
+    "real_number",
+    "size",
+    "sizes",
+    "unknown_name",
+    "whole_number",
+]
 
 # Names and reasons that come from a file may be of any length; a message is one line.
 _LONGEST = 200
+
+# Of dimensions, layers and components: torch keeps some of them in 32 bits.
+_LARGEST_SIZE = 2**31 - 1
 
 
 class InputError(ValueError):
@@ -32,3 +47,80 @@ def first_line(error: object) -> str:
     """Return the first line of what an error says, or its type's name where it says nothing."""
     lines = str(error).splitlines()
     return lines[0].rstrip(".")[:_LONGEST] if lines else type(error).__name__
+
+
+def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """Return an option that is a whole number; refuse any other value.
+
+    Args:
+        name: what the message calls it, with its article.
+        value: what was given: of Python, NumPy or torch.
+        least: the smallest one accepted.
+        most: the largest one accepted; None: no limit.
+
+    Raises:
+        InputError: a fraction, a text, True, or a number out of range.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(f"expected {name} as a whole number, got {first_line(repr(value))}")
+    if number < least:
+        raise InputError(f"expected {name} of at least {least}, got {number}")
+    if most is not None and number > most:
+        raise InputError(f"expected {name} of at most {most}, got {number}")
+    return number
+
+
+def size(name: str, value: Any, *, least: int = 1) -> int:
+    """Return a number of dimensions, layers or components, which torch can allocate."""
+    return whole_number(name, value, least=least, most=_LARGEST_SIZE)
+
+
+def sizes(name: str, values: Any) -> tuple[int, ...]:
+    """Return a shape or the widths of layers as whole numbers; refuse anything else, and none at all.
+
+    Args:
+        name: what the message calls them, a plural.
+        values: what was given.
+
+    Raises:
+        InputError: no sequence of whole numbers of at least 1.
+    """
+    try:
+        found = tuple(operator.index(value) for value in values)
+    except TypeError:
+        found = ()
+    if not found or min(found) < 1 or max(found) > _LARGEST_SIZE:
+        raise InputError(
+            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}"
+        )
+    return found
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return an option that is a number as a float, not finite ones included; refuse other values.
+
+    Args:
+        name: what the message calls it, with its article.
+        value: what was given: of Python, NumPy or torch.
+
+    Raises:
+        InputError: a text, True, or what is no single number.
+    """
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"expected {name} as a number, got {first_line(repr(value))}") from None
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return an option that is a finite number above 0 as a float; refuse other values."""
+    number = real_number(name, value)
+    if not 0 < number < math.inf:
+        raise InputError(f"expected a finite {name} above 0, got {number}")
+    return number

@@ -27,6 +27,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_vae.distributions.latest import LatestDraw
+
 __all__ = [
     "FlowDistribution",
     "FlowLayer",
@@ -193,7 +195,7 @@ class Inverse:
         return x, -log_det
 
 
-class FlowDistribution(TorchDistribution):
+class FlowDistribution(LatestDraw, TorchDistribution):
     r"""What a standard normal becomes when pushed through layers.
 
     .. math:: \log p(y) = \log N(x; 0, I) - \log |\det dy/dx|
@@ -201,7 +203,7 @@ class FlowDistribution(TorchDistribution):
     Pyro's own transforms remember the last point they mapped, in the module: after an optimiser step
     that memory is stale. Here nothing outlives the distribution, which is built anew at every call of
     its component. The distribution itself remembers the log-density of its latest draw, so that an
-    ELBO never pays for an inverse.
+    ELBO never pays for an inverse, nor for the digits that it loses where the flow is steep.
 
     Args:
         base: standard normal with the wanted batch shape and event shape ``(dim,)``.
@@ -222,7 +224,6 @@ class FlowDistribution(TorchDistribution):
         self.base = base
         self.layers = list(layers)
         self.context = context
-        self._latest: tuple[Tensor, Tensor, bool] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def expand(
@@ -238,16 +239,13 @@ class FlowDistribution(TorchDistribution):
         for layer in self.layers:
             x, log_det = layer(x, self.context)
             log_prob = log_prob - log_det
-        self._latest = (x, log_prob, torch.is_grad_enabled())
+        self._remember(x, log_prob)
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats, ``(*sample_shape, *batch)``."""
-        if self._latest is not None:
-            drawn, log_prob, has_graph = self._latest
-            # A density remembered without its graph is of no use to a caller who wants gradients.
-            if value is drawn and (has_graph or not torch.is_grad_enabled()):
-                return log_prob
+        if (log_prob := self._remembered(value)) is not None:
+            return log_prob
         log_dets: list[Tensor] = []
         for layer in reversed(self.layers):
             value, log_det = layer.inverse(value, self.context)

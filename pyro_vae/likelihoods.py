@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, positive_number
 from pyro_vae.networks import Head, feature_shape
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
@@ -287,9 +287,7 @@ class Gaussian(Likelihood):
     ) -> None:
         super().__init__(decoder, data_shape)
         self.sigma = _check_sigma(sigma)
-        if not 0 < floor < math.inf:
-            raise InputError(f"expected a sigma floor above 0, got {floor}")
-        self.floor = floor
+        self.floor = positive_number("floor", floor)
         self.mean = Head(feature_shape(decoder), self.data_shape)
         # sigma = floor + softplus(raw); raw = 0 starts sigma near 0.7.
         if self.sigma == "learned":
@@ -324,6 +322,4 @@ def _check_sigma(sigma: float | str) -> float | str:
                 f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
             )
         return sigma
-    if not 0 < sigma < math.inf:
-        raise InputError(f"expected a finite sigma above 0, got {sigma}")
-    return float(sigma)
+    return positive_number("sigma", sigma)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, size, sizes, unknown_name
 
 __all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder"]
 
@@ -34,13 +34,6 @@ def _activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise unknown_name("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
-
-
-def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    """Check a list of sizes; a size is a whole number of at least 1."""
-    if not values or any(int(value) != value or not 1 <= value < 2**31 for value in values):
-        raise InputError(f"expected {name} as whole numbers of at least 1, got {list(values)}")
-    return tuple(int(value) for value in values)
 
 
 class _MLP(nn.Module):
@@ -81,8 +74,8 @@ class MLPEncoder(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.data_shape = _positive("data_shape", data_shape)
-        self.hidden = _positive("hidden widths", hidden)
+        self.data_shape = sizes("data_shape", data_shape)
+        self.hidden = sizes("hidden widths", hidden)
         self.activation = activation
         self.out_shape = (self.hidden[-1],)
         self.body = _MLP(math.prod(self.data_shape), self.hidden, activation)
@@ -116,8 +109,8 @@ class MLPDecoder(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.latent_dim = _positive("latent_dim", [latent_dim])[0]
-        self.hidden = _positive("hidden widths", hidden)
+        self.latent_dim = size("latent_dim", latent_dim)
+        self.hidden = sizes("hidden widths", hidden)
         self.activation = activation
         self.out_shape = (self.hidden[-1],)
         self.body = _MLP(self.latent_dim, self.hidden, activation)
@@ -156,8 +149,8 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.data_shape = _image_shape(data_shape)
-        self.channels = _positive("channels", channels)
-        self.features = _positive("features", [features])[0]
+        self.channels = sizes("channels", channels)
+        self.features = size("features", features)
         self.activation = activation
         self.out_shape = (self.features,)
         in_channels, height, width = self.data_shape
@@ -207,29 +200,29 @@ class ConvDecoder(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.latent_dim = _positive("latent_dim", [latent_dim])[0]
+        self.latent_dim = size("latent_dim", latent_dim)
         self.data_shape = _image_shape(data_shape)
-        self.channels = _positive("channels", channels)
+        self.channels = sizes("channels", channels)
         self.activation = activation
         _, height, width = self.data_shape
         self.out_shape = (self.channels[-1], height, width)
-        sizes = [(height, width)]
+        extents = [(height, width)]
         for _ in self.channels:
-            sizes.insert(0, (-(-sizes[0][0] // 2), -(-sizes[0][1] // 2)))
-        self.sizes = sizes
-        self.body = _MLP(self.latent_dim, (self.channels[0] * math.prod(sizes[0]),), activation)
+            extents.insert(0, (-(-extents[0][0] // 2), -(-extents[0][1] // 2)))
+        self.extents = extents
+        self.body = _MLP(self.latent_dim, (self.channels[0] * math.prod(extents[0]),), activation)
         in_channels = self.channels[0]
         self.stages = nn.ModuleList()
-        for out_channels, size in zip(self.channels, sizes[1:], strict=True):
+        for out_channels, extent in zip(self.channels, extents[1:], strict=True):
             convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-            upsample = nn.Upsample(size=size, mode="nearest")
+            upsample = nn.Upsample(size=extent, mode="nearest")
             self.stages.append(nn.Sequential(upsample, convolution, _activation(activation)))
             in_channels = out_channels
 
     def forward(self, z: Tensor) -> Tensor:
         """Return feature maps ``(*batch, channels[-1], height, width)`` of latents."""
         batch = z.shape[:-1]
-        maps = self.body(z).reshape(-1, self.channels[0], *self.sizes[0])
+        maps = self.body(z).reshape(-1, self.channels[0], *self.extents[0])
         for stage in self.stages:
             maps = stage(maps)
         return maps.reshape(*batch, *self.out_shape)
@@ -251,8 +244,8 @@ class Head(nn.Module):
 
     def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int]) -> None:
         super().__init__()
-        self.in_shape = _positive("in_shape", in_shape)
-        self.out_shape = _positive("out_shape", out_shape)
+        self.in_shape = sizes("in_shape", in_shape)
+        self.out_shape = sizes("out_shape", out_shape)
         both_maps = len(self.in_shape) == 3 == len(self.out_shape)
         self.pixelwise = both_maps and self.in_shape[1:] == self.out_shape[1:]
         self.map: nn.Conv2d | nn.Linear
@@ -306,7 +299,7 @@ def feature_shape(network: nn.Module) -> tuple[int, ...]:
 
 
 def _image_shape(data_shape: Sequence[int]) -> tuple[int, int, int]:
-    shape = _positive("data_shape", data_shape)
+    shape = sizes("data_shape", data_shape)
     if len(shape) != 3:
         raise InputError(
             f"expected images of shape (channels, height, width), got {shape}: "

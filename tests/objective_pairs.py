@@ -10,12 +10,17 @@ from torch import nn
 import pyro_vae as pv
 
 
-def standard_pair():
-    """A Gaussian posterior under a standard normal prior."""
-    family = pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((4,), (5,)), 2)
+def standard_vae(family=pv.guides.MeanFieldNormal):
+    """A posterior of that family under a standard normal prior."""
+    posterior = family(pv.networks.MLPEncoder((4,), (5,)), 2)
     likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (5,)), (4,))
-    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, family)
-    return vae.model, vae.guide, nn.ModuleDict({"guide": family, "model": likelihood})
+    return pv.VAE(pv.priors.StandardNormal(2), likelihood, posterior)
+
+
+def standard_pair():
+    vae = standard_vae()
+    modules = nn.ModuleDict({"guide": vae.variational_family, "model": vae.likelihood})
+    return vae.model, vae.guide, modules
 
 
 def vamp_pair():
@@ -115,6 +120,10 @@ def assert_same_mean(left, right, *, projections=8):
     variance = left.var(0) / len(left) + right.var(0) / len(right)
     difference = (left.mean(0) - right.mean(0)).abs()
     assert (difference < 4 * variance.sqrt() + 1e-6).all(), difference / variance.sqrt()
+
+
+def standard_error_of(values):
+    return values.std() / len(values) ** 0.5
 
 
 # --- one dimension, where everything is known ------------------------------------------------

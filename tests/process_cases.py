@@ -4,10 +4,18 @@
 saves what it got.
 """
 
+import errno
 import functools
+import itertools
+import os
+import random
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -15,7 +23,9 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer import CompiledTrace_ELBO
+from pyro_vae.infer.checkpoints import Interrupted
 from pyro_vae.infer.processes import ALONE, Processes, joined
+from pyro_vae.infer.steps import Steps
 from pyro_vae.infer.training import bound_terms
 
 PIXELS, SEEDS, MARK = 6, range(8), 77.0
@@ -172,8 +182,115 @@ def other_part():
     return trained(Exact(), normal_data(20, seed=Processes.current().rank), epochs=1)
 
 
-def with_checkpoints():
-    return trained(Exact(), normal_data(20), epochs=1, checkpoint="never_made")
+def out_of_range():
+    """One datum is no probability: the process that has it in its share alone sees so."""
+    data = binary_data(20)
+    data[7] = 2.0
+    options = {"epochs": 1, "batch_size": 20, "seed": 0, "transform": lambda x: x}
+    return trained(make_vae(0), data, **options)
+
+
+# --- with checkpoints ---
+
+
+class Drawing(nn.Module):
+    """A pair that draws from every generator; its buffer, another one in each process, matters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(Processes.current().rank)
+        self.encode, self.decode = nn.Linear(PIXELS, 4), nn.Linear(2, PIXELS)
+        self.register_buffer("mean", torch.zeros(PIXELS))
+
+    def model(self, x):
+        pyro.module("drawing", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("drawing", self)
+        if self.training:
+            self.mean.lerp_(x.mean(0), 0.1)
+        shift = random.gauss(0, 0.1) + np.random.normal(0, 0.1)  # noqa: NPY002
+        loc, raw = self.encode(x - self.mean + shift).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def kept(folder, **options):
+    """Five steps an epoch, twenty in all."""
+    given = {"epochs": 4, "batch_size": 10, "seed": 3, "patience": 9, "checkpoint_minutes": None}
+    validation = normal_data(9, 1)
+    return trained(
+        Drawing(), normal_data(41), validation=validation, checkpoint=folder, **{**given, **options}
+    )
+
+
+@contextmanager
+def signalled(rank, count):
+    """Send a signal to one of the processes in the middle of a step."""
+    take = Steps._step
+
+    def step(self, *arguments):
+        if self.count == count and Processes.current().rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *arguments)
+
+    with mock.patch.object(Steps, "_step", step):
+        yield
+
+
+def left(folder):
+    """In the first step, in the middle and at the end of an epoch, in the last step."""
+    for number, (rank, count) in enumerate(((1, 0), (0, 7), (1, 9), (0, 19))):
+        try:
+            with signalled(rank, count):
+                kept(folder, resume=number > 0)
+        except Interrupted:
+            continue
+        raise AssertionError("nobody was interrupted")
+    return kept(folder, resume=True)
+
+
+@contextmanager
+def full_disk(first):
+    """Let the disk of the first process be full from this write on, counted from 0."""
+    writes, flush = itertools.count(), os.fsync
+
+    def fail(descriptor):
+        if next(writes) >= first and Processes.current().is_first:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with mock.patch.object(os, "fsync", fail):
+        yield
+
+
+def on_a_full_disk(folder):
+    with full_disk(3):
+        return kept(folder, checkpoint_minutes=0)
+
+
+def not_finite(folder):
+    data = normal_data(41)
+    data[7] = torch.inf
+    options = {"epochs": 3, "batch_size": 5, "seed": 0, "checkpoint": folder}
+    return trained(Exact(), data, **options)
+
+
+# Each writes into its own folder below the one it is given; "alone" is there already, written by one
+# process.
+KEPT = {
+    "whole": lambda folder: kept(folder / "whole"),
+    "left": lambda folder: left(folder / "left"),
+    "full disk": lambda folder: on_a_full_disk(folder / "full"),
+    "room again": lambda folder: kept(folder / "full", checkpoint_minutes=0, resume=True),
+    "last good": lambda folder: not_finite(folder / "good"),
+    "alone": lambda folder: kept(folder / "alone", resume=True),
+    "begun": lambda folder: kept(folder / "left"),
+    "one of two": lambda folder: kept(folder / "one" if Processes.current().is_first else None),
+}
 
 
 CASES = {
@@ -189,17 +306,17 @@ CASES = {
     "evaluated": evaluated,
     "decided": decided,
     "refused": refused,
+    "out of range": out_of_range,
     "other data": other_data,
     "other part": other_part,
-    "checkpoints": with_checkpoints,
     **{f"noisy {seed}": functools.partial(noisy, seed) for seed in SEEDS},
 }
 
 
-def outcome(case):
+def outcome(case, folder=None):
     """Return what a case gives: a result, or the text of its refusal."""
     try:
-        return CASES[case]()
+        return CASES[case]() if case in CASES else KEPT[case](folder)
     except pv.InputError as error:
         return str(error)
 
@@ -208,7 +325,7 @@ def main(folder):
     torch.set_num_threads(1)
     with joined("cpu") as processes:
         assert processes != ALONE
-        outcomes = {case: outcome(case) for case in CASES}
+        outcomes = {case: outcome(case, Path(folder)) for case in (*CASES, *KEPT)}
         torch.save(outcomes, Path(folder) / f"{processes.rank}.pt")
         sys.stdout.write(f"written by {processes.rank}\n")
 

@@ -443,8 +443,12 @@ def test_family_scores_under_vmap(name):
 def test_latent_dimension_must_be_a_whole_number_large_enough(make):
     inputs = (encoder(),) if make in FAMILIES.values() else ()
     smallest = 2 if make(*inputs, 2).latent_support == "unit sphere" else 1
-    for wrong in (smallest - 1, 2.5):
-        with pytest.raises(InputError, match=f"latent_dim as a whole number of at least {smallest}"):
+    for wrong, message in (
+        (smallest - 1, f"latent_dim of at least {smallest}"),
+        (2.5, "latent_dim as a whole number"),
+        ("two", "latent_dim as a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
             make(*inputs, wrong)
 
 

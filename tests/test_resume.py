@@ -2,15 +2,22 @@
 
 import json
 import os
+import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
+import matplotlib
 import numpy as np
+import pyro
 import pytest
+import torch
 from command_line import run
+
+import pyro_vae as pv
 
 TIMES = {"seconds", "data_per_second"}  # the columns of the history that a clock decides
 SMALL = (
@@ -26,16 +33,20 @@ def bits(tmp_path_factory):
     return path
 
 
-def start(*arguments):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def start(*arguments, launch=()):
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "pyro_vae", *map(str, arguments)]
+    command = [sys.executable, *launch, "-m", "pyro_vae", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONHASHSEED", None)  # the order of sets differs from process to process
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def train(bits, folder, *arguments):
-    return start("train", "--dataset", bits, *SMALL, "--output", folder, *arguments)
+def train(bits, folder, *arguments, launch=()):
+    options = ("--dataset", bits, *SMALL, "--output", folder, *arguments)
+    return start("train", *options, launch=launch)
 
 
 def finished(process):
@@ -81,8 +92,8 @@ def whole(bits, tmp_path_factory):
     return folder, time.monotonic() - begun
 
 
-def assert_resumed(folder, whole):
-    finished(start("train", "--resume", folder))
+def assert_resumed(folder, whole, launch=()):
+    finished(start("train", "--resume", folder, launch=launch))
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in whole.iterdir()
     )
@@ -124,6 +135,23 @@ def test_killed_at_a_random_moment_and_resumed(bits, whole, tmp_path, request):
 
 
 @pytest.mark.slow
+def test_processes_that_share_a_run_leave_it_and_resume_it_together(bits, tmp_path):
+    finished(train(bits, tmp_path / "whole", launch=TORCHRUN))
+    folder = tmp_path / "left"
+    process = train(bits, folder, "--checkpoint-minutes", 0, launch=TORCHRUN)
+    wait_for_step(folder / "checkpoints", 10, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on to each of them
+    _, err = process.communicate(timeout=60)
+    assert f"go on by `pyro-vae train --resume {folder}`" in err
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert not (folder / "model.safetensors").exists()
+    refused = run("train", "--resume", folder)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"expected as many processes as {folder} was begun with, 2, got 1" in refused.err
+    assert_resumed(folder, tmp_path / "whole", launch=TORCHRUN)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_its_state_on_disk(bits, whole, tmp_path, number):
     folder = tmp_path / "run"
@@ -138,6 +166,24 @@ def test_a_signal_ends_the_run_with_its_state_on_disk(bits, whole, tmp_path, num
     refused = run("train", "--resume", folder, "--epochs", 12)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "expected epochs 100000" in refused.err
+
+
+def test_a_run_folder_says_how_it_came_about(bits, tmp_path):
+    settings = ("--dataset", bits, *SMALL, "--epochs", 1, "--seed", 5)
+    told = ("train", *settings, "--output", tmp_path / "run")
+    assert run(*told).code == 0
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    assert record["command"] == shlex.join(["pyro-vae", *map(str, told)])
+    assert record["versions"] == {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "matplotlib": matplotlib.__version__,
+        "pyro_vae": pv.__version__,
+    }
+    assert (record["device"], record["settings"]["seed"], record["processes"]) == ("cpu", 5, 1)
+    data = pv.datasets.load(bits, binarize="dynamic", validation_size=20, seed=5)
+    assert record["checksums"] == data.checksums
 
 
 def test_what_is_no_interrupted_run_is_refused(bits, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.priors.base import check_latent_dim
+from pyro_vae.errors import size
 
 
 class VariationalFamily(nn.Module):
@@ -34,7 +34,7 @@ class VariationalFamily(nn.Module):
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.latent_dim = check_latent_dim(latent_dim)
+        self.latent_dim = size("latent_dim", latent_dim)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Return the unconstrained parameters of q for each datum, each ``(*batch, ...)``."""

@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.flows import FlowDistribution, Shift, autoregressive_layers, spline_layers
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
-from pyro_vae.priors.base import check_count, check_positive, check_widths
 
 
 class _FlowFamily(VariationalFamily):
@@ -25,7 +25,7 @@ class _FlowFamily(VariationalFamily):
     def __init__(self, encoder: nn.Module, latent_dim: int, context_features: int) -> None:
         super().__init__(encoder, latent_dim)
         features = feature_shape(encoder)
-        self.context_features = check_count("context_features", context_features)
+        self.context_features = size("context_features", context_features)
         self.loc = Head(features, (self.latent_dim,))
         self.log_scale = Head(features, (self.latent_dim,))
         self.context = Head(features, (self.context_features,))
@@ -82,8 +82,8 @@ class InverseAutoregressiveFlow(_FlowFamily):
         context_features: int = 32,
     ) -> None:
         super().__init__(encoder, latent_dim, context_features)
-        self.num_layers = check_count("num_layers", num_layers)
-        self.hidden = check_widths(hidden)
+        self.num_layers = size("num_layers", num_layers)
+        self.hidden = sizes("hidden widths", hidden)
         self.layers = autoregressive_layers(
             self.latent_dim,
             self.num_layers,
@@ -143,10 +143,10 @@ class NeuralSplineFlow(_FlowFamily):
         context_features: int = 32,
     ) -> None:
         super().__init__(encoder, latent_dim, context_features)
-        self.num_layers = check_count("num_layers", num_layers)
-        self.hidden = check_widths(hidden)
-        self.num_bins = check_count("num_bins", num_bins, at_least=2)
-        self.bound = check_positive("bound", bound)
+        self.num_layers = size("num_layers", num_layers)
+        self.hidden = sizes("hidden widths", hidden)
+        self.num_bins = size("num_bins", num_bins, least=2)
+        self.bound = positive_number("bound", bound)
         self.layers = spline_layers(
             self.latent_dim,
             self.num_layers,

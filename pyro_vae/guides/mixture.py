@@ -10,10 +10,11 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from pyro_vae.errors import size
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
-from pyro_vae.priors.base import check_count
 from pyro_vae.priors.gaussian_mixture import variance_of_means
 
 
@@ -116,7 +117,8 @@ class DiagonalNormalMixture(TorchDistribution):
         standardised = (z[..., None, :] - self.loc.detach()) / scale
         log_density = _log_normal(standardised, scale)
         # Given the coordinates before d, the weight of component k is pi_k times its density there.
-        log_before = log_density.cumsum(-1) - log_density
+        # Never added and taken off again: far from a component the difference has no digits left.
+        log_before = F.pad(log_density[..., :-1].cumsum(-1), (1, 0))
         weights = (self.log_weights[..., None] + log_before).softmax(-2)
         fixed_weights = weights.detach()
         # In the upper tail 1 - F keeps the digits that F loses; as the weights sum to 1, F and F - 1
@@ -170,7 +172,7 @@ class MixtureOfNormals(VariationalFamily):
     def __init__(self, encoder: nn.Module, latent_dim: int, *, num_components: int = 5) -> None:
         super().__init__(encoder, latent_dim)
         features = feature_shape(encoder)
-        self.num_components = check_count("num_components", num_components)
+        self.num_components = size("num_components", num_components)
         shape = (self.num_components, self.latent_dim)
         self.logits = Head(features, (self.num_components,))
         self.loc = Head(features, shape)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae import distributions
+from pyro_vae.errors import size
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
-from pyro_vae.priors.base import check_latent_dim
 
 # The concentration per dimension k/m says how far q is from uniform, whatever m: for large m the mean
 # resultant length is 2c / (1 + sqrt(1 + 4c^2)) at k = c m. Starting at c = 1/4 (length 0.24) costs
@@ -50,7 +50,7 @@ class VonMisesFisher(VariationalFamily):
     latent_support = "unit sphere"
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
-        super().__init__(encoder, check_latent_dim(latent_dim, at_least=2))
+        super().__init__(encoder, size("latent_dim", latent_dim, least=2))
         features = feature_shape(encoder)
         self.direction = Head(features, (self.latent_dim,))
         self.raw_concentration = Head(features, (1,))

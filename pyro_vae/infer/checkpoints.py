@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
-import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as serialised
-from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, first_line, real_number, whole_number
+from pyro_vae.infer import checkpoint_files as files
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.files import UNREADABLE, checksum_of, refuse_to_write, write_whole
+from pyro_vae.infer.files import checksum_of, folder_at, refuse_to_write
+from pyro_vae.infer.generators import generator_states, set_generator_states
+from pyro_vae.infer.options import Schedule
 from pyro_vae.infer.pair import Inputs
 from pyro_vae.infer.per_datum import StockBound
-from pyro_vae.infer.steps import Steps
+from pyro_vae.infer.processes import ALONE, Processes
+from pyro_vae.infer.steps import NotFiniteError, Steps
 from pyro_vae.infer.validation import EarlyStopping
 
-__all__ = ["Checkpoints", "Interrupted", "bound_named", "checkpoint_files", "data_checksum"]
+__all__ = ["Checkpoints", "Interrupted", "data_checksum", "decisive_settings"]
 
-_FORMAT = 1
-_ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
-_NAME = re.compile(r"step-(\d{10})\.safetensors")
-_KEPT = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_TENSOR = "__tensor__"
-
 
 _Run = tuple[dict[str, Any], Steps, EarlyStopping, list[dict[str, float]]]
 
@@ -65,48 +55,59 @@ class Checkpoints:
     Inside the context, and in the main thread, SIGINT and SIGTERM are noted, and end the run at the
     next step's boundary, when its state is on the disk; a second one ends it at once.
 
+    Of several processes the first one reads and writes, and it alone needs the folder. What each has
+    of its own, its generators among it, stands in the same file. When to write is decided together,
+    and a signal to one of them ends all: every method must be called by all of them.
+
     Args:
         folder: created if missing.
         every: epochs after which one is written; None: not by epochs.
         minutes: after which one is written at the next step's boundary, 0 after every step; None: not
             by time.
         resume: go on from the newest one, or start where there is none.
+        processes: who shares the run.
 
     Raises:
-        InputError: a period out of range, a folder that can't be written, or one that holds
-            checkpoints where ``resume`` is not set.
+        InputError: an option that is none or out of range.
     """
 
     def __init__(
-        self, folder: str | Path | None, *, every: int | None, minutes: float | None, resume: bool
+        self,
+        folder: str | Path | None,
+        *,
+        every: int | None,
+        minutes: float | None,
+        resume: bool,
+        processes: Processes = ALONE,
     ) -> None:
-        if every is not None and every < 1:
-            raise InputError(f"expected checkpoint_every of at least 1 epoch, got {every}")
-        if minutes is not None and not 0 <= minutes < math.inf:
-            raise InputError(f"expected checkpoint_minutes of at least 0, got {minutes}")
+        if every is not None:
+            every = whole_number("checkpoint_every", every, least=1)
+        if minutes is not None:
+            minutes = real_number("checkpoint_minutes", minutes)
+            if not 0 <= minutes < math.inf:
+                raise InputError(f"expected checkpoint_minutes of at least 0, got {minutes}")
         if folder is None and resume:
             raise InputError("expected the folder of the checkpoints to resume from: checkpoint=")
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else folder_at(folder)
         self.every, self.minutes, self.resume = every, minutes, resume
+        self.processes = processes
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._run: _Run | None = None
-        if self.folder is not None and not resume and checkpoint_files(self.folder):
-            raise InputError(
-                f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
-                "on from them, or choose another folder"
-            )
 
     # --- the run ---
 
     def __enter__(self) -> Checkpoints:
+        """Prepare the folder and take notice of signals.
+
+        Raises:
+            InputError: a folder that can't be written, or one that holds checkpoints where ``resume``
+                is not set.
+        """
         self._signal, self._written = None, time.monotonic()
         if self.folder is None:
             return self
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse_to_write(self.folder, error)
+        self.processes.decided(self._prepare)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # None: set by something that is not Python.
@@ -118,15 +119,15 @@ class Checkpoints:
         self._restore_handlers()
         if self.folder is None:
             return
-        # A run that stops on numbers gone wrong leaves its last good state; one that does so in its
-        # first epoch has none worth keeping.
-        if isinstance(error, InputError) and self._run is not None and self._run[3]:
-            with suppress(InputError):
-                self._write()
-        with suppress(OSError):
-            self.folder.rmdir()  # of a run that failed before its first checkpoint
-        if error is None and self._signal is not None:
-            raise Interrupted(self._signal, self.folder)
+        if isinstance(error, NotFiniteError) and self._run is not None:
+            self._keep_last_good(self._run[1], error)
+        if self.processes.is_first:
+            with suppress(OSError):
+                self.folder.rmdir()  # of a run that failed before its first checkpoint
+        if error is None:
+            number, _ = self._asked()
+            if number is not None:
+                raise Interrupted(number, self.folder)
 
     def begin(
         self,
@@ -153,9 +154,10 @@ class Checkpoints:
         """
         if self.folder is None:
             return
-        plain = json.loads(json.dumps(dict(settings), default=str))  # as they are when read
+        folder = self.folder
+        plain = files.plain({**settings, "number of processes": self.processes.size})
         self._run = (plain, steps, best, rows)
-        found = _newest(self.folder) if self.resume else None
+        found = self.processes.decided(lambda: files.newest(folder) if self.resume else None)
         if found is None:
             return
         _refuse_other(plain, found["settings"], self.folder)
@@ -165,8 +167,9 @@ class Checkpoints:
                 dict(zip(state["columns"], row, strict=True)) for row in state["history"].tolist()
             ]
             best.load_state_dict(state["best"])
-            steps.resume(state["steps"], batch)
-            _set_generators(state["generators"], steps.device)
+            own = state["own"][self.processes.rank]
+            steps.resume({**state["steps"], "own": own["steps"]}, batch)
+            set_generator_states(own["generators"], steps.device)
         except InputError:
             raise
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -179,15 +182,16 @@ class Checkpoints:
         """Write if it is time to, and end the run if it was told to end.
 
         Raises:
+            InputError: a checkpoint that can't be written; the ones before it stay.
             Interrupted: the run was told to end; its state is on the disk.
         """
         if self.folder is None:
             return
-        if self._signal is not None:
+        number, is_time = self._asked()
+        if number is not None or is_time:
             self._write()
-            raise Interrupted(self._signal, self.folder)
-        if self.minutes is not None and time.monotonic() - self._written >= 60 * self.minutes:
-            self._write()
+        if number is not None:
+            raise Interrupted(number, self.folder)
 
     def after_epoch(self, epoch: int) -> None:
         """Write where the period in epochs says so; then as :meth:`after_step`."""
@@ -202,28 +206,55 @@ class Checkpoints:
 
     # --- inside ---
 
+    def _prepare(self) -> None:
+        assert self.folder is not None
+        if not self.resume and files.checkpoint_files(self.folder):
+            raise InputError(
+                f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
+                "on from them, or choose another folder"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse_to_write(self.folder, error)
+
+    def _asked(self) -> tuple[int | None, bool]:
+        """Return the signal that came to any process, and whether it is time to write."""
+        passed = time.monotonic() - self._written
+        is_time = self.minutes is not None and passed >= 60 * self.minutes
+        if not self.processes.are_several:
+            return self._signal, is_time
+        flags = [self._signal == number for number in _SIGNALS]
+        asked = torch.tensor([*flags, is_time and self.processes.is_first], dtype=torch.int64)
+        *came, time_came = self.processes.sum_(asked).tolist()
+        signals = [number for number, count in zip(_SIGNALS, came, strict=True) if count]
+        return (signals[0] if signals else None), time_came > 0
+
+    def _keep_last_good(self, steps: Steps, error: NotFiniteError) -> None:
+        """Write the state before the step that stopped the run, if there is one, and say where."""
+        if steps.count == steps.skipped:
+            return
+        with suppress(InputError):
+            self._write()
+            which = "before it" if steps.skip_limit is None else "at the end of that epoch"
+            error.args = (f"{error}; the state {which} is in {self.folder}",)
+
     def _write(self) -> None:
         assert self.folder is not None
         assert self._run is not None
-        settings, steps, best, rows = self._run
+        folder, (settings, steps, best, rows) = self.folder, self._run
         columns = list(rows[0]) if rows else []
         history = [[row[name] for name in columns] for row in rows]
+        shared = steps.state_dict()
+        own = {"steps": shared.pop("own"), "generators": generator_states(steps.device)}
         state = {
             "columns": columns,
             "history": torch.tensor(history, dtype=torch.float64).reshape(len(rows), len(columns)),
             "best": best.state_dict(),
-            "steps": steps.state_dict(),
-            "generators": _generators(steps.device),
+            "steps": shared,
+            "own": self.processes.gather(own),
         }
-        tensors: dict[str, Tensor] = {}
-        content = {"format": _FORMAT, "settings": settings, "state": _packed(state, tensors)}
-        content["checksum"] = checksum_of(content, tensors)
-        file = serialised(tensors, metadata={_ENTRY: json.dumps(content)})
-        path = self.folder / f"step-{steps.count:010d}.safetensors"
-        write_whole(path, lambda temporary: temporary.write_bytes(file))
-        for old in checkpoint_files(self.folder)[:-_KEPT]:
-            with suppress(OSError):
-                old.unlink()
+        self.processes.decided(lambda: files.write(folder, steps.count, settings, state))
         self._written = time.monotonic()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
@@ -238,23 +269,39 @@ class Checkpoints:
         self._handlers = {}
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest last."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(
-            f"expected a folder for checkpoints, got {folder}: {error.strerror}; choose another"
-        ) from error
-    return [folder / name for name in names]
-
-
 # --- what decides a run ---
 
 
-def bound_named(bound: Bound) -> str:
+def decisive_settings(
+    bound: Bound,
+    *,
+    device: torch.device,
+    is_compiled: bool,
+    schedule: Schedule,
+    transform: object,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the settings that decide a run, besides its data, as values that can be compared.
+
+    Args:
+        bound: what is optimised.
+        device: where; one CUDA device may take over from another.
+        is_compiled: whether the steps are captured.
+        schedule: of the learning rate; of a function nothing can be told.
+        transform: of the batches; of it neither.
+        options: the other options of ``fit`` by their names.
+    """
+    return {
+        "objective": _bound_named(bound),
+        "device": device.type,
+        "compiled": is_compiled,
+        "schedule": "a function" if callable(schedule) else schedule,
+        "transform": transform is not None,
+        **options,
+    }
+
+
+def _bound_named(bound: Bound) -> str:
     """Return a bound's class and its plain options, by which another one is told."""
     objective = bound.objective if isinstance(bound, StockBound) else bound
     # A first step may find out the nesting of the plates and note it.
@@ -281,111 +328,3 @@ def _refuse_other(settings: Mapping[str, Any], kept: Mapping[str, Any], folder: 
                 f"expected {shown} {kept.get(name)!r} as the run in {folder} was begun with, got "
                 f"{settings.get(name)!r}: repeat its options or choose another folder"
             )
-
-
-# --- files ---
-
-
-class _DamagedError(Exception):
-    """A file that is no checkpoint, or no longer the one that was written."""
-
-
-def _newest(folder: Path) -> dict[str, Any] | None:
-    """Return the newest checkpoint that can be read; those after it are taken away."""
-    paths = checkpoint_files(folder)
-    damaged: list[Path] = []
-    for path in reversed(paths):
-        try:
-            found = _read(path)
-        except _DamagedError as error:
-            warnings.warn(
-                f"the checkpoint {path} can't be read ({first_line(error)}): the one before is taken",
-                stacklevel=4,
-            )
-            damaged.append(path)
-            continue
-        for other in damaged:  # or it would pass for the newest again
-            other.unlink(missing_ok=True)
-        return found
-    if damaged:
-        raise InputError(
-            f"expected a checkpoint in {folder} that can be read, got {len(damaged)} damaged ones: "
-            "start again in another folder"
-        )
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.is_symlink():
-            raise _DamagedError("it is a link")
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_ENTRY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if type(content["format"]) is int and content["format"] > _FORMAT:
-            raise InputError(
-                f"expected format {_FORMAT} in {path}, got {content['format']}: it was written by a "
-                "newer pyro_vae: update"
-            )
-        written = content.pop("checksum")
-        if content["format"] != _FORMAT or written != checksum_of(content, tensors):
-            raise _DamagedError("its checksum is another")
-        return {"settings": dict(content["settings"]), "state": _unpacked(content["state"], tensors)}
-    except InputError:
-        raise
-    except (*UNREADABLE, RecursionError) as error:
-        raise _DamagedError(first_line(error)) from error
-
-
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return plain values in which each tensor is named, and collect the tensors."""
-    if isinstance(value, Tensor):
-        name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().cpu().contiguous()
-        return {_TENSOR: name}
-    if isinstance(value, Mapping):
-        return {name: _packed(inner, tensors) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_packed(inner, tensors) for inner in value]
-    return value
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            return tensors[value[_TENSOR]]
-        return {name: _unpacked(inner, tensors) for name, inner in value.items()}
-    return [_unpacked(inner, tensors) for inner in value] if isinstance(value, list) else value
-
-
-# --- generators ---
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """Return the state of every random generator: Python's, NumPy's, torch's on CPU and device."""
-    version, words, gauss = random.getstate()
-    _, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002
-    states = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "words": torch.from_numpy(np.asarray(numpy_words).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(numpy_gauss),
-        },
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_generators(states: dict[str, Any], device: torch.device) -> None:
-    python, numpy = states["python"], states["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    words = numpy["words"].numpy().astype(np.uint32)
-    state = ("MT19937", words, numpy["position"], numpy["has_gauss"], numpy["gauss"])
-    np.random.set_state(state)  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.distributions.sphere import unit_sphere
 from pyro_vae.errors import InputError
 from pyro_vae.infer.pair import Inputs, PairFunction
-from pyro_vae.infer.sites import Site, data_dim, latent_sites
+from pyro_vae.infer.sites import Site, check_rows, data_dim, latent_sites
 
 __all__ = [
     "Code",
@@ -47,7 +47,7 @@ def code_sites(guide: PairFunction, inputs: Inputs, plate: str) -> dict[str, Sit
     """Run the guide once and return its latent sites by name, auxiliary ones left out.
 
     Raises:
-        InputError: no latent, or one outside the data plate.
+        InputError: no latent, or one without one row per datum (outside the data plate, subsampled).
     """
     sites = {
         site["name"]: site
@@ -56,12 +56,8 @@ def code_sites(guide: PairFunction, inputs: Inputs, plate: str) -> dict[str, Sit
     }
     if not sites:
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-    for name, site in sites.items():
-        if all(frame.name != plate for frame in site["cond_indep_stack"]):
-            raise InputError(
-                f"expected latent {name!r} of the guide inside the data plate {plate!r}: a latent "
-                "that the data share is no code of a datum"
-            )
+    for site in sites.values():
+        check_rows("guide", site, plate, len(inputs[0]))
     return sites
 
 
@@ -110,7 +106,8 @@ def mean_codes(guide: PairFunction, inputs: Inputs, num_draws: int, plate: str) 
     for name, site in sites.items():
         mean, other = _mean_of(site), _mean_of(again[name])
         if mean is not None and other is not None and torch.equal(mean, other):
-            mean = mean.expand_as(site["value"]).movedim(axes[name], 0)
+            # Not the parameter that a guide without an encoder hands on.
+            mean = mean.detach().expand_as(site["value"]).movedim(axes[name], 0).clone()
             codes[name] = Code(mean, torch.zeros_like(mean), True)
     if len(codes) < len(sites):
         codes = _mean_of_draws(guide, inputs, num_draws, plate) | codes

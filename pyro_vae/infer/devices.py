@@ -16,7 +16,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number
 from pyro_vae.infer.bounds import Bound, BoundTerms, refuse_score_function
 from pyro_vae.infer.objectives import elbo_terms, plate_scale, wide
 from pyro_vae.infer.sites import Site, is_delta, latent_sites, sample_sites
@@ -206,7 +206,7 @@ class FreeBits(AnalyticKL):
     def __init__(
         self, floor: float, *, per: str = "dimension", plate: str = "data", **options: Any
     ) -> None:
-        if not 0 <= floor < math.inf:
+        if not 0 <= real_number("floor", floor) < math.inf:
             raise InputError(f"expected a finite floor of at least 0 nats, got {floor}")
         if per not in ("dimension", "site"):
             raise InputError(f"expected per to be dimension or site, got {per!r}")

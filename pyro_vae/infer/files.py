@@ -16,10 +16,24 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
 
-__all__ = ["UNREADABLE", "checksum_of", "refuse_to_write", "write_whole"]
+__all__ = ["UNREADABLE", "checksum_of", "folder_at", "refuse_to_write", "write_whole"]
 
 # What the reader of safetensors raises at bytes that are none.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
+def folder_at(path: str | Path) -> Path:
+    """Return the folder that a path names, its ``~`` as the home that is meant.
+
+    Raises:
+        InputError: what is no path, or the home of nobody.
+    """
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"expected the path of a folder, got {first_line(repr(path))}: {first_line(error)}"
+        ) from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

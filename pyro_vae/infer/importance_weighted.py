@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.infer.capture import Snapshot, with_submodules
 from pyro_vae.infer.objectives import unscaled_function
@@ -75,8 +75,7 @@ class IWAE(Bound):
     def __init__(
         self, num_particles: int, gradient: str = "doubly-reparameterized", *, plate: str = "data"
     ) -> None:
-        if num_particles < 1:
-            raise InputError(f"expected num_particles of at least 1, got {num_particles}")
+        num_particles = whole_number("num_particles", num_particles, least=1)
         if gradient not in _GRADIENTS:
             raise InputError(f"expected a gradient of {' or '.join(_GRADIENTS)}, got {gradient!r}")
         super().__init__(num_particles=num_particles)

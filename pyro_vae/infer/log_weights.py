@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.objectives import draw_traces
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
@@ -30,19 +30,22 @@ from pyro_vae.infer.pair import (
 from pyro_vae.infer.particles import (
     AllocationCounter,
     GivenScore,
-    all_close,
+    agree,
     first_faithful,
     stacked,
     tile,
     total,
+    untile,
 )
 from pyro_vae.infer.sites import (
     Given,
     Latents,
     check_latents_match,
+    check_rows,
     check_site,
     data_dim,
     is_delta,
+    is_inside,
     latent_sites,
     sample_sites,
     site_log_prob,
@@ -98,8 +101,7 @@ def log_weights(
     Source:
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 7.
     """
-    if num_samples < 1:
-        raise InputError(f"expected num_samples of at least 1, got {num_samples}")
+    num_samples = whole_number("num_samples", num_samples, least=1)
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     with HANDLER_LOCK:
@@ -225,9 +227,7 @@ class PairScorer:
         inputs = tile(self.inputs, num_samples)
         trace = poutine.trace(self.guide).get_trace(*inputs)
         latents = {
-            name: trace.nodes[name]["value"]
-            .unflatten(axis, (num_samples, self.num_data))
-            .movedim(axis - 1, 0)
+            name: untile(trace.nodes[name]["value"], axis, num_samples)
             for name, axis in self.data_axes.items()
         }
         log_proposal = total(sample_sites(trace), self.plate, inputs)
@@ -240,15 +240,17 @@ class PairScorer:
         latents, log_proposal = propose(count)
         # A point mass follows from the other sites; given a value that was rounded differently it
         # would report a density of 0.
-        random = [name for name in latents if name not in self._point_masses]
-        rows = []
-        for index in range(count):
-            with Given({name: latents[name][index] for name in random}):
-                rows.append(self._propose_one())
-        plain_latents, plain_log_proposal = stacked(rows)
-        return all_close(
-            (log_proposal, *latents.values()), (plain_log_proposal, *plain_latents.values())
-        )
+        random = {n: value for n, value in latents.items() if n not in self._point_masses}
+
+        def plain(given: Latents) -> tuple[Tensor, ...]:
+            rows = []
+            for index in range(count):
+                with Given({name: value[index] for name, value in given.items()}):
+                    rows.append(self._propose_one())
+            plain_latents, plain_log_proposal = stacked(rows)
+            return (plain_log_proposal, *plain_latents.values())
+
+        return agree((log_proposal, *latents.values()), plain, random)
 
     def _inspect(self) -> None:
         """Run the pair once, plainly, and refuse what can't be weighed rightly."""
@@ -256,6 +258,9 @@ class PairScorer:
             with AllocationCounter() as in_guide:
                 guide_trace = poutine.trace(self.guide).get_trace(*self.inputs)
             latents = latent_sites(guide_trace)
+            for site in latents:
+                if is_inside(site, self.plate):  # the model can't be given more data or fewer
+                    check_rows("guide", site, self.plate, self.num_data)
             drawn = {site["name"]: site["value"] for site in latents}
             with Given(drawn), AllocationCounter() as in_model:
                 model_trace = poutine.trace(self.model).get_trace(*self.inputs)

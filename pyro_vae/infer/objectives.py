@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number
 
 __all__ = [
     "BetaSchedule",
@@ -118,7 +118,7 @@ class BetaSchedule:
 
 def check_beta(beta: float) -> None:
     """Refuse a beta below 0 or not finite."""
-    if not 0 <= beta < float("inf"):
+    if not 0 <= real_number("beta", beta) < float("inf"):
         raise InputError(f"expected a finite beta of at least 0, got {beta}")
 
 

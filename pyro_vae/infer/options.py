@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, positive_number, whole_number
 from pyro_vae.infer.objectives import check_beta
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "LearningRate",
     "Schedule",
+    "check_callables",
     "check_options",
     "computing_in",
     "products_in",
@@ -45,32 +46,34 @@ def check_options(
     on_nonfinite: str = "stop",
     nonfinite_limit: int = 0,
 ) -> None:
-    """Refuse options of :func:`pyro_vae.fit` that are out of range."""
-    if epochs < 0:
-        raise InputError(f"expected epochs of at least 0, got {epochs}")
-    if not 1 <= batch_size < 2**31:
-        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
-    if not 0 < learning_rate < math.inf:
-        raise InputError(f"expected a finite learning rate above 0, got {learning_rate}")
-    if warmup_epochs < 0:
-        raise InputError(f"expected warm-up epochs of at least 0, got {warmup_epochs}")
-    if patience is not None and patience < 1:
-        raise InputError(f"expected a patience of at least 1 epoch, got {patience}")
+    """Refuse options of :func:`pyro_vae.fit` that are of another kind or out of range."""
+    whole_number("epochs", epochs)
+    whole_number("a batch size", batch_size, least=1, most=2**31 - 1)
+    positive_number("learning rate", learning_rate)
+    whole_number("warm-up epochs", warmup_epochs)
+    if patience is not None:
+        whole_number("a patience", patience, least=1)
     check_beta(beta)
-    if not callable(schedule) and schedule not in _SCHEDULES:
+    if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
         raise InputError(
             f"expected a schedule constant, cosine or a function of the fraction, got {schedule!r}"
         )
-    if gradient_clip is not None and not 0 < gradient_clip < math.inf:
-        raise InputError(f"expected a finite gradient_clip above 0, got {gradient_clip}")
+    if gradient_clip is not None:
+        positive_number("gradient_clip", gradient_clip)
     if precision not in PRECISIONS:
         raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {precision!r}")
     if compile not in (True, False, "auto"):
         raise InputError(f"expected compile as True, False or 'auto', got {compile!r}")
     if on_nonfinite not in ON_NONFINITE:
         raise InputError(f"expected on_nonfinite stop or skip, got {on_nonfinite!r}")
-    if nonfinite_limit < 0:
-        raise InputError(f"expected a nonfinite_limit of at least 0, got {nonfinite_limit}")
+    whole_number("a nonfinite_limit", nonfinite_limit)
+
+
+def check_callables(**functions: object) -> None:
+    """Refuse what is no function where one is wanted, by the option's name; None is none given."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"expected {name} as a function, got {type(function).__name__}")
 
 
 # --- learning rate ---------------------------------------------------------------------------

@@ -26,6 +26,7 @@ __all__ = [
     "HANDLER_LOCK",
     "Inputs",
     "as_inputs",
+    "check_number",
     "check_support",
     "device_of",
     "evaluation_mode",
@@ -81,7 +82,9 @@ HANDLER_LOCK = _HandlerLock()
 _SHARE_OF_DEVICE = 0.5
 
 
-def as_inputs(x: Tensor | Sequence[Tensor], *functions: PairFunction) -> Inputs:
+def as_inputs(
+    x: Tensor | Sequence[Tensor], *functions: PairFunction, are_given: bool = True
+) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
     NumPy arrays are taken without a copy where torch can read them as they are, so that a
@@ -96,6 +99,7 @@ def as_inputs(x: Tensor | Sequence[Tensor], *functions: PairFunction) -> Inputs:
     Args:
         x: one tensor ``(N, ...)`` or several; several are passed as ``model(*x)``.
         functions: model and guide.
+        are_given: whether the functions are given these tensors, and not what is made of them.
 
     Raises:
         InputError: no tensor, no real numbers, no data, first dimensions that differ, or another
@@ -118,8 +122,8 @@ def as_inputs(x: Tensor | Sequence[Tensor], *functions: PairFunction) -> Inputs:
         raise InputError("expected at least one datum, got an empty data set")
     if not functions:
         return inputs
-    for function in functions:
-        _check_number(function, inputs)
+    if are_given:
+        check_number(inputs, *functions)
     return placed(_in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device))
 
 
@@ -299,6 +303,12 @@ def _check_tensor(value: Tensor) -> None:
         raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
     if value.device.type == "meta":
         raise InputError("expected data with values, got a tensor on the meta device: load them")
+
+
+def check_number(inputs: Inputs, *functions: PairFunction) -> None:
+    """Refuse another number of tensors than the functions take."""
+    for function in functions:
+        _check_number(function, inputs)
 
 
 def _check_number(function: PairFunction, inputs: Inputs) -> None:

@@ -27,15 +27,26 @@ __all__ = [
     "BATCHING_ERRORS",
     "AllocationCounter",
     "GivenScore",
+    "agree",
     "all_close",
     "first_faithful",
     "stacked",
     "tile",
+    "tile_latents",
     "total",
+    "untile",
 ]
 
 # What a pair may raise when particles are batched in a way it was not written for.
 BATCHING_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+
+# Batched and plain kernels round differently (about 1e-6 of the sum of the terms in float32); a
+# particle that met another particle's or another datum's numbers is off by much more.
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-3
+# Sums of many terms are off by several units in the last place, and a few directions tell only up to
+# a small factor how steep a density is in the direction of such an error. Both are generous: they are
+# multiplied by a steepness that is nothing where a wrong result could hide.
+_LAST_DIGITS, _STEEP = 8, 8
 
 Terms = tuple[Tensor, Tensor]
 
@@ -83,7 +94,7 @@ class GivenScore:
 
     def _is_faithful(self, score: Callable[[Latents], Terms], latents: Latents, count: int) -> bool:
         first = {name: value[:count].detach() for name, value in latents.items()}
-        return all_close(score(first), self.plain(first))
+        return agree(score(first), self.plain, first)
 
     @property
     def strategy(self) -> str:
@@ -117,11 +128,7 @@ class GivenScore:
     def tiled(self, latents: Latents) -> Terms:
         """Score all particles as if they were more data."""
         count = num_particles(latents)
-        tiled = {
-            name: value.movedim(0, axis - 1).flatten(axis - 1, axis)
-            for name, value in latents.items()
-            for axis in (self.data_axes[name],)
-        }
+        tiled = tile_latents(latents, self.data_axes)
         observed, latent = self.one(tiled, tile(self.inputs, count))
         return observed.view(count, -1), latent.view(count, -1)
 
@@ -137,6 +144,24 @@ def total(sites: list[Site], plate: str, inputs: Inputs) -> Tensor:
 def tile(inputs: Inputs, count: int) -> Inputs:
     """Repeat the inputs so that every particle of every datum is a row, particles outermost."""
     return tuple(value.expand(count, *value.shape).flatten(0, 1) for value in inputs)
+
+
+def tile_latents(latents: Latents, axes: dict[str, int]) -> Latents:
+    """Make every particle of every datum a datum of its own, as :func:`tile` does of the inputs.
+
+    Args:
+        latents: by site name, ``(num_particles, *shape of one draw)``.
+        axes: for each of them, the (negative) axis that counts the data.
+    """
+    return {
+        name: value.movedim(0, axes[name] - 1).flatten(axes[name] - 1, axes[name])
+        for name, value in latents.items()
+    }
+
+
+def untile(value: Tensor, axis: int, count: int) -> Tensor:
+    """Bring a latent drawn from tiled inputs to ``(count, *shape of one draw)``, as a view."""
+    return value.unflatten(axis, (count, -1)).movedim(axis - 1, 0)
 
 
 def num_particles(latents: Latents) -> int:
@@ -187,13 +212,57 @@ def stacked(rows: list[Any]) -> Any:
 
 def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
     """Tell whether batched and plain results are the same but for rounding."""
-    # Batched and plain kernels round differently (about 1e-6 of the sum of the terms in float32); a
-    # particle that met another particle's or another datum's numbers is off by much more.
     return all(
         left.shape == right.shape
-        and torch.allclose(left, right, rtol=1e-4, atol=1e-3, equal_nan=True)
+        and torch.allclose(left, right, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
         for left, right in zip(batched, plain, strict=True)
     )
+
+
+def agree(
+    batched: tuple[Tensor, ...],
+    plain: Callable[[Latents], tuple[Tensor, ...]],
+    latents: Latents,
+) -> bool:
+    """Tell whether batched results are those of plain calls, as far as rounding determines these.
+
+    A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
+    normal knows from drawing while a plain call must find it from the point. By how much is seen from
+    plain calls at latents moved in their last digits; it is nothing where a density is tame.
+
+    Args:
+        batched: results at these latents.
+        plain: the plain calls, as a function of the latents.
+        latents: by site name; one that holds nothing but whole numbers is taken for a discrete one.
+    """
+    expected = plain(latents)
+    if all_close(batched, expected):
+        return True
+    if any(left.shape != right.shape for left, right in zip(batched, expected, strict=True)):
+        return False
+    if not all(map(torch.equal, plain(latents), expected)):
+        return False  # what is drawn anew in every call would pass for steep
+    slack = [torch.zeros_like(value) for value in expected]
+    with pyro.validation_enabled(False):
+        for period in (1, 2, 4):
+            moved = plain({name: _moved(value, period) for name, value in latents.items()})
+            slack = [
+                torch.maximum(most, (left - right).abs())
+                for most, left, right in zip(slack, moved, expected, strict=True)
+            ]
+    return all(
+        bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
+        for left, right, extra in zip(batched, expected, slack, strict=True)
+    )
+
+
+def _moved(value: Tensor, period: int) -> Tensor:
+    """Move a latent by some units in its last place, up and down by turns of ``period`` numbers."""
+    if not value.is_floating_point() or torch.equal(value, value.round()):
+        return value
+    turns = torch.arange(value.numel(), device=value.device).div(period, rounding_mode="floor") % 2
+    size = _LAST_DIGITS * torch.finfo(value.dtype).eps
+    return value * (1 + size * (2 * turns - 1).to(value.dtype).view(value.shape))
 
 
 class AllocationCounter(TorchDispatchMode):

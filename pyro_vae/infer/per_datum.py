@@ -6,19 +6,27 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound
 from pyro_vae.infer.capture import accumulating_leaves
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
+from pyro_vae.infer.divergences import AnalyticKL
 from pyro_vae.infer.objectives import TracePair, elbo_terms, recorded_traces, wide
 from pyro_vae.infer.options import products_in
 from pyro_vae.infer.pair import Inputs, as_inputs
 from pyro_vae.infer.program import Call
 
 __all__ = ["BoundPerDatum", "StockBound", "bound_of", "finished"]
+
+# Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
+_BOUNDS: dict[type[ELBO], type[Bound]] = {
+    Trace_ELBO: TraceBound,
+    CompiledTrace_ELBO: TraceBound,
+    TraceMeanField_ELBO: AnalyticKL,
+}
 
 
 class StockBound(Bound):
@@ -70,8 +78,8 @@ def bound_of(objective: ELBO | None) -> Bound:
         return objective
     if isinstance(objective, Compiled):
         return objective.objective
-    if type(objective) in (Trace_ELBO, CompiledTrace_ELBO):
-        return TraceBound(
+    if type(objective) in _BOUNDS:
+        return _BOUNDS[type(objective)](
             num_particles=objective.num_particles,
             max_plate_nesting=objective.max_plate_nesting,
             vectorize_particles=objective.vectorize_particles,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Position"]
+__all__ = ["Position", "means_of"]
 
 
 class Position:
@@ -64,3 +65,25 @@ class Position:
             taken=state["taken"],
             seconds=state["seconds"],
         )
+
+
+def means_of(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """Return the means of a pass per datum, over the steps that were applied.
+
+    Args:
+        summaries: one row per step (see ``BoundPerDatum.names``), summed over the step's data.
+        sizes: data of each step.
+
+    Returns:
+        bound, ELBO, rate and distortion in nats per datum; the gradient's norm per step.
+    """
+    applied = summaries[:, -1] == 0
+    count = max(int(sizes[applied].sum()), 1)
+    loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
+    return {
+        "train_bound": -loss / count,
+        "train_elbo": -(rate + distortion) / count,
+        "train_rate": rate / count,
+        "train_distortion": distortion / count,
+        "gradient_norm": norm / max(int(applied.sum()), 1),
+    }

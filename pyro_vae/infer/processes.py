@@ -140,6 +140,21 @@ class Processes:
         self.decided(first)
         return results[0] if results else function()
 
+    def check_together(self, check: Callable[[], None]) -> None:
+        """Make a check in every process; what one of them refuses, all do.
+
+        Raises:
+            InputError: the refusal of the first that refuses, in every process.
+        """
+        refusal: InputError | None = None
+        try:
+            check()
+        except InputError as error:
+            refusal = error
+        for found in self.gather(refusal):
+            if found is not None:
+                raise found
+
     def check_same(self, **settings: Hashable | tuple[Tensor, ...]) -> None:
         """Refuse settings and data that differ between the processes; data by their shapes and ends.
 

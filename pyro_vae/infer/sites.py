@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from pyro.distributions import Delta
@@ -18,10 +19,13 @@ from pyro_vae.infer.objectives import latent_scale_of
 __all__ = [
     "Given",
     "Latents",
+    "check_density_known",
     "check_latents_match",
+    "check_rows",
     "check_site",
     "data_dim",
     "is_delta",
+    "is_inside",
     "latent_sites",
     "observed_site",
     "sample_sites",
@@ -112,13 +116,36 @@ def data_dim(site: Site, plate: str) -> int:
         InputError: a site outside that plate.
     """
     for frame in site["cond_indep_stack"]:
-        if frame.name == plate:
+        if frame.name == plate and frame.vectorized:
             dim: int = frame.dim
             return dim
     raise InputError(
         f"expected site {site['name']!r} inside the data plate {plate!r}, got one outside: move it "
         "there, or name your plate by plate="
     )
+
+
+def is_inside(site: Site, plate: str) -> bool:
+    """Tell whether a site is inside the data plate."""
+    return any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])
+
+
+def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
+    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled.
+
+    Args:
+        function: "model" or "guide", for the message.
+        site: a traced sample site.
+        plate: name of the data plate.
+        num_data: N.
+    """
+    shape, dim = site["fn"].batch_shape, data_dim(site, plate)
+    rows = shape[dim] if len(shape) >= -dim else 1
+    if rows != num_data:
+        raise InputError(
+            f"expected site {site['name']!r} of the {function} to have {num_data} data along plate "
+            f"{plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
+        )
 
 
 def check_site(function: str, site: Site, plate: str, num_data: int) -> None:
@@ -138,7 +165,13 @@ def check_site(function: str, site: Site, plate: str, num_data: int) -> None:
             f"expected {kind} {name!r} of the {function} inside the data plate "
             f"{plate!r}: a site that the data share has no weight per datum"
         )
-    log_prob = site_log_prob(site)
+    try:
+        log_prob = site_log_prob(site)
+    except ValueError as error:  # of torch's validation
+        raise InputError(
+            f"expected values at site {name!r} of the {function} in its support and shape, got "
+            f"others of shape {tuple(site['value'].shape)}: look for NaN, or scale the data"
+        ) from error
     size = log_prob.shape[frames[0].dim] if log_prob.dim() >= -frames[0].dim else 1
     if size != num_data:
         raise InputError(
@@ -215,3 +248,13 @@ def is_delta(distribution: Any) -> bool:
     while not isinstance(distribution, Delta) and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return isinstance(distribution, Delta)
+
+
+def check_density_known(guide_sites: Iterable[Site], advice: str) -> None:
+    """Refuse a guide whose density is known where it drew alone: point masses follow other sites."""
+    for site in guide_sites:
+        if is_delta(site["fn"]):
+            raise InputError(
+                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
+                f"mass: {advice}"
+            )

@@ -14,18 +14,25 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import BoundTerms
-from pyro_vae.infer.capture import Snapshot, accumulating_leaves, with_submodules
+from pyro_vae.infer.capture import Snapshot, with_submodules
+from pyro_vae.infer.contract import check_latents, check_trainable
 from pyro_vae.infer.engine import Engine, Replay, scaled
 from pyro_vae.infer.objectives import BetaSchedule, draw_traces
 from pyro_vae.infer.options import LearningRate
-from pyro_vae.infer.pair import Inputs, PairFunction, modules_of
+from pyro_vae.infer.pair import Inputs, PairFunction, check_number, check_support, modules_of
 from pyro_vae.infer.per_datum import BoundPerDatum, finished
-from pyro_vae.infer.position import Position
+from pyro_vae.infer.position import Position, means_of
 from pyro_vae.infer.processes import ALONE, Processes
 from pyro_vae.infer.program import Call
-from pyro_vae.infer.sites import latent_sites
 
-__all__ = ["Steps"]
+__all__ = ["NotFiniteError", "Steps"]
+
+
+class NotFiniteError(InputError):
+    """A loss or gradient that is not finite has stopped the run; the state before it is left.
+
+    Processes that share the steps raise it together.
+    """
 
 
 class Steps:
@@ -98,7 +105,7 @@ class Steps:
             after_step: called between two steps, when :meth:`state_dict` is whole.
 
         Raises:
-            InputError: a step that is not finite, or more of them than may be skipped.
+            NotFiniteError: a step that is not finite, or more of them than may be skipped.
         """
         position = self._position
         if position is None or position.epoch != epoch:
@@ -122,7 +129,7 @@ class Steps:
         seconds = position.seconds
         self._refuse_not_finite(table, position)
         return {
-            **_means(table, np.array([len(index) for index in batches])),
+            **means_of(table, np.array([len(index) for index in batches])),
             "beta": self.beta.current,
             "seconds": seconds,
             "data_per_second": len(train[0]) / seconds,
@@ -147,7 +154,7 @@ class Steps:
             self.count -= position.go_back_to(int(bad[0]))
             self.skipped, self.beta.steps = 0, self.count
             self._stopped.zero_()
-        raise InputError(
+        raise NotFiniteError(
             f"expected a finite {what}, got {value} in epoch {position.epoch}, batch {bad[0] + 1}"
             f"{skips}: lower the learning rate, clip the gradient, or look for data outside the "
             "likelihood's support"
@@ -194,8 +201,9 @@ class Steps:
                 self._inspect(batch)
             with poutine.trace(param_only=True) as seen:
                 terms = self.estimator.of_batch(call)
-            self._check_trainable(terms.surrogate, _parameters_of(seen.trace))
-            self._learn(_parameters_of(seen.trace))
+            named = _parameters_of(seen.trace)
+            check_trainable(terms.surrogate, self.parameters | named)
+            self._learn(named)
         for leaf in self.parameters.values():
             leaf.grad = None
         terms.surrogate.backward()
@@ -230,34 +238,36 @@ class Steps:
         return whole
 
     def _inspect(self, batch: Inputs) -> None:
-        """Check the pair's latents and learn its parameters, without shifting the run's draws."""
+        """Check the pair and what its transform returns, and learn its parameters.
+
+        The draws of the run are not shifted.
+        """
         self.shown = batch
+        if self.estimator.transform is not None:  # data that stay as they are were checked whole
+            self.processes.check_together(lambda: self._check_transformed(batch))
         # Every device is named, for torch warns of several that are not.
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             with poutine.trace(param_only=True) as seen:
                 traces = draw_traces(self.model, self.guide, batch)
-            _check_latents(*traces, self.estimator.plate)
+            check_latents(*traces, self.estimator.plate)
         self._learn(_parameters_of(seen.trace))
 
-    def _check_trainable(self, surrogate: Tensor, found: dict[str, Tensor]) -> None:
-        if not surrogate.requires_grad:
-            raise InputError(
-                "expected parameters to train, the pair has none: name them by pyro.module or "
-                "pyro.param"
-            )
-        _check_registered(surrogate, self.parameters | found)
+    def _check_transformed(self, batch: Inputs) -> None:
+        check_number(batch, self.model, self.guide)
+        check_support(self.model, batch)
 
     def _learn(self, found: dict[str, Tensor]) -> None:
         """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
         new = {name: found[name] for name in sorted(found) if name not in self.parameters}
         self.parameters |= new
+        if new:
+            # Before a state is taken up, in which each process has buffers of its own.
+            self.processes.take_first([*new.values(), *self._buffers()])
         if self.optimizer is None and new:
             self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
             self._take_up()
         elif self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": list(new.values())})
-        if new:
-            self.processes.take_first([*new.values(), *self._buffers()])
         self._store_size = len(pyro.get_param_store())
 
     def _apply(self, summary: Tensor) -> None:
@@ -302,16 +312,23 @@ class Steps:
         """All that the coming steps depend on, random generators aside.
 
         Parameters stand in the order of their names: a module's name in Pyro's store may count its
-        instances, and so differ from process to process.
+        instances, and so differ from process to process. Under ``own`` stands what differs between
+        the processes that share the steps, on the CPU.
         """
         adam = {} if self.optimizer is None else self.optimizer.state
         moments = [adam.get(leaf, {}) for leaf in self._leaves()]
+        values, position = self.values(), None
+        own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
+        if self._position is not None:
+            position = self._position.state_dict()
+            own["summaries"] = position.pop("summaries").cpu()
         return {
-            "values": self.values(),
+            "parameters": values["parameters"],
             "adam": [{k: v.clone() for k, v in moment.items()} for moment in moments],
             "count": self.count,
             "skipped": self.skipped,
-            "position": None if self._position is None else self._position.state_dict(),
+            "position": position,
+            "own": own,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,7 +340,8 @@ class Steps:
         self.count, self.skipped = state["count"], state["skipped"]
         self.beta.steps = self.count
         if state["position"] is not None:
-            self._position = Position.of_state(state["position"], self.device)
+            position = {**state["position"], "summaries": state["own"]["summaries"]}
+            self._position = Position.of_state(position, self.device)
         self._waiting = state
         self._take_up()
 
@@ -345,14 +363,14 @@ class Steps:
         if self.optimizer is None or self._waiting is None:
             return
         state, self._waiting = self._waiting, None
-        kept = [tuple(value.shape) for value in state["values"]["parameters"]]
+        kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self._leaves()]
         if kept != own:
             raise InputError(
                 f"expected the state of a run of this pair, got {len(kept)} parameters for its "
                 f"{len(own)}, or others in shape: build the pair as it was built then"
             )
-        self.put_back(state["values"])
+        self.put_back({"parameters": state["parameters"], "buffers": state["own"]["buffers"]})
         for leaf, moment in zip(self._leaves(), state["adam"], strict=True):
             if moment:
                 # As the optimiser keeps them: fused ones count steps on the device of the parameter.
@@ -366,49 +384,5 @@ class Steps:
         return [buffer for module in modules for buffer in module.buffers()]
 
 
-def _means(table: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
-    """Means per datum over the steps that were applied; of the gradient's norm per step."""
-    applied = table[:, -1] == 0
-    count = max(int(sizes[applied].sum()), 1)
-    loss, rate, distortion, norm = table[applied, :-1].sum(0)
-    return {
-        "train_bound": -loss / count,
-        "train_elbo": -(rate + distortion) / count,
-        "train_rate": rate / count,
-        "train_distortion": distortion / count,
-        "gradient_norm": norm / max(int(applied.sum()), 1),
-    }
-
-
 def _parameters_of(trace: Trace) -> dict[str, Tensor]:
     return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
-
-
-def _check_latents(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
-    """Refuse latents outside the data plate, and latents of the model that the guide misses."""
-    for function, trace in (("model", model_trace), ("guide", guide_trace)):
-        for site in latent_sites(trace):
-            name = site["name"]
-            if plate not in {frame.name for frame in site["cond_indep_stack"]}:
-                raise InputError(
-                    f"expected latent {name!r} of the {function} inside the data plate {plate!r}: "
-                    "move it there, or name your plate by plate="
-                )
-            if name not in guide_trace.nodes:
-                raise InputError(
-                    f"expected a guide that draws every latent, {name!r} is missing: add "
-                    "pyro.sample for it, or observe it in the model"
-                )
-
-
-def _check_registered(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Refuse a trainable tensor unknown to Pyro: it would stay untrained."""
-    known = {id(leaf) for leaf in parameters.values()}
-    unknown = [leaf for leaf in accumulating_leaves(surrogate) if id(leaf) not in known]
-    if unknown:
-        shapes = sorted(tuple(leaf.shape) for leaf in unknown)
-        raise InputError(
-            f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
-            f"not (shapes {', '.join(map(str, shapes[:3]))}): name their module by "
-            "pyro.module under a name that is not taken, or freeze them by requires_grad_(False)"
-        )

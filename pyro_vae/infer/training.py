@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,19 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
-from pyro_vae.infer.checkpoints import Checkpoints, bound_named, data_checksum
-from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.infer.checkpoints import Checkpoints, data_checksum, decisive_settings
+from pyro_vae.infer.choice import engine_of, outcome_of, own_beta
 from pyro_vae.infer.devices import place_pair
 from pyro_vae.infer.diagnosis import diagnosed
-from pyro_vae.infer.engine import Engine
 from pyro_vae.infer.objectives import BetaSchedule
-from pyro_vae.infer.options import LearningRate, Schedule, check_options, computing_in
+from pyro_vae.infer.options import (
+    LearningRate,
+    Schedule,
+    check_callables,
+    check_options,
+    computing_in,
+)
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -31,7 +35,7 @@ from pyro_vae.infer.pair import (
     seeded,
     training_mode,
 )
-from pyro_vae.infer.per_datum import BoundPerDatum, StockBound, bound_of
+from pyro_vae.infer.per_datum import BoundPerDatum, bound_of
 from pyro_vae.infer.processes import Processes
 from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.steps import Steps
@@ -52,13 +56,6 @@ HISTORY = (
     "seconds",
     "data_per_second",
 )
-
-# Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
-# 26 seconds of one core; a step saves 4 to 7 milliseconds of it, as much for a small net (8.0 to 3.8,
-# 784-64-20, batch 128) as for a larger one (20 to 13.7, 784-512-256-20): 20 s / 5 ms = 4,000 steps,
-# and a margin. The choice hangs on nothing measured in the run itself, so that the same call takes
-# the same steps, bit for bit.
-COMPILED_FROM_STEPS = 5_000
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,8 @@ def fit(
             have gone astray fail in every batch, a stray batch is a handful.
         transform: called with the tensors of every training batch, on the device; returns what both
             functions of the pair are given. It is part of the captured step. A dynamically binarised
-            Dataset brings its own.
+            Dataset brings its own. With it the data may be what the likelihood does not take (bytes
+            under a Bernoulli): what it returns for the first batch is checked instead.
         device: ``auto`` takes CUDA where there is one. Modules and methods of modules are moved
             there; plain functions stay where their parameters are.
         seed: seed of everything random in the run; the generators' state is restored afterwards.
@@ -191,14 +189,15 @@ def fit(
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
             :class:`pyro_vae.infer.checkpoints.Interrupted`, and a step that stops the run as not
-            finite leaves the state before it (in the first epoch: nothing).
+            finite leaves the state before it, unless it is the first one. Of several processes the
+            first one writes for all, and a signal to one of them ends all.
         checkpoint_every: epochs after which one is written.
         checkpoint_minutes: minutes after which one is written, in the middle of an epoch too; 0 after
             every step, None not by time.
-        resume: go on from the newest checkpoint, or start where there is none. The other options and
-            the data must be those the run was begun with. On a CPU without compilation the weights
-            and the history are then those of a run that was never interrupted, bit for bit, but for
-            ``seconds`` and ``data_per_second``.
+        resume: go on from the newest checkpoint, or start where there is none. The other options, the
+            data and the number of processes must be those the run was begun with. On a CPU without
+            compilation the weights and the history are then those of a run that was never
+            interrupted, bit for bit, but for ``seconds`` and ``data_per_second``.
         on_epoch: called with (epoch from 1, that epoch's metrics); once more for an epoch if the run
             was killed before that was on the disk.
         progress: show a progress bar on standard error; by default only on a terminal.
@@ -239,44 +238,70 @@ def fit(
         on_nonfinite=on_nonfinite,
         nonfinite_limit=nonfinite_limit,
     )
+    check_callables(transform=transform, on_epoch=on_epoch)
+    if not isinstance(objective, ELBO | None):
+        raise InputError(
+            "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
+            f"{first_line(repr(objective))}"
+        )
+    # Numbers of NumPy and torch become Python's own.
+    epochs, batch_size, warmup_epochs = int(epochs), int(batch_size), int(warmup_epochs)
+    learning_rate, beta = float(learning_rate), float(beta)
+    processes = Processes.current()
     checkpoints = Checkpoints(
-        checkpoint, every=checkpoint_every, minutes=checkpoint_minutes, resume=resume
+        checkpoint,
+        every=checkpoint_every,
+        minutes=checkpoint_minutes,
+        resume=resume,
+        processes=processes,
     )
-    train, validation_inputs, transform = _prepare(data, validation, transform)
+    train, validation_inputs, transformed = _prepare(data, validation, transform)
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
-    for part in (train, validation_inputs):
-        if part is not None:
-            check_support(model, part)
+    if transform is None:  # what one returns is checked in the first step
+        check_support(model, train)
+    if validation_inputs is not None:
+        check_support(model, validation_inputs)
     place = place_pair(model, guide, device, train[0].device)
-    train = tuple(value.detach() for value in as_inputs(train, model, guide))
+    train = as_inputs(train, model, guide, are_given=transform is None)
+    train = tuple(value.detach() for value in train)
     if validation_inputs is not None:
         validation_inputs = as_inputs(validation_inputs, model, guide)
-    processes = Processes.current()
-    if checkpoint is not None and processes.are_several:
-        raise InputError("expected one process for checkpoint=, got several: leave it out")
-    processes.check_same(
-        data=train,
-        validation_data=validation_inputs,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        beta=beta,
-        warmup_epochs=warmup_epochs,
-        patience=patience,
-        gradient_clip=gradient_clip,
-        on_nonfinite=(on_nonfinite, nonfinite_limit),
-    )
     steps_per_epoch = -(-len(train[0]) // batch_size)
     estimator = BoundPerDatum(
         bound_of(objective),
         plate=plate,
-        transform=transform,
+        transform=transformed,
         gradient_clip=gradient_clip,
         precision=precision,
         is_share=processes.are_several,
     )
-    engine, choice = _engine(estimator, objective, compile, place, epochs * steps_per_epoch)
+    engine, choice = engine_of(estimator, objective, compile, place, epochs * steps_per_epoch)
+    settings = decisive_settings(
+        estimator.bound,
+        device=place,
+        is_compiled=engine is not None,
+        schedule=schedule,
+        transform=transformed,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        beta=beta * own_beta(objective),
+        warmup_epochs=warmup_epochs,
+        patience=patience,
+        gradient_clip=gradient_clip,
+        precision=precision,
+        plate=plate,
+        seed=seed,
+        on_nonfinite=on_nonfinite,
+        nonfinite_limit=nonfinite_limit,
+    )
+    processes.check_same(
+        data=train,
+        validation_data=validation_inputs,
+        checkpoints=(checkpoint is not None, checkpoint_every, resume),
+        **settings,
+    )
     with (
         HANDLER_LOCK,
         seeded(seed),
@@ -291,7 +316,7 @@ def fit(
             guide,
             estimator,
             engine,
-            beta=BetaSchedule(beta * _own_beta(objective), warmup_epochs * steps_per_epoch),
+            beta=BetaSchedule(beta * own_beta(objective), warmup_epochs * steps_per_epoch),
             learning_rate=LearningRate(learning_rate, schedule, epochs * steps_per_epoch),
             device=place,
             skip_limit=nonfinite_limit if on_nonfinite == "skip" else None,
@@ -300,20 +325,8 @@ def fit(
         rows: list[dict[str, float]] = []
         best = EarlyStopping(patience, warmup_epochs)
         if checkpoint is not None:
-            asked = {
-                "data": data_checksum(train, validation_inputs),
-                "objective": bound_named(estimator.bound),
-                "compiled": engine is not None,
-                "transform": transform is not None,
-                "schedule": "a function" if callable(schedule) else schedule,
-                "beta": steps.beta.beta,
-                "device": place.type,
-                **{"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
-                **{"warmup_epochs": warmup_epochs, "patience": patience, "precision": precision},
-                **{"gradient_clip": gradient_clip, "plate": plate, "seed": seed},
-                **{"on_nonfinite": on_nonfinite, "nonfinite_limit": nonfinite_limit},
-            }
-            checkpoints.begin(asked, steps, best, rows, _first(train, batch_size, place))
+            settings["data"] = data_checksum(train, validation_inputs)
+            checkpoints.begin(settings, steps, best, rows, _first(train, batch_size, place))
         resumed = len(rows)
         for epoch in range(resumed + 1, epochs + 1):
             if best.is_over(len(rows)):
@@ -323,7 +336,7 @@ def fit(
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], steps)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
-                bar.note(_outcome(engine, choice))
+                bar.note(outcome_of(engine, choice))
             bar.show(epoch, row)
             if on_epoch is not None:
                 on_epoch(epoch, row)
@@ -340,7 +353,7 @@ def fit(
         learning_rate=learning_rate,
         num_parameters=sum(parameter.numel() for parameter in steps.parameters.values()),
         compiled=engine is not None and engine.num_graphs > 0,
-        compile_choice=_outcome(engine, choice),
+        compile_choice=outcome_of(engine, choice),
         skipped_steps=steps.skipped,
         warnings=found,
     )
@@ -348,46 +361,6 @@ def fit(
 
 def _first(inputs: Inputs, number: int, place: torch.device) -> Inputs:
     return tuple(value[:number].to(place) for value in inputs)
-
-
-def _outcome(engine: Engine | None, choice: str) -> str:
-    return choice if engine is None else engine.outcome(choice)
-
-
-def _own_beta(objective: ELBO | None) -> float:
-    return objective.beta if isinstance(objective, Compiled | CompiledTrace_ELBO) else 1.0
-
-
-def _engine(
-    estimator: BoundPerDatum,
-    objective: ELBO | None,
-    compile: bool | str,
-    place: torch.device,
-    num_steps: int,
-) -> tuple[Engine | None, str]:
-    """Return what captures the steps, if anything does, and the reason of the choice."""
-    own = objective.engine if isinstance(objective, Compiled | CompiledTrace_ELBO) else None
-    asked = compile is True or (compile == "auto" and own is not None)
-    if compile is False:
-        return None, "eager as asked"
-    if isinstance(estimator.bound, StockBound):
-        name = type(estimator.bound.objective).__name__
-        if asked:
-            warnings.warn(f"fit runs {name} eagerly: it reads values in Python", stacklevel=3)
-        return None, f"eager: {name} reads values in Python"
-    if not asked and place.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
-        return None, f"eager: {num_steps} steps, compiling pays from {COMPILED_FROM_STEPS} on"
-    choice = "compiled as asked" if asked else f"compiled: {num_steps} steps on {place.type}"
-    engine = Engine(
-        estimator,
-        name="fit",
-        backend="inductor" if own is None else own.backend,
-        mode=None if own is None else own.mode,
-        verify_every=None if own is None else own.verify_every,
-        warn=asked,
-        keep_outputs=False,
-    )
-    return engine, choice
 
 
 def _prepare(

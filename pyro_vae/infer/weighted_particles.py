@@ -16,7 +16,14 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import refuse_score_function, unscaled_log_prob
 from pyro_vae.infer.objectives import latent_scale_of
 from pyro_vae.infer.pair import evaluation_mode
-from pyro_vae.infer.particles import all_close, first_faithful, stacked, tile
+from pyro_vae.infer.particles import (
+    agree,
+    first_faithful,
+    stacked,
+    tile,
+    tile_latents,
+    untile,
+)
 from pyro_vae.infer.pathwise import PathwiseDraws, gated, has_score
 from pyro_vae.infer.sites import (
     Given,
@@ -141,12 +148,12 @@ class WeightedParticles:
     def _draw_tiled(self, guide: Any, arguments: Arguments, num_particles: int, gates: bool) -> Draws:
         trace, drawn = self._run(guide, _tiled(arguments, num_particles), gates, slice(None))
         latents = {
-            name: _untile(trace.nodes[name]["value"], axis, num_particles)
+            name: untile(trace.nodes[name]["value"], axis, num_particles)
             for name, axis in self.axes.items()
         }
         # Gates and slopes see the tiled values: bring them to particles first, as a view.
         drawn = [
-            (at, *({n: _untile(v, self.axes[n], num_particles) for n, v in g.items()} for g in gs))
+            (at, *({n: untile(v, self.axes[n], num_particles) for n, v in g.items()} for g in gs))
             for at, *gs in drawn
         ]
         draws = self._draws(trace, latents, drawn, lambda value: value.view(num_particles, -1))
@@ -225,11 +232,8 @@ class WeightedParticles:
 
     def _score_tiled(self, model: Any, arguments: Arguments, draws: Draws) -> Any:
         count = len(draws.log_proposal.plain)
-        latents = {
-            name: value.movedim(0, self.axes[name] - 1).flatten(self.axes[name] - 1, self.axes[name])
-            for name, value in draws.latents.items()
-        }
         _refuse_subsample(draws)
+        latents = tile_latents(draws.latents, self.axes)
         values = self._score_one(model, _tiled(arguments, count), latents, draws)
         return tuple(value.view(count, -1) for value in values)
 
@@ -298,15 +302,18 @@ class WeightedParticles:
             with evaluation_mode(guide):
                 batched = draw(guide, arguments, count, False)
                 random = {n: v for n, v in batched.latents.items() if n not in self._point_masses}
-                rows = []
-                for index in range(count):
-                    given = {name: value[index] for name, value in random.items()}
-                    with Given({**given, **batched.subsample}):
-                        rows.append(self._draw_plain(guide, arguments, 1, False))
-            plain = [torch.cat([row.log_proposal.plain for row in rows])]
-            plain += [torch.cat([row.latents[name] for row in rows]) for name in self.axes]
-            found = [batched.log_proposal.plain, *(batched.latents[name] for name in self.axes)]
-            return all_close(tuple(found), tuple(plain))
+
+                def plain(latents: Latents) -> tuple[Tensor, ...]:
+                    rows = []
+                    for index in range(count):
+                        given = {name: value[index] for name, value in latents.items()}
+                        with Given({**given, **batched.subsample}):
+                            rows.append(self._draw_plain(guide, arguments, 1, False))
+                    log_proposal = torch.cat([row.log_proposal.plain for row in rows])
+                    return log_proposal, *(torch.cat([r.latents[n] for r in rows]) for n in self.axes)
+
+                found = (batched.log_proposal.plain, *(batched.latents[n] for n in self.axes))
+                return agree(found, plain, random)
 
         ways = {self._draw_under_plate: 4, self._draw_tiled: 8}
         return first_faithful(ways, is_faithful, self._draw_plain, "guide")
@@ -316,8 +323,13 @@ class WeightedParticles:
             draws = self._draw(guide, arguments, count, False)
             score(model, arguments, draws)
             with evaluation_mode(model):
-                plain = self._score_plain(model, arguments, draws)
-                return all_close(tuple(score(model, arguments, draws)), plain)
+                return agree(
+                    tuple(score(model, arguments, draws)),
+                    lambda latents: self._score_plain(
+                        model, arguments, draws._replace(latents=latents)
+                    ),
+                    draws.latents,
+                )
 
         ways = {self._score_under_vmap: 2, self._score_tiled: 8}
         return first_faithful(ways, is_faithful, self._score_plain, "model")
@@ -338,10 +350,6 @@ def _tiled(arguments: Arguments, count: int) -> Arguments:
 def _refuse_subsample(draws: Draws) -> None:
     if draws.subsample:
         raise ValueError("a subsample's indices count the data, not the particles")
-
-
-def _untile(value: Tensor, axis: int, count: int) -> Tensor:
-    return value.unflatten(axis, (count, -1)).movedim(axis - 1, 0)
 
 
 def _refuse_summed_out(site: Site, plate: str) -> None:

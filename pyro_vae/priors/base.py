@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-
-from pyro_vae.errors import InputError
 
 
 class Prior(nn.Module):
@@ -42,32 +37,6 @@ class Prior(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         else:
             self.register_buffer(name, value)
-
-
-def check_latent_dim(latent_dim: int, *, at_least: int = 1) -> int:
-    """Return ``latent_dim``, or refuse one that is not a whole number of at least ``at_least``."""
-    return check_count("latent_dim", latent_dim, at_least=at_least)
-
-
-def check_count(name: str, value: int, *, at_least: int = 1) -> int:
-    """Return ``value``, or refuse one that is not a whole number of at least ``at_least``."""
-    if isinstance(value, bool) or int(value) != value or not at_least <= value < 2**31:
-        raise InputError(f"expected {name} as a whole number of at least {at_least}, got {value}")
-    return int(value)
-
-
-def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the widths of hidden layers, or refuse none at all or one below 1."""
-    if not widths:
-        raise InputError("expected at least one hidden width, got none")
-    return tuple(check_count("hidden width", width) for width in widths)
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value``, or refuse one that is not a finite number above 0."""
-    if not 0 < value < math.inf:
-        raise InputError(f"expected a finite {name} above 0, got {value}")
-    return float(value)
 
 
 def softplus_inverse(value: Tensor) -> Tensor:

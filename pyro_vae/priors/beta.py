@@ -6,7 +6,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.priors.base import Prior, check_latent_dim, check_positive
+from pyro_vae.errors import positive_number, size
+from pyro_vae.priors.base import Prior
 
 
 class Beta(Prior):
@@ -51,9 +52,9 @@ class Beta(Prior):
         learn_concentrations: bool = False,
     ) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim)
-        self.concentration1 = check_positive("concentration1", concentration1)
-        self.concentration0 = check_positive("concentration0", concentration0)
+        self.latent_dim = size("latent_dim", latent_dim)
+        self.concentration1 = positive_number("concentration1", concentration1)
+        self.concentration0 = positive_number("concentration0", concentration0)
         self.learn_concentrations = learn_concentrations
         for name, start in (
             ("log_concentration1", self.concentration1),

@@ -8,8 +8,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.flows import FlowDistribution, Inverse, spline_layers
-from pyro_vae.priors.base import Prior, check_count, check_latent_dim, check_positive, check_widths
+from pyro_vae.priors.base import Prior
 
 
 class FlowPrior(Prior):
@@ -55,11 +56,11 @@ class FlowPrior(Prior):
         bound: float = 5.0,
     ) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim)
-        self.num_layers = check_count("num_layers", num_layers)
-        self.hidden = check_widths(hidden)
-        self.num_bins = check_count("num_bins", num_bins, at_least=2)
-        self.bound = check_positive("bound", bound)
+        self.latent_dim = size("latent_dim", latent_dim)
+        self.num_layers = size("num_layers", num_layers)
+        self.hidden = sizes("hidden widths", hidden)
+        self.num_bins = size("num_bins", num_bins, least=2)
+        self.bound = positive_number("bound", bound)
         self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
         self.layers = spline_layers(
             self.latent_dim,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae.errors import InputError
-from pyro_vae.priors.base import Prior, check_count, check_latent_dim, softplus_inverse
+from pyro_vae.errors import InputError, size
+from pyro_vae.priors.base import Prior, softplus_inverse
 
 
 class GaussianMixture(Prior):
@@ -57,8 +57,8 @@ class GaussianMixture(Prior):
         learn_components: bool = True,
     ) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim)
-        self.num_components = check_count("num_components", num_components)
+        self.latent_dim = size("latent_dim", latent_dim)
+        self.num_components = size("num_components", num_components)
         self.learn_weights = learn_weights
         self.learn_components = learn_components
         share = variance_of_means(self.latent_dim)

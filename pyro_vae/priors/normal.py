@@ -6,7 +6,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.priors.base import Prior, check_latent_dim, check_positive
+from pyro_vae.errors import positive_number, size
+from pyro_vae.priors.base import Prior
 
 
 class StandardNormal(Prior):
@@ -38,8 +39,8 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int, *, scale: float = 1.0, learn_scale: bool = False) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim)
-        self.scale = check_positive("scale", scale)
+        self.latent_dim = size("latent_dim", latent_dim)
+        self.scale = positive_number("scale", scale)
         self.learn_scale = learn_scale
         self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
         log_scale = torch.tensor(self.scale).log()

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_vae import distributions
-from pyro_vae.priors.base import Prior, check_latent_dim, check_positive
+from pyro_vae.errors import positive_number, size
+from pyro_vae.priors.base import Prior
 
 
 class VonMisesFisher(Prior):
@@ -51,8 +52,8 @@ class VonMisesFisher(Prior):
         learn_concentration: bool = False,
     ) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim, at_least=2)
-        self.concentration = check_positive("concentration", concentration)
+        self.latent_dim = size("latent_dim", latent_dim, least=2)
+        self.concentration = positive_number("concentration", concentration)
         self.learn_loc = learn_loc
         self.learn_concentration = learn_concentration
         self.keep("direction", torch.eye(self.latent_dim)[0], learn=learn_loc)
@@ -92,7 +93,7 @@ class HypersphericalUniform(Prior):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = check_latent_dim(latent_dim, at_least=2)
+        self.latent_dim = size("latent_dim", latent_dim, least=2)
         # Nothing but its device and dtype matters.
         self.register_buffer("origin", torch.zeros(()), persistent=False)
 

@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import InputError
-from pyro_vae.priors.base import Prior, check_count
+from pyro_vae.errors import InputError, size
+from pyro_vae.priors.base import Prior
 
 
 class VampPrior(Prior):
@@ -72,7 +72,7 @@ class VampPrior(Prior):
         self.latent_dim = latent_dim
         self.latent_support = getattr(guide, "latent_support", "real")
         self.data_shape = tuple(int(size) for size in data_shape)
-        self.num_pseudo_inputs = check_count("num_pseudo_inputs", num_pseudo_inputs)
+        self.num_pseudo_inputs = size("num_pseudo_inputs", num_pseudo_inputs)
         self.learn_weights = learn_weights
         self.unit_interval = unit_interval
         # Noise that fills the data's range, until start_at_data brings something better.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.checkpoints import checkpoint_files
+from pyro_vae.infer.checkpoint_files import checkpoint_files
 from pyro_vae.infer.devices import resolve_device
+from pyro_vae.infer.files import folder_at
 from pyro_vae.infer.pair import seeded
 from pyro_vae.runs.description import Components, build, describe
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
@@ -31,7 +32,7 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
 
     Args:
         vae: the model to save.
-        folder: created if missing; must not hold a run yet.
+        folder: created if missing; must not hold a run yet. A ``~`` is the home directory.
         settings: more plain values to keep under ``"run"`` in ``config.json``.
 
     Returns:
@@ -41,7 +42,7 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
         InputError: a folder that holds a run, is in use or can't be written, or a component that
             can't be described. Nothing is left behind.
     """
-    folder = Path(folder)
+    folder = folder_at(folder)
     check_free(folder)
     with new_run(folder, describe(vae, settings)):
         save_weights(vae, folder)
@@ -65,7 +66,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
         InputError: no run there, a file that can't be read or that comes from a newer version, an
             unknown component, weights that do not match the settings, or a device that is not here.
     """
-    folder, place = Path(folder), resolve_device(device)
+    folder, place = folder_at(folder), resolve_device(device)
     config = read_config(folder)
     weights, checksum = read_weights(folder)
     with seeded(0):  # constructors draw starting values
@@ -154,8 +155,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         refuse_to_write(path, error)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            refuse_to_write(path, error)
         yield
     finally:
         with suppress(OSError):

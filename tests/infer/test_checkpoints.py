@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -18,7 +19,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer import IWAE, training
-from pyro_vae.infer.checkpoints import Interrupted, checkpoint_files
+from pyro_vae.infer.checkpoint_files import checkpoint_files, newest
+from pyro_vae.infer.checkpoints import Interrupted
 from pyro_vae.infer.steps import Steps
 
 PIXELS = 6
@@ -147,6 +149,22 @@ def test_period_in_epochs(x, tmp_path):
     assert names == ["step-0000000012.safetensors", "step-0000000018.safetensors"]
 
 
+def test_period_in_minutes(x, tmp_path, monkeypatch):
+    """Each step takes twenty seconds of this clock."""
+    kept, clock = [], SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def pass_time(batch):
+        clock.now += 20
+        return batch
+
+    def note(*arguments):
+        kept.append([int(path.stem[-2:]) for path in checkpoint_files(tmp_path)])
+
+    monkeypatch.setattr("pyro_vae.infer.checkpoints.time", clock)
+    run(make_vae, x, tmp_path, checkpoint_minutes=1.5, transform=pass_time, on_epoch=note)
+    assert kept == [[], [5], [5], [5, 10], [10, 15], [10, 15]]
+
+
 def interrupted(x, folder, **options):
     """Leave a run after 4 and 5 steps."""
     vae = make_vae()
@@ -178,8 +196,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(x, tmp_path, cut):
     paths = interrupted(x, tmp_path / "run")
     _, expected = resume(x, tmp_path / "whole")
     paths[-1].write_bytes(paths[-1].read_bytes()[:cut])
-    with pytest.warns(UserWarning, match="can't be read .* the one before is taken"):
+    with pytest.warns(UserWarning, match="can't be read .* the one before is taken") as caught:
         _, found = resume(x, tmp_path / "run")
+    assert caught[0].filename == __file__  # it points at the call of fit
     assert torch.equal(found, expected)
 
 
@@ -229,7 +248,7 @@ def test_other_data_and_another_pair_are_refused(x, tmp_path):
 
 
 def test_a_newer_format_is_refused(x, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyro_vae.infer.checkpoints._FORMAT", 2)
+    monkeypatch.setattr("pyro_vae.infer.checkpoint_files._FORMAT", 2)
     interrupted(x, tmp_path)
     monkeypatch.undo()
     with pytest.raises(pv.InputError, match="written by a newer pyro_vae: update"):
@@ -323,6 +342,50 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it(x, tmp_path):
     vae = train(lambda batch: batch, resume=True)
     assert all(value.isfinite().all() for value in vae.parameters())
     assert checkpoint_files(tmp_path)[-1].name == "step-0000000018.safetensors"
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_run_that_skips_too_often_leaves_what_the_other_steps_made(x, tmp_path):
+    vae, counts = make_vae(), itertools.count(1)
+
+    def transform(batch):
+        return batch * (torch.nan if next(counts) in (2, 4) else 1.0)
+
+    options = {"transform": transform, "on_nonfinite": "skip", "nonfinite_limit": 1}
+    with pytest.raises(
+        pv.InputError, match=r"\(2 steps were skipped\).*; the state at the end of that"
+    ):
+        pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path, **options, **OPTIONS)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000006.safetensors"]
+    kept = newest(tmp_path)["state"]["steps"]["parameters"]
+    own = torch.nn.utils.parameters_to_vector(vae.parameters()).detach()
+    assert sorted(torch.cat([value.flatten() for value in kept])) == sorted(own)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_the_last_good_state_of_a_first_epoch_is_kept_if_there_is_one(x, tmp_path):
+    vae, seen = make_vae(), []
+
+    def note(batch):
+        seen.append(torch.nn.utils.parameters_to_vector(vae.parameters()).detach().clone())
+        return batch
+
+    options = {**OPTIONS, "learning_rate": 1e30, "transform": note, "checkpoint": tmp_path / "run"}
+    with pytest.raises(
+        pv.InputError, match=r"in epoch 1, batch 2: .*; the state before it is in"
+    ) as caught:
+        pv.fit(vae.model, vae.guide, x, **options)
+    assert str(caught.value).endswith(str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in checkpoint_files(tmp_path / "run")] == [
+        "step-0000000001.safetensors"
+    ]
+    kept = newest(tmp_path / "run")["state"]["steps"]["parameters"]
+    assert sorted(torch.cat([value.flatten() for value in kept])) == sorted(seen[1])
+    with pytest.raises(pv.InputError, match="in epoch 1, batch 1: ") as caught:
+        pv.fit(vae.model, vae.guide, x, **{**options, "checkpoint": tmp_path / "none"})
+    assert "the state before it" not in str(caught.value)
+    assert not (tmp_path / "none").exists()
 
 
 def test_history_has_its_columns_after_a_resumption(x, tmp_path):

@@ -1,47 +1,17 @@
 """CompiledTrace_ELBO takes the same steps as stock Trace_ELBO."""
 
-import warnings
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_pairs import VAE, CountingELBO, compiled, make_vae
+from compiled_pairs import VAE, assert_same_run, compiled, make_vae, run, scalar_pair
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_vae.infer.compiled import CompiledTrace_ELBO
 from pyro_vae.infer.optim import FusedOptim
-
-
-def run(make_pair, elbo, batches, optim=None):
-    """Losses and final parameters of a run from a fixed seed."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model, guide = make_pair()
-    svi = SVI(model, guide, optim or pyro.optim.SGD({"lr": 1e-3}), elbo)
-    losses = [svi.step(*batch) for batch in batches]
-    store = pyro.get_param_store()
-    return losses, {name: store[name].detach().clone() for name in sorted(store)}, (model, guide)
-
-
-def assert_same_run(make_pair, *inputs, stock_steps=1, steps=4, **options):
-    """Stock and captured runs agree; the captured one is stock only in ``stock_steps`` steps."""
-    batches = [inputs] * steps
-    losses, params, pair = run(make_pair, Trace_ELBO(**options), batches)
-    elbo = CountingELBO(backend="eager", **options)
-    found_losses, found, found_pair = run(make_pair, elbo, batches)
-    assert elbo.replays == steps - stock_steps
-    assert losses == pytest.approx(found_losses, rel=1e-6)
-    assert len(set(losses)) == steps
-    assert params.keys() == found.keys()
-    for name, value in params.items():
-        torch.testing.assert_close(found[name], value, msg=name)
-    return pair, found_pair
-
 
 # --- holds under joint capture ---
 
@@ -80,23 +50,6 @@ class HalvedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * 0.5
-
-
-def scalar_pair(transform):
-    """One latent and one parameter, which ``transform`` acts on."""
-
-    def make():
-        def model(x):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-        def guide(x):
-            loc = pyro.param("loc", torch.tensor(0.3))
-            pyro.sample("z", dist.Normal(transform(loc), 1.0))
-
-        return model, guide
-
-    return make
 
 
 def test_custom_autograd_function():
@@ -383,100 +336,3 @@ def test_gradients_can_be_changed_in_place():
     torch.testing.assert_close(shared[0].grad, torch.full((2,), -2.0))
     torch.testing.assert_close(shared[1].grad, torch.full((2,), -2.0))
     torch.testing.assert_close(matrix.grad, -2 * x.t())
-
-
-# --- the compiler ---
-
-
-def test_without_a_compiler_the_graph_runs_uncompiled_with_one_warning(x):
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler found")
-
-    with pytest.warns(UserWarning, match="no compiler found") as caught:
-        losses, _, _ = run(make_vae, compiled(backend=broken), [(x,)] * 3)
-    assert len(caught) == 1
-    expected, _, _ = run(make_vae, Trace_ELBO(), [(x,)] * 3)
-    assert losses == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("num_particles", [1, 2])
-def test_inductor_takes_stock_steps(x, num_particles, mode):
-    options = {"num_particles": num_particles, "vectorize_particles": True}
-    expected, params, _ = run(make_vae, Trace_ELBO(**options), [(x,)] * 6)
-    elbo = CompiledTrace_ELBO(**options, mode=mode)
-    found, found_params, _ = run(make_vae, elbo, [(x,)] * 6)
-    assert elbo.num_graphs == 1
-    assert found == pytest.approx(expected, rel=1e-4)
-    for name, value in params.items():
-        torch.testing.assert_close(found_params[name], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_inductor_follows_beta_parameters_and_dropout(x):
-    class Dropping(VAE):
-        def __init__(self):
-            super().__init__()
-            self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 6))
-
-    vae = Dropping()
-    elbo = CompiledTrace_ELBO()
-    elbo.loss_and_grads(vae.model, vae.guide, x)
-    elbo.beta = 0.0
-    with torch.no_grad():
-        vae.loc.bias.fill_(0.7)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        losses = [elbo.loss_and_grads(vae.model, vae.guide, x) for _ in range(400)]
-    stock = CompiledTrace_ELBO(beta=0.0)
-    expected = [stock.loss(vae.model, vae.guide, x) for _ in range(400)]
-    losses, expected = torch.tensor(losses), torch.tensor(expected)
-    error = (losses.var() / 400 + expected.var() / 400).sqrt()
-    assert abs(losses.mean() - expected.mean()) < 5 * error + 1e-6
-    assert elbo.num_graphs == 1
-
-
-@pytest.mark.gpu
-def test_cuda_graph_results_outlive_the_next_replay(x):
-    vae, x = VAE().cuda(), x.cuda()
-    elbo = CompiledTrace_ELBO()
-    for _ in range(3):
-        elbo.loss_and_grads(vae.model, vae.guide, x)
-    gradients, losses = [], []
-    for seeds in ((1,), (2,), (1, 2)):
-        vae.zero_grad(set_to_none=True)
-        for seed in seeds:
-            pyro.set_rng_seed(seed)
-            losses.append(elbo.loss_and_grads(vae.model, vae.guide, x))
-        gradients.append([p.grad for p in vae.parameters()])
-    for one, two, both in zip(*gradients, strict=True):
-        torch.testing.assert_close(one + two, both, rtol=1e-4, atol=1e-5)
-    assert losses[0].item() == pytest.approx(losses[2].item())
-    assert losses[1].item() == pytest.approx(losses[3].item())
-    assert losses[0].item() != pytest.approx(losses[1].item())
-
-
-@pytest.mark.gpu
-def test_cuda_run_is_stock(x):
-    def make():
-        vae = VAE().cuda()
-        return vae.model, vae.guide
-
-    expected, _, _ = run(make, Trace_ELBO(), [(x.cuda(),)] * 6)
-    elbo = CompiledTrace_ELBO()
-    found, _, _ = run(make, elbo, [(x.cuda(),)] * 6)
-    assert elbo.num_graphs == 1
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.gpu
-def test_cuda_nan_warns_when_the_loss_is_read(x):
-    vae, x = VAE().cuda(), x.cuda()
-    elbo = CompiledTrace_ELBO(backend="eager")
-    elbo.loss_and_grads(vae.model, vae.guide, x)
-    with torch.no_grad():
-        vae.loc.bias.fill_(float("nan"))
-    loss = elbo.loss_and_grads(vae.model, vae.guide, x)
-    with pytest.warns(UserWarning, match="Encountered NaN: loss"):
-        loss.item()

@@ -4,10 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_pairs import compiled, make_vae
+from compiled_pairs import compiled, make_constrained, make_vae
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from torch.distributions import constraints
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.compiled import CompiledTrace_ELBO
@@ -86,18 +85,6 @@ def test_constrained_parameter_sites_are_emitted_with_their_value():
         value = found.trace.nodes["scale"]["value"]
         assert value.item() == pytest.approx(2.0)
         assert value.unconstrained() is dict(pyro.get_param_store().named_parameters())["scale"]
-
-
-def make_constrained():
-    def model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
-        pyro.sample("z", dist.Normal(0.0, scale))
-
-    return model, guide
 
 
 def test_loss_is_the_elbo_and_all_three_ways_agree(x):

@@ -4,43 +4,12 @@ import gc
 import weakref
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from compiled_pairs import VAE, CountingELBO, compiled, make_vae
+from compiled_pairs import VAE, CountingELBO, compiled, make_constrained, make_vae, scalar_pair
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
-from torch.distributions import constraints
-
-
-def scalar_pair(transform):
-    """One latent and one parameter, which ``transform`` acts on."""
-
-    def make():
-        def model(x):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-        def guide(x):
-            loc = pyro.param("loc", torch.tensor(0.3))
-            pyro.sample("z", dist.Normal(transform(loc), 1.0))
-
-        return model, guide
-
-    return make
-
-
-def make_constrained():
-    def model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
-        pyro.sample("z", dist.Normal(0.0, scale))
-
-    return model, guide
 
 
 def test_train_and_eval_flags(x):

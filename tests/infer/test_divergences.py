@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from objective_pairs import Gaussian, gradient, make_pair, standard_pair
+from objective_pairs import Gaussian, gradient, make_pair, standard_pair, standard_vae
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
@@ -67,10 +67,7 @@ def test_latent_whose_parent_in_the_model_comes_later_in_the_guide_is_scored_at_
 
 
 def test_families_without_a_closed_form_are_scored_at_their_draws():
-    encoder = pv.networks.MLPEncoder((4,), (5,))
-    likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (5,)), (4,))
-    flow = pv.guides.InverseAutoregressiveFlow(encoder, 2)
-    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, flow)
+    vae = standard_vae(pv.guides.InverseAutoregressiveFlow)
     x, objective = torch.rand(6, 4).bernoulli(), AnalyticKL()
     loss, found = trained_by(objective, vae.model, vae.guide, vae, x)
     expected_loss, expected = trained_by(TraceBound(), vae.model, vae.guide, vae, x)
@@ -80,9 +77,7 @@ def test_families_without_a_closed_form_are_scored_at_their_draws():
 
 
 def test_full_rank_normal_is_exact_against_the_standard_normal():
-    encoder = pv.networks.MLPEncoder((4,), (5,))
-    likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (5,)), (4,))
-    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, pv.guides.FullRankNormal(encoder, 2))
+    vae = standard_vae(pv.guides.FullRankNormal)
     objective = AnalyticKL()
     objective.loss(vae.model, vae.guide, torch.rand(6, 4).bernoulli())
     assert objective.exact_sites == {"z": True}

@@ -4,20 +4,9 @@ import gc
 
 import pytest
 import torch
+from small_vae import PIXELS, make_vae
 
 import pyro_vae as pv
-
-PIXELS = 6
-
-
-def make_vae():
-    torch.manual_seed(0)
-    decoder, encoder = pv.networks.MLPDecoder(2, (8,)), pv.networks.MLPEncoder((PIXELS,), (8,))
-    return pv.VAE(
-        pv.priors.StandardNormal(2),
-        pv.likelihoods.Bernoulli(decoder, (PIXELS,)),
-        pv.guides.MeanFieldNormal(encoder, 2),
-    )
 
 
 def live_tensors():

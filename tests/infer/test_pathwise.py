@@ -4,7 +4,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from objective_pairs import PAIRS, Gaussian, assert_same_mean, gradient, gradients, make_pair
+from objective_pairs import (
+    PAIRS,
+    Gaussian,
+    assert_same_mean,
+    gradient,
+    gradients,
+    make_pair,
+    standard_vae,
+)
 from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from torch import nn
 
@@ -135,9 +143,7 @@ def test_pyros_autoguide_and_a_latent_outside_any_plate():
 @pytest.mark.parametrize("family", [pv.guides.InverseAutoregressiveFlow, pv.guides.MixtureOfNormals])
 def test_families_that_remember_their_draws(family):
     """A cached score would hide how log q changes with z."""
-    encoder = pv.networks.MLPEncoder((4,), (5,))
-    likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (5,)), (4,))
-    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, family(encoder, 2))
+    vae = standard_vae(family)
     x = torch.rand(3, 4).bernoulli().repeat(40, 1)
     rows = [gradients(kind(), vae.model, vae.guide, vae, x, repeats=25) for kind in KINDS]
     assert_same_mean(*rows)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_cases import SEEDS, outcome
+from process_cases import SEEDS, kept, outcome
 from torch.testing import assert_close
 
 import pyro_vae as pv
+from pyro_vae.infer.checkpoint_files import checkpoint_files, newest
 from pyro_vae.infer.processes import ALONE, Processes, joined
 
 TESTS = Path(__file__).parents[1]
@@ -20,9 +22,15 @@ COMMAND = ("-m", "pyro_vae")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where the processes write."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
     """The outcomes of every case, one set of them per process of two."""
-    folder = tmp_path_factory.mktemp("processes")
+    kept(folder / "alone")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,10 +143,63 @@ def test_the_first_process_decides_and_its_refusal_reaches_all(shared):
     assert both(shared, "refused") == "refused by 0"
 
 
+def test_what_one_process_finds_in_its_share_is_refused_by_all(shared):
+    text = "expected x in [0, 1] for Bernoulli, got values from 0 to 2"
+    assert both(shared, "out of range").startswith(text)
+
+
 def test_calls_that_do_not_fit_together_are_refused_everywhere(shared):
     for case in ("other data", "other part"):
         assert "expected the same data in every process" in both(shared, case)
-    assert "one process for checkpoint" in both(shared, "checkpoints")
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def test_a_run_left_at_any_step_by_a_signal_to_either_is_the_run_that_was_not(shared, folder):
+    assert_close(both(shared, "left"), both(shared, "whole"), rtol=0, atol=0, equal_nan=True)
+    names = [path.name for path in checkpoint_files(folder / "left")]
+    assert names == ["step-0000000010.safetensors", "step-0000000020.safetensors"]
+
+
+def test_each_process_keeps_what_is_its_own(shared, folder):
+    own = newest(folder / "whole")["state"]["own"]
+    assert len(own) == 2
+    for generator in ("python", "numpy"):
+        assert not torch.equal(*(each["generators"][generator]["words"] for each in own))
+    assert not torch.equal(*(each["generators"]["torch"] for each in own))
+    assert not torch.equal(*(each["steps"]["summaries"] for each in own))
+
+
+def test_another_number_of_processes_is_refused(shared, folder):
+    text = "expected number of processes {} as the run in .* was begun with, got {}"
+    assert re.match(text.format(1, 2), both(shared, "alone"))
+    with pytest.raises(pv.InputError, match=text.format(2, 1)) as caught:
+        kept(folder / "whole", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_that_are_there_or_not_wanted_by_all_are_refused_everywhere(shared, folder):
+    assert "holds some: resume=True goes on" in both(shared, "begun")
+    assert "expected the same checkpoints in every process" in both(shared, "one of two")
+    assert not (folder / "one").exists()
+
+
+def test_a_full_disk_is_told_in_every_process_and_leaves_the_checkpoints_before(shared):
+    assert "No space left on device; make room" in both(shared, "full disk")
+    found, expected = both(shared, "room again"), both(shared, "whole")
+    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_last_good_state_is_written_by_the_first_of_them(shared, folder):
+    text = both(shared, "last good")
+    assert text.endswith(f"; the state before it is in {folder / 'good'}")
+    batch = int(re.search(r"in epoch 1, batch (\d)", text)[1])
+    assert batch > 1
+    (path,) = checkpoint_files(folder / "good")
+    assert path.stem == f"step-{batch - 1:010d}"
+    parameters = newest(folder / "good")["state"]["steps"]["parameters"]
+    assert all(value.isfinite().all() for value in parameters)
 
 
 # --- one process -----------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""Checkpoint files: plain values and tensors in one file each, written whole, the last two kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.infer.files import UNREADABLE, checksum_of, write_whole
+
+__all__ = ["checkpoint_files", "newest", "plain", "write"]
+
+_FORMAT = 1
+_ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
+_NAME = re.compile(r"step-(\d{10})\.safetensors")
+_KEPT = 2
+_TENSOR = "__tensor__"
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(
+            f"expected a folder for checkpoints, got {folder}: {error.strerror}; choose another"
+        ) from error
+    return [folder / name for name in names]
+
+
+def write(folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write the checkpoint after so many steps; of those before it the last one is kept.
+
+    Args:
+        folder: where to.
+        count: steps taken.
+        settings: plain values by which the run is known again.
+        state: plain values and tensors, nested in dictionaries and lists.
+
+    Raises:
+        InputError: a file that can't be written; the others are then as they were.
+    """
+    tensors: dict[str, Tensor] = {}
+    content = {"format": _FORMAT, "settings": settings, "state": _packed(state, tensors)}
+    content["checksum"] = checksum_of(content, tensors)
+    file = serialised(tensors, metadata={_ENTRY: json.dumps(content)})
+    path = folder / f"step-{count:010d}.safetensors"
+    write_whole(path, lambda temporary: temporary.write_bytes(file))
+    for old in checkpoint_files(folder)[:-_KEPT]:
+        with suppress(OSError):
+            old.unlink()
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they are when they are read again, numbers of NumPy as Python's."""
+
+    def default(value: Any) -> Any:
+        return value.item() if hasattr(value, "item") else str(value)
+
+    content: dict[str, Any] = json.loads(json.dumps(dict(settings), default=default))
+    return content
+
+
+def newest(folder: Path) -> dict[str, Any] | None:
+    """Return settings and state of the newest checkpoint that can be read, or None without any.
+
+    Those after it are taken away.
+
+    Raises:
+        InputError: a newer format, or none that can be read.
+
+    Warns:
+        UserWarning: the newest one can't be read, and the one before is taken.
+    """
+    paths = checkpoint_files(folder)
+    damaged: list[Path] = []
+    for path in reversed(paths):
+        try:
+            found = _read(path)
+        except _DamagedError as error:
+            warnings.warn(
+                f"the checkpoint {path} can't be read ({first_line(error)}): the one before is taken",
+                stacklevel=6,  # the caller of fit
+            )
+            damaged.append(path)
+            continue
+        for other in damaged:  # or it would pass for the newest again
+            other.unlink(missing_ok=True)
+        return found
+    if damaged:
+        raise InputError(
+            f"expected a checkpoint in {folder} that can be read, got {len(damaged)} damaged ones: "
+            "start again in another folder"
+        )
+    return None
+
+
+class _DamagedError(Exception):
+    """A file that is no checkpoint, or no longer the one that was written."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.is_symlink():
+            raise _DamagedError("it is a link")
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_ENTRY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if type(content["format"]) is int and content["format"] > _FORMAT:
+            raise InputError(
+                f"expected format {_FORMAT} in {path}, got {content['format']}: it was written by a "
+                "newer pyro_vae: update"
+            )
+        written = content.pop("checksum")
+        if content["format"] != _FORMAT or written != checksum_of(content, tensors):
+            raise _DamagedError("its checksum is another")
+        return {"settings": dict(content["settings"]), "state": _unpacked(content["state"], tensors)}
+    except InputError:
+        raise
+    except (*UNREADABLE, RecursionError) as error:
+        raise _DamagedError(first_line(error)) from error
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return plain values in which each tensor is named, and collect the tensors."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {name: _packed(inner, tensors) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_packed(inner, tensors) for inner in value]
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {name: _unpacked(inner, tensors) for name, inner in value.items()}
+    return [_unpacked(inner, tensors) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,102 @@
+"""Objectives of ``fit``: any ELBO of Pyro trains, and its bound is that of one draw."""
+
+import copy
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from small_vae import PIXELS, make_vae
+from training_pairs import changed, make_data
+
+import pyro_vae as pv
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Trace_ELBO(num_particles=3),
+        Trace_ELBO(num_particles=3, vectorize_particles=True),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+    ],
+    ids=["particles", "vectorised", "mean-field", "graph"],
+)
+def test_any_elbo_of_pyro_is_an_objective(objective):
+    vae, x = make_vae(), make_data()
+    before = copy.deepcopy(vae.state_dict())
+    result = pv.fit(
+        vae.model,
+        vae.guide,
+        x,
+        epochs=60,
+        batch_size=16,
+        learning_rate=0.02,
+        warmup_epochs=20,
+        seed=0,
+        objective=objective,
+        validation=x,
+    )
+    assert changed(vae, before) == set(before)
+    # The best model that ignores its latents gives every pixel probability 1/2.
+    assert result.history["validation_elbo"][-1] > PIXELS * math.log(0.5) + 0.1
+    assert "_get_trace" not in vars(objective)  # the recording hook is gone
+
+
+def test_enumerated_latents_train():
+    """Two kinds of data and one binary latent, summed out: the mixture is found."""
+    x = make_data()
+
+    def model(x):
+        logits = pyro.param("logits", torch.linspace(-0.1, 0.1, 2)[:, None].repeat(1, PIXELS))
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(torch.tensor(0.5))).long()
+            pyro.sample("x", dist.Bernoulli(logits=logits[kind]).to_event(1), obs=x)
+
+    @pyro.infer.config_enumerate
+    def guide(x):
+        weight = pyro.param("weight", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Bernoulli(logits=weight * (x - 0.5).sum(-1)))
+
+    objective = TraceEnum_ELBO(max_plate_nesting=1)
+    result = pv.fit(
+        model,
+        guide,
+        x,
+        epochs=60,
+        batch_size=20,
+        learning_rate=0.1,
+        objective=objective,
+        validation=x,
+        seed=0,
+    )
+    assert np.isnan(result.history["train_elbo"]).all()  # no single draw to split
+    # The truth: one of two kinds, then six pixels that agree with it with probability 0.9.
+    entropy = math.log(2) - PIXELS * (0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert result.history["validation_elbo"][-1] > -entropy - 1.0
+
+
+def test_training_bound_with_many_particles_is_per_particle():
+    vae, x = make_vae(), make_data()
+    bounds = [
+        pv.fit(
+            vae.model,
+            vae.guide,
+            x,
+            epochs=1,
+            batch_size=40,
+            learning_rate=1e-12,
+            seed=0,
+            objective=Trace_ELBO(num_particles=particles, vectorize_particles=True),
+        ).history["train_elbo"][0]
+        for particles in (1, 200)
+    ]
+    with torch.no_grad():
+        weights = pv.log_weights(vae.model, vae.guide, x, num_samples=200).mean(1)
+    standard_error = weights.std().item() * math.sqrt(1 / 200 + 1 / 200)
+    assert abs(bounds[1] - weights.mean().item()) < 5 * standard_error
+    assert abs(bounds[0] - weights.mean().item()) < 5 * weights.std().item()

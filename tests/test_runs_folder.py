@@ -1,0 +1,164 @@
+"""Run folders: never overwritten, one run at a time, every file whole or not there."""
+
+import concurrent.futures
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from saved_vaes import make_vae
+
+import pyro_vae as pv
+from pyro_vae import runs
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    folder = pv.save(make_vae(), tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(pv.InputError, match="holds a run: choose another"):
+        pv.save(make_vae(), folder)
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(pv.InputError, match="holds an unfinished run"):
+        pv.save(make_vae(), folder)
+    (tmp_path / "weights").rename(folder / "model.safetensors")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(pv.InputError, match="is a file: choose another"):
+        pv.save(make_vae(), tmp_path / "file")
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(pv.InputError, match="got: No space left on device; make room or choose"):
+        pv.save(make_vae(), tmp_path / "a" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(pv.InputError, match="No space left"):
+        pv.save(make_vae(), tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]  # it was there before
+
+
+def test_files_can_be_read_by_whom_the_mask_allows(tmp_path):
+    folder = pv.save(make_vae(), tmp_path / "run")
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("name", [3, None, ["a"], "~nobody-of-this-name/run"])
+def test_what_is_no_path_is_one_line(name):
+    for act in (pv.load, lambda folder: pv.save(make_vae(), folder)):
+        with pytest.raises(pv.InputError, match="expected the path of a folder, got") as caught:
+            act(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pv.save(make_vae(), "~/run") == tmp_path / "run"
+    assert pv.load("~/run")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "../" * 3000])
+def test_names_that_are_no_path_are_refused(name):
+    for act in (pv.load, lambda folder: pv.save(make_vae(), folder)):
+        with pytest.raises(pv.InputError, match="expected"):
+            act(name)
+
+
+def test_folders_that_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "run", "/proc/run", "/dev/null/run"):
+        with pytest.raises(pv.InputError, match="expected to write"):
+            pv.save(make_vae(), place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pyro_vae import runs
+with runs.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        for act in (lambda: runs.locked(tmp_path), lambda: runs.new_run(tmp_path, {})):
+            with (
+                pytest.raises(pv.InputError, match=f"in use by process {first.pid} on .*: wait"),
+                act(),
+            ):
+                pytest.fail("entered")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        first.kill()
+        first.wait()
+    assert (tmp_path / ".lock").exists()  # of a process that is no more
+    pv.save(make_vae(), tmp_path)
+    assert pv.load(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_threads_exclude_each_other_too(tmp_path):
+    with (
+        runs.locked(tmp_path),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        pytest.raises(pv.InputError, match=f"in use by process {os.getpid()} "),
+    ):
+        pool.submit(pv.save, make_vae(), tmp_path).result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_that_start_at_once_one_wins(tmp_path):
+    def attempt(_):
+        try:
+            with runs.new_run(tmp_path / "run", {"format": 1}):
+                time.sleep(0.05)
+                return True
+        except pv.InputError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(attempt, range(16)))
+    refusals = [result for result in results if result is not True]
+    assert len(refusals) == 15
+    assert all("in use" in text or "holds an unfinished run" in text for text in refusals)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.json"
+    runs.write_json(path, {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf}})
+    assert json.loads(path.read_text()) == {"a": [None, 1.5, [None, 2]], "b": {"c": None}}
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"][1] == 1.5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.png"
+    path.write_text("old")
+
+    def write(temporary):
+        assert temporary.suffix == ".png"
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_whole(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
