@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,7 +19,8 @@ project = "pyro_vae"
 author = "the pyro_vae contributors"
 version = release = pyro_vae.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_math_renderer = "mathml"  # written into the pages, which then need no network
 exclude_patterns = ["build"]
 html_theme = "furo"
 html_title = f"pyro_vae {release}"
@@ -51,6 +54,23 @@ def setup(app: Sphinx) -> None:
     """Write one page per public module before Sphinx looks for pages; see to properties."""
     app.connect("builder-inited", lambda app: reference.write_pages(Path(app.srcdir)))
     app.connect("autodoc-process-docstring", _spare_colon, priority=400)
+    app.add_html_math_renderer("mathml", (_write_inline, None), (_write_block, None))
+
+
+def _write_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
+    translator.body.append(_mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def _write_block(translator: nodes.NodeVisitor, node: nodes.math_block) -> None:
+    translator.body.append(f"<p>{_mathml(node, as_block=True)}</p>")
+    raise nodes.SkipNode
+
+
+def _mathml(node: nodes.TextElement, *, as_block: bool) -> str:
+    text = " ".join(node.astext().split())
+    # Browsers put no space between a function's name and its argument.
+    return str(tex2mathml(text.replace(r"\log ", r"\log\, "), as_block=as_block))
 
 
 def _spare_colon(_app: Sphinx, what: str, *rest: object) -> None:

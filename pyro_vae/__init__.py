@@ -1,4 +1,4 @@
-"""Variational autoencoders in Pyro: train, measure and use any model/guide pair.
+"""Variational autoencoders in Pyro: train, measure, compare and use any model/guide pair.
 
 Submodules and names are loaded on first use, so that importing the package costs nothing.
 """

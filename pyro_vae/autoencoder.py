@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.devices import resolve_device
+from pyro_vae.infer.options import check_callables, check_options
 from pyro_vae.infer.pair import as_inputs, evaluation_mode, seeded, training_mode
 from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.training import check_options
 from pyro_vae.networks import Head, check_shape, feature_shape
 
 __all__ = ["LOSSES", "Autoencoder", "AutoencoderFit"]
@@ -174,6 +174,7 @@ class Autoencoder(nn.Module):
             InputError: options or data out of range, or a loss that is not finite.
         """
         check_options(epochs, batch_size, learning_rate, 1.0, 0, patience)
+        check_callables(on_epoch=on_epoch)
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         train, held_out, draw = _parts(data, validation)
@@ -187,11 +188,11 @@ class Autoencoder(nn.Module):
         kind = next(self.parameters()).dtype
         train = train.to(place, kind)
         held_out = None if held_out is None else held_out.to(place, kind)
-        self.ends_in_logits.fill_(loss == "bce")
         rows: list[dict[str, float]] = []
         best = _Best(patience)
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)
         with seeded(seed), training_mode(self), _LossProgress(epochs, progress) as bar:
+            self.ends_in_logits.fill_(loss == "bce")
             for epoch in range(1, epochs + 1):
                 row = self._run_epoch(train, draw, batch_size, loss, optimizer)
                 row["validation_loss"] = self._validated(held_out, loss)

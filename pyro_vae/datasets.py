@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
 
-__all__ = ["BINARIZATIONS", "FILE_TYPES", "NAMES", "Dataset", "load", "root_of"]
+__all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")

@@ -8,16 +8,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = [
-    "InputError",
-    "first_line",
-    "positive_number",
-    "real_number",
-    "size",
-    "sizes",
-    "unknown_name",
-    "whole_number",
-]
+__all__ = ["InputError"]
 
 # Names and reasons that come from a file may be of any length; a message is one line.
 _LONGEST = 200

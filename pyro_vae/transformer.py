@@ -18,6 +18,7 @@ from pyro_vae import tasks
 from pyro_vae.building import Architecture, build_vae, start_at_data
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance import log_marginal
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import HANDLER_LOCK, seeded
 from pyro_vae.infer.training import fit
@@ -111,12 +112,14 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Raises:
             InputError: an option out of range, or data the likelihood is not defined for.
         """
+        check_counts(epochs=self.epochs, least=0)
+        check_counts(num_samples=self.num_samples)  # of the scores, which come after training
         architecture = Architecture(
             prior=self.prior,
             likelihood=self.likelihood,
             guide=self.guide,
             latent_dim=self.latent_dim,
-            hidden=(self.hidden,) if isinstance(self.hidden, int) else tuple(self.hidden),
+            hidden=tuple(np.atleast_1d(self.hidden).tolist()),
             activation=self.activation,
             num_components=self.num_components,
             sigma=self.sigma,

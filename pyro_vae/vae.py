@@ -30,7 +30,8 @@ class VAE(nn.Module):
     to Pyro (:func:`pyro_vae.fit` refuses them).
 
     Raises:
-        InputError: components whose latents differ in support or size.
+        InputError: components whose latents differ in support or size; at the first use, a prior
+            that is not one distribution over the latents.
 
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes"; Rezende, Mohamed, Wierstra 2014.
@@ -54,7 +55,7 @@ class VAE(nn.Module):
         self._register("prior")
         self._register("likelihood")
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior())
+            z = pyro.sample("z", self._prior())
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -68,6 +69,16 @@ class VAE(nn.Module):
         check = getattr(self.likelihood, "check", None)
         if check is not None:
             check(x)
+
+    def _prior(self) -> dist.Distribution:
+        prior = self.prior()
+        if prior.batch_shape:
+            raise InputError(
+                f"expected a prior with batch shape (), got batch shape {tuple(prior.batch_shape)} "
+                f"and event shape {tuple(prior.event_shape)}: add "
+                f".to_event({len(prior.batch_shape)})"
+            )
+        return prior
 
     def _register(self, part: str) -> None:
         component = getattr(self, part)

@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a call in this process, and what a refusal must look like."""
+"""What the tests of the commands share: a call in this process, a small run, what is a refusal."""
 
 import contextlib
 import io
@@ -6,9 +6,41 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
+
 from pyro_vae.cli import main
 
 SMALL = ("--hidden", "16", "--latent-dim", "2", "--device", "cpu")
+
+# What a run of one or two epochs and a few draws is warned of, and rightly so.
+WARNED = [
+    pytest.mark.filterwarnings("always:.* data have Pareto k"),
+    pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
+]
+
+ESTIMATE_KEYS = {
+    "log_marginal",
+    "standard_error",
+    "data_standard_error",
+    "elbo",
+    "rate",
+    "distortion",
+    "num_samples",
+    "num_data",
+    "num_unreliable",
+    "median_ess",
+    "acceptance",
+    "method",
+}
+RUN_FILES = [
+    "config.json",
+    "metrics.json",
+    "model.safetensors",
+    "reconstructions.png",
+    "report.html",
+    "samples.png",
+    "training.png",
+]
 
 
 class Result(NamedTuple):
@@ -32,7 +64,15 @@ def run(*arguments):
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def train(*arguments, epochs=2):
+    """Train a small run; it must succeed."""
+    result = run("train", *SMALL, "--epochs", epochs, *arguments)
+    assert result.code == 0, result.err
+    return result
+
+
 def snapshot(folder):
+    """Return what is in a folder, to compare it with what is there later."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 

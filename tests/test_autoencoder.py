@@ -177,12 +177,22 @@ def test_the_bar_shows_the_loss(capsys):
         ((torch.rand(9, 6), torch.rand(9, 1)), {}, "one tensor of data, got 2"),
         (torch.rand(9, 6), {"device": "tpu"}, "device auto, cpu or cuda"),
         (torch.rand(9, 6), {"seed": -1}, "seed from 0"),
+        (torch.rand(9, 6), {"on_epoch": 3}, "on_epoch as a function, got int"),
         (1e30 * torch.rand(9, 6), {}, "finite loss"),
     ],
 )
 def test_bad_input_is_refused(data, options, message):
     with pytest.raises(pv.InputError, match=message):
         make_autoencoder().fit(data, **{"epochs": 1, **options})
+
+
+def test_a_refused_call_changes_nothing():
+    autoencoder, x = make_autoencoder(), torch.rand(9, 6)
+    before = copy.deepcopy(autoencoder.state_dict())
+    for options in ({"seed": -1}, {"epochs": -1}, {"patience": 2}):
+        with pytest.raises(pv.InputError):
+            autoencoder.fit(x, loss="bce", **options)
+    assert all(torch.equal(before[name], value) for name, value in autoencoder.state_dict().items())
 
 
 def test_sizes_must_be_said():

@@ -84,3 +84,20 @@ def test_every_module_has_its_place_in_the_layout_described():
 
 def test_the_citation_names_the_version():
     assert f"\nversion: {pyro_vae.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_readme_lists_exactly_the_public_names():
+    section = (ROOT / "README.md").read_text().split("\n## Public names\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `pv([.\w]*)` \| (.+) \|$", section, re.MULTILINE)
+    listed = [
+        f"pyro_vae{module}.{name}" for module, row in rows for name in row.strip("`").split("`, `")
+    ]
+    public = {}
+    for module in [pyro_vae, *MODULES]:  # the top level first: what it has too is listed there alone
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType) and getattr(pyro_vae, name, None) is value:
+                public[f"pyro_vae.{name}"] = value
+            elif not isinstance(value, types.ModuleType):
+                public[f"{module.__name__}.{name}"] = value
+    assert sorted(listed) == sorted(public)

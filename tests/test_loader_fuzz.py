@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyro_vae as pv
-from pyro_vae import runs
+from pyro_vae.runs.description import describe
 
 SHAPE = (1, 4, 4)
 CASES = 200
@@ -190,7 +190,7 @@ def is_equal(first, second):
         torch.equal(value, other[name]) and value.dtype == other[name].dtype
         for name, value in state.items()
     )
-    return same_weights and runs.describe(first)["model"] == runs.describe(second)["model"]
+    return same_weights and describe(first)["model"] == describe(second)["model"]
 
 
 def test_a_mutated_run_gives_one_clear_error_or_an_equal_model(tmp_path, cases, record_property):

@@ -203,6 +203,7 @@ def test_weight_diagnostics_mark_the_limit_and_leave_a_missing_curve_out():
     both = plots.weight_diagnostics(k, np.array([1, 10]), np.array([-3.0, -2.0]), title="t")
     assert len(both.axes) == 2
     assert "2 of 3" in both.axes[0].get_title()
+    assert "flat does not mean right" in both.axes[1].get_title()
     assert len(plots.weight_diagnostics(k, None, None, title="t").axes) == 1
 
 

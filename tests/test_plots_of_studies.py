@@ -62,3 +62,12 @@ def test_families_with_their_runs_means_and_intervals():
     assert bar[:, 1] == pytest.approx([1, 1])
     dots = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert any(np.array_equal(dot, [-0.5, -0.3]) for dot in dots)
+
+
+def test_prior_and_aggregate_have_a_labelled_panel_per_dimension():
+    aggregate, prior = np.arange(20.0).reshape(10, 2), np.arange(20.0).reshape(10, 2) + 1
+    figure = plots.prior_and_aggregate(aggregate, prior, ["z[0]", "z[1]"], title="t")
+    FigureCanvasAgg(figure).draw()
+    assert [axes.get_title() for axes in figure.axes] == ["z[0]", "z[1]"]
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("value of the coordinate", "draws")
+    assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["prior", "aggregate"]

@@ -10,7 +10,8 @@ from saved_vaes import LATENT, SHAPE, make_vae, same_outputs
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import names, runs
+from pyro_vae import names
+from pyro_vae.runs.files import read_config
 
 LIKELIHOODS = [
     ("Bernoulli", {}),
@@ -34,7 +35,7 @@ def test_round_trip_gives_equal_densities_and_identical_files(tmp_path, likeliho
     again = pv.save(loaded, tmp_path / "again", settings={"note": "mine"})
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
-    assert runs.read_config(folder)["run"] == {"note": "mine"}
+    assert read_config(folder)["run"] == {"note": "mine"}
 
 
 # (command-line name of the prior) -> a family with latents of the same support.
@@ -145,6 +146,17 @@ class Echo(nn.Module):
 
     def forward(self):
         return self.guide(torch.zeros(SHAPE))
+
+
+class _Wide(pv.priors.Prior):
+    def forward(self):
+        return dist.Laplace(torch.zeros(LATENT), 1.0).to_event(1)
+
+
+def test_a_component_without_a_constructor_can_be_saved(tmp_path):
+    vae = make_vae(prior=_Wide())
+    pv.save(vae, tmp_path)
+    same_outputs(vae, pv.load(tmp_path, components={"_Wide": _Wide}))
 
 
 def test_a_shared_component_is_saved_once_and_shared_again(tmp_path):

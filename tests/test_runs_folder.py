@@ -13,7 +13,8 @@ import pytest
 from saved_vaes import make_vae
 
 import pyro_vae as pv
-from pyro_vae import runs
+from pyro_vae.runs.files import write_json, write_whole
+from pyro_vae.runs.folder import locked, new_run
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -86,8 +87,9 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pyro_vae import runs
-with runs.locked(Path(sys.argv[1])):
+from pyro_vae.runs.files import write_json, write_whole
+from pyro_vae.runs.folder import locked, new_run
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -97,7 +99,7 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
-        for act in (lambda: runs.locked(tmp_path), lambda: runs.new_run(tmp_path, {})):
+        for act in (lambda: locked(tmp_path), lambda: new_run(tmp_path, {})):
             with (
                 pytest.raises(pv.InputError, match=f"in use by process {first.pid} on .*: wait"),
                 act(),
@@ -114,7 +116,7 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path
 
 def test_threads_exclude_each_other_too(tmp_path):
     with (
-        runs.locked(tmp_path),
+        locked(tmp_path),
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         pytest.raises(pv.InputError, match=f"in use by process {os.getpid()} "),
     ):
@@ -125,7 +127,7 @@ def test_threads_exclude_each_other_too(tmp_path):
 def test_of_many_that_start_at_once_one_wins(tmp_path):
     def attempt(_):
         try:
-            with runs.new_run(tmp_path / "run", {"format": 1}):
+            with new_run(tmp_path / "run", {"format": 1}):
                 time.sleep(0.05)
                 return True
         except pv.InputError as error:
@@ -141,10 +143,10 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
-    runs.write_json(path, {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf}})
+    write_json(path, {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf}})
     assert json.loads(path.read_text()) == {"a": [None, 1.5, [None, 2]], "b": {"c": None}}
     with pytest.raises(TypeError):
-        runs.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"][1] == 1.5
     assert list(tmp_path.iterdir()) == [path]
 
@@ -159,6 +161,6 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.write_whole(path, write)
+        write_whole(path, write)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

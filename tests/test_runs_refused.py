@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from saved_vaes import make_vae
 
 import pyro_vae as pv
-from pyro_vae import runs
 from pyro_vae.runs import description, weights
+from pyro_vae.runs.files import read_config
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_refused_weights_are_not_assigned_in_part(saved, damage):
     vae = make_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     change_weights(saved, DAMAGES[damage][0])
-    config = runs.read_config(saved)
+    config = read_config(saved)
     with pytest.raises(pv.InputError):
         weights.assign(vae, *weights.read_weights(saved), model=config["model"])
     torch.testing.assert_close(dict(vae.state_dict()), before, rtol=0, atol=0)

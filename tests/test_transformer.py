@@ -168,3 +168,24 @@ def test_one_layer_may_be_said_as_a_number():
         for hidden in (8, (8,))
     ]
     np.testing.assert_array_equal(*codes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples of at least 1, got 0"),
+        ({"num_samples": 20.0}, "num_samples as a whole number, got 20.0"),
+        ({"epochs": "5"}, "epochs as a whole number, got '5'"),
+        ({"hidden": 8.5}, "hidden"),
+    ],
+)
+def test_settings_of_the_scores_are_checked_before_training(x, options, message):
+    transformer = small(**options)
+    with pytest.raises(pv.InputError, match=message):
+        transformer.fit(x)
+    assert not hasattr(transformer, "vae_")
+
+
+def test_a_grid_of_numpy_numbers_is_taken(x):
+    transformer = small(hidden=np.int64(8), latent_dim=np.int64(2), epochs=np.int64(1))
+    np.testing.assert_array_equal(transformer.fit_transform(x), small(epochs=1).fit_transform(x))

@@ -206,3 +206,13 @@ def test_output_bias_starts_at_the_mean():
     with torch.no_grad():
         vae.likelihood.logits.map.weight.zero_()
     torch.testing.assert_close(vae.likelihood(torch.zeros(1, LATENT)).mean[0], mean)
+
+
+def test_a_prior_of_several_distributions_is_refused_in_one_line():
+    whole, x = make_vae(), torch.rand(5, *SHAPE)
+    prior = lambda: dist.Laplace(torch.zeros(LATENT), 1.0)  # noqa: E731
+    vae = pv.VAE(prior, whole.likelihood, whole.variational_family)
+    with pytest.raises(pv.InputError, match=r"got batch shape \(3,\).*add \.to_event\(1\)$"):
+        pv.fit(vae.model, vae.guide, x, epochs=1)
+    with pytest.raises(pv.InputError, match=r"add \.to_event\(1\)$"):
+        pv.log_marginal(vae.model, vae.guide, x, num_samples=5)

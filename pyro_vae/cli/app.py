@@ -1,18 +1,20 @@
-"""The application that the commands join, the options they share, and how errors are told."""
+"""The application that the commands join, and how their errors are told."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+import traceback
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
+from pyro_vae.cli.options import CommandFunction, refuse_without_effect, with_parameters
 from pyro_vae.errors import InputError
 
-__all__ = ["DataRoot", "Device", "Picture", "Run", "app", "main", "one_of"]
+__all__ = ["app", "command", "main"]
 
 app = typer.Typer(
     help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
@@ -22,15 +24,43 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
-DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set; default: the run's.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Picture = Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")]
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--debug", help="Show where in the code an error was raised.")
+    ],
+)
 
 
-def one_of(names: Iterable[str]) -> str:
-    """Return the help text of an option that takes one of these names."""
-    return ", ".join(names)
+def command(*, unless: str | None = None) -> Callable[[CommandFunction], CommandFunction]:
+    """Add a function to the application as the command of its name, with an option ``--debug``.
+
+    An option without effect is refused before the function is called.
+
+    Args:
+        unless: an option that decides itself which others it goes with: given, nothing is refused.
+    """
+
+    def decorate(function: CommandFunction) -> CommandFunction:
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+
+        def checked(*, context: typer.Context, debug: bool, **values: Any) -> None:
+            try:
+                if unless is None or values[unless] is None:
+                    refuse_without_effect(context, own)
+                function(**values, **({"context": context} if "context" in own else {}))
+            except (InputError, OSError):
+                if debug:
+                    traceback.print_exc()
+                raise
+
+        shown = {"context": _CONTEXT, **own, "debug": _DEBUG}
+        return app.command()(with_parameters(checked, function, shown.values()))
+
+    return decorate
 
 
 def main() -> None:

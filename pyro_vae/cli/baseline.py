@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import app
+from pyro_vae.cli.app import command
 from pyro_vae.cli.options import gathers
 from pyro_vae.names import TrainSettings
 
 
-@app.command()
+@command()
 @gathers(
     TrainSettings,
     without=(
@@ -21,12 +21,13 @@ from pyro_vae.names import TrainSettings
     ),
 )
 def autoencoder(
+    *,
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-    settings: TrainSettings,
     loss: Annotated[
         str | None,
         typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
     ] = None,
+    settings: TrainSettings,
 ) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae import commands

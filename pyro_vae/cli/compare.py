@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import app
+from pyro_vae.cli.app import command
 from pyro_vae.cli.options import gathers
 from pyro_vae.names import EvaluateSettings, TrainSettings
 
 
-@app.command()
+@command()
 @gathers(
     EvaluateSettings,
     without=("seed", "target_standard_error"),
@@ -20,11 +20,15 @@ from pyro_vae.names import EvaluateSettings, TrainSettings
 )
 @gathers(TrainSettings, without=("prior", "likelihood", "guide"), defaults={"epochs": 60})
 def compare(
+    *,
     output: Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")],
-    settings: TrainSettings,
-    how: EvaluateSettings,
     guides: Annotated[
-        str, typer.Option(help="Variational families between commas, as `train --guide` names them.")
+        str,
+        typer.Option(
+            help="Variational families between commas, as `train --guide` names them; default: "
+            "mean-field, full-rank, iaf, spline and mixture.",
+            show_default=False,
+        ),
     ] = "mean-field,full-rank,iaf,spline,mixture",
     priors: Annotated[str, typer.Option(help="Priors between commas.")] = "standard-normal",
     likelihoods: Annotated[str, typer.Option(help="Likelihoods between commas.")] = "bernoulli",
@@ -35,6 +39,8 @@ def compare(
         str | None,
         typer.Option(help="model: train every guide against the first one's frozen model."),
     ] = None,
+    settings: TrainSettings,
+    how: EvaluateSettings,
 ) -> None:
     """Train every combination with several seeds; write tables, figures and a page to compare."""
     from pyro_vae import commands

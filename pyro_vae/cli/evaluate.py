@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import DataRoot, Device, Run, app
-from pyro_vae.cli.options import gathers
+from pyro_vae.cli.app import command
+from pyro_vae.cli.options import Run, gathers
 from pyro_vae.names import EvaluateSettings
 
 
-@app.command()
+@command()
 @gathers(EvaluateSettings)
 def evaluate(
     run: Run,
@@ -24,8 +24,10 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
-    data_root: DataRoot = None,
-    device: Device = "auto",
+    data_root: Annotated[
+        str | None, typer.Option(help="Folder of the data set; default: the run's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
     from pyro_vae import commands

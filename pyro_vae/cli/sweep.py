@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import app
+from pyro_vae.cli.app import command
 from pyro_vae.cli.options import gathers
 from pyro_vae.names import TrainSettings
 
 
-@app.command()
+@command()
 @gathers(TrainSettings, without=("beta",))
 def sweep(
+    *,
     output: Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")],
-    settings: TrainSettings,
     betas: Annotated[
         str, typer.Option(help="Weights of the KL term between commas, in the order of training.")
     ] = "0.25,0.5,1,2,4",
     warm_start: Annotated[
         bool, typer.Option(help="Start each run from the weights of the one before.")
     ] = False,
+    settings: TrainSettings,
 ) -> None:
     """Train a series of runs over beta; write its rate-distortion table, picture and page."""
     from pyro_vae import commands

@@ -1,22 +1,25 @@
-"""`pyro-vae train`: its options."""
+"""`pyro-vae train`: its options, and how an interrupted run is told and gone on with."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import app
-from pyro_vae.cli.options import gathers
+from pyro_vae.cli.app import command
+from pyro_vae.cli.options import gathers, is_given
 from pyro_vae.errors import InputError
 from pyro_vae.names import TrainSettings
 
+# Decided when a run begins; --resume takes them from its folder.
+_OF_THE_BEGINNING = ("output", "checkpoint_every", "checkpoint_minutes")
 
-@app.command()
+
+@command(unless="resume")
 @gathers(TrainSettings)
 def train(
     context: typer.Context,
@@ -46,20 +49,15 @@ def train(
             with joined(settings.device):
                 commands.train(settings, output, checkpointing=when)
             return
-        told = {name for name in context.params if _is_told(context, name)} - {"resume"}
-        other = sorted(told - asdict(settings).keys())
-        if other:
-            raise InputError(
-                f"expected --resume without --{other[0].replace('_', '-')}: the run folder knows it"
-            )
+        for name in _OF_THE_BEGINNING:
+            if is_given(context, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"expected --resume without --{flag}: the run folder knows it")
+        names = (field.name for field in fields(settings))
+        given = {name: getattr(settings, name) for name in names if is_given(context, name)}
         with joined(settings.device):
-            commands.resume(resume, {name: getattr(settings, name) for name in told})
+            commands.resume(resume, given)
     except Interrupted as interruption:
         folder = shlex.quote(str(interruption.folder.parent))
         sys.stderr.write(f"pyro-vae: interrupted: go on by `pyro-vae train --resume {folder}`\n")
         raise typer.Exit(128 + interruption.number) from None
-
-
-def _is_told(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"

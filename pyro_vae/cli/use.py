@@ -1,20 +1,34 @@
-"""The commands that use a trained run: samples, reconstructions, completions, latent space."""
+"""The commands that draw a picture of a trained run: samples, completions, latent space."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyro_vae.cli.app import DataRoot, Picture, Run, app, one_of
+from pyro_vae.cli.app import command
+from pyro_vae.cli.options import OnlyWith, Run, gathers
 from pyro_vae.names import COMPLETIONS, PLANES, VIEWS
 
-_Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+
+@dataclass(frozen=True)
+class _Picture:
+    """The options of all of them; ``commands`` names them alike."""
+
+    output: Path | None = field(default=None, metadata={"help": "Picture file: .png, .svg or .pdf."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder of the data set; default: the run's."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def sample(
     run: Run,
+    *,
     num: Annotated[
         int | None, typer.Option(help="How many; default: 64 images or 1000 vectors.")
     ] = None,
@@ -25,145 +39,129 @@ def sample(
             help="Means of the likelihood or draws; default: draws for real vectors, else means.",
         ),
     ] = None,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    picture: _Picture,
 ) -> None:
     """Draw new data from a run's model into a picture."""
     from pyro_vae import commands
 
-    typer.echo(
-        commands.sample(run, number=num, mean=mean, data_root=data_root, output=output, seed=seed)
-    )
+    typer.echo(commands.sample(run, number=num, mean=mean, **asdict(picture)))
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def reconstruct(
     run: Run,
+    *,
     num: Annotated[
         int | None, typer.Option(help="How many; default: 12 images or 500 vectors.")
     ] = None,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    picture: _Picture,
 ) -> None:
     """Reconstruct a run's first test data into a picture."""
     from pyro_vae import commands
 
-    typer.echo(commands.reconstruct(run, number=num, data_root=data_root, output=output, seed=seed))
+    typer.echo(commands.reconstruct(run, number=num, **asdict(picture)))
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def complete(
     run: Run,
+    *,
     missing: Annotated[
         str,
         typer.Option(help="lower, upper, left, right (of vectors left, right), or random:SHARE."),
     ] = "right",
-    method: Annotated[str, typer.Option(help=one_of(COMPLETIONS))] = COMPLETIONS[0],
+    method: Annotated[str, typer.Option(help=", ".join(COMPLETIONS))] = COMPLETIONS[0],
     num: Annotated[
         int | None, typer.Option(help="How many; default: 8 images or 200 vectors.")
     ] = None,
     num_draws: Annotated[int, typer.Option(help="Completions of each.")] = 6,
-    num_steps: Annotated[int, typer.Option(help="Steps of each chain.")] = 200,
-    num_samples: Annotated[int, typer.Option(help="Importance samples per datum.")] = 1000,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    num_steps: Annotated[
+        int,
+        typer.Option(help="Steps of each chain of metropolis or pseudo-gibbs."),
+        OnlyWith("method", ("metropolis", "pseudo-gibbs")),
+    ] = 200,
+    num_samples: Annotated[
+        int,
+        typer.Option(help="Samples per datum of importance."),
+        OnlyWith("method", ("importance",)),
+    ] = 1000,
+    picture: _Picture,
 ) -> None:
     """Hide a part of a run's first test data and fill it in, into a picture."""
     from pyro_vae import commands
 
-    typer.echo(
-        commands.complete(
-            run,
-            missing=missing,
-            method=method,
-            number=num,
-            num_draws=num_draws,
-            num_steps=num_steps,
-            num_samples=num_samples,
-            data_root=data_root,
-            output=output,
-            seed=seed,
-        )
+    path = commands.complete(
+        run,
+        missing=missing,
+        method=method,
+        number=num,
+        num_draws=num_draws,
+        num_steps=num_steps,
+        num_samples=num_samples,
+        **asdict(picture),
     )
+    typer.echo(path)
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def latent(
     run: Run,
+    *,
     view: Annotated[
         str, typer.Option(help="scatter of the codes, or manifold: what a grid decodes to.")
     ] = VIEWS[0],
     plane: Annotated[
-        str, typer.Option(help="Scatter of more than two latents: the two most active, or pca.")
+        str,
+        typer.Option(help="Axes of the scatter: active (the two most active latents) or pca."),
+        OnlyWith("view", ("scatter",)),
     ] = PLANES[0],
     num: Annotated[int | None, typer.Option(help="How many test data; default: 5000.")] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Values per latent of the grid; default: 16, of vectors 40.")
+        int | None,
+        typer.Option(help="Values per latent of the grid; default: 16, of vectors 40."),
+        OnlyWith("view", ("manifold",)),
     ] = None,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    picture: _Picture,
 ) -> None:
     """Show a run's latent space in a picture: the test data's codes, or the manifold."""
     from pyro_vae import commands
 
-    typer.echo(
-        commands.latent(
-            run,
-            view=view,
-            plane=plane,
-            number=num,
-            num_steps=num_steps,
-            data_root=data_root,
-            output=output,
-            seed=seed,
-        )
+    path = commands.latent(
+        run, view=view, plane=plane, number=num, num_steps=num_steps, **asdict(picture)
     )
+    typer.echo(path)
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def traverse(
     run: Run,
+    *,
     datum: Annotated[int, typer.Option(help="Which test datum, from 1.")] = 1,
     num: Annotated[int, typer.Option(help="How many latents at most, the most active.")] = 8,
     num_steps: Annotated[int, typer.Option(help="Values per latent.")] = 11,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    picture: _Picture,
 ) -> None:
     """Move one latent of a test datum after the other, into a picture."""
     from pyro_vae import commands
 
-    typer.echo(
-        commands.traverse(
-            run,
-            datum=datum,
-            number=num,
-            num_steps=num_steps,
-            data_root=data_root,
-            output=output,
-            seed=seed,
-        )
-    )
+    path = commands.traverse(run, datum=datum, number=num, num_steps=num_steps, **asdict(picture))
+    typer.echo(path)
 
 
-@app.command()
+@command()
+@gathers(_Picture)
 def interpolate(
     run: Run,
+    *,
     num: Annotated[int, typer.Option(help="How many ways.")] = 6,
     num_steps: Annotated[int, typer.Option(help="Points on each way.")] = 11,
-    output: Picture = None,
-    data_root: DataRoot = None,
-    seed: _Seed = 0,
+    picture: _Picture,
 ) -> None:
     """Walk between the codes of a run's first test data, into a picture."""
     from pyro_vae import commands
 
-    typer.echo(
-        commands.interpolate(
-            run, number=num, num_steps=num_steps, data_root=data_root, output=output, seed=seed
-        )
-    )
+    typer.echo(commands.interpolate(run, number=num, num_steps=num_steps, **asdict(picture)))

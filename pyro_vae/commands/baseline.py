@@ -10,19 +10,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pyro_vae import plots, runs
+from pyro_vae import plots
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.commands.pictures import limits_of, save_picture
 from pyro_vae.commands.settings import build_vae, checked, objective_of, warmup_epochs
 from pyro_vae.commands.training import data_of, origin
+from pyro_vae.commands.writing import check_new_folder
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import unknown_name
 from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.names import COMPILE, TrainSettings
+from pyro_vae.runs.files import write_json
 from pyro_vae.tasks.baseline import AutoencoderComparison, compare_autoencoder
 from pyro_vae.vae import VAE
 
@@ -61,8 +63,7 @@ def autoencoder(
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     folder = output.expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"expected a new or empty folder, {folder} is in use: choose another")
+    check_new_folder(folder)
     resolve_device(settings.device)
     dataset = data_of(settings)
     comparison, fits = _trained(settings, loss, dataset, progress)
@@ -86,7 +87,7 @@ def autoencoder(
         limits=limits_of(dataset),
     )
     save_picture(figure, folder / "autoencoder.png")
-    runs.write_json(folder / "autoencoder.json", result)
+    write_json(folder / "autoencoder.json", result)
     _print(comparison, fits, folder)
     return result
 

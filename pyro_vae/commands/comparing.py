@@ -11,13 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pyro_vae import plots, runs
+from pyro_vae import plots
 from pyro_vae.commands.comparison_page import write_comparison_page
 from pyro_vae.commands.families import Families
 from pyro_vae.commands.measured import MEASURED, load_measured, save_measured
+from pyro_vae.commands.opened import RUNS
 from pyro_vae.commands.pages import log_prob_name
 from pyro_vae.commands.pictures import save_picture
-from pyro_vae.commands.settings import check_evaluation, checked
+from pyro_vae.commands.settings import check_counts, check_evaluation, checked
 from pyro_vae.commands.studies import Study, opened, write_rows
 from pyro_vae.commands.training import data_of, origin
 from pyro_vae.errors import InputError
@@ -25,6 +26,7 @@ from pyro_vae.evaluation.comparison import Measured, compare
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import EvaluateSettings, TrainSettings
 from pyro_vae.report import plus_minus
+from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
 
 _SEED = 0  # of the draws that measure, the same for every run
@@ -115,9 +117,10 @@ def _run(
     settings = member.runs[index]
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
-    folder = study.folder / "runs" / name
+    folder = study.folder / RUNS / name
     if not (folder / MEASURED).is_file():
         device = resolve_device(settings.device)
+        annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         comparison = compare(
             {name: (vae.model, vae.guide)},
             study.dataset.test[: how.num_data].to(device),
@@ -125,7 +128,7 @@ def _run(
             num_elbo_samples=_ELBO_SAMPLES,
             num_importance=_IMPORTANCE,
             methods=("importance", "annealed") if how.method == "both" else ("importance",),
-            annealing_options={"num_chains": how.num_chains, "num_steps": how.num_steps},
+            annealing_options=annealing if how.method == "both" else None,
             hold="model" if held is not None else None,
             seed=_SEED,
         )
@@ -161,7 +164,7 @@ def _write(
     comparison = families.comparison
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     content = {**about, "families": rows, "runs": singles, **made}
-    runs.write_json(folder / "comparison.json", content)
+    write_json(folder / "comparison.json", content)
 
 
 def _figures(families: Families, asked: dict[str, Any]) -> dict[str, Figure]:
@@ -274,8 +277,7 @@ def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
 
 
 def _check_how(how: EvaluateSettings, seeds: int) -> None:
-    if seeds < 1:
-        raise InputError(f"expected --seeds of at least 1, got {seeds}")
+    check_counts({"seeds": seeds})
     if how.method == "annealed":
         raise InputError("expected the method importance or both, got annealed: both has it")
 

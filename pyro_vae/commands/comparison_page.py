@@ -100,7 +100,7 @@ def _add_warnings(page: Page, families: Families) -> None:
         page.warning(
             f"More than {MANY_UNRELIABLE:.0%} of the data have Pareto k above {PARETO_K_LIMIT} under "
             f"{', '.join(heavy)}: log p(x) there is probably too low and its Monte Carlo error too "
-            "small. --method both checks it by annealing."
+            "small. Annealing checks it: --method both."
         )
 
 

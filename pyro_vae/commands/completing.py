@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_vae import plots, tasks
-from pyro_vae.commands.pictures import completion_picture, data_shape_of, save_picture
-from pyro_vae.commands.settings import check_seed
-from pyro_vae.commands.using import check_pictured, data_of, opened, picture_path
+from pyro_vae.commands.opened import PictureOptions, RunPicture, check_pictured
+from pyro_vae.commands.pictures import completion_picture, data_shape_of
+from pyro_vae.commands.settings import check_counts
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.names import COMPLETIONS
 
@@ -28,9 +29,7 @@ def complete(
     num_draws: int,
     num_steps: int,
     num_samples: int,
-    data_root: str | None,
-    output: Path | None,
-    seed: int,
+    **options: Unpack[PictureOptions],
 ) -> Path:
     """Hide a part of a run's first test data, fill it in, and show it beside the truth.
 
@@ -42,9 +41,7 @@ def complete(
         num_draws: completions of each that are shown.
         num_steps: steps of each chain.
         num_samples: importance samples per datum.
-        data_root: where the data are now; by default where they were.
-        output: file to write; by default in the run folder.
-        seed: seed of what is hidden at random and of the draws.
+        options: as :class:`PictureOptions` has them; the seed is also that of what is hidden.
 
     Returns:
         the file.
@@ -55,16 +52,11 @@ def complete(
     if method not in COMPLETIONS:
         raise unknown_name("method", method, COMPLETIONS)
     check_pictured(number)
-    check_seed(seed)
-    for name, value in (("draws", num_draws), ("steps", num_steps), ("samples", num_samples)):
-        if value < 1:
-            raise InputError(f"expected at least 1 of the {name}, got {value}")
-    path = picture_path(output, run / f"completions-{missing.replace(':', '-')}-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
-    shape = data_shape_of(vae)
-    number = number or (8 if plots.is_image(shape) else 200)
+    check_counts({"num_draws": num_draws, "num_steps": num_steps, "num_samples": num_samples})
+    picture = RunPicture(run, f"completions-{missing.replace(':', '-')}", **options)
+    vae, seed, shape = picture.vae, picture.seed, data_shape_of(picture.vae)
     hidden_part(missing, shape, 1, seed=seed)  # refused before any data are read
-    data = data_of(run, settings, data_root).test[:number]
+    data = picture.dataset.test[: number or (8 if plots.is_image(shape) else 200)]
     hidden = hidden_part(missing, shape, len(data), seed=seed)
     completed = tasks.complete(
         vae.model,
@@ -73,12 +65,11 @@ def complete(
         hidden,
         method=method,
         num_draws=num_draws,
-        num_steps=num_steps,
-        num_samples=num_samples,
+        num_steps=None if method == "importance" else num_steps,
+        num_samples=num_samples if method == "importance" else None,
         seed=seed,
     )
-    save_picture(completion_picture(data, hidden, completed, limits), path)
-    return path
+    return picture.saved(completion_picture(data, hidden, completed, picture.limits))
 
 
 def hidden_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int) -> Tensor:

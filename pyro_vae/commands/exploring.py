@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
-import torch
-
+from pyro_vae.commands.opened import PictureOptions, RunPicture, check_pictured
 from pyro_vae.commands.pictures import (
     interpolation_picture,
     latent_picture,
     manifold_picture,
-    save_picture,
     traversal_picture,
 )
-from pyro_vae.commands.settings import check_seed
-from pyro_vae.commands.using import check_pictured, data_of, opened, picture_path
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.names import PLANES, VIEWS
 
@@ -31,21 +28,17 @@ def latent(
     plane: str,
     number: int | None,
     num_steps: int | None,
-    data_root: str | None,
-    output: Path | None,
-    seed: int,
+    **options: Unpack[PictureOptions],
 ) -> Path:
     """Show a run's latent space: codes of its test data, or what a grid decodes to.
 
     Args:
         run: the run folder.
         view: one of :data:`pyro_vae.names.VIEWS`.
-        plane: one of :data:`pyro_vae.names.PLANES`, for the scatter of more than two latents.
+        plane: axes of the scatter, one of :data:`pyro_vae.names.PLANES`.
         number: how many test data; by default 5,000 at most.
         num_steps: values of each latent in the grid.
-        data_root: where the data are now; by default where they were.
-        output: file to write; by default in the run folder.
-        seed: seed of what has to be drawn.
+        options: as :class:`PictureOptions` has them.
 
     Returns:
         the file.
@@ -58,29 +51,19 @@ def latent(
             raise unknown_name(kind, name, known)
     check_pictured(number)
     _check_steps(num_steps)
-    check_seed(seed)
-    path = picture_path(output, run / f"latent-{view}-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
-    dataset = data_of(run, settings, data_root)
+    picture = RunPicture(run, f"latent-{view}", **options)
+    vae, dataset, seed = picture.vae, picture.dataset, picture.seed
     data = dataset.test[: number or 5000]
     if view == "manifold":
-        figure = manifold_picture(vae, data, limits, num_steps=num_steps, seed=seed)
+        figure = manifold_picture(vae, data, picture.limits, num_steps=num_steps, seed=seed)
     else:
         labels = None if dataset.test_labels is None else dataset.test_labels[: len(data)]
         figure = latent_picture(vae, data, labels, plane=plane, seed=seed)
-    save_picture(figure, path)
-    return path
+    return picture.saved(figure)
 
 
 def traverse(
-    run: Path,
-    *,
-    datum: int,
-    number: int,
-    num_steps: int,
-    data_root: str | None,
-    output: Path | None,
-    seed: int,
+    run: Path, *, datum: int, number: int, num_steps: int, **options: Unpack[PictureOptions]
 ) -> Path:
     """Show what each latent of a run does to one test datum.
 
@@ -89,9 +72,7 @@ def traverse(
         datum: which test datum, from 1.
         number: how many latents at most, the most active ones.
         num_steps: values of each latent.
-        data_root: where the data are now; by default where they were.
-        output: file to write; by default in the run folder.
-        seed: seed of what has to be drawn.
+        options: as :class:`PictureOptions` has them.
 
     Returns:
         the file.
@@ -101,37 +82,30 @@ def traverse(
     """
     check_pictured(number)
     _check_steps(num_steps)
-    check_seed(seed)
-    path = picture_path(output, run / f"traversal-{datum}-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
-    data = data_of(run, settings, data_root).test
+    picture = RunPicture(run, f"traversal-{datum}", **options)
+    data = picture.dataset.test
     if not 1 <= datum <= len(data):
         raise InputError(f"expected a test datum from 1 to {len(data)}, got {datum}")
     figure = traversal_picture(
-        vae, data, datum - 1, limits, number=number, num_steps=num_steps, seed=seed
+        picture.vae,
+        data,
+        datum - 1,
+        picture.limits,
+        number=number,
+        num_steps=num_steps,
+        seed=picture.seed,
     )
-    save_picture(figure, path)
-    return path
+    return picture.saved(figure)
 
 
-def interpolate(
-    run: Path,
-    *,
-    number: int,
-    num_steps: int,
-    data_root: str | None,
-    output: Path | None,
-    seed: int,
-) -> Path:
+def interpolate(run: Path, *, number: int, num_steps: int, **options: Unpack[PictureOptions]) -> Path:
     """Show the ways between the codes of a run's first test data.
 
     Args:
         run: the run folder.
         number: how many ways.
         num_steps: points on each, both ends included.
-        data_root: where the data are now; by default where they were.
-        output: file to write; by default in the run folder.
-        seed: seed of what has to be drawn.
+        options: as :class:`PictureOptions` has them.
 
     Returns:
         the file.
@@ -141,15 +115,14 @@ def interpolate(
     """
     check_pictured(number)
     _check_steps(num_steps)
-    check_seed(seed)
-    path = picture_path(output, run / f"interpolations-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
-    data = data_of(run, settings, data_root).test
+    picture = RunPicture(run, "interpolations", **options)
+    data = picture.dataset.test
     if len(data) < 2:
         raise InputError("expected at least 2 test data to walk between, got 1")
-    figure = interpolation_picture(vae, data, limits, number=number, num_steps=num_steps, seed=seed)
-    save_picture(figure, path)
-    return path
+    figure = interpolation_picture(
+        picture.vae, data, picture.limits, number=number, num_steps=num_steps, seed=picture.seed
+    )
+    return picture.saved(figure)
 
 
 def _check_steps(num_steps: int | None) -> None:

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from pyro_vae import runs
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import Measured
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.runs.files import write_whole
 
 __all__ = ["MEASURED", "load_measured", "save_measured"]
 
@@ -41,7 +41,7 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
     notes = {"plain": plain, "likelihood": likelihood}
     # Contiguous copies: safetensors refuses views that share memory.
     content = serialised({name: value.clone() for name, value in tensors.items()}, notes)
-    runs.write_whole(folder / MEASURED, lambda path: path.write_bytes(content))
+    write_whole(folder / MEASURED, lambda path: path.write_bytes(content))
 
 
 def load_measured(folder: Path) -> tuple[Measured, str]:

@@ -89,7 +89,8 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
         "distortion": estimate.distortion.mean().item(),
         "num_samples": int(estimate.num_samples.max()),
         "num_data": len(estimate.log_prob),
-        "num_unreliable": estimate.num_unreliable,
+        # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
+        "num_unreliable": None if estimate.pareto_k.isnan().all() else estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
         "method": estimate.method,

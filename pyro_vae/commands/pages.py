@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae import runs
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.report import Page
+from pyro_vae.runs.files import write_whole
 
 PAGE = "report.html"
 
 # Where more than this share of the data has too heavy a tail, their mean can't be trusted either.
 MANY_UNRELIABLE = 0.05
+
+# Characters of a command line that fit into the width of a page.
+_LINE = 80
 
 PSEUDO = (
     "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which can't be compared with a "
@@ -82,8 +86,14 @@ def add_figure(page: Page, pictures: Mapping[str, Figure], name: str) -> None:
 def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     """Say in words and numbers how far an estimate of log p(x) can be trusted."""
     count, above = estimate["num_data"], estimate["num_unreliable"]
-    said = f"{above:,} of {count:,} data have Pareto k above {PARETO_K_LIMIT}"
-    if above > MANY_UNRELIABLE * count:
+    share = "unknown" if above is None else f"{above / count:.1%}"
+    said = f"{above or 0:,} of {count:,} data have Pareto k above {PARETO_K_LIMIT}"
+    if above is None:
+        page.text(
+            "Too few samples per datum to tell how heavy the importance weights' tail is (Pareto k "
+            "needs 21): nothing says whether the estimate can be trusted."
+        )
+    elif above > MANY_UNRELIABLE * count:
         page.warning(
             f"{said}. For these the estimate of log p(x) is probably too low and its standard error "
             "too small, and so is the mean over the data. Annealing (pyro-vae evaluate RUN --method "
@@ -97,7 +107,7 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     page.table(
         ["diagnostic", "value"],
         [
-            [f"data with Pareto k above {PARETO_K_LIMIT}", f"{above / count:.1%}"],
+            [f"data with Pareto k above {PARETO_K_LIMIT}", share],
             ["samples per datum", estimate["num_samples"]],
             ["median effective sample size", estimate["median_ess"]],
             ["standard error of the mean, Monte Carlo (nats)", f"{estimate['standard_error']:.4f}"],
@@ -110,7 +120,7 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
 def add_origin(page: Page, run: Mapping[str, Any]) -> None:
     """Say how to get the same again: command line, settings, data and versions."""
     page.section("How it was made")
-    page.code(run["command"])
+    page.code(in_lines(run["command"]))
     shown = {name: "default" if value is None else value for name, value in run["settings"].items()}
     page.facts(shown, caption="Settings")
     page.facts(run["checksums"], caption="SHA-256 of the data")
@@ -120,7 +130,17 @@ def add_origin(page: Page, run: Mapping[str, Any]) -> None:
 def write_page(page: Page, folder: Path) -> None:
     """Write a page into a folder, whole or not at all."""
     text = page.html()
-    runs.write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def in_lines(command: str) -> str:
+    """Return a command line as a shell reads it from several lines, none too wide for the page."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + len(word) > _LINE:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
 
 
 def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:

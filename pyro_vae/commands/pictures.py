@@ -9,9 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae import likelihoods, plots, runs, tasks
+from pyro_vae import likelihoods, plots, tasks
 from pyro_vae.datasets import Dataset
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.runs.files import write_whole
 from pyro_vae.vae import VAE
 
 # Data shown unless told otherwise: as images, and as vectors, whose distribution needs more.
@@ -92,7 +93,7 @@ def data_shape_of(vae: VAE) -> tuple[int, ...]:
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(path, figure.savefig)
+    write_whole(path, figure.savefig)
 
 
 def latent_picture(vae: VAE, data: Tensor, labels: Tensor | None, *, plane: str, seed: int) -> Figure:
@@ -102,18 +103,18 @@ def latent_picture(vae: VAE, data: Tensor, labels: Tensor | None, *, plane: str,
         vae: a trained model.
         data: test data.
         labels: their classes, if they have any.
-        plane: for more than two latents, ``"active"`` for the two most active, or ``"pca"``.
+        plane: axes of more than one latent: ``"active"``, the two most active, or ``"pca"``.
         seed: seed of what has to be drawn.
     """
     means = posterior_means(vae, data, seed=seed)
     title = f"Posterior means of {len(means):,} test data"
     on_sphere = _on_sphere(vae)
-    if plane == "pca" and means.shape[1] > 2:
+    if plane == "pca" and means.shape[1] > 1:
         centred = means - means.mean(0)
         _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)
         shares = lengths.square() / lengths.square().sum()
         points = centred @ axes[:2].T
-        names = [f"principal component {i + 1} ({100 * shares[i]:.0f} %)" for i in range(2)]
+        names = [f"principal component {i + 1} ({100 * shares[i]:.0f}%)" for i in range(2)]
         title += f": two principal components of {means.shape[1]} latents"
     else:
         shown = most_active(means, 2)
@@ -203,7 +204,7 @@ def traversal_picture(
     )
     many = len(chosen) < means.shape[1]
     which = f"the {len(chosen)} most active latents" if many else "each latent"
-    title = f"Test datum {datum + 1}: {which} from the prior's 2.5 % to 97.5 % quantile"
+    title = f"Test datum {datum + 1}: {which} from the prior's 2.5% to 97.5% quantile"
     return plots.traversals(
         walk.data[:, :, 0].cpu().numpy(),
         walk.values.cpu().numpy(),
@@ -244,7 +245,7 @@ def completion_picture(
         completed: what :func:`pyro_vae.tasks.complete` made of them.
         limits: the values shown as white and as black.
     """
-    told = [f"{len(data)} test data, {100 * missing.double().mean():.0f} % hidden"]
+    told = [f"{len(data)} test data, {100 * missing.double().mean():.0f}% hidden"]
     told.append(completed.method)
     if completed.acceptance is not None:
         told.append(f"mean acceptance {completed.acceptance.mean():.2f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def objective_of(settings: TrainSettings) -> Bound | None:
     name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
     if name not in OBJECTIVES:
         raise unknown_name("objective", name, OBJECTIVES)
-    if particles is not None and particles < 1:
-        raise InputError(f"expected --num-particles of at least 1, got {particles}")
+    check_counts({"num_particles": particles})
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
         raise InputError(
@@ -108,14 +108,19 @@ def check_evaluation(how: EvaluateSettings) -> None:
     """Refuse options of an evaluation that are out of range, before anything is read."""
     if how.method not in METHODS:
         raise unknown_name("method", how.method, METHODS)
-    for name in ("num_samples", "num_chains", "num_steps", "num_data"):
-        value = getattr(how, name)
+    names = ("num_samples", "num_chains", "num_steps", "num_data")
+    check_counts({name: getattr(how, name) for name in names})
+    check_seed(how.seed)
+
+
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """Refuse a number below 1, by the name of its option; None is the default."""
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(
                 f"expected --{name.replace('_', '-')} of at least 1, got {value}: leave it out for "
                 "the default"
             )
-    check_seed(how.seed)
 
 
 def check_seed(seed: int) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,17 +17,18 @@ from typing import Any
 from rich.console import Console
 
 from pyro_vae import runs
+from pyro_vae.commands.opened import RUNS, STUDY
 from pyro_vae.commands.training import METRICS, train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import TrainSettings
 from pyro_vae.report import plus_minus
+from pyro_vae.runs.files import FORMAT, finite_or_none, write_json, write_whole
+from pyro_vae.runs.folder import locked
 from pyro_vae.vae import VAE
 
 __all__ = ["Study", "known", "opened", "write_rows"]
-
-_RECORD, _RUNS = "study.json", "runs"
 
 # Where the data lie and what computes does not change what is asked; the data's checksums do.
 _FREE = ("data_root", "download", "device")
@@ -58,7 +60,7 @@ class Study:
         Returns:
             the VAE, on the device of the settings, and the run's metrics.
         """
-        folder = self.folder / _RUNS / name
+        folder = self.folder / RUNS / name
         if (folder / METRICS).is_file():
             vae = runs.load(folder, device=str(resolve_device(settings.device)))
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
@@ -94,19 +96,21 @@ def opened(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator
             or one that another process works on.
     """
     folder = folder.expanduser()
-    record = {"format": runs.FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
+    record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
     _check(folder, record)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with runs.locked(folder):
+        with locked(folder):
             try:
-                if not (folder / _RECORD).exists():
-                    runs.write_json(folder / _RECORD, record)
+                if not (folder / STUDY).exists():
+                    write_json(folder / STUDY, record)
                 yield Study(folder, dataset)
-            except BaseException:
-                if not (folder / _RUNS).exists():
-                    (folder / _RECORD).unlink(missing_ok=True)
+            except BaseException as error:
+                if not (folder / RUNS).exists():
+                    (folder / STUDY).unlink(missing_ok=True)
+                elif isinstance(error, KeyboardInterrupt):
+                    sys.stderr.write("pyro-vae: interrupted: go on by the same command\n")
                 raise
     except BaseException:
         with suppress(OSError):  # folders that hold a run by now stay
@@ -125,15 +129,15 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(runs.finite_or_none(list(rows)))
+    writer.writerows(finite_or_none(list(rows)))
     content = text.getvalue()
-    runs.write_whole(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def _check(folder: Path, record: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, {folder} is a file: choose another")
-    path = folder / _RECORD
+    path = folder / STUDY
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
             raise InputError(

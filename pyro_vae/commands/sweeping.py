@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pyro_vae import plots, runs
+from pyro_vae import plots
 from pyro_vae.commands.pages import PSEUDO, add_origin, log_prob_name, write_page
 from pyro_vae.commands.pictures import save_picture
 from pyro_vae.commands.settings import checked
@@ -20,6 +20,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.names import TrainSettings
 from pyro_vae.report import Page, plus_minus
+from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
 
 _PICTURE = "rate-distortion.png"
@@ -47,6 +48,8 @@ def sweep(
         Higgins et al. 2017 (beta); Alemi et al. 2018, "Fixing a Broken ELBO" (rate and distortion).
     """
     values = _betas(betas)
+    if warm_start and len(values) == 1:
+        raise InputError("expected --warm-start with several --betas, got one: leave it out")
     for value in values:
         settings = checked(replace(settings, beta=value))
     resolve_device(settings.device)
@@ -61,7 +64,7 @@ def sweep(
         write_rows(rows, study.folder / "sweep.csv")
         made = {"settings": asked, "checksums": dataset.checksums, **origin()}
         _write_page(study.folder, rows, figure, made)
-        runs.write_json(study.folder / "sweep.json", {"rows": rows, **made})
+        write_json(study.folder / "sweep.json", {"rows": rows, **made})
         _print(study, rows)
     return rows
 
@@ -159,7 +162,9 @@ def _write_page(
                     plus_minus(row[name], row[f"{name}_standard_error"])
                     for name in ("rate", "distortion", "elbo", "log_marginal")
                 ),
-                f"{row['num_unreliable'] / row['num_data']:.1%}",
+                "unknown"
+                if row["num_unreliable"] is None
+                else f"{row['num_unreliable'] / row['num_data']:.1%}",
                 row["active_units"],
                 f"{row['training_seconds']:.1f}",
             ]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyro_vae
-from pyro_vae import datasets, plots, runs
+from pyro_vae import datasets, plots
 from pyro_vae.commands.holding import frozen, take_over_model
 from pyro_vae.commands.measuring import (
     active_units,
@@ -30,6 +30,7 @@ from pyro_vae.commands.measuring import (
     estimated,
     is_pseudo,
 )
+from pyro_vae.commands.opened import check_single, data_of_run
 from pyro_vae.commands.pages import log_prob_name, write_run_page
 from pyro_vae.commands.pictures import (
     diagnostics_picture,
@@ -39,6 +40,7 @@ from pyro_vae.commands.pictures import (
     save_picture,
 )
 from pyro_vae.commands.settings import build_vae, checked, objective_of, warmup_epochs
+from pyro_vae.commands.writing import check_new_folder
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance import LogMarginal
@@ -47,6 +49,10 @@ from pyro_vae.infer.pair import seeded
 from pyro_vae.infer.processes import Processes
 from pyro_vae.infer.training import FitResult, bound_terms, fit
 from pyro_vae.names import COMPILE, EvaluateSettings, TrainSettings
+from pyro_vae.runs.description import describe
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, read_config, write_json
+from pyro_vae.runs.folder import continued_run, new_run
+from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
 
 # Written last: a run folder that has it is whole.
@@ -77,8 +83,7 @@ def train(
 ) -> Path:
     """Train a VAE as told, evaluate it, and write a run folder.
 
-    Several processes (see :func:`pyro_vae.fit`) do so together; the first one writes, and no state on
-    the way.
+    Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
 
     Args:
         settings: what to train on what, and how.
@@ -100,7 +105,7 @@ def train(
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: data_of(settings))
-    when = None if processes.are_several else checkpointing or Checkpointing()
+    when = checkpointing or Checkpointing()
     metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
     _print_summary(folder, metrics)
     return folder
@@ -118,14 +123,13 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
         the run folder.
 
     Raises:
-        InputError: no run there, other settings or data than it was begun with, or a checkpoint that
-            can't be read.
+        InputError: no run there, other settings, data or processes than it was begun with, or a
+            checkpoint that can't be read.
         Interrupted: SIGINT or SIGTERM ended it again.
     """
-    if Processes.current().are_several:
-        raise InputError("expected one process to resume a run, got several: leave torchrun out")
-    folder = folder.expanduser()
-    run = runs.read_config(folder)["run"]
+    processes, folder = Processes.current(), folder.expanduser()
+    check_single(folder)
+    run = read_config(folder)["run"]
     try:
         settings, when = TrainSettings(**run["settings"]), Checkpointing(**run["checkpoints"])
     except (KeyError, TypeError) as error:
@@ -133,16 +137,20 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
     settings = _told_again(settings, given, folder)
-    if (folder / METRICS).exists():
-        shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
+    if processes.decided((folder / METRICS).exists):
+        if processes.is_first:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         Console().print(f"finished before: {folder}", soft_wrap=True, highlight=False)
         return folder
-    dataset = data_of(settings)
-    if dataset.checksums != run.get("checksums"):
+    begun = run.get("processes", 1)
+    if begun != processes.size:
         raise InputError(
-            f"expected the data that {folder} was begun with, got others by the checksum: restore "
-            "them or give --data-root"
+            f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
+            "start as many by torchrun, or one without it"
         )
+    dataset = processes.first_before_others(
+        lambda: data_of_run(folder, settings, given.get("data_root"), download=settings.download)
+    )
     _, metrics = train_run(
         settings, dataset, folder, checkpointing=when, resumed=True, progress=progress
     )
@@ -184,13 +192,13 @@ def train_run(
             vae.load_state_dict(start.state_dict())
         if held is not None:
             take_over_model(vae, held)
-        config = runs.describe(vae, _record(settings, dataset, device, checkpointing))
+        config = describe(vae, _record(settings, dataset, device, checkpointing))
         with ExitStack() as stack:
             processes.decided(lambda: stack.enter_context(_run_at(folder, config, resumed)))
             state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
             result = _fit(vae, dataset, settings, device, progress, hold=held is not None, **state)
             if processes.is_first:
-                runs.save_weights(vae, folder)
+                save_weights(vae, folder)
     test = dataset.test.to(device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
@@ -203,9 +211,9 @@ def train_run(
     if processes.is_first:
         pictures = _write_pictures(vae, dataset, result, folder)
         pictures["diagnostics"] = diagnostics_picture(estimate)
-        write_run_page(folder, runs.read_config(folder), metrics, pictures)
-        runs.write_json(folder / METRICS, metrics)
-        shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
+        write_run_page(folder, read_config(folder), metrics, pictures)
+        write_json(folder / METRICS, metrics)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
 
 
@@ -244,9 +252,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
             number += 1
             output = Path("runs") / f"{name}-{number}"
     output = output.expanduser()
-    runs.check_free(output)
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"expected a new or empty folder, {output} has files in it: choose another")
+    check_new_folder(output)
     return output
 
 
@@ -266,18 +272,18 @@ def _told_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path)
 def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractContextManager[None]:
     """Begin a run, or go on with the same one."""
     if not resumed:
-        return runs.new_run(folder, config)
-    if runs.read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
+        return new_run(folder, config)
+    if read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
         raise InputError(
             f"expected the model that {folder} describes, its settings build another one: its "
-            f"{runs.CONFIG} was changed, or another version wrote it"
+            f"{CONFIG} was changed, or another version wrote it"
         )
-    return runs.continued_run(folder)
+    return continued_run(folder)
 
 
 def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any]:
     return {
-        "checkpoint": folder / runs.CHECKPOINTS,
+        "checkpoint": folder / CHECKPOINTS,
         "checkpoint_every": when.every,
         "checkpoint_minutes": when.minutes,
         "resume": resumed,
@@ -297,6 +303,7 @@ def _record(
         "checksums": dataset.checksums,
         "limits": limits_of(dataset),
         "device": str(device),
+        "processes": Processes.current().size,
         **origin(),
     }
 

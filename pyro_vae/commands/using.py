@@ -7,14 +7,20 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from pyro_vae import datasets, plots, runs
+from pyro_vae import plots
 from pyro_vae.commands.measuring import as_dict, estimated, is_pseudo
+from pyro_vae.commands.opened import (
+    PictureOptions,
+    RunPicture,
+    check_pictured,
+    data_of_run,
+    opened_run,
+)
 from pyro_vae.commands.pictures import (
     data_shape_of,
     diagnostics_picture,
@@ -22,14 +28,27 @@ from pyro_vae.commands.pictures import (
     sample_picture,
     save_picture,
 )
-from pyro_vae.commands.settings import check_evaluation, check_seed
-from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
+from pyro_vae.commands.settings import check_evaluation
+from pyro_vae.commands.writing import picture_path
+from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.infer.devices import resolve_device
-from pyro_vae.names import EvaluateSettings, TrainSettings
-from pyro_vae.vae import VAE
+from pyro_vae.names import EvaluateSettings
+from pyro_vae.runs.files import finite_or_none
 
-_MOST_PICTURED = 10_000
+# Of the numbers of an estimate, as a table names them.
+_LABELS = {
+    "log_marginal": "log p(x)",
+    "standard_error": "its error, Monte Carlo",
+    "data_standard_error": "its error, over data",
+    "elbo": "ELBO",
+    "rate": "rate (KL)",
+    "distortion": "distortion",
+    "num_data": "data",
+    "num_samples": "draws per datum",
+    "num_unreliable": f"data with Pareto k above {PARETO_K_LIMIT}",
+    "median_ess": "median effective sample size",
+    "acceptance": "acceptance of annealing",
+}
 
 
 def evaluate(
@@ -62,10 +81,10 @@ def evaluate(
     """
     check_evaluation(how)
     if picture is not None:
-        picture = picture_path(picture, picture)
+        picture = picture_path(picture)
     place = resolve_device(device)
-    vae, settings, _ = opened(run, place)
-    dataset = data_of(run, settings, data_root)
+    vae, settings, _ = opened_run(run, place)
+    dataset = data_of_run(run, settings, data_root)
     if is_pseudo(vae, dataset):
         warnings.warn(
             "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
@@ -92,103 +111,45 @@ def evaluate(
 def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
     """Print an estimate as one JSON object alone on standard output, or as a table."""
     if as_json:
-        sys.stdout.write(json.dumps(runs.finite_or_none(values)) + "\n")
+        sys.stdout.write(json.dumps(finite_or_none(values)) + "\n")
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
-    title = "Means over the test data; bounds and errors in nats"
-    table = Table(title=title, title_justify="left", min_width=52)
+    table = Table(title="Test part, nats per datum", title_justify="left", min_width=52)
     table.add_column("quantity")
     for column in columns:
         table.add_column(column["method"], justify="right")
-    for name in values:
-        if name not in ("method", "annealed"):
-            table.add_row(name.replace("_", " "), *(_cell(column[name]) for column in columns))
+    for name, label in _LABELS.items():
+        table.add_row(label, *(_cell(column[name]) for column in columns))
     Console().print(table)
 
 
 def sample(
-    run: Path,
-    *,
-    number: int | None,
-    mean: bool | None,
-    data_root: str | None,
-    output: Path | None,
-    seed: int,
+    run: Path, *, number: int | None, mean: bool | None, **options: Unpack[PictureOptions]
 ) -> Path:
     """Draw new data from a run's model and write them as a picture; return its path."""
     check_pictured(number)
-    check_seed(seed)
-    path = picture_path(output, run / f"samples-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
+    picture = RunPicture(run, "samples", **options)
     # Only vectors are shown beside the data.
-    image = plots.is_image(data_shape_of(vae))
-    data = None if image else data_of(run, settings, data_root).test
-    save_picture(sample_picture(vae, data, limits, number=number, mean=mean, seed=seed), path)
-    return path
+    image = plots.is_image(data_shape_of(picture.vae))
+    data = None if image else picture.dataset.test
+    figure = sample_picture(
+        picture.vae, data, picture.limits, number=number, mean=mean, seed=picture.seed
+    )
+    return picture.saved(figure)
 
 
-def reconstruct(
-    run: Path, *, number: int | None, data_root: str | None, output: Path | None, seed: int
-) -> Path:
+def reconstruct(run: Path, *, number: int | None, **options: Unpack[PictureOptions]) -> Path:
     """Reconstruct a run's first test data and write them as a picture; return its path."""
     check_pictured(number)
-    check_seed(seed)
-    path = picture_path(output, run / f"reconstructions-seed-{seed}.png")
-    vae, settings, limits = opened(run, torch.device("cpu"))
-    data = data_of(run, settings, data_root).test
-    save_picture(reconstruction_picture(vae, data, limits, number=number, seed=seed), path)
-    return path
+    picture = RunPicture(run, "reconstructions", **options)
+    data = picture.dataset.test
+    figure = reconstruction_picture(
+        picture.vae, data, picture.limits, number=number, seed=picture.seed
+    )
+    return picture.saved(figure)
 
 
 def _cell(value: float | int | None) -> str:
     if value is None or value != value:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
-
-def opened(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
-    """Load a run's VAE, its settings, and the values shown as white and as black."""
-    config = runs.read_config(run)
-    vae = runs.load(run, device=str(device))
-    try:
-        low, high = config["run"]["limits"]
-        return vae, TrainSettings(**config["run"]["settings"]), (low, high)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"expected the settings of `pyro-vae train` in {run}, got a folder by pv.save: use the "
-            "library on it"
-        ) from error
-
-
-def data_of(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
-    """Load the data a run was trained on; refuse others."""
-    source = Path(settings.dataset)
-    if data_root is not None and source.suffix in datasets.FILE_TYPES:
-        source = Path(data_root) / source.name
-    dataset = datasets.load(
-        source,
-        data_root or settings.data_root,
-        binarize=settings.binarize or "none",
-        validation_size=settings.validation_size,
-        seed=settings.split_seed,
-    )
-    if dataset.checksums != runs.read_config(run)["run"].get("checksums"):
-        raise InputError(
-            f"expected the data that {run} was trained on, got others by the checksum: restore them "
-            "or give --data-root"
-        )
-    return dataset
-
-
-def check_pictured(number: int | None) -> None:
-    """Refuse a number of data that no picture shows."""
-    if number is not None and not 1 <= number <= _MOST_PICTURED:
-        raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
-
-
-def picture_path(output: Path | None, default: Path) -> Path:
-    """Return the file to write a picture to, or refuse one of another kind."""
-    path = (output or default).expanduser()
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
-    return path

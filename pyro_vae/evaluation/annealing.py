@@ -12,15 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import Progress, blocks_of
+from pyro_vae.evaluation.blocks import Progress, block_scorers, few_of
 from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, log_mean_weights
 from pyro_vae.evaluation.hamiltonian import AnnealingPath, State, transition
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.evaluation.streaming import join_draws
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import Inputs, PairFunction
 
-__all__ = ["AnnealingOptions", "Tuning", "anneal", "annealed_weights", "tune"]
+__all__ = [
+    "AnnealingOptions",
+    "Tuning",
+    "anneal",
+    "annealed_weights",
+    "annealing_block_size",
+    "tune",
+]
 
 # The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
 # section 4.4), as a rejected trajectory costs a low-dimensional chain more.
@@ -64,7 +72,7 @@ class AnnealingOptions:
         schedule: ``"sigmoid"`` or ``"linear"``.
 
     Raises:
-        InputError: a number below 1 or an unknown word.
+        InputError: a number below 1 or not whole, or an unknown word.
     """
 
     num_chains: int = 16
@@ -75,9 +83,12 @@ class AnnealingOptions:
     schedule: str = "sigmoid"
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_steps", "num_leapfrog_steps", "num_transitions"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        check_counts(
+            num_chains=self.num_chains,
+            num_steps=self.num_steps,
+            num_leapfrog_steps=self.num_leapfrog_steps,
+            num_transitions=self.num_transitions,
+        )
         if self.start not in ("guide", "prior"):
             raise InputError(f"expected start 'guide' or 'prior', got {self.start!r}")
         if self.schedule not in ("sigmoid", "linear"):
@@ -115,6 +126,7 @@ def anneal(
     plate: str,
     max_memory: int | None,
     report: Progress,
+    keep_draws: int | None = None,
 ) -> LogMarginal:
     r"""Estimate log p(x) per datum by annealed importance sampling.
 
@@ -132,6 +144,7 @@ def anneal(
         max_memory: bytes that the chains of one block may need; by default 128 MiB on a CPU, 4 GiB on
             a GPU.
         report: who is told how far the work has come.
+        keep_draws: chains per datum whose ends are kept for ArviZ; by default all of them.
 
     Source:
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
@@ -140,8 +153,8 @@ def anneal(
     num_data = len(inputs[0])
     done: list[dict[str, Tensor]] = []
     draws: list[PosteriorDraws] = []
-    for rows in annealing_blocks(model, guide, inputs, options.num_chains, plate, max_memory):
-        scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
+    size = annealing_block_size(model, guide, inputs, options.num_chains, plate, max_memory)
+    for _, scorer in block_scorers(model, guide, inputs, plate, size):
         path = AnnealingPath(scorer, options.start)
         tell = _Teller(report, done, num_data, scorer.num_data)
         per_datum, kept = _anneal_block(path, options, tell)
@@ -153,26 +166,25 @@ def anneal(
         **joined,
         num_samples=torch.full((num_data,), options.num_chains),
         method="annealed",
-        draws=join_draws(draws, torch.arange(num_data)),
+        draws=join_draws(draws, torch.arange(num_data), most=keep_draws),
     )
 
 
-def annealing_blocks(
+def annealing_block_size(
     model: PairFunction,
     guide: PairFunction,
     inputs: Inputs,
     num_chains: int,
     plate: str,
     max_memory: int | None,
-) -> list[slice]:
-    """Cut the data into blocks whose chains fit the memory."""
+) -> int:
+    """Return how many data may be annealed together for their chains to fit the memory."""
     # Constants, not what happens to be free: the blocks decide which draws a seed gives.
     budget = max_memory or (1 << 32 if inputs[0].device.type == "cuda" else 1 << 27)
-    first = blocks_of(model, guide, inputs, plate, 64)[0]
-    probe = tuple(value[first] for value in inputs)
-    scorer = PairScorer(model, guide, probe, plate=plate)
+    few = few_of(model, guide, inputs, plate, 64)
+    scorer = PairScorer(model, guide, few, plate=plate)
     size = budget // (_GRADIENT_MEMORY * scorer.bytes_per_datum * num_chains)
-    return blocks_of(model, guide, inputs, plate, max(2, min(_BLOCK, size)))
+    return max(2, min(_BLOCK, size))
 
 
 def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:

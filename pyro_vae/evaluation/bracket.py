@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError
 from pyro_vae.evaluation.annealing import (
     AnnealingOptions,
     annealed_weights,
-    annealing_blocks,
+    annealing_block_size,
     tune,
 )
+from pyro_vae.evaluation.blocks import block_scorers
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hamiltonian import AnnealingPath
-from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.evaluation.options import check_counts, check_max_memory
+from pyro_vae.evaluation.simulated import simulate
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -30,7 +29,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import Latents, Site, data_dim, latent_sites, sample_sites
+from pyro_vae.infer.sites import Latents
 
 __all__ = ["Bidirectional", "bidirectional"]
 
@@ -113,8 +112,10 @@ def bidirectional(
 ) -> Bidirectional:
     r"""Draw data from the model and bracket their log p(x) by annealing in both directions.
 
-    .. math:: E[\log w_{forward}] \le \log p(x) \le E[-\log w_{reverse}^{-1}]
+    .. math:: E[\log \frac1K \sum_k w_k] \le \log p(x) \le E[-\log \frac1K \sum_k 1 / w'_k]
 
+    w is the annealed weight of a chain from the start of the path to the posterior, w' the same
+    weight along a chain that runs back from the exact latents the datum was drawn with.
     The gap says what annealed importance sampling with these options can be trusted for on this
     model. The upper side holds for simulated data only.
 
@@ -136,36 +137,36 @@ def bidirectional(
         progress: called with (data done, M).
 
     Raises:
-        InputError: a pair that can't be annealed, or whose observed sites are not inputs as they are.
+        InputError: a pair that can't be annealed, or that no data can be simulated from: one whose
+            observed sites are not inputs as they are, or that uses these inputs elsewhere, or that
+            takes no other number of data than N; an option out of range.
 
     Source:
-        Grosse, Ancha, Roy 2016, "Measuring the reliability of MCMC inference with bidirectional
-        Monte Carlo", section 3.
+        Grosse, Ghahramani, Adams 2015, "Sandwiching the marginal likelihood using bidirectional Monte
+        Carlo"; Grosse, Ancha, Roy 2016, "Measuring the reliability of MCMC inference with
+        bidirectional Monte Carlo", section 3.
     """
     options = AnnealingOptions(
         num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
     )
     template = as_inputs(x, model, guide)
     num_data = len(template[0]) if num_data is None else num_data
-    if num_data < 1:
-        raise InputError(f"expected num_data of at least 1, got {num_data}")
+    check_counts(num_data=num_data)
+    check_max_memory(max_memory)
+    check_callables(progress=progress)
     bounds: list[Tensor] = []
     acceptance: list[Tensor] = []
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        PairScorer(model, guide, template, plate=plate)  # refuses what can't be weighed
-        inputs, latents = simulate(model, template, num_data, plate)
-        for rows in annealing_blocks(model, guide, inputs, num_chains, plate, max_memory):
-            block = tuple(value[rows] for value in inputs)
+        inputs, latents = simulate(model, guide, template, num_data, plate)
+        size = annealing_block_size(model, guide, inputs, num_chains, plate, max_memory)
+        for rows, scorer in block_scorers(model, guide, inputs, plate, size, progress):
             drawn = {
                 name: value.movedim(axis, 0)[rows].movedim(0, axis)
                 for name, (value, axis) in latents.items()
             }
-            path = AnnealingPath(PairScorer(model, guide, block, plate=plate), start)
-            both, accepted = _both_ways(path, options, drawn)
+            both, accepted = _both_ways(AnnealingPath(scorer, start), options, drawn)
             bounds.append(both)
             acceptance.append(accepted)
-            if progress is not None:
-                progress(sum(part.shape[1] for part in bounds), num_data)
     lower, upper = torch.cat(bounds, dim=1)
     return Bidirectional(lower, upper, inputs, num_chains, num_steps, torch.cat(acceptance, dim=1))
 
@@ -187,49 +188,3 @@ def _both_ways(
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
     return torch.stack([lower, upper]).cpu(), torch.stack([accepted, accepted_back]).cpu()
-
-
-def simulate(
-    model: PairFunction, template: Inputs, num_data: int, plate: str
-) -> tuple[Inputs, dict[str, tuple[Tensor, int]]]:
-    """Draw data and their latents from the model.
-
-    Args:
-        model: the generative function of the pair.
-        template: inputs of the pair; those that the model observes are replaced.
-        num_data: how many data to draw.
-        plate: name of the data plate.
-
-    Returns:
-        the inputs with the drawn data, and each latent with the (negative) axis that counts the data.
-
-    Raises:
-        InputError: an observed site that is not one of the inputs as it is.
-    """
-    observed = sample_sites(poutine.trace(model).get_trace(*template))
-    sources = {site["name"]: _source(site, template) for site in observed if site["is_observed"]}
-    positions = torch.arange(num_data) % len(template[0])
-    inputs = [value[positions.to(value.device)] for value in template]
-    trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
-    for name, index in sources.items():
-        value = trace.nodes[name]["value"]
-        inputs[index] = value.reshape(inputs[index].shape).to(inputs[index].dtype)
-    latents = {
-        site["name"]: (site["value"], data_dim(site, plate) - site["fn"].event_dim)
-        for site in latent_sites(trace)
-        if site["name"] not in sources
-    }
-    return tuple(inputs), latents
-
-
-def _source(site: Site, template: Inputs) -> int:
-    """Return which input an observed site observes."""
-    value: Any = site["value"]
-    for index, given in enumerate(template):
-        same_memory = isinstance(value, Tensor) and value.data_ptr() == given.data_ptr()
-        if same_memory and value.numel() == given.numel() and not isinstance(site["fn"], dist.Unit):
-            return index
-    raise InputError(
-        f"expected observed site {site['name']!r} to observe an input as it is, got other values: "
-        "simulated data can't be put in their place; pass what is observed as an input of its own"
-    )

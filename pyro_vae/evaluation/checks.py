@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of
-from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.evaluation.blocks import block_scorers
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     PairFunction,
@@ -38,8 +38,8 @@ Statistic = Callable[[Tensor], Tensor]
 _BLOCK = 1024
 
 _STATISTICS: dict[str, Statistic] = {
-    "mean": lambda values: values.flatten(1).mean(1),
-    "standard deviation": lambda values: values.flatten(1).std(1, correction=0),
+    "mean": lambda values: values.reshape(len(values), -1).mean(1),
+    "standard deviation": lambda values: values.reshape(len(values), -1).std(1, correction=0),
 }
 
 
@@ -117,15 +117,14 @@ def posterior_predictive(
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
-        InputError: several observed sites without a name, no site of that name, no statistic, a
-            number of draws below 1, or a pair that can't be weighed.
+        InputError: several observed sites without a name, no site of that name, no statistic, one of
+            another shape, a number of draws below 1, or a pair that can't be weighed.
 
     Source:
         Gelman, Meng, Stern 1996, "Posterior Predictive Assessment of Model Fitness via Realized
         Discrepancies", section 2.
     """
-    if num_draws < 1:
-        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    check_counts(num_draws=num_draws)
     statistics = _STATISTICS if statistics is None else statistics
     if not statistics:
         raise InputError("expected at least one statistic, got none: leave it out for the default")
@@ -134,8 +133,7 @@ def posterior_predictive(
     seen: dict[str, list[Tensor]] = {name: [] for name in statistics}
     drawn: dict[str, list[Tensor]] = {name: [] for name in statistics}
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-            scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
+        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
             replicated: dict[str, list[Tensor]] = {name: [] for name in statistics}
             for _ in range(num_draws):
                 trace, _ = scorer.traces()
@@ -143,15 +141,27 @@ def posterior_predictive(
                 axis = data_dim(site, plate) - site["fn"].event_dim
                 new = site["fn"].sample().movedim(axis, 0).double()
                 for name, statistic in statistics.items():
-                    replicated[name].append(statistic(new).cpu())
+                    replicated[name].append(_computed(name, statistic, new))
             values = site["value"].movedim(axis, 0).double()
             for name, statistic in statistics.items():
-                seen[name].append(statistic(values).cpu())
+                seen[name].append(_computed(name, statistic, values))
                 drawn[name].append(torch.stack(replicated[name]))
     return PosteriorPredictive(
         {name: torch.cat(parts) for name, parts in seen.items()},
         {name: torch.cat(parts, dim=1) for name, parts in drawn.items()},
     )
+
+
+def _computed(name: str, statistic: Statistic, values: Tensor) -> Tensor:
+    """Return a statistic of data ``(N, ...)``, ``(N,)``; refuse one of another shape."""
+    found = statistic(values)
+    if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(
+            f"expected statistic {name!r} to give one number per datum, shape ({len(values)},), got "
+            f"{got}: leave the first dimension alone"
+        )
+    return found.cpu()
 
 
 @dataclass(frozen=True)
@@ -230,17 +240,15 @@ def aggregate_posterior(
         Hoffman, Johnson 2016, "ELBO surgery: yet another way to carve up the variational evidence
         lower bound", section 1.
     """
-    if num_draws < 1:
-        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    check_counts(num_draws=num_draws)
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
-    rows_of: list[list[Tensor]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     labels: list[str] = []
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-            scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
+        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
             both = (scorer.propose(num_draws)[0], scorer.propose_from_prior(num_draws))
-            for found, latents in zip(rows_of, both, strict=True):
+            for rows, latents in zip(found, both, strict=True):
                 flat = {
                     name: latents[name]
                     .movedim(axis, 1)
@@ -250,12 +258,13 @@ def aggregate_posterior(
                     .double()
                     .cpu()
                     for name, axis in scorer.data_axes.items()
+                    if name in both[1]  # auxiliary sites have no prior
                 }
-                found.append(torch.cat(list(flat.values()), dim=1))
+                rows.append(torch.cat(list(flat.values()), dim=1))
                 labels = [
                     name if value.shape[1] == 1 else f"{name}[{index}]"
                     for name, value in flat.items()
                     for index in range(value.shape[1])
                 ]
-    draws, prior = (torch.cat(found) for found in rows_of)
+    draws, prior = (torch.cat(rows) for rows in found)
     return AggregatePosterior(draws, prior, labels)

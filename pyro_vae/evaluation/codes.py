@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.information import Estimate, information
+from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.probes import check_labels, probe_accuracies
 from pyro_vae.infer.codes import Code, code_sites, mean_codes, support_of
 from pyro_vae.infer.pair import (
@@ -57,7 +58,7 @@ class Representation:
     Attributes:
         sites: names of the latents.
         latent_dim: D, number of latent coordinates.
-        num_data: N.
+        num_data: number of data, N.
         num_samples: draws of each datum's posterior.
         unit_variances: Var_x E[z_d given x], ``(D,)``; for means from draws less their own variance.
         means_exact: whether E[z given x] has a closed form, or comes from draws.
@@ -172,9 +173,9 @@ def representation(
         Poole et al. 2019, "On Variational Bounds of Mutual Information", equations 5 and 12 (the
         two sides of the population's mutual information).
     """
+    check_counts(num_samples=num_samples, least=2)
+    check_max_memory(max_memory)
     inputs = as_inputs(x, model, guide)
-    if num_samples < 2:
-        raise InputError(f"expected num_samples of at least 2, got {num_samples}")
     if len(inputs[0]) < 2:
         raise InputError("expected at least 2 data to compare, got 1")
     if labels is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def to_arviz(
     draws = estimate.draws
     if draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
-    if num_draws < 1:
-        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    check_counts(num_draws=num_draws)
     num_data = len(estimate.log_prob)
     names = list(range(num_data)) if labels is None else list(labels)
     if len(names) != num_data:
@@ -130,10 +130,13 @@ def _structure(groups: dict[str, Any]) -> Any:
     """Return groups in the data structure of the installed ArviZ."""
     import arviz
 
-    # The 1.x line keeps the old name for xarray's DataTree.
-    if hasattr(arviz.InferenceData, "from_dict"):
-        return arviz.InferenceData.from_dict(groups)
-    return arviz.InferenceData(**groups, warn_on_custom_groups=False)
+    # The 1.x line has xarray's DataTree under this name, or answers to it with a warning.
+    old = vars(arviz).get("InferenceData")
+    if old is None or hasattr(old, "from_dict"):
+        from xarray import DataTree
+
+        return DataTree.from_dict(groups)
+    return old(**groups, warn_on_custom_groups=False)
 
 
 def _resampled(log_weights: Tensor, num_draws: int, seed: int) -> Tensor:

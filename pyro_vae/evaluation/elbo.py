@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.evaluation.blocks import blocks_of, memory_budget
+from pyro_vae.evaluation.blocks import block_scorers, memory_budget
 from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.objectives import TracePair
 from pyro_vae.infer.pair import Inputs, PairFunction
@@ -100,11 +100,8 @@ def measure_bounds(
     # One group has no spread: a standard error takes two.
     num_groups = max(2, -(-num_samples // num_importance))
     parts: list[Bounds] = []
-    for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-        scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
+    for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
         parts.append(_measure_block(scorer, num_groups, num_importance, budget))
-        if progress is not None:
-            progress(sum(len(part.elbo.value) for part in parts), len(inputs[0]))
     elbo, iwae, rate, distortion = (
         PerDatum(
             torch.cat([quantity.value for quantity in column]),

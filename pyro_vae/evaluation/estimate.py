@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
-__all__ = ["Convergence", "LogMarginal", "PosteriorDraws", "log_mean_weights"]
+__all__ = [
+    "Convergence",
+    "LogMarginal",
+    "PosteriorDraws",
+    "log_mean_weights",
+    "summarise",
+    "warn_if_unreliable",
+]
 
 
 class Convergence(NamedTuple):
@@ -106,7 +113,7 @@ class LogMarginal:
 
     @property
     def num_unreliable(self) -> int:
-        """How many data have a Pareto k above 0.7."""
+        """How many data have a Pareto k above 0.7; NaN (fewer than 21 weights) is not counted."""
         return int((self.pareto_k > PARETO_K_LIMIT).sum())
 
     def to_arviz(

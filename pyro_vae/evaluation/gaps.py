@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.importance import log_marginal
+from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.refinement import Refinement, family_of
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     PairFunction,
@@ -158,14 +160,20 @@ def inference_gaps(
     Source:
         Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", section 3.
     """
-    _check_options(num_samples, num_optimization_samples, max_steps, tolerance)
+    check_counts(
+        num_samples=num_samples,
+        num_importance_samples=num_importance_samples,
+        num_optimization_samples=num_optimization_samples,
+        max_steps=max_steps,
+    )
+    if not 0 < real_number("tolerance", tolerance) < math.inf:
+        raise InputError(f"expected a tolerance above 0, got {tolerance}")
+    check_max_memory(max_memory)
+    check_callables(progress=progress)
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
-    if estimate is not None and len(estimate.log_prob) != len(inputs[0]):
-        raise InputError(
-            f"expected an estimate of the {len(inputs[0])} data, got one of "
-            f"{len(estimate.log_prob)}: pass that of the same x"
-        )
+    if estimate is not None:
+        _check_estimate(estimate, len(inputs[0]))
     family = family_of(guide, family)
     search = Refinement(model, guide, family, plate, num_optimization_samples, max_steps, tolerance)
     options: dict[str, Any] = {"plate": plate, "max_memory": max_memory}
@@ -191,12 +199,14 @@ def inference_gaps(
     )
 
 
-def _check_options(
-    num_samples: int, num_optimization_samples: int, max_steps: int, tolerance: float
-) -> None:
-    counts = {"num_samples": num_samples, "num_optimization_samples": num_optimization_samples}
-    for name, count in (*counts.items(), ("max_steps", max_steps)):
-        if count < 1:
-            raise InputError(f"expected {name} of at least 1, got {count}")
-    if not 0 < tolerance < math.inf:
-        raise InputError(f"expected a tolerance above 0, got {tolerance}")
+def _check_estimate(estimate: Any, num_data: int) -> None:
+    if not isinstance(estimate, LogMarginal):
+        raise InputError(
+            "expected an estimate as pyro_vae.log_marginal returns it, got "
+            f"{type(estimate).__name__}: leave it out to have one made"
+        )
+    if len(estimate.log_prob) != num_data:
+        raise InputError(
+            f"expected an estimate of the {num_data} data, got one of {len(estimate.log_prob)}: pass "
+            "that of the same x"
+        )

@@ -16,7 +16,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.capture import CannotCaptureError, trace_graph
 from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.particles import all_close
-from pyro_vae.infer.sites import Latents, Site, is_delta, latent_sites
+from pyro_vae.infer.sites import Latents, Site, check_density_known, latent_sites
 
 __all__ = ["AnnealingPath", "State", "transition"]
 
@@ -95,17 +95,12 @@ class AnnealingPath:
     """
 
     def __init__(self, scorer: PairScorer, start: str) -> None:
-        if start not in ("guide", "prior"):
-            raise InputError(f"expected start 'guide' or 'prior', got {start!r}")
         self.scorer, self.start = scorer, start
         model_sites, guide_sites = self._stable_sites()
+        if start == "guide":
+            check_density_known(guide_sites.values(), 'use start="prior"')
         self._sites = []
         for name, site in model_sites.items():
-            if start == "guide" and is_delta(guide_sites[name]["fn"]):
-                raise InputError(
-                    f"expected a guide whose density is known at any point, {name!r} is a point "
-                    'mass placed by other sites: use start="prior"'
-                )
             transform = _transform_of(name, site, guide_sites[name])
             axis = scorer.data_axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim

@@ -8,12 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number
 from pyro_vae.evaluation.annealing import AnnealingOptions, anneal
-from pyro_vae.evaluation.blocks import Progress, blocks_of, can_be_split, memory_budget
+from pyro_vae.evaluation.blocks import (
+    Progress,
+    blocks_of,
+    can_be_split,
+    memory_budget,
+    rows_of,
+)
 from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
+from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.streaming import Block, Stream, join_blocks
 from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -86,7 +94,8 @@ def log_marginal(
         schedule: annealing: ``"sigmoid"`` or ``"linear"``.
         max_memory: bytes that a chunk may need; by default 128 MiB on a CPU and a quarter of the free
             memory on a GPU. More data than fit are taken block by block.
-        keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all.
+        keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
+            and of annealing every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
         plate: name of the data plate.
@@ -97,7 +106,7 @@ def log_marginal(
 
     Raises:
         InputError: a pair that can't be weighed rightly (see :func:`pyro_vae.log_weights`), an option
-            out of range, or a NaN from the pair.
+            out of range or without effect, or a NaN from the pair.
 
     Warns:
         UserWarning: data with Pareto k > 0.7, and how many.
@@ -106,7 +115,9 @@ def log_marginal(
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, max_memory)
+    _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, compile)
+    check_max_memory(max_memory)
+    check_callables(progress=progress, running_mean=running_mean)
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     report = Progress(progress, running_mean)
@@ -116,7 +127,14 @@ def log_marginal(
                 num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
             )
             estimate = anneal(
-                model, guide, inputs, options, plate=plate, max_memory=max_memory, report=report
+                model,
+                guide,
+                inputs,
+                options,
+                plate=plate,
+                max_memory=max_memory,
+                report=report,
+                keep_draws=keep_draws,
             )
         else:
             budget = max_memory or memory_budget(inputs[0].device)
@@ -136,30 +154,35 @@ def _check_options(
     target: float | None,
     max_samples: int | None,
     keep_draws: int | None,
-    max_memory: int | None,
+    compile: bool | None,
 ) -> None:
-    if num_samples < 1:
-        raise InputError(f"expected num_samples of at least 1, got {num_samples}")
+    check_counts(num_samples=num_samples)
     if method not in ("importance", "annealed"):
         raise InputError(f"expected method 'importance' or 'annealed', got {method!r}")
+    if compile not in (None, True, False):
+        raise InputError(f"expected compile as None, True or False, got {compile!r}")
+    if compile and method == "annealed":
+        raise InputError(
+            "expected method='importance' with compile=True, got 'annealed': leave it out"
+        )
+    if keep_draws is not None:
+        check_counts(keep_draws=keep_draws, least=0)
+    if max_samples is not None:
+        check_counts(max_samples=max_samples)
+        if target is None:
+            raise InputError("expected target_standard_error with max_samples, got none: pass both")
     if target is not None:
         if method != "importance":
             raise InputError(
                 "expected method='importance' with target_standard_error, got 'annealed': "
                 "set num_chains and num_steps instead"
             )
-        if not 0 < target < math.inf:
+        if not 0 < real_number("target_standard_error", target) < math.inf:
             raise InputError(f"expected a target_standard_error above 0, got {target}")
         if num_samples < 2:
             raise InputError(
                 "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
             )
-    if max_samples is not None and max_samples < 1:
-        raise InputError(f"expected max_samples of at least 1, got {max_samples}")
-    if keep_draws is not None and keep_draws < 0:
-        raise InputError(f"expected keep_draws of at least 0, got {keep_draws}")
-    if max_memory is not None and max_memory < 1:
-        raise InputError(f"expected max_memory of at least 1 byte, got {max_memory}")
 
 
 class _Sampler:
@@ -222,10 +245,10 @@ class _Sampler:
         """Sample the data at these positions; ``before`` are blocks done earlier, for the report."""
         blocks: list[Block] = []
         whole = len(positions) == self.num_data
-        selected = self.inputs if whole else _rows(self.inputs, positions)
+        selected = self.inputs if whole else _picked(self.inputs, positions)
         size = None
         for rows in blocks_of(self.model, self.guide, selected, self.plate, _BLOCK):
-            block = tuple(value[rows] for value in selected)
+            block = rows_of(selected, rows)
             size = size or len(block[0])
             # Blocks of one size share one compiled program: the last is filled up by its last datum.
             block = tuple(_filled(value, size) for value in block)
@@ -252,7 +275,7 @@ class _Sampler:
             self.report.mean(torch.stack(sums).sum().item() / (data_done + stream.num_data))
 
 
-def _rows(inputs: Inputs, positions: Tensor) -> Inputs:
+def _picked(inputs: Inputs, positions: Tensor) -> Inputs:
     return tuple(value[positions.to(value.device)] for value in inputs)
 
 

@@ -14,7 +14,7 @@ from pyro_vae.evaluation.blocks import memory_budget
 from pyro_vae.evaluation.coordinates import coordinate_marginals, independent_coordinates
 from pyro_vae.infer.log_weights import PairScorer
 from pyro_vae.infer.pair import Inputs, PairFunction
-from pyro_vae.infer.sites import Latents
+from pyro_vae.infer.sites import Latents, check_density_known, latent_sites
 
 __all__ = ["Estimate", "information"]
 
@@ -47,6 +47,7 @@ def information(
     """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name."""
     scorer = PairScorer(model, guide, inputs, plate=plate)
     model_trace, guide_trace = scorer.traces()
+    check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
     prior = posterior = None
     if len(scorer.latent_shapes) == 1:
         (name,) = scorer.latent_shapes

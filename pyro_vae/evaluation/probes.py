@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.options import check_counts
 
 __all__ = ["check_labels", "probe_accuracies"]
 
@@ -25,10 +26,8 @@ def check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: int
     values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if values.shape != (num_data,):
         raise InputError(f"expected labels of shape ({num_data},), got {values.shape}")
-    if num_neighbours < 1:
-        raise InputError(f"expected num_neighbours of at least 1, got {num_neighbours}")
-    if num_folds < 2:
-        raise InputError(f"expected num_folds of at least 2, got {num_folds}")
+    check_counts(num_neighbours=num_neighbours)
+    check_counts(num_folds=num_folds, least=2)
     classes, counts = np.unique(values, return_counts=True)
     if len(classes) < 2:
         raise InputError("expected labels of at least two classes, got one")

@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 from pyro.distributions import constraints
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of, memory_budget
+from pyro_vae.evaluation.blocks import block_scorers, memory_budget
 from pyro_vae.evaluation.elbo import single_latent
+from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     PairFunction,
@@ -21,8 +24,9 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
+from pyro_vae.infer.sites import latent_sites
 
-__all__ = ["PosteriorDivergence", "posterior_divergence"]
+__all__ = ["PosteriorDivergence", "latent_on_grid", "posterior_divergence"]
 
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
@@ -80,25 +84,25 @@ def posterior_divergence(
         progress: called with (data done, N).
 
     Raises:
-        InputError: several latent sites, a latent of another size or support, or a number of points
-            that is even or below 9.
+        InputError: several latent sites, a latent of another size or support, a number of points that
+            is even or below 9, or another option out of range.
 
     Source:
         Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", section 5.
     """
-    if num_points is not None and (num_points < 9 or num_points % 2 == 0):
-        raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
+    if num_points is not None:
+        check_counts(num_points=num_points)
+        if num_points < 9 or num_points % 2 == 0:
+            raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
+    check_max_memory(max_memory)
+    check_callables(progress=progress)
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     budget = max_memory or memory_budget(inputs[0].device)
     parts: list[PosteriorDivergence] = []
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-            scorer = PairScorer(model, guide, tuple(value[rows] for value in inputs), plate=plate)
-            grid = _Grid(scorer, num_points, budget)
-            parts.append(grid.divergence())
-            if progress is not None:
-                progress(sum(len(part.kl) for part in parts), len(inputs[0]))
+        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
+            parts.append(_Grid(scorer, num_points, budget).divergence())
     return PosteriorDivergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -107,7 +111,7 @@ class _Grid:
 
     def __init__(self, scorer: PairScorer, num_points: int | None, budget: int) -> None:
         self.scorer = scorer
-        self.name, self.size = _checked_latent(scorer)
+        self.name, self.size = latent_on_grid(scorer.traces()[1], scorer.num_data)
         self.points = num_points or _POINTS[self.size]
         self.at_once = max(2, budget // (scorer.bytes_per_datum * scorer.num_data))
         self.axis = scorer.data_axes[self.name]
@@ -194,19 +198,18 @@ def _integrals(log_joint: Tensor, log_q: Tensor, log_cell: Tensor) -> tuple[Tens
     return integrand.sum(dims) + log_prob, log_prob, q.sum(dims)
 
 
-def _checked_latent(scorer: PairScorer) -> tuple[str, int]:
-    """Return the latent's name and its size per datum; refuse what has no grid."""
-    _, trace = scorer.traces()
-    site = single_latent(trace)
+def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:
+    """Return the name of a guide's latent and its size per datum; refuse what has no grid."""
+    site = single_latent(guide_trace)
     if site is None:
         raise InputError(
-            f"expected one latent site for quadrature, got {len(scorer.latent_shapes)}: leave "
+            f"expected one latent site for quadrature, got {len(latent_sites(guide_trace))}: leave "
             "posterior out"
         )
     support = site["fn"].support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    size = site["value"].numel() // scorer.num_data
+    size = site["value"].numel() // num_data
     if support is not constraints.real or size not in _POINTS:
         raise InputError(
             f"expected a real latent of 1 or 2 dimensions for quadrature, got {site['name']!r} of "

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of, memory_budget
+from pyro_vae.evaluation.blocks import blocks_of, few_of, memory_budget, rows_of
 from pyro_vae.evaluation.elbo import single_latent
 from pyro_vae.infer.log_weights import PairScorer, check_weights
 from pyro_vae.infer.pair import Inputs, PairFunction, owned_modules
@@ -83,13 +83,12 @@ class Refinement:
     ) -> tuple[PairFunction, int, bool]:
         """Return the refined guide of all data, the steps taken and whether they sufficed."""
         blocks = self._blocks(inputs, max_memory)
-        self.site = self._site(tuple(value[blocks[0]] for value in inputs))
+        self.site = self._site(rows_of(inputs, blocks[0]))
         found: list[Parameters] = []
         steps: list[int] = []
         converged = True
         for rows in blocks:
-            block = tuple(value[rows] for value in inputs)
-            parameters, count, ended = self._refine(block)
+            parameters, count, ended = self._refine(rows_of(inputs, rows))
             found.append(parameters)
             steps.append(count)
             converged = converged and ended
@@ -107,7 +106,7 @@ class Refinement:
                 "expected a guide with one latent site, got several or none: the best q of each "
                 "datum is searched over one family's parameters"
             )
-        q = self.family.distribution(self.family.encode(*inputs))
+        q = self.family.distribution(self._encoded(inputs))
         if not q.has_rsample:
             raise InputError(
                 f"expected a family with reparameterised draws, got {type(q).__name__}: its bound "
@@ -115,7 +114,7 @@ class Refinement:
             )
         name: str = site["name"]
         same_place = data_dim(site, self.plate) == -1 and q.batch_shape == (len(inputs[0]),)
-        value = site["value"]
+        value = site["value"].clone()  # neither has just drawn it: both solve for it alike
         if not same_place or not all_close((q.log_prob(value),), (site["fn"].log_prob(value),)):
             raise InputError(
                 f"expected the family whose distribution(encode(x)) the guide draws {name!r} from, "
@@ -123,11 +122,24 @@ class Refinement:
             )
         return name
 
+    def _encoded(self, inputs: Inputs) -> Parameters:
+        """Return the family's parameters of each datum; refuse what has no row for each."""
+        parameters: Any = self.family.encode(*inputs)
+        if not isinstance(parameters, dict) or any(
+            not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]
+            for value in parameters.values()
+        ):
+            raise InputError(
+                f"expected encode(x) of {type(self.family).__name__} as a dict of tensors, each with "
+                f"a row for each of {len(inputs[0])} data, got {type(parameters).__name__}"
+            )
+        return parameters
+
     def _blocks(self, inputs: Inputs, max_memory: int | None) -> list[slice]:
         budget = max_memory or memory_budget(inputs[0].device)
-        first = tuple(value[:64] for value in inputs)
-        per_datum = PairScorer(self.model, self.guide, first, plate=self.plate).bytes_per_datum
-        size = budget // (_GRADIENT_MEMORY * per_datum * self.num_samples)
+        few = few_of(self.model, self.guide, inputs, self.plate, 64)
+        scorer = PairScorer(self.model, self.guide, few, plate=self.plate)
+        size = budget // (_GRADIENT_MEMORY * scorer.bytes_per_datum * self.num_samples)
         size = max(2, min(_BLOCK, size))
         return blocks_of(self.model, self.guide, inputs, self.plate, size)
 
@@ -149,7 +161,7 @@ class Refinement:
 
     def _refine(self, block: Inputs) -> tuple[Parameters, int, bool]:
         """Return the better of the encoder's and the refined parameters for each datum."""
-        start = {name: value.detach() for name, value in self.family.encode(*block).items()}
+        start = {name: value.detach() for name, value in self._encoded(block).items()}
         refined, steps, ended = self._optimise(block, start)
         better = self._elbo(block, refined) > self._elbo(block, start)
         chosen = {

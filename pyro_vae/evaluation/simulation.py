@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of
-from pyro_vae.evaluation.bracket import simulate
-from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.evaluation.blocks import block_scorers
+from pyro_vae.evaluation.options import check_counts
+from pyro_vae.evaluation.simulated import simulate
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -162,27 +163,25 @@ def calibration(
 
     Raises:
         InputError: numbers out of range, bins that do not divide the ranks, a pair that can't be
-            weighed, or one whose observed sites are not inputs as they are.
+            weighed, or that no data can be simulated from (see
+            :func:`pyro_vae.evaluation.bidirectional`).
 
     Source:
         Talts, Betancourt, Simpson, Vehtari, Gelman 2018, "Validating Bayesian Inference Algorithms
         with Simulation-Based Calibration", algorithm 1 and section 4.1.
     """
     _check_options(num_data, num_draws, num_bins)
+    check_callables(progress=progress)
     template = as_inputs(x, model, guide)
     ranks: dict[str, list[Tensor]] = {}
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        PairScorer(model, guide, template, plate=plate)  # refuses what can't be weighed
-        inputs, latents = simulate(model, template, num_data, plate)
-        for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-            block = tuple(value[rows] for value in inputs)
-            drawn, _ = PairScorer(model, guide, block, plate=plate).propose(num_draws)
+        inputs, latents = simulate(model, guide, template, num_data, plate)
+        for rows, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
+            drawn, _ = scorer.propose(num_draws)
             for name, (value, axis) in latents.items():
                 true = value.movedim(axis, 0)[rows].unsqueeze(-1).flatten(1)
                 draws = drawn[name].movedim(axis, 1).unsqueeze(-1).flatten(2)
                 ranks.setdefault(name, []).append(_ranks(true, draws).cpu())
-            if progress is not None:
-                progress(min(rows.stop, num_data), num_data)
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
     return Calibration(joined, num_draws, num_bins, inputs)
 
@@ -199,8 +198,7 @@ def _ranks(true: Tensor, draws: Tensor) -> Tensor:
 
 
 def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
-    if num_draws < 1:
-        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    check_counts(num_data=num_data, num_draws=num_draws, num_bins=num_bins)
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
         raise InputError(

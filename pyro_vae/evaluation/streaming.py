@@ -198,9 +198,12 @@ def join_blocks(
     )
 
 
-def join_draws(draws: list[PosteriorDraws], order: Tensor) -> PosteriorDraws | None:
-    """Join kept draws along the data, as many of each as every block has; None for none."""
+def join_draws(
+    draws: list[PosteriorDraws], order: Tensor, *, most: int | None = None
+) -> PosteriorDraws | None:
+    """Join kept draws along the data, as many as every block has and at most ``most``; None for 0."""
     fewest = min(len(part.log_weights) for part in draws)
+    fewest = fewest if most is None else min(fewest, most)
     if not fewest:
         return None
 

@@ -151,7 +151,7 @@ class MixtureOfNormals(VariationalFamily):
     Args:
         encoder: network from data to features.
         latent_dim: size of the latent vector.
-        num_components: K.
+        num_components: number of components, K.
 
     Shapes:
         x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.

@@ -51,7 +51,7 @@ class IWAE(Bound):
     first use of a pair; a pair that is called particle by particle instead is named in a warning.
 
     Args:
-        num_particles: K.
+        num_particles: draws per datum, K.
         gradient: ``"doubly-reparameterized"`` or ``"plain"``.
         plate: name of the data plate.
 

@@ -120,7 +120,7 @@ class PairScorer:
         plate: name of the data plate.
 
     Attributes:
-        num_data: N.
+        num_data: number of data, N.
         latent_shapes: shape of each latent for one particle.
         data_axes: for each latent, the (negative) axis of its value that counts the data.
         bytes_per_datum: memory that scoring one particle of one datum allocates, an upper bound.

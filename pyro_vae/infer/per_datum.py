@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound
 from pyro_vae.infer.capture import accumulating_leaves
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
@@ -78,6 +79,7 @@ def bound_of(objective: ELBO | None) -> Bound:
         return objective
     if isinstance(objective, Compiled):
         return objective.objective
+    _refuse_unusable(objective)
     if type(objective) in _BOUNDS:
         return _BOUNDS[type(objective)](
             num_particles=objective.num_particles,
@@ -85,6 +87,18 @@ def bound_of(objective: ELBO | None) -> Bound:
             vectorize_particles=objective.vectorize_particles,
         )
     return StockBound(objective)
+
+
+def _refuse_unusable(objective: ELBO) -> None:
+    """Refuse the ELBOs of Pyro that a training loop of batches can't take."""
+    name = type(objective).__name__
+    if isinstance(objective, TraceTailAdaptive_ELBO):
+        raise InputError(f"expected an objective with a loss, got {name}, which has none: use IWAE")
+    if name.startswith("Jit"):  # their graphs keep the first batch's shape and parameters
+        raise InputError(
+            f"expected an objective that fit captures itself, got {name}: use "
+            f"{name.removeprefix('Jit')} with compile=True"
+        )
 
 
 class BoundPerDatum:

@@ -137,7 +137,7 @@ def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
         function: "model" or "guide", for the message.
         site: a traced sample site.
         plate: name of the data plate.
-        num_data: N.
+        num_data: number of data, N.
     """
     shape, dim = site["fn"].batch_shape, data_dim(site, plate)
     rows = shape[dim] if len(shape) >= -dim else 1
@@ -155,7 +155,7 @@ def check_site(function: str, site: Site, plate: str, num_data: int) -> None:
         function: "model" or "guide", for the message.
         site: a traced sample site.
         plate: name of the data plate.
-        num_data: N.
+        num_data: number of data, N.
     """
     name = site["name"]
     frames = [frame for frame in site["cond_indep_stack"] if frame.name == plate]

@@ -67,7 +67,10 @@ class FitResult:
             ``train_elbo``, ``train_rate``, ``train_distortion``, ``validation_elbo``,
             ``validation_rate``, ``validation_distortion`` (NaN without validation data). The ELBO is
             minus rate minus distortion whatever the beta and the objective; ``train_bound`` is what
-            the objective itself bounds log p(x) by. ``beta`` is that of the coming step;
+            the objective itself bounds log p(x) by. Under ``TraceEnum_ELBO``, which sums over
+            discrete values, there is no draw to split: ``train_elbo``, ``train_rate`` and
+            ``train_distortion`` are NaN, and ``train_bound`` is minus its loss, with beta and the
+            pair's own scales in it. ``beta`` is that of the coming step;
             ``gradient_norm`` the mean over the steps of the norm of the gradient of the mean loss
             per datum, before clipping; ``seconds`` those of the training steps, a compilation
             included; ``data_per_second`` the training data over them.
@@ -154,7 +157,9 @@ def fit(
         batch_size: data per step; the last batch of an epoch may be smaller.
         learning_rate: Adam's step size.
         objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO of
-            ``Trace_ELBO()``. Pyro's other ELBOs run eagerly.
+            ``Trace_ELBO()``. Pyro's ``TraceMeanField_ELBO`` runs as
+            :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run eagerly, but for
+            ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
             Without it a pair on few data can settle on ignoring its latents (posterior collapse).

@@ -76,19 +76,22 @@ def datum_against_datum(
     first, second = first[finite], second[finite]
     if len(first):
         ends = [min(first.min(), second.min()), max(first.max(), second.max())]
+        margin = 0.05 * (ends[1] - ends[0]) or 0.5
+        limits = (ends[0] - margin, ends[1] + margin)
+        axes.set(xlim=limits, ylim=limits)
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.scatter(first, second, s=7, color=BLUE, alpha=0.5, linewidths=0)
         share = float((second > first).mean())
         axes.text(
             0.03,
             0.97,
-            f"{labels[1]} higher for {100 * share:.0f} %",
+            f"{labels[1]} higher for {share:.0%}",
             transform=axes.transAxes,
             va="top",
             size=9,
         )
     axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_aspect("equal")
     return figure
 
 
@@ -155,6 +158,8 @@ def prior_and_aggregate(
     for index, (axes, label) in enumerate(zip(panels, labels, strict=False)):
         _two_histograms(axes, (prior[:, index], "prior"), (aggregate[:, index], "aggregate"))
         axes.set_title(label, fontsize=8)
+    figure.supxlabel("value of the coordinate", fontsize=9)
+    figure.supylabel("draws", fontsize=9)
     _legend_beside_title(figure, panels[0])
     return figure
 

@@ -82,6 +82,6 @@ def weight_diagnostics(
         axes = panels[1]
         axes.plot(num_samples, estimates, color=BLUE, marker="o", markersize=3, linewidth=1.3)
         axes.set(xscale="log", xlabel="samples per datum", ylabel="mean log p(x) (nats)")
-        axes.set_title("a curve that still rises is still too low", fontsize=9)
+        axes.set_title("mean estimate by samples; flat does not mean right", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

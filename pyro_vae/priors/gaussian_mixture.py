@@ -25,7 +25,7 @@ class GaussianMixture(Prior):
 
     Args:
         latent_dim: size of the latent vector.
-        num_components: K.
+        num_components: number of components, K.
         learn_weights: whether the weights are trained; if not, they stay as they are.
         learn_components: whether means and covariances are trained.
 

@@ -25,7 +25,7 @@ class VampPrior(Prior):
     Args:
         guide: the variational family q.
         data_shape: shape of one datum.
-        num_pseudo_inputs: K.
+        num_pseudo_inputs: number of components, K.
         learn_weights: whether the weights w are trained; otherwise they are all 1/K.
         unit_interval: whether the data lie in [0, 1]; the pseudo-inputs are then kept inside (through
             a sigmoid, whose gradient, unlike a clamp's, vanishes nowhere).

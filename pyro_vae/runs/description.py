@@ -167,7 +167,9 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
         names = {member: name for name, member in _registry().items()}
         kind = type(component)
         settings = {}
-        for name in inspect.signature(kind).parameters:
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue  # inherited by a component without a constructor of its own
             if not hasattr(component, name):
                 raise InputError(
                     f"expected {kind.__name__} to keep its argument {name!r} as an attribute: set "

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.blocks import any_number_of_data
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     PairFunction,
@@ -134,16 +136,13 @@ def compare_autoencoder(
     Raises:
         InputError: too few data or random latents, or a pair with several latents.
     """
-    (train,), (held_out,) = as_inputs(train, model), as_inputs(held_out, model)
+    check_counts(num_random=num_random)
+    check_counts(grid_size=grid_size, least=2)
+    train, held_out = _one_tensor(train, model), _one_tensor(held_out, model)
     if len(train) < 2 or len(held_out) < 4:
         raise InputError(
             f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
             f"{len(held_out)}"
-        )
-    if num_random < 1 or grid_size < 2:
-        raise InputError(
-            f"expected num_random of at least 1 and grid_size of at least 2, got {num_random} and "
-            f"{grid_size}"
         )
     with HANDLER_LOCK, torch.no_grad(), seeded(seed), evaluation_mode(autoencoder, model, guide):
         codes = autoencoder.encode(train)
@@ -162,7 +161,13 @@ def compare_autoencoder(
 
         like = train.new_zeros(num_random, *train.shape[1:])
         means = encode(guide, held_out, plate=plate)
-        prior = latent_sites(poutine.trace(model).get_trace(like))[0]["value"]
+        if means.dim() != 2 or not means.is_floating_point():
+            raise InputError(
+                "expected a pair with one latent, a vector, got one of shape "
+                f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
+            )
+        with any_number_of_data("model", num_random):
+            prior = latent_sites(poutine.trace(model).get_trace(like))[0]["value"]
         variational = measured.side(
             decoded,
             encode(guide, train, mean=False, plate=plate)[0],
@@ -219,6 +224,15 @@ class _Measured(NamedTuple):
 
     def _error(self, rebuilt: Tensor) -> Tensor:
         return self.flat(rebuilt - self.held_out).square().mean(1).sqrt()
+
+
+def _one_tensor(data: Tensor, model: PairFunction) -> Tensor:
+    inputs = as_inputs(data, model)
+    if len(inputs) != 1:
+        raise InputError(
+            f"expected one tensor of data, got {len(inputs)}: an autoencoder has no conditions"
+        )
+    return inputs[0]
 
 
 def _rms(errors: Tensor) -> float:

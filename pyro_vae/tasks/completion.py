@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.evaluation.blocks import can_be_split, memory_budget
+from pyro_vae.evaluation.options import check_counts, check_max_memory
+from pyro_vae.evaluation.simulated import changed_site
 from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
@@ -24,12 +26,10 @@ from pyro_vae.infer.particles import BATCHING_ERRORS
 from pyro_vae.infer.sites import (
     Given,
     Latents,
+    check_density_known,
     check_latents_match,
-    is_delta,
     latent_sites,
     observed_site,
-    sample_sites,
-    site_log_prob,
 )
 from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
@@ -42,6 +42,8 @@ METHODS = {
     "pseudo-gibbs": "biased: exact only where the guide is the exact posterior",
 }
 
+# Importance samples of a datum and steps of a chain, unless told otherwise.
+_NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
 # Data that share one pass at most; the memory may allow fewer.
@@ -84,8 +86,8 @@ def complete(
     *,
     method: str = "metropolis",
     num_draws: int = 16,
-    num_samples: int = 1000,
-    num_steps: int = 200,
+    num_samples: int | None = None,
+    num_steps: int | None = None,
     initial: float | Tensor | None = None,
     observed: str | None = None,
     position: int = 0,
@@ -114,9 +116,9 @@ def complete(
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.
         num_draws: draws per datum: chains, or resampled importance samples.
-        num_samples: importance samples per datum.
-        num_steps: steps of each chain. ``mean`` and ``standard_deviation`` are averages over the
-            second half of all chains.
+        num_samples: importance samples per datum, by default 1,000; of importance only.
+        num_steps: steps of each chain, by default 200; of the other two methods only. ``mean`` and
+            ``standard_deviation`` are averages over the second half of all chains.
         initial: what the hidden places are filled with first: a number, or a tensor that broadcasts
             to the data. By default the model's own mean of them, over latents from the prior.
         observed: name of the observed site with missing values; needed where the model has several.
@@ -130,16 +132,18 @@ def complete(
         draws, their moments and diagnostics.
 
     Raises:
-        InputError: an option out of range, a ``missing`` that doesn't fit, a NaN among the observed
-            values, a site that is not elementwise, a model that uses the data elsewhere than at its
-            observed site, or a pair that can't be weighed (see :func:`pyro_vae.log_weights`).
+        InputError: an option out of range or without effect, a ``missing`` that doesn't fit, a NaN
+            among the observed values, a site that is not elementwise, a model that uses the data
+            elsewhere than at its observed site, or a pair that can't be weighed (see
+            :func:`pyro_vae.log_weights`).
 
     Source:
         metropolis: Mattei, Frellsen 2018, "Leveraging the exact likelihood of deep latent variable
         models", algorithm 2; importance: Mattei, Frellsen 2019, "MIWAE", section 4; pseudo-gibbs:
         Rezende, Mohamed, Wierstra 2014, appendix F.
     """
-    _check_options(method, num_draws, num_samples, num_steps, max_memory)
+    _check_options(method, num_draws, num_samples, num_steps, position)
+    check_max_memory(max_memory)
     inputs = as_inputs(x, model, guide)
     if not 0 <= position < len(inputs):
         raise InputError(f"expected a position from 0 to {len(inputs) - 1}, got {position}")
@@ -152,7 +156,8 @@ def complete(
         start = _first_fill(model, inputs, missing, position, initial, observed)
         problem, bytes_per_datum = _bound(model, guide, start, missing, position, observed, plate)
         if method == "metropolis":
-            _check_density(problem)
+            sites = latent_sites(poutine.trace(guide).get_trace(*problem.inputs))
+            check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
         budget = max_memory or memory_budget(given.device)
         rows = max(1, budget // bytes_per_datum)
         parts = []
@@ -160,10 +165,11 @@ def complete(
         for first in range(0, len(given), size):
             part = problem.rows(slice(first, first + size))
             if method == "importance":
-                parts.append(_by_importance(part, num_draws, num_samples, budget))
+                parts.append(_by_importance(part, num_draws, num_samples or _NUM_SAMPLES, budget))
             else:
                 together = max(1, rows // len(part.missing)) if problem.divisible else 1
-                parts.append(_by_chains(part, method, num_draws, num_steps, together))
+                steps = num_steps or _NUM_STEPS
+                parts.append(_by_chains(part, method, num_draws, steps, together))
     return _joined(parts, given, missing)
 
 
@@ -345,29 +351,18 @@ def _is_divisible(problem: Problem) -> bool:
 def _check_conditional_independence(problem: Problem, latents: Latents) -> None:
     """Refuse a model in which anything but the observed site itself depends on the hidden values."""
     other, *_ = draw_hidden(problem, latents)
-    runs = []
+    traces = []
     for x in (problem.x, other):
         with Given(latents):
             trace = poutine.trace(problem.model).get_trace(*problem.filled(x).inputs)
         trace.nodes[problem.site]["value"] = problem.x
-        runs.append({site["name"]: site_log_prob(site) for site in sample_sites(trace)})
-    for name, value in runs[0].items():
-        if not torch.allclose(value, runs[1][name], rtol=1e-4, atol=1e-4, equal_nan=True):
-            raise InputError(
-                f"expected a model that uses the data at its observed site {problem.site!r} alone, "
-                f"the density at {name!r} changes with the hidden values: they can't be drawn given "
-                "the latents"
-            )
-
-
-def _check_density(problem: Problem) -> None:
-    """Refuse a guide whose density at given latents is not known."""
-    for site in latent_sites(poutine.trace(problem.guide).get_trace(*problem.inputs)):
-        if is_delta(site["fn"]):
-            raise InputError(
-                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
-                'mass: use method="importance" or "pseudo-gibbs"'
-            )
+        traces.append(trace)
+    name = changed_site(*traces)
+    if name is not None:
+        raise InputError(
+            f"expected a model that uses the data at its observed site {problem.site!r} alone, the "
+            f"density at {name!r} changes with the hidden values: these can't be drawn given latents"
+        )
 
 
 def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
@@ -378,11 +373,19 @@ def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
 
 
 def _check_options(
-    method: str, num_draws: int, num_samples: int, num_steps: int, max_memory: int | None
+    method: str, num_draws: int, num_samples: int | None, num_steps: int | None, position: int
 ) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    counts = {"num_draws": num_draws, "num_samples": num_samples, "num_steps": num_steps}
-    for name, value in {**counts, "max_memory": max_memory}.items():
-        if value is not None and value < 1:
-            raise InputError(f"expected {name} of at least 1, got {value}")
+    check_counts(num_draws=num_draws)
+    check_counts(position=position, least=0)
+    own, other = "num_steps", "num_samples"
+    if method == "importance":
+        own, other = other, own
+    given = {"num_samples": num_samples, "num_steps": num_steps}
+    check_counts(**{name: value for name, value in given.items() if value is not None})
+    if given[other] is not None:
+        raise InputError(
+            f"expected no {other} with method {method!r}, which has {own}, got {given[other]}: leave "
+            "it out"
+        )

@@ -10,6 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.blocks import any_number_of_data, rows_of
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.codes import chosen_site, code_sites, draw_codes, mean_codes
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
@@ -19,9 +21,9 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import Given, data_dim, latent_sites, observed_site
+from pyro_vae.infer.sites import Given, Site, check_rows, data_dim, latent_sites, observed_site
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "decoded", "encode", "mean_of"]
 
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
@@ -59,12 +61,12 @@ def encode(
         UserWarning: the mean has no closed form and comes from draws.
     """
     inputs = as_inputs(x, guide)
-    if num_draws is not None and num_draws < 1:
-        raise InputError(f"expected num_draws of at least 1, got {num_draws}")
+    if num_draws is not None:
+        check_counts(num_draws=num_draws)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(guide), seeded(seed):
         name = chosen_site(code_sites(guide, inputs, plate), site)
         if not mean:
-            return draw_codes(guide, inputs, num_draws or 1, plate)[name]
+            return draw_codes(guide, inputs, num_draws or 1, plate)[name].detach()
         code = mean_codes(guide, inputs, num_draws or _MEAN_DRAWS, plate)[name]
     if not code.exact:
         warnings.warn(
@@ -102,7 +104,8 @@ def decode(
         ``(N, *data_shape)``.
 
     Raises:
-        InputError: latents of another name, number or shape, or an observed site that can't be told.
+        InputError: latents of another name, number or shape, an observed site that can't be told or
+            has no mean, or a model that does not run on any number of data.
     """
     inputs = as_inputs(like, model)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model), seeded(seed):
@@ -119,7 +122,8 @@ def decoded(
     plate: str = "data",
 ) -> Tensor:
     """Do the work of :func:`decode` for callers that hold the lock and have set the mode."""
-    trace = poutine.trace(model).get_trace(*(value[:1] for value in inputs))
+    with any_number_of_data("model", 1):
+        trace = poutine.trace(model).get_trace(*rows_of(inputs, slice(1)))
     sites = {site["name"]: site for site in latent_sites(trace)}
     named = dict(z) if isinstance(z, Mapping) else {chosen_site(sites, None): z}
     given = {}
@@ -135,7 +139,27 @@ def decoded(
                 f"{tuple(value.shape)}"
             )
         given[name] = value.movedim(0, axis)
-    with Given(given):
+    num_data = len(inputs[0])
+    with any_number_of_data("model", num_data), Given(given):
         trace = poutine.trace(model).get_trace(*inputs)
-    distribution = trace.nodes[observed_site(trace, observed)]["fn"]
-    return distribution.mean if mean else distribution.sample()
+    site = trace.nodes[observed_site(trace, observed)]
+    check_rows("model", site, plate, num_data)
+    return mean_of(site) if mean else site["fn"].sample()
+
+
+def mean_of(site: Site) -> Tensor:
+    """Return the mean of a site's distribution.
+
+    Raises:
+        InputError: a distribution without one (categories, a Cauchy), or NaN.
+    """
+    try:
+        mean: Tensor = site["fn"].mean
+    except NotImplementedError:
+        mean = torch.tensor(torch.nan)
+    if mean.isnan().any():
+        raise InputError(
+            f"expected {type(site['fn']).__name__} at {site['name']!r} to have a mean, got NaN: draw "
+            "from it by mean=False, or look for NaN in data and parameters"
+        )
+    return mean.detach().clone()  # not the parameter that a model may hand on

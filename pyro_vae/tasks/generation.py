@@ -22,7 +22,16 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     seeded,
 )
-from pyro_vae.infer.sites import Given, Latents, observed_site
+from pyro_vae.infer.sites import (
+    Given,
+    Latents,
+    Site,
+    check_rows,
+    is_inside,
+    latent_sites,
+    observed_site,
+)
+from pyro_vae.tasks.encoding import mean_of
 from pyro_vae.tasks.temperature import AtTemperature, check_temperature
 
 __all__ = ["generate", "reconstruct"]
@@ -66,8 +75,9 @@ def generate(
         ``(N, *data_shape)``.
 
     Raises:
-        InputError: no observed site, several without a name, or one of another name; data without a
-            guide; a temperature not above 0, or with latents that have no scale.
+        InputError: no observed site, several without a name, one of another name or without a mean;
+            a plate that subsamples the data; data without a guide; a temperature not above 0, or with
+            latents that have no scale.
 
     Source:
         Aggregate posterior: Makhzani et al. 2016, "Adversarial Autoencoders", equation 1.
@@ -87,7 +97,9 @@ def generate(
             )
         with _Freed(name), AtTemperature(temperature), Given(latents):
             trace = poutine.trace(model).get_trace(*inputs)
-    return _value(trace.nodes[name], mean)
+    site = trace.nodes[name]
+    _check_size(site, plate, len(inputs[0]))
+    return mean_of(site) if mean else site["value"]
 
 
 def reconstruct(
@@ -97,6 +109,7 @@ def reconstruct(
     *,
     mean: bool = True,
     observed: str | None = None,
+    plate: str = "data",
     seed: int | None = None,
 ) -> Tensor:
     """Encode data and decode them again: latents from the guide, data from the likelihood.
@@ -107,21 +120,30 @@ def reconstruct(
         x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Returns:
         ``(N, *data_shape)``.
 
     Raises:
-        InputError: no observed site, several without a name, or one of another name.
+        InputError: no observed site, several without a name, one of another name or without a mean,
+            a latent that the guide misses, or a plate that subsamples the data.
     """
     inputs = as_inputs(x, model, guide)
     check_support(model, inputs)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         drawn = poutine.trace(guide).get_trace(*inputs)
         trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*inputs)
+        missing = sorted({each["name"] for each in latent_sites(trace)} - set(drawn.nodes))
+        if missing:
+            raise InputError(
+                f"expected a guide that draws every latent, {missing[0]!r} is missing: add "
+                "pyro.sample for it"
+            )
         site = trace.nodes[observed_site(trace, observed)]
-        return _value(site, mean) if mean else site["fn"].sample()
+        _check_size(site, plate, len(inputs[0]))
+        return mean_of(site) if mean else site["fn"].sample()
 
 
 class _Freed(Messenger):
@@ -178,5 +200,7 @@ def _occurrence(picked: Tensor) -> Tensor:
     return occurrence
 
 
-def _value(site: dict[str, Any], mean: bool) -> Tensor:
-    return site["fn"].mean if mean else site["value"]
+def _check_size(site: Site, plate: str, num_data: int) -> None:
+    """Refuse a site that subsamples its data: which of them were drawn is not known afterwards."""
+    if is_inside(site, plate):
+        check_rows("model", site, plate, num_data)

@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import distributions
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number
 from pyro_vae.flows import FlowDistribution
 from pyro_vae.guides.mixture import DiagonalNormalMixture
 from pyro_vae.infer.sites import is_delta
@@ -28,7 +28,7 @@ _LOCATION_SCALE = (
 
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that is not a finite number above 0."""
-    if not 0 < temperature < math.inf:
+    if not 0 < real_number("temperature", temperature) < math.inf:
         raise InputError(f"expected a finite temperature above 0, got {temperature}")
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, real_number, whole_number
+from pyro_vae.evaluation.blocks import any_number_of_data
+from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.codes import chosen_site, code_sites, decodable_codes, support_of
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
@@ -21,7 +23,7 @@ from pyro_vae.infer.pair import (
     seeded,
 )
 from pyro_vae.infer.particles import tile
-from pyro_vae.infer.sites import data_dim
+from pyro_vae.infer.sites import check_rows, data_dim
 from pyro_vae.tasks.encoding import decoded
 
 __all__ = ["Manifold", "Traversal", "interpolate", "manifold", "traverse"]
@@ -104,7 +106,7 @@ def interpolate(
         White 2016, "Sampling Generative Networks", section 2 (the great circle).
     """
     starts, ends = as_inputs(x, model, guide), as_inputs(to, model, guide)
-    _check_steps(num_steps)
+    check_counts(num_steps=num_steps, least=2)
     if len(starts[0]) != len(ends[0]):
         raise InputError(
             f"expected as many data to end at as to start from, got {len(ends[0])} for "
@@ -159,10 +161,10 @@ def traverse(
         InputError: options out of range, or a latent that can't be moved.
     """
     inputs = as_inputs(x, model, guide)
-    _check_steps(num_steps)
+    check_counts(num_steps=num_steps, least=2)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         walker = _Walker(model, guide, inputs, site, observed, plate)
-        moved = tuple(range(walker.size) if dimensions is None else dimensions)
+        moved = tuple(range(walker.size)) if dimensions is None else _whole(dimensions)
         walker.check_dimensions(moved)
         values = walker.quantiles(num_steps, coverage)[list(moved)]
         data = [
@@ -210,27 +212,27 @@ def manifold(
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", appendix A.
     """
     inputs = as_inputs(x, model, guide)
-    _check_steps(num_steps)
+    check_counts(num_steps=num_steps, least=2)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         walker = _Walker(model, guide, inputs, site, observed, plate)
-        walker.check_dimensions(dimensions)
-        if len(set(dimensions)) != 2:
+        chosen = _whole(dimensions)
+        walker.check_dimensions(chosen)
+        if len(chosen) != 2 or chosen[0] == chosen[1]:
             raise InputError(f"expected two different dimensions, got {dimensions}")
+        right, up = chosen
         walker.stay_at_mean()
         if walker.support == "sphere":
-            first, second, codes = walker.globe(*dimensions, num_steps)
+            first, second, codes = walker.globe(right, up, num_steps)
         else:
             values = walker.quantiles(num_steps, coverage)
-            first, second = values[dimensions[0]], values[dimensions[1]]
+            first, second = values[right], values[up]
             codes = [
-                walker.with_coordinate(
-                    dimensions[0], right, walker.with_coordinate(dimensions[1], up)
-                )
-                for up in second
-                for right in first
+                walker.with_coordinate(right, value, walker.with_coordinate(up, height))
+                for height in second
+                for value in first
             ]
         data = walker.decode(codes)[:, 0].unflatten(0, (len(second), len(first)))
-    return Manifold(dimensions, first, second, data, walker.support == "sphere")
+    return Manifold((right, up), first, second, data, walker.support == "sphere")
 
 
 class _Walker:
@@ -260,7 +262,7 @@ class _Walker:
         if not dimensions:
             raise InputError("expected at least one of the latent's dimensions, got none")
         for dimension in dimensions:
-            if not 0 <= dimension < self.size:
+            if dimension >= self.size:
                 raise InputError(
                     f"expected dimensions from 0 to {self.size - 1} of latent {self.site!r}, got "
                     f"{dimension}"
@@ -277,15 +279,18 @@ class _Walker:
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
         """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
-        if not 0 < coverage < 1:
+        if not 0 < real_number("coverage", coverage) < 1:
             raise InputError(f"expected a coverage between 0 and 1, got {coverage}")
         edge = (1 - coverage) / 2
         probabilities = torch.linspace(edge, 1 - edge, num_steps, dtype=torch.float64)
-        repeats = math.ceil(_PRIOR_DRAWS / len(self.inputs[0]))
-        trace = poutine.trace(self.model).get_trace(*tile(self.inputs, repeats))
+        inputs = tile(self.inputs, math.ceil(_PRIOR_DRAWS / len(self.inputs[0])))
+        num_drawn = len(inputs[0])
+        with any_number_of_data("model", num_drawn):
+            trace = poutine.trace(self.model).get_trace(*inputs)
         site = trace.nodes[self.site]
+        check_rows("model", site, self.plate, num_drawn)
         axis = data_dim(site, self.plate) - site["fn"].event_dim
-        drawn = site["value"].movedim(axis, 0).reshape(repeats * len(self.inputs[0]), -1)
+        drawn = site["value"].movedim(axis, 0).reshape(num_drawn, -1)
         return drawn.double().quantile(probabilities.to(drawn.device), dim=0).T.to(drawn.dtype)
 
     def with_coordinate(self, dimension: int, value: Tensor, flat: Tensor | None = None) -> Tensor:
@@ -358,9 +363,11 @@ def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
 
 
-def _check_steps(num_steps: int) -> None:
-    if num_steps < 2:
-        raise InputError(f"expected num_steps of at least 2, got {num_steps}")
+def _whole(dimensions: Iterable[int]) -> tuple[int, ...]:
+    """Return coordinates as whole numbers from 0 on, or refuse what is none."""
+    if isinstance(dimensions, str) or not isinstance(dimensions, Iterable):
+        raise InputError(f"expected dimensions as whole numbers, e.g. (0, 1), got {dimensions!r}")
+    return tuple(whole_number("each of the dimensions", each) for each in dimensions)
 
 
 def _refuse_discrete(name: str, support: str) -> None:

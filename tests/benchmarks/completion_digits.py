@@ -136,8 +136,8 @@ def main() -> None:
             missing,
             method=method,
             num_draws=options.draws,
-            num_steps=options.steps,
-            num_samples=5000,
+            num_steps=None if method == "importance" else options.steps,
+            num_samples=5000 if method == "importance" else None,
             seed=options.seed,
         )
         seconds = time.perf_counter() - start

@@ -82,6 +82,9 @@ def test_numbers_that_do_not_fit_are_refused(exact):
     for options, message in (
         ({"num_draws": 100}, "use e.g. num_draws=99"),
         ({"num_draws": 0}, "num_draws of at least 1"),
+        ({"num_draws": 99.0}, "num_draws as a whole number, got 99.0"),
+        ({"num_bins": "20"}, "num_bins as a whole number, got '20'"),
+        ({"progress": True}, "progress as a function, got bool"),
         ({"num_data": 50}, "num_data of at least 100 for 20 bins"),
     ):
         with pytest.raises(InputError, match=message):
@@ -254,3 +257,22 @@ def test_a_factor_is_no_observed_site():
     assert (check.observed["mean"] == 1).all()
     with pytest.raises(InputError, match="at least one statistic"):
         pv.evaluation.posterior_predictive(model, guide, x, statistics={})
+
+
+def test_data_of_one_number_each_are_checked_too():
+    x = torch.randn(50, dtype=F64)
+    check = pv.evaluation.posterior_predictive(*scalar_pair(), x, num_draws=3, seed=0)
+    torch.testing.assert_close(check.observed["mean"], x)
+    assert (check.observed["standard deviation"] == 0).all()
+
+
+def test_a_statistic_of_another_shape_is_refused_by_name():
+    x = one_pixel_data(5)
+    pair = one_pixel_model(0.5), one_pixel_posterior(0.5)
+    for statistic, got in (
+        (lambda values: values.mean(), r"\(\)"),
+        (lambda values: values, r"\(5, 8\)"),
+        (lambda values: 1.0, "float"),
+    ):
+        with pytest.raises(InputError, match=rf"'mine' to give one number per datum.* got {got}"):
+            pv.evaluation.posterior_predictive(*pair, x, statistics={"mine": statistic})

@@ -31,12 +31,10 @@ def estimates(exact):
 
 
 def test_groups_and_coordinates(estimates):
-    import arviz
-
     _, sampled, annealed = estimates
     for estimate, num_kept in ((sampled, 2000), (annealed, 200)):
         data = estimate.to_arviz(num_draws=300, labels=list("abcde"))
-        assert isinstance(data, arviz.InferenceData)  # in the 1.x line an alias of DataTree
+        assert type(data).__name__ in ("InferenceData", "DataTree")  # of the 0.x and the 1.x line
         assert data["posterior"]["z"].dims == ("chain", "draw", "data", "z_dim_0")
         assert data["posterior"]["z"].shape == (1, 300, 5, 2)
         assert data["log_likelihood"]["x"].dims == ("chain", "draw", "data")
@@ -110,3 +108,26 @@ def test_kept_draws_are_bounded(exact):
     size = kept.numel() * 8 + 16 * estimate.draws.log_weights.numel()
     assert 0 < len(kept) < 600
     assert size <= 1 << 23
+
+
+def test_neither_line_of_arviz_warns_of_what_is_called(estimates):
+    import arviz  # noqa: F401  (0.x announces 1.x when it is imported)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for estimate in estimates[1:]:
+            estimate.to_arviz(num_draws=10)
+
+
+def test_annealing_keeps_as_many_draws_as_asked(exact):
+    problem = exact["gaussian"](num_data=3)
+    options = {"method": "annealed", "num_steps": 3, "num_chains": 8, "seed": 0}
+    for keep_draws, kept in ((None, 8), (5, 5)):
+        estimate = pv.log_marginal(
+            problem.model, problem.guide, problem.x, keep_draws=keep_draws, **options
+        )
+        assert estimate.draws.log_weights.shape == (kept, 3)
+        assert len(estimate.draws.latents["z"]) == kept
+    none = pv.log_marginal(problem.model, problem.guide, problem.x, keep_draws=0, **options)
+    assert none.draws is None
+    assert torch.equal(none.log_prob, estimate.log_prob)

@@ -292,6 +292,11 @@ def test_what_has_no_best_member_is_refused(problem):
         ({"num_samples": 0}, "num_samples of at least 1"),
         ({"max_steps": 0}, "max_steps of at least 1"),
         ({"tolerance": 0.0}, "tolerance above 0"),
+        ({"num_importance_samples": 0}, "num_importance_samples of at least 1, got 0"),
+        ({"num_importance_samples": 10.0}, "num_importance_samples as a whole number, got 10.0"),
+        ({"max_memory": 0}, "max_memory of at least 1, got 0"),
+        ({"progress": True}, "progress as a function, got bool"),
+        ({"estimate": -85.0}, "estimate as pyro_vae.log_marginal returns it, got float"),
     ):
         with pytest.raises(InputError, match=message):
             gaps_of(problem, family, **options)
@@ -312,3 +317,25 @@ def test_a_discrete_family_is_refused():
 
     with pytest.raises(InputError, match="reparameterised draws, got Bernoulli"):
         pv.evaluation.inference_gaps(model, guide_of(Switch()), torch.randn(4, 1), family=Switch())
+
+
+@pytest.mark.parametrize("encoded", [lambda x: x, lambda x: {"loc": x[:1]}, lambda x: {"loc": 0.0}])
+def test_a_family_without_a_row_for_each_datum_is_refused(encoded):
+    class Bare(nn.Module):
+        def encode(self, x):
+            return encoded(x)
+
+        def distribution(self, parameters):
+            return dist.Normal(parameters["loc"], 1.0).to_event(1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    with pytest.raises(InputError, match=r"encode\(x\) of Bare as a dict of tensors, each with"):
+        pv.evaluation.inference_gaps(model, guide, torch.randn(4, 1), family=Bare())

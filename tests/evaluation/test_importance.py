@@ -311,7 +311,15 @@ def test_modes_are_eval_during_and_restored_after():
         ({"target_standard_error": 0.1, "num_samples": 1}, "pilot"),
         ({"max_memory": 0}, "max_memory"),
         ({"keep_draws": -1}, "keep_draws"),
-        ({"max_samples": 0}, "max_samples"),
+        ({"max_samples": 0}, "max_samples of at least 1, got 0"),
+        ({"max_samples": 10}, "expected target_standard_error with max_samples, got none"),
+        ({"compile": True, "method": "annealed"}, "method='importance' with compile=True"),
+        ({"compile": "auto"}, "compile as None, True or False, got 'auto'"),
+        ({"num_samples": 100.0}, "num_samples as a whole number, got 100.0"),
+        ({"num_samples": "3"}, "num_samples as a whole number, got '3'"),
+        ({"num_steps": 2.5, "method": "annealed"}, "num_steps as a whole number, got 2.5"),
+        ({"target_standard_error": "0.1"}, "target_standard_error as a number, got '0.1'"),
+        ({"running_mean": 1}, "running_mean as a function, got int"),
     ],
 )
 def test_options_out_of_range_are_refused(exact, options, message):

@@ -79,6 +79,13 @@ def test_what_has_no_grid_is_refused(exact):
     small = exact["gaussian"]()
     with pytest.raises(InputError, match="odd num_points of at least 9, got 100"):
         pv.evaluation.posterior_divergence(small.model, small.guide, small.x, num_points=100)
+    for options, message in (
+        ({"num_points": 101.0}, "num_points as a whole number, got 101.0"),
+        ({"max_memory": 0}, "max_memory of at least 1, got 0"),
+        ({"progress": False}, "progress as a function, got bool"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pv.evaluation.posterior_divergence(small.model, small.guide, small.x, **options)
 
 
 def test_a_latent_may_be_a_number():

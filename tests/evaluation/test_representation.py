@@ -328,6 +328,8 @@ def test_a_nearest_neighbour_sees_what_a_plane_does_not():
     ("options", "message"),
     [
         ({"num_samples": 1}, "num_samples of at least 2"),
+        ({"num_samples": 2.0}, "num_samples as a whole number, got 2.0"),
+        ({"max_memory": 0}, "max_memory of at least 1, got 0"),
         ({"labels": [0, 1]}, r"labels of shape \(10,\)"),
         ({"labels": [0] * 10}, "at least two classes"),
         ({"labels": [0] * 9 + [1]}, "two data of every class, got one of 1"),
@@ -372,3 +374,30 @@ def test_it_prints_what_it_knows_and_leaves_out_the_rest():
     assert "30 data, 2 of 2 units active" in text
     assert "total correlation" in text
     assert "accuracy" not in text
+
+
+def test_a_guide_with_parameters_per_datum_has_a_representation():
+    x, labels = some_data(10), [0, 1] * 5
+    model, _ = linear_pair()
+
+    def guide(x):
+        loc = pyro.param("loc", 3 * torch.eye(2, dtype=x.dtype)[torch.arange(10) % 2])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+
+    result = representation(model, guide, x, labels=labels, num_neighbours=1)
+    assert result.nearest_neighbour_accuracy.value == 1
+    assert result.active_units == 2
+
+
+def test_a_guide_of_point_masses_is_refused():
+    model, _ = linear_pair()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.zeros(len(x), 2, dtype=x.dtype)
+            u = pyro.sample("u", dist.Normal(loc, 1.0).to_event(1), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u, log_density=torch.zeros(len(x)), event_dim=1))
+
+    with pytest.raises(pv.InputError, match="'z' is a point mass: posteriors can't be compared"):
+        representation(model, guide, some_data(10))

@@ -8,7 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from small_vae import PIXELS, make_vae
 from training_pairs import changed, make_data
 
@@ -78,6 +85,19 @@ def test_enumerated_latents_train():
     # The truth: one of two kinds, then six pixels that agree with it with probability 0.9.
     entropy = math.log(2) - PIXELS * (0.9 * math.log(0.9) + 0.1 * math.log(0.1))
     assert result.history["validation_elbo"][-1] > -entropy - 1.0
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True), "use IWAE"),
+        (JitTrace_ELBO(), "use Trace_ELBO with compile=True"),
+    ],
+)
+def test_an_elbo_that_training_cannot_take_is_refused_by_name(objective, message):
+    vae = make_vae()
+    with pytest.raises(pv.InputError, match=message):
+        pv.fit(vae.model, vae.guide, make_data(), objective=objective, epochs=1)
 
 
 def test_training_bound_with_many_particles_is_per_particle():

@@ -119,8 +119,9 @@ def test_the_figure_shows_images_where_there_are_any(shape, tmp_path):
     [
         ({"train": torch.rand(1, 6)}, "at least 2 training data and 4 held-out ones, got 1 and 9"),
         ({"held_out": torch.rand(3, 6)}, "4 held-out ones, got 30 and 3"),
-        ({"num_random": 0}, "num_random of at least 1 and grid_size of at least 2, got 0 and 8"),
-        ({"grid_size": 1}, "got 1000 and 1"),
+        ({"num_random": 0}, "num_random of at least 1, got 0"),
+        ({"num_random": 9.5}, "num_random as a whole number, got 9.5"),
+        ({"grid_size": 1}, "grid_size of at least 2, got 1"),
     ],
 )
 def test_too_little_is_refused(change, message):

@@ -12,6 +12,13 @@ from pyro_vae.tasks import complete
 
 F64 = torch.float64
 
+# A short run of each method.
+QUICK = {
+    "metropolis": {"num_steps": 5},
+    "pseudo-gibbs": {"num_steps": 5},
+    "importance": {"num_samples": 50},
+}
+
 
 def mean_errors(problem, missing, draws):
     """Errors of the draws' means, in standard errors: draws of a datum are independent."""
@@ -124,8 +131,7 @@ def test_shapes_observed_values_and_seed(pca, hide, method):
             missing,
             method=method,
             num_draws=4,
-            num_samples=50,
-            num_steps=5,
+            **QUICK[method],
             seed=seed,
         )
 
@@ -209,9 +215,7 @@ def test_a_vae_of_bits_is_completed_by_bits(method):
     missing = torch.zeros_like(x, dtype=torch.bool)
     missing[:, :, 2] = True
     vae.train()
-    result = complete(
-        vae.model, vae.guide, x, missing, method=method, num_draws=3, num_steps=4, num_samples=9
-    )
+    result = complete(vae.model, vae.guide, x, missing, method=method, num_draws=3, **QUICK[method])
     assert vae.training
     assert ((result.draws == 0) | (result.draws == 1)).all()
     assert ((result.mean[missing] > 0) & (result.mean[missing] < 1)).all()
@@ -331,6 +335,12 @@ def test_a_guide_of_point_masses_is_refused_by_metropolis_alone(pca, hide):
         ({"num_draws": 0}, "num_draws of at least 1, got 0"),
         ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         ({"num_samples": 0}, "num_samples of at least 1, got 0"),
+        ({"num_samples": 9}, "no num_samples with method 'metropolis', which has num_steps, got 9"),
+        ({"method": "importance", "num_steps": 9}, "no num_steps with method 'importance', which"),
+        ({"num_draws": 3.0}, "num_draws as a whole number, got 3.0"),
+        ({"num_steps": "3"}, "num_steps as a whole number, got '3'"),
+        ({"max_memory": 0}, "max_memory of at least 1, got 0"),
+        ({"position": 0.0}, "position as a whole number, got 0.0"),
         ({"initial": math.nan}, "finite values to fill with"),
         ({"position": 1}, "position from 0 to 0, got 1"),
         ({"observed": "y"}, "observed site 'y', the model has x"),
@@ -356,7 +366,7 @@ def test_data_of_another_type_serve_a_network(method):
     )
     x = torch.ones(5, 4)
     missing = torch.arange(4).expand(5, 4) > 1
-    options = {"method": method, "num_draws": 2, "num_steps": 3, "num_samples": 9, "seed": 0}
+    options = {"method": method, "num_draws": 2, "seed": 0, **QUICK[method]}
     expected = complete(vae.model, vae.guide, x, missing, **options)
     for same in (x.double(), x.long(), x.double().numpy()):
         got = complete(vae.model, vae.guide, same, missing, **options)

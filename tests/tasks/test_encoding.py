@@ -128,6 +128,8 @@ def test_mistakes_are_refused():
         tasks.encode(guide, x, site="tip")
     with pytest.raises(pv.InputError, match="num_draws of at least 1"):
         tasks.encode(guide, x, site="top", num_draws=0)
+    with pytest.raises(pv.InputError, match="num_draws as a whole number, got '3'"):
+        tasks.encode(guide, x, site="top", num_draws="3")
     with pytest.raises(pv.InputError, match="inside the data plate 'rows'"):
         tasks.encode(guide, x, site="top", plate="rows")
     with pytest.raises(pv.InputError, match=r"latents 'top' of shape \(5,\).* got \(3,\)"):

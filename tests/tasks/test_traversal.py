@@ -225,3 +225,18 @@ def test_no_dimension_is_refused():
     vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
     with pytest.raises(pv.InputError, match="at least one of the latent's dimensions"):
         tasks.traverse(vae.model, vae.guide, torch.randn(2, 3), dimensions=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 3.0}, "num_steps as a whole number, got 3.0"),
+        ({"dimensions": 1}, "dimensions as whole numbers, e.g. .* got 1"),
+        ({"dimensions": [0.5]}, "each of the dimensions as a whole number, got 0.5"),
+        ({"dimensions": [-1]}, "each of the dimensions of at least 0, got -1"),
+        ({"coverage": "0.9"}, "coverage as a number, got '0.9'"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, message):
+    with pytest.raises(pv.InputError, match=message):
+        tasks.traverse(*flat(), torch.randn(2, 3), **options)

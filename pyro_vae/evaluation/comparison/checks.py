@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, first_line, unknown_name
 from pyro_vae.evaluation.annealing import AnnealingOptions
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import PairFunction
 from pyro_vae.infer.training import fit
 
@@ -30,11 +31,13 @@ class Trained(NamedTuple):
 
 
 def check_pairs(pairs: Mapping[str, Pair]) -> None:
-    """Refuse what is no mapping from names to pairs."""
+    """Refuse what is no mapping from names (a table's headings) to pairs."""
     if not isinstance(pairs, Mapping) or not pairs:
         got = type(pairs).__name__ if pairs else "none"
         raise InputError(f"expected at least one pair {{name: (model, guide)}}, got {got}")
     for name, pair in pairs.items():
+        if not isinstance(name, str):
+            raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
             raise InputError(
                 f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
@@ -47,11 +50,10 @@ def check_options(
     annealing_options: Mapping[str, Any] | None,
     posterior: str | None,
     hold: str | None,
-    counts: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Refuse options out of range before anything is trained; return annealing's as given."""
-    unknown = set(methods) - {"importance", "annealed"}
-    if isinstance(methods, str) or unknown or "importance" not in methods:
+    """Refuse options out of range or without effect; return annealing's as given."""
+    named = isinstance(methods, Iterable) and not isinstance(methods, str)
+    if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
         raise InputError(
             f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
         )
@@ -59,23 +61,36 @@ def check_options(
         raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
     if hold not in (None, "model"):
         raise InputError(f"expected hold None or 'model', got {hold!r}")
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"expected {name} of at least 1, got {count}")
-    options = dict(annealing_options or {})
+    options = _as_dict("annealing_options", annealing_options)
     known = set(AnnealingOptions.__dataclass_fields__)
     for name in set(options) - known:
         raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
     AnnealingOptions(**options)
+    if options and "annealed" not in methods:
+        raise InputError(
+            f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
+            "leave them out, or ask for annealing"
+        )
     return options
 
 
-def check_fit_options(fit_options: Mapping[str, Any]) -> None:
-    """Refuse names that :func:`pyro_vae.fit` does not know."""
+def check_fit_options(fit_options: Mapping[str, Any] | None, *, trains: bool) -> dict[str, Any]:
+    """Refuse names that :func:`pyro_vae.fit` does not know, and options where nothing is trained."""
+    options = _as_dict("fit_options", fit_options)
     known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
-    for name in fit_options:
+    for name in options:
         if name not in known:
             raise unknown_name("fit option", name, known)
+    if options and not trains:
+        raise InputError("expected train with fit_options, got none: pass the training data")
+    check_callables(on_epoch=options.get("on_epoch"))
+    return options
+
+
+def _as_dict(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"expected {name} as a mapping from names, got {type(options).__name__}")
+    return dict(options or {})
 
 
 def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: str | None) -> None:

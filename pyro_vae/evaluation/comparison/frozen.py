@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
+from pyro_vae.infer.capture import accumulating_leaves
 from pyro_vae.infer.pair import (
     Inputs,
     PairFunction,
@@ -21,7 +22,7 @@ from pyro_vae.infer.pair import (
     evaluation_mode,
     owned_modules,
 )
-from pyro_vae.infer.sites import Given, latent_sites, sample_sites
+from pyro_vae.infer.sites import Given, check_latents_match, latent_sites, sample_sites
 
 __all__ = ["frozen_model", "parameters_of"]
 
@@ -46,7 +47,8 @@ def frozen_model(
         device: where an owned module's copy is to be.
 
     Raises:
-        InputError: a guide that shares parameters with the model in a way that can't be frozen.
+        InputError: a guide that draws other latents, or that shares parameters with the model in a
+            way that can't be frozen, or tensors of the model that train unknown to Pyro.
     """
     owners = owned_modules(model)
     if owners:
@@ -110,7 +112,7 @@ def _rebound(function: PairFunction, twin: nn.Module) -> PairFunction:
 
 
 def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], inputs: Inputs) -> None:
-    """Refuse a model whose density still depends on something that would be trained."""
+    """Refuse a model that depends on something to be trained, and guides of other latents."""
     device = inputs[0].device
     for name, guide in guides.items():
         # A guide that is yet to be trained may still be elsewhere.
@@ -120,9 +122,16 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
         values = {site["name"]: site["value"].to(device) for site in latent_sites(drawn)}
         with torch.enable_grad(), Given(values):
             trace = poutine.trace(fixed).get_trace(*inputs)
+            check_latents_match(trace, drawn)
             terms = [site["fn"].log_prob(site["value"]) for site in sample_sites(trace)]
-        if any(term.requires_grad for term in terms):
+        leaves = {id(leaf) for leaf in accumulating_leaves(*terms)}
+        if leaves & set(map(id, parameters_of(guide, tuple(value.to(place) for value in inputs)))):
             raise _shared(name)
+        if leaves:
+            raise InputError(
+                "expected a model to freeze whose trainable tensors Pyro knows, got unknown ones: "
+                "name their modules by pyro.module, or call requires_grad_(False) on them"
+            )
 
 
 def _shared(name: str) -> InputError:

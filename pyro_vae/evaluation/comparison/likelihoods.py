@@ -10,8 +10,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of
-from pyro_vae.infer.objectives import draw_traces
+from pyro_vae.evaluation.blocks import block_scorers
 from pyro_vae.infer.pair import Inputs, PairFunction
 from pyro_vae.infer.sites import data_dim, sample_sites
 
@@ -37,11 +36,14 @@ class Observed(NamedTuple):
 def observed_sites(
     model: PairFunction, guide: PairFunction, inputs: Inputs, plate: str
 ) -> dict[str, Observed]:
-    """Return what the model observes of the data, by site name (factors left out)."""
+    """Return what the model observes of the data, by site name (factors left out).
+
+    Raises:
+        InputError: a pair that can't be weighed.
+    """
     found: dict[str, list[Observed]] = {}
-    for rows in blocks_of(model, guide, inputs, plate, _BLOCK):
-        block = tuple(value[rows] for value in inputs)
-        trace, _ = draw_traces(model, guide, block)
+    for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
+        trace, _ = scorer.traces()
         for site in sample_sites(trace):
             if site["is_observed"] and not site_is_factor(site):
                 found.setdefault(site["name"], []).append(_observed(site, plate))

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import can_be_split
+from pyro_vae.errors import InputError, whole_number
+from pyro_vae.evaluation.blocks import few_of
 from pyro_vae.evaluation.comparison.checks import (
     Pair,
     Trained,
@@ -25,13 +25,21 @@ from pyro_vae.evaluation.comparison.checks import (
 from pyro_vae.evaluation.comparison.frozen import frozen_model, parameters_of
 from pyro_vae.evaluation.comparison.likelihoods import check_comparable, observed_sites
 from pyro_vae.evaluation.comparison.result import Comparison, Measured
+from pyro_vae.evaluation.comparison.training import (
+    Report,
+    TrainingData,
+    check_training,
+    trained,
+)
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.hamiltonian import AnnealingPath
 from pyro_vae.evaluation.importance import log_marginal
-from pyro_vae.evaluation.quadrature import posterior_divergence
+from pyro_vae.evaluation.options import check_max_memory
+from pyro_vae.evaluation.quadrature import latent_on_grid, posterior_divergence
 from pyro_vae.infer.devices import resolve_device
 from pyro_vae.infer.log_weights import PairScorer
+from pyro_vae.infer.options import check_callables
 from pyro_vae.infer.pair import (
     HANDLER_LOCK,
     Inputs,
@@ -43,12 +51,11 @@ from pyro_vae.infer.pair import (
     owned_modules,
     seeded,
 )
-from pyro_vae.infer.training import FitResult, fit
+from pyro_vae.infer.training import FitResult
 
 __all__ = ["compare"]
 
 Data = Tensor | Sequence[Tensor]
-Report = Callable[[str, str, float], None]
 
 # Data that show what a pair is made of.
 _SHOWN = 8
@@ -78,7 +85,7 @@ def compare(
     methods: Sequence[str] = ("importance",),
     annealing_options: Mapping[str, Any] | None = None,
     posterior: str | None = None,
-    train: Dataset | Tensor | Sequence[Tensor] | None = None,
+    train: TrainingData | None = None,
     hold: str | None = None,
     fit_options: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
@@ -115,8 +122,9 @@ def compare(
     Raises:
         InputError: no pairs, pairs whose likelihoods can't be subtracted (a density and a
             pseudo-likelihood, discrete and continuous observations, other observed values),
-            different pairs to train that share parameters, an unknown option, or a pair that can't
-            be weighed.
+            different pairs to train that share parameters, training data that a pair does not take,
+            an option that is unknown, out of range or without effect, ``"quadrature"`` for other
+            latents, or a pair that can't be weighed: all before anything is trained.
 
     Source:
         Paired differences: Vehtari, Gelman, Gabry 2017, "Practical Bayesian model evaluation using
@@ -135,21 +143,18 @@ def compare(
         'mean field'
     """
     check_pairs(pairs)
-    counts = {
-        "num_samples": num_samples,
-        "num_elbo_samples": num_elbo_samples,
-        "num_importance": num_importance,
-    }
-    annealing = check_options(methods, annealing_options, posterior, hold, counts)
-    check_fit_options(fit_options or {})
+    annealing = check_options(methods, annealing_options, posterior, hold)
+    fitting = check_fit_options(fit_options, trains=train is not None)
+    check_max_memory(max_memory)
+    check_callables(progress=progress)
     as_inputs(x)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     settings = _Settings(
         tuple(methods),
-        num_samples,
-        num_elbo_samples,
-        num_importance,
+        whole_number("num_samples", num_samples, least=1),
+        whole_number("num_elbo_samples", num_elbo_samples, least=1),
+        whole_number("num_importance", num_importance, least=1),
         annealing,
         posterior,
         max_memory,
@@ -157,28 +162,30 @@ def compare(
         seed,
     )
     report = progress or _silent
-    options = {"plate": plate, "seed": seed, "progress": False, **(fit_options or {})}
+    options = {"plate": plate, "seed": seed, "progress": False, **fitting}
     first = next(iter(pairs.values()))
     with HANDLER_LOCK:
         likelihood = _check_likelihoods(pairs, x, settings, hold)
-        owned = {name: _parameters(pair, x, plate, hold) for name, pair in pairs.items()}
+        owned = {name: _looked_at(pair, x, settings, hold) for name, pair in pairs.items()}
         if train is not None:
             check_apart(pairs, owned, hold)
+            # Held, the other guides may still be on another device than the model.
+            check_training({"": first} if hold == "model" else pairs, train, options, plate)
         shared: Any = nullcontext()
         if hold == "model":
             guides = {name: guide for name, (_, guide) in pairs.items()}
             inputs = as_inputs(x, *first)
             place = _place(first[0], options, inputs, trains=train is not None)
-            shown = tuple(value.to(place) for value in _shown(first, inputs, plate))
+            shown = tuple(value.to(place) for value in _few(first, inputs, settings))
             shared = frozen_model(first[0], guides, shown, place)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
-            fits = _train(chosen, train, options, report)
+            fits = {} if train is None else trained(chosen, train, options, report)
             measured = {
                 name: _measure(name, pair, x, settings, report, owned[name], fits.get(name))
                 for name, pair in chosen.items()
             }
-    return Comparison(measured, likelihood, num_importance, num_samples, hold, seed)
+    return Comparison(measured, likelihood, settings.num_importance, settings.num_samples, hold, seed)
 
 
 def _check_likelihoods(
@@ -196,42 +203,16 @@ def _check_likelihoods(
     return check_comparable(observed)
 
 
-def _parameters(pair: Pair, x: Data, plate: str, hold: str | None) -> Trained:
-    """Return what trains of a pair, and of its guide."""
+def _looked_at(pair: Pair, x: Data, settings: _Settings, hold: str | None) -> Trained:
+    """Refuse a guide that can't be measured as asked; return what trains of the pair."""
     model, guide = pair
-    shown = _shown(pair, as_inputs(x, model, guide), plate)
-    with seeded(0), evaluation_mode(model, guide):
-        in_guide = {id(leaf): leaf.numel() for leaf in parameters_of(guide, shown)}
-        in_model = {id(leaf): leaf.numel() for leaf in parameters_of(model, shown)}
+    few = _few(pair, as_inputs(x, model, guide), settings)
+    with torch.no_grad(), seeded(0), evaluation_mode(model, guide):
+        if settings.posterior == "quadrature":
+            latent_on_grid(poutine.trace(guide).get_trace(*few), len(few[0]))
+        in_guide = {id(leaf): leaf.numel() for leaf in parameters_of(guide, few)}
+        in_model = {id(leaf): leaf.numel() for leaf in parameters_of(model, few)}
     return Trained(in_guide if hold == "model" else in_guide | in_model, in_guide)
-
-
-def _train(
-    pairs: Mapping[str, Pair], train: Any, options: dict[str, Any], report: Report
-) -> dict[str, FitResult]:
-    """Train each pair once, however many names it has."""
-    fits: dict[str, FitResult] = {}
-    if train is None:
-        return fits
-    for name, pair in pairs.items():
-        same = next((other for other in fits if pairs[other] == pair), None)
-        if same is not None:
-            fits[name] = fits[same]
-            continue
-        fits[name] = fit(*pair, train, **_with_report(options, name, report))
-    return fits
-
-
-def _with_report(options: dict[str, Any], name: str, report: Report) -> dict[str, Any]:
-    """Tell the progress of a training run at each epoch, beside what the caller wants then."""
-    epochs, given = options.get("epochs", 100), options.get("on_epoch")
-
-    def on_epoch(epoch: int, row: dict[str, float]) -> None:
-        report(name, "training", epoch / epochs)
-        if given is not None:
-            given(epoch, row)
-
-    return {**options, "on_epoch": on_epoch}
 
 
 def _measure(
@@ -312,7 +293,7 @@ def _log_marginal(pair: Pair, inputs: Inputs, **options: Any) -> LogMarginal:
 
 
 def _can_be_annealed(pair: Pair, inputs: Inputs, settings: _Settings) -> bool:
-    shown = _shown(pair, inputs, settings.plate)
+    shown = _few(pair, inputs, settings)
     start = settings.annealing_options.get("start", "guide")
     with torch.no_grad(), evaluation_mode(*pair), seeded(settings.seed):
         try:
@@ -322,13 +303,10 @@ def _can_be_annealed(pair: Pair, inputs: Inputs, settings: _Settings) -> bool:
     return True
 
 
-def _shown(pair: Pair, inputs: Inputs, plate: str) -> Inputs:
+def _few(pair: Pair, inputs: Inputs, settings: _Settings) -> Inputs:
     """Return a few data to look at a pair with; all of them where it accepts no part."""
-    if len(inputs[0]) <= _SHOWN:
-        return inputs
     with torch.no_grad(), evaluation_mode(*pair), seeded(0):
-        splits = can_be_split(*pair, inputs, plate)
-    return tuple(value[:_SHOWN] for value in inputs) if splits else inputs
+        return few_of(*pair, inputs, settings.plate, _SHOWN)
 
 
 def _place(

@@ -6,15 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import run
+from command_line import WARNED, run
 
 from pyro_vae import InputError
 from pyro_vae.commands.completing import hidden_part
 
-pytestmark = [
-    pytest.mark.filterwarnings("always:.* data have Pareto k"),
-    pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
-]
+pytestmark = WARNED
 
 
 RUNS = {
@@ -109,7 +106,7 @@ def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, co
         ("complete --missing bottom", "upper, lower or random:SHARE, got 'bottom'"),
         ("complete --missing random:1.5", "share between 0 and 1 after random:, got '1.5'"),
         ("complete --missing random", "share between 0 and 1 after random:, got ''"),
-        ("complete --num-draws 0", "at least 1 of the draws, got 0"),
+        ("complete --num-draws 0", "expected --num-draws of at least 1, got 0"),
     ],
 )
 def test_mistakes_are_one_line(runs, arguments, message):

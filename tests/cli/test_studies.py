@@ -3,26 +3,19 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, refused, run, snapshot
+from command_line import SMALL, WARNED, refused, run, snapshot
 
 from pyro_vae import commands
 from pyro_vae.commands import comparing, studies, training
-from pyro_vae.commands.comparison_page import conclusion
-from pyro_vae.commands.families import Families
 from pyro_vae.commands.measured import load_measured
-from pyro_vae.evaluation.comparison import Measured
-from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.estimate import LogMarginal
 
-pytestmark = [
-    pytest.mark.filterwarnings("always:.* data have Pareto k"),
-    pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
-]
+pytestmark = WARNED
 
 TINY = (*SMALL, "--epochs", "1", "--dataset", "bits.npy")
 SWEEP = ("sweep", *TINY, "--betas", "0.5,2")
@@ -235,7 +228,7 @@ def test_a_finished_study_is_loaded_and_a_half_done_run_trained_again(
             assert old[name] == new[name], name
 
 
-def test_an_interruption_leaves_the_finished_runs(here, monkeypatch):
+def test_an_interruption_leaves_the_finished_runs(here, monkeypatch, capsys):
     def interrupted(settings, dataset, where, **options):
         if settings.guide == "full-rank":
             raise KeyboardInterrupt
@@ -252,6 +245,7 @@ def test_an_interruption_leaves_the_finished_runs(here, monkeypatch):
                 guides="mean-field,full-rank", priors="standard-normal", likelihoods="bernoulli",
                 seeds=1, hold=None, output=here / "compared",
             )  # fmt: skip
+    assert capsys.readouterr().err == "pyro-vae: interrupted: go on by the same command\n"
     name = "standard-normal-bernoulli-mean-field-seed-0"
     assert [path.name for path in (here / "compared" / "runs").iterdir()] == [name]
     kept = snapshot(here / "compared" / "runs" / name)
@@ -369,61 +363,6 @@ def test_bad_studies_are_refused_before_data_are_read(here, monkeypatch, options
     refused(here, command, *SMALL, *others, "--output", "new", message=BAD[options])
 
 
-def measured(log_prob, error=0.01):
-    """Make up what was measured of one run from its log p(x) per datum."""
-    values = torch.as_tensor(log_prob, dtype=torch.float64)
-    errors = torch.full_like(values, error)
-    quantity, zero = PerDatum(values, errors), torch.zeros_like(values)
-    estimate = LogMarginal(values, errors, zero + 5, zero, zero, -values, zero + 10, zero)
-    return Measured(
-        quantity, quantity, quantity, None, PerDatum(zero, zero), quantity, True, None, estimate,
-        10, 5, 0.1, None,
-    )  # fmt: skip
-
-
-def families(**runs):
-    return Families.of(
-        runs, likelihood="probability", num_importance=50, num_samples=10, hold=None, seed=0
-    )
-
-
-def test_three_kinds_of_error_are_kept_apart():
-    random = np.random.default_rng(0)
-    base = random.normal(-20, 3, 400)
-    shifts = {"a": (0.0, 0.2, -0.1), "b": (-1.0, -0.7, -1.2)}
-    noise = {name: random.normal(0, 0.5, 400) for name in shifts}
-    found = families(
-        **{
-            name: [measured(base + noise[name] + shift) for shift in own]
-            for name, own in shifts.items()
-        }
-    )
-    row = found.rows()["b"]
-    assert row["log_prob_standard_error"] == pytest.approx(0.01 / (3 * 400) ** 0.5)
-    mean = base + noise["b"] + np.mean(shifts["b"])
-    assert row["log_prob_data_standard_error"] == pytest.approx(np.std(mean, ddof=1) / 20)
-    assert row["log_prob_run_deviation"] == pytest.approx(np.std(shifts["b"], ddof=1))
-    difference = found.difference("b", "log_prob")
-    paired = noise["b"] - noise["a"]
-    by_run = np.subtract(shifts["b"], shifts["a"]) + paired.mean()
-    assert difference.by_run == pytest.approx(by_run)
-    assert difference.data_standard_error == pytest.approx(np.std(paired, ddof=1) / 20)
-    assert difference.run_standard_error == pytest.approx(np.std(by_run, ddof=1) / 3**0.5)
-    # 4.3027 is the 97.5 % point of Student's t with two degrees of freedom.
-    widths = 1.95996 * difference.data_standard_error, 4.30265 * difference.run_standard_error
-    assert difference.half_width == pytest.approx(np.hypot(*widths), rel=1e-4)
-    assert (found.verdict("a"), found.verdict("b")) == ("best", "behind")
-
-
-def test_a_family_under_two_names_wins_nothing():
-    base = np.random.default_rng(0).normal(-20, 3, 100)
-    own = [measured(base), measured(base + 0.1)]
-    found = families(first=own, second=own)
-    assert {found.verdict(name) for name in found.runs} == {"tied"}
-    assert found.difference("second", "log_prob").mean == 0
-    assert "not told apart" in conclusion(found)
-
-
 def test_measured_numbers_come_back_as_they_were(finished):
     folder = sorted((finished / "compared" / "runs").iterdir())[0]
     found, likelihood = load_measured(folder)
@@ -431,3 +370,12 @@ def test_measured_numbers_come_back_as_they_were(finished):
     assert found.log_prob.value.shape == found.elbo.standard_error.shape == (20,)
     assert torch.equal(found.log_prob.value, found.estimate.log_prob)
     assert found.exact_kl is True
+
+
+def test_a_long_command_line_stands_on_the_page_as_a_shell_reads_it():
+    words = ["pyro-vae", "train", "--dataset", "a file.npy", *(f"--option-{n}" for n in range(20))]
+    lines = commands.pages.in_lines(shlex.join(words)).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= 84
+    assert all(line.endswith(" \\") for line in lines[:-1])
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == words
