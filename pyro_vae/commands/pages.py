@@ -33,7 +33,8 @@ _CAPTIONS = {
     ),
     "diagnostics": (
         "Pareto k of each datum's importance weights, and the mean estimate from the first samples "
-        "only. Log p(x) is a lower bound in expectation: a curve that still rises is still too low."
+        "only. Log p(x) is a lower bound in expectation: a curve that still rises is still too "
+        "low, and a flat one may be."
     ),
     "samples": "New data drawn from the trained model.",
     "reconstructions": "Test data and what the model makes of their latents.",

@@ -202,7 +202,7 @@ class AggregatePosterior:
         from pyro_vae import plots
 
         labels = [
-            f"{label}  distance {distance:.2f}"
+            f"{label}  KS distance {distance:.2f}"
             for label, distance in zip(self.labels, self.statistic.tolist(), strict=True)
         ]
         return plots.prior_and_aggregate(

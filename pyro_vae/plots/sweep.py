@@ -89,6 +89,8 @@ def _constant_elbo(axes: Axes, rate: Array, distortion: Array) -> None:
     """Draw lines on which R + D, which is -ELBO, stays the same; the best run's stands out."""
     margins = [0.12 * (np.ptp(values) or 1.0) for values in (rate, distortion)]
     left, right = rate.min() - margins[0], rate.max() + margins[0]
+    if rate.min() >= 0:  # as every true rate is
+        left = max(left, 0.0)
     bottom, top = distortion.min() - margins[1], distortion.max() + margins[1]
     best = (rate + distortion).min()
     ends = np.array([left, right])
@@ -108,5 +110,5 @@ def _units(axes: Axes, beta: Array, active_units: Sequence[int]) -> None:
     axes.bar(places, np.asarray(active_units)[order], color=BLUE, width=0.6)
     axes.set_xticks(places, [f"{value:g}" for value in beta[order]])
     axes.set(xlabel="beta", ylabel="active units")
-    axes.set_title("variance over data of the mean > 0.01", fontsize=9)
+    axes.set_title("active: variance of the code's mean over data > 0.01", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
