@@ -72,11 +72,14 @@ class Stream:
                 if compiled is not None:
                     program, terms = compiled  # the terms of this chunk are there already
                     score = partial(_padded, program, size=size)
+            scored = []
             for start in range(0, count, size):
-                rows = slice(start, min(start + size, count))
-                chunk = {name: value[rows] for name, value in latents.items()}
-                self._add(chunk, Scores(*(terms or score(chunk)), log_proposal[rows]))
+                chunk = {name: value[start : start + size] for name, value in latents.items()}
+                scored.append(terms or score(chunk))
                 terms = None
+            # A chunk's weights are few: taken in by themselves they would cost more calls than sums.
+            log_likelihood, log_prior = map(torch.cat, zip(*scored, strict=True))
+            self._add(latents, Scores(log_likelihood, log_prior, log_proposal))
             yield (first + count) / self.num_samples
 
     def _add(self, latents: Latents, scores: Scores) -> None:
