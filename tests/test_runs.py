@@ -128,6 +128,8 @@ def test_components_of_ones_own_are_passed_in(tmp_path):
     folder = pv.save(vae, tmp_path / "run")
     with pytest.raises(pv.InputError, match=r"components=\{'Inner': Inner\}"):
         pv.load(folder, components={"Shifted": Shifted})
+    with pytest.raises(pv.InputError, match=r"classes by their names.*got list"):
+        pv.load(folder, components=[Shifted, Inner])
     loaded = pv.load(folder, components={"Shifted": Shifted, "Inner": Inner})
     same_outputs(vae, loaded)
     assert isinstance(loaded.prior, Shifted)

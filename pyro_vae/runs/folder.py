@@ -66,6 +66,11 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
         InputError: no run there, a file that can't be read or that comes from a newer version, an
             unknown component, weights that do not match the settings, or a device that is not here.
     """
+    if not isinstance(components, Mapping | None):
+        raise InputError(
+            "expected components as classes by their names, such as {'MyPrior': MyPrior}, got "
+            f"{type(components).__name__}"
+        )
     folder, place = folder_at(folder), resolve_device(device)
     config = read_config(folder)
     weights, checksum = read_weights(folder)
