@@ -89,7 +89,8 @@ class TrainSettings:
     activation: str = option("relu", ", ".join(ACTIVATIONS))
     beta: float = option(1.0, "Weight of the KL term.")
     warmup_epochs: int | None = option(
-        None, "Epochs over which beta rises from 0; default: a tenth of the epochs."
+        None,
+        "Epochs over which beta rises from 0; default: a tenth of the epochs, more in short runs.",
     )
     objective: str = option("elbo", ", ".join(OBJECTIVES))
     num_particles: int | None = option(None, "Draws per datum and step; default 1, for iwae 5.")

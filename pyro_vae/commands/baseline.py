@@ -113,7 +113,7 @@ def _trained(
             vae.guide,
             dataset,
             objective=objective_of(settings),
-            warmup_epochs=warmup_epochs(settings),
+            warmup_epochs=warmup_epochs(settings, len(dataset.train)),
             compile=COMPILE[settings.compile],
             **options,
         )

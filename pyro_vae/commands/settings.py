@@ -19,6 +19,11 @@ from pyro_vae.vae import VAE
 _IWAE_PARTICLES = 5  # the smaller number of Burda et al. 2016
 
 
+# Steps of the shortest warm-up: eight epochs of the digits give up their latents without one, and use
+# them after one of 84 steps.
+_WARMUP_STEPS = 120
+
+
 def checked(settings: TrainSettings) -> TrainSettings:
     """Refuse names and numbers out of range before anything heavy happens."""
     architecture = _architecture(settings)
@@ -34,7 +39,7 @@ def checked(settings: TrainSettings) -> TrainSettings:
         settings.batch_size,
         settings.learning_rate,
         settings.beta,
-        warmup_epochs(settings),
+        settings.warmup_epochs or 0,
         settings.patience,
         schedule=settings.schedule,
         gradient_clip=settings.gradient_clip,
@@ -163,8 +168,14 @@ def _sigma(text: str) -> float | str:
         ) from None
 
 
-def warmup_epochs(settings: TrainSettings) -> int:
-    """Return the warm-up as told; by default a tenth of the run, which keeps the latents in use."""
-    if settings.warmup_epochs is None:
-        return settings.epochs // 10
-    return settings.warmup_epochs
+def warmup_epochs(settings: TrainSettings, num_data: int) -> int:
+    """Return the warm-up as told; by default one that keeps the latents in use.
+
+    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
+    than half of it.
+    """
+    if settings.warmup_epochs is not None:
+        return settings.warmup_epochs
+    steps_per_epoch = -(-num_data // settings.batch_size)
+    enough = -(-_WARMUP_STEPS // steps_per_epoch)
+    return max(settings.epochs // 10, min(settings.epochs // 2, enough))

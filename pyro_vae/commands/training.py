@@ -329,7 +329,7 @@ def _fit(
             learning_rate=settings.learning_rate,
             objective=objective_of(settings),
             beta=settings.beta,
-            warmup_epochs=warmup_epochs(settings),
+            warmup_epochs=warmup_epochs(settings, len(dataset.train)),
             patience=settings.patience,
             schedule=settings.schedule,
             gradient_clip=settings.gradient_clip,

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import commands, datasets, names
+from pyro_vae.commands.settings import warmup_epochs
 from pyro_vae.names import TrainSettings
 
 pytestmark = WARNED
@@ -191,3 +192,18 @@ def test_the_bernoulli_starts_at_the_training_mean():
     bias = vae.likelihood.logits.map.bias.reshape(data.data_shape)
     expected = data.train.mean(0).clamp(1e-3, 1 - 1e-3)
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_data", "expected"),
+    [
+        ({"epochs": 200}, 1294, 20),  # a tenth
+        ({"epochs": 8}, 1294, 4),  # half of a short run
+        ({"epochs": 30}, 1294, 6),  # 21 steps an epoch, 120 wanted
+        ({"epochs": 10}, 60_000, 1),
+        ({"epochs": 1}, 50, 0),
+        ({"epochs": 8, "warmup_epochs": 0}, 1294, 0),  # as told
+    ],
+)
+def test_the_default_warm_up_is_a_tenth_but_long_enough(options, num_data, expected):
+    assert warmup_epochs(TrainSettings(**options), num_data) == expected
