@@ -35,6 +35,17 @@ class VAE(nn.Module):
 
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes"; Rezende, Mohamed, Wierstra 2014.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> encoder, decoder = pv.networks.MLPEncoder((6,)), pv.networks.MLPDecoder(2)
+        >>> vae = pv.VAE(
+        ...     pv.priors.StandardNormal(2),
+        ...     pv.likelihoods.Bernoulli(decoder, (6,)),
+        ...     pv.guides.MeanFieldNormal(encoder, 2),
+        ... )
+        >>> pv.log_weights(vae.model, vae.guide, torch.ones(3, 6), num_samples=5).shape
+        torch.Size([5, 3])
     """
 
     def __init__(
