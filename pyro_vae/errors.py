@@ -80,13 +80,16 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
     Raises:
         InputError: no sequence of whole numbers of at least 1.
     """
+    is_sequence = isinstance(values, Iterable) and not isinstance(values, str)
+    given = tuple(values) if is_sequence else ()
     try:
-        found = tuple(operator.index(value) for value in values)
-    except TypeError:
+        found = tuple(size(name, value) for value in given)
+    except InputError:
         found = ()
-    if not found or min(found) < 1 or max(found) > _LARGEST_SIZE:
+    if not found:
+        advice = "" if is_sequence else ": for one write it as (32,)"
         raise InputError(
-            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}"
+            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}{advice}"
         )
     return found
 

@@ -84,10 +84,13 @@ class VAE(nn.Module):
     def _prior(self) -> dist.Distribution:
         prior = self.prior()
         if prior.batch_shape:
+            batch, event = tuple(prior.batch_shape), tuple(prior.event_shape)
+            advice = f"add .to_event({len(batch)})"
+            if event:
+                advice = "leave the leading dimensions out"
             raise InputError(
-                f"expected a prior with batch shape (), got batch shape {tuple(prior.batch_shape)} "
-                f"and event shape {tuple(prior.event_shape)}: add "
-                f".to_event({len(prior.batch_shape)})"
+                f"expected a prior with batch shape (), got batch shape {batch} and event shape "
+                f"{event}: {advice}"
             )
         return prior
 

@@ -2,6 +2,7 @@
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -93,3 +94,27 @@ def test_mixture_weights_keep_their_gradient_where_a_later_coordinate_is_far_fro
     error = (gradients[torch.float32] - gradients[torch.float64]).abs().max()
     # What float32 leaves of (z - loc) / scale near 10,000 rounding units of z from the end.
     assert error < 1e-4 * gradients[torch.float64].abs().max()
+
+
+def test_a_density_is_remembered_for_an_untouched_draw_only():
+    family = guides.FullRankNormal(MLPEncoder((6,)), 2)
+    parameters = {"loc": torch.zeros(2), "raw_cholesky": torch.tensor([0.3, -0.4, 0.2])}
+    leaves = {name: value.requires_grad_() for name, value in parameters.items()}
+
+    def plain():
+        q = family.distribution(leaves)
+        return dist.MultivariateNormal(q.loc, scale_tril=q.scale_tril)
+
+    q = family.distribution(leaves)
+    z = q.rsample()
+    torch.testing.assert_close(q.log_prob(z), plain().log_prob(z.clone()))
+    with torch.no_grad():
+        z += 1.0
+    torch.testing.assert_close(q.log_prob(z), plain().log_prob(z.clone()))
+    z = q.rsample().detach_()  # at a fixed point the gradient is the score
+    score = torch.autograd.grad(q.log_prob(z), [*leaves.values()])
+    torch.testing.assert_close(score, torch.autograd.grad(plain().log_prob(z), [*leaves.values()]))
+    frozen = family.distribution({name: value.detach() for name, value in leaves.items()})
+    z = frozen.rsample().requires_grad_()
+    (slope,) = torch.autograd.grad(frozen.log_prob(z), z)
+    torch.testing.assert_close(slope, torch.autograd.grad(plain().log_prob(z), z)[0])

@@ -57,9 +57,12 @@ def write(folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[
     file = serialised(tensors, metadata={_ENTRY: json.dumps(content)})
     path = folder / f"step-{count:010d}.safetensors"
     write_whole(path, lambda temporary: temporary.write_bytes(file))
-    for old in checkpoint_files(folder)[:-_KEPT]:
+    paths = checkpoint_files(folder)
+    # On a GPU a run may find only later that it went wrong here; what came after is void then.
+    later = [other for other in paths if other.name > path.name]
+    for other in later + [other for other in paths if other not in later][:-_KEPT]:
         with suppress(OSError):
-            old.unlink()
+            other.unlink()
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

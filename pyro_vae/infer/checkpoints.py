@@ -160,7 +160,7 @@ class Checkpoints:
         found = self.processes.decided(lambda: files.newest(folder) if self.resume else None)
         if found is None:
             return
-        _refuse_other(plain, found["settings"], self.folder)
+        self.processes.check_together(lambda: _refuse_other(plain, found["settings"], folder))
         try:
             state = found["state"]
             rows += [

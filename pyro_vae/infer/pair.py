@@ -339,7 +339,8 @@ def _owner(function: Any) -> Any:
 def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
     """Collect the modules in ``value``, following partials, methods, functions and containers."""
     if isinstance(value, functools.partial):
-        _reach([value.args, value.keywords], found, seen)
+        for inner in (value.args, value.keywords):
+            _reach(inner, found, seen)
     value = _owner(value)
     if id(value) in seen:
         return
@@ -356,7 +357,9 @@ def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
             if not isinstance(inner, types.FunctionType) or inner.__module__ == value.__module__
         ]
         defaults = [value.__defaults__, value.__kwdefaults__]
-        _reach([*names.nonlocals.values(), *named, *defaults], found, seen)
+        # One by one: a list made here would leave its id to the next one, which would pass for seen.
+        for inner in [*names.nonlocals.values(), *named, *defaults]:
+            _reach(inner, found, seen)
     elif isinstance(value, list | tuple):
         for inner in value:
             _reach(inner, found, seen)

@@ -6,7 +6,16 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -28,6 +37,8 @@ _BOUNDS: dict[type[ELBO], type[Bound]] = {
     CompiledTrace_ELBO: TraceBound,
     TraceMeanField_ELBO: AnalyticKL,
 }
+
+_JIT = (JitTrace_ELBO, JitTraceMeanField_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO)
 
 
 class StockBound(Bound):
@@ -94,10 +105,10 @@ def _refuse_unusable(objective: ELBO) -> None:
     name = type(objective).__name__
     if isinstance(objective, TraceTailAdaptive_ELBO):
         raise InputError(f"expected an objective with a loss, got {name}, which has none: use IWAE")
-    if name.startswith("Jit"):  # their graphs keep the first batch's shape and parameters
+    if isinstance(objective, _JIT):  # their graphs keep the first batch's shape and parameters
         raise InputError(
-            f"expected an objective that fit captures itself, got {name}: use "
-            f"{name.removeprefix('Jit')} with compile=True"
+            f"expected an objective that fit captures itself, if it can, got {name}: use "
+            f"{type(objective).__bases__[0].__name__}"
         )
 
 

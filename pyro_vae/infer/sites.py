@@ -219,6 +219,13 @@ def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
             f"expected latents of the guide to be the model's, {named[0]!r} is not: "
             'draw it in the model too, or mark it infer={"is_auxiliary": True}'
         )
+    for name in sorted(in_model):
+        ranks = [trace.nodes[name]["fn"].event_dim for trace in (model_trace, guide_trace)]
+        if ranks[0] != ranks[1]:  # one of the densities would be a sum over the data
+            raise InputError(
+                f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
+                f"and {ranks[1]} in the guide: give both the same .to_event"
+            )
     _check_auxiliary(surplus, guide_sites)
 
 

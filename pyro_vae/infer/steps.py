@@ -85,6 +85,7 @@ class Steps:
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
         self._waiting: dict[str, Any] | None = None
         self._position: Position | None = None
+        self._seen_buffers: list[Tensor] = []
 
     # --- an epoch ---
 
@@ -110,6 +111,7 @@ class Steps:
         position = self._position
         if position is None or position.epoch != epoch:
             position = self._position = self._begin(train, batch_size, epoch)
+        self._seen_buffers = self._buffers()
         batches = position.order.to(train[0].device).split(batch_size)
         for index in batches[position.taken :]:
             own = self.processes.share(index)
@@ -164,6 +166,7 @@ class Steps:
 
     def _step(self, batch: Inputs, share: float) -> Tensor:
         """Take one step on a share of the batch and return its summary."""
+        before = [buffer.clone() for buffer in self._seen_buffers]
         if self.engine is None:
             summary = self._eager(batch)
         else:
@@ -171,7 +174,10 @@ class Steps:
             summary = self._captured(self.engine, batch)
         if self.processes.are_several:
             summary = self._summed(summary, share)
-        self._apply(summary)
+        flag = self._apply(summary)
+        with torch.no_grad():  # a batch norm has seen the batch too
+            for buffer, value in zip(self._seen_buffers, before, strict=True):
+                buffer.copy_(torch.where(flag > 0, value, buffer))
         return summary
 
     def _captured(self, engine: Engine, batch: Inputs) -> Tensor:
@@ -270,8 +276,8 @@ class Steps:
             self.optimizer.add_param_group({"params": list(new.values())})
         self._store_size = len(pyro.get_param_store())
 
-    def _apply(self, summary: Tensor) -> None:
-        """Let Adam take the gradients, unless something is not finite; then drop them."""
+    def _apply(self, summary: Tensor) -> Tensor:
+        """Let Adam take the gradients, unless something is not finite, and return whether it is."""
         assert self.optimizer is not None
         flag = summary[-1].float()
         if self.skip_limit is None:  # nothing after the step that stops the run is applied either
@@ -285,6 +291,7 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
         self.count += 1
         self.beta.step()
+        return flag
 
     def _rate(self) -> float:
         return self.learning_rate.at(self.count)

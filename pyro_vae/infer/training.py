@@ -66,11 +66,11 @@ class FitResult:
         history: one array ``(epochs,)`` per quantity, per datum and in nats where it is a bound:
             ``train_elbo``, ``train_rate``, ``train_distortion``, ``validation_elbo``,
             ``validation_rate``, ``validation_distortion`` (NaN without validation data). The ELBO is
-            minus rate minus distortion whatever the beta and the objective; ``train_bound`` is what
-            the objective itself bounds log p(x) by. Under ``TraceEnum_ELBO``, which sums over
-            discrete values, there is no draw to split: ``train_elbo``, ``train_rate`` and
-            ``train_distortion`` are NaN, and ``train_bound`` is minus its loss, with beta and the
-            pair's own scales in it. ``beta`` is that of the coming step;
+            minus rate minus distortion whatever the beta and the objective; ``train_bound`` is minus
+            the objective's own loss, beta in it: a bound on log p(x) where beta is 1. Under
+            ``TraceEnum_ELBO``, which sums over discrete values, there is no draw to split:
+            ``train_elbo``, ``train_rate`` and ``train_distortion`` are NaN, and ``train_bound`` has
+            the pair's own scales in it too. ``beta`` is that of the coming step;
             ``gradient_norm`` the mean over the steps of the norm of the gradient of the mean loss
             per datum, before clipping; ``seconds`` those of the training steps, a compilation
             included; ``data_per_second`` the training data over them.
@@ -194,8 +194,8 @@ def fit(
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
             :class:`pyro_vae.infer.checkpoints.Interrupted`, and a step that stops the run as not
-            finite leaves the state before it, unless it is the first one. Of several processes the
-            first one writes for all, and a signal to one of them ends all.
+            finite leaves the state before it (generators excepted), unless it is the first one. Of
+            several processes the first one writes for all, and a signal to one of them ends all.
         checkpoint_every: epochs after which one is written.
         checkpoint_minutes: minutes after which one is written, in the middle of an epoch too; 0 after
             every step, None not by time.
@@ -252,6 +252,8 @@ def fit(
     # Numbers of NumPy and torch become Python's own.
     epochs, batch_size, warmup_epochs = int(epochs), int(batch_size), int(warmup_epochs)
     learning_rate, beta = float(learning_rate), float(beta)
+    patience = None if patience is None else int(patience)
+    gradient_clip = None if gradient_clip is None else float(gradient_clip)
     processes = Processes.current()
     checkpoints = Checkpoints(
         checkpoint,

@@ -250,6 +250,8 @@ def hardware(device: str) -> str:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return (values[0],) * 3
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 

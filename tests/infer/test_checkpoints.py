@@ -19,7 +19,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer import IWAE, training
-from pyro_vae.infer.checkpoint_files import checkpoint_files, newest
+from pyro_vae.infer.checkpoint_files import checkpoint_files, newest, write
 from pyro_vae.infer.checkpoints import Interrupted
 from pyro_vae.infer.steps import Steps
 
@@ -393,3 +393,10 @@ def test_history_has_its_columns_after_a_resumption(x, tmp_path):
     result, _ = resume(x, tmp_path)
     assert set(result.history) == set(training.HISTORY)
     assert all(len(column) == 6 for column in result.history.values())
+
+
+def test_a_checkpoint_written_after_a_return_to_an_earlier_step_is_the_newest(tmp_path):
+    for count in (8, 9, 10, 5):  # at 10 a GPU finds out that step 6 was not finite
+        write(tmp_path, count, {}, {"count": count})
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000005.safetensors"]
+    assert newest(tmp_path)["state"]["count"] == 5

@@ -128,3 +128,18 @@ def test_a_model_that_observes_nothing_is_refused():
 
     with pytest.raises(pv.InputError, match="observes data"):
         pv.log_weights(function, function, torch.randn(6), num_samples=2)
+
+
+def test_a_latent_of_other_event_dimensions_in_model_and_guide_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            # Event shape (1, 2): the plate's data would be summed over.
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 2), 1.0).to_event(2))
+            pyro.sample("x", normal(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", normal(x))
+
+    with pytest.raises(InputError, match="event dimensions for 'z', got 2 in the model and 1 in"):
+        pv.log_weights(model, guide, torch.zeros(5, 2), num_samples=2)

@@ -78,3 +78,14 @@ def test_full_rank_posterior_of_any_condition_is_batched(use):
             IWAE(5, "plain").loss(vae.model, vae.guide, x)
         else:
             pv.log_weights(vae.model, vae.guide, x, num_samples=10)
+
+
+def test_an_edge_of_the_support_is_no_steepness():
+    def uniform(latents):
+        z = latents["z"]
+        return (torch.where(z <= 1, -0.5 * z.square(), -torch.inf),)
+
+    latents = {"z": torch.cat([torch.ones(4, 1), NOISE.clamp(max=0.9)], dim=1)}
+    (exact,) = uniform(latents)
+    assert agree((exact,), uniform, latents)
+    assert not agree((exact + 5.0,), uniform, latents)

@@ -1,6 +1,7 @@
 """What ``fit`` is given: data and transforms that are served; pairs, options and data refused."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from small_vae import PIXELS, make_vae
 from training_pairs import changed, conditional_pair, make_data, unregistered_pair
 
 import pyro_vae as pv
+from pyro_vae.infer.pair import modules_of
 
 
 def test_transform_sees_each_batch():
@@ -275,3 +277,59 @@ def test_a_transform_may_give_the_pair_more_than_it_gets():
     both = torch.cat([make_data(), torch.eye(2).repeat(20, 1)], 1)
     pv.fit(model, guide, both, epochs=2, transform=split)
     assert changed(nets, before) == set(before)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")  # of Pyro, NaN or infinity in a site
+@pytest.mark.parametrize("on_nonfinite", ["skip", "stop"])
+def test_a_step_that_is_not_finite_leaves_no_trace_in_a_batch_norm(on_nonfinite):
+    encoder = torch.nn.Sequential(torch.nn.BatchNorm1d(PIXELS), torch.nn.Linear(PIXELS, 4))
+    decoder = torch.nn.Linear(2, PIXELS)
+
+    def normal(loc, scale):
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x.new_zeros(2), 1.0))
+            pyro.sample("x", normal(decoder(z), 1.0), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, raw = encoder(x).chunk(2, -1)
+            pyro.sample("z", normal(loc, raw.exp()))
+
+    calls = []
+
+    def spoiled(batch):
+        calls.append(batch)
+        return batch * math.inf if len(calls) == 2 else batch
+
+    def train():
+        pv.fit(
+            *(model, guide, make_data()),
+            **{"epochs": 1, "batch_size": 10, "seed": 0, "on_nonfinite": on_nonfinite},
+            transform=spoiled,
+        )
+
+    if on_nonfinite == "stop":
+        with pytest.raises(pv.InputError, match="finite"):
+            train()
+    else:
+        train()
+    assert all(value.isfinite().all() for value in encoder.state_dict().values())
+
+
+def test_every_module_that_plain_functions_close_over_is_found():
+    encoder, decoder = torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(3, 2))
+
+    def model(x):
+        return decoder(x)
+
+    def guide(x):
+        return encoder(x)
+
+    for _ in range(20):  # what is told apart by its id must outlive the search
+        assert modules_of(model, guide) == [decoder, encoder]
+        assert modules_of(functools.partial(guide, x=decoder), model) == [decoder, encoder]
