@@ -31,11 +31,11 @@ _NAMES = {
     "InputError": "pyro_vae.errors",
     "FitResult": "pyro_vae.infer.training",
     "fit": "pyro_vae.infer.training",
-    "Comparison": "pyro_vae.evaluation.comparison",
+    "Comparison": "pyro_vae.evaluation.comparison_result",
     "compare": "pyro_vae.evaluation.comparison",
-    "LogMarginal": "pyro_vae.evaluation.importance",
-    "log_marginal": "pyro_vae.evaluation.importance",
-    "log_weights": "pyro_vae.infer.log_weights",
+    "LogMarginal": "pyro_vae.evaluation.estimate",
+    "log_marginal": "pyro_vae.evaluation.importance_sampling",
+    "log_weights": "pyro_vae.weights.log_weights",
     "load": "pyro_vae.runs",
     "save": "pyro_vae.runs",
 }
@@ -85,13 +85,15 @@ if TYPE_CHECKING:
     )
     from pyro_vae.autoencoder import Autoencoder
     from pyro_vae.errors import InputError
-    from pyro_vae.evaluation.comparison import Comparison, compare
-    from pyro_vae.evaluation.importance import LogMarginal, log_marginal
-    from pyro_vae.infer.log_weights import log_weights
+    from pyro_vae.evaluation.comparison import compare
+    from pyro_vae.evaluation.comparison_result import Comparison
+    from pyro_vae.evaluation.estimate import LogMarginal
+    from pyro_vae.evaluation.importance_sampling import log_marginal
     from pyro_vae.infer.training import FitResult, fit
     from pyro_vae.runs import load, save
     from pyro_vae.transformer import VAETransformer
     from pyro_vae.vae import VAE
+    from pyro_vae.weights.log_weights import log_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -16,13 +16,11 @@ from torch.nn import functional as F
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
-from pyro_vae.infer.devices import resolve_device
-from pyro_vae.infer.options import check_callables, check_options
-from pyro_vae.infer.pair import as_inputs, evaluation_mode, seeded, training_mode
 from pyro_vae.infer.progress import EpochProgress
+from pyro_vae.infer.settings import check_callables, check_options
 from pyro_vae.networks import Head, check_shape, feature_shape
-
-__all__ = ["LOSSES", "Autoencoder", "AutoencoderFit"]
+from pyro_vae.pair.functions import evaluation_mode, resolve_device, seeded, training_mode
+from pyro_vae.pair.inputs import as_inputs
 
 LOSSES = ("mse", "bce")
 

@@ -15,16 +15,13 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from pyro_vae import tasks
-from pyro_vae.building import Architecture, build_vae, start_at_data
+from pyro_vae.app.building import Architecture, build_vae, start_at_data
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.importance import log_marginal
+from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.options import check_counts
-from pyro_vae.infer.devices import resolve_device
-from pyro_vae.infer.pair import HANDLER_LOCK, seeded
 from pyro_vae.infer.training import fit
+from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE
-
-__all__ = ["VAETransformer"]
 
 
 class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

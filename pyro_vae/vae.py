@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from pyro_vae import guides
 from pyro_vae.errors import InputError
 
-__all__ = ["VAE"]
-
 _numbers = itertools.count()
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from pyro_vae.cli import main
+from pyro_vae.app.cli import main
 
 SMALL = ("--hidden", "16", "--latent-dim", "2", "--device", "cpu")
 

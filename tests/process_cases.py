@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.distributed import ALONE, Processes, joined
 from pyro_vae.infer import CompiledTrace_ELBO
 from pyro_vae.infer.checkpoints import Interrupted
-from pyro_vae.infer.processes import ALONE, Processes, joined
-from pyro_vae.infer.steps import Steps
-from pyro_vae.infer.training import bound_terms
+from pyro_vae.infer.trainer import Steps
+from pyro_vae.infer.validation import bound_terms
 
 PIXELS, SEEDS, MARK = 6, range(8), 77.0
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.infer.pair import as_inputs, placed
+from pyro_vae.pair.inputs import as_inputs, placed
 
 SHAPE, LATENT = (1, 4, 4), 2
 FILL = ["constant zeros", "constant ones", "constant grey", "one datum"]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pyro_vae import guides
+from pyro_vae.distributions.flows import gated_affine, rational_quadratic_spline
+from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
 from pyro_vae.errors import InputError
-from pyro_vae.flows import gated_affine, rational_quadratic_spline
-from pyro_vae.guides.mixture import DiagonalNormalMixture
 from pyro_vae.networks import MLPEncoder
 
 # --- normals ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_vae import guides
-from pyro_vae.guides.mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
 from pyro_vae.networks import MLPEncoder
 
 LATENT_DIM = 8

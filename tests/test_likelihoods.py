@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pyro_vae import likelihoods
+from pyro_vae.distributions.continuous_bernoulli import StableContinuousBernoulli
 from pyro_vae.errors import InputError
-from pyro_vae.likelihoods import StableContinuousBernoulli
 from pyro_vae.networks import ConvDecoder, MLPDecoder
 
 # Natural parameters around every switch: zero, the quantile's series, the edge of torch's own series

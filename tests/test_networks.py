@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae import names
+from pyro_vae.app import names
 from pyro_vae.networks import ACTIVATIONS, ConvDecoder, ConvEncoder, Head, MLPDecoder, MLPEncoder
 
 LEADING = [(), (5,), (2, 5)]

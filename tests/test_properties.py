@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 import pyro_vae as pv
-from pyro_vae import names
+from pyro_vae.app import names
 
 EXAMPLES = 25
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]

@@ -10,7 +10,7 @@ from saved_vaes import LATENT, SHAPE, make_vae, same_outputs
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import names
+from pyro_vae.app import names
 from pyro_vae.runs.files import read_config
 
 LIKELIHOODS = [

@@ -13,7 +13,8 @@ import pytest
 from saved_vaes import make_vae
 
 import pyro_vae as pv
-from pyro_vae.runs.files import write_json, write_whole
+from pyro_vae.files import write_whole
+from pyro_vae.runs.files import write_json
 from pyro_vae.runs.folder import locked, new_run
 
 

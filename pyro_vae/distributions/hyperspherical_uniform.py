@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .sphere import SphereDistribution, check_dimension, log_sphere_area, random_directions
 
-__all__ = ["HypersphericalUniform"]
-
 
 class HypersphericalUniform(SphereDistribution):
     r"""Uniform distribution on the sphere S^(m-1) of unit vectors in R^m.

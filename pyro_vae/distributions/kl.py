@@ -24,8 +24,6 @@ from .hyperspherical_uniform import HypersphericalUniform
 from .sphere import SphereDistribution
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["closed_form_kl"]
-
 
 def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
     """Return KL(q || p) in nats where one is registered with torch in closed form, else None.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LatestDraw"]
-
 
 class LatestDraw:
     """Base of distributions that remember the log-density of their latest draw.

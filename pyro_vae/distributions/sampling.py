@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["sample_angle", "tangent"]
-
 # Wood's proposal is accepted with a probability that falls with k, towards
 # (e/(4a))^a Gamma(2a)/Gamma(a), a = (m-1)/2: sqrt(e/(2 pi)) = 0.6577 at m = 2, more for every
 # larger m (1/sqrt(2) in the limit). The proposals of the first round all miss with chance at most

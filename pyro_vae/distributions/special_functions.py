@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CosineCumulants", "angle_derivative", "cosine_cumulants"]
-
 # The asymptotic series below is in powers of 1/sqrt(order^2 + k^2). From order 20 on, eight terms
 # leave a relative error under 5e-13 for every k >= 0 in log M, A and Var[w] (checked against
 # 60-digit arithmetic), near what rounding leaves anyway.

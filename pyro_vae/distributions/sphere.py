@@ -13,14 +13,6 @@ from torch.distributions import transform_to
 
 from pyro_vae.errors import InputError
 
-__all__ = [
-    "SphereDistribution",
-    "check_dimension",
-    "log_sphere_area",
-    "random_directions",
-    "unit_sphere",
-]
-
 
 class _UnitSphere(constraints.Constraint):
     """Vectors of unit length, up to what normalising in float32 leaves.

@@ -20,8 +20,6 @@ from .sphere import (
     unit_sphere,
 )
 
-__all__ = ["VonMisesFisher"]
-
 
 class CosineMoments(NamedTuple):
     """What densities, entropies and divergences are made of: float64, with gradients."""

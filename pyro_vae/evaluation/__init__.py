@@ -6,26 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
-    "AggregatePosterior": "checks",
-    "Bidirectional": "bracket",
-    "Calibration": "simulation",
-    "Comparison": "comparison",
-    "Estimate": "information",
-    "InferenceGaps": "gaps",
+    "AggregatePosterior": "predictive_checks",
+    "Bidirectional": "bidirectional_bounds",
+    "Calibration": "simulation_based_calibration",
+    "Comparison": "comparison_result",
+    "Estimate": "mutual_information",
+    "InferenceGaps": "gap_decomposition",
     "LogMarginal": "estimate",
     "PosteriorDivergence": "quadrature",
-    "PosteriorPredictive": "checks",
-    "Representation": "codes",
-    "aggregate_posterior": "checks",
-    "bidirectional": "bracket",
-    "calibration": "simulation",
+    "PosteriorPredictive": "predictive_checks",
+    "Representation": "representation_quality",
+    "aggregate_posterior": "predictive_checks",
+    "bidirectional": "bidirectional_bounds",
+    "calibration": "simulation_based_calibration",
     "compare": "comparison",
-    "inference_gaps": "gaps",
-    "log_marginal": "importance",
+    "inference_gaps": "gap_decomposition",
+    "log_marginal": "importance_sampling",
     "posterior_divergence": "quadrature",
-    "posterior_predictive": "checks",
-    "representation": "codes",
-    "to_arviz": "diagnostics",
+    "posterior_predictive": "predictive_checks",
+    "representation": "representation_quality",
+    "to_arviz": "arviz",
 }
 
 __all__ = [
@@ -52,22 +52,23 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pyro_vae.evaluation.bracket import Bidirectional, bidirectional
-    from pyro_vae.evaluation.checks import (
+    from pyro_vae.evaluation.arviz import to_arviz
+    from pyro_vae.evaluation.bidirectional_bounds import Bidirectional, bidirectional
+    from pyro_vae.evaluation.comparison import compare
+    from pyro_vae.evaluation.comparison_result import Comparison
+    from pyro_vae.evaluation.estimate import LogMarginal
+    from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
+    from pyro_vae.evaluation.importance_sampling import log_marginal
+    from pyro_vae.evaluation.mutual_information import Estimate
+    from pyro_vae.evaluation.predictive_checks import (
         AggregatePosterior,
         PosteriorPredictive,
         aggregate_posterior,
         posterior_predictive,
     )
-    from pyro_vae.evaluation.codes import Representation, representation
-    from pyro_vae.evaluation.comparison import Comparison, compare
-    from pyro_vae.evaluation.diagnostics import to_arviz
-    from pyro_vae.evaluation.estimate import LogMarginal
-    from pyro_vae.evaluation.gaps import InferenceGaps, inference_gaps
-    from pyro_vae.evaluation.importance import log_marginal
-    from pyro_vae.evaluation.information import Estimate
     from pyro_vae.evaluation.quadrature import PosteriorDivergence, posterior_divergence
-    from pyro_vae.evaluation.simulation import Calibration, calibration
+    from pyro_vae.evaluation.representation_quality import Representation, representation
+    from pyro_vae.evaluation.simulation_based_calibration import Calibration, calibration
 
 
 def __getattr__(name: str) -> Any:

@@ -10,20 +10,10 @@ from typing import NamedTuple
 import torch
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.infer.log_weights import PairScorer
-from pyro_vae.infer.pair import Inputs, PairFunction
-from pyro_vae.infer.particles import BATCHING_ERRORS
-
-__all__ = [
-    "Progress",
-    "any_number_of_data",
-    "block_scorers",
-    "blocks_of",
-    "can_be_split",
-    "few_of",
-    "memory_budget",
-    "rows_of",
-]
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import BATCHING_ERRORS
 
 
 class Progress(NamedTuple):

@@ -17,15 +17,13 @@ from pyro_vae.infer.capture import (
     CannotCaptureError,
     autocast_dtypes,
     trace_graph,
-    with_submodules,
 )
-from pyro_vae.infer.log_weights import PairScorer
-from pyro_vae.infer.pair import PairFunction, modules_of
-from pyro_vae.infer.particles import GivenScore, all_close
 from pyro_vae.infer.program import State
-from pyro_vae.infer.sites import Latents
-
-__all__ = ["compiled_score"]
+from pyro_vae.pair.functions import PairFunction, modules_of
+from pyro_vae.pair.sites import Latents
+from pyro_vae.pair.state import with_submodules
+from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import GivenScore, all_close
 
 Terms = tuple[Tensor, Tensor]
 

@@ -7,9 +7,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import Distribution, Independent
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
-from pyro_vae.guides.mixture import DiagonalNormalMixture
-
-__all__ = ["coordinate_marginals", "independent_coordinates"]
+from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
 
 
 def independent_coordinates(distribution: Distribution) -> Distribution | None:

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.evaluation.blocks import block_scorers, memory_budget
-from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
-from pyro_vae.infer.objectives import TracePair
-from pyro_vae.infer.pair import Inputs, PairFunction
-from pyro_vae.infer.sites import data_dim, latent_sites, sample_sites, sum_to
-
-__all__ = ["Bounds", "PerDatum", "measure_bounds", "single_latent"]
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import TracePair, data_dim, latent_sites, sample_sites, sum_to
+from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
 
 # Data that share one pass of the guide.
 _BLOCK = 1024

@@ -13,15 +13,6 @@ from torch import Tensor
 
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
-__all__ = [
-    "Convergence",
-    "LogMarginal",
-    "PosteriorDraws",
-    "log_mean_weights",
-    "summarise",
-    "warn_if_unreliable",
-]
-
 
 class Convergence(NamedTuple):
     """The estimate after fewer samples, for a figure of estimate against samples.
@@ -131,7 +122,7 @@ class LogMarginal:
         Raises:
             InputError: no draws were kept (``keep_draws=0``), or labels of another length.
         """
-        from pyro_vae.evaluation.diagnostics import to_arviz
+        from pyro_vae.evaluation.arviz import to_arviz
 
         return to_arviz(self, num_draws=num_draws, seed=seed, labels=labels)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from pyro_vae.errors import whole_number
 
-__all__ = ["check_counts", "check_max_memory"]
-
 
 def check_counts(*, least: int = 1, **counts: Any) -> None:
     """Refuse numbers, given by name, that are not whole or below ``least``."""

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["PARETO_K_LIMIT", "TailWeights", "generalized_pareto_shape", "tail_length"]
-
 # Above it the weights have so heavy a tail that the estimate and its standard error can't be trusted
 # at any practical number of samples (Vehtari et al. 2024, section 3).
 PARETO_K_LIMIT = 0.7

@@ -10,8 +10,6 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.options import check_counts
 
-__all__ = ["check_labels", "probe_accuracies"]
-
 # Enough for the solver to converge on standardised codes; it stops when it has.
 _MOST_ITERATIONS = 2000
 

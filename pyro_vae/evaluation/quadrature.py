@@ -14,19 +14,11 @@ from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import block_scorers, memory_budget
 from pyro_vae.evaluation.elbo import single_latent
 from pyro_vae.evaluation.options import check_counts, check_max_memory
-from pyro_vae.infer.log_weights import PairScorer
-from pyro_vae.infer.options import check_callables
-from pyro_vae.infer.pair import (
-    HANDLER_LOCK,
-    PairFunction,
-    as_inputs,
-    check_support,
-    evaluation_mode,
-    seeded,
-)
-from pyro_vae.infer.sites import latent_sites
-
-__all__ = ["PosteriorDivergence", "latent_on_grid", "posterior_divergence"]
+from pyro_vae.infer.settings import check_callables
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import as_inputs, check_support
+from pyro_vae.pair.sites import latent_sites
+from pyro_vae.weights.log_weights import PairScorer
 
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}

@@ -13,10 +13,8 @@ from torch import Tensor
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import Convergence, LogMarginal, PosteriorDraws, summarise
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
-from pyro_vae.infer.sites import Latents
-
-__all__ = ["Block", "Stream", "Terms", "join_blocks", "join_draws"]
+from pyro_vae.pair.sites import Latents
+from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
 
 Terms = tuple[Tensor, Tensor]
 

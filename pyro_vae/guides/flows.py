@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.distributions.flows import FlowDistribution, Shift, autoregressive_layers, spline_layers
 from pyro_vae.errors import positive_number, size, sizes
-from pyro_vae.flows import FlowDistribution, Shift, autoregressive_layers, spline_layers
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
 

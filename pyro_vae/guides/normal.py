@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.distributions.latest import LatestDraw
+from pyro_vae.distributions.cholesky_normal import CholeskyNormal, lower_cholesky, raw_cholesky
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
-from pyro_vae.priors.gaussian_mixture import lower_cholesky, raw_cholesky
 
 
 class MeanFieldNormal(VariationalFamily):
@@ -54,33 +50,6 @@ class MeanFieldNormal(VariationalFamily):
         """Return the normal with these means and log-variances."""
         scale = (0.5 * parameters["log_variance"]).exp()
         return dist.Normal(parameters["loc"], scale, validate_args=False).to_event(1)
-
-
-class CholeskyNormal(LatestDraw, dist.MultivariateNormal):
-    r"""Multivariate normal that scores its latest draw by the noise it was made of.
-
-    .. math:: \log N(m + L e; m, L L^T) = -|e|^2 / 2 - \sum_d \log L_{dd} - D/2 \log 2\pi
-
-    Solving L for e row by row multiplies the rounding of z by L's condition number. That may grow
-    like the D-th power of an off-diagonal entry over a diagonal one: with entries of 1/2 and 1/30,
-    eight dimensions leave a float32 no digit, and somewhat smaller diagonals overflow. A point that
-    was not drawn here is scored in this way all the same, for its e is not known otherwise.
-    """
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Return ``(*sample_shape, *batch, dim)``, differentiable."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        z: Tensor = self.loc + (self.scale_tril @ noise[..., None]).squeeze(-1)
-        log_volume = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = 0.5 * shape[-1] * math.log(2 * math.pi)
-        self._remember(z, -0.5 * noise.square().sum(-1) - log_volume - constant)
-        return z
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density in nats, ``(*sample_shape, *batch)``."""
-        log_prob = self._remembered(value)
-        return super().log_prob(value) if log_prob is None else log_prob
 
 
 class FullRankNormal(VariationalFamily):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.trace_elbo import _compute_log_r
+from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.objectives import TracePair, elbo_terms, wide
-
-__all__ = ["Bound", "BoundTerms", "TraceBound", "refuse_score_function", "unscaled_log_prob"]
+from pyro_vae.pair.sites import TracePair, plate_scale
 
 
 class BoundTerms(NamedTuple):
@@ -152,15 +153,6 @@ def _surrogate(model_trace: Any, guide_trace: Any) -> Tensor:
     return surrogate
 
 
-def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
-    """Return a scored site's log-probability with its mask and without its scale.
-
-    The value is the one of :func:`pyro_vae.infer.sites.site_log_prob`, taken from what Pyro has
-    computed already.
-    """
-    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-
-
 def _refuse_enumeration(*traces: Any) -> None:
     """Refuse sites that are summed out: there is no single draw to score."""
     for trace in traces:
@@ -172,18 +164,60 @@ def _refuse_enumeration(*traces: Any) -> None:
                 )
 
 
-def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> None:
-    """Refuse guide sites whose draws carry no gradient."""
-    for site in sites:
-        if not is_identically_zero(site["score_parts"].score_function):
-            raise InputError(
-                f"expected reparameterised latents for {objective}, {site['name']!r} "
-                f"({type(site['fn']).__name__}) is not: use Trace_ELBO or TraceBound"
-            )
-
-
 def _read(loss: Tensor) -> float:
     value = float(loss)
     if value != value:
         warnings.warn("Encountered NaN: loss", stacklevel=3)
     return value
+
+
+@contextmanager
+def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
+    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
+
+    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
+    and put back afterwards.
+    """
+    traces: list[TracePair] = []
+    draw = objective._get_trace
+
+    def recording(*args: Any, **kwargs: Any) -> TracePair:
+        pair = draw(*args, **kwargs)
+        traces.append(pair)
+        return pair
+
+    objective._get_trace = recording
+    try:
+        yield traces
+    finally:
+        del objective._get_trace
+
+
+def elbo_terms(traces: list[TracePair], num_particles: int, *, subsampling: bool = False) -> Tensor:
+    """Return rate and distortion of the traces an ELBO has drawn, ``(2,)``, sums over the batch.
+
+    Scales (beta, subsampling) are taken out and masks kept, so minus their sum is the ELBO whatever
+    was optimised. With ``subsampling`` the scales of the plates stay in: minus the sum then estimates
+    the ELBO of all the data. NaN for an ELBO that sums over enumerated values, whose traces hold no
+    single draw.
+    """
+    signs = []
+    for model_trace, guide_trace in traces:
+        for trace, of_guide in ((model_trace, False), (guide_trace, True)):
+            for site in trace.nodes.values():
+                if site["type"] == "sample" and not site_is_subsample(site):
+                    signs.append((site, 0 if of_guide or not site["is_observed"] else 1, of_guide))
+    if any(site["infer"].get("_enumerate_dim") is not None for site, _, _ in signs):
+        return torch.full((2,), torch.nan, device=signs[0][0]["value"].device)
+    terms: list[list[Tensor]] = [[], []]
+    for site, index, of_guide in signs:
+        log_prob = wide(site["unscaled_log_prob"].detach())
+        scale = plate_scale(site) if subsampling else 1.0
+        total = scale_and_mask(log_prob, scale=scale, mask=site["mask"]).sum()
+        terms[index].append(total if of_guide else -total)
+    return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, or as it is where the device has no float64."""
+    return tensor if tensor.device.type == "mps" else tensor.double()

@@ -15,9 +15,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.infer.files import UNREADABLE, checksum_of, write_whole
-
-__all__ = ["checkpoint_files", "newest", "plain", "write"]
+from pyro_vae.files import UNREADABLE, checksum_of, write_whole
 
 _FORMAT = 1
 _ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process

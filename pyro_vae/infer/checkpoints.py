@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 
+from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, first_line, real_number, whole_number
+from pyro_vae.files import checksum_of, folder_at, refuse_to_write
 from pyro_vae.infer import checkpoint_files as files
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.files import checksum_of, folder_at, refuse_to_write
 from pyro_vae.infer.generators import generator_states, set_generator_states
-from pyro_vae.infer.options import Schedule
-from pyro_vae.infer.pair import Inputs
-from pyro_vae.infer.per_datum import StockBound
-from pyro_vae.infer.processes import ALONE, Processes
-from pyro_vae.infer.steps import NotFiniteError, Steps
+from pyro_vae.infer.settings import Schedule
+from pyro_vae.infer.trainer import NotFiniteError, Steps
+from pyro_vae.infer.training_objective import StockBound
 from pyro_vae.infer.validation import EarlyStopping
-
-__all__ = ["Checkpoints", "Interrupted", "data_checksum", "decisive_settings"]
+from pyro_vae.pair.inputs import Inputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -11,14 +11,12 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 
+from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.engine import Engine, Replay
 from pyro_vae.infer.estimators import BoundEstimator, TraceEstimator
-from pyro_vae.infer.objectives import scale_latents
 from pyro_vae.infer.program import Call, DeviceLoss, accumulate
-
-__all__ = ["Compiled", "CompiledTrace_ELBO"]
 
 
 class _Stepping:

@@ -6,10 +6,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.capture import accumulating_leaves
-from pyro_vae.infer.sites import latent_sites
-
-__all__ = ["check_latents", "check_trainable"]
+from pyro_vae.pair.sites import latent_sites
+from pyro_vae.pair.state import accumulating_leaves
 
 
 def check_latents(model_trace: Trace, guide_trace: Trace, plate: str) -> None:

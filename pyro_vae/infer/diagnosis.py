@@ -11,11 +11,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.infer.objectives import draw_traces
-from pyro_vae.infer.pair import Inputs, PairFunction, evaluation_mode, seeded
-from pyro_vae.infer.sites import latent_sites
-
-__all__ = ["diagnosed"]
+from pyro_vae.pair.functions import PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import draw_traces, latent_sites
 
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
 # 0.01, the usual test for an active one (Burda et al. 2016, appendix C), costs log(1.01) / 2 = 0.005;

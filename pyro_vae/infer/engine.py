@@ -14,12 +14,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import CannotCaptureError
 from pyro_vae.infer.estimators import Estimator
-from pyro_vae.infer.objectives import scale_latents
-from pyro_vae.infer.pair import modules_of
 from pyro_vae.infer.program import (
     Call,
     Pair,
@@ -31,8 +30,8 @@ from pyro_vae.infer.program import (
     refuse_different_buffers,
     refuse_gradients,
 )
-
-__all__ = ["Engine", "Replay", "scaled"]
+from pyro_vae.pair.functions import modules_of
+from pyro_vae.pair.state import Snapshot, accumulating_leaves, with_submodules
 
 Result = TypeVar("Result")
 
@@ -194,7 +193,7 @@ class Engine:
             return result
         if pair.wants(signature):
             closed_over = map(modules_of, (call.model, call.guide))
-            modules = capture.with_submodules([*found, *itertools.chain(*closed_over)])
+            modules = with_submodules([*found, *itertools.chain(*closed_over)])
             try:
                 program = self._capture(call, modules, signature, inputs)
                 self._compile(pair, program, call)
@@ -210,10 +209,10 @@ class Engine:
     ) -> Program:
         """Record the step's graph and hold it against the reference."""
         capture.refuse_pair(call.guide, modules)
-        before = capture.Snapshot(modules)
+        before = Snapshot(modules)
         with before.put_back(), capture.conditions():
             reference = self._reference(call)
-            before.refuse_untraceable()
+            capture.refuse_untraceable(before)
             state = State(modules, list(reference.parameters), list(reference.gradients))
             refuse_gradients(state, reference)
             leaves = list(reference.gradients)
@@ -250,7 +249,7 @@ class Engine:
         if not nodes or not getattr(terms.surrogate, "requires_grad", False):
             raise CannotCaptureError("no parameter that Pyro knows of requires a gradient")
         gradients: Sequence[Tensor]
-        leaves = capture.accumulating_leaves(terms.surrogate)
+        leaves = accumulating_leaves(terms.surrogate)
         found = torch.autograd.grad(terms.surrogate, leaves, allow_unused=True)
         used = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         if any(gradient.layout is not torch.strided for gradient in used.values()):
@@ -300,7 +299,7 @@ class Engine:
 
     def _check(self, program: Program, call: Call) -> None:
         """Compare one step of the program with the reference on the same generator state."""
-        before = capture.Snapshot(program.state.live_modules())
+        before = Snapshot(program.state.live_modules())
         inputs: list[Tensor] = []
         capture.describe((call.args, call.kwargs), inputs)
         with before.put_back():

@@ -9,11 +9,8 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound
-from pyro_vae.infer.objectives import elbo_terms
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms
 from pyro_vae.infer.program import Call
-
-__all__ = ["BoundEstimator", "Estimator", "TraceEstimator"]
 
 
 class Estimator(Protocol):

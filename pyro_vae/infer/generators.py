@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generator_states", "set_generator_states"]
-
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the state of every random generator: Python's, NumPy's, torch's on CPU and device."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 
-__all__ = ["FusedOptim"]
-
 # Devices on which an optimiser's fused kernel exists in every supported release of torch.
 FUSED_DEVICES = {
     torch.optim.Adam: ("cpu", "cuda"),

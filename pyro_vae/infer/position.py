@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Position", "means_of"]
-
 
 class Position:
     """A pass over the data that can be left and taken up again between two steps.

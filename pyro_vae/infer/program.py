@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
 
-__all__: list[str] = []
-
 # Programs kept per pair.  More distinct signatures than this mean that a number which changes from
 # step to step is passed as a Python value; each would cost a compilation.
 MAXIMUM_PROGRAMS = 16
@@ -365,6 +363,7 @@ class DeviceLoss(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def item(self) -> float:
+        """Read the loss."""
         value = float(super().item())
         warn_if_nan(value, "loss")
         return value

@@ -7,8 +7,6 @@ import random
 import sys
 from typing import Any
 
-__all__ = ["EpochProgress"]
-
 
 class EpochProgress:
     """A bar with epoch, time left, ELBO of both parts, rate and distortion.

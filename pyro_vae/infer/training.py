@@ -12,36 +12,26 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vae.beta import BetaSchedule
 from pyro_vae.datasets import Dataset
+from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.infer.checkpoints import Checkpoints, data_checksum, decisive_settings
-from pyro_vae.infer.choice import engine_of, outcome_of, own_beta
-from pyro_vae.infer.devices import place_pair
+from pyro_vae.infer.compile_choice import engine_of, outcome_of, own_beta
 from pyro_vae.infer.diagnosis import diagnosed
-from pyro_vae.infer.objectives import BetaSchedule
-from pyro_vae.infer.options import (
+from pyro_vae.infer.progress import EpochProgress
+from pyro_vae.infer.settings import (
     LearningRate,
     Schedule,
     check_callables,
     check_options,
     computing_in,
 )
-from pyro_vae.infer.pair import (
-    HANDLER_LOCK,
-    Inputs,
-    PairFunction,
-    as_inputs,
-    check_support,
-    seeded,
-    training_mode,
-)
-from pyro_vae.infer.per_datum import BoundPerDatum, bound_of
-from pyro_vae.infer.processes import Processes
-from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.steps import Steps
-from pyro_vae.infer.validation import EarlyStopping, bound_terms, validated
-
-__all__ = ["HISTORY", "FitResult", "bound_terms", "check_options", "fit"]
+from pyro_vae.infer.trainer import Steps
+from pyro_vae.infer.training_objective import BoundPerDatum, bound_of
+from pyro_vae.infer.validation import EarlyStopping, validated
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, place_pair, seeded, training_mode
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
 
 HISTORY = (
     "train_elbo",

@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.objectives import draw_traces, elbo_terms
-from pyro_vae.infer.pair import (
-    HANDLER_LOCK,
-    Inputs,
-    PairFunction,
-    as_inputs,
-    device_of,
-    evaluation_mode,
-    seeded,
-)
-from pyro_vae.infer.processes import ALONE, Processes
-from pyro_vae.infer.steps import Steps
-
-__all__ = ["EarlyStopping", "bound_terms", "validated"]
+from pyro_vae.distributed import ALONE, Processes
+from pyro_vae.infer.bounds import elbo_terms
+from pyro_vae.infer.trainer import Steps
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.sites import draw_traces
 
 # Validation draws come from their own seed, the same in every epoch: they leave the training's random
 # stream alone, and differences between epochs are not drowned in the noise of the draws.

@@ -11,13 +11,11 @@ from matplotlib.figure import Figure
 from pyro_vae.plots.images import is_image
 from pyro_vae.plots.style import BLUE, ORANGE, Array
 
-__all__ = ["autoencoder_and_vae"]
-
 _SHOWN = 12  # data and random latents per row
 
 
 class SideArrays(Protocol):
-    """The arrays of one side; see :class:`pyro_vae.tasks.baseline.Side`."""
+    """The arrays of one side; see :class:`pyro_vae.tasks.autoencoder_comparison.Side`."""
 
     @property
     def reconstructions(self) -> Any:

@@ -11,14 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots.style import BLUE, ORANGE, Array, one_panel
 
-__all__ = [
-    "datum_against_datum",
-    "observed_and_replicated",
-    "paired_differences",
-    "prior_and_aggregate",
-    "rank_histograms",
-]
-
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
 

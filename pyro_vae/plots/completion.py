@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 from pyro_vae.plots.images import image_grid, is_image
 from pyro_vae.plots.style import BLUE, ORANGE, Array, legend_above, one_panel
 
-__all__ = ["completions"]
-
 
 def completions(
     truth: Array,

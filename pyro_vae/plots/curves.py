@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots.style import BLUE, ORANGE, Array, fit_vertically
 
-__all__ = ["training_curves", "weight_diagnostics"]
-
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
     """Show ELBO, rate and distortion against epochs.

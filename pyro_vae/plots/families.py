@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 
 from pyro_vae.plots.style import BLUE, ORANGE
 
-__all__ = ["families_and_runs"]
-
 
 def families_and_runs(
     names: Sequence[str],

@@ -14,8 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots.style import BLUE, INK, ORANGE, TINT, Array, legend_above, one_panel
 
-__all__ = ["image_grid", "is_image", "reconstructions", "samples"]
-
 
 def is_image(data_shape: Sequence[int]) -> bool:
     """Say whether data of this shape are shown as images.

@@ -14,8 +14,6 @@ from matplotlib.patches import Circle
 from pyro_vae.plots.images import flat_image, image_grid, is_image
 from pyro_vae.plots.style import BLUE, INK, MAP, Array, class_colours, legend_beside, one_panel
 
-__all__ = ["interpolations", "latent_scatter", "manifold", "traversals"]
-
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
 # Panels of a picture of vectors.

@@ -7,20 +7,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = [
-    "BLUE",
-    "INK",
-    "MAP",
-    "ORANGE",
-    "TINT",
-    "Array",
-    "class_colours",
-    "fit_vertically",
-    "legend_above",
-    "legend_beside",
-    "one_panel",
-]
-
 Array = np.ndarray
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"

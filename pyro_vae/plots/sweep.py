@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots.style import BLUE, ORANGE, Array
 
-__all__ = ["rate_distortion"]
-
 
 def rate_distortion(
     beta: Array,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 
@@ -37,8 +36,3 @@ class Prior(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         else:
             self.register_buffer(name, value)
-
-
-def softplus_inverse(value: Tensor) -> Tensor:
-    """Return the raw number whose softplus is ``value``."""
-    return value + torch.log(-torch.expm1(-value))

@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layers
 from pyro_vae.errors import positive_number, size, sizes
-from pyro_vae.flows import FlowDistribution, Inverse, spline_layers
 from pyro_vae.priors.base import Prior
 
 

@@ -7,10 +7,11 @@ import math
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pyro_vae.distributions.cholesky_normal import lower_cholesky, raw_cholesky
+from pyro_vae.distributions.normal_mixture import variance_of_means
 from pyro_vae.errors import InputError, size
-from pyro_vae.priors.base import Prior, softplus_inverse
+from pyro_vae.priors.base import Prior
 
 
 class GaussianMixture(Prior):
@@ -122,37 +123,3 @@ class GaussianMixture(Prior):
         components = dist.MultivariateNormal(self.means, scale_tril=factors, validate_args=False)
         weights = dist.Categorical(logits=self.logits, validate_args=False)
         return dist.MixtureSameFamily(weights, components, validate_args=False)
-
-
-def variance_of_means(size: int) -> float:
-    """Return how much of a variance of 1 a fresh mixture has between its means, not within them.
-
-    With a share s the mean squared distance of two means is 2 s size, in units of a component's
-    variance 2 s size / (1 - s). At s = 1 / (size + 1) that is 2 in every dimension: components
-    overlap but differ, whereas a constant share would put them far apart in many dimensions.
-    """
-    return 1 / (size + 1)
-
-
-def lower_cholesky(raw: Tensor, size: int) -> Tensor:
-    """Return lower triangular matrices ``(*batch, size, size)`` with a positive diagonal.
-
-    Args:
-        raw: the lower triangles row by row, ``(*batch, size * (size + 1) / 2)``; the diagonal goes
-            through softplus.
-        size: rows of one matrix.
-    """
-    # Entry (row, column) of the triangle stands at row (row + 1) / 2 + column. Gathering, unlike
-    # writing into a matrix of zeros, works under vmap.
-    row = torch.arange(size, device=raw.device)
-    position = (row * (row + 1) // 2)[:, None] + row[None, :]
-    full = raw[..., position.clamp(max=raw.shape[-1] - 1)]
-    return full.tril(-1) + torch.diag_embed(F.softplus(full.diagonal(dim1=-2, dim2=-1)))
-
-
-def raw_cholesky(factor: Tensor) -> Tensor:
-    """Return what :func:`lower_cholesky` turns into ``factor``, ``(*batch, size, size)``."""
-    diagonal = softplus_inverse(factor.diagonal(dim1=-2, dim2=-1))
-    full = factor.tril(-1) + torch.diag_embed(diagonal)
-    rows, columns = torch.tril_indices(*factor.shape[-2:], device=factor.device)
-    return full[..., rows, columns]

@@ -17,8 +17,6 @@ from pyro_vae.errors import InputError, first_line, unknown_name
 from pyro_vae.runs.files import CONFIG, FORMAT
 from pyro_vae.vae import VAE
 
-__all__ = ["Components", "build", "describe"]
-
 # The parts of a VAE, in the order they are built: a prior may use the variational family.
 _PARTS = ("variational_family", "prior", "likelihood")
 Components = Mapping[str, type[nn.Module]]

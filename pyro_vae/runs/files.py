@@ -10,20 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.infer.files import refuse_to_write, write_whole
-
-__all__ = [
-    "CHECKPOINTS",
-    "CONFIG",
-    "FORMAT",
-    "WEIGHTS",
-    "finite_or_none",
-    "own_file",
-    "read_config",
-    "refuse_to_write",
-    "write_json",
-    "write_whole",
-]
+from pyro_vae.files import write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 FORMAT = 1

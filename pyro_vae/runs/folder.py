@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
+from pyro_vae.files import folder_at, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files
-from pyro_vae.infer.devices import resolve_device
-from pyro_vae.infer.files import folder_at
-from pyro_vae.infer.pair import seeded
+from pyro_vae.pair.functions import resolve_device, seeded
 from pyro_vae.runs.description import Components, build, describe
-from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, refuse_to_write, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, write_json
 from pyro_vae.runs.weights import assign, read_weights, save_weights
 from pyro_vae.vae import VAE
-
-__all__ = ["check_free", "continued_run", "load", "locked", "new_run", "save"]
 
 _LOCK = ".lock"
 

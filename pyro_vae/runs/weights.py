@@ -12,12 +12,10 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.infer.files import UNREADABLE, checksum_of
+from pyro_vae.files import UNREADABLE, checksum_of, write_whole
 from pyro_vae.runs.description import describe
-from pyro_vae.runs.files import WEIGHTS, own_file, write_whole
+from pyro_vae.runs.files import WEIGHTS, own_file
 from pyro_vae.vae import VAE
-
-__all__ = ["assign", "read_weights", "save_weights"]
 
 # One entry alone: the order of several in the file would differ from process to process.
 _CHECKSUM = "checksum"

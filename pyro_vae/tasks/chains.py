@@ -8,11 +8,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.infer.pair import Inputs, PairFunction
-from pyro_vae.infer.particles import tile, total
-from pyro_vae.infer.sites import Given, Latents, Site, sample_sites
-
-__all__ = ["Chains", "Problem", "draw_hidden", "run_chains", "value_moments"]
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import Given, Latents, Site, sample_sites
+from pyro_vae.weights.particles import tile, total
 
 
 class Problem(NamedTuple):

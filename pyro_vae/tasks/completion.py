@@ -12,18 +12,10 @@ from torch import Tensor
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.evaluation.blocks import can_be_split, memory_budget
 from pyro_vae.evaluation.options import check_counts, check_max_memory
-from pyro_vae.evaluation.simulated import changed_site
-from pyro_vae.infer.log_weights import PairScorer, Scores, check_weights
-from pyro_vae.infer.pair import (
-    HANDLER_LOCK,
-    Inputs,
-    PairFunction,
-    as_inputs,
-    evaluation_mode,
-    seeded,
-)
-from pyro_vae.infer.particles import BATCHING_ERRORS
-from pyro_vae.infer.sites import (
+from pyro_vae.evaluation.simulate import changed_site
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.sites import (
     Given,
     Latents,
     check_density_known,
@@ -33,8 +25,8 @@ from pyro_vae.infer.sites import (
 )
 from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
-
-__all__ = ["METHODS", "Completion", "complete"]
+from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.weights.particles import BATCHING_ERRORS
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",

@@ -12,17 +12,9 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import can_be_split
-from pyro_vae.infer.log_weights import PairScorer
-from pyro_vae.infer.pair import (
-    HANDLER_LOCK,
-    Inputs,
-    PairFunction,
-    as_inputs,
-    check_support,
-    evaluation_mode,
-    seeded,
-)
-from pyro_vae.infer.sites import (
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
+from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
@@ -33,8 +25,7 @@ from pyro_vae.infer.sites import (
 )
 from pyro_vae.tasks.encoding import mean_of
 from pyro_vae.tasks.temperature import AtTemperature, check_temperature
-
-__all__ = ["generate", "reconstruct"]
+from pyro_vae.weights.log_weights import PairScorer
 
 
 def generate(

@@ -10,15 +10,8 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor, distributions, nn
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.pair import Inputs, PairFunction, owned_modules
-
-__all__ = [
-    "check_missing",
-    "elementwise_base",
-    "nan_as_missing",
-    "observed_pair",
-    "on_observed_part",
-]
+from pyro_vae.pair.functions import PairFunction, owned_modules
+from pyro_vae.pair.inputs import Inputs
 
 
 def nan_as_missing(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import distributions
 
+from pyro_vae.distributions.flows import FlowDistribution
+from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
 from pyro_vae.errors import InputError, real_number
-from pyro_vae.flows import FlowDistribution
-from pyro_vae.guides.mixture import DiagonalNormalMixture
-from pyro_vae.infer.sites import is_delta
-
-__all__ = ["AtTemperature", "check_temperature"]
+from pyro_vae.pair.sites import is_delta
 
 # Families with a location and a scale: the temperature multiplies the scale.
 _LOCATION_SCALE = (

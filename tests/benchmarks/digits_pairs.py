@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import pyro_vae as pv
-from pyro_vae import commands
-from pyro_vae.names import FAMILIES, PRIORS, TrainSettings
+from pyro_vae.app.names import FAMILIES, PRIORS, TrainSettings
+from pyro_vae.app.train import train
 
 # A VampPrior's density inverts each component's flow, coordinate by coordinate: with a tenth of the
 # data as pseudo-inputs (129, as elsewhere) one run of these takes hours.
@@ -51,7 +51,7 @@ def run(folder: Path, prior: str, guide: str, seed: int, epochs: int) -> dict[st
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # k is read from the metrics
-            commands.train(settings, path, progress=False)
+            train(settings, path, progress=False)
     metrics = json.loads((path / "metrics.json").read_text())
     return {
         "elbo": metrics["test"]["elbo"],

@@ -10,7 +10,7 @@ import torch
 from compared_pairs import QUICK, bits, pair_of, small_vae, unchanged, values_of
 
 import pyro_vae as pv
-from pyro_vae.evaluation.comparison import Comparison, Measured
+from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.elbo import PerDatum
 
 F64 = torch.float64

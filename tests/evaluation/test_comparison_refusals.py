@@ -110,7 +110,7 @@ def _untrained(monkeypatch):
     def fit(*_, **__):
         raise AssertionError("trained before it was refused")
 
-    monkeypatch.setattr("pyro_vae.evaluation.comparison.training.fit", fit)
+    monkeypatch.setattr("pyro_vae.evaluation.comparison_training.fit", fit)
 
 
 def normal_pair(num_latents=2, scaled=False, latents=("z",), num_data=None):

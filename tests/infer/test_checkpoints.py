@@ -21,7 +21,7 @@ import pyro_vae as pv
 from pyro_vae.infer import IWAE, training
 from pyro_vae.infer.checkpoint_files import checkpoint_files, newest, write
 from pyro_vae.infer.checkpoints import Interrupted
-from pyro_vae.infer.steps import Steps
+from pyro_vae.infer.trainer import Steps
 
 PIXELS = 6
 TIMES = {"seconds", "data_per_second"}

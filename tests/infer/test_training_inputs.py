@@ -14,7 +14,7 @@ from small_vae import PIXELS, make_vae
 from training_pairs import changed, conditional_pair, make_data, unregistered_pair
 
 import pyro_vae as pv
-from pyro_vae.infer.pair import modules_of
+from pyro_vae.pair.functions import modules_of
 
 
 def test_transform_sees_each_batch():

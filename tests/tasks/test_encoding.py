@@ -9,7 +9,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.building import Architecture, build_vae
+from pyro_vae.app.building import Architecture, build_vae
 
 
 def vae(prior="standard-normal", guide="mean-field", likelihood="bernoulli", latent_dim=3):

@@ -270,7 +270,7 @@ def test_inputs_that_do_not_fit_are_refused(inputs, message):
 
 
 def test_the_owner_of_a_wrapped_pair_is_moved_and_trained_like_the_pair():
-    from pyro_vae.infer.pair import modules_of, owned_modules
+    from pyro_vae.pair.functions import modules_of, owned_modules
 
     vae = make_vae()
     pair = observed_pair(vae.model, vae.guide)

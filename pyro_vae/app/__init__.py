@@ -1,0 +1,1 @@
+"""The command line: names, settings, commands, and the pages they write."""

@@ -1,0 +1,296 @@
+"""``pyro-vae compare``: families, priors and likelihoods in several runs each, on equal terms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from pyro_vae import plots
+from pyro_vae.app.comparison_page import write_comparison_page
+from pyro_vae.app.families import Families
+from pyro_vae.app.measured import MEASURED, load_measured, save_measured
+from pyro_vae.app.names import EvaluateSettings, TrainSettings
+from pyro_vae.app.pages import log_prob_name
+from pyro_vae.app.pictures import save_picture
+from pyro_vae.app.report import plus_minus
+from pyro_vae.app.run import RUNS
+from pyro_vae.app.settings import check_counts, check_evaluation, checked
+from pyro_vae.app.study import Study, opened, write_rows
+from pyro_vae.app.train import data_of, origin
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.comparison import compare
+from pyro_vae.evaluation.comparison_result import Measured
+from pyro_vae.pair.functions import resolve_device
+from pyro_vae.runs.files import write_json
+from pyro_vae.vae import VAE
+
+_SEED = 0  # of the draws that measure, the same for every run
+
+# Draws for ELBO, rate and distortion, whose error falls faster than that of log p(x).
+_ELBO_SAMPLES = 1000
+_IMPORTANCE = 50
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One thing compared: its name and the settings of its runs, one per seed."""
+
+    name: str
+    runs: tuple[TrainSettings, ...]
+
+
+def compare_families(
+    settings: TrainSettings,
+    how: EvaluateSettings,
+    *,
+    guides: str,
+    priors: str,
+    likelihoods: str,
+    seeds: int,
+    hold: str | None,
+    output: Path,
+) -> Families:
+    """Train every combination with every seed, measure all on the same data, write what was found.
+
+    Args:
+        settings: what to train on what, and how; prior, likelihood and guide are not used.
+        how: how log p(x) is estimated; ``both`` adds annealing.
+        guides: names of variational families between commas.
+        priors: names of priors between commas.
+        likelihoods: names of likelihoods between commas.
+        seeds: runs of each combination; they differ in initial weights and training, not in data.
+        hold: ``"model"`` trains the first guide's VAE and then every guide against its frozen model.
+        output: the folder; a comparison of the same settings that was begun there is continued.
+
+    Raises:
+        InputError: names, numbers or combinations out of range, or a folder that holds something
+            else.
+    """
+    check_evaluation(how)
+    _check_how(how, seeds)
+    members = _members(settings, guides, priors, likelihoods, seeds, hold)
+    resolve_device(settings.device)
+    shared = members[0].runs[0]
+    measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
+    asked = {
+        **asdict(shared),
+        "guide": _names(guides),
+        "prior": _names(priors),
+        "likelihood": _names(likelihoods),
+        "seeds": seeds,
+        "hold": hold,
+        **{name: getattr(how, name) for name in measuring},
+    }
+    dataset = data_of(shared)
+    with opened(output, asked, dataset) as study:
+        metrics: dict[str, list[dict[str, Any]]] = {}
+        measured: dict[str, list[Measured]] = {}
+        likelihood = ""
+        for index in range(seeds):
+            held = _reference(study, members[0], index) if hold == "model" else None
+            for member in members:
+                found, made, likelihood = _run(study, member, index, how, held)
+                measured.setdefault(member.name, []).append(found)
+                metrics.setdefault(member.name, []).append(made)
+        families = Families.of(
+            measured,
+            likelihood=likelihood,
+            num_importance=_IMPORTANCE,
+            num_samples=how.num_samples,
+            hold=hold,
+            seed=_SEED,
+        )
+        _write(study, families, metrics, asked)
+        _print(study, families)
+    return families
+
+
+def _run(
+    study: Study, member: _Member, index: int, how: EvaluateSettings, held: VAE | None
+) -> tuple[Measured, dict[str, Any], str]:
+    """Train and measure one run, or read what an earlier call found."""
+    settings = member.runs[index]
+    name = _folder_name(settings)
+    vae, metrics = study.run(name, settings, held=held)
+    folder = study.folder / RUNS / name
+    if not (folder / MEASURED).is_file():
+        device = resolve_device(settings.device)
+        annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
+        comparison = compare(
+            {name: (vae.model, vae.guide)},
+            study.dataset.test[: how.num_data].to(device),
+            num_samples=how.num_samples,
+            num_elbo_samples=_ELBO_SAMPLES,
+            num_importance=_IMPORTANCE,
+            methods=("importance", "annealed") if how.method == "both" else ("importance",),
+            annealing_options=annealing if how.method == "both" else None,
+            hold="model" if held is not None else None,
+            seed=_SEED,
+        )
+        save_measured(comparison.pairs[name], comparison.likelihood, folder)
+    measured, likelihood = load_measured(folder)
+    return measured, metrics, likelihood
+
+
+def _reference(study: Study, member: _Member, index: int) -> VAE:
+    """Return the VAE whose model is held in the runs of this seed: that of the first guide."""
+    settings = member.runs[index]
+    return study.run(f"model-{_folder_name(settings)}", settings)[0]
+
+
+def _write(
+    study: Study,
+    families: Families,
+    metrics: dict[str, list[dict[str, Any]]],
+    asked: dict[str, Any],
+) -> None:
+    folder = study.folder
+    rows = families.rows()
+    for name, own in metrics.items():
+        rows[name]["seconds_per_epoch"] = sum(map(_seconds_per_epoch, own)) / len(own)
+    figures = _figures(families, asked)
+    for name, figure in figures.items():
+        save_picture(figure, folder / f"{name}.png")
+    write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
+    singles = list(_single_runs(families, metrics, asked))
+    write_rows(singles, folder / "runs.csv")
+    made = {"settings": asked, "checksums": study.dataset.checksums, **origin()}
+    write_comparison_page(folder, families, rows, singles, figures, made)
+    comparison = families.comparison
+    about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
+    content = {**about, "families": rows, "runs": singles, **made}
+    write_json(folder / "comparison.json", content)
+
+
+def _figures(families: Families, asked: dict[str, Any]) -> dict[str, Figure]:
+    comparison, names = families.comparison, list(families.runs)
+    labels = {comparison.ranked_by: "log p(x)", "elbo": "ELBO"}
+    differences = [[families.difference(name, each) for name in names] for each in labels]
+    count = len(next(iter(families.runs.values())))
+    data = Path(asked["dataset"]).name
+    figures = {
+        "differences": plots.families_and_runs(
+            names,
+            [[each.by_run for each in row] for row in differences],
+            [[each.mean for each in row] for row in differences],
+            [[each.half_width for each in row] for row in differences],
+            labels=list(labels.values()),
+            title=f"{data}: mean over {count} runs, 95% interval; small dots: single runs",
+        )
+    }
+    if len(names) > 1:
+        best = comparison.best()
+        other = next(name for name in names if name != best)
+        figures["per-datum"] = comparison.scatter(other, best)
+    return figures
+
+
+def _single_runs(
+    families: Families, metrics: dict[str, list[dict[str, Any]]], asked: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return one row of numbers per run."""
+    rows = []
+    for name, own in families.runs.items():
+        for index, measured in enumerate(own):
+            row: dict[str, Any] = {"name": name, "seed": asked["seed"] + index}
+            for quantity in (*families.comparison.quantities, "rate", "distortion"):
+                value = getattr(measured, quantity)
+                row[quantity] = value.mean
+                row[f"{quantity}_standard_error"] = value.mean_standard_error
+                row[f"{quantity}_data_standard_error"] = value.data_standard_error
+            row["unreliable_share"], row["median_ess"] = (
+                measured.unreliable_share,
+                measured.median_ess,
+            )
+            row["training_seconds"] = metrics[name][index]["training_seconds"]
+            rows.append(row)
+    return rows
+
+
+def _print(study: Study, families: Families) -> None:
+    comparison = families.comparison
+    quantity = comparison.ranked_by
+    table = Table(title="Test part, nats per datum", title_justify="left")
+    label = log_prob_name(comparison.likelihood == "pseudo-likelihood")
+    for column in ("", label, "between runs", "to the best (95%)", "ELBO", "verdict"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in families.runs:
+        value, difference = comparison.per_datum(name, quantity), families.difference(name, quantity)
+        table.add_row(
+            name,
+            f"{value.mean:.3f}",
+            plus_minus(families.run_deviation(name, quantity), None, 3),
+            plus_minus(difference.mean, difference.half_width, 3),
+            f"{comparison.per_datum(name, 'elbo').mean:.3f}",
+            families.verdict(name),
+        )
+    study.console.print(table)
+    study.console.print(f"comparison: {study.folder}", soft_wrap=True, highlight=False)
+
+
+def _members(
+    settings: TrainSettings, guides: str, priors: str, likelihoods: str, seeds: int, hold: str | None
+) -> list[_Member]:
+    """Return every combination, its settings checked before anything is trained."""
+    axes = {
+        "prior": _names(priors),
+        "likelihood": _names(likelihoods),
+        "guide": _names(guides),
+    }
+    for axis, names in axes.items():
+        if len(set(names)) < len(names) or "" in names:
+            raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
+    _check_axes(axes, hold)
+    varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
+    members = []
+    for chosen in itertools.product(*axes.values()):
+        combination: dict[str, Any] = dict(zip(axes, chosen, strict=True))
+        own = replace(settings, **combination, data_seed=settings.split_seed)
+        checks = [checked(replace(own, seed=settings.seed + index)) for index in range(seeds)]
+        members.append(_Member(" / ".join(combination[axis] for axis in varied), tuple(checks)))
+    return members
+
+
+def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
+    if hold not in (None, "model"):
+        raise InputError(f"expected --hold model, got {hold!r}")
+    if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
+        raise InputError(
+            "expected likelihoods whose log p(x) can be subtracted, got bernoulli, a probability of "
+            "bits, beside densities: compare them apart"
+        )
+    if hold == "model":
+        if len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1:
+            raise InputError(
+                "expected one prior and one likelihood to hold, got several: give one each"
+            )
+        if axes["prior"] == ("vamp",):
+            raise InputError(
+                "expected a prior that is no part of a guide to hold, got vamp: use pv.compare with "
+                'hold="model"'
+            )
+
+
+def _check_how(how: EvaluateSettings, seeds: int) -> None:
+    check_counts({"seeds": seeds})
+    if how.method == "annealed":
+        raise InputError("expected the method importance or both, got annealed: both has it")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _folder_name(settings: TrainSettings) -> str:
+    return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
+
+
+def _seconds_per_epoch(metrics: dict[str, Any]) -> float:
+    epochs = len(metrics["history"]["train_elbo"])
+    return metrics["training_seconds"] / epochs if epochs else math.nan

@@ -1,0 +1,267 @@
+"""One builder of self-contained HTML pages: text, tables and figures in a single file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A figure of more bytes than this as SVG, such as a scatter of many points, is embedded as PNG: a
+# browser draws it faster and the page stays small enough to be mailed.
+_LARGEST_SVG = 150_000
+
+# CSS pixels per inch, by the CSS standard; figures appear at the size they were drawn for.
+_PIXELS_PER_INCH = 96
+
+_NUMERIC = re.compile(r"[-+]?(\d|\.\d|inf)|-$|yes$|no$")
+
+# The policy forbids every resource but embedded pictures: the page needs no network and runs no code.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --faint: #5a6570; --line: #d7dce1;
+  --band: #f5f7f9; --link: #1f5a94; --alarm: #9c4a10; --alarm-paper: #fdf3ea; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e6e9ec; --faint: #a3adb6;
+  --line: #39414a; --band: #1e2328; --link: #86b7e8; --alarm: #f0b27a; --alarm-paper: #33261a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line);
+  padding-top: 1.2rem; }
+p { max-width: 44rem; margin: .6rem 0; }
+.subtitle { color: var(--faint); margin: .3rem 0 1rem; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0;
+  margin: 1rem 0 0; }
+a { color: var(--link); }
+.warning { border-left: .25rem solid var(--alarm); background: var(--alarm-paper);
+  padding: .6rem .9rem; }
+.warning strong { color: var(--alarm); }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption, figcaption { text-align: left; color: var(--faint); font-size: .88rem; }
+caption { padding-bottom: .4rem; }
+figcaption { margin-top: .3rem; max-width: 44rem; }
+th, td { text-align: left; font-weight: normal; padding: .3rem .8rem .3rem .3rem;
+  border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
+tbody tr:nth-child(even) { background: var(--band); }
+tbody th { white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; padding: .3rem .3rem .3rem .8rem; }
+thead .number { white-space: normal; }
+.facts td { overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; }
+img { max-width: 100%; height: auto; background: #fff; display: block; border-radius: 3px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band); padding: .7rem .9rem;
+  font-size: .85rem; }
+@page { margin: 15mm; }
+@media print {
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --faint: #333; --line: #999;
+    --band: #fff; --link: #000; --alarm: #000; --alarm-paper: #fff; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav { display: none; }
+  .wide { overflow: visible; }
+  table { font-size: 8pt; }
+  th, td, .number { padding: .15rem .25rem; }
+  thead { display: table-header-group; }
+  figure, tr, pre, .warning { break-inside: avoid; }
+  h2, caption { break-after: avoid; }
+  caption, figcaption { font-size: 9pt; }
+  img { max-height: 240mm; }
+}
+""".strip()
+
+
+class Page:
+    """A page that is built from top to bottom and read without a network.
+
+    What is passed in is text, never markup: everything is escaped. The same content gives the same
+    bytes. The page holds no code, names no other resource, follows the reader's light or dark scheme,
+    and prints without breaking a figure or a row.
+
+    Args:
+        title: the page's name and first heading.
+        subtitle: a line below it.
+        language: of the text, for screen readers and hyphenation.
+
+    Example:
+        >>> page = Page("Run 1")
+        >>> page.section("Result")
+        >>> page.table(["quantity", "nats"], [["log p(x)", -19.314]], caption="Test data")
+        >>> ">-19.31</td>" in page.html()
+        True
+    """
+
+    def __init__(self, title: str, *, subtitle: str = "", language: str = "en") -> None:
+        self.title, self.subtitle, self.language = title, subtitle, language
+        self._sections: list[str] = []
+        self._parts: list[str] = []
+
+    def section(self, heading: str) -> None:
+        """Begin a section; what follows belongs to it."""
+        self._sections.append(heading)
+        self._parts.append(f'<h2 id="section-{len(self._sections)}">{escape(heading)}</h2>')
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def warning(self, text: str) -> None:
+        """Add a paragraph that a reader must not miss."""
+        self._parts.append(
+            f'<p class="warning" role="note"><strong>Warning:</strong> {escape(text)}</p>'
+        )
+
+    def code(self, text: str) -> None:
+        """Add text as it is to be typed, such as a command line."""
+        self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
+
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        caption: str,
+        decimals: int = 2,
+    ) -> None:
+        """Add a table whose first column names the rows; columns of numbers stand right.
+
+        Args:
+            header: a name for each column.
+            rows: cells, as many as names: text, numbers, or None for what is not known.
+            caption: what the table shows, units included.
+            decimals: digits after the point of a float.
+        """
+        cells = [[_cell(value, decimals) for value in row] for row in rows]
+        numeric = [
+            index > 0 and all(_NUMERIC.match(row[index]) for row in cells)
+            for index in range(len(header))
+        ]
+        head = "".join(
+            f'<th scope="col"{_class(number)}>{escape(name)}</th>'
+            for name, number in zip(header, numeric, strict=True)
+        )
+        body = "".join(f"<tr>{_row(row, numeric)}</tr>\n" for row in cells)
+        label = escape(caption, quote=True)
+        self._parts.append(
+            f'<div class="wide" role="region" aria-label="{label}" tabindex="0">'
+            f"<table><caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+            f"<tbody>\n{body}</tbody></table></div>"
+        )
+
+    def facts(self, values: Mapping[str, object], *, caption: str) -> None:
+        """Add names and their values, such as settings; a mapping inside becomes names of its own."""
+        rows = "".join(
+            f'<tr><th scope="row">{escape(name)}</th><td>{escape(_cell(value, None))}</td></tr>\n'
+            for name, value in _flat(values)
+        )
+        self._parts.append(
+            f'<div class="wide"><table class="facts"><caption>{escape(caption)}</caption>\n'
+            f"<tbody>\n{rows}</tbody></table></div>"
+        )
+
+    def figure(self, figure: Figure, *, caption: str, description: str | None = None) -> None:
+        """Add a figure: as SVG, or as PNG where that is much smaller.
+
+        Args:
+            figure: a matplotlib figure.
+            caption: what it shows, below it.
+            description: what a reader who can't see it should know; by default the caption.
+        """
+        kind, content = _picture(figure)
+        width, height = (round(_PIXELS_PER_INCH * inches) for inches in figure.get_size_inches())
+        source = base64.b64encode(content).decode("ascii")
+        self._parts.append(
+            f'<figure><img src="data:image/{kind};base64,{source}" width="{width}" '
+            f'height="{height}" alt="{escape(description or caption, quote=True)}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+
+    def html(self) -> str:
+        """Return the whole page."""
+        title, language = escape(self.title), escape(self.language, quote=True)
+        links = "".join(
+            f'<li><a href="#section-{number}">{escape(heading)}</a></li>'
+            for number, heading in enumerate(self._sections, 1)
+        )
+        subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>\n' if self.subtitle else ""
+        contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n' if links else ""
+        body = "\n".join(self._parts)
+        return (
+            f'<!DOCTYPE html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
+            f"<header>\n<h1>{title}</h1>\n{subtitle}{contents}</header>\n"
+            f"<main>\n{body}\n</main>\n</body>\n</html>\n"
+        )
+
+
+def plus_minus(value: float | None, error: float | None, decimals: int = 2) -> str:
+    """Return a value with its error as one cell; without an error that is not known."""
+    if value is None or error is None or not math.isfinite(value + error):
+        return _cell(value, decimals)
+    return f"{_cell(value, decimals)} \N{PLUS-MINUS SIGN} {_cell(error, decimals)}"
+
+
+def _cell(value: object, decimals: int | None) -> str:
+    """Return a cell's text; a float has so many decimals, or with None as many as it needs."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and decimals is not None:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}" if decimals is None else f"{value:.{decimals}f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(inner, decimals) for inner in value)
+    return str(value)
+
+
+def _row(cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    first, *others = cells
+    return f'<th scope="row">{escape(first)}</th>' + "".join(
+        f"<td{_class(number)}>{escape(cell)}</td>"
+        for cell, number in zip(others, numeric[1:], strict=True)
+    )
+
+
+def _class(numeric: bool) -> str:
+    return ' class="number"' if numeric else ""
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name} / ")
+        else:
+            pairs.append((f"{prefix}{name}".replace("_", " "), value))
+    return pairs
+
+
+def _picture(figure: Figure) -> tuple[str, bytes]:
+    """Return a figure's MIME subtype and bytes, which depend on what it shows alone."""
+    vector = _saved(figure, format="svg", metadata={"Date": None})
+    if len(vector) <= _LARGEST_SVG:
+        return "svg+xml", vector
+    pixels = _saved(figure, format="png", metadata={"Software": None})
+    return ("png", pixels) if len(pixels) < len(vector) else ("svg+xml", vector)
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    import matplotlib
+
+    content = io.BytesIO()
+    # The salt takes the place of a random one in the names inside an SVG.
+    with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
+        figure.savefig(content, **options)
+    return content.getvalue()

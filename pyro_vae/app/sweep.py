@@ -1,0 +1,203 @@
+"""``pyro-vae sweep``: a series of runs over beta, from much rate to little."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from pyro_vae import plots
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.pages import PSEUDO, add_origin, log_prob_name, write_page
+from pyro_vae.app.pictures import save_picture
+from pyro_vae.app.report import Page, plus_minus
+from pyro_vae.app.settings import checked
+from pyro_vae.app.study import Study, known, opened, write_rows
+from pyro_vae.app.train import data_of, origin
+from pyro_vae.errors import InputError
+from pyro_vae.pair.functions import resolve_device
+from pyro_vae.runs.files import write_json
+from pyro_vae.vae import VAE
+
+_PICTURE = "rate-distortion.png"
+
+
+def sweep(
+    settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
+) -> list[dict[str, Any]]:
+    """Train one run per beta, and write table, rate-distortion picture and page.
+
+    Args:
+        settings: what to train on what, and how; its beta is not used.
+        betas: weights of the rate, between commas, in the order of training.
+        warm_start: start each run but the first from the one before, without a warm-up of its own.
+        output: the folder; a series of the same settings that was begun there is continued.
+
+    Returns:
+        one row per beta, nats per datum of the test part: ``rate``, ``distortion``, ``elbo`` and
+        ``log_marginal``, each with ``_standard_error`` (over data), ``active_units`` and more.
+
+    Raises:
+        InputError: settings or betas out of range, or a folder that holds something else.
+
+    Source:
+        Higgins et al. 2017 (beta); Alemi et al. 2018, "Fixing a Broken ELBO" (rate and distortion).
+    """
+    values = _betas(betas)
+    if warm_start and len(values) == 1:
+        raise InputError("expected --warm-start with several --betas, got one: leave it out")
+    for value in values:
+        settings = checked(replace(settings, beta=value))
+    resolve_device(settings.device)
+    asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
+    dataset = data_of(settings)
+    with opened(output, asked, dataset) as study:
+        rows = [
+            _row(beta, metrics) for beta, metrics in _trained(study, settings, values, warm_start)
+        ]
+        figure = _figure(rows, settings)
+        save_picture(figure, study.folder / _PICTURE)
+        write_rows(rows, study.folder / "sweep.csv")
+        made = {"settings": asked, "checksums": dataset.checksums, **origin()}
+        _write_page(study.folder, rows, figure, made)
+        write_json(study.folder / "sweep.json", {"rows": rows, **made})
+        _print(study, rows)
+    return rows
+
+
+def _trained(
+    study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
+) -> list[tuple[float, dict[str, Any]]]:
+    results: list[tuple[float, dict[str, Any]]] = []
+    before: VAE | None = None
+    for beta in betas:
+        own = replace(settings, beta=beta)
+        if before is not None and settings.warmup_epochs is None:
+            own = replace(own, warmup_epochs=0)  # the latents are in use already
+        vae, metrics = study.run(f"beta-{repr(beta).removesuffix('.0')}", own, start=before)
+        results.append((beta, metrics))
+        before = vae if warm_start else None
+    return results
+
+
+def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
+    estimate, errors = (
+        known(metrics["test_log_marginal"]),
+        known(metrics["test_data_standard_errors"]),
+    )
+    row: dict[str, Any] = {"beta": beta}
+    for name in ("rate", "distortion", "elbo"):
+        row |= {name: estimate[name], f"{name}_standard_error": errors[name]}
+    return row | {
+        "log_marginal": estimate["log_marginal"],
+        "log_marginal_standard_error": estimate["data_standard_error"],
+        "log_marginal_monte_carlo_error": estimate["standard_error"],
+        "pseudo_likelihood": metrics["pseudo_likelihood"],
+        "num_unreliable": estimate["num_unreliable"],
+        "num_data": estimate["num_data"],
+        "num_samples": estimate["num_samples"],
+        "active_units": metrics["active_units"],
+        "training_seconds": metrics["training_seconds"],
+        "epochs": len(metrics["history"]["train_elbo"]),
+    }
+
+
+def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=float)
+
+    return plots.rate_distortion(
+        column("beta"),
+        column("rate"),
+        column("distortion"),
+        rate_error=column("rate_standard_error"),
+        distortion_error=column("distortion_standard_error"),
+        active_units=[row["active_units"] for row in rows],
+        title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
+    )
+
+
+def _write_page(
+    folder: Path, rows: list[dict[str, Any]], figure: Figure, made: dict[str, Any]
+) -> None:
+    settings = made["settings"]
+    parts = ", ".join((settings["prior"], settings["likelihood"], settings["guide"]))
+    page = Page(
+        "Rate and distortion over beta", subtitle=f"{Path(settings['dataset']).name}: {parts}"
+    )
+    page.section("Result")
+    best = max(rows, key=lambda row: row["elbo"])
+    page.text(
+        f"{len(rows)} runs minimise distortion + beta * rate. The highest ELBO is "
+        f"{plus_minus(best['elbo'], best['elbo_standard_error'])} nats at beta {best['beta']:g}."
+    )
+    pseudo = rows[0]["pseudo_likelihood"]
+    if pseudo:
+        page.warning(PSEUDO)
+    page.figure(
+        figure,
+        caption="Rate R = KL(q(z|x) || p(z)) and distortion D = -E[log p(x|z)] of each run, with "
+        "standard errors over data. On each straight line R + D = -ELBO stays the same: lower is "
+        "better. Beta moves a run along its curve.",
+    )
+    page.table(
+        [
+            "beta",
+            "rate",
+            "distortion",
+            "ELBO",
+            log_prob_name(pseudo),
+            "k > 0.7",
+            "active units",
+            "seconds",
+        ],
+        [
+            [
+                f"{row['beta']:g}",
+                *(
+                    plus_minus(row[name], row[f"{name}_standard_error"])
+                    for name in ("rate", "distortion", "elbo", "log_marginal")
+                ),
+                "unknown"
+                if row["num_unreliable"] is None
+                else f"{row['num_unreliable'] / row['num_data']:.1%}",
+                row["active_units"],
+                f"{row['training_seconds']:.1f}",
+            ]
+            for row in rows
+        ],
+        caption=f"First {rows[0]['num_data']:,} test data, nats per datum, with standard errors over "
+        f"data; Monte Carlo from {rows[0]['num_samples']:,} draws per datum. k > 0.7: share of data "
+        "whose log p(x) can't be trusted. Active units: variance over data of the posterior mean "
+        "above 0.01 (Burda et al. 2016).",
+    )
+    add_origin(page, made)
+    write_page(page, folder)
+
+
+def _print(study: Study, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Test part, nats per datum", title_justify="left")
+    label = log_prob_name(rows[0]["pseudo_likelihood"])
+    for name in ("beta", "rate", "distortion", "ELBO", label, "active units"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shown = [f"{row[name]:.2f}" for name in ("rate", "distortion", "elbo", "log_marginal")]
+        table.add_row(f"{row['beta']:g}", *shown, str(row["active_units"]))
+    study.console.print(table)
+    study.console.print(f"sweep: {study.folder}", soft_wrap=True, highlight=False)
+
+
+def _betas(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"expected betas as numbers between commas, got {text!r}: e.g. 0.5,1,2"
+        ) from None
+    if len(set(values)) < len(values):
+        raise InputError(f"expected each beta once, got {text!r}")
+    return values

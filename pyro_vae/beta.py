@@ -1,0 +1,105 @@
+"""Objectives over a pair: the beta handler, and rate and distortion read from an ELBO's traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.errors import InputError, real_number
+
+_SCALE = "pyro_vae_latent_scale"
+_FUNCTION = "pyro_vae_unscaled_function"
+
+
+class _ScaleLatents(Messenger):
+    """Multiply the scale of latent sites and remember by how much."""
+
+    def __init__(self, scale: float | Tensor, is_guide: bool) -> None:
+        super().__init__()
+        self.scale, self.is_guide = scale, is_guide
+
+    def _pyro_sample(self, message: Any) -> None:
+        if (message["is_observed"] and not self.is_guide) or site_is_subsample(message):
+            return
+        message["scale"] = message["scale"] * self.scale
+        known = message["infer"].get(_SCALE, 1.0)
+        message["infer"] = {**message["infer"], _SCALE: known * self.scale}
+
+
+def scale_latents(
+    function: Callable[..., Any], scale: float | Tensor, *, is_guide: bool = False
+) -> Callable[..., Any]:
+    """Scale the log-probabilities of the latent sites of a model or a guide, and of no other site.
+
+    Applied to both functions of a pair it turns the ELBO into the beta-VAE's objective, distortion +
+    beta * rate. Unlike ``poutine.scale`` it leaves observed sites alone, accepts 0 (a warm-up starts
+    there) and is known to :func:`pyro_vae.log_weights`, which takes it out again.
+
+    Args:
+        function: a model or a guide.
+        scale: beta, at least 0; a tensor may change between calls without a recompilation.
+        is_guide: whether the function is a guide, where every site is a part of log q: its factors
+            are then scaled too.
+
+    Raises:
+        InputError: a number below 0 or not finite.
+
+    Source:
+        Higgins et al. 2017, "beta-VAE", equation 4.
+    """
+    if not isinstance(scale, Tensor):
+        check_beta(scale)
+        if scale == 1:
+            return function
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        with _ScaleLatents(scale, is_guide):
+            return function(*args, **kwargs)
+
+    scaled.__dict__[_FUNCTION] = function
+    return scaled
+
+
+def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that :func:`scale_latents` was given, however often it was applied."""
+    while _FUNCTION in getattr(function, "__dict__", ()):
+        function = function.__dict__[_FUNCTION]
+    return function
+
+
+class BetaSchedule:
+    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant.
+
+    Args:
+        beta: the final value.
+        warmup_steps: steps before it is reached; 0 starts there.
+    """
+
+    def __init__(self, beta: float, warmup_steps: int) -> None:
+        self.beta, self.warmup_steps, self.steps = beta, warmup_steps, 0
+
+    @property
+    def current(self) -> float:
+        """Beta of the coming step."""
+        if self.steps >= self.warmup_steps:
+            return self.beta
+        return self.beta * self.steps / self.warmup_steps
+
+    def step(self) -> None:
+        """Go on to the next step."""
+        self.steps += 1
+
+
+def check_beta(beta: float) -> None:
+    """Refuse a beta below 0 or not finite."""
+    if not 0 <= real_number("beta", beta) < float("inf"):
+        raise InputError(f"expected a finite beta of at least 0, got {beta}")
+
+
+def latent_scale_of(site: dict[str, Any]) -> Any:
+    """Return the scale that :func:`scale_latents` gave a traced site (1 where it gave none)."""
+    return site["infer"].get(_SCALE, 1.0)

@@ -1,0 +1,329 @@
+"""log p(x) by annealed importance sampling: from the guide or the prior to each datum's posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.blocks import Progress, block_scorers, few_of
+from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, log_mean_weights
+from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
+from pyro_vae.evaluation.options import check_counts
+from pyro_vae.evaluation.pareto import TailWeights
+from pyro_vae.evaluation.streaming import join_draws
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.weights.log_weights import PairScorer
+
+# The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
+# section 4.4), as a rejected trajectory costs a low-dimensional chain more.
+_TARGET_ACCEPTANCE = 0.8
+
+# Chains of the pilot: their mean acceptance is what a step of the adaptation sees.
+_PILOT_CHAINS = 4
+
+# Gain of the adaptation: a time constant of a few transitions, so that it keeps up with a posterior
+# that narrows fast.
+_PILOT_GAIN = 0.3
+
+# Most stops of the pilot on the path, transitions at each, and before it leaves the start.
+_PILOT_STOPS, _PILOT_REPEATS, _PILOT_WARM_UP = 100, 4, 30
+
+# The recorded step sizes are averaged over so many stops on either side, against their noise.
+_PILOT_SMOOTHING = 2
+
+# Range of the logistic curve of the sigmoid schedule (Grosse, Ancha, Roy 2016, section 6.1).
+_SIGMOID_RANGE = 4.0
+
+# Scoring forward and backward keeps and makes about three times what scoring forward makes.
+_GRADIENT_MEMORY = 3
+
+# Data annealed together at most.
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class AnnealingOptions:
+    """How to anneal.
+
+    Args:
+        num_chains: independent chains per datum, C.
+        num_steps: intermediate distributions, T.
+        num_leapfrog_steps: most gradient evaluations of a transition, L; their number is drawn
+            from 1 to L anew for each.
+        num_transitions: transitions at each intermediate distribution. More steps are the better use
+            of more transitions; several bring each step closer to an exact draw.
+        start: ``"guide"`` or ``"prior"``.
+        schedule: ``"sigmoid"`` or ``"linear"``.
+
+    Raises:
+        InputError: a number below 1 or not whole, or an unknown word.
+    """
+
+    num_chains: int = 16
+    num_steps: int = 1000
+    num_leapfrog_steps: int = 5
+    num_transitions: int = 1
+    start: str = "guide"
+    schedule: str = "sigmoid"
+
+    def __post_init__(self) -> None:
+        check_counts(
+            num_chains=self.num_chains,
+            num_steps=self.num_steps,
+            num_leapfrog_steps=self.num_leapfrog_steps,
+            num_transitions=self.num_transitions,
+        )
+        if self.start not in ("guide", "prior"):
+            raise InputError(f"expected start 'guide' or 'prior', got {self.start!r}")
+        if self.schedule not in ("sigmoid", "linear"):
+            raise InputError(f"expected schedule 'sigmoid' or 'linear', got {self.schedule!r}")
+
+    def betas(self) -> list[float]:
+        """Return the positions on the path, T + 1 numbers from 0 to 1."""
+        line = torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64)
+        if self.schedule == "sigmoid":
+            curve = torch.sigmoid(_SIGMOID_RANGE * (2 * line - 1))
+            line = (curve - curve[0]) / (curve[-1] - curve[0])
+        return [float(beta) for beta in line]
+
+
+class Tuning(NamedTuple):
+    """What the pilot found; frozen before the first chain that counts starts.
+
+    Attributes:
+        step_sizes: per step and datum, ``(T, N)``, in units of the scales.
+        scales: per datum and coordinate, ``(N, D)``.
+        cost: gradient evaluations per datum.
+    """
+
+    step_sizes: Tensor
+    scales: Tensor
+    cost: int
+
+
+def anneal(
+    model: PairFunction,
+    guide: PairFunction,
+    inputs: Inputs,
+    options: AnnealingOptions,
+    *,
+    plate: str,
+    max_memory: int | None,
+    report: Progress,
+    keep_draws: int | None = None,
+) -> LogMarginal:
+    r"""Estimate log p(x) per datum by annealed importance sampling.
+
+    .. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
+        [\log p(x, z_{t-1}) - \log f_0(z_{t-1})], \quad p(x) = E[w]
+
+    A pilot run, thrown away, adapts the step size per datum and step.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        inputs: the pair's inputs.
+        options: how to anneal.
+        plate: name of the data plate.
+        max_memory: bytes that the chains of one block may need; by default 128 MiB on a CPU, 4 GiB on
+            a GPU.
+        report: who is told how far the work has come.
+        keep_draws: chains per datum whose ends are kept for ArviZ; by default all of them.
+
+    Source:
+        Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
+        2017, "On the Quantitative Analysis of Decoder-Based Generative Models".
+    """
+    num_data = len(inputs[0])
+    done: list[dict[str, Tensor]] = []
+    draws: list[PosteriorDraws] = []
+    size = annealing_block_size(model, guide, inputs, options.num_chains, plate, max_memory)
+    for _, scorer in block_scorers(model, guide, inputs, plate, size):
+        path = AnnealingPath(scorer, options.start)
+        tell = _Teller(report, done, num_data, scorer.num_data)
+        per_datum, kept = _anneal_block(path, options, tell)
+        done.append(per_datum)
+        draws.append(kept)
+        tell(1.0)
+    joined: dict[str, Any] = {name: torch.cat([block[name] for block in done]) for name in done[0]}
+    return LogMarginal(
+        **joined,
+        num_samples=torch.full((num_data,), options.num_chains),
+        method="annealed",
+        draws=join_draws(draws, torch.arange(num_data), most=keep_draws),
+    )
+
+
+def annealing_block_size(
+    model: PairFunction,
+    guide: PairFunction,
+    inputs: Inputs,
+    num_chains: int,
+    plate: str,
+    max_memory: int | None,
+) -> int:
+    """Return how many data may be annealed together for their chains to fit the memory."""
+    # Constants, not what happens to be free: the blocks decide which draws a seed gives.
+    budget = max_memory or (1 << 32 if inputs[0].device.type == "cuda" else 1 << 27)
+    few = few_of(model, guide, inputs, plate, 64)
+    scorer = PairScorer(model, guide, few, plate=plate)
+    size = budget // (_GRADIENT_MEMORY * scorer.bytes_per_datum * num_chains)
+    return max(2, min(_BLOCK, size))
+
+
+def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:
+    """Anneal a few chains, adapting the step size of each datum, and record it along the path."""
+    scales = path.scales()
+    # The stability limit of leapfrog steps on a unit normal is 2; in D dimensions the acceptance
+    # wants D^(-1/4) (Neal 2011, section 4.4).
+    log_step = torch.full((len(scales),), 0.7 * path.num_coordinates**-0.25).log().to(scales.device)
+    position, _ = path.draw(_PILOT_CHAINS)
+    state = path.evaluate(position)
+    path.capture(position)
+    betas = options.betas()[1:]
+    stops = torch.linspace(0, len(betas) - 1, min(_PILOT_STOPS, len(betas))).round().long().tolist()
+    beta_at = [0.0] * _PILOT_WARM_UP
+    beta_at += [betas[stop] for stop in stops for _ in range(_PILOT_REPEATS)]
+    recorded = []
+    for beta in beta_at:
+        state, probability = transition(
+            path, state, beta, log_step.exp(), scales, options.num_leapfrog_steps
+        )
+        log_step = log_step + _PILOT_GAIN * (probability.mean(0).to(log_step) - _TARGET_ACCEPTANCE)
+        recorded.append(log_step)
+    settled = torch.stack(recorded[_PILOT_WARM_UP + _PILOT_REPEATS - 1 :: _PILOT_REPEATS])
+    # Steps between two stops interpolate the logarithm.
+    log_steps = F.interpolate(
+        _smoothed(settled).T[None], size=len(betas), mode="linear", align_corners=True
+    )[0].T
+    cost = _PILOT_CHAINS * (1 + len(recorded) * _mean_length(options))
+    return Tuning(log_steps.exp(), scales, math.ceil(cost))
+
+
+def _smoothed(values: Tensor) -> Tensor:
+    """Average ``(T, N)`` over neighbouring rows."""
+    width = _PILOT_SMOOTHING
+    padded = F.pad(values.T[:, None], (width, width), mode="replicate")
+    return F.avg_pool1d(padded, 2 * width + 1, stride=1)[:, 0].T
+
+
+def _mean_length(options: AnnealingOptions) -> float:
+    """Return the expected number of gradient evaluations per transition."""
+    return (1 + options.num_leapfrog_steps) / 2
+
+
+def annealed_weights(
+    path: AnnealingPath,
+    state: State,
+    options: AnnealingOptions,
+    tuning: Tuning,
+    *,
+    reverse: bool = False,
+    tell: Callable[[float], None] | None = None,
+) -> tuple[Tensor, State, Tensor]:
+    """Move chains along the path and add up their log weights.
+
+    Args:
+        path: the annealing path.
+        state: chains at its start; with ``reverse`` at its end, drawn from the posterior.
+        options: how to anneal.
+        tuning: step sizes and scales.
+        reverse: walk from the posterior to the start with the same transitions in reverse order.
+        tell: called with the fraction done.
+
+    Returns:
+        log weights ``(C, N)``: of the forward chains, whose mean weight is p(x); or of the reverse
+        ones, whose mean inverse weight is 1 / p(x). The last state; the acceptance ``(N,)``.
+    """
+    betas = options.betas()
+    log_weights = torch.zeros_like(state.base)
+    acceptance = torch.zeros_like(state.base[0])
+    steps = range(options.num_steps)
+    for count, index in enumerate(reversed(steps) if reverse else steps, start=1):
+        rise = betas[index + 1] - betas[index]
+        if not reverse:
+            log_weights = log_weights + rise * state.increment
+        for _ in range(options.num_transitions):
+            state, probability = transition(
+                path,
+                state,
+                betas[index + 1],
+                tuning.step_sizes[index],
+                tuning.scales,
+                options.num_leapfrog_steps,
+            )
+            acceptance = acceptance + probability.mean(0)
+        if reverse:
+            log_weights = log_weights + rise * state.increment
+        if tell is not None and count % 10 == 0:
+            tell(count / options.num_steps)
+    return log_weights, state, acceptance / (options.num_steps * options.num_transitions)
+
+
+class _Teller:
+    """Tell the progress of one block among others."""
+
+    def __init__(
+        self, report: Progress, done: list[dict[str, Tensor]], num_data: int, in_block: int
+    ) -> None:
+        self.report, self.done, self.num_data, self.in_block = report, done, num_data, in_block
+        self.before = sum(len(block["log_prob"]) for block in done)
+
+    def __call__(self, fraction: float) -> None:
+        if self.report.data is not None:
+            self.report.data(self.before + int(fraction * self.in_block), self.num_data)
+        if self.report.mean is not None and self.done:
+            self.report.mean(torch.cat([block["log_prob"] for block in self.done]).mean().item())
+
+
+def _anneal_block(
+    path: AnnealingPath, options: AnnealingOptions, tell: _Teller
+) -> tuple[dict[str, Tensor], PosteriorDraws]:
+    tuning = tune(path, options)
+    position, scores = path.draw(options.num_chains)
+    state = path.evaluate(position)
+    _check_start(state)
+    path.capture(position)
+    # 1 is told once the block's numbers are in.
+    log_weights, state, acceptance = annealed_weights(
+        path, state, options, tuning, tell=lambda fraction: tell(min(fraction, 0.999))
+    )
+    tail = TailWeights(options.num_chains)
+    tail.add(log_weights)
+    unknown = torch.full_like(acceptance, torch.nan)
+    num_transitions = options.num_steps * options.num_transitions
+    evaluations = options.num_chains * (1 + num_transitions * _mean_length(options))
+    per_datum = {
+        **log_mean_weights(log_weights),
+        "pareto_k": tail.pareto_k(),
+        "rate": unknown if scores is None else (scores.log_proposal - scores.log_prior).mean(0),
+        "distortion": unknown if scores is None else -scores.log_likelihood.mean(0),
+        "acceptance": acceptance,
+        "cost": torch.full_like(acceptance, math.ceil(evaluations) + tuning.cost, dtype=torch.long),
+    }
+    latents, _ = path.latents(state.position)
+    log_likelihood, _ = path.scorer.score(latents)
+    axes = path.scorer.data_axes
+    draws = PosteriorDraws(
+        {name: value.movedim(axes[name], 1).cpu() for name, value in latents.items()},
+        log_likelihood.cpu(),
+        log_weights.cpu(),
+    )
+    return {name: value.cpu() for name, value in per_datum.items()}, draws
+
+
+def _check_start(state: State) -> None:
+    bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
+    if bad.any():
+        raise InputError(
+            f"expected finite log-probabilities where the chains start, got NaN or infinity for "
+            f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
+        )

@@ -1,0 +1,177 @@
+"""Bidirectional Monte Carlo: a lower and an upper bound of log p(x) on data drawn from the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evaluation.ais import AnnealingOptions, annealed_weights, annealing_block_size, tune
+from pyro_vae.evaluation.blocks import block_scorers
+from pyro_vae.evaluation.estimate import log_mean_weights
+from pyro_vae.evaluation.hmc import AnnealingPath
+from pyro_vae.evaluation.options import check_counts, check_max_memory
+from pyro_vae.evaluation.simulate import simulate
+from pyro_vae.infer.settings import check_callables
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.sites import Latents
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Bounds of log p(x) per simulated datum (nats, float64, on the CPU).
+
+    Both hold in expectation, and the upper one for data simulated from the model only: it starts from
+    an exact posterior draw, which real data don't come with.
+
+    Attributes:
+        lower: log of the mean forward weight, ``(M,)``.
+        upper: minus the log of the mean inverse reverse weight, ``(M,)``.
+        x: the simulated data, as the pair takes them.
+        num_chains: chains per datum and direction.
+        num_steps: intermediate distributions.
+        acceptance: mean acceptance of forward and of reverse transitions, ``(2, M)``.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    x: Inputs
+    num_chains: int
+    num_steps: int
+    acceptance: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """Upper minus lower bound per datum, ``(M,)``: how far annealing can be off."""
+        return self.upper - self.lower
+
+    @property
+    def mean_lower(self) -> float:
+        """Mean of the lower bound."""
+        return self.lower.mean().item()
+
+    @property
+    def mean_upper(self) -> float:
+        """Mean of the upper bound."""
+        return self.upper.mean().item()
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean of the gap."""
+        return self.gap.mean().item()
+
+    @property
+    def mean_gap_standard_error(self) -> float:
+        """Standard error of :attr:`mean_gap` over simulated data; NaN for a single one."""
+        if len(self.gap) < 2:
+            return math.nan
+        return self.gap.std().item() / math.sqrt(len(self.gap))
+
+    def __str__(self) -> str:
+        return (
+            f"log p(x) of {len(self.gap)} data simulated from the model lies between "
+            f"{self.mean_lower:.3f} and {self.mean_upper:.3f} nats per datum (gap "
+            f"{self.mean_gap:.3f} +- {self.mean_gap_standard_error:.3f}, {self.num_chains} chains, "
+            f"{self.num_steps} steps); the upper side holds for simulated data only"
+        )
+
+
+def bidirectional(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    num_data: int | None = None,
+    num_chains: int = 16,
+    num_steps: int = 1000,
+    num_leapfrog_steps: int = 5,
+    num_transitions: int = 1,
+    start: str = "guide",
+    schedule: str = "sigmoid",
+    max_memory: int | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bidirectional:
+    r"""Draw data from the model and bracket their log p(x) by annealing in both directions.
+
+    .. math:: E[\log \frac1K \sum_k w_k] \le \log p(x) \le E[-\log \frac1K \sum_k 1 / w'_k]
+
+    w is the annealed weight of a chain from the start of the path to the posterior, w' the same
+    weight along a chain that runs back from the exact latents the datum was drawn with.
+    The gap says what annealed importance sampling with these options can be trusted for on this
+    model. The upper side holds for simulated data only.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe
+            (labels), which are repeated as often as needed. Its observed values are not used.
+        num_data: data to simulate, M; by default N.
+        num_chains: chains per datum and direction.
+        num_steps: intermediate distributions.
+        num_leapfrog_steps: most gradient evaluations of a transition.
+        num_transitions: transitions at each intermediate distribution.
+        start: ``"guide"`` or ``"prior"``, the far end of the path.
+        schedule: ``"sigmoid"`` or ``"linear"``.
+        max_memory: bytes that a block of chains may need.
+        plate: name of the data plate.
+        seed: seed of all draws; the generators' state is restored afterwards.
+        progress: called with (data done, M).
+
+    Raises:
+        InputError: a pair that can't be annealed, or that no data can be simulated from: one whose
+            observed sites are not inputs as they are, or that uses these inputs elsewhere, or that
+            takes no other number of data than N; an option out of range.
+
+    Source:
+        Grosse, Ghahramani, Adams 2015, "Sandwiching the marginal likelihood using bidirectional Monte
+        Carlo"; Grosse, Ancha, Roy 2016, "Measuring the reliability of MCMC inference with
+        bidirectional Monte Carlo", section 3.
+    """
+    options = AnnealingOptions(
+        num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
+    )
+    template = as_inputs(x, model, guide)
+    num_data = len(template[0]) if num_data is None else num_data
+    check_counts(num_data=num_data)
+    check_max_memory(max_memory)
+    check_callables(progress=progress)
+    bounds: list[Tensor] = []
+    acceptance: list[Tensor] = []
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        inputs, latents = simulate(model, guide, template, num_data, plate)
+        size = annealing_block_size(model, guide, inputs, num_chains, plate, max_memory)
+        for rows, scorer in block_scorers(model, guide, inputs, plate, size, progress):
+            drawn = {
+                name: value.movedim(axis, 0)[rows].movedim(0, axis)
+                for name, (value, axis) in latents.items()
+            }
+            both, accepted = _both_ways(AnnealingPath(scorer, start), options, drawn)
+            bounds.append(both)
+            acceptance.append(accepted)
+    lower, upper = torch.cat(bounds, dim=1)
+    return Bidirectional(lower, upper, inputs, num_chains, num_steps, torch.cat(acceptance, dim=1))
+
+
+def _both_ways(
+    path: AnnealingPath, options: AnnealingOptions, drawn: Latents
+) -> tuple[Tensor, Tensor]:
+    """Return the bounds ``(2, N)`` and the acceptances ``(2, N)`` of one block."""
+    tuning = tune(path, options)
+    position, _ = path.draw(options.num_chains)
+    path.evaluate(position)
+    path.capture(position)
+    forward, _, accepted = annealed_weights(path, path.evaluate(position), options, tuning)
+    exact = path.position({name: value[None] for name, value in drawn.items()})
+    exact = exact.expand(options.num_chains, *exact.shape[1:])
+    reverse, _, accepted_back = annealed_weights(
+        path, path.evaluate(exact), options, tuning, reverse=True
+    )
+    lower = log_mean_weights(forward)["log_prob"]
+    upper = -log_mean_weights(-reverse)["log_prob"]
+    return torch.stack([lower, upper]).cpu(), torch.stack([accepted, accepted_back]).cpu()

@@ -1,0 +1,320 @@
+"""The annealing path of a pair in unconstrained coordinates, and Hamiltonian transitions on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.capture import CannotCaptureError, trace_graph
+from pyro_vae.pair.sites import Latents, Site, check_density_known, latent_sites
+from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.weights.particles import all_close
+
+# Draws of the start from which the coordinates' scales are measured.
+_SCALE_DRAWS = 32
+
+# Runs of the pair that must show the same latents, with the same shapes and supports.
+_STRUCTURE_RUNS = 4
+
+
+class State(NamedTuple):
+    """Positions of all chains and what is known there.
+
+    Attributes:
+        position: unconstrained coordinates, ``(C, N, D)``.
+        base: log density of the path's start, ``(C, N)``, nats, float64.
+        increment: log density of the path's end minus that of its start, ``(C, N)``.
+        base_gradient: gradient of ``base``, ``(C, N, D)``.
+        increment_gradient: gradient of ``increment``, ``(C, N, D)``.
+    """
+
+    position: Tensor
+    base: Tensor
+    increment: Tensor
+    base_gradient: Tensor
+    increment_gradient: Tensor
+
+    def log_density(self, beta: float) -> Tensor:
+        """Return the log density at ``beta`` on the path, ``(C, N)``; -inf where undefined."""
+        log_density = self.base + beta * self.increment
+        return torch.where(log_density.isfinite(), log_density, -math.inf)
+
+    def gradient(self, beta: float) -> Tensor:
+        """Return the gradient of :meth:`log_density`, ``(C, N, D)``; 0 where undefined."""
+        gradient = self.base_gradient + beta * self.increment_gradient
+        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def where(self, condition: Tensor, other: State) -> State:
+        """Take this state where ``condition`` ``(C, N)`` holds, the other elsewhere."""
+        return State(
+            *(
+                torch.where(condition if mine.dim() == 2 else condition[..., None], mine, theirs)
+                for mine, theirs in zip(self, other, strict=True)
+            )
+        )
+
+
+class _Coordinates(NamedTuple):
+    """One latent and its bijection from unconstrained space."""
+
+    name: str
+    transform: Any
+    axis: int  # counts the data, in the constrained value
+    free_axis: int  # counts the data, in the unconstrained value
+
+
+class AnnealingPath:
+    r"""Densities between a start and the posterior of each datum, up to constants.
+
+    .. math:: \log f_\beta = (1 - \beta) \log f_0 + \beta \log p(x, z),
+        \quad f_0 = q(z | x) \text{ or } p(z)
+
+    All are densities of unconstrained coordinates u, the Jacobian of z(u) included.
+
+    Args:
+        scorer: the pair bound to its data.
+        start: ``"guide"`` or ``"prior"``.
+
+    Attributes:
+        num_coordinates: D, of one datum.
+
+    Raises:
+        InputError: latents without a bijection from unconstrained space (discrete ones, spheres),
+            sites or supports that change from run to run, or a guide whose density is not known at
+            any point.
+    """
+
+    def __init__(self, scorer: PairScorer, start: str) -> None:
+        self.scorer, self.start = scorer, start
+        model_sites, guide_sites = self._stable_sites()
+        if start == "guide":
+            check_density_known(guide_sites.values(), 'use start="prior"')
+        self._sites = []
+        for name, site in model_sites.items():
+            transform = _transform_of(name, site, guide_sites[name])
+            axis = scorer.data_axes[name]
+            shift = transform.codomain.event_dim - transform.domain.event_dim
+            self._sites.append(_Coordinates(name, transform, axis, axis + shift))
+        self._shapes: dict[str, torch.Size] = {}
+        self._graphs: dict[torch.Size, Callable[[Tensor], tuple[Tensor, ...]]] = {}
+        self.num_coordinates = self.position(
+            {name: site["value"][None] for name, site in model_sites.items()}
+        ).shape[-1]
+
+    def draw(self, num_chains: int) -> tuple[Tensor, Scores | None]:
+        """Draw positions ``(C, N, D)`` from the start; with their scores where it is the guide."""
+        if self.start == "prior":
+            return self.position(self.scorer.propose_from_prior(num_chains)), None
+        latents, log_proposal = self.scorer.propose(num_chains)
+        scores = Scores(*self.scorer.score(latents), log_proposal)
+        check_weights(scores)
+        return self.position(latents), scores
+
+    def scales(self) -> Tensor:
+        """Return the coordinates' standard deviations at the start, ``(N, D)``."""
+        if self.start == "prior":
+            positions = self.position(self.scorer.propose_from_prior(_SCALE_DRAWS))
+        else:
+            positions = self.position(self.scorer.propose(_SCALE_DRAWS)[0])
+        return positions.std(0).clamp(min=torch.finfo(positions.dtype).tiny ** 0.5)
+
+    def latents(self, position: Tensor) -> tuple[Latents, Tensor]:
+        """Return the latents at positions ``(C, N, D)`` and the log Jacobian ``(C, N)``."""
+        latents: Latents = {}
+        log_jacobian = torch.zeros(position.shape[:2], dtype=torch.float64, device=position.device)
+        offset = 0
+        for site in self._sites:
+            shape = self._shapes[site.name]  # of one datum
+            size = math.prod(shape)
+            free = position[..., offset : offset + size].reshape(*position.shape[:2], *shape)
+            free = free.movedim(1, site.free_axis)
+            latents[site.name] = site.transform(free)
+            jacobian = site.transform.log_abs_det_jacobian(free, latents[site.name]).double()
+            jacobian = jacobian.movedim(site.axis + site.transform.codomain.event_dim, 1)
+            log_jacobian += jacobian.flatten(2).sum(2) if jacobian.dim() > 2 else jacobian
+            offset += size
+        return latents, log_jacobian
+
+    def evaluate(self, position: Tensor) -> State:
+        """Return densities and gradients at positions ``(C, N, D)``: one pass forward, one back."""
+        graph = self._graphs.get(position.shape)
+        return State(position, *(self._ends(position) if graph is None else graph(position)))
+
+    def capture(self, position: Tensor) -> None:
+        """Record the operations of :meth:`evaluate` for positions of this shape.
+
+        Replaying them spares the handlers of Pyro and of ``torch.vmap``, which cost more than the
+        arithmetic of a small model. A pair that can't be captured is evaluated as it is.
+        """
+        if position.shape in self._graphs:
+            return
+        given = position.detach().clone(memory_format=torch.contiguous_format)
+        try:
+            graph, rest = trace_graph(lambda: self._ends(given), [given])
+        except CannotCaptureError:
+            return
+
+        def replay(position: Tensor) -> tuple[Tensor, ...]:
+            return tuple(graph(position.contiguous(), *rest))
+
+        # Elsewhere than at capture: a branch on values that was baked in shows.
+        elsewhere = position + 0.1 * torch.randn_like(position)
+        if all_close(replay(elsewhere), self._ends(elsewhere)):
+            self._graphs[position.shape] = replay
+
+    def _ends(self, position: Tensor) -> tuple[Tensor, ...]:
+        # The pair was checked when it was first run.
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            position = position.detach().requires_grad_()
+            latents, log_jacobian = self.latents(position)
+            log_likelihood, log_prior = self.scorer.score(latents)
+            if self.start == "prior":
+                base, increment = log_prior + log_jacobian, log_likelihood
+                base_gradient = _gradient(base, position)
+                increment_gradient = _gradient(increment, position)
+            else:
+                base = self.scorer.score_proposal(latents) + log_jacobian
+                joint = log_likelihood + log_prior + log_jacobian
+                increment = joint - base
+                base_gradient = _gradient(base, position)
+                increment_gradient = _gradient(joint, position) - base_gradient
+        return base.detach(), increment.detach(), base_gradient.detach(), increment_gradient.detach()
+
+    def position(self, latents: Latents) -> Tensor:
+        """Return the unconstrained positions ``(C, N, D)`` of latents ``(C, ...)``."""
+        parts = []
+        for site in self._sites:
+            free = site.transform.inv(latents[site.name]).movedim(site.free_axis, 1)
+            self._shapes[site.name] = free.shape[2:]
+            parts.append(free.flatten(2) if free.dim() > 2 else free[..., None])
+        position = torch.cat(parts, dim=2)
+        if not position.isfinite().all():
+            raise InputError(
+                "expected draws inside the support of the model's latents, got some outside: "
+                "give guide and prior the same support"
+            )
+        return position
+
+    def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
+        """Run the pair a few times; refuse latents that change in name, shape or support."""
+        runs = []
+        for _ in range(_STRUCTURE_RUNS):
+            traces = self.scorer.traces()
+            runs.append([{site["name"]: site for site in latent_sites(trace)} for trace in traces])
+        pairs = [pair for run in runs[1:] for pair in zip(runs[0], run, strict=True)]
+        for first, other in pairs:
+            changed = sorted(set(first) ^ set(other)) or sorted(
+                name for name in first if _differs(first[name], other[name])
+            )
+            if changed:
+                raise InputError(
+                    f"expected the same latents, shapes and supports in every run, {changed[0]!r} "
+                    "changes: annealing needs one space to move in; use method='importance'"
+                )
+        return runs[0][0], runs[0][1]
+
+
+def transition(
+    path: AnnealingPath,
+    state: State,
+    beta: float,
+    step_size: Tensor,
+    scales: Tensor,
+    num_leapfrog_steps: int,
+) -> tuple[State, Tensor]:
+    """Move every chain by one Hamiltonian transition that leaves the density at ``beta`` invariant.
+
+    One gradient evaluation per leapfrog step: the state carries the gradients of the path's two
+    ends, which give that of any density between them.
+
+    Args:
+        path: the annealing path.
+        state: where the chains are.
+        beta: position on the path.
+        step_size: per datum, ``(N,)``, in units of the scales.
+        scales: per datum and coordinate, ``(N, D)``.
+        num_leapfrog_steps: L, the most steps of a trajectory. Their number is drawn from 1 to L anew
+            each time: a trajectory of fixed length may close on itself, and then moves nothing.
+
+    Returns:
+        the new state, and the acceptance probabilities ``(C, N)``.
+
+    Source:
+        Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2 and 4.2.
+    """
+    momentum = torch.randn_like(state.position)
+    jitter = 0.8 + 0.4 * torch.rand_like(state.position[..., :1])
+    steps = jitter * step_size.to(scales.dtype)[:, None] * scales
+    length = int(torch.randint(1, num_leapfrog_steps + 1, ()))
+    before = state.log_density(beta) - _kinetic(momentum)
+    proposal = state
+    for _ in range(length):
+        momentum = momentum + 0.5 * steps * proposal.gradient(beta)
+        proposal = path.evaluate(proposal.position + steps * momentum)
+        momentum = momentum + 0.5 * steps * proposal.gradient(beta)
+    gain = proposal.log_density(beta) - _kinetic(momentum) - before
+    # NaN: neither point has a density (or the trajectory ran away); stay.
+    probability = gain.nan_to_num(nan=-math.inf, posinf=math.inf).clamp(max=0).exp()
+    accepted = torch.rand_like(probability) < probability
+    return proposal.where(accepted, state), probability
+
+
+def _kinetic(momentum: Tensor) -> Tensor:
+    return 0.5 * momentum.double().square().sum(-1)
+
+
+def _gradient(value: Tensor, position: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(position)
+    (gradient,) = torch.autograd.grad(value.sum(), position, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(position) if gradient is None else gradient
+
+
+def _transform_of(name: str, model_site: Site, guide_site: Site) -> Any:
+    """Return the bijection from unconstrained space to a latent's support, or refuse the latent."""
+    for site in (model_site, guide_site):
+        try:
+            support = _support(site)
+        except NotImplementedError:
+            continue
+        if support.is_discrete:
+            raise InputError(
+                f"expected continuous latents, {name!r} is discrete: annealing moves along "
+                "gradients; use method='importance'"
+            )
+        try:
+            return biject_to(support)
+        except NotImplementedError:
+            break
+    raise InputError(
+        f"expected latents with a bijection from unconstrained space, {name!r} "
+        f"({type(model_site['fn']).__name__}) has none: use method='importance'"
+    )
+
+
+def _support(site: Site) -> Any:
+    support = site["fn"].support
+    # A mixture's is wrapped in a check of its components, for which there is no bijection.
+    wrapped = isinstance(support, MixtureSameFamilyConstraint)
+    return support.base_constraint if wrapped else support
+
+
+def _differs(first: Site, other: Site) -> bool:
+    if first["value"].shape != other["value"].shape:
+        return True
+    try:
+        pair = [_support(site) for site in (first, other)]
+        if pair[0].is_discrete:
+            return False
+        one, two = (biject_to(support).inv(first["value"]) for support in pair)
+    except NotImplementedError:
+        return False
+    return not torch.equal(one, two)

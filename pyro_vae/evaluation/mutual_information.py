@@ -1,0 +1,226 @@
+"""Information in the latents: the rate and its parts, through the exact aggregate posterior."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_vae.distributions.kl import closed_form_kl
+from pyro_vae.evaluation.blocks import memory_budget
+from pyro_vae.evaluation.coordinates import coordinate_marginals, independent_coordinates
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import Latents, check_density_known, latent_sites
+from pyro_vae.weights.log_weights import PairScorer
+
+
+class Estimate(NamedTuple):
+    """A number and its Monte Carlo standard error (the data held fixed); 0 where it is exact."""
+
+    value: float
+    standard_error: float
+
+
+class _Coordinates(NamedTuple):
+    """What is known of the coordinates of the only latent, each with batch shape ``(N, D)``."""
+
+    of_posterior: Distribution | None
+    of_prior: Distribution | None
+    both_independent: bool
+    unavailable: dict[str, str]
+
+
+def information(
+    model: PairFunction,
+    guide: PairFunction,
+    inputs: Inputs,
+    *,
+    num_samples: int,
+    max_memory: int | None,
+    plate: str,
+) -> dict[str, Any]:
+    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name."""
+    scorer = PairScorer(model, guide, inputs, plate=plate)
+    model_trace, guide_trace = scorer.traces()
+    check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
+    prior = posterior = None
+    if len(scorer.latent_shapes) == 1:
+        (name,) = scorer.latent_shapes
+        sites = model_trace.nodes[name], guide_trace.nodes[name]
+        if all(site["mask"] is None for site in sites):
+            prior, posterior = (site["fn"] for site in sites)
+    coordinates = _coordinates(posterior, prior, scorer.num_data)
+    budget = max_memory or memory_budget(inputs[0].device)
+    rows = [_one_draw(scorer, coordinates, budget) for _ in range(num_samples)]
+    terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return (
+        _rates(terms, coordinates, posterior, prior)
+        | {
+            name: _estimate(terms[name]) if name in terms else None
+            for name in (
+                "mutual_information",
+                "mutual_information_upper",
+                "marginal_kl",
+                "total_correlation",
+                "dimension_wise_kl",
+            )
+        }
+        | {"unavailable": coordinates.unavailable}
+    )
+
+
+def _coordinates(
+    posterior: Distribution | None, prior: Distribution | None, num_data: int
+) -> _Coordinates:
+    """Find out what is known of the coordinates, and say why where nothing is."""
+    if posterior is None or prior is None:
+        reason = "the pair has several latents, or a masked one"
+    elif posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
+        reason = "the latent is not one vector per datum"
+    else:
+        of_posterior = coordinate_marginals(posterior)
+        of_prior = independent_coordinates(prior)
+        kinds = type(posterior).__name__, type(prior).__name__
+        unavailable = {}
+        if of_posterior is None:
+            unavailable["total_correlation"] = f"{kinds[0]} gives no density of one coordinate"
+        if of_posterior is None or of_prior is None:
+            which = kinds[of_posterior is not None]
+            unavailable["dimension_wise_kl"] = (
+                f"{which} gives no density of one coordinate"
+                if of_posterior is None
+                else f"the coordinates of {which} are not independent"
+            )
+        both = independent_coordinates(posterior) is not None and of_prior is not None
+        if not both:
+            which = kinds[independent_coordinates(posterior) is not None]
+            unavailable["kl_per_dimension"] = f"the coordinates of {which} are not independent"
+        return _Coordinates(of_posterior, of_prior, both, unavailable)
+    names = ("total_correlation", "dimension_wise_kl", "kl_per_dimension")
+    return _Coordinates(None, None, False, dict.fromkeys(names, reason))
+
+
+def _one_draw(scorer: PairScorer, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
+    """Draw each datum's posterior once; return the terms whose means are the measures, ``(N,)``."""
+    latents, proposal = scorer.propose(1)
+    _, log_prior = (score[0] for score in scorer.score(latents))
+    own = proposal[0]
+    # One row of latents per datum, the data's axis first.
+    rows = {name: value[0].movedim(scorer.data_axes[name], 0) for name, value in latents.items()}
+    aggregate, others, of_coordinates = _aggregate(scorer, coordinates, rows, own, budget)
+    terms = {
+        "rate": own - log_prior,
+        "mutual_information": own - aggregate,
+        "mutual_information_upper": own - others,
+        "marginal_kl": aggregate - log_prior,
+    }
+    if of_coordinates is not None:
+        terms["total_correlation"] = aggregate - of_coordinates.sum(1)
+        (value,) = rows.values()
+        if coordinates.of_prior is not None:
+            log_prior_each = coordinates.of_prior.log_prob(value).double()
+            terms["dimension_wise_kl"] = (of_coordinates - log_prior_each).sum(1)
+            if coordinates.both_independent:
+                assert coordinates.of_posterior is not None
+                log_own = coordinates.of_posterior.log_prob(value).double()
+                terms["kl_per_dimension"] = log_own - log_prior_each
+    return terms
+
+
+def _aggregate(
+    scorer: PairScorer,
+    coordinates: _Coordinates,
+    rows: Latents,
+    own: Tensor,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Score one draw per datum under the mixture of all data's posteriors.
+
+    Returns:
+        log q(z) ``(N,)``; the same without the draw's own datum; log q(z_d) ``(N, D)`` if known.
+    """
+    num_data = scorer.num_data
+    elements = sum(value[0].numel() for value in rows.values())
+    # The scores, and about as many intermediate values of each latent as an affine density makes.
+    size = max(1, budget // (num_data * elements * 64))
+    aggregate, others, of_coordinates = [], [], []
+    for start in range(0, num_data, size):
+        part = slice(start, min(start + size, num_data))
+        block = {name: value[part] for name, value in rows.items()}
+        scores = scorer.score_proposal(
+            {name: _shown_to_all(value, scorer, name) for name, value in block.items()}
+        )
+        positions = torch.arange(part.start, part.stop, device=scores.device)
+        diagonal = positions - part.start, positions
+        scores[diagonal] = own[part]  # scored as it was drawn, which rounds least
+        aggregate.append(scores.logsumexp(1) - math.log(num_data))
+        scores[diagonal] = -math.inf
+        others.append(scores.logsumexp(1) - math.log(num_data - 1))
+        if coordinates.of_posterior is not None:
+            (value,) = block.values()
+            each = coordinates.of_posterior.log_prob(value[:, None]).double()
+            of_coordinates.append(each.logsumexp(1) - math.log(num_data))
+    together = torch.cat(of_coordinates) if of_coordinates else None
+    return torch.cat(aggregate), torch.cat(others), together
+
+
+def _shown_to_all(value: Tensor, scorer: PairScorer, name: str) -> Tensor:
+    """Return latents ``(M, ...)`` as M particles, each of which gives every datum the same value."""
+    axis = scorer.data_axes[name]
+    spread = value.unsqueeze(1).movedim(1, axis)
+    shape = list(spread.shape)
+    shape[axis] = scorer.num_data
+    return spread.expand(shape)
+
+
+def _rates(
+    terms: dict[str, Tensor],
+    coordinates: _Coordinates,
+    posterior: Distribution | None,
+    prior: Distribution | None,
+) -> dict[str, Any]:
+    """Return the rate and its share of each coordinate, in closed form where there is one."""
+    each = total = None
+    if coordinates.both_independent:
+        assert coordinates.of_posterior is not None
+        assert coordinates.of_prior is not None
+        each = closed_form_kl(coordinates.of_posterior, coordinates.of_prior)
+    if each is not None:
+        total = each.sum(-1)
+    elif posterior is not None and prior is not None:
+        total = closed_form_kl(posterior, prior)
+    if total is not None:
+        rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)
+    else:
+        rate = _estimate(terms["rate"])
+    per_dimension = error = None
+    if each is not None:
+        per_dimension = each.double().mean(0).cpu()
+        error = torch.zeros_like(per_dimension)
+    elif "kl_per_dimension" in terms:
+        per_dimension = terms["kl_per_dimension"].mean((0, 1)).cpu()
+        error = _standard_error(terms["kl_per_dimension"]).cpu()
+    return {
+        "rate": rate,
+        "rate_method": "Monte Carlo" if total is None else "analytic",
+        "kl_per_dimension": per_dimension,
+        "kl_per_dimension_standard_error": error,
+    }
+
+
+def _estimate(terms: Tensor) -> Estimate:
+    """Average terms ``(num_samples, N)``."""
+    return Estimate(terms.mean().item(), _standard_error(terms).item())
+
+
+def _standard_error(terms: Tensor) -> Tensor:
+    """Return the error of the mean over draws and data ``(num_samples, N, ...)``, the data fixed.
+
+    Draws of one datum vary about that datum's own mean, which a spread over all would overstate.
+    """
+    num_samples, num_data = terms.shape[:2]
+    return (terms.var(0).mean(0) / (num_samples * num_data)).sqrt()

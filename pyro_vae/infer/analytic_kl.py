@@ -1,0 +1,256 @@
+"""The rate latent by latent, exact where it can be: the ELBO with closed-form KL, and free bits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae.distributions.kl import closed_form_kl
+from pyro_vae.errors import InputError, real_number
+from pyro_vae.infer.bounds import Bound, BoundTerms, elbo_terms, wide
+from pyro_vae.pair.sites import (
+    Site,
+    is_delta,
+    latent_sites,
+    plate_scale,
+    refuse_score_function,
+    sample_sites,
+)
+
+_PARTICLES = "num_particles_vectorized"  # Pyro's name of the outer plate of particles
+
+
+class Divergence(NamedTuple):
+    """What one latent adds to the rate: E log q - log p of the site, given its parents.
+
+    Attributes:
+        site: the guide's site.
+        value: nats, masked and not scaled; the site's batch shape, followed by its event shape where
+            ``by_dimension``.
+        exact: whether it is a closed-form KL; otherwise log q - log p at the draw.
+        by_dimension: whether q and p both factorise over the event's dimensions.
+    """
+
+    site: Site
+    value: Tensor
+    exact: bool
+    by_dimension: bool
+
+    @property
+    def per_batch_element(self) -> Tensor:
+        """The value with the event's dimensions summed: batch shape."""
+        dims = list(range(-self.site["fn"].event_dim, 0)) if self.by_dimension else []
+        return self.value.sum(dims) if dims else self.value
+
+
+def divergences(model_trace: Trace, guide_trace: Trace) -> list[Divergence]:
+    """Return what each latent of a traced and scored pair adds to the rate.
+
+    A closed form is used where one is registered (``torch.distributions.kl.register_kl``) and the
+    KL given the parents has the right mean: none of the latents that the model draws before this one
+    is drawn after it by the guide. In a ladder read from the bottom, q(z1) q(z2 given z1) against
+    p(z2) p(z1 given z2), that leaves z2 exact and z1 at its draw. Sites that only the guide has
+    (auxiliary ones) give their log q.
+    """
+    in_model = {site["name"]: site for site in latent_sites(model_trace)}
+    before_in_model = list(in_model)
+    before_in_guide: set[str] = set()
+    found = []
+    for site in sample_sites(guide_trace):
+        name = site["name"]
+        if name not in in_model:
+            value = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+            found.append(Divergence(site, value, False, False))
+        else:
+            parents = before_in_model[: before_in_model.index(name)]
+            found.append(_divergence(in_model[name], site, before_in_guide.issuperset(parents)))
+        before_in_guide.add(name)
+    return found
+
+
+def _divergence(model_site: Site, site: Site, closed_form: bool) -> Divergence:
+    q, p = site["fn"], model_site["fn"]
+    factors_q, factors_p = _factors(q), _factors(p)
+    point_mass = is_delta(q)  # no KL but by the density that it is given
+    by_dimension = not (factors_q.event_shape or factors_p.event_shape or point_mass)
+    value = None
+    if closed_form and not point_mass:
+        value = closed_form_kl(factors_q, factors_p) if by_dimension else closed_form_kl(q, p)
+    exact = value is not None
+    if value is None and by_dimension:
+        value = factors_q.log_prob(site["value"]) - factors_p.log_prob(site["value"])
+    elif value is None:
+        value = site["unscaled_log_prob"] - model_site["unscaled_log_prob"]
+    mask = site["mask"]
+    if isinstance(mask, Tensor) and by_dimension:
+        mask = mask.reshape(mask.shape + (1,) * q.event_dim)
+    shape = q.batch_shape + (q.event_shape if by_dimension else ())
+    return Divergence(site, scale_and_mask(value.expand(shape), mask=mask), exact, by_dimension)
+
+
+def _factors(distribution: Any) -> Any:
+    """Return what a distribution repeats independently over its event's dimensions."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+class AnalyticKL(Bound):
+    r"""The ELBO with the rate in closed form, site by site, where there is one.
+
+    .. math:: -L = E_q[-\log p(x|z)] + KL(q(z|x) \,\|\, p(z))
+
+    A latent without a registered KL is scored at its draw, as are those whose parents in the model
+    come after them in the guide (where Pyro's ``TraceMeanField_ELBO`` would be wrong).
+
+    Args:
+        num_particles: draws per datum.
+        max_plate_nesting: as in Pyro's ``ELBO``.
+        vectorize_particles: draw the particles in one outer plate instead of one after the other.
+        options: the other options of Pyro's ``ELBO``.
+
+    Attributes:
+        exact_sites: after the first use, for each latent whether its rate is exact.
+
+    Raises:
+        InputError: at the first use, for a latent that is not reparameterised or is enumerated.
+
+    Source:
+        Kingma, Welling 2014, "Auto-Encoding Variational Bayes", equation 7.
+
+    Example:
+        >>> from pyro_vae.infer import AnalyticKL
+        >>> objective = AnalyticKL()
+        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
+    """
+
+    exact_sites: dict[str, bool]
+
+    def terms(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion."""
+        scaled, total, rate, distortion = self._parts(model, guide, args, kwargs)
+        rows = [row for particle in self._found for row in particle]
+        latent = sum(_weighed(row, row.site["scale"]).sum() for row in rows) / self.num_particles
+        return BoundTerms(total, scaled + latent, rate, distortion)
+
+    def _parts(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Return what is differentiated of the distortion, the loss, rate and distortion."""
+        self._found: list[list[Divergence]] = []
+        scaled: Any = 0.0
+        traces = []
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            refuse_score_function(sample_sites(guide_trace), type(self).__name__)
+            observed = [site for site in sample_sites(model_trace) if site["is_observed"]]
+            scaled = scaled - sum(site["log_prob_sum"] for site in observed)
+            self._found.append(divergences(model_trace, guide_trace))
+            traces.append((model_trace, guide_trace))
+        self.exact_sites = {row.site["name"]: row.exact for row in self._found[0]}
+        rows = [row for particle in self._found for row in particle]
+        count = self.num_particles
+        rate = sum(wide(row.value.detach()).sum() for row in rows) / count
+        full_rate = sum(_weighed(row, plate_scale(row.site)).detach().sum() for row in rows) / count
+        full_distortion = elbo_terms(traces, count, subsampling=True)[1]
+        distortion = elbo_terms(traces, count)[1]
+        return scaled / count, full_distortion + full_rate, torch.as_tensor(rate), distortion
+
+
+def _weighed(row: Divergence, scale: Any) -> Tensor:
+    return scale_and_mask(wide(row.per_batch_element), scale=scale)
+
+
+class FreeBits(AnalyticKL):
+    r"""The ELBO whose rate is not pressed below a floor, against latents that are given up.
+
+    .. math:: E_q[\log p(x|z)] - \sum_j \max(\lambda, mean_n KL(q(z_j|x_n) \,\|\, p(z_j)))
+
+    The mean is over the batch, so the floor binds on average and not for each datum. A unit j whose
+    mean is below the floor gets no gradient from the rate. What a unit is:
+
+    - ``per="dimension"``: each dimension of a latent whose q and p are both independent over
+      dimensions (each element of plates other than the data's by itself). A latent with correlated
+      dimensions (full-rank, flow, mixture) has no KL per dimension: it is one unit with the floor
+      times its number of dimensions.
+    - ``per="site"``: each latent site as a whole.
+
+    The KL is the closed form where :class:`AnalyticKL` has one (see :attr:`exact_sites`), else
+    log q - log p at the draws, averaged over batch and particles before the floor is applied. With
+    beta the floored sum is scaled. The loss is the true negative ELBO, without floor or beta.
+
+    Args:
+        floor: lambda in nats (one bit is log 2 = 0.693 nats), at least 0.
+        per: ``"dimension"`` or ``"site"``.
+        plate: name of the data plate.
+        options: the options of :class:`AnalyticKL`.
+
+    Raises:
+        InputError: options out of range; at the first use, for a latent that is not reparameterised
+            or is enumerated, a point mass or an auxiliary site in the guide, and a scale that differs
+            from datum to datum.
+
+    Source:
+        Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow",
+        equation 15 (appendix C.8).
+
+    Example:
+        >>> from pyro_vae.infer import FreeBits
+        >>> objective = FreeBits(0.1)
+        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
+    """
+
+    def __init__(
+        self, floor: float, *, per: str = "dimension", plate: str = "data", **options: Any
+    ) -> None:
+        if not 0 <= real_number("floor", floor) < math.inf:
+            raise InputError(f"expected a finite floor of at least 0 nats, got {floor}")
+        if per not in ("dimension", "site"):
+            raise InputError(f"expected per to be dimension or site, got {per!r}")
+        super().__init__(**options)
+        self.floor, self.per, self.plate = floor, per, plate
+
+    def terms(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion."""
+        scaled, total, rate, distortion = self._parts(model, guide, args, kwargs)
+        latent: Any = 0.0
+        for rows in zip(*self._found, strict=True):
+            latent = latent + self._floored(rows)
+        return BoundTerms(total, scaled + latent, rate, distortion)
+
+    def _floored(self, rows: tuple[Divergence, ...]) -> Tensor:
+        """Return one site's rate with its floor, summed over the batch and scaled."""
+        first = rows[0]
+        site, name = first.site, first.site["name"]
+        if is_delta(site["fn"]) or site["is_observed"] or site["infer"].get("is_auxiliary"):
+            raise InputError(
+                f"expected latents with a KL for FreeBits, {name!r} of the guide is a point mass, a "
+                "factor or auxiliary: use TraceBound"
+            )
+        if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1:
+            raise InputError(
+                f"expected one scale for all data at {name!r}, got a tensor: no floor on their mean"
+            )
+        shift = site["fn"].event_dim if first.by_dimension else 0
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        data = [frame for frame in frames if frame.name == self.plate]
+        meant = [frame.dim - shift for frame in frames if frame.name in (self.plate, _PARTICLES)]
+        value = torch.stack([row.value for row in rows]).mean(0)
+        units = value.mean(meant) if meant else value
+        floor = self.floor
+        if self.per == "site":
+            units = units.sum()
+        elif not first.by_dimension:
+            floor = floor * site["fn"].event_shape.numel()
+        num_data = data[0].size if data else 1
+        floored: Tensor = units.clamp(min=floor).sum() * num_data * site["scale"]
+        return floored

@@ -1,0 +1,168 @@
+"""Options of a training run: what they may be, and what they mean step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_vae.beta import check_beta
+from pyro_vae.errors import InputError, positive_number, whole_number
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+ON_NONFINITE = ("stop", "skip")
+
+Schedule = str | Callable[[float], float]
+
+
+def check_options(
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    beta: float,
+    warmup_epochs: int,
+    patience: int | None,
+    *,
+    schedule: Schedule = "constant",
+    gradient_clip: float | None = None,
+    precision: str = "float32",
+    compile: bool | str = "auto",
+    on_nonfinite: str = "stop",
+    nonfinite_limit: int = 0,
+) -> None:
+    """Refuse options of :func:`pyro_vae.fit` that are of another kind or out of range."""
+    whole_number("epochs", epochs)
+    whole_number("a batch size", batch_size, least=1, most=2**31 - 1)
+    positive_number("learning rate", learning_rate)
+    whole_number("warm-up epochs", warmup_epochs)
+    if patience is not None:
+        whole_number("a patience", patience, least=1)
+    check_beta(beta)
+    if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
+        raise InputError(
+            f"expected a schedule constant, cosine or a function of the fraction, got {schedule!r}"
+        )
+    if gradient_clip is not None:
+        positive_number("gradient_clip", gradient_clip)
+    if precision not in PRECISIONS:
+        raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {precision!r}")
+    if compile not in (True, False, "auto"):
+        raise InputError(f"expected compile as True, False or 'auto', got {compile!r}")
+    if on_nonfinite not in ON_NONFINITE:
+        raise InputError(f"expected on_nonfinite stop or skip, got {on_nonfinite!r}")
+    whole_number("a nonfinite_limit", nonfinite_limit)
+
+
+def check_callables(**functions: object) -> None:
+    """Refuse what is no function where one is wanted, by the option's name; None is none given."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"expected {name} as a function, got {type(function).__name__}")
+
+
+# --- learning rate ---------------------------------------------------------------------------
+
+
+def _cosine(fraction: float) -> float:
+    """Half a cosine from 1 down to 0 (Loshchilov, Hutter 2017, equation 5, without restarts)."""
+    return 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "cosine": _cosine}
+
+
+class LearningRate:
+    """The learning rate over the steps of a run.
+
+    Args:
+        base: what the schedule multiplies.
+        schedule: ``constant``, ``cosine``, or a function from the fraction of the run that is done,
+            in [0, 1), to a multiplier of at least 0.
+        num_steps: steps of the whole run.
+    """
+
+    def __init__(self, base: float, schedule: Schedule, num_steps: int) -> None:
+        self.base, self.num_steps = base, num_steps
+        self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0.
+
+        Raises:
+            InputError: a multiplier below 0 or not finite.
+        """
+        fraction = min(step / max(self.num_steps, 1), 1.0)
+        multiplier = float(self._multiplier(fraction))
+        if not 0 <= multiplier < math.inf:
+            raise InputError(
+                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
+                f"{multiplier}"
+            )
+        return self.base * multiplier
+
+
+# --- precision -------------------------------------------------------------------------------
+
+# What layers multiply by their weights. Products of tensors that are none of a layer's (a
+# Cholesky factor times noise, a density's quadratic form) are not among them.
+_PRODUCTS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.nn.functional.bilinear,
+        torch.nn.functional.conv1d,
+        torch.nn.functional.conv2d,
+        torch.nn.functional.conv3d,
+        torch.nn.functional.conv_transpose1d,
+        torch.nn.functional.conv_transpose2d,
+        torch.nn.functional.conv_transpose3d,
+    }
+)
+
+
+class _BFloat16Products(TorchFunctionMode):
+    """Layers multiply in bfloat16 and hand on float32: draws and log-probabilities are float32.
+
+    ``torch.autocast`` would let bfloat16 out of the networks, into draws, densities and their sums.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        narrow = [_narrowed(value) for value in args]
+        result = func(*narrow, **{name: _narrowed(value) for name, value in kwargs.items()})
+        return result.float() if result.dtype == torch.bfloat16 else result
+
+
+def _narrowed(value: Any) -> Any:
+    is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.to(torch.bfloat16) if is_float32 else value
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Let the layers that run inside multiply in bfloat16 if that is the precision."""
+    if precision != "bfloat16":
+        yield
+        return
+    with _BFloat16Products():
+        yield
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Let CUDA round the factors of float32 products to TF32 if asked for; restore the flag."""
+    if precision != "tf32" or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

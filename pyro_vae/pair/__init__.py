@@ -1,0 +1,1 @@
+"""The pair: its two functions, its inputs, its sites, opened once."""

@@ -1,0 +1,248 @@
+"""A pair's two functions: the modules they reach, their device, mode, lock and random state."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import random
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import nn
+
+from pyro_vae.errors import InputError
+
+PairFunction = Callable[..., Any]
+
+
+class _HandlerLock:
+    """The lock that everything here holds while it runs a pair.
+
+    Pyro's handler stack is one per process: two threads that trace at once corrupt each other's
+    traces, and a handler left open around a call would change every draw inside it without a word.
+    The lock is re-entrant, for fit evaluates as it goes.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.RLock(), 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        # An optimiser's own trace, which notes parameters and nothing else, does no harm.
+        handlers = [
+            type(handler).__name__
+            for handler in _PYRO_STACK
+            if not (isinstance(handler, TraceMessenger) and handler.param_only)
+        ]
+        if handlers and not self._depth:
+            self._lock.release()
+            raise InputError(
+                f"expected no Pyro handler around the call, got {', '.join(handlers)}: leave its "
+                "`with` block (or wait for the thread that is in it), or wrap the model and the guide"
+            )
+        self._depth += 1
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+        if isinstance(error, InputError):  # to what is raised inside a trace Pyro adds its shapes
+            error.args = (str(error).partition("\n")[0],)
+
+
+HANDLER_LOCK = _HandlerLock()
+
+
+def owned_modules(*functions: PairFunction) -> list[nn.Module]:
+    """Return the modules the functions belong to: a module itself, or the owner of its method."""
+    owners = (_owner(function) for function in functions)
+    return _unique(owner for owner in owners if isinstance(owner, nn.Module))
+
+
+def modules_of(*functions: PairFunction) -> list[nn.Module]:
+    """Return every module the functions can reach: owners, closures and the globals they name."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    for function in functions:
+        _reach(function, found, seen)
+    return _unique(found)
+
+
+def device_of(*functions: PairFunction, default: torch.device) -> torch.device:
+    """Return the device of the functions' parameters, or ``default`` where they have none."""
+    for module in modules_of(*functions):
+        for parameter in module.parameters():
+            return parameter.device
+    return default
+
+
+@contextmanager
+def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
+    """Put every module the functions reach in eval mode; each submodule's mode is restored.
+
+    So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
+    model that was ever evaluated would be kept alive.
+    """
+    with _modes_restored(*functions) as parts, _names_restored(parts):
+        for part in parts:
+            part.training = False
+        yield
+
+
+@contextmanager
+def training_mode(*functions: PairFunction) -> Iterator[None]:
+    """Put the modules the functions belong to in training mode; every mode is restored.
+
+    Gradients are on inside, whatever the caller's mode is.
+    """
+    with _modes_restored(*functions), torch.inference_mode(False), torch.enable_grad():
+        for module in owned_modules(*functions):
+            module.train()
+        yield
+
+
+@contextmanager
+def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
+    modes = {part: part.training for module in modules_of(*functions) for part in module.modules()}
+    try:
+        yield list(modes)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
+def _names_restored(parts: list[nn.Module]) -> Iterator[None]:
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        own = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+        for name in [name for name in store.keys() if name not in before]:  # noqa: SIM118
+            if id(store._params[name]) in own:
+                del store[name]
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run under a seed of its own and restore every generator; with None change nothing."""
+    if seed is None:
+        yield
+        return
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise InputError(f"expected a seed from 0 to 2**32 - 1, got {seed!r}")
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Every device is named, for torch warns of several that are not.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            pyro.set_rng_seed(number)
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _owner(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function.__self__ if inspect.ismethod(function) else function
+
+
+def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
+    """Collect the modules in ``value``, following partials, methods, functions and containers."""
+    if isinstance(value, functools.partial):
+        for inner in (value.args, value.keywords):
+            _reach(inner, found, seen)
+    value = _owner(value)
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        found.append(value)
+    elif isinstance(value, types.FunctionType):
+        names = inspect.getclosurevars(value)
+        # A function from elsewhere that is only named (a library's) holds nothing of the pair; one
+        # that is closed over (a handler's, around the pair) may.
+        named = [
+            inner
+            for inner in names.globals.values()
+            if not isinstance(inner, types.FunctionType) or inner.__module__ == value.__module__
+        ]
+        defaults = [value.__defaults__, value.__kwdefaults__]
+        # One by one: a list made here would leave its id to the next one, which would pass for seen.
+        for inner in [*names.nonlocals.values(), *named, *defaults]:
+            _reach(inner, found, seen)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _reach(inner, found, seen)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _reach(inner, found, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
+        for inner in list(vars(value).values()):
+            _reach(inner, found, seen)
+
+
+def _unique(modules: Iterator[nn.Module] | list[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in modules}.values())
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; refuse an absent one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise InputError(
+            f"expected a device that is here, got {device!r}: {count} CUDA devices found"
+        )
+    return chosen
+
+
+def place_pair(
+    model: PairFunction, guide: PairFunction, device: str | torch.device, given: torch.device
+) -> torch.device:
+    """Move what may be moved and return the device the pair computes on.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        device: where it is wanted; ``auto`` takes CUDA where there is one.
+        given: where plain functions without parameters compute: the data's device.
+
+    Raises:
+        InputError: plain functions whose parameters are elsewhere.
+    """
+    owned = owned_modules(model, guide)
+    if owned:
+        place = resolve_device(device)
+        for module in owned:
+            module.to(place)
+        return place
+    default = given if device == "auto" else resolve_device(device)
+    place = device_of(model, guide, default=default)
+    if device != "auto" and place.type != default.type:
+        raise InputError(
+            f"expected the parameters of plain functions on {device}, they are on {place}: move "
+            "their modules there, plain functions are never moved"
+        )
+    return place

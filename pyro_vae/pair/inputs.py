@@ -1,0 +1,176 @@
+"""A model/guide pair as its users see it: inputs, modules, device, mode, random state."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_modules
+
+Inputs = tuple[Tensor, ...]
+
+
+# Bytes of data that are moved to a device whole, as a share of what is free there: the other half is
+# for the networks and for what they compute.
+_SHARE_OF_DEVICE = 0.5
+
+
+def as_inputs(
+    x: Tensor | Sequence[Tensor], *functions: PairFunction, are_given: bool = True
+) -> Inputs:
+    """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
+
+    NumPy arrays are taken without a copy where torch can read them as they are, so that a
+    memory-mapped file may be larger than the memory; their floats become the default type.
+
+    With the pair's functions given, the inputs are moved to the device of its parameters (see
+    :func:`placed`), and floating-point data take on the type of the parameters where these have one
+    type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where the
+    model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
+    labels and stay what they are.
+
+    Args:
+        x: one tensor ``(N, ...)`` or several; several are passed as ``model(*x)``.
+        functions: model and guide.
+        are_given: whether the functions are given these tensors, and not what is made of them.
+
+    Raises:
+        InputError: no tensor, no real numbers, no data, first dimensions that differ, or another
+            number of inputs than the functions take.
+    """
+    values = tuple(x) if isinstance(x, list | tuple) else (x,)
+    inputs = tuple(_tensor(value) for value in values)
+    if not inputs or not all(isinstance(value, Tensor) for value in inputs):
+        got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
+        raise InputError(
+            f"expected x as a tensor or a tuple of tensors, got {got}: of a Dataset pass one part, "
+            "e.g. data.test"
+        )
+    for value in inputs:
+        _check_tensor(value)
+    lengths = [len(value) if value.dim() else 0 for value in inputs]
+    if len(set(lengths)) != 1:
+        raise InputError(f"expected inputs that share their first dimension, got {lengths}")
+    if lengths[0] == 0:
+        raise InputError("expected at least one datum, got an empty data set")
+    if not functions:
+        return inputs
+    if are_given:
+        check_number(inputs, *functions)
+    return placed(_in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device))
+
+
+def placed(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move inputs to a device, or leave them where they are if they would fill it.
+
+    What is left is to be moved block by block, by ``block.to(device)``.
+
+    Warns:
+        UserWarning: the data stay where they are, and why.
+    """
+    if device.type == "cuda" and any(value.device != device for value in inputs):
+        needed = sum(value.nbytes for value in inputs)
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > _SHARE_OF_DEVICE * free:
+            warnings.warn(
+                f"the data ({needed / 2**30:.1f} GiB) are too large for {device} "
+                f"({free / 2**30:.1f} GiB free): they stay where they are and are moved in blocks",
+                stacklevel=3,
+            )
+            return inputs
+    return tuple(value.to(device) for value in inputs)
+
+
+def check_support(model: PairFunction, inputs: Inputs) -> None:
+    """Let the owner of a model refuse data its likelihood is not defined for.
+
+    The owner of a method that has a ``check_data`` (as :class:`pyro_vae.VAE` does) is asked.
+    """
+    for owner in owned_modules(model):
+        check = getattr(owner, "check_data", None)
+        if check is not None and len(inputs) == 1:
+            check(*inputs)
+
+
+def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
+    types = {
+        parameter.dtype
+        for module in modules_of(*functions)
+        for parameter in module.parameters()
+        if parameter.is_floating_point()
+    }
+    if len(types) != 1:
+        return inputs
+    kind = types.pop()
+    numbers = any(hasattr(owner, "check_data") for owner in owned_modules(*functions))
+    return tuple(
+        value.to(kind) if numbers or value.is_floating_point() else value for value in inputs
+    )
+
+
+# Types of whole numbers that torch knows but hardly computes with -> the next one that it does.
+_WIDER = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
+
+
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError("expected an array without a mask, got a masked one: fill it first")
+    if value.dtype.kind not in "fiub":
+        raise InputError(f"expected real numbers, got an array of {value.dtype}: convert it")
+    kind = _WIDER.get(value.dtype.str[1:], value.dtype.newbyteorder("="))
+    kind = np.float64 if value.dtype.itemsize > 8 else kind
+    if kind != value.dtype or min(value.strides, default=0) < 0:
+        value = np.ascontiguousarray(value, dtype=kind)
+    if not value.flags.writeable and not isinstance(value, np.memmap):
+        value = value.copy()
+    with warnings.catch_warnings():
+        # A file mapped for reading is not written to here.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.as_tensor(value)
+    # NumPy computes in float64 where networks are float32.
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _check_tensor(value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        raise InputError(
+            "expected dense tensors, got a sparse, nested or quantised one: make it dense"
+        )
+    if value.is_complex():
+        raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
+    if value.device.type == "meta":
+        raise InputError("expected data with values, got a tensor on the meta device: load them")
+
+
+def check_number(inputs: Inputs, *functions: PairFunction) -> None:
+    """Refuse another number of tensors than the functions take."""
+    for function in functions:
+        _check_number(function, inputs)
+
+
+def _check_number(function: PairFunction, inputs: Inputs) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not every callable has one
+        return
+    try:
+        signature.bind(*inputs)
+    except TypeError:
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+        raise InputError(
+            f"expected as many tensors as {_name_of(function)}{signature} takes, got {len(inputs)} "
+            f"of shapes {shapes}: pass one for each argument, labels only where they are an argument"
+        ) from None
+
+
+def _name_of(function: PairFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,260 @@
+"""The deterministic autoencoder beside a VAE: reconstruction, random latents, holes between codes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.autoencoder import Autoencoder
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.blocks import any_number_of_data
+from pyro_vae.evaluation.options import check_counts
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import as_inputs
+from pyro_vae.pair.sites import latent_sites
+from pyro_vae.tasks.encoding import decode, encode
+
+# Rows whose distances to all codes are held at once.
+_BLOCK = 1024
+
+
+class Side(NamedTuple):
+    """What one of the two does; S random latents, N held-out data, a G x G grid, M the least of S, N.
+
+    Attributes:
+        reconstructions: held-out data decoded from their (mean) codes, ``(N, *data_shape)``.
+        error: their root-mean-square error per datum, ``(N,)``.
+        error_of_draws: the same from drawn codes; an autoencoder has no other code to draw.
+        held_out_distance: from the first held-out codes to the nearest training code, ``(M,)``.
+        random_distance: from a random latent to the nearest training code, ``(S,)``.
+        random: the random latents decoded, ``(S, *data_shape)``.
+        random_data_distance: root-mean-square distance of those to the nearest training datum,
+            ``(S,)``.
+        grid: decoded latents between the codes of four held-out data, ``(G, G, *data_shape)``.
+        grid_distance: from these latents to the nearest training code, ``(G, G)``.
+    """
+
+    reconstructions: Tensor
+    error: Tensor
+    error_of_draws: Tensor
+    held_out_distance: Tensor
+    random_distance: Tensor
+    random: Tensor
+    random_data_distance: Tensor
+    grid: Tensor
+    grid_distance: Tensor
+
+    @property
+    def hole_ratio(self) -> float:
+        """Median distance of random latents over that of held-out codes; 1 where no holes are."""
+        return _ratio(self.random_distance.median(), self.held_out_distance.median())
+
+
+class AutoencoderComparison(NamedTuple):
+    """An autoencoder and a VAE on the same data.
+
+    Attributes:
+        autoencoder, vae: what each does.
+        held_out: the held-out data, ``(N, *data_shape)``.
+        held_out_data_distance: distance of the first of them to the nearest training datum, ``(M,)``.
+    """
+
+    autoencoder: Side
+    vae: Side
+    held_out: Tensor
+    held_out_data_distance: Tensor
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Return the numbers by row, each for ``autoencoder`` and ``vae``.
+
+        Errors are root mean squares over data and values, distances are medians.
+        """
+        reference = self.held_out_data_distance.median().item()
+        columns = {}
+        for name, side in (("autoencoder", self.autoencoder), ("vae", self.vae)):
+            held_out = side.held_out_distance.median()
+            columns[name] = {
+                "reconstruction error": _rms(side.error),
+                "reconstruction error, drawn code": _rms(side.error_of_draws),
+                "nearest-code distance, held-out": held_out.item(),
+                "nearest-code distance, random": side.random_distance.median().item(),
+                "random / held-out": side.hole_ratio,
+                "largest on the grid / held-out": _ratio(side.grid_distance.max(), held_out),
+                "decoded random latent to nearest datum": side.random_data_distance.median().item(),
+                "held-out datum to nearest datum": reference,
+            }
+        rows = columns["vae"]
+        return {row: {name: column[row] for name, column in columns.items()} for row in rows}
+
+
+def compare_autoencoder(
+    autoencoder: Autoencoder,
+    model: PairFunction,
+    guide: PairFunction,
+    train: Tensor,
+    held_out: Tensor,
+    *,
+    num_random: int = 1000,
+    grid_size: int = 8,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> AutoencoderComparison:
+    """Measure an autoencoder and a VAE side by side on the same data.
+
+    An autoencoder has no prior. Its random latents come from the normal distribution with mean and
+    covariance of its training codes, the kindest choice; the VAE's come from its prior. The VAE's
+    codes are draws of the guide, one per datum, for they are what its prior must match.
+
+    Args:
+        autoencoder: a trained autoencoder.
+        model: the generative function of a trained pair with one latent, a vector.
+        guide: its variational function.
+        train: training data ``(M, *data_shape)``, M at least 2.
+        held_out: other data ``(N, *data_shape)``, N at least 4; the first four are the grid's
+            corners, and at most ``num_random`` of them are used for distances.
+        num_random: random latents, S.
+        grid_size: latents along each side of the grid, G.
+        observed: name of the pair's observed site; needed where it has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        errors, distances and pictures of both, on the CPU.
+
+    Raises:
+        InputError: too few data or random latents, or a pair with several latents.
+    """
+    check_counts(num_random=num_random)
+    check_counts(grid_size=grid_size, least=2)
+    train, held_out = _one_tensor(train, model), _one_tensor(held_out, model)
+    if len(train) < 2 or len(held_out) < 4:
+        raise InputError(
+            f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
+            f"{len(held_out)}"
+        )
+    with HANDLER_LOCK, torch.no_grad(), seeded(seed), evaluation_mode(autoencoder, model, guide):
+        codes = autoencoder.encode(train)
+        measured = _Measured(train, held_out, num_random, grid_size)
+        deterministic = measured.side(
+            autoencoder.decode,
+            codes,
+            autoencoder.encode(held_out),
+            autoencoder.encode(held_out),
+            _fitted_normal(codes, num_random),
+        )
+
+        def decoded(z: Tensor) -> Tensor:
+            like = train.new_zeros(len(z), *train.shape[1:])
+            return decode(model, z, like, observed=observed, plate=plate)
+
+        like = train.new_zeros(num_random, *train.shape[1:])
+        means = encode(guide, held_out, plate=plate)
+        if means.dim() != 2 or not means.is_floating_point():
+            raise InputError(
+                "expected a pair with one latent, a vector, got one of shape "
+                f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
+            )
+        with any_number_of_data("model", num_random):
+            prior = latent_sites(poutine.trace(model).get_trace(like))[0]["value"]
+        variational = measured.side(
+            decoded,
+            encode(guide, train, mean=False, plate=plate)[0],
+            means,
+            encode(guide, held_out, mean=False, plate=plate)[0],
+            prior,
+        )
+        reference = _nearest(measured.flat(held_out[:num_random]), measured.flat(train))
+    reference = reference / math.sqrt(train[0].numel())
+    return AutoencoderComparison(
+        Side(*(value.cpu() for value in deterministic)),
+        Side(*(value.cpu() for value in variational)),
+        held_out.cpu(),
+        reference.cpu(),
+    )
+
+
+class _Measured(NamedTuple):
+    """What both sides are measured on."""
+
+    train: Tensor
+    held_out: Tensor
+    num_random: int
+    grid_size: int
+
+    def side(
+        self,
+        decoded: PairFunction,
+        codes: Tensor,
+        means: Tensor,
+        draws: Tensor,
+        random: Tensor,
+    ) -> Side:
+        """Measure one side, given its decoder, its codes and its random latents."""
+        rebuilt, images = decoded(means), decoded(random)
+        grid = _between(means[:4], self.grid_size)
+        corners = decoded(grid.flatten(0, 1)).unflatten(0, (self.grid_size, self.grid_size))
+        size = math.sqrt(self.train[0].numel())
+        return Side(
+            rebuilt,
+            self._error(rebuilt),
+            self._error(decoded(draws)),
+            _nearest(draws[: self.num_random], codes),
+            _nearest(random, codes),
+            images,
+            _nearest(self.flat(images), self.flat(self.train)) / size,
+            corners,
+            _nearest(grid.flatten(0, 1), codes).view(self.grid_size, self.grid_size),
+        )
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return data as vectors."""
+        return x.flatten(1)
+
+    def _error(self, rebuilt: Tensor) -> Tensor:
+        return self.flat(rebuilt - self.held_out).square().mean(1).sqrt()
+
+
+def _one_tensor(data: Tensor, model: PairFunction) -> Tensor:
+    inputs = as_inputs(data, model)
+    if len(inputs) != 1:
+        raise InputError(
+            f"expected one tensor of data, got {len(inputs)}: an autoencoder has no conditions"
+        )
+    return inputs[0]
+
+
+def _rms(errors: Tensor) -> float:
+    return errors.square().mean().sqrt().item()
+
+
+def _ratio(value: Tensor, reference: Tensor) -> float:
+    """Divide; by 0 (held-out data that are training data) the ratio is infinite or not known."""
+    return (value / reference).item()
+
+
+def _fitted_normal(codes: Tensor, number: int) -> Tensor:
+    """Draw from the normal distribution with the codes' mean and covariance."""
+    centred = codes - codes.mean(0)
+    # Any mixture of the centred codes by independent standard normals has just their covariance.
+    noise = torch.randn(number, len(codes), device=codes.device, dtype=codes.dtype)
+    return codes.mean(0) + noise @ centred / math.sqrt(len(codes) - 1)
+
+
+def _between(corners: Tensor, size: int) -> Tensor:
+    """Return a grid of points between four, linear along both sides, ``(size, size, ...)``."""
+    share = torch.linspace(0, 1, size, device=corners.device, dtype=corners.dtype)
+    share = share.view(-1, *(1 for _ in corners.shape[1:]))
+    left = corners[0] + share * (corners[2] - corners[0])
+    right = corners[1] + share * (corners[3] - corners[1])
+    return left[:, None] + share * (right - left)[:, None]
+
+
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """Return each point's distance to the nearest of the others."""
+    blocks = points.split(_BLOCK)
+    return torch.cat([torch.cdist(block, others).min(1).values for block in blocks])

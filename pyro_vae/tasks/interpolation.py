@@ -1,0 +1,367 @@
+"""Walk through the latents and decode what is met: interpolations, traversals, the manifold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.errors import InputError, real_number, whole_number
+from pyro_vae.evaluation.blocks import any_number_of_data
+from pyro_vae.evaluation.latent_codes import chosen_site, code_sites, decodable_codes, support_of
+from pyro_vae.evaluation.options import check_counts
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.sites import check_rows, data_dim
+from pyro_vae.tasks.encoding import decoded
+from pyro_vae.weights.particles import tile
+
+# Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
+# known to 0.03.
+_PRIOR_DRAWS = 10_000
+# Draws that a code without a mean in closed form rests on.
+_CODE_DRAWS = 200
+
+
+class Traversal(NamedTuple):
+    """Data met where one latent coordinate moves and the others stay.
+
+    Attributes:
+        dimensions: the coordinates that were moved, D of them, counted from 0.
+        values: the values they were given, ``(D, num_steps)``.
+        data: the decoded means, ``(D, num_steps, N, *data_shape)``.
+    """
+
+    dimensions: tuple[int, ...]
+    values: Tensor
+    data: Tensor
+
+
+class Manifold(NamedTuple):
+    """Data decoded over two latent coordinates.
+
+    Attributes:
+        dimensions: the two coordinates, counted from 0.
+        first: values of the first, ``(num_steps,)``; on a sphere the longitude in degrees, turning
+            from the first coordinate to the second.
+        second: values of the second, ``(num_steps,)``; on a sphere the latitude in degrees, above
+            the two coordinates' plane.
+        data: the decoded means, ``(num_steps, num_steps, *data_shape)``, second coordinate first;
+            on a circle, which has no latitude, ``(1, num_steps, *data_shape)``.
+        on_sphere: whether the coordinates are longitude and latitude.
+    """
+
+    dimensions: tuple[int, int]
+    first: Tensor
+    second: Tensor
+    data: Tensor
+    on_sphere: bool
+
+
+def interpolate(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    to: Tensor | Sequence[Tensor],
+    *,
+    num_steps: int = 9,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = 0,
+) -> Tensor:
+    """Decode the way from the codes of some data to those of others.
+
+    The way is straight, and on a sphere the shorter arc of the great circle; every latent site walks
+    its own.
+
+    Args:
+        model: the generative function of a pair.
+        guide: its variational function.
+        x: data to start from ``(N, ...)``, or a tuple of tensors; they give the conditions.
+        to: as many data to end at.
+        num_steps: points on the way, both ends included.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+
+    Returns:
+        the likelihood's means, ``(num_steps, N, *data_shape)``.
+
+    Raises:
+        InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
+
+    Source:
+        White 2016, "Sampling Generative Networks", section 2 (the great circle).
+    """
+    starts, ends = as_inputs(x, model, guide), as_inputs(to, model, guide)
+    check_counts(num_steps=num_steps, least=2)
+    if len(starts[0]) != len(ends[0]):
+        raise InputError(
+            f"expected as many data to end at as to start from, got {len(ends[0])} for "
+            f"{len(starts[0])}"
+        )
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        sites = code_sites(guide, starts, plate)
+        first = decodable_codes(guide, starts, _CODE_DRAWS, plate)
+        last = decodable_codes(guide, ends, _CODE_DRAWS, plate)
+        ways = {}
+        for name, start in first.items():
+            _refuse_discrete(name, support_of(sites[name]))
+            walk = _great_circle if support_of(sites[name]) == "sphere" else _straight
+            shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
+            shares = shares.view(-1, *[1] * start.dim())
+            ways[name] = walk(start, last[name], shares).flatten(0, 1)
+        data = decoded(model, ways, tile(starts, num_steps), observed=observed, plate=plate)
+    return data.unflatten(0, (num_steps, len(starts[0])))
+
+
+def traverse(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    dimensions: Sequence[int] | None = None,
+    num_steps: int = 9,
+    coverage: float = 0.95,
+    site: str | None = None,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = 0,
+) -> Traversal:
+    """Move one latent coordinate through the prior's range and decode; the others stay at the code.
+
+    The values are the prior's quantiles, evenly spaced in probability. On a sphere the coordinate
+    moves along the meridian through the code: the others shrink together so that the length stays 1.
+
+    Args:
+        model: the generative function of a pair.
+        guide: its variational function.
+        x: data whose codes are moved ``(N, ...)``, or a tuple of tensors.
+        dimensions: coordinates of the (flattened) latent to move, from 0; by default every one.
+        num_steps: values per coordinate.
+        coverage: probability under the prior between the first value and the last.
+        site: name of the latent; needed where the guide has several.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: options out of range, or a latent that can't be moved.
+    """
+    inputs = as_inputs(x, model, guide)
+    check_counts(num_steps=num_steps, least=2)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        walker = _Walker(model, guide, inputs, site, observed, plate)
+        moved = tuple(range(walker.size)) if dimensions is None else _whole(dimensions)
+        walker.check_dimensions(moved)
+        values = walker.quantiles(num_steps, coverage)[list(moved)]
+        data = [
+            walker.decode([walker.with_coordinate(dimension, value) for value in row])
+            for dimension, row in zip(moved, values, strict=True)
+        ]
+    return Traversal(moved, values, torch.stack(data))
+
+
+def manifold(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    dimensions: tuple[int, int] = (0, 1),
+    num_steps: int = 16,
+    coverage: float = 0.98,
+    site: str | None = None,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = 0,
+) -> Manifold:
+    """Decode a grid over two latent coordinates; further ones stay at the mean code of the data.
+
+    The grid follows the prior's quantiles, evenly spaced in probability. On a sphere it is one of
+    longitude and latitude over the two coordinates and the mean direction of the others.
+
+    Args:
+        model: the generative function of a pair.
+        guide: its variational function.
+        x: data ``(N, ...)`` whose mean code the other coordinates take; the first datum gives the
+            conditions and the other sites' codes.
+        dimensions: the two coordinates of the (flattened) latent, from 0.
+        num_steps: values per coordinate.
+        coverage: probability under the prior between a coordinate's first value and its last.
+        site: name of the latent; needed where the guide has several.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: options out of range, or a latent of fewer than two coordinates.
+
+    Source:
+        Kingma, Welling 2014, "Auto-Encoding Variational Bayes", appendix A.
+    """
+    inputs = as_inputs(x, model, guide)
+    check_counts(num_steps=num_steps, least=2)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
+        walker = _Walker(model, guide, inputs, site, observed, plate)
+        chosen = _whole(dimensions)
+        walker.check_dimensions(chosen)
+        if len(chosen) != 2 or chosen[0] == chosen[1]:
+            raise InputError(f"expected two different dimensions, got {dimensions}")
+        right, up = chosen
+        walker.stay_at_mean()
+        if walker.support == "sphere":
+            first, second, codes = walker.globe(right, up, num_steps)
+        else:
+            values = walker.quantiles(num_steps, coverage)
+            first, second = values[right], values[up]
+            codes = [
+                walker.with_coordinate(right, value, walker.with_coordinate(up, height))
+                for height in second
+                for value in first
+            ]
+        data = walker.decode(codes)[:, 0].unflatten(0, (len(second), len(first)))
+    return Manifold((right, up), first, second, data, walker.support == "sphere")
+
+
+class _Walker:
+    """The codes of some data, of which one site's are moved and decoded."""
+
+    def __init__(
+        self,
+        model: PairFunction,
+        guide: PairFunction,
+        inputs: Inputs,
+        site: str | None,
+        observed: str | None,
+        plate: str,
+    ) -> None:
+        self.model, self.inputs, self.observed, self.plate = model, inputs, observed, plate
+        sites = code_sites(guide, inputs, plate)
+        self.site = chosen_site(sites, site)
+        self.support = support_of(sites[self.site])
+        _refuse_discrete(self.site, self.support)
+        self.codes = decodable_codes(guide, inputs, _CODE_DRAWS, plate)
+        self.shape = self.codes[self.site].shape[1:]
+        self.flat = self.codes[self.site].reshape(len(inputs[0]), -1)
+        self.size = self.flat.shape[1]
+
+    def check_dimensions(self, dimensions: Sequence[int]) -> None:
+        """Refuse coordinates that the latent doesn't have, and none at all."""
+        if not dimensions:
+            raise InputError("expected at least one of the latent's dimensions, got none")
+        for dimension in dimensions:
+            if dimension >= self.size:
+                raise InputError(
+                    f"expected dimensions from 0 to {self.size - 1} of latent {self.site!r}, got "
+                    f"{dimension}"
+                )
+
+    def stay_at_mean(self) -> None:
+        """Go on with one code, the mean over the data, under the first datum's conditions."""
+        mean = self.flat.mean(0, keepdim=True)
+        if self.support == "sphere":
+            mean = _unit(mean, torch.eye(self.size, dtype=mean.dtype, device=mean.device)[:1])
+        self.flat = mean
+        self.codes = {name: value[:1] for name, value in self.codes.items()}
+        self.inputs = tuple(value[:1] for value in self.inputs)
+
+    def quantiles(self, num_steps: int, coverage: float) -> Tensor:
+        """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
+        if not 0 < real_number("coverage", coverage) < 1:
+            raise InputError(f"expected a coverage between 0 and 1, got {coverage}")
+        edge = (1 - coverage) / 2
+        probabilities = torch.linspace(edge, 1 - edge, num_steps, dtype=torch.float64)
+        inputs = tile(self.inputs, math.ceil(_PRIOR_DRAWS / len(self.inputs[0])))
+        num_drawn = len(inputs[0])
+        with any_number_of_data("model", num_drawn):
+            trace = poutine.trace(self.model).get_trace(*inputs)
+        site = trace.nodes[self.site]
+        check_rows("model", site, self.plate, num_drawn)
+        axis = data_dim(site, self.plate) - site["fn"].event_dim
+        drawn = site["value"].movedim(axis, 0).reshape(num_drawn, -1)
+        return drawn.double().quantile(probabilities.to(drawn.device), dim=0).T.to(drawn.dtype)
+
+    def with_coordinate(self, dimension: int, value: Tensor, flat: Tensor | None = None) -> Tensor:
+        """Return the codes ``(N, size)`` with one coordinate moved, within the support."""
+        moved = (self.flat if flat is None else flat).clone()
+        if self.support == "sphere":
+            moved[:, dimension] = 0
+            other = torch.zeros_like(moved)
+            other[:, (dimension + 1) % self.size] = 1
+            moved = _unit(moved, other) * (1 - value.square()).clamp(min=0).sqrt()
+        moved[:, dimension] = value
+        return moved
+
+    def globe(self, first: int, second: int, num_steps: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return longitudes, latitudes and the codes at each pair of them."""
+        up = self.flat.clone()
+        up[:, [first, second]] = 0
+        fallback = torch.zeros_like(up)
+        others = [axis for axis in range(self.size) if axis not in (first, second)]
+        if others:
+            fallback[:, others[0]] = 1
+        # Evenly spaced in longitude without meeting itself, and in the sine of the latitude, which
+        # is evenly spaced in area on the ordinary sphere.
+        height = (torch.arange(num_steps).to(up) + 0.5) / num_steps * 2 - 1
+        longitude = math.pi * height
+        if not others:
+            height = height.new_zeros(1)
+        else:
+            up = _unit(up, fallback)
+        codes = []
+        for sine in height:
+            for angle in longitude:
+                code = up * sine
+                level = (1 - sine.square()).sqrt()
+                code[:, first], code[:, second] = level * angle.cos(), level * angle.sin()
+                codes.append(code)
+        return longitude.rad2deg(), height.asin().rad2deg(), codes
+
+    def decode(self, flat: Sequence[Tensor]) -> Tensor:
+        """Decode several codes of each datum, ``(len(flat), N, *data_shape)``."""
+        count, num_data = len(flat), len(self.inputs[0])
+        latents = {name: tile((value,), count)[0] for name, value in self.codes.items()}
+        latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
+        data = decoded(
+            self.model, latents, tile(self.inputs, count), observed=self.observed, plate=self.plate
+        )
+        return data.unflatten(0, (count, num_data))
+
+
+def _straight(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    return start + share * (end - start)
+
+
+def _great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """Walk the shorter arc between unit vectors; between opposite ones some half circle."""
+    cosine = (start * end).sum(-1, keepdim=True)
+    # Any direction at right angles to the start serves where start and end leave none.
+    least = start.abs().argmin(-1, keepdim=True)
+    axis = torch.zeros_like(start).scatter(-1, least, 1.0)
+    axis = axis - (axis * start).sum(-1, keepdim=True) * start
+    sideways = _unit(end - cosine * start, axis / axis.norm(dim=-1, keepdim=True))
+    angle = torch.atan2((end * sideways).sum(-1, keepdim=True), cosine)
+    return (share * angle).cos() * start + (share * angle).sin() * sideways
+
+
+def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
+    """Return the direction of each row, or the fallback's where a row has hardly any length."""
+    length = vector.norm(dim=-1, keepdim=True)
+    tiny = length < 10 * torch.finfo(vector.dtype).eps
+    return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
+
+
+def _whole(dimensions: Iterable[int]) -> tuple[int, ...]:
+    """Return coordinates as whole numbers from 0 on, or refuse what is none."""
+    if isinstance(dimensions, str) or not isinstance(dimensions, Iterable):
+        raise InputError(f"expected dimensions as whole numbers, e.g. (0, 1), got {dimensions!r}")
+    return tuple(whole_number("each of the dimensions", each) for each in dimensions)
+
+
+def _refuse_discrete(name: str, support: str) -> None:
+    if support == "discrete":
+        raise InputError(f"expected a continuous latent to walk through, {name!r} is discrete")

@@ -1,0 +1,1 @@
+"""The importance weight of a pair: particles drawn and scored."""

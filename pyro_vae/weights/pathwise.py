@@ -1,0 +1,96 @@
+"""Gates between a guide's draws and what is computed of them, for gradients along the draws alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+from pyro_vae.pair.sites import is_delta
+
+
+class PathwiseDraws(Messenger):
+    """Around a guide: keep its draws apart from what is computed of them.
+
+    Every random draw z passes a gate, and guide, density and model are given what comes out of it.
+    Open, the gate is the identity. Closed, it lets no gradient back to z, so that the derivative of
+    log q with respect to one latent holds the others and the parameters still: of a guide
+    q(z1) q(z2 given z1) the derivative by z1 then has no part that runs through the draw of z2.
+    Point masses pass through: they have no density to be held still.
+
+    Attributes:
+        drawn: each draw before its gate, by site name.
+        passed: what came out, by site name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.drawn: dict[str, Tensor] = {}
+        self.passed: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["done"] or message["is_observed"] or message["value"] is not None:
+            return
+        if site_is_subsample(message) or is_delta(message["fn"]):
+            return
+        value = message["fn"](*message["args"], **message["kwargs"])
+        if value.requires_grad:
+            self.drawn[message["name"]] = value
+            value = self.passed[message["name"]] = _Gate.apply(value, self)
+        message["value"], message["done"] = value, True
+
+    def slopes(self, log_proposal: Tensor) -> dict[str, Tensor]:
+        """Return the derivative of ``log_proposal`` by each draw, parameters held still."""
+        names = list(self.passed)
+        if not names or not log_proposal.requires_grad:
+            return {}
+        self.closed = True
+        try:
+            slopes = torch.autograd.grad(
+                log_proposal,
+                [self.passed[name] for name in names],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        finally:
+            self.closed = False
+        return {name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None}
+
+
+class _Gate(torch.autograd.Function):
+    """The identity; its gradient stops while the gate is closed."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gate: PathwiseDraws) -> Tensor:
+        ctx.gate = gate
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        return (None if ctx.gate.closed else gradients[0]), None
+
+
+def gated(guide: Any, draws: PathwiseDraws) -> Any:
+    """Return the guide with its draws gated; refuse one that is a handler of the model."""
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise InputError(
+            "expected a guide that is a function of its own, got a handler of the model: use "
+            "TraceBound"
+        )
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        with draws:
+            return guide(*args, **kwargs)
+
+    return function
+
+
+def has_score(site: dict[str, Any]) -> bool:
+    """Tell whether a guide's site is random: no given factor, and no point mass's Jacobian."""
+    return not site["is_observed"] and not is_delta(site["fn"])

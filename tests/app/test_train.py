@@ -1,0 +1,212 @@
+"""`pyro-vae train`: the run folder it leaves, on every kind of data, and what it prints."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import ESTIMATE_KEYS, RUN_FILES, WARNED, run, train
+from pyro.infer import Trace_ELBO
+
+import pyro_vae as pv
+from pyro_vae import datasets
+from pyro_vae.app import names
+from pyro_vae.app import settings as app_settings
+from pyro_vae.app import train as app_train
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import warmup_epochs
+
+pytestmark = WARNED
+
+
+def test_train_leaves_a_whole_run(digits):
+    assert sorted(path.name for path in digits.iterdir()) == RUN_FILES
+    config = json.loads((digits / "config.json").read_text())
+    settings = config["run"]["settings"]
+    assert settings["dataset"] == "digits"
+    assert settings["binarize"] == "dynamic"
+    assert settings["latent_dim"] == 2
+    metrics = json.loads((digits / "metrics.json").read_text())
+    assert set(metrics["history"]) == set(pv.infer.training.HISTORY)
+    assert all(len(curve) == 2 for curve in metrics["history"].values())
+    test = metrics["test"]
+    assert test["elbo"] == pytest.approx(-test["rate"] - test["distortion"])
+    assert test["num_data"] == 359
+    estimate = metrics["test_log_marginal"]
+    assert set(estimate) == ESTIMATE_KEYS
+    assert (estimate["num_data"], estimate["num_samples"]) == (359, 500)
+    # Two epochs are enough to be better than independent pixels at one half.
+    assert -64 * np.log(2) < estimate["log_marginal"] < -15
+    for name in RUN_FILES:
+        if name.endswith(".png"):
+            assert (digits / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_says_what_was_measured_and_where(tmp_path):
+    result = train("--output", tmp_path / "run")
+    assert "log p(x)" in result.out
+    assert "359 x 500" in result.out
+    assert f"run folder: {tmp_path / 'run'}" in result.out
+    assert "pseudo" not in result.out
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80
+
+
+def test_the_choice_of_compiling_is_printed_and_recorded(digits, tmp_path):
+    metrics = json.loads((digits / "metrics.json").read_text())
+    assert metrics["compiled"] is False
+    assert "compiling pays from" in metrics["compile_choice"]
+    result = train("--compile", "off", "--output", tmp_path / "run", epochs=0)
+    assert "training step: eager as asked" in result.out
+    assert "eager as asked" in (tmp_path / "run" / "report.html").read_text()
+
+
+OBJECTIVES = {
+    "elbo": (None, 1),
+    "elbo --num-particles 2": (pv.infer.TraceBound, 2),
+    "analytic-kl": (pv.infer.AnalyticKL, 1),
+    "sticking-the-landing": (pv.infer.StickingTheLanding, 1),
+    "free-bits --free-bits 0.1": (pv.infer.FreeBits, 1),
+    "iwae": (pv.infer.IWAE, 5),
+    "iwae --num-particles 3": (pv.infer.IWAE, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_every_objective_trains(here, monkeypatch, options):
+    given = []
+
+    def fit(*arguments, objective, **others):
+        given.append(objective)
+        return pv.fit(*arguments, objective=objective, **others)
+
+    monkeypatch.setattr(app_train, "fit", fit)
+    recipe = ("--schedule", "cosine", "--gradient-clip", 5)
+    train("--dataset", "bits.npy", *recipe, "--output", "own", "--objective", *options.split())
+    kind, particles = OBJECTIVES[options]
+    (objective,) = given
+    assert objective is None if kind is None else type(objective) is kind
+    assert getattr(objective, "num_particles", 1) == particles
+    history = json.loads(Path("own/metrics.json").read_text())["history"]
+    assert np.isfinite(history["train_elbo"]).all()
+
+
+def test_a_seed_repeats_a_run(digits, tmp_path):
+    train("--output", tmp_path / "again")
+    train("--output", tmp_path / "other", "--seed", 1)
+    weights = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (digits, tmp_path / "again", tmp_path / "other")
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"), [("vectors", "learned"), ("plane", "per-pixel"), ("scalars", "0.5")]
+)
+def test_vectors_of_ones_own_under_a_gaussian(here, name, sigma):
+    data = ("--dataset", f"{name}.npy", "--likelihood", "gaussian", "--sigma", sigma)
+    train(*data, "--output", "own", epochs=1)
+    assert sorted(path.name for path in Path("own").iterdir()) == RUN_FILES
+    values = json.loads(run("evaluate", "own", "--num-samples", 20, "--json").out)
+    assert values["num_data"] == 20
+    assert run("sample", "own").code == 0
+    assert run("reconstruct", "own").code == 0
+
+
+@pytest.mark.parametrize("name", ["bits", "colour", "grey"])
+def test_other_data_of_ones_own(here, name):
+    train("--dataset", f"{name}.npy", "--output", "own", epochs=1)
+    assert sorted(path.name for path in Path("own").iterdir()) == RUN_FILES
+
+
+def test_grey_pixels_under_a_bernoulli_are_labelled(here):
+    result = train("--binarize", "none", "--output", "grey-run")
+    assert "log p(x) (pseudo-likelihood)" in result.out
+    assert json.loads(Path("grey-run/metrics.json").read_text())["pseudo_likelihood"] is True
+    result = run("evaluate", "grey-run", "--num-samples", 5, "--json")
+    assert set(json.loads(result.out)) == ESTIMATE_KEYS
+    assert "pyro-vae: warning: grey values under a Bernoulli" in result.err
+    gaussian = train("--likelihood", "gaussian", "--output", "gaussian")
+    assert "pseudo" not in gaussian.out
+    assert json.loads(Path("gaussian/metrics.json").read_text())["pseudo_likelihood"] is False
+    assert "pseudo" not in run("evaluate", "gaussian", "--num-samples", 5).err
+
+
+def test_named_sets_are_found_from_another_folder(here, monkeypatch):
+    raw = here / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 50), ("t10k", 20)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">4B1I", 0, 0, 8, 1, count)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(count))
+    monkeypatch.setenv("PYRO_VAE_DATA", "data")
+    train("--dataset", "mnist", "--output", "mnist-run")
+    monkeypatch.delenv("PYRO_VAE_DATA")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    result = run("evaluate", here / "mnist-run", "--num-samples", 5, "--json")
+    assert json.loads(result.out)["num_data"] == 20
+
+
+def test_new_folders_below_runs_are_numbered(here):
+    for expected in ("digits-standard-normal-mean-field", "digits-standard-normal-mean-field-2"):
+        assert f"run folder: runs/{expected}" in train(epochs=0).out
+        assert (here / "runs" / expected / "metrics.json").is_file()
+
+
+def test_an_empty_folder_is_taken(here):
+    Path("mine").mkdir()
+    train("--output", "mine", epochs=0)
+    assert Path("mine/config.json").is_file()
+
+
+def matching_pairs():
+    for prior, prior_class in names.PRIORS.items():
+        for guide, guide_class in names.FAMILIES.items():
+            supports = {
+                getattr(pv.priors, prior_class).latent_support,
+                getattr(pv.guides, guide_class).latent_support,
+            }
+            if len(supports) == 1 or (prior == "vamp"):
+                yield prior, guide
+
+
+@pytest.mark.parametrize(("prior", "guide"), matching_pairs())
+@pytest.mark.parametrize("likelihood", names.LIKELIHOODS)
+def test_every_name_builds_a_pair(prior, guide, likelihood):
+    data = datasets.load("digits", binarize="threshold")
+    settings = TrainSettings(prior=prior, guide=guide, likelihood=likelihood, hidden="8")
+    vae = app_settings.build_vae(settings, data)
+    assert type(vae.prior).__name__ == names.PRIORS[prior]
+    assert type(vae.variational_family).__name__ == names.FAMILIES[guide]
+    assert type(vae.likelihood).__name__ == names.LIKELIHOODS[likelihood]
+    assert torch.tensor(Trace_ELBO().loss(vae.model, vae.guide, data.test[:4])).isfinite()
+
+
+def test_the_bernoulli_starts_at_the_training_mean():
+    data = datasets.load("digits", binarize="none")
+    vae = app_settings.build_vae(TrainSettings(hidden="8"), data)
+    bias = vae.likelihood.logits.map.bias.reshape(data.data_shape)
+    expected = data.train.mean(0).clamp(1e-3, 1 - 1e-3)
+    torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_data", "expected"),
+    [
+        ({"epochs": 200}, 1294, 20),  # a tenth
+        ({"epochs": 8}, 1294, 4),  # half of a short run
+        ({"epochs": 30}, 1294, 6),  # 21 steps an epoch, 120 wanted
+        ({"epochs": 10}, 60_000, 1),
+        ({"epochs": 1}, 50, 0),
+        ({"epochs": 8, "warmup_epochs": 0}, 1294, 0),  # as told
+    ],
+)
+def test_the_default_warm_up_is_a_tenth_but_long_enough(options, num_data, expected):
+    assert warmup_epochs(TrainSettings(**options), num_data) == expected

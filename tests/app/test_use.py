@@ -1,0 +1,147 @@
+"""The commands that look into a trained run: pictures of every kind of run, and every mistake."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import WARNED, run
+
+from pyro_vae import InputError
+from pyro_vae.app.completing import hidden_part
+
+pytestmark = WARNED
+
+
+RUNS = {
+    "plain": "--latent-dim 2",
+    "single": "--latent-dim 1",
+    "vamp": "--latent-dim 3 --prior vamp --num-components 5 --guide full-rank",
+    "sphere": "--latent-dim 3 --prior hypersphere-uniform --guide von-mises-fisher",
+    "circle": "--latent-dim 2 --prior von-mises-fisher --guide von-mises-fisher",
+    "beta": "--latent-dim 3 --prior beta --guide beta",
+    "flow": "--latent-dim 2 --prior flow --guide iaf",
+    "vectors": "--latent-dim 2 --dataset vectors.npz --likelihood gaussian",
+    "many": "--latent-dim 2 --dataset many.npy --likelihood gaussian",
+}
+# One run of each kind of picture is looked at in every test run, the others with the slow tests.
+QUICK = ("plain", "sphere", "vectors")
+COMMANDS = {
+    "latent": "latent",
+    "pca": "latent --plane pca",
+    "manifold": "latent --view manifold --num-steps 4",
+    "traverse": "traverse --num 2 --num-steps 3",
+    "interpolate": "interpolate --num 2 --num-steps 3",
+    "metropolis": "complete --num 3 --num-draws 2 --num-steps 4",
+    "importance": "complete --num 3 --num-draws 2 --method importance --missing random:0.3",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trained runs by name, made when they are first asked for; tests only read them."""
+    folder = tmp_path_factory.mktemp("runs")
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(120, 4))
+    np.savez(folder / "vectors.npz", x=vectors, y=np.arange(120) % 3)
+    np.save(folder / "many.npy", random.normal(size=(120, 12)))
+
+    def get(name):
+        if not (folder / name).exists():
+            small = ("--hidden", "16", "--epochs", "1", "--device", "cpu", "--output", folder / name)
+            with contextlib.chdir(folder):
+                result = run("train", *small, *RUNS[name].split())
+            assert result.code == 0, result.err
+        return folder / name
+
+    return get
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS],
+)
+def test_every_picture_of_every_run(runs, tmp_path, name, command):
+    picture = tmp_path / "picture.png"
+    first, *options = COMMANDS[command].split()
+    result = run(first, runs(name), *options, "--output", picture)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    assert result.out.strip() == str(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "complete"])
+def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, command):
+    folder = runs("plain")
+    paths = [Path(run(command, folder, "--seed", 3).out.strip()) for _ in range(2)]
+    assert paths[0] == paths[1]
+    assert paths[0].parent == folder
+    content = paths[0].read_bytes()
+    paths[0].unlink()
+    picture = tmp_path / "new" / "picture.svg"
+    assert run(command, folder, "--seed", 3, "--output", picture).code == 0
+    assert b"<svg" in picture.read_bytes()
+    again = tmp_path / "again.png"
+    run(command, folder, "--seed", 3, "--output", again)
+    assert again.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("latent --view scater", "did you mean 'scatter'?"),
+        ("latent --plane pcb", "did you mean 'pca'?"),
+        ("latent --num 0", "number from 1"),
+        ("latent --view manifold --num-steps 1", "from 2 to 200 steps, got 1"),
+        ("latent --seed -1", "seed from 0"),
+        ("latent --output x.txt", ".png, .svg or .pdf"),
+        ("traverse --datum 0", "test datum from 1 to 359, got 0"),
+        ("traverse --datum 360", "test datum from 1 to 359, got 360"),
+        ("traverse --num 0", "number from 1"),
+        ("interpolate --num-steps 1000", "from 2 to 200 steps, got 1000"),
+        ("complete --method metropolist", "did you mean 'metropolis'?"),
+        ("complete --missing bottom", "upper, lower or random:SHARE, got 'bottom'"),
+        ("complete --missing random:1.5", "share between 0 and 1 after random:, got '1.5'"),
+        ("complete --missing random", "share between 0 and 1 after random:, got ''"),
+        ("complete --num-draws 0", "expected --num-draws of at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(runs, arguments, message):
+    folder = runs("plain")
+    before = sorted(folder.iterdir())
+    command, *options = arguments.split()
+    result = run(command, folder, *options)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+def test_halves_of_images_and_vectors():
+    image = torch.arange(2 * 5 * 4).view(2, 5, 4).expand(3, 2, 5, 4)[:, :1]
+    upper = hidden_part("upper", (1, 5, 4), 3, seed=0)
+    lower = hidden_part("lower", (1, 5, 4), 3, seed=0)
+    assert upper.shape == image.shape
+    assert upper[:, :, :3].all()
+    assert not upper[:, :, 3:].any()
+    assert lower[:, :, 2:].all()
+    assert not lower[:, :, :2].any()
+    left = hidden_part("left", (5, 4, 3), 2, seed=0)
+    assert left[:, :, :2].all()
+    assert not left[:, :, 2:].any()
+    assert hidden_part("right", (6,), 1, seed=0).tolist() == [[False] * 3 + [True] * 3]
+    with pytest.raises(InputError, match="left, right or random:SHARE, got 'lower'"):
+        hidden_part("lower", (6,), 1, seed=0)
+
+
+def test_a_random_part_has_its_share_and_hides_all_channels_of_a_pixel():
+    hidden = hidden_part("random:0.3", (3, 20, 20), 50, seed=1)
+    assert hidden.shape == (50, 3, 20, 20)
+    assert (hidden[:, 0] == hidden[:, 1]).all()
+    count = 50 * 400
+    assert abs(hidden[:, 0].double().mean().item() - 0.3) < 5 * (0.21 / count) ** 0.5
+    assert not (hidden[0] == hidden[1]).all()
+    assert hidden_part("random:0.3", (3, 20, 20), 50, seed=1).equal(hidden)

@@ -1,0 +1,316 @@
+"""Annealed importance sampling: exact models, the narrow guide, transforms, refusals."""
+
+import functools
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.ais import AnnealingOptions, tune
+from pyro_vae.evaluation.hmc import AnnealingPath, transition
+from pyro_vae.weights.log_weights import PairScorer
+
+CONTINUOUS = ["probabilistic_pca", "gaussian", "beta_bernoulli", "mixture_prior", "small_decoder"]
+
+
+def anneal(problem, **options):
+    options = {"num_steps": 60, "num_leapfrog_steps": 3, "seed": 0, **options}
+    return pv.log_marginal(problem.model, problem.guide, problem.x, method="annealed", **options)
+
+
+def within(estimate, exact):
+    return (estimate.log_prob - exact).abs() < 5 * estimate.standard_error + 1e-6
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_exact_models(exact, name, start):
+    problem = exact[name](num_data=8)
+    # From the prior the weights of so few chains are skewed unless there are more steps.
+    estimate = anneal(problem, start=start, num_steps=60 if start == "guide" else 300)
+    # With 16 chains a standard error is itself uncertain by a fifth.
+    assert within(estimate, problem.log_prob).all()
+    assert (estimate.mean - problem.log_prob.mean()).abs() < 5 * estimate.mean_standard_error
+    assert estimate.standard_error.mean() < 0.5
+    assert ((estimate.acceptance > 0.6) & (estimate.acceptance < 1)).all()
+    assert estimate.method == "annealed"
+    assert estimate.rate.isnan().all() == (start == "prior")
+
+
+@pytest.mark.parametrize(
+    ("num_data", "options"),
+    [
+        (6, {"num_steps": 200, "num_leapfrog_steps": 3, "num_chains": 64}),
+        pytest.param(40, {}, marks=pytest.mark.slow, id="defaults"),
+    ],
+)
+def test_a_guide_too_narrow_does_not_matter(exact, num_data, options):
+    problem = exact["probabilistic_pca"](num_data, covariance_scale=0.05, shift=0.6)
+    estimate = pv.log_marginal(
+        problem.model, problem.guide, problem.x, method="annealed", seed=0, **options
+    )
+    limit = 0.2 if not options else 0.4
+    assert abs(estimate.mean - problem.log_prob.mean()) < limit
+    assert within(estimate, problem.log_prob).all()
+
+
+@pytest.mark.slow
+def test_calibration(exact):
+    """Over many data the exact value lies within 2 standard errors as often as it should."""
+    problem = exact["probabilistic_pca"](num_data=200, num_latents=3)
+    estimate = anneal(problem, num_steps=200)
+    inside = (estimate.log_prob - problem.log_prob).abs() < 2 * estimate.standard_error
+    assert 0.88 <= inside.double().mean() <= 0.99
+
+
+def test_the_final_states_are_posterior_draws(exact):
+    problem = exact["probabilistic_pca"](num_data=3, num_latents=2)
+    exact_wide = exact["probabilistic_pca"](num_data=3, num_latents=2, covariance_scale=1.0, shift=0)
+    estimate = anneal(problem, num_chains=400, num_steps=30)
+    posterior = exact_wide.guide.__closure__[0].cell_contents(problem.x)
+    draws, weights = estimate.draws.latents["z"], estimate.draws.log_weights.softmax(0)
+    mean = (weights[..., None] * draws).sum(0)
+    error = (posterior.variance / 400).sqrt() * 1.5
+    assert ((mean - posterior.mean).abs() < 5 * error).all()
+
+
+def test_transitions_leave_the_density_invariant():
+    """Draws of the posterior stay draws of the posterior, in constrained coordinates too."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.tensor(3.0).double(), 2.0))
+            pyro.sample("x", dist.Poisson(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(3.0 + x, 3.0))
+
+    x = torch.tensor([0.0, 2.0, 7.0]).double()
+    with torch.no_grad():
+        path = AnnealingPath(PairScorer(model, guide, (x,)), "prior")
+        tuning = tune(path, AnnealingOptions(num_steps=20))
+        latents, _ = path.scorer.propose(4000)
+        state = path.evaluate(path.position(latents))
+        for _ in range(10):
+            state, _ = transition(path, state, 1.0, tuning.step_sizes[-1], tuning.scales, 3)
+        z = path.latents(state.position)[0]["z"]
+    mean, variance = (3 + x) / 3, (3 + x) / 9
+    assert ((z.mean(0) - mean).abs() < 5 * (variance / 4000).sqrt()).all()
+    # The variance of a Gamma's sample variance: (mu4 - var^2) / n with mu4 = var^2 (3 + 6 / shape).
+    error = (variance.square() * (2 + 6 / (3 + x)) / 4000).sqrt()
+    assert ((z.var(0) - variance).abs() < 5 * error).all()
+
+
+def test_densities_and_gradients_along_the_path(exact):
+    """The path's log densities match Pyro's in constrained space plus the Jacobian."""
+    problem = exact["beta_bernoulli"](num_data=4)
+    scorer = PairScorer(problem.model, problem.guide, (problem.x,))
+    path = AnnealingPath(scorer, "guide")
+    position = torch.randn(3, 4, 1, dtype=torch.float64)
+    state = path.evaluate(position)
+    z = position[..., 0].sigmoid()
+    jacobian = (z * (1 - z)).log()
+    joint = sum(scorer.score({"z": z}))
+    torch.testing.assert_close(state.base, scorer.score_proposal({"z": z}) + jacobian)
+    torch.testing.assert_close(state.increment, joint - scorer.score_proposal({"z": z}))
+    step = 1e-6
+    for beta in (0.0, 0.3, 1.0):
+        ahead = path.evaluate(position + step).log_density(beta)
+        behind = path.evaluate(position - step).log_density(beta)
+        slope = (ahead - behind) / (2 * step)
+        torch.testing.assert_close(state.gradient(beta)[..., 0], slope, rtol=1e-4, atol=1e-4)
+
+
+def test_several_latents_of_several_shapes():
+    """A simplex (whose unconstrained space is smaller), a vector per pixel and a scalar."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            share = pyro.sample("share", dist.Dirichlet(torch.ones(3).double()))
+            level = pyro.sample("level", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+            with pyro.plate("pixels", 4, dim=-1):
+                noise = pyro.sample("noise", dist.Normal(share[..., 0], 1.0))
+                pyro.sample("x", dist.Normal(noise + 0.3 * level, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("share", dist.Dirichlet(torch.ones(3).double()))
+            pyro.sample("level", dist.Gamma(torch.tensor(2.0).double(), 0.9))
+            with pyro.plate("pixels", 4, dim=-1):
+                pyro.sample("noise", dist.Normal(0.4 * x, 0.9))
+
+    x = 1 + torch.randn(6, 4).double()
+    annealed = pv.log_marginal(
+        model, guide, x, method="annealed", num_steps=60, num_chains=32, num_leapfrog_steps=3, seed=0
+    )
+    sampled = pv.log_marginal(model, guide, x, num_samples=20_000, seed=0)
+    error = (annealed.standard_error.square() + sampled.standard_error.square()).sqrt()
+    assert sampled.standard_error.max() < 0.2
+    assert ((annealed.log_prob - sampled.log_prob).abs() < 5 * error).all()
+    assert annealed.draws.latents["share"].shape == (32, 6, 1, 3)
+    torch.testing.assert_close(annealed.draws.latents["share"].sum(-1), torch.ones(32, 6, 1).double())
+
+
+def test_a_seed_repeats_and_progress_reaches_the_end(exact):
+    problem = exact["gaussian"](num_data=5)
+    seen = []
+    one = anneal(problem, num_steps=20, progress=lambda *at: seen.append(at))
+    two = anneal(problem, num_steps=20)
+    assert torch.equal(one.log_prob, two.log_prob)
+    assert seen[-1] == (5, 5)
+    assert seen == sorted(seen)
+
+
+def test_one_chain_one_datum(exact):
+    problem = exact["gaussian"](num_data=1)
+    estimate = anneal(problem, num_chains=1, num_steps=10)
+    assert estimate.log_prob.isfinite().all()
+    assert estimate.standard_error.isnan().all()
+    assert estimate.pareto_k.isnan().all()
+
+
+def test_blocks_fit_the_memory(exact):
+    problem = exact["probabilistic_pca"](num_data=90, num_latents=2)
+    seen = []
+    estimate = anneal(
+        problem,
+        num_steps=10,
+        num_chains=64,
+        num_leapfrog_steps=2,
+        max_memory=1 << 21,
+        progress=lambda done, _: seen.append(done),
+    )
+    assert len({done for done in seen if done < 90}) > 3
+    assert within(estimate, problem.log_prob).all()
+
+
+def test_cost_counts_gradient_evaluations(exact):
+    problem = exact["gaussian"](num_data=2)
+    scored = []
+    original = AnnealingPath.evaluate
+
+    def counting(self, position):
+        scored.append(position.shape[0])
+        return original(self, position)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnnealingPath, "evaluate", counting)
+        estimate = anneal(problem, num_steps=50, num_leapfrog_steps=1)
+    assert sum(scored) == estimate.cost[0] == estimate.cost[1]
+    assert (estimate.num_samples == 16).all()
+
+
+def test_zero_likelihood_is_minus_infinity():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Unit(torch.where(x < 0.5, -z.square(), -math.inf)), obs=x[:0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    x = torch.tensor([0.0, 1.0])
+    estimate = pv.log_marginal(model, guide, x, method="annealed", num_steps=30, seed=0)
+    # E[exp(-z^2)] over a standard normal is 3^(-1/2).
+    exact = -0.5 * math.log(3)
+    assert abs(estimate.log_prob[0] - exact) < 5 * estimate.standard_error[0]
+    assert estimate.log_prob[1] == -math.inf
+    assert estimate.standard_error[1] == math.inf
+
+
+def test_discrete_latents_are_refused_by_name():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("kind", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Bernoulli(torch.full_like(x, 0.5)))
+
+    with pytest.raises(InputError, match="'kind' is discrete"):
+        pv.log_marginal(model, guide, torch.randn(3), method="annealed")
+
+
+def test_sphere_latents_are_refused_by_name(exact):
+    with pytest.raises(InputError, match=r"'z' \(VonMisesFisher\)"):
+        anneal(exact["sphere"](num_data=3))
+
+
+def test_changing_structure_is_refused_by_name():
+    # A guide and a model run at a time share a size; from run to run it grows.
+    sizes = (size for size in itertools.count(1) for _ in range(2))
+
+    def changing(x, observe=False):
+        with pyro.plate("data", len(x)):
+            size = next(sizes)
+            pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+            if observe:
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def moving(x, observe=False):
+        with pyro.plate("data", len(x)):
+            low = pyro.sample("low", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("high", dist.Uniform(low, low + 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    x = torch.zeros(4)
+    for function, name in ((changing, "z"), (moving, "high")):
+        model = functools.partial(function, observe=True)
+        with pytest.raises(InputError, match=f"'{name}' changes"):
+            pv.log_marginal(model, function, x, method="annealed", seed=0)
+
+
+def test_point_masses_need_the_prior_as_start():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample(
+                "noise", dist.Normal(torch.zeros(()), 1.0), infer={"is_auxiliary": True}
+            )
+            pyro.sample("z", dist.Delta(0.5 * x + noise))
+
+    x = torch.randn(5)
+    with pytest.raises(InputError, match="'z' is a point mass"):
+        pv.log_marginal(model, guide, x, method="annealed")
+    estimate = pv.log_marginal(
+        model, guide, x, method="annealed", start="prior", num_steps=30, seed=0
+    )
+    exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x).double()
+    assert within(estimate, exact).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_chains": 0}, "num_chains of at least 1"),
+        ({"num_steps": 0}, "num_steps of at least 1"),
+        ({"num_leapfrog_steps": 0}, "num_leapfrog_steps of at least 1"),
+        ({"start": "elsewhere"}, "'guide' or 'prior'"),
+        ({"schedule": "cubic"}, "'sigmoid' or 'linear'"),
+    ],
+)
+def test_options_out_of_range_are_refused(exact, options, message):
+    with pytest.raises(InputError, match=message):
+        anneal(exact["gaussian"](num_data=2), **options)
+
+
+@pytest.mark.parametrize("schedule", ["sigmoid", "linear"])
+def test_schedules_rise_from_0_to_1(schedule):
+    betas = torch.tensor(AnnealingOptions(num_steps=50, schedule=schedule).betas())
+    assert betas[0] == 0
+    assert betas[-1] == 1
+    assert (betas.diff() > 0).all()
+    torch.testing.assert_close(betas, 1 - betas.flip(0))
