@@ -94,6 +94,7 @@ def test_colours_keep_their_order_and_are_clipped():
     (axes,) = plots.image_grid([image], title="").axes
     shown = axes.images[0].get_array()
     assert shown.shape == (8, 8, 3)
+    pixels(axes.figure)
     np.testing.assert_array_equal(shown[0, 0], [1, 0, 0])
     (axes,) = plots.image_grid([np.moveaxis(image, 1, -1)], title="").axes
     np.testing.assert_array_equal(axes.images[0].get_array(), shown)
