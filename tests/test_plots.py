@@ -277,8 +277,9 @@ def test_the_images_of_a_manifold_stand_where_their_latents_are(shape, rows):
     pixels(figure)
 
 
-@pytest.mark.parametrize("shape", VECTORS)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((1,), 1), ((1,), 5), ((3,), 1), ((2, 3), 5), ((100,), 5)]
+)
 def test_the_manifold_of_vectors_has_a_panel_per_coordinate(shape, rows):
     data = RANDOM.random((rows, 4, *shape))
     figure = plots.manifold(data, np.arange(4.0), np.arange(float(rows)), title="t")
