@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, WARNED, refused, run, snapshot
+from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
 from pyro_vae.app import compare as app_compare
 from pyro_vae.app import compare as comparing
@@ -52,10 +52,14 @@ def finished(tmp_path_factory, data):
     shutil.copytree(data, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for arguments in ((*SWEEP, "--output", "swept"), (*COMPARE, "--output", "compared")):
-            result = run(*arguments)
-            assert result.code == 0, result.err
-            assert result.err == ""
+        compare = (*COMPARE, "--output", "compared")
+        with sketching():
+            results = [run(*compare)]
+        # Rendered: the pages of the sweep's runs, and of both studies.
+        results += [run(*SWEEP, "--output", "swept"), run(*compare)]
+    for result in results:
+        assert result.code == 0, result.err
+        assert result.err == ""
     return folder
 
 
