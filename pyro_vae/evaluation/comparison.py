@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,18 +13,21 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError, whole_number
+from pyro_vae.errors import InputError, first_line, whole_number
+from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.blocks import few_of
-from pyro_vae.evaluation.comparison_checks import (
+from pyro_vae.evaluation.comparison_result import Comparison, Measured
+from pyro_vae.evaluation.comparison_training import (
     Pair,
+    Report,
     Trained,
+    TrainingData,
+    as_dict,
     check_apart,
     check_fit_options,
-    check_options,
-    check_pairs,
+    check_training,
+    train_pairs,
 )
-from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.evaluation.comparison_training import Report, TrainingData, check_training, trained
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model, parameters_of
@@ -133,8 +137,8 @@ def compare(
         >>> pv.compare({"mean field": (vae.model, vae.guide)}, data, seed=0).best()
         'mean field'
     """
-    check_pairs(pairs)
-    annealing = check_options(methods, annealing_options, posterior, hold)
+    _check_pairs(pairs)
+    annealing = _check_options(methods, annealing_options, posterior, hold)
     fitting = check_fit_options(fit_options, trains=train is not None)
     check_max_memory(max_memory)
     check_callables(progress=progress)
@@ -171,12 +175,57 @@ def compare(
             shared = frozen_model(first[0], guides, shown, place)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
-            fits = {} if train is None else trained(chosen, train, options, report)
+            fits = {} if train is None else train_pairs(chosen, train, options, report)
             measured = {
                 name: _measure(name, pair, x, settings, report, owned[name], fits.get(name))
                 for name, pair in chosen.items()
             }
-    return Comparison(measured, likelihood, settings.num_importance, settings.num_samples, hold, seed)
+    runs = {name: (found,) for name, found in measured.items()}
+    return Comparison(runs, likelihood, settings.num_importance, settings.num_samples, hold, seed)
+
+
+def _check_pairs(pairs: Mapping[str, Pair]) -> None:
+    """Refuse what is no mapping from names (a table's headings) to pairs."""
+    if not isinstance(pairs, Mapping) or not pairs:
+        got = type(pairs).__name__ if pairs else "none"
+        raise InputError(f"expected at least one pair {{name: (model, guide)}}, got {got}")
+    for name, pair in pairs.items():
+        if not isinstance(name, str):
+            raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
+            raise InputError(
+                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
+                "(vae.model, vae.guide)"
+            )
+
+
+def _check_options(
+    methods: Sequence[str],
+    annealing_options: Mapping[str, Any] | None,
+    posterior: str | None,
+    hold: str | None,
+) -> dict[str, Any]:
+    """Refuse options out of range or without effect; return annealing's as given."""
+    named = isinstance(methods, Iterable) and not isinstance(methods, str)
+    if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
+        raise InputError(
+            f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
+        )
+    if posterior not in (None, "quadrature"):
+        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
+    if hold not in (None, "model"):
+        raise InputError(f"expected hold None or 'model', got {hold!r}")
+    options = as_dict("annealing_options", annealing_options)
+    known = set(AnnealingOptions.__dataclass_fields__)
+    for name in set(options) - known:
+        raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
+    AnnealingOptions(**options)
+    if options and "annealed" not in methods:
+        raise InputError(
+            f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
+            "leave them out, or ask for annealing"
+        )
+    return options
 
 
 def _check_likelihoods(
@@ -273,7 +322,13 @@ def _measure(
         num_guide_parameters=sum(owned.of_guide.values()),
         seconds_per_1000=1000 * seconds / len(inputs[0]),
         fit=trained,
+        seconds_per_epoch=_seconds_per_epoch(trained),
     )
+
+
+def _seconds_per_epoch(trained: FitResult | None) -> float:
+    epochs = 0 if trained is None else len(trained.history["seconds"])
+    return trained.seconds / epochs if trained is not None and epochs else math.nan
 
 
 def _log_marginal(pair: Pair, inputs: Inputs, **options: Any) -> LogMarginal:
