@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_vae.datasets import Dataset
@@ -15,10 +14,9 @@ from pyro_vae.errors import InputError, unknown_name, whole_number
 from pyro_vae.evaluation.blocks import rows_of
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.infer.training import FitResult, fit
-from pyro_vae.pair.functions import PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, check_data
-from pyro_vae.pair.opened import any_number_of_data
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import OpenedPair, any_number_of_data
 
 Pair = tuple[PairFunction, PairFunction]
 Report = Callable[[str, str, float], None]
@@ -26,15 +24,15 @@ TrainingData = Dataset | Tensor | Sequence[Tensor]
 
 
 class Trained(NamedTuple):
-    """What trains of a pair: numbers of elements by the parameters' identity.
+    """What trains of a pair: its parameters by their identity.
 
     Attributes:
         parameters: all that train.
         of_guide: those of the guide.
     """
 
-    parameters: dict[int, int]
-    of_guide: dict[int, int]
+    parameters: dict[int, Tensor]
+    of_guide: dict[int, Tensor]
 
 
 def as_dict(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
 
 
 def check_training(
-    pairs: Mapping[str, Pair], train: TrainingData, options: Mapping[str, Any], plate: str
+    pairs: Iterable[Pair], train: TrainingData, options: Mapping[str, Any], plate: str
 ) -> None:
     """Refuse training data that one of the pairs does not take.
 
@@ -82,13 +80,13 @@ def check_training(
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)
     batch_size = whole_number("a batch size", options.get("batch_size", 128), least=1)  # fit's own
     batch = rows_of(inputs, slice(batch_size))
-    for model, guide in pairs.values():
+    for model, guide in pairs:
         check_data(model, inputs)
         if drawn_anew or options.get("transform") is not None:
             continue  # the pair is shown other values than these
-        shown = any_number_of_data("pair", len(batch[0]))
-        with torch.no_grad(), seeded(0), evaluation_mode(model, guide), shown:
-            PairScorer(model, guide, as_inputs(batch, model, guide), plate=plate)
+        pair = OpenedPair(model, guide, as_inputs(batch, model, guide), plate=plate)
+        with any_number_of_data("pair", pair.num_data), pair.evaluating(0):
+            pass  # its structure has been looked at
 
 
 def train_pairs(
