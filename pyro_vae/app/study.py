@@ -23,9 +23,9 @@ from pyro_vae.app.run import RUNS, STUDY
 from pyro_vae.app.train import METRICS, train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, finite_or_none, write_json
+from pyro_vae.runs.files import FORMAT, write_json
 from pyro_vae.runs.folder import locked
 from pyro_vae.vae import VAE
 

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-import pyro_vae
 from pyro_vae import datasets, plots
 from pyro_vae.app.evaluate import active_units, as_dict, data_standard_errors, estimated, is_pseudo
 from pyro_vae.app.holding import frozen, take_over_model
@@ -48,6 +47,7 @@ from pyro_vae.runs.files import CHECKPOINTS, CONFIG, read_config, write_json
 from pyro_vae.runs.folder import continued_run, new_run
 from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
+from pyro_vae.version import __version__
 
 # Written last: a run folder that has it is whole.
 METRICS = "metrics.json"
@@ -232,7 +232,7 @@ def origin() -> dict[str, Any]:
             "torch": torch.__version__,
             "pyro": pyro.__version__,
             "matplotlib": matplotlib.__version__,
-            "pyro_vae": pyro_vae.__version__,
+            "pyro_vae": __version__,
         },
     }
 

@@ -26,8 +26,8 @@ from pyro_vae.app.run import PictureOptions, RunPicture, check_pictured, data_of
 from pyro_vae.app.settings import check_evaluation
 from pyro_vae.app.writing import picture_path
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
+from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import finite_or_none
 
 # Of the numbers of an estimate, as a table names them.
 _LABELS = {

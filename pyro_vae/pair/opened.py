@@ -38,7 +38,7 @@ from pyro_vae.pair.sites import (
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.pair.trial import gives_data_their_own_values
+from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
@@ -252,8 +252,9 @@ class OpenedPair:
         It is shown by a trial at an offset: never assumed. The pair is left as it was.
         """
         if self.knowledge.is_divisible is None:
+            trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device)
             with self._aside():
-                found = self.num_data >= 3 and gives_data_their_own_values(self)
+                found = self.num_data >= 3 and gives_data_their_own_values(trial)
                 self.knowledge.is_divisible = found
         return self.knowledge.is_divisible
 

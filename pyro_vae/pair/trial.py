@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pair.agreement import CALLING_ERRORS, agree
-from pyro_vae.pair.functions import modules_of, tensors_of
+from pyro_vae.pair.functions import PairFunction, modules_of, tensors_of
+from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
     Given,
     Latents,
@@ -24,14 +25,30 @@ from pyro_vae.pair.sites import (
     total,
 )
 
-if TYPE_CHECKING:
-    from pyro_vae.pair.opened import OpenedPair
-
 # Data points of a trial: few, and enough for statistics over them to differ from those of a half.
 _TRIED = 64
 
 
-def gives_data_their_own_values(pair: OpenedPair) -> bool:
+class Trial(NamedTuple):
+    """What a trial is of: the functions of a pair, its inputs, and the device that it computes on."""
+
+    model: PairFunction
+    guide: PairFunction
+    inputs: Inputs
+    plate: str
+    device: torch.device
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return len(self.inputs[0])
+
+    def part(self, rows: slice) -> Inputs:
+        """Return some rows of the inputs on the device."""
+        return tuple(value[rows].to(self.device) for value in self.inputs)
+
+
+def gives_data_their_own_values(pair: Trial) -> bool:
     """Run a pair on some of its data and on the later half of these: the densities must agree.
 
     A table with a row for each data point that is sliced by their number gives them the rows of
@@ -48,7 +65,9 @@ def gives_data_their_own_values(pair: OpenedPair) -> bool:
             if new_names():  # made for a part of the data: what are they made like for all of them?
                 for name in new_names():
                     del pyro.get_param_store()[name]
-                pair.part().trace()
+                everything = pair.part(slice(None))
+                guide_trace = poutine.trace(pair.guide).get_trace(*everything)
+                poutine.replay(pair.model, trace=guide_trace)(*everything)
             suspects = list(_tables_of(pair))
             if not suspects:
                 return True
@@ -58,19 +77,19 @@ def gives_data_their_own_values(pair: OpenedPair) -> bool:
             return False
 
 
-def _holds_at_an_offset(pair: OpenedPair) -> bool:
+def _holds_at_an_offset(pair: Trial) -> bool:
     count = min(pair.num_data, _TRIED)
     # At least two: one alone would broadcast against parameters of any number of data.
     first = min(count // 2, count - 2)
     whole, later = pair.part(slice(count)), pair.part(slice(first, count))
-    guide_trace = poutine.trace(whole.guide).get_trace(*whole.arguments)
+    guide_trace = poutine.trace(pair.guide).get_trace(*whole)
     sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
     axes = {site["name"]: data_dim(site, pair.plate) - site["fn"].event_dim for site in sites}
     # A point mass follows from the other sites.
     random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
-    expected = _densities(whole, random)
+    expected = _densities(pair, whole, random)
     shown = {n: v.movedim(axes[n], 0)[first:].movedim(0, axes[n]) for n, v in random.items()}
-    found = _densities(later, shown)
+    found = _densities(pair, later, shown)
 
     def plain(latents: Latents) -> tuple[Tensor, ...]:
         filled = {}
@@ -78,27 +97,27 @@ def _holds_at_an_offset(pair: OpenedPair) -> bool:
             rows = random[name].movedim(axes[name], 0).clone()
             rows[first:] = value.movedim(axes[name], 0)
             filled[name] = rows.movedim(0, axes[name])
-        return tuple(term[first:] for term in _densities(whole, filled))
+        return tuple(term[first:] for term in _densities(pair, whole, filled))
 
     if any(term.shape != other[first:].shape for term, other in zip(found, expected, strict=True)):
         return False
     return agree(found, plain, shown)
 
 
-def _densities(pair: OpenedPair, latents: Latents) -> tuple[Tensor, ...]:
+def _densities(pair: Trial, inputs: Inputs, latents: Latents) -> tuple[Tensor, ...]:
     """Return log q, log p(x|z) and log p(z) of given latents per data point, each ``(N,)``."""
     with Given(latents):
-        guide_trace = poutine.trace(pair.guide).get_trace(*pair.arguments)
+        guide_trace = poutine.trace(pair.guide).get_trace(*inputs)
     drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
     with Given(drawn):
-        model_trace = poutine.trace(pair.model).get_trace(*pair.arguments)
+        model_trace = poutine.trace(pair.model).get_trace(*inputs)
     sites = sample_sites(model_trace)
     groups = (
         sample_sites(guide_trace),
         [site for site in sites if site["is_observed"]],
         [site for site in sites if not site["is_observed"]],
     )
-    return tuple(total(group, pair.plate, pair.inputs) for group in groups)
+    return tuple(total(group, pair.plate, inputs) for group in groups)
 
 
 @contextmanager
@@ -117,7 +136,7 @@ def _new_names_forgotten() -> Iterator[Callable[[], list[str]]]:
             del store[name]
 
 
-def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
+def _tables_of(pair: Trial) -> Iterator[Tensor]:
     """Yield what the pair can reach with a dimension of the data's number, its inputs left out."""
     store = pyro.get_param_store()
     given = {value.data_ptr() for value in pair.inputs}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
+import pyro_vae as pv
 from pyro_vae.app import compare as app_compare
 from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
@@ -368,6 +369,25 @@ def test_bad_studies_are_refused_before_data_are_read(here, monkeypatch, options
     monkeypatch.setattr(training.datasets, "load", lambda *_, **__: pytest.fail("data were read"))
     command, *others = options.split()
     refused(here, command, *SMALL, *others, "--output", "new", message=BAD[options])
+
+
+def test_python_and_the_command_line_call_the_same_ties(finished):
+    runs = {
+        name: [
+            load_measured(
+                finished / "compared" / "runs" / f"standard-normal-bernoulli-{name}-seed-{seed}"
+            )[0]
+            for seed in (0, 1)
+        ]
+        for name in ("mean-field", "full-rank")
+    }
+    comparison = pv.Comparison(runs, "probability", 50, 60, None, 0)
+    for row in rows_of(finished / "compared" / "comparison.csv"):
+        assert row["verdict"] == comparison.verdict(row["name"])
+        for quantity in comparison.quantities:
+            difference = comparison.difference(row["name"], quantity)
+            assert float(row[f"{quantity}_difference"]) == difference.mean
+            assert float(row[f"{quantity}_difference_half_width"]) == difference.half_width
 
 
 def test_measured_numbers_come_back_as_they_were(finished):
