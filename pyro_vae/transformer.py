@@ -15,10 +15,11 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae, start_at_data
+from pyro_vae.app.settings import Architecture
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.options import check_counts
+from pyro_vae.infer.defaults import default_warmup_epochs
 from pyro_vae.infer.training import fit
 from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE
@@ -43,7 +44,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
         num_components: components of the prior, where it has any.
         beta: weight of the KL term.
-        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs.
+        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs, more in
+            short runs, as ``pyro-vae train`` has it.
         epochs: passes over the data.
         batch_size: data per step.
         learning_rate: Adam's step size.
@@ -110,6 +112,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             InputError: an option out of range, or data the likelihood is not defined for.
         """
         check_counts(epochs=self.epochs, least=0)
+        check_counts(batch_size=self.batch_size)
         check_counts(num_samples=self.num_samples)  # of the scores, which come after training
         architecture = Architecture(
             prior=self.prior,
@@ -122,11 +125,12 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             sigma=self.sigma,
         )
         x = torch.from_numpy(self._checked(X, reset=True))
-        warmup = self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+        warmup = self.warmup_epochs
+        if warmup is None:
+            warmup = default_warmup_epochs(self.epochs, -(-len(x) // self.batch_size))
         with _own_parameters(), seeded(self.seed):
-            vae = build_vae(architecture, tuple(x.shape[1:]), len(x))
-            vae.check_data(x)
-            start_at_data(vae, x)
+            vae = architecture.build(tuple(x.shape[1:]), len(x))
+            vae.start_at_data(x)
             result = fit(
                 vae.model,
                 vae.guide,

@@ -83,9 +83,9 @@ class VAE(nn.Module):
     def start_at_data(self, x: Tensor) -> None:
         """Set what training starts from to the data, before :func:`pyro_vae.fit`.
 
-        The decoder's first mean becomes the data's (:meth:`Likelihood.start_at_mean
-        <pyro_vae.likelihoods.Likelihood.start_at_mean>`), so that the latents are not spent on it; the
-        pseudo-inputs of a VampPrior are drawn around the data. ``pyro-vae train`` and
+        The decoder's first mean becomes the data's, so that the latents are not spent on it (see
+        :meth:`pyro_vae.likelihoods.Likelihood.start_at_mean`); the pseudo-inputs of a VampPrior are
+        drawn around the data. ``pyro-vae train`` and
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:

@@ -9,11 +9,11 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae
+from pyro_vae.app.settings import Architecture
 
 
 def vae(prior="standard-normal", guide="mean-field", likelihood="bernoulli", latent_dim=3):
-    return build_vae(Architecture(prior, likelihood, guide, latent_dim, (16,), "relu"), (6,), 100)
+    return Architecture(prior, likelihood, guide, latent_dim, (16,), "relu").build((6,), 100)
 
 
 def data(number=7):

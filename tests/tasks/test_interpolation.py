@@ -7,15 +7,14 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae
+from pyro_vae.app.settings import Architecture
 from pyro_vae.distributions import HypersphericalUniform, VonMisesFisher
 
 F64 = torch.float64
 
 
 def vae(prior="standard-normal", guide="mean-field", latent_dim=3):
-    architecture = Architecture(prior, "bernoulli", guide, latent_dim, (16,), "relu")
-    return build_vae(architecture, (6,), 100)
+    return Architecture(prior, "bernoulli", guide, latent_dim, (16,), "relu").build((6,), 100)
 
 
 def bits(number=4):
