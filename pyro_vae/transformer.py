@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from pyro_vae import tasks
-from pyro_vae.app.settings import Architecture
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import assemble_vae, fit_options, tell_defaults
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.options import check_counts
-from pyro_vae.infer.defaults import default_warmup_epochs
 from pyro_vae.infer.training import fit
 from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE
@@ -114,35 +115,18 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         check_counts(epochs=self.epochs, least=0)
         check_counts(batch_size=self.batch_size)
         check_counts(num_samples=self.num_samples)  # of the scores, which come after training
-        architecture = Architecture(
-            prior=self.prior,
-            likelihood=self.likelihood,
-            guide=self.guide,
-            latent_dim=self.latent_dim,
-            hidden=tuple(np.atleast_1d(self.hidden).tolist()),
-            activation=self.activation,
-            num_components=self.num_components,
-            sigma=self.sigma,
-        )
         x = torch.from_numpy(self._checked(X, reset=True))
-        warmup = self.warmup_epochs
-        if warmup is None:
-            warmup = default_warmup_epochs(self.epochs, -(-len(x) // self.batch_size))
+        own = self.get_params(deep=False)
+        own["hidden"] = ",".join(map(str, np.atleast_1d(self.hidden).tolist()))
+        own["sigma"] = str(self.sigma)
+        names = {each.name for each in fields(TrainSettings)}
+        settings = TrainSettings(**{name: own[name] for name in names & own.keys()})
+        settings = tell_defaults(settings, len(x))
         with _own_parameters(), seeded(self.seed):
-            vae = architecture.build(tuple(x.shape[1:]), len(x))
+            vae = assemble_vae(settings, tuple(x.shape[1:]), len(x))
             vae.start_at_data(x)
-            result = fit(
-                vae.model,
-                vae.guide,
-                x,
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                beta=self.beta,
-                warmup_epochs=warmup,
-                device=self.device,
-                progress=False,
-            )
+            options = fit_options(settings)
+            result = fit(vae.model, vae.guide, x, **options, device=self.device, progress=False)
         self.vae_ = vae.eval()
         self.history_ = result.history
         self._n_features_out = self.latent_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,97 +40,71 @@ _OF_FIT = (
 # --- what a VAE is made of -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a VAE is made of, by the names of :mod:`pyro_vae.app.names`.
-
-    Attributes:
-        prior: name of the prior.
-        likelihood: name of the likelihood.
-        guide: name of the variational family.
-        latent_dim: size of the latent vector.
-        hidden: widths from the data to the latent side; the decoder mirrors them.
-        activation: name of the activation.
-        num_components: components of the prior; by default 10, for ``vamp`` a tenth of
-            the data and at most 500.
-        sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
+def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
+    """Build the VAE that the settings name, started at the data set that it is to be trained on.
 
     Raises:
-        InputError: a name that nothing answers to.
+        InputError: sizes out of range, or data the likelihood is not defined for.
     """
+    vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
+    for part in (dataset.train, dataset.validation, dataset.test):
+        if len(part):
+            vae.check_data(part)
+    vae.start_at_data(dataset.train)
+    return vae
 
-    prior: str
-    likelihood: str
-    guide: str
-    latent_dim: int
-    hidden: tuple[int, ...]
-    activation: str
-    num_components: int | None = None
-    sigma: float | str = "learned"
 
-    def __post_init__(self) -> None:
-        for kind, known in (
-            ("prior", PRIORS),
-            ("likelihood", LIKELIHOODS),
-            ("guide", FAMILIES),
-            ("activation", ACTIVATIONS),
-        ):
-            if getattr(self, kind) not in known:
-                raise unknown_name(kind, getattr(self, kind), known)
+def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
+    """Put the VAE that the settings name together, its weights drawn from the global random state.
 
-    @classmethod
-    def of(cls, settings: TrainSettings) -> Architecture:
-        """Read the widths and sigma, which the command line takes as text.
+    Args:
+        settings: names and sizes.
+        data_shape: shape of one datum.
+        num_data: number of training data.
 
-        Raises:
-            InputError: text that says neither, or an unknown name.
-        """
-        same = ("prior", "likelihood", "guide", "latent_dim", "activation", "num_components")
-        return cls(
-            **{name: getattr(settings, name) for name in same},
-            hidden=_hidden(settings.hidden),
-            sigma=_sigma(settings.sigma),
-        )
+    Raises:
+        InputError: an unknown name, or sizes out of range.
+    """
+    for kind, known in (
+        ("prior", PRIORS),
+        ("likelihood", LIKELIHOODS),
+        ("guide", FAMILIES),
+        ("activation", ACTIVATIONS),
+    ):
+        if getattr(settings, kind) not in known:
+            raise unknown_name(kind, getattr(settings, kind), known)
+    hidden, latent_dim, activation = (
+        _hidden(settings.hidden),
+        settings.latent_dim,
+        settings.activation,
+    )
+    options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
+    try:
+        encoder = networks.MLPEncoder(data_shape, hidden, activation=activation)
+        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], activation=activation)
+        guide = getattr(guides, FAMILIES[settings.guide])(encoder, latent_dim)
+        prior = _prior(settings, guide, data_shape, num_data)
+        likelihood = getattr(likelihoods, LIKELIHOODS[settings.likelihood])
+        return VAE(prior, likelihood(decoder, data_shape, **options), guide)
+    except RuntimeError as error:  # torch's word for memory that is not there
+        raise InputError(
+            f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
+            f"dimension {latent_dim}: make them smaller"
+        ) from error
 
-    def build(self, data_shape: tuple[int, ...], num_data: int) -> VAE:
-        """Build the VAE, its weights drawn from the global random state.
 
-        Args:
-            data_shape: shape of one datum.
-            num_data: number of training data.
-
-        Raises:
-            InputError: sizes out of range.
-        """
-        try:
-            encoder = networks.MLPEncoder(data_shape, self.hidden, activation=self.activation)
-            decoder = networks.MLPDecoder(
-                self.latent_dim, self.hidden[::-1], activation=self.activation
-            )
-            guide = getattr(guides, FAMILIES[self.guide])(encoder, self.latent_dim)
-            prior = self._prior(guide, data_shape, num_data)
-            options = {"sigma": self.sigma} if self.likelihood == "gaussian" else {}
-            likelihood = getattr(likelihoods, LIKELIHOODS[self.likelihood])
-            return VAE(prior, likelihood(decoder, data_shape, **options), guide)
-        except RuntimeError as error:  # torch's word for memory that is not there
-            widths = ",".join(map(str, self.hidden))
-            raise InputError(
-                f"expected networks that fit in memory, got hidden widths {widths} and latent "
-                f"dimension {self.latent_dim}: make them smaller"
-            ) from error
-
-    def _prior(self, guide: nn.Module, data_shape: tuple[int, ...], num_data: int) -> nn.Module:
-        number = self.num_components
-        if number is None:
-            number = _default_components(self.prior, num_data)
-        if self.prior == "vamp":
-            bounded = self.likelihood != "gaussian"
-            return priors.VampPrior(
-                guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded
-            )
-        if self.prior == "gaussian-mixture":
-            return priors.GaussianMixture(self.latent_dim, number)
-        return getattr(priors, PRIORS[self.prior])(self.latent_dim)
+def _prior(
+    settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
+) -> nn.Module:
+    number = settings.num_components
+    if number is None:
+        number = _default_components(settings.prior, num_data)
+    if settings.prior == "vamp":
+        bounded = settings.likelihood != "gaussian"
+        return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
+    if settings.prior == "gaussian-mixture":
+        return priors.GaussianMixture(settings.latent_dim, number)
+    return getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
 
 
 def _default_components(prior: str, num_data: int) -> int:
@@ -162,20 +136,6 @@ def _sigma(text: str) -> float | str:
         ) from None
 
 
-def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
-    """Build the VAE that the settings name, started at the data set that it is to be trained on.
-
-    Raises:
-        InputError: sizes out of range, or data the likelihood is not defined for.
-    """
-    vae = Architecture.of(settings).build(dataset.data_shape, len(dataset.train))
-    for part in (dataset.train, dataset.validation, dataset.test):
-        if len(part):
-            vae.check_data(part)
-    vae.start_at_data(dataset.train)
-    return vae
-
-
 # --- how it is trained -----------------------------------------------------------------------
 
 
@@ -186,7 +146,6 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         the settings with what the data are told: the binarisation, and where they are found from any
         other folder.
     """
-    architecture = Architecture.of(settings)
     if settings.binarize is not None and settings.binarize not in datasets.BINARIZATIONS:
         raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
     if settings.compile not in COMPILE:
@@ -199,7 +158,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         warmup_epochs=settings.warmup_epochs or 0,
     )
     with seeded(settings.seed):
-        architecture.build((1,), 10)  # on stand-in data: sizes are refused before any are read
+        assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
     if settings.binarize is None:
         bits = settings.likelihood == "bernoulli"
         settings = replace(settings, binarize="dynamic" if bits else "none")
