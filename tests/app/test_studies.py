@@ -12,6 +12,7 @@ import torch
 from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
 import pyro_vae as pv
+from pyro_vae import datasets
 from pyro_vae.app import compare as app_compare
 from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
@@ -115,7 +116,7 @@ def test_the_page_warns_in_words_where_many_weights_are_heavy(above, warned):
     page = pages.Page("t")
     pages.add_reliability(page, estimate)
     html = page.html()
-    assert f"{above} of 100 data have Pareto k above 0.7" in html
+    assert f"{above} of 100 data points have Pareto k above 0.7" in html
     assert ("<strong>Warning:</strong>" in html) == warned
 
 
@@ -366,7 +367,7 @@ BAD = {
 
 @pytest.mark.parametrize("options", BAD)
 def test_bad_studies_are_refused_before_data_are_read(here, monkeypatch, options):
-    monkeypatch.setattr(training.datasets, "load", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
     command, *others = options.split()
     refused(here, command, *SMALL, *others, "--output", "new", message=BAD[options])
 
