@@ -19,10 +19,9 @@ from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus
-from pyro_vae.app.run import RUNS
-from pyro_vae.app.settings import check_counts, check_evaluation, checked
-from pyro_vae.app.study import Study, opened, write_rows
-from pyro_vae.app.train import data_of, origin
+from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.settings import check_counts, check_evaluation, check_settings
+from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
@@ -79,8 +78,8 @@ def compare_families(
         "hold": hold,
         **{name: getattr(how, name) for name in measuring},
     }
-    dataset = data_of(first[0])
-    with opened(output, asked, dataset) as study:
+    dataset = load_data(first[0])
+    with open_study(output, asked, dataset) as study:
         runs: dict[str, list[Measured]] = {name: [] for name in members}
         seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
@@ -146,7 +145,7 @@ def _write(
         save_picture(figure, folder / f"{name}.png")
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
     write_rows(singles, folder / "runs.csv")
-    made = {"settings": asked, "checksums": study.dataset.checksums, **origin()}
+    made = {"settings": asked, "checksums": study.dataset.checksums, **describe_origin()}
     write_comparison_page(folder, comparison, rows, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
@@ -230,7 +229,7 @@ def _combine(
     for chosen in itertools.product(*axes.values()):
         combination: dict[str, Any] = dict(zip(axes, chosen, strict=True))
         own = replace(settings, **combination, data_seed=settings.split_seed)
-        checks = [checked(replace(own, seed=settings.seed + index)) for index in range(seeds)]
+        checks = [check_settings(replace(own, seed=settings.seed + index)) for index in range(seeds)]
         members[" / ".join(combination[axis] for axis in varied)] = checks
     return members
 

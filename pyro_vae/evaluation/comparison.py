@@ -231,7 +231,7 @@ def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
 def _look_at_all(
     pairs: Mapping[str, OpenedPair], settings: _Settings, hold: str | None
 ) -> tuple[str, dict[str, Trained]]:
-    """Return the kind of the likelihood and what trains of each pair; refuse what can't be compared."""
+    """Return the likelihood's kind and what trains of each pair; refuse what can't be compared."""
     if hold == "model":
         observed = {"the frozen model": _look_at(next(iter(pairs.values())), settings)[0]}
         owned = {name: _look_at_guide(pair, settings) for name, pair in pairs.items()}
