@@ -1,7 +1,7 @@
 """Captured functions of a pair: where their tensors live, how they are replayed, when they hold.
 
-Training steps (:mod:`.engine`), model scores and annealing gradients (``evaluation.captured``) are
-recorded, verified, remembered and replayed here.
+Training steps (:mod:`.engine`), model scores and annealing gradients (both in
+``evaluation.compiled_score``) are recorded, verified, remembered and replayed here.
 """
 
 from __future__ import annotations
@@ -309,6 +309,7 @@ class Programs(Generic[OneProgram]):
         self.kept: list[OneProgram] = []
         self.last: Signature | None = None
         self.refused = False
+        self.impossible: dict[Signature, bool] = {}  # to capture -> whether a check was made
         self._say = say
 
     def find(self, signature: Signature) -> tuple[OneProgram, list[Tensor]] | None:

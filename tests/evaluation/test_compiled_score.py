@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.evaluation import compiled_score as module
+from pyro_vae.evaluation.compiled_score import PROGRAMS
+from pyro_vae.infer import capture
 
 
 def small_vae():
@@ -31,13 +32,13 @@ def estimate(model, guide, x, **options):
 def compilations(monkeypatch):
     """Count the captures; they run uncompiled, which needs no C++ compiler and no time."""
     counted = []
-    capture = module._capture
+    trace_graph = capture.trace_graph
 
     def counting(*args):
         counted.append(1)
-        return capture(*args)
+        return trace_graph(*args)
 
-    monkeypatch.setattr(module, "_capture", counting)
+    monkeypatch.setattr(capture, "trace_graph", counting)
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     return counted
 
@@ -81,7 +82,7 @@ def test_other_data_of_the_same_shape_share_the_program(compilations):
 def test_programs_die_with_their_model(compilations):
     vae = small_vae()
     estimate(vae.model, vae.guide, torch.rand(3, 20).round(), compile=True)
-    assert vae in module._PROGRAMS
+    assert PROGRAMS.get(vae.model) is not None
     reference = weakref.ref(vae)
     del vae
     gc.collect()
