@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import pyro
 from torch import Tensor
@@ -31,6 +32,7 @@ from pyro_vae.weights.log_weights import PairScorer
 Terms = tuple[Tensor, Tensor]
 Values = tuple[Tensor, ...]
 Compute = Callable[[PairScorer, Sequence[Tensor]], Values]
+Captured = tuple[Callable[[Sequence[Tensor]], Any], Any]
 
 # Bytes that scoring must allocate in all before a compilation (seconds; half a minute the first time
 # on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU.
@@ -71,20 +73,14 @@ def compiled_score(
         if wanted:
             warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
 
+    functions, key, given = (scorer.model,), ("score", *names), list(latents.values())
     captured = capture_values(
-        scorer,
-        (scorer.model,),
-        ("score", *names),
-        list(latents.values()),
-        score,
-        num_checked=1,
-        compile=True,
-        say=say,
+        scorer, functions, key, given, score, num_checked=1, compile=True, say=say
     )
     if captured is None:
         return None
-    run, (log_likelihood, log_prior) = captured
-    return lambda latents: run([latents[name] for name in names]), (log_likelihood, log_prior)
+    run, shown = captured
+    return lambda latents: run([latents[name] for name in names]), shown
 
 
 def capture_values(
@@ -98,7 +94,7 @@ def capture_values(
     num_checked: int | None = None,
     compile: bool = False,
     say: Callable[[str], None] = lambda reason: None,
-) -> tuple[Callable[[Sequence[Tensor]], Values], Values] | None:
+) -> Captured | None:
     """Find the program that computes some values of a pair, or record one; check it before its use.
 
     Programs are kept per pair and shapes: later calls, on other data too, pay for a check alone. They
@@ -144,12 +140,10 @@ def capture_values(
         few = [value[:num_checked] for value in where]
         return verify(program, [*where, *scorer.inputs], lambda: compute(scorer, few), compare)
 
-    def ready(
-        program: Program, shown: list[Tensor]
-    ) -> tuple[Callable[[Sequence[Tensor]], Values], Values]:
+    def ready(program: Program, shown: list[Tensor]) -> Captured:
         tensors, inputs = program.state.current(), scorer.inputs
         assert tensors is not None  # the pair stands still while an evaluation runs
-        return lambda given: tuple(program.outputs([*given, *inputs], tensors)), tuple(shown)
+        return lambda given: program.outputs([*given, *inputs], tensors), shown
 
     known = programs.find(signature)
     if known is not None:

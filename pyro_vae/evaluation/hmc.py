@@ -103,7 +103,7 @@ class AnnealingPath:
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}
-        self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Values]] = {}
+        self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Any]] = {}
         self.num_coordinates = self.position(
             {name: site["value"][None] for name, site in model_sites.items()}
         ).shape[-1]
@@ -158,10 +158,11 @@ class AnnealingPath:
         """
         if position.shape in self._graphs:
             return
+        functions, key = (self.scorer.model, self.scorer.guide), ("annealing", self.start)
         captured = capture_values(
             self.scorer,
-            (self.scorer.model, self.scorer.guide),
-            ("annealing", self.start),
+            functions,
+            key,
             [position.contiguous()],
             lambda scorer, given: self._ends(given[0], scorer),
             # A branch on values that was baked in shows elsewhere than at capture.

@@ -278,15 +278,16 @@ def are_close(
         value: what a program gave.
         expected: what the reference gave.
         tolerance: relative to the size of what is compared plus the floor.
-        floor: size below which nothing but the rounding of larger terms is seen; one nat for
-            log-probabilities.
-        whole: compare norms, not entries.
+        floor: size below which only the rounding of larger terms is seen; of log-probabilities 1 nat.
+        whole: compare norms, not entries; infinity and NaN then pass for each other.
     """
     if value.shape != expected.shape:
         return False
     value, expected = value.detach().double(), expected.detach().double()
     finite = expected.isfinite()
-    if not torch.allclose(value[~finite], expected[~finite], equal_nan=True):
+    if not torch.equal(finite, value.isfinite()):
+        return False
+    if not whole and not torch.allclose(value[~finite], expected[~finite], equal_nan=True):
         return False
     size = torch.linalg.vector_norm if whole else torch.abs
     error = size((value - expected)[finite])
