@@ -39,10 +39,7 @@ class Call(NamedTuple):
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
     """Return all that a graph depends on besides the pair's state; shapes stand apart.
 
-    Args:
-        key: what else the graph depends on.
-        arguments: nested containers of tensors and plain values.
-        tensors: the tensors among the arguments are appended to it.
+    The tensors among the arguments, which are nested containers, are appended to ``tensors``.
     """
     structure = capture.describe(arguments, tensors)
     context = (key, torch.get_default_dtype(), autocast_dtypes(), structure)
@@ -234,14 +231,11 @@ def verify(
         program: what is checked.
         given: what it is given.
         reference: computes the same eagerly.
-        compare: raises if the program's results (the second argument) are not the reference's (the
-            first); the third are the state's tensors that it ran on.
+        compare: raises where the reference's results and the program's differ; it is also given the
+            state's tensors that the program ran on.
 
     Returns:
         the program's results. Generators and module buffers are put back.
-
-    Raises:
-        CannotCaptureError: what differs.
     """
     before = Snapshot(program.state.live_modules())
     with before.put_back():
