@@ -177,14 +177,11 @@ class StepProgram(Program):
         self._copied: list[int] = []
         self._calls = 0
         self._messages = [
-            (name, {k: v for k, v in message.items() if k not in ("name", "args")})
-            for name, message in reference.parameters.items()
+            (name, {key: value for key, value in site.items() if key not in ("name", "args")})
+            for name, site in reference.parameters.items()
         ]
-        self._constrained = {
-            name
-            for name, message in reference.parameters.items()
-            if message["value"].unconstrained() is not message["value"]
-        }
+        values = {name: site["value"] for name, site in reference.parameters.items()}
+        self._constrained = {n for n, value in values.items() if value.unconstrained() is not value}
 
     def due(self, every: int) -> bool:
         """Count a call; True at every so many."""
@@ -243,9 +240,6 @@ class Replay(NamedTuple):
     leaves: list[Tensor]
     summary: Tensor
     gradients: list[Tensor]
-
-
-# --- all steps -------------------------------------------------------------------------------
 
 
 class Engine:
@@ -330,15 +324,19 @@ class Engine:
             pair.report(reason)
             return eager()
         found = pair.find(signature)
-        if found is not None:
-            program, tensors = found
-            due = self.verify_every is not None and program.due(self.verify_every)
-            if not due or self._holds(pair, program, call, inputs):
-                pair.last = signature
-                given = [self._beta_tensor(program.device), *inputs]
-                summary, *gradients = program.outputs(given, tensors, keep=self.keep_outputs)
-                return Replay(program, [tensors[i] for i in program.leaves], summary, gradients)
-        return self._take_then_capture(pair, call, eager)
+        if found is None:
+            return self._take_then_capture(pair, call, eager)
+        program, tensors = found
+        if self.verify_every is not None and program.due(self.verify_every):
+            try:
+                self._check(program, call, inputs)
+            except CannotCaptureError as reason:
+                pair.refuse(reason)
+                return eager()
+        pair.last = signature
+        given = [self._beta_tensor(program.device), *inputs]
+        summary, *gradients = program.outputs(given, tensors, keep=self.keep_outputs)
+        return Replay(program, [tensors[i] for i in program.leaves], summary, gradients)
 
     def _sign(self, call: Call, inputs: list[Tensor]) -> Signature:
         return sign(self.estimator.key(), (call.args, call.kwargs), inputs)
@@ -401,10 +399,10 @@ class Engine:
             sites = _Sites()
 
             def step() -> tuple[Tensor, ...]:
-                arguments = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
+                args, kwargs = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
                 with sites:
                     terms = self.estimator.terms(
-                        scaled(Call(call.model, call.guide, *arguments), beta)
+                        scaled(call._replace(args=args, kwargs=kwargs), beta)
                     )
                 gradients = torch.autograd.grad(terms.surrogate, leaves)
                 summary, finished = self.estimator.finish(terms, gradients)
@@ -428,27 +426,15 @@ class Engine:
         leaves = accumulating_leaves(terms.surrogate)
         found = torch.autograd.grad(terms.surrogate, leaves, allow_unused=True)
         used = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
-        if any(gradient.layout is not torch.strided for gradient in used.values()):
-            summary, gradients = terms.loss, tuple(used.values())  # refused by the caller, by name
-        else:
+        summary, gradients = terms.loss, tuple(used.values())
+        if all(gradient.layout is torch.strided for gradient in gradients):  # else to be refused
             with torch.no_grad():
-                summary, gradients = self.estimator.finish(terms, tuple(used.values()))
+                summary, gradients = self.estimator.finish(terms, gradients)
         return Reference(
             summary, dict(zip(used, gradients, strict=True)), tuple(sites.names), dict(nodes)
         )
 
     # --- holding a program against the reference ---
-
-    def _holds(
-        self, pair: Programs[StepProgram], program: StepProgram, call: Call, inputs: list[Tensor]
-    ) -> bool:
-        """Repeat the comparison; False, and no program from then on, once it fails."""
-        try:
-            self._check(program, call, inputs)
-        except CannotCaptureError as reason:
-            pair.refuse(reason)
-            return False
-        return True
 
     def _check(self, program: StepProgram, call: Call, inputs: list[Tensor]) -> None:
         """Compare one step of the program with the reference.

@@ -9,8 +9,6 @@ from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
-_Reference = Callable[[], Any]
-
 
 class Remembered(Generic[Value]):
     """Values by functions, each known by weak references to what it consists of.
@@ -18,17 +16,10 @@ class Remembered(Generic[Value]):
     A bound method is made anew at every access, so it is known by its function and its instance; what
     took the place of a dead function in memory is not taken for it. A value is forgotten with the
     first of its functions, so it must not keep them alive.
-
-    Example:
-        >>> def model(x): ...
-        >>> remembered = Remembered()
-        >>> remembered.keep("a value", model)
-        >>> remembered.get(model)
-        'a value'
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, ...], tuple[list[_Reference], Value]] = {}
+        self._entries: dict[tuple[int, ...], tuple[list[Callable[[], Any]], Value]] = {}
 
     def get(self, *functions: Any) -> Value | None:
         """Return what was kept for these very functions, in this order; None where nothing was."""
@@ -36,9 +27,8 @@ class Remembered(Generic[Value]):
         entry = self._entries.get(tuple(map(id, parts)))
         if entry is None:
             return None
-        references, value = entry
-        alive = all(ref() is part for ref, part in zip(references, parts, strict=True))
-        return value if alive else None
+        same = all(ref() is part for ref, part in zip(entry[0], parts, strict=True))
+        return entry[1] if same else None
 
     def keep(self, value: Value, *functions: Any) -> None:
         """Keep a value until one of the functions (or the instance of a method) dies."""
@@ -65,7 +55,7 @@ def _parts(functions: tuple[Any, ...]) -> list[Any]:
     return parts
 
 
-def _refer(part: Any, forget: Callable[[Any], None]) -> _Reference:
+def _refer(part: Any, forget: Callable[[Any], None]) -> Callable[[], Any]:
     try:
         return weakref.ref(part, forget)
     except TypeError:  # None, and the few objects that take no weak reference

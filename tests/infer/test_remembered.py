@@ -39,7 +39,7 @@ def test_a_value_is_forgotten_with_the_first_of_its_functions():
 
 def test_what_takes_no_weak_reference_is_kept():
     remembered = Remembered()
-    numbers, equal = (tuple([1, 2]) for _ in range(2))
+    numbers, equal = (tuple(range(2)) for _ in range(2))
     remembered.keep("value", len, numbers)
     assert remembered.get(len, numbers) == "value"
     assert remembered.get(len, equal) is None
