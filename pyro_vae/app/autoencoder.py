@@ -13,9 +13,8 @@ from rich.table import Table
 from pyro_vae import plots
 from pyro_vae.app.names import COMPILE, TrainSettings
 from pyro_vae.app.pictures import limits_of, save_picture
-from pyro_vae.app.settings import build_vae, checked, objective_of, warmup_epochs
-from pyro_vae.app.train import data_of, origin
-from pyro_vae.app.writing import check_new_folder
+from pyro_vae.app.run import check_new_folder, describe_origin, load_data
+from pyro_vae.app.settings import build_vae, check_settings, objective_of, tell_defaults
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
@@ -57,14 +56,15 @@ def autoencoder(
         InputError: settings or data out of range, or a folder with files in it.
         OSError: a folder that can't be written.
     """
-    settings = checked(settings)
+    settings = check_settings(settings)
     loss = loss or ("mse" if settings.likelihood == "gaussian" else "bce")
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     folder = output.expanduser()
     check_new_folder(folder)
     resolve_device(settings.device)
-    dataset = data_of(settings)
+    dataset = load_data(settings)
+    settings = tell_defaults(settings, len(dataset.train))
     comparison, fits = _trained(settings, loss, dataset, progress)
     result = {
         "table": comparison.table(),
@@ -77,7 +77,7 @@ def autoencoder(
         "num_parameters": {side: made.num_parameters for side, made in fits.items()},
         "settings": asdict(settings),
         "checksums": dataset.checksums,
-        **origin(),
+        **describe_origin(),
     }
     figure = plots.autoencoder_and_vae(
         comparison.held_out.numpy(),
@@ -112,7 +112,7 @@ def _trained(
             vae.guide,
             dataset,
             objective=objective_of(settings),
-            warmup_epochs=warmup_epochs(settings, len(dataset.train)),
+            warmup_epochs=settings.warmup_epochs or 0,
             compile=COMPILE[settings.compile],
             **options,
         )

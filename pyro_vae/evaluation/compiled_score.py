@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -23,15 +22,14 @@ from pyro_vae.infer.program import (
     verify,
 )
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
 from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import Particles
 
 Terms = tuple[Tensor, Tensor]
 Values = tuple[Tensor, ...]
-Compute = Callable[[PairScorer, Sequence[Tensor]], Values]
+Compute = Callable[[Particles, Sequence[Tensor]], Values]
 Captured = tuple[Callable[[Sequence[Tensor]], Any], Any]
 
 # Bytes that scoring must allocate in all before a compilation (seconds; half a minute the first time
@@ -43,7 +41,7 @@ PROGRAMS: Remembered[Programs[Program]] = Remembered()
 
 
 def compiled_score(
-    scorer: PairScorer, latents: Latents, work: int, wanted: bool | None
+    scorer: Particles, latents: Latents, work: int, wanted: bool | None
 ) -> tuple[Callable[[Latents], Terms], Terms] | None:
     """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
 
@@ -51,7 +49,7 @@ def compiled_score(
     particle of every datum in every later call.
 
     Args:
-        scorer: the pair bound to its data.
+        scorer: the particles of the pair, opened on its data.
         latents: latents of the shapes to come.
         work: bytes that scoring will allocate in all.
         wanted: True, False, or None for where the work repays the compilation.
@@ -60,20 +58,20 @@ def compiled_score(
         the score, and what it gives at ``latents`` (checking it has paid for that); None where it
         should not or can't be compiled (a warning says why if it was asked for).
     """
-    device = scorer.inputs[0].device.type
+    device = scorer.pair.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
     if wanted is False or not (wanted or repaid):
         return None
     names = list(latents)
 
-    def score(scorer: PairScorer, given: Sequence[Tensor]) -> Terms:
+    def score(scorer: Particles, given: Sequence[Tensor]) -> Terms:
         return scorer.score(dict(zip(names, given, strict=True)))
 
     def say(reason: str) -> None:
         if wanted:
             warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
 
-    functions, key, given = (scorer.model,), ("score", *names), list(latents.values())
+    functions, key, given = (scorer.pair.model,), ("score", *names), list(latents.values())
     captured = capture_values(
         scorer, functions, key, given, score, num_checked=1, compile=True, say=say
     )
@@ -84,7 +82,7 @@ def compiled_score(
 
 
 def capture_values(
-    scorer: PairScorer,
+    particles: Particles,
     functions: Sequence[PairFunction],
     key: Hashable,
     given: Sequence[Tensor],
@@ -102,12 +100,12 @@ def capture_values(
     changed, such as a plain attribute: a program that fails its check is recorded anew.
 
     Args:
-        scorer: the pair bound to its data.
+        particles: the pair, opened on its data.
         functions: those of the pair that the values depend on: the model, or model and guide.
         key: names the values, and what they depend on besides the pair and the shapes.
         given: tensors of the shapes to come, particles first.
-        compute: the values of what is given, particles first, by a scorer that is this one but for
-            the identity of its inputs.
+        compute: the values of what is given, particles first, for a pair that is this one but for the
+            identity of its inputs.
         elsewhere: returns where to check the program, of the same shapes; else it is where it was
             recorded.
         num_checked: particles by which a program made earlier is checked; all of them by default.
@@ -119,11 +117,11 @@ def capture_values(
         the replayed function of what is given, and what it gave where it was checked; None where the
         values can't be captured.
     """
-    programs = PROGRAMS.get(*functions)
+    pair, programs = particles.pair, PROGRAMS.get(*functions)
     if programs is None:
         programs = Programs()
         PROGRAMS.keep(programs, *functions)
-    signature = sign((key, scorer.plate), [*given, *scorer.inputs], [])
+    signature = sign((key, pair.plate), [*given, *pair.inputs], [])
     drawn: list[Sequence[Tensor]] = []
 
     def check(program: Program, num_checked: int | None) -> list[Tensor]:
@@ -138,10 +136,10 @@ def capture_values(
                     raise CannotCaptureError("it gives other values than the model")
 
         few = [value[:num_checked] for value in where]
-        return verify(program, [*where, *scorer.inputs], lambda: compute(scorer, few), compare)
+        return verify(program, [*where, *pair.inputs], lambda: compute(particles, few), compare)
 
     def ready(program: Program, shown: list[Tensor]) -> Captured:
-        tensors, inputs = program.state.current(), scorer.inputs
+        tensors, inputs = program.state.current(), pair.inputs
         assert tensors is not None  # the pair stands still while an evaluation runs
         return lambda given: program.outputs([*given, *inputs], tensors), shown
 
@@ -157,7 +155,7 @@ def capture_values(
         return None
     program = None
     try:
-        program = _record(scorer, functions, signature, given, compute, is_worth_plain=not compile)
+        program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
         backend = "inductor" if compile else "eager"
         shown = program.compile(backend, "default", lambda: check(program, None), say)
     except CannotCaptureError as reason:
@@ -169,7 +167,7 @@ def capture_values(
 
 
 def _record(
-    scorer: PairScorer,
+    particles: Particles,
     functions: Sequence[PairFunction],
     signature: Signature,
     given: Sequence[Tensor],
@@ -178,29 +176,17 @@ def _record(
     is_worth_plain: bool,
 ) -> Program:
     """Record the values over fresh aliases: a tensor both passed and closed over is told apart."""
-    modules = with_submodules(modules_of(*functions))
+    pair, modules = particles.pair, with_submodules(modules_of(*functions))
     with Snapshot(modules).put_back(), capture.conditions():
-        traces = scorer.traces()[: len(functions)]
+        traces = particles.traces()[: len(functions)]
         nodes = [item for trace in traces for item in trace.nodes.items()]
         store = pyro.get_param_store()._params
         names = [name for name, site in nodes if site["type"] == "param" and name in store]
         state = State(modules, dict.fromkeys(names))
-        compute(scorer, [value[:2] for value in given])  # the scorer chooses its strategies
-        if scorer.under_model.strategy == "plain" and not is_worth_plain:
+        compute(particles, [value[:2] for value in given])  # finds the ways that hold
+        if pair.knowledge.ways.get("model") == "_score_plain" and not is_worth_plain:
             raise CannotCaptureError("its particles can't be scored at once")
         aliases = [tensor.detach() for tensor in given]
-        inputs = tuple(tensor.detach() for tensor in scorer.inputs)
-        other = _rebind(scorer, inputs)
+        inputs = tuple(tensor.detach() for tensor in pair.inputs)
+        other = Particles(pair.bind(pair.model, pair.guide, inputs, {}))
         return Program(signature, state, lambda: compute(other, aliases), [*aliases, *inputs])
-
-
-def _rebind(scorer: PairScorer, inputs: Inputs) -> PairScorer:
-    """Return the scorer on other tensors of the same data, with the strategies it has chosen."""
-    other = copy.copy(scorer)
-    other.inputs = inputs
-    other.under_model, other.under_guide = map(copy.copy, (scorer.under_model, scorer.under_guide))
-    for score in (other.under_model, other.under_guide):
-        score.inputs = inputs
-        if score._chosen is not None:
-            score._chosen = getattr(score, score.strategy)
-    return other

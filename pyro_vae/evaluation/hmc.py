@@ -14,8 +14,9 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import Values, capture_values
-from pyro_vae.pair.sites import Latents, Site, check_density_known, latent_sites
-from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.pair.contract import check_density_known
+from pyro_vae.pair.sites import Latents, Site, latent_sites
+from pyro_vae.weights.particles import LogDensities, PairScorer, Particles, check_weights
 
 # Draws of the start from which the coordinates' scales are measured.
 _SCALE_DRAWS = 32
@@ -108,12 +109,12 @@ class AnnealingPath:
             {name: site["value"][None] for name, site in model_sites.items()}
         ).shape[-1]
 
-    def draw(self, num_chains: int) -> tuple[Tensor, Scores | None]:
+    def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
         """Draw positions ``(C, N, D)`` from the start; with their scores where it is the guide."""
         if self.start == "prior":
             return self.position(self.scorer.propose_from_prior(num_chains)), None
         latents, log_proposal = self.scorer.propose(num_chains)
-        scores = Scores(*self.scorer.score(latents), log_proposal)
+        scores = LogDensities(*self.scorer.score(latents), log_proposal)
         check_weights(scores)
         return self.position(latents), scores
 
@@ -158,7 +159,7 @@ class AnnealingPath:
         """
         if position.shape in self._graphs:
             return
-        functions, key = (self.scorer.model, self.scorer.guide), ("annealing", self.start)
+        functions, key = (self.scorer.pair.model, self.scorer.pair.guide), ("annealing", self.start)
         captured = capture_values(
             self.scorer,
             functions,
@@ -171,7 +172,7 @@ class AnnealingPath:
         if captured is not None:
             self._graphs[position.shape], _ = captured
 
-    def _ends(self, position: Tensor, scorer: PairScorer) -> Values:
+    def _ends(self, position: Tensor, scorer: Particles) -> Values:
         # The pair was checked when it was first run.
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = position.detach().requires_grad_()
