@@ -13,7 +13,7 @@ from pyro_vae.app.names import COMPILE, METHODS, OBJECTIVES, EvaluateSettings, T
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.settings import check_options
+from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 
@@ -35,18 +35,7 @@ def checked(settings: TrainSettings) -> TrainSettings:
         raise unknown_name("choice of compile", settings.compile, COMPILE)
     check_seed(settings.seed)
     check_seed(settings.split_seed)
-    check_options(
-        settings.epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.beta,
-        settings.warmup_epochs or 0,
-        settings.patience,
-        schedule=settings.schedule,
-        gradient_clip=settings.gradient_clip,
-        precision=settings.precision,
-    )
-    objective_of(settings)
+    fit_settings(settings)
     with seeded(settings.seed):
         # On stand-in data: sizes are refused before any are read.
         building.build_vae(architecture, (1,), 10)
@@ -68,6 +57,45 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
             vae.check_data(part)
     building.start_at_data(vae, dataset.train)
     return vae
+
+
+def fit_settings(settings: TrainSettings, num_data: int | None = None) -> FitSettings:
+    """Return the options of ``fit`` that the settings stand for, but for device and seed.
+
+    Args:
+        settings: what to train on what, and how.
+        num_data: training data points, from which a warm-up that was not told follows; None: without
+            one.
+
+    Raises:
+        InputError: an option out of range.
+    """
+    return FitSettings(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        objective=objective_of(settings),
+        beta=settings.beta,
+        warmup_epochs=warmup_epochs(settings, num_data),
+        patience=settings.patience,
+        schedule=settings.schedule,
+        gradient_clip=settings.gradient_clip,
+        precision=settings.precision,
+        compile=COMPILE[settings.compile],
+    )
+
+
+def warmup_epochs(settings: TrainSettings, num_data: int | None) -> int:
+    """Return the warm-up as told; by default one that keeps the latents in use.
+
+    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
+    than half of it.
+    """
+    if settings.warmup_epochs is not None or num_data is None:
+        return settings.warmup_epochs or 0
+    steps_per_epoch = -(-num_data // settings.batch_size)
+    enough = -(-_WARMUP_STEPS // steps_per_epoch)
+    return max(settings.epochs // 10, min(settings.epochs // 2, enough))
 
 
 def objective_of(settings: TrainSettings) -> Bound | None:
@@ -167,16 +195,3 @@ def _sigma(text: str) -> float | str:
         raise InputError(
             f"expected sigma as a positive number, 'learned' or 'per-pixel', got {text!r}"
         ) from None
-
-
-def warmup_epochs(settings: TrainSettings, num_data: int) -> int:
-    """Return the warm-up as told; by default one that keeps the latents in use.
-
-    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
-    than half of it.
-    """
-    if settings.warmup_epochs is not None:
-        return settings.warmup_epochs
-    steps_per_epoch = -(-num_data // settings.batch_size)
-    enough = -(-_WARMUP_STEPS // steps_per_epoch)
-    return max(settings.epochs // 10, min(settings.epochs // 2, enough))

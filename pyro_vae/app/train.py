@@ -24,7 +24,7 @@ import pyro_vae
 from pyro_vae import datasets, plots
 from pyro_vae.app.evaluate import active_units, as_dict, data_standard_errors, estimated, is_pseudo
 from pyro_vae.app.holding import frozen, take_over_model
-from pyro_vae.app.names import COMPILE, EvaluateSettings, TrainSettings
+from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name, write_run_page
 from pyro_vae.app.pictures import (
     diagnostics_picture,
@@ -34,7 +34,7 @@ from pyro_vae.app.pictures import (
     save_picture,
 )
 from pyro_vae.app.run import check_single, data_of_run
-from pyro_vae.app.settings import build_vae, checked, objective_of, warmup_epochs
+from pyro_vae.app.settings import build_vae, checked, fit_settings
 from pyro_vae.app.writing import check_new_folder
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
@@ -95,7 +95,7 @@ def train(
     """
     settings = checked(settings)
     processes = Processes.current()
-    folder = processes.decided(lambda: _new_folder(output, settings))
+    folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: data_of(settings))
@@ -131,7 +131,7 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
     settings = _told_again(settings, given, folder)
-    if processes.decided((folder / METRICS).exists):
+    if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         Console().print(f"finished before: {folder}", soft_wrap=True, highlight=False)
@@ -188,7 +188,7 @@ def train_run(
             take_over_model(vae, held)
         config = describe(vae, _record(settings, dataset, device, checkpointing))
         with ExitStack() as stack:
-            processes.decided(lambda: stack.enter_context(_run_at(folder, config, resumed)))
+            processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
             state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
             result = _fit(vae, dataset, settings, device, progress, hold=held is not None, **state)
             if processes.is_first:
@@ -318,17 +318,7 @@ def _fit(
             model,
             vae.guide,
             dataset,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            objective=objective_of(settings),
-            beta=settings.beta,
-            warmup_epochs=warmup_epochs(settings, len(dataset.train)),
-            patience=settings.patience,
-            schedule=settings.schedule,
-            gradient_clip=settings.gradient_clip,
-            precision=settings.precision,
-            compile=COMPILE[settings.compile],
+            **fit_settings(settings, len(dataset.train)).options(),
             device=device,
             progress=progress,
             **state,

@@ -101,8 +101,8 @@ class IWAE(Bound):
         return BoundTerms(
             -draws.plate_scale * bound,
             -draws.plate_scale * surrogate,
-            rates.detach().mean(0).sum(),
-            -log_likelihood.mean(0).sum(),
+            draws.plate_scale * rates.detach().mean(0).sum(),
+            -draws.plate_scale * log_likelihood.mean(0).sum(),
         )
 
     def _particles_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeightedParticles:

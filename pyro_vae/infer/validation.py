@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.infer.bounds import elbo_terms
-from pyro_vae.infer.trainer import Steps
+from pyro_vae.infer.trainer import DataPlate, Trainer
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, evaluation_mode, seeded
 from pyro_vae.pair.inputs import Inputs, as_inputs
 from pyro_vae.pair.sites import draw_traces
@@ -19,7 +19,7 @@ from pyro_vae.pair.sites import draw_traces
 # Validation draws come from their own seed, the same in every epoch: they leave the training's random
 # stream alone, and differences between epochs are not drowned in the noise of the draws.
 _VALIDATION_SEED = 20_131_220
-# Data scored by one pass of the pair in validation.
+# Data points scored by one pass of the pair in validation.
 _VALIDATION_BLOCK = 4096
 
 
@@ -28,6 +28,7 @@ def bound_terms(
     guide: PairFunction,
     x: Tensor | Sequence[Tensor],
     *,
+    plate: str = "data",
     processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
@@ -36,6 +37,8 @@ def bound_terms(
         model: the generative function of the pair.
         guide: the variational function of the pair.
         x: data ``(N, ...)``, or a tuple of tensors.
+        plate: name of the data plate. If it subsamples, the terms are those of the data points that
+            it stands for, estimated from the ones it drew.
         processes: share the data out; all of them must call, with all the data.
 
     Returns:
@@ -48,23 +51,30 @@ def bound_terms(
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide):
         for start in range(0, len(own[0]), _VALIDATION_BLOCK):
             block = tuple(value[start : start + _VALIDATION_BLOCK].to(device) for value in own)
-            traces = draw_traces(model, guide, block)
+            with DataPlate(plate) as data:
+                traces = draw_traces(model, guide, block)
             for trace in traces:
                 trace.compute_log_prob()
-            totals = totals + elbo_terms([traces], num_particles=1)
+            share = len(block[0]) / data.full_size(len(block[0]))
+            totals = totals + elbo_terms([traces], num_particles=1) * share
     rate, distortion = (processes.sum_(totals) / len(inputs[0])).tolist()
     return {"elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
 
 
-def validated(
-    model: PairFunction, guide: PairFunction, inputs: Inputs | None, processes: Processes = ALONE
+def validate(
+    model: PairFunction,
+    guide: PairFunction,
+    inputs: Inputs | None,
+    *,
+    plate: str = "data",
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Return the validation columns of an epoch; NaN without validation data."""
     names = ("elbo", "rate", "distortion")
     if inputs is None:
         return {f"validation_{name}": math.nan for name in names}
     with seeded(processes.own_seed(_VALIDATION_SEED)):
-        terms = bound_terms(model, guide, inputs, processes=processes)
+        terms = bound_terms(model, guide, inputs, plate=plate, processes=processes)
     return {f"validation_{name}": terms[name] for name in names}
 
 
@@ -76,21 +86,21 @@ class EarlyStopping:
         self.epoch, self.elbo = 0, -math.inf
         self._values: dict[str, list[Tensor]] | None = None
 
-    def take_in(self, epoch: int, elbo: float, steps: Steps) -> None:
+    def take_in(self, epoch: int, elbo: float, trainer: Trainer) -> None:
         """Take in an epoch's validation ELBO, and the values if it is the best so far."""
         if self.patience is None or epoch <= self.warmup_epochs:
             self.epoch = epoch
         elif elbo > self.elbo:
-            self.epoch, self.elbo, self._values = epoch, elbo, steps.values()
+            self.epoch, self.elbo, self._values = epoch, elbo, trainer.values()
 
     def is_over(self, epochs: int) -> bool:
         """Say whether patience has run out after so many epochs."""
         return self.patience is not None and epochs - self.epoch >= self.patience
 
-    def restore(self, steps: Steps) -> None:
+    def restore(self, trainer: Trainer) -> None:
         """Put the best parameters and buffers back."""
         if self._values is not None:
-            steps.put_back(self._values)
+            trainer.put_back(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """Best epoch, its ELBO and its values."""

@@ -43,7 +43,7 @@ def train(
     from pyro_vae.app.train import resume as run_resume
     from pyro_vae.app.train import train as run_train
     from pyro_vae.distributed import joined
-    from pyro_vae.infer.checkpoints import Interrupted
+    from pyro_vae.infer.checkpoint import Interrupted
 
     try:
         if resume is None:
