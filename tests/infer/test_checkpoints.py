@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -400,3 +402,25 @@ def test_a_checkpoint_written_after_a_return_to_an_earlier_step_is_the_newest(tm
         write_checkpoint(tmp_path, count, {}, {"count": count})
     assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000005.safetensors"]
     assert read_newest(tmp_path)["state"]["count"] == 5
+
+
+def test_a_checkpoint_of_version_0_1_0_is_gone_on_with(tmp_path):
+    """Written after 11 of 18 steps, in the middle of an epoch, with every schedule in its middle."""
+    x = (torch.arange(240).view(40, PIXELS) * 7 % 11 < 5).float()
+    options = {
+        **OPTIONS,
+        **{"warmup_epochs": 4, "schedule": "cosine", "gradient_clip": 0.5, "validation": x[:10]},
+        **{"patience": 6, "seed": 1, "transform": lambda batch: batch},
+    }
+    shutil.copytree(Path(__file__).parent / "written_by_0_1_0", tmp_path / "old")
+    results = []
+    for folder, resume in (("new", False), ("old", True)):
+        vae = make_vae()
+        found = pv.fit(
+            vae.model, vae.guide, x, checkpoint=tmp_path / folder, resume=resume, **options
+        )
+        results.append((found.history, torch.nn.utils.parameters_to_vector(vae.parameters())))
+    for name in results[0][0].keys() - TIMES:
+        np.testing.assert_allclose(results[1][0][name], results[0][0][name], rtol=1e-5, err_msg=name)
+    torch.testing.assert_close(results[1][1], results[0][1])
+    assert len(checkpoint_files(tmp_path / "old")) == 2

@@ -22,7 +22,7 @@ from pyro_vae.app.names import TrainSettings
 )
 def autoencoder(
     *,
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    output: Annotated[Path, typer.Option(help="Folder; the same command goes on in one it began.")],
     loss: Annotated[
         str | None,
         typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
