@@ -43,8 +43,8 @@ from pyro_vae.pair.functions import (
     resolve_device,
     seeded,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.weights.particles import PairScorer
 
 Data = Tensor | Sequence[Tensor]
 
@@ -188,7 +188,7 @@ def _check_likelihoods(
     observed = {}
     for name, (model, guide) in pairs.items():
         inputs = as_inputs(x, model, guide)
-        check_support(model, inputs)
+        check_data(model, inputs)
         with torch.no_grad(), evaluation_mode(model, guide), seeded(settings.seed):
             observed[name] = observed_sites(model, guide, inputs, settings.plate)
     return check_comparable(observed)

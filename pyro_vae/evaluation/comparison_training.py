@@ -10,12 +10,13 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import whole_number
-from pyro_vae.evaluation.blocks import any_number_of_data, rows_of
+from pyro_vae.evaluation.blocks import rows_of
 from pyro_vae.evaluation.comparison_checks import Pair
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_support
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.opened import any_number_of_data
+from pyro_vae.weights.particles import PairScorer
 
 Report = Callable[[str, str, float], None]
 TrainingData = Dataset | Tensor | Sequence[Tensor]
@@ -35,7 +36,7 @@ def check_training(
     batch_size = whole_number("a batch size", options.get("batch_size", 128), least=1)  # fit's own
     batch = rows_of(inputs, slice(batch_size))
     for model, guide in pairs.values():
-        check_support(model, inputs)
+        check_data(model, inputs)
         if drawn_anew or options.get("transform") is not None:
             continue  # the pair is shown other values than these
         shown = any_number_of_data("pair", len(batch[0]))

@@ -19,11 +19,11 @@ from pyro_vae.infer.capture import (
     trace_graph,
 )
 from pyro_vae.infer.program import State
+from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.sites import Latents
 from pyro_vae.pair.state import with_submodules
-from pyro_vae.weights.log_weights import PairScorer
-from pyro_vae.weights.particles import GivenScore, all_close
+from pyro_vae.weights.particles import PairScorer, Particles
 
 Terms = tuple[Tensor, Tensor]
 
@@ -90,7 +90,7 @@ def _terms_if_it_holds(program: _Program, scorer: PairScorer, latents: Latents) 
     terms = program.bound_to(scorer)(latents)
     few = {name: value[:_CHECKED] for name, value in latents.items()}
     first = tuple(term[:_CHECKED] for term in terms)
-    return terms if all_close(first, scorer.under_model.plain(few)) else None
+    return terms if all_close(first, scorer.score_by("_score_plain", "model", few)[:2]) else None
 
 
 class _Program:
@@ -116,7 +116,7 @@ class _Program:
 
 def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> tuple[_Program, Terms] | None:
     scorer.score({name: value[:2] for name, value in latents.items()})  # chooses a strategy
-    if scorer.under_model.strategy == "plain":
+    if scorer.pair.knowledge.ways.get("model") == "_score_plain":
         return None
     try:
         program = _capture(scorer, latents)
@@ -144,11 +144,10 @@ def _capture(scorer: PairScorer, latents: Latents) -> _Program:
     names = list(latents)
     given = {name: latents[name].detach() for name in names}
     inputs = tuple(value.detach() for value in scorer.inputs)
-    alias = GivenScore(scorer.model, "model", inputs, scorer.plate, scorer.data_axes)
-    strategy = getattr(alias, scorer.under_model.strategy)
+    alias = Particles(scorer.pair.bind(scorer.model, scorer.pair.guide, inputs, {}))
     with poutine.block():
         graph, closed_over = trace_graph(
-            lambda: strategy(given), [*given.values(), *inputs, *state.tensors]
+            lambda: alias.score(given), [*given.values(), *inputs, *state.tensors]
         )
     state.add_fixed(closed_over)
     return _Program(graph, state, names)

@@ -14,9 +14,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
+from pyro_vae.pair.contract import check_latents_match
 from pyro_vae.pair.functions import PairFunction, device_of, evaluation_mode, owned_modules
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import Given, check_latents_match, latent_sites, sample_sites
+from pyro_vae.pair.sites import Given, latent_sites, sample_sites
 from pyro_vae.pair.state import accumulating_leaves
 
 

@@ -14,9 +14,10 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.capture import CannotCaptureError, trace_graph
-from pyro_vae.pair.sites import Latents, Site, check_density_known, latent_sites
-from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
-from pyro_vae.weights.particles import all_close
+from pyro_vae.pair.agreement import all_close
+from pyro_vae.pair.contract import check_density_known
+from pyro_vae.pair.sites import Latents, Site, latent_sites
+from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
 
 # Draws of the start from which the coordinates' scales are measured.
 _SCALE_DRAWS = 32
@@ -109,12 +110,12 @@ class AnnealingPath:
             {name: site["value"][None] for name, site in model_sites.items()}
         ).shape[-1]
 
-    def draw(self, num_chains: int) -> tuple[Tensor, Scores | None]:
+    def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
         """Draw positions ``(C, N, D)`` from the start; with their scores where it is the guide."""
         if self.start == "prior":
             return self.position(self.scorer.propose_from_prior(num_chains)), None
         latents, log_proposal = self.scorer.propose(num_chains)
-        scores = Scores(*self.scorer.score(latents), log_proposal)
+        scores = LogDensities(*self.scorer.score(latents), log_proposal)
         check_weights(scores)
         return self.position(latents), scores
 

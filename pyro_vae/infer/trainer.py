@@ -20,8 +20,8 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.settings import FitSettings, products_in
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_number, check_support
-from pyro_vae.pair.sites import draw_traces, latent_sites
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
+from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.state import accumulating_leaves
 
 # What a step leaves behind, one number each.
@@ -135,9 +135,7 @@ class Trainer:
     before an epoch is over.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        train: the data.
+        pair: the pair, opened on the training data.
         objective: what a step minimises.
         settings: the options of the run.
         device: where the pair computes.
@@ -157,9 +155,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PairFunction,
-        guide: PairFunction,
-        train: Inputs,
+        pair: OpenedPair,
         objective: TrainingObjective,
         settings: FitSettings,
         *,
@@ -168,10 +164,10 @@ class Trainer:
         captured_step: Callable[..., Tensor] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.guide, self.train, self.processes = model, guide, train, processes
+        self.model, self.guide, self.train = pair.model, pair.guide, pair.inputs
         self.objective, self.settings, self.device = objective, settings, device
-        self.shuffle, self.captured_step = shuffle, captured_step
-        steps_per_epoch = settings.steps_per_epoch(len(train[0]))
+        self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
+        steps_per_epoch = settings.steps_per_epoch(pair.num_data)
         self.beta = settings.beta_schedule(steps_per_epoch)
         self.learning_rate = settings.learning_rates(steps_per_epoch)
         self.parameters: dict[str, Tensor] = {}
@@ -346,18 +342,14 @@ class Trainer:
         The draws of the run are not shifted.
         """
         self.shown = batch
+        pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate)
         if self.objective.transform is not None:  # data that stay as they are were checked whole
-            self.processes.check_together(lambda: self._check_transformed(batch))
+            self.processes.check_together(lambda: _check_transformed(pair))
         # Every device is named, for torch warns of several that are not.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            with poutine.trace(param_only=True) as seen:
-                traces = draw_traces(self.model, self.guide, batch)
-            _check_latents(*traces, self.settings.plate)
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices), poutine.trace(param_only=True) as seen:
+            pair.inspect(weighable=False)
         self._learn(_parameters_of(seen.trace))
-
-    def _check_transformed(self, batch: Inputs) -> None:
-        check_number(batch, self.model, self.guide)
-        check_support(self.model, batch)
 
     def _learn(self, found: dict[str, Tensor]) -> None:
         """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
@@ -543,21 +535,16 @@ def _parameters_of(trace: Trace) -> dict[str, Tensor]:
     return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
 
 
-def _check_latents(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
-    """Refuse latents outside the data plate, and latents of the model that the guide misses."""
-    for function, trace in (("model", model_trace), ("guide", guide_trace)):
-        for site in latent_sites(trace):
-            name = site["name"]
-            if plate not in {frame.name for frame in site["cond_indep_stack"]}:
-                raise InputError(
-                    f"expected latent {name!r} of the {function} inside the data plate {plate!r}: "
-                    "move it there, or name your plate by plate="
-                )
-            if name not in guide_trace.nodes:
-                raise InputError(
-                    f"expected a guide that draws every latent, {name!r} is missing: add "
-                    "pyro.sample for it, or observe it in the model"
-                )
+def _check_transformed(pair: OpenedPair) -> None:
+    """Refuse what a transform returned, and a pair that would not be given its data in order."""
+    check_number(pair.inputs, pair.model, pair.guide)
+    check_data(pair.model, pair.inputs)
+    if pair.num_data >= 3 and not pair.takes_any_batch():
+        raise InputError(
+            "expected a pair without parameters of its own for each data point under a transform, "
+            "got one that takes only all its data in their order: transform them before, and train "
+            "by batch_size=len(x)"
+        )
 
 
 def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:

@@ -23,8 +23,9 @@ from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, comp
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, place_pair, seeded, training_mode
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
+from pyro_vae.pair.functions import PairFunction, place_pair
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.opened import OpenedPair
 
 HISTORY = (
     "train_elbo",
@@ -247,7 +248,7 @@ def fit(
         transform=given.transform,
         is_share=processes.are_several,
     )
-    num_steps = settings.epochs * settings.steps_per_epoch(len(given.train[0]))
+    num_steps = settings.epochs * settings.steps_per_epoch(len(given.pair.inputs[0]))
     capture = StepCapture(target, settings, device=given.device, num_steps=num_steps)
     record = settings.record() | {
         "objective": name_of(target.bound),
@@ -256,34 +257,31 @@ def fit(
         "transform": given.transform is not None,
     }
     processes.check_same(
-        data=given.train,
+        data=given.pair.inputs,
         validation_data=given.validation,
         checkpoints=(checkpoint is not None, checkpoint_every, resume),
         **record,
     )
     with (
-        HANDLER_LOCK,
-        seeded(settings.seed),
-        training_mode(model, guide),
+        given.pair.training(settings.seed),
         computing_in(settings.precision, given.device),
         EpochProgress(settings.epochs, progress if processes.is_first else False) as bar,
         checkpoints,
     ):
         processes.draw_apart()
         trainer = Trainer(
-            model,
-            guide,
-            given.train,
+            given.pair,
             target,
             settings,
             device=given.device,
+            shuffle=_takes_any_batch(given, settings, processes),
             captured_step=capture.step if capture.is_chosen else None,
             processes=processes,
         )
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            record["data"] = data_checksum(given.train, given.validation)
+            record["data"] = data_checksum(given.pair.inputs, given.validation)
             checkpoints.begin(record, trainer, best, rows)
         resumed = len(rows)
         for epoch in range(resumed + 1, settings.epochs + 1):
@@ -320,7 +318,7 @@ def fit(
 class _Given(NamedTuple):
     """What a run is given, ready for the pair: the one place where ``fit`` opens it."""
 
-    train: Inputs
+    pair: OpenedPair
     validation: Inputs | None
     transform: Transform | None
     device: torch.device
@@ -348,14 +346,36 @@ def _open(
     if settings.patience is not None and held_out is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
-        check_support(model, train)
+        check_data(model, train)
     if held_out is not None:
-        check_support(model, held_out)
+        check_data(model, held_out)
     place = place_pair(model, guide, device, train[0].device)
     train = as_inputs(train, model, guide, are_given=is_given)
     if held_out is not None:
         held_out = as_inputs(held_out, model, guide)
-    return _Given(tuple(value.detach() for value in train), held_out, transform, place)
+    inputs = tuple(value.detach() for value in train)
+    pair = OpenedPair(model, guide, inputs, plate=settings.plate)
+    return _Given(pair, held_out, transform, place)
+
+
+def _takes_any_batch(given: _Given, settings: FitSettings, processes: Processes) -> bool:
+    """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them.
+
+    What a transform makes of the data is tried on the first batch. A trial takes three data points.
+    """
+    pair = given.pair
+    if given.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
+        return True
+    if settings.batch_size >= pair.num_data and not processes.are_several:
+        return False
+    with pair.put_back(), torch.no_grad():
+        pair.part().inspect(weighable=False)  # what it is refused for as a whole is said first
+    advice = "in one process" if processes.are_several else "by batch_size=len(x)"
+    raise InputError(
+        "expected a pair that takes any part of its data in any order, got one that ties something "
+        f"of its own, such as parameters, to each of the {pair.num_data} data points: train it on "
+        f"all of them at once {advice}, or let a network make the parameters from x"
+    )
 
 
 def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Callable[..., Any]:

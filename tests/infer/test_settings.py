@@ -14,6 +14,7 @@ from pyro_vae.infer.captured_steps import StepCapture
 from pyro_vae.infer.settings import FitSettings, LearningRate, computing_in, products_in
 from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping
+from pyro_vae.pair.opened import OpenedPair
 
 PIXELS = 6
 
@@ -144,7 +145,8 @@ def make_trainer(vae, x, *, captured=False, **options):
     objective, device = TrainingObjective(TraceBound(), settings), torch.device("cpu")
     capture = StepCapture(objective, settings, device=device, num_steps=12)
     step = capture.step if captured else None
-    return Trainer(vae.model, vae.guide, (x,), objective, settings, device=device, captured_step=step)
+    pair = OpenedPair(vae.model, vae.guide, (x,))
+    return Trainer(pair, objective, settings, device=device, captured_step=step)
 
 
 @pytest.mark.parametrize("captured", [False, True])
