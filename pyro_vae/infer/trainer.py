@@ -21,7 +21,7 @@ from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.settings import FitSettings, products_in
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
-from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.state import accumulating_leaves
 
 # What a step leaves behind, one number each.
@@ -342,7 +342,8 @@ class Trainer:
         The draws of the run are not shifted.
         """
         self.shown = batch
-        pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate)
+        known = Knowledge(whole=len(self.train[0]))
+        pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate, knowledge=known)
         if self.objective.transform is not None:  # data that stay as they are were checked whole
             self.processes.check_together(lambda: _check_transformed(pair))
         # Every device is named, for torch warns of several that are not.

@@ -24,7 +24,7 @@ from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
 from pyro_vae.pair.functions import PairFunction, place_pair
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 
 HISTORY = (
@@ -240,6 +240,7 @@ def fit(
         processes=processes,
     )
     given = _open(model, guide, data, validation, transform, device, settings)
+    held_out = None if given.validation is None else given.validation.inputs
     plain_objective, own_beta = uncompiled(settings.objective)
     settings = replace(settings, beta=settings.beta * own_beta)
     target = TrainingObjective(
@@ -258,7 +259,7 @@ def fit(
     }
     processes.check_same(
         data=given.pair.inputs,
-        validation_data=given.validation,
+        validation_data=held_out,
         checkpoints=(checkpoint is not None, checkpoint_every, resume),
         **record,
     )
@@ -281,14 +282,14 @@ def fit(
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            record["data"] = data_checksum(given.pair.inputs, given.validation)
+            record["data"] = data_checksum(given.pair.inputs, held_out)
             checkpoints.begin(record, trainer, best, rows)
         resumed = len(rows)
         for epoch in range(resumed + 1, settings.epochs + 1):
             if best.is_over(len(rows)):
                 break
             row = trainer.run_epoch(epoch, after_step=checkpoints.after_step)
-            row |= validate(model, guide, given.validation, plate=plate, processes=processes)
+            row |= validate(given.validation, processes)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
@@ -319,7 +320,7 @@ class _Given(NamedTuple):
     """What a run is given, ready for the pair: the one place where ``fit`` opens it."""
 
     pair: OpenedPair
-    validation: Inputs | None
+    validation: OpenedPair | None
     transform: Transform | None
     device: torch.device
 
@@ -351,11 +352,12 @@ def _open(
         check_data(model, held_out)
     place = place_pair(model, guide, device, train[0].device)
     train = as_inputs(train, model, guide, are_given=is_given)
+    pair = OpenedPair(model, guide, tuple(value.detach() for value in train), plate=settings.plate)
+    to_validate = None
     if held_out is not None:
         held_out = as_inputs(held_out, model, guide)
-    inputs = tuple(value.detach() for value in train)
-    pair = OpenedPair(model, guide, inputs, plate=settings.plate)
-    return _Given(pair, held_out, transform, place)
+        to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
+    return _Given(pair, to_validate, transform, place)
 
 
 def _takes_any_batch(given: _Given, settings: FitSettings, processes: Processes) -> bool:

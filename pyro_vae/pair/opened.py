@@ -98,11 +98,13 @@ class Knowledge:
         structure: what one look shows.
         ways: which way of drawing and of scoring many particles has been shown to hold.
         is_divisible: whether it takes any part of its data.
+        whole: how many data points there are where the pair was opened on a part of them.
     """
 
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)
     is_divisible: bool | None = None
+    whole: int | None = None
 
 
 def open_pair(

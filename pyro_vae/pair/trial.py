@@ -136,8 +136,9 @@ def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
             found[id(value)] = value
     for value in tensors_of(pair.model, pair.guide):
         found[id(value)] = value
+    numbers = {pair.num_data, pair.knowledge.whole}
     for value in found.values():
-        if pair.num_data in value.shape and value.data_ptr() not in given:
+        if numbers & set(value.shape) and value.data_ptr() not in given:
             yield value
 
 
