@@ -17,10 +17,15 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import add_origin, write_page
 from pyro_vae.app.pictures import limits_of, save_picture
 from pyro_vae.app.report import Page
-from pyro_vae.app.run import RUNS
-from pyro_vae.app.settings import build_vae, checked, fit_settings
-from pyro_vae.app.study import opened
-from pyro_vae.app.train import data_of, origin
+from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.settings import (
+    as_record,
+    build_vae,
+    check_settings,
+    fit_options,
+    tell_defaults,
+)
+from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
@@ -65,13 +70,14 @@ def autoencoder(
         OSError: a folder that can't be written.
         Interrupted: SIGINT or SIGTERM ended a training; the same call goes on with it.
     """
-    settings = checked(settings)
+    settings = check_settings(settings)
     loss = loss or ("mse" if settings.likelihood == "gaussian" else "bce")
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     resolve_device(settings.device)
-    dataset = data_of(settings)
-    with opened(output, {**asdict(settings), "loss": loss}, dataset) as study:
+    dataset = load_data(settings)
+    with open_study(output, {**asdict(settings), "loss": loss}, dataset) as study:
+        settings = tell_defaults(settings, len(dataset.train))
         comparison, fits = _train(settings, loss, dataset, study.folder / RUNS, progress)
         result = {
             "table": comparison.table(),
@@ -82,9 +88,9 @@ def autoencoder(
             },
             "training_seconds": {side: made.seconds for side, made in fits.items()},
             "num_parameters": {side: made.num_parameters for side, made in fits.items()},
-            "settings": asdict(settings),
+            "settings": as_record(settings),
             "checksums": dataset.checksums,
-            **origin(),
+            **describe_origin(),
         }
         figure = plots.autoencoder_and_vae(
             comparison.held_out.numpy(),
@@ -103,7 +109,7 @@ def _train(
     settings: TrainSettings, loss: str, dataset: Dataset, states: Path, progress: bool | None
 ) -> tuple[AutoencoderComparison, dict[str, AutoencoderFit | FitResult]]:
     """Train both on the same data, each from the state that is kept of it, and measure them."""
-    options = fit_settings(settings, len(dataset.train)).options()
+    options = fit_options(settings)
     shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
     how: dict[str, Any] = {"device": settings.device, "resume": True, "progress": progress}
     with seeded(settings.seed):

@@ -19,18 +19,15 @@ from rich.console import Console
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus
-from pyro_vae.app.run import RUNS, STUDY
-from pyro_vae.app.train import METRICS, train_run
+from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY
+from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, finite_or_none, write_json
+from pyro_vae.runs.files import FORMAT, write_json
 from pyro_vae.runs.folder import locked
 from pyro_vae.vae import VAE
-
-# Where the data lie and what computes does not change what is asked; the data's checksums do.
-_FREE = ("data_root", "download", "device")
 
 
 class Study:
@@ -68,8 +65,8 @@ class Study:
         if folder.exists():
             shutil.rmtree(folder)
         with warnings.catch_warnings():
-            # The study's own table says how many data have k > 0.7.
-            warnings.filterwarnings("ignore", r"\d+ of \d+ data have Pareto k")
+            # The study's own table says how many have k > 0.7.
+            warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             vae, metrics = train_run(settings, self.dataset, folder, start=start, held=held)
         self._say(name, metrics, f"{metrics['training_seconds']:.1f} s")
         return vae.eval(), metrics
@@ -80,7 +77,7 @@ class Study:
 
 
 @contextmanager
-def opened(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
+def open_study(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
     """Begin a study in a new or empty folder, or continue the same one, and hold its lock.
 
     A study that ends before its first run is whole leaves nothing behind.
@@ -118,7 +115,7 @@ def opened(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator
         raise
 
 
-def known(values: Mapping[str, Any]) -> dict[str, Any]:
+def restore_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return numbers as they were before JSON made null of those that are not finite."""
     return {name: math.nan if value is None else value for name, value in values.items()}
 
@@ -153,7 +150,7 @@ def _check(folder: Path, record: Mapping[str, Any]) -> None:
         ) from error
     asked = json.loads(json.dumps(record["asked"]))  # as they look after being read
     for name in asked | begun:
-        if name not in _FREE and asked.get(name) != begun.get(name):
+        if name not in FREE and asked.get(name) != begun.get(name):
             raise InputError(
                 f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
                 f"got {asked.get(name)!r}: repeat it or choose another folder"

@@ -15,9 +15,9 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import PSEUDO, add_origin, log_prob_name, write_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import Page, plus_minus
-from pyro_vae.app.settings import checked
-from pyro_vae.app.study import Study, known, opened, write_rows
-from pyro_vae.app.train import data_of, origin
+from pyro_vae.app.run import describe_origin, load_data
+from pyro_vae.app.settings import as_record, check_settings, tell_defaults
+from pyro_vae.app.study import Study, open_study, restore_nan, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import write_json
@@ -51,44 +51,45 @@ def sweep(
     if warm_start and len(values) == 1:
         raise InputError("expected --warm-start with several --betas, got one: leave it out")
     for value in values:
-        settings = checked(replace(settings, beta=value))
+        settings = check_settings(replace(settings, beta=value))
     resolve_device(settings.device)
     asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
-    dataset = data_of(settings)
-    with opened(output, asked, dataset) as study:
-        rows = [
-            _row(beta, metrics) for beta, metrics in _trained(study, settings, values, warm_start)
-        ]
+    dataset = load_data(settings)
+    with open_study(output, asked, dataset) as study:
+        rows = _train(study, settings, values, warm_start)
         figure = _figure(rows, settings)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
-        made = {"settings": asked, "checksums": dataset.checksums, **origin()}
+        told = tell_defaults(settings, len(dataset.train))
+        used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
+        if warm_start and settings.warmup_epochs is None:
+            used["warmup_epochs"] = [told.warmup_epochs, *(0 for _ in values[1:])]
+        made = {"settings": used, "checksums": dataset.checksums, **describe_origin()}
         _write_page(study.folder, rows, figure, made)
         write_json(study.folder / "sweep.json", {"rows": rows, **made})
         _print(study, rows)
     return rows
 
 
-def _trained(
+def _train(
     study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> list[tuple[float, dict[str, Any]]]:
-    results: list[tuple[float, dict[str, Any]]] = []
+) -> list[dict[str, Any]]:
+    """Train or load a run per beta; return a row of each."""
+    rows: list[dict[str, Any]] = []
     before: VAE | None = None
     for beta in betas:
         own = replace(settings, beta=beta)
         if before is not None and settings.warmup_epochs is None:
             own = replace(own, warmup_epochs=0)  # the latents are in use already
         vae, metrics = study.run(f"beta-{repr(beta).removesuffix('.0')}", own, start=before)
-        results.append((beta, metrics))
+        rows.append(_row(beta, metrics))
         before = vae if warm_start else None
-    return results
+    return rows
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate, errors = (
-        known(metrics["test_log_marginal"]),
-        known(metrics["test_data_standard_errors"]),
-    )
+    estimate = restore_nan(metrics["test_log_marginal"])
+    errors = restore_nan(metrics["test_data_standard_errors"])
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}

@@ -38,7 +38,7 @@ from pyro_vae.pair.sites import (
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.pair.trial import gives_data_their_own_values
+from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
@@ -254,9 +254,7 @@ class OpenedPair:
         It is shown by a trial at an offset: never assumed. The pair is left as it was.
         """
         if self.knowledge.is_divisible is None:
-            with self._aside():
-                found = self.num_data >= 3 and gives_data_their_own_values(self)
-                self.knowledge.is_divisible = found
+            self.knowledge.is_divisible = self._try_out()
         return self.knowledge.is_divisible
 
     def takes_any_batch(self) -> bool:
@@ -264,10 +262,15 @@ class OpenedPair:
 
         Unlike in :meth:`is_divisible` they may depend on which other ones stand beside it.
         """
-        if self.is_divisible():
-            return True
+        return self.is_divisible() or self._try_out(in_any_company=False)
+
+    def _try_out(self, *, in_any_company: bool = True) -> bool:
+        whole = self.knowledge.whole or self.num_data
+        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
         with self._aside():
-            return self.num_data >= 3 and gives_data_their_own_values(self, in_any_company=False)
+            return self.num_data >= 3 and gives_data_their_own_values(
+                trial, in_any_company=in_any_company
+            )
 
     # --- what is known of it ---
 

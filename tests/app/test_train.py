@@ -16,7 +16,6 @@ from pyro_vae.app import names
 from pyro_vae.app import settings as app_settings
 from pyro_vae.app import train as app_train
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.settings import warmup_epochs
 
 pytestmark = WARNED
 
@@ -209,4 +208,5 @@ def test_the_bernoulli_starts_at_the_training_mean():
     ],
 )
 def test_the_default_warm_up_is_a_tenth_but_long_enough(options, num_data, expected):
-    assert warmup_epochs(TrainSettings(**options), num_data) == expected
+    settings = app_settings.tell_defaults(TrainSettings(**options), num_data)
+    assert settings.warmup_epochs == expected
