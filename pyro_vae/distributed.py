@@ -196,7 +196,7 @@ def _carry(tensor: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the other processes that torchrun started, if it did; leave them at the end.
 
     On CUDA each process takes the device of its local rank. Inside, only the first process prints on

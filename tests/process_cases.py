@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.distributed import ALONE, Processes, joined
+from pyro_vae.distributed import ALONE, Processes, join_processes
 from pyro_vae.infer import CompiledTrace_ELBO
 from pyro_vae.infer.checkpoint import Interrupted
 from pyro_vae.infer.trainer import Trainer
@@ -323,7 +323,7 @@ def outcome(case, folder=None):
 
 def main(folder):
     torch.set_num_threads(1)
-    with joined("cpu") as processes:
+    with join_processes("cpu") as processes:
         assert processes != ALONE
         outcomes = {case: outcome(case, Path(folder)) for case in (*CASES, *KEPT)}
         torch.save(outcomes, Path(folder) / f"{processes.rank}.pt")

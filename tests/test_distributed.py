@@ -14,7 +14,7 @@ from process_cases import SEEDS, kept, outcome
 from torch.testing import assert_close
 
 import pyro_vae as pv
-from pyro_vae.distributed import ALONE, Processes, joined
+from pyro_vae.distributed import ALONE, Processes, join_processes
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest
 
 TESTS = Path(__file__).parent
@@ -224,7 +224,7 @@ def test_a_process_that_is_alone_shares_with_nobody(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Processes.current() == ALONE
-    with joined() as processes:
+    with join_processes() as processes:
         assert processes == ALONE
         assert processes.gather("mine") == ["mine"]
         assert processes.decide(lambda: 3) == 3
@@ -239,7 +239,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device, message in (("cuda:0", "each takes the device"), ("auto", "got 2 for 1")):
-        with pytest.raises(pv.InputError, match=message), joined(device):
+        with pytest.raises(pv.InputError, match=message), join_processes(device):
             pytest.fail("joined")
 
 

@@ -162,7 +162,7 @@ class Checkpoints:
             ]
             best.load_state_dict(state["best"])
             own = state["own"][self.processes.rank]
-            trainer.resume({**state["steps"], "own": own["steps"]})
+            trainer.load_state_dict({**state["steps"], "own": own["steps"]})
             _set_generator_states(own["generators"], trainer.device)
         except InputError:
             raise

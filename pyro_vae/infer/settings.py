@@ -201,18 +201,18 @@ class _BFloat16Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _PRODUCTS:
             return func(*args, **kwargs)
-        narrow = [_narrowed(value) for value in args]
-        result = func(*narrow, **{name: _narrowed(value) for name, value in kwargs.items()})
+        narrow = [_narrow(value) for value in args]
+        result = func(*narrow, **{name: _narrow(value) for name, value in kwargs.items()})
         return result.float() if result.dtype == torch.bfloat16 else result
 
 
-def _narrowed(value: Any) -> Any:
+def _narrow(value: Any) -> Any:
     is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
     return value.to(torch.bfloat16) if is_float32 else value
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
+def multiply_in(precision: str) -> Iterator[None]:
     """Let the layers that run inside multiply in bfloat16 if that is the precision."""
     if precision != "bfloat16":
         yield
@@ -222,7 +222,7 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32 if asked for; restore the flag."""
     if precision != "tf32" or device.type != "cuda":
         yield

@@ -18,7 +18,7 @@ from pyro_vae.beta import scale_latents
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
-from pyro_vae.infer.settings import FitSettings, products_in
+from pyro_vae.infer.settings import FitSettings, multiply_in
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -92,7 +92,7 @@ class TrainingObjective:
         is itself a part of them.
         """
         data = DataPlate(self.settings.plate)
-        with data, products_in(self.settings.precision):
+        with data, multiply_in(self.settings.precision):
             terms = self.bound.terms(model, guide, batch, {})
         number = data.full_size(len(batch[0]))
         share = len(batch[0]) / number
@@ -176,7 +176,6 @@ class Trainer:
         self.count = self.skipped = 0
         self._store_size = -1
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
-        self._waiting: dict[str, Any] | None = None
         self._epoch: _Epoch | None = None
         self._seen_buffers: list[Tensor] = []
 
@@ -357,11 +356,10 @@ class Trainer:
         new = {name: found[name] for name in sorted(found) if name not in self.parameters}
         self.parameters |= new
         if new:
-            # Before a state is taken up, in which each process has buffers of its own.
+            # A state that is taken up later has buffers of its own for each process.
             self.processes.take_first([*new.values(), *self._buffers()])
         if self.optimizer is None and new:
             self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
-            self._take_up()
         elif self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": list(new.values())})
         self._store_size = len(pyro.get_param_store())
@@ -416,45 +414,30 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`; before the first step it waits for the parameters.
-
-        Raises:
-            InputError: a state of another pair.
-        """
-        self.count, self.skipped = state["count"], state["skipped"]
-        self.beta.steps = self.count
-        if state["position"] is not None:
-            position = state["position"]
-            self._epoch = _Epoch(
-                position["epoch"],
-                position["order"],
-                state["own"]["summaries"].to(self.device),
-                taken=position["taken"],
-                seconds=position["seconds"],
-            )
-        self._waiting = state
-        self._take_up()
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict` at once, although no step may be left to take.
+        """Take up a state of :meth:`state_dict`.
 
         Where the parameters are not known yet the pair is run once to find them.
 
         Raises:
             InputError: a state of another pair.
         """
-        self.load_state_dict(state)
-        if self._waiting is not None:
+        self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
+        self.beta.steps = self.count
+        if position is not None:
+            summaries = state["own"]["summaries"].to(self.device)
+            self._epoch = _Epoch(
+                position["epoch"],
+                position["order"],
+                summaries,
+                taken=position["taken"],
+                seconds=position["seconds"],
+            )
+        if self.optimizer is None:
             first = (value[: self.settings.batch_size].to(self.device) for value in self.train)
             self._inspect(self.objective.transform_batch(tuple(first)))
-
-    def _take_up(self) -> None:
-        if self.optimizer is None or self._waiting is None:
-            return
-        state, self._waiting = self._waiting, None
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self._leaves()]
-        if kept != own:
+        if kept != own or self.optimizer is None:
             raise InputError(
                 f"expected the state of a run of this pair, got {len(kept)} parameters for its "
                 f"{len(own)}, or others in shape: build the pair as it was built then"

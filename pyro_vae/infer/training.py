@@ -19,7 +19,7 @@ from pyro_vae.infer.captured_steps import StepCapture, uncompiled
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, computing_in
+from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, compute_in
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
@@ -138,7 +138,9 @@ def fit(
         data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used), a tensor
             ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
         epochs: passes over the training data.
-        batch_size: data per step; the last batch of an epoch may be smaller.
+        batch_size: data per step; the last batch of an epoch may be smaller. A pair that ties
+            parameters to data points is trained by ``batch_size=len(x)``: on all of them at once, in
+            their own order.
         learning_rate: Adam's step size.
         objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO of
             ``Trace_ELBO()``. Pyro's ``TraceMeanField_ELBO`` runs as
@@ -196,9 +198,9 @@ def fit(
 
     Raises:
         InputError: options or data out of range, a pair that breaks the contract (a latent outside
-            the data plate, or missing from the guide), parameters that Pyro does not know, a loss or
-            gradient that is not finite (its epoch and batch are named), or a checkpoint of another
-            run.
+            the data plate, or missing from the guide), parameters that Pyro does not know, parameters
+            for each data point in batches of a part of them, a loss or gradient that is not finite
+            (its epoch and batch are named), or a checkpoint of another run.
 
     Source:
         Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; warm-up: Bowman et al. 2016,
@@ -239,61 +241,45 @@ def fit(
         resume=resume,
         processes=processes,
     )
-    given = _open(model, guide, data, validation, transform, device, settings)
-    held_out = None if given.validation is None else given.validation.inputs
-    plain_objective, own_beta = uncompiled(settings.objective)
-    settings = replace(settings, beta=settings.beta * own_beta)
-    target = TrainingObjective(
-        bound_of(plain_objective),
-        settings,
-        transform=given.transform,
-        is_share=processes.are_several,
-    )
-    num_steps = settings.epochs * settings.steps_per_epoch(len(given.pair.inputs[0]))
-    capture = StepCapture(target, settings, device=given.device, num_steps=num_steps)
-    record = settings.record() | {
-        "objective": name_of(target.bound),
-        "device": given.device.type,  # one CUDA device may take over from another
-        "compiled": capture.is_chosen,
-        "transform": given.transform is not None,
-    }
+    run = _open(model, guide, data, validation, transform, device, settings, processes)
+    settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
-        data=given.pair.inputs,
+        data=run.pair.inputs,
         validation_data=held_out,
         checkpoints=(checkpoint is not None, checkpoint_every, resume),
-        **record,
+        **run.record,
     )
     with (
-        given.pair.training(settings.seed),
-        computing_in(settings.precision, given.device),
+        run.pair.training(settings.seed),
+        compute_in(settings.precision, run.device),
         EpochProgress(settings.epochs, progress if processes.is_first else False) as bar,
         checkpoints,
     ):
         processes.draw_apart()
         trainer = Trainer(
-            given.pair,
-            target,
+            run.pair,
+            run.objective,
             settings,
-            device=given.device,
-            shuffle=_takes_any_batch(given, settings, processes),
-            captured_step=capture.step if capture.is_chosen else None,
+            device=run.device,
+            shuffle=_takes_any_batch(run, processes),
+            captured_step=run.capture.step if run.capture.is_chosen else None,
             processes=processes,
         )
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            record["data"] = data_checksum(given.pair.inputs, held_out)
-            checkpoints.begin(record, trainer, best, rows)
+            checksum = data_checksum(run.pair.inputs, held_out)
+            checkpoints.begin({**run.record, "data": checksum}, trainer, best, rows)
         resumed = len(rows)
         for epoch in range(resumed + 1, settings.epochs + 1):
             if best.is_over(len(rows)):
                 break
             row = trainer.run_epoch(epoch, after_step=checkpoints.after_step)
-            row |= validate(given.validation, processes)
+            row |= validate(run.validation, processes)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
-                bar.note(capture.outcome)
+                bar.note(run.capture.outcome)
             bar.show(epoch, row)
             if on_epoch is not None:
                 on_epoch(epoch, row)
@@ -305,24 +291,37 @@ def fit(
         history={name: np.array([row[name] for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
         stopped_early=len(rows) < settings.epochs,
-        device=str(given.device),
+        device=str(run.device),
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
-        compiled=capture.is_compiled,
-        compile_choice=capture.outcome,
+        compiled=run.capture.is_compiled,
+        compile_choice=run.capture.outcome,
         skipped_steps=trainer.skipped,
         warnings=found,
     )
 
 
-class _Given(NamedTuple):
-    """What a run is given, ready for the pair: the one place where ``fit`` opens it."""
+class _Run(NamedTuple):
+    """A run that is about to begin: its pairs opened on their data, and what is known of it.
+
+    Attributes:
+        pair: opened on the training data, before any transform.
+        validation: opened on the validation data; None without any.
+        objective: what a step minimises.
+        capture: whether and how steps are captured.
+        settings: those of the caller; beta is that of the whole run.
+        device: where the pair computes.
+        record: plain values that decide the run, by which a checkpoint knows it again.
+    """
 
     pair: OpenedPair
     validation: OpenedPair | None
-    transform: Transform | None
+    objective: TrainingObjective
+    capture: StepCapture
+    settings: FitSettings
     device: torch.device
+    record: dict[str, Any]
 
 
 def _open(
@@ -333,8 +332,9 @@ def _open(
     transform: Transform | None,
     device: str | torch.device,
     settings: FitSettings,
-) -> _Given:
-    """Check the data, move the pair to its device, and bring the data into its types."""
+    processes: Processes,
+) -> _Run:
+    """Check the data, move the pair to its device and the data into its types, once for the run."""
     is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
@@ -342,33 +342,45 @@ def _open(
         if data.binarize == "dynamic":
             transform = _after_drawing(data, transform)
         data = data.train
-    train = as_inputs(data)
+    inputs = as_inputs(data)
     held_out = None if validation is None else as_inputs(validation)
     if settings.patience is not None and held_out is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
-        check_data(model, train)
+        check_data(model, inputs)
     if held_out is not None:
         check_data(model, held_out)
-    place = place_pair(model, guide, device, train[0].device)
-    train = as_inputs(train, model, guide, are_given=is_given)
-    pair = OpenedPair(model, guide, tuple(value.detach() for value in train), plate=settings.plate)
-    to_validate = None
+    place = place_pair(model, guide, device, inputs[0].device)
+    inputs = tuple(v.detach() for v in as_inputs(inputs, model, guide, are_given=is_given))
+    pair, to_validate = OpenedPair(model, guide, inputs, plate=settings.plate), None
     if held_out is not None:
         held_out = as_inputs(held_out, model, guide)
         to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
-    return _Given(pair, to_validate, transform, place)
+    plain_objective, own_beta = uncompiled(settings.objective)
+    settings = replace(settings, beta=settings.beta * own_beta)
+    objective = TrainingObjective(
+        bound_of(plain_objective), settings, transform=transform, is_share=processes.are_several
+    )
+    num_steps = settings.epochs * settings.steps_per_epoch(pair.num_data)
+    capture = StepCapture(objective, settings, device=place, num_steps=num_steps)
+    record = settings.record() | {
+        "objective": name_of(objective.bound),
+        "device": place.type,  # one CUDA device may take over from another
+        "compiled": capture.is_chosen,
+        "transform": transform is not None,
+    }
+    return _Run(pair, to_validate, objective, capture, settings, place, record)
 
 
-def _takes_any_batch(given: _Given, settings: FitSettings, processes: Processes) -> bool:
+def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them.
 
     What a transform makes of the data is tried on the first batch. A trial takes three data points.
     """
-    pair = given.pair
-    if given.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
+    pair = run.pair
+    if run.objective.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
         return True
-    if settings.batch_size >= pair.num_data and not processes.are_several:
+    if run.settings.batch_size >= pair.num_data and not processes.are_several:
         return False
     with pair.put_back(), torch.no_grad():
         pair.part().inspect(weighable=False)  # what it is refused for as a whole is said first

@@ -73,8 +73,9 @@ def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> 
                 return False
             if not in_any_company:
                 _run(pair, pair.part(later))
-            if new_names():  # made for a part of the data: what are they made like for all of them?
-                for name in new_names():
+            made = _made_for(pair, new_names(), {count, len(later)})
+            if made:  # for a part of the data: what are they made like for all of them?
+                for name in made:
                     del pyro.get_param_store()[name]
                 _run(pair, pair.part(slice(None)))
             suspects = list(_tables_of(pair))
@@ -84,6 +85,19 @@ def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> 
                 return _holds_for(pair, count, rows)
         except CALLING_ERRORS:
             return False
+
+
+def _made_for(pair: Trial, names: list[str], numbers: set[int]) -> list[str]:
+    """Return which new parameters, no module's, have as many rows as a part of the data."""
+    store = pyro.get_param_store()
+    modules = modules_of(pair.model, pair.guide)
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    tensors = {name: store._params[name] for name in names}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if id(tensor) not in known and numbers & set(tensor.shape)
+    ]
 
 
 def _run(pair: Trial, inputs: Inputs) -> None:

@@ -11,7 +11,7 @@ import pyro_vae as pv
 from pyro_vae.infer import CompiledTrace_ELBO, TraceBound
 from pyro_vae.infer.bounds import BoundTerms
 from pyro_vae.infer.captured_steps import StepCapture
-from pyro_vae.infer.settings import FitSettings, LearningRate, computing_in, products_in
+from pyro_vae.infer.settings import FitSettings, LearningRate, compute_in, multiply_in
 from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping
 from pyro_vae.pair.opened import OpenedPair
@@ -92,7 +92,7 @@ def test_a_clipped_run_moves_less(x):
 
 def test_layers_multiply_in_bfloat16_and_nothing_else_does():
     layer, x = torch.nn.Linear(64, 64), torch.randn(8, 64)
-    with products_in("bfloat16"):
+    with multiply_in("bfloat16"):
         found, product = layer(x), x @ layer.weight.T
     exact = layer(x)
     assert found.dtype == torch.float32
@@ -126,10 +126,10 @@ def test_the_elbo_in_bfloat16_is_that_in_float32_within_its_noise(x):
 
 def test_the_flag_of_tf32_is_restored():
     before = torch.get_float32_matmul_precision()
-    with computing_in("tf32", torch.device("cuda")):
+    with compute_in("tf32", torch.device("cuda")):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
-    with computing_in("tf32", torch.device("cpu")):
+    with compute_in("tf32", torch.device("cpu")):
         assert torch.get_float32_matmul_precision() == before
 
 

@@ -188,7 +188,7 @@ def test_a_long_table_is_seen_too(number):
 
 def test_a_transform_before_parameters_per_data_point_is_refused(x):
     options = {"epochs": 1, "transform": lambda batch: batch + 0.0}
-    with pytest.raises(pv.InputError, match="under a transform, got one .* by batch_size="):
+    with pytest.raises(pv.InputError, match=r"under a transform, got one .* by batch_size="):
         pv.fit(conjugate, table_of(len(x)), x, batch_size=32, **options)
 
 
@@ -244,3 +244,13 @@ def test_noise_on_the_data_and_statistics_of_a_batch_are_trained_in_parts(kind):
     data = torch.bernoulli(torch.full((40, PIXELS), 0.5))
     result = pv.fit(pair.model, pair.guide, data, epochs=2, batch_size=16, seed=0)
     assert np.isfinite(result.history["train_elbo"]).all()
+
+
+def test_a_trial_looks_at_few_data_points_of_a_large_set():
+    vae, seen = make_vae(), []
+    vae.variational_family.encoder.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    data = torch.bernoulli(torch.full((1000, PIXELS), 0.5))
+    pv.fit(vae.model, vae.guide, data, epochs=1, batch_size=200, compile=False)
+    # Rows of the trial, of the look at the first batch, of five steps and of the diagnosis.
+    assert seen == [*(rows for rows in seen if rows <= 64), *(7 * [200])]
+    assert len(seen) <= 12
