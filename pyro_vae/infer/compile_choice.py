@@ -10,7 +10,8 @@ from pyro.infer import ELBO
 
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
 from pyro_vae.infer.engine import Engine
-from pyro_vae.infer.training_objective import BoundPerDatum, StockBound
+from pyro_vae.infer.estimators import BoundEstimator
+from pyro_vae.infer.stock_bound import StockBound
 
 # Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
 # 26 seconds of one core; a step saves 4 to 7 milliseconds of it, as much for a small net (8.0 to 3.8,
@@ -21,7 +22,7 @@ COMPILED_FROM_STEPS = 5_000
 
 
 def engine_of(
-    estimator: BoundPerDatum,
+    estimator: BoundEstimator,
     objective: ELBO | None,
     compile: bool | str,
     place: torch.device,

@@ -102,11 +102,13 @@ class Knowledge:
         structure: what one look shows.
         ways: which way of drawing and of scoring many particles has been shown to hold.
         is_divisible: whether it takes any part of its data.
+        whole: how many data points there are where the pair was opened on a part of them.
     """
 
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)
     is_divisible: bool | None = None
+    whole: int | None = None
 
 
 def open_pair(
@@ -256,11 +258,23 @@ class OpenedPair:
         It is shown by a trial at an offset: never assumed. The pair is left as it was.
         """
         if self.knowledge.is_divisible is None:
-            trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device)
-            with self._aside():
-                found = self.num_data >= 3 and gives_data_their_own_values(trial)
-                self.knowledge.is_divisible = found
+            self.knowledge.is_divisible = self._try_out()
         return self.knowledge.is_divisible
+
+    def takes_any_batch(self) -> bool:
+        """Tell whether a data point gets the same values wherever it stands, in parts and in order.
+
+        Unlike in :meth:`is_divisible` they may depend on which other ones stand beside it.
+        """
+        return self.is_divisible() or self._try_out(in_any_company=False)
+
+    def _try_out(self, *, in_any_company: bool = True) -> bool:
+        whole = self.knowledge.whole or self.num_data
+        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
+        with self._aside():
+            return self.num_data >= 3 and gives_data_their_own_values(
+                trial, in_any_company=in_any_company
+            )
 
     # --- what is known of it ---
 
