@@ -60,6 +60,8 @@ def write_run_page(
     page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
     _add_result(page, metrics)
     page.section("Training")
+    for text in metrics["warnings"]:
+        page.warning(f"{text}.")
     page.text(_training_text(settings, metrics))
     if "training" in pictures:
         add_figure(page, pictures, "training")
@@ -69,8 +71,13 @@ def write_run_page(
     page.section("Pictures")
     for name in ("samples", "reconstructions"):
         add_figure(page, pictures, name)
-    shown = {**settings, "device": metrics["device"], "start": run["start"], "data": run["num_data"]}
-    add_origin(page, {**run, "settings": shown})
+    resolved = {
+        "compile": metrics["compile_choice"],
+        "device": metrics["device"],
+        "start": run["start"],
+        "data points": run["num_data"],
+    }
+    add_origin(page, {**run, "settings": settings | resolved})
     write_page(page, folder)
 
 
