@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from pyro_vae.version import __version__ as __version__
 
 _MODULES = (
     "datasets",
@@ -35,7 +35,7 @@ _NAMES = {
     "compare": "pyro_vae.evaluation.comparison",
     "LogMarginal": "pyro_vae.evaluation.estimate",
     "log_marginal": "pyro_vae.evaluation.importance_sampling",
-    "log_weights": "pyro_vae.weights.log_weights",
+    "log_weights": "pyro_vae.weights.particles",
     "load": "pyro_vae.runs",
     "save": "pyro_vae.runs",
 }
@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from pyro_vae.runs import load, save
     from pyro_vae.transformer import VAETransformer
     from pyro_vae.vae import VAE
-    from pyro_vae.weights.log_weights import log_weights
+    from pyro_vae.weights.particles import log_weights
 
 
 def __getattr__(name: str) -> Any:

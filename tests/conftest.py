@@ -1,5 +1,7 @@
 """Shared set-up: one thread per process, a fixed seed and an empty parameter store for each test."""
 
+import gc
+
 import pyro
 import pytest
 import torch
@@ -16,6 +18,11 @@ def pytest_addoption(parser):
         help="how many random cases each fuzz and property test tries (default: 200 mutated files, "
         "some ten drawn models; try 2000 before a release)",
     )
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of every later collection: it is most of what there is."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

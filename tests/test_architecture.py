@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
 
 # A module imports from the groups above its own, or from its own group without a circle.
 GROUPS = [
-    {"errors", "files", "distributed", "networks", "datasets", "plots", "distributions"},
+    {"version", "errors", "files", "distributed", "networks", "datasets", "plots", "distributions"},
     {"priors", "likelihoods", "guides"},
     {"vae", "beta"},
     {"pair"},
@@ -63,16 +65,59 @@ def test_imports_go_one_way():
             assert RANK[other] <= RANK[own], f"{own} imports {other} from a group below it"
 
 
-def test_no_circle_between_units():
-    edges: dict[str, set[str]] = {}
-    for path in package_files():
-        own = unit_of(path)
-        edges.setdefault(own, set()).update(imported_units(path) - {own})
+def check_no_circle(edges: dict[str, set[str]]) -> None:
     remaining = set(edges)
     while remaining:
         free = {name for name in remaining if not edges[name] & remaining}
         assert free, f"circular imports among {sorted(remaining)}"
         remaining -= free
+
+
+def test_no_circle_between_units():
+    edges: dict[str, set[str]] = {}
+    for path in package_files():
+        own = unit_of(path)
+        edges.setdefault(own, set()).update(imported_units(path) - {own})
+    check_no_circle(edges)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Return the package's modules that a file imports anywhere, in functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            folder = module_of(path.parent) if node.level else ""
+            source = ".".join(part for part in (folder, node.module) if part)
+            for alias in node.names:
+                inside = f"{source}.{alias.name}"
+                found.add(inside if inside in modules else source)
+    return found & modules - {module_of(path)}
+
+
+def test_no_circle_between_files():
+    # The package's face imports everything: a file that imports it closes a circle.
+    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    check_no_circle({name: imported_modules(path, set(paths)) for name, path in paths.items()})
+
+
+def test_a_circle_between_files_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "package")
+    folder = tmp_path / "package" / "inside"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "one.py").write_text("def f():\n    from package.inside import two\n")
+    (folder / "two.py").write_text("if TYPE_CHECKING:\n    from package.inside.one import f\n")
+    paths = {module_of(path): path for path in folder.glob("*.py")}
+    edges = {name: imported_modules(path, set(paths)) for name, path in paths.items()}
+    with pytest.raises(AssertionError, match=r"among \['package.inside.one', 'package.inside.two'\]"):
+        check_no_circle(edges)
 
 
 def test_every_file_says_in_its_first_line_what_it_is_for():

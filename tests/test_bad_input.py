@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.pair.inputs import as_inputs, placed
+from pyro_vae.pair.inputs import as_inputs, place_inputs
 
 SHAPE, LATENT = (1, 4, 4), 2
 FILL = ["constant zeros", "constant ones", "constant grey", "one datum"]
@@ -281,7 +281,7 @@ def test_data_too_large_for_a_device_stay_and_say_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 100))
     x = (torch.zeros(100),)
     with pytest.warns(UserWarning, match="too large for cuda:0 .* are moved in blocks"):
-        assert placed(x, torch.device("cuda:0")) is x
+        assert place_inputs(x, torch.device("cuda:0")) is x
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import pyro_vae as pv
 from pyro_vae.distributed import ALONE, Processes, joined
 from pyro_vae.infer.checkpoint_files import checkpoint_files, newest
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 COMMAND = ("-m", "pyro_vae")
 
 

@@ -237,7 +237,7 @@ def made(seed):
 
 
 def trained(vae, seed):
-    pv.fit(vae.model, vae.guide, bits(), epochs=20, batch_size=2, device="cpu", seed=seed)
+    pv.fit(vae.model, vae.guide, bits(), epochs=6, batch_size=2, device="cpu", seed=seed)
     estimate = pv.log_marginal(vae.model, vae.guide, bits(), num_samples=7, seed=seed)
     return torch.cat([weights_of(vae), estimate.log_prob])
 

@@ -27,8 +27,8 @@ from pyro_vae.evaluation.estimate import Convergence, LogMarginal, warn_if_unrel
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
+from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import finite_or_none
 from pyro_vae.vae import VAE
 
 # Of the numbers of an estimate, as a table names them.

@@ -15,7 +15,6 @@ import matplotlib
 import pyro
 import torch
 
-import pyro_vae
 from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
@@ -24,6 +23,7 @@ from pyro_vae.files import refuse_to_write
 from pyro_vae.runs.files import CONFIG, WEIGHTS, read_config
 from pyro_vae.runs.folder import check_free
 from pyro_vae.vae import VAE
+from pyro_vae.version import __version__
 
 # Of a run, written last: a folder that has it is whole.
 METRICS = "metrics.json"
@@ -123,7 +123,7 @@ def describe_origin() -> dict[str, Any]:
             "torch": torch.__version__,
             "pyro": pyro.__version__,
             "matplotlib": matplotlib.__version__,
-            "pyro_vae": pyro_vae.__version__,
+            "pyro_vae": __version__,
         },
     }
 

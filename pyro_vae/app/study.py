@@ -14,18 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.report import plus_minus
+from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, finite_or_none, write_json
+from pyro_vae.runs.files import FORMAT, write_json
 from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 
@@ -35,7 +33,6 @@ class Study:
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder, self.dataset = folder, dataset
-        self.console = Console()
 
     def run(
         self,
@@ -67,7 +64,7 @@ class Study:
 
     def _say(self, name: str, metrics: Mapping[str, Any], how: str) -> None:
         elbo = plus_minus(metrics["test"]["elbo"], None)
-        self.console.print(f"{name}: test ELBO {elbo} ({how})", highlight=False, soft_wrap=True)
+        print_line(f"{name}: test ELBO {elbo} ({how})")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.evaluation.streaming import join_draws
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 # The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
 # section 4.4), as a rejected trajectory costs a low-dimensional chain more.

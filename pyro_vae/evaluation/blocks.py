@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.weights.log_weights import PairScorer
-from pyro_vae.weights.particles import BATCHING_ERRORS
+from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.weights.particles import PairScorer
 
 
 class Progress(NamedTuple):
@@ -37,26 +35,16 @@ def block_scorers(
         the rows of a block and the pair bound to them. When the next block is asked for, or the end
         is reached, ``progress`` is called with (data done, N).
     """
-    num_data = len(inputs[0])
-    for rows in blocks_of(model, guide, inputs, plate, size):
-        yield rows, PairScorer(model, guide, rows_of(inputs, rows), plate=plate)
-        if progress is not None:
-            progress(min(rows.stop, num_data), num_data)
+    pair = OpenedPair(model, guide, inputs, plate=plate)
+    for rows, part in pair.blocks(size, progress):
+        yield rows, PairScorer.of(part)
 
 
 def blocks_of(
     model: PairFunction, guide: PairFunction, inputs: Inputs, plate: str, size: int
 ) -> list[slice]:
-    """Cut the data into blocks of equal size (the last may be smaller), or not at all.
-
-    A pair with parameters per datum (a guide that is not amortised) only fits its whole data set.
-    """
-    num_data = len(inputs[0])
-    count = -(-num_data // size)
-    if count > 1 and not can_be_split(model, guide, inputs, plate):
-        count = 1
-    size = -(-num_data // count)
-    return [slice(start, start + size) for start in range(0, num_data, size)]
+    """Cut the data into blocks (see :meth:`OpenedPair.split`)."""
+    return OpenedPair(model, guide, inputs, plate=plate).split(size)
 
 
 def rows_of(inputs: Inputs, rows: slice) -> Inputs:
@@ -66,41 +54,12 @@ def rows_of(inputs: Inputs, rows: slice) -> Inputs:
 
 def few_of(model: PairFunction, guide: PairFunction, inputs: Inputs, plate: str, most: int) -> Inputs:
     """Return a few of the data to look at a pair with; all where it accepts no part of them."""
-    return rows_of(inputs, blocks_of(model, guide, inputs, plate, most)[0])
+    return OpenedPair(model, guide, inputs, plate=plate).few(most).inputs
 
 
 def can_be_split(model: PairFunction, guide: PairFunction, inputs: Inputs, plate: str) -> bool:
     """Tell whether the pair accepts a part of its data."""
-    if len(inputs[0]) < 3:
-        return False
-    try:
-        # Two data: one alone would broadcast against parameters of any number of data.
-        PairScorer(model, guide, rows_of(inputs, slice(2)), plate=plate)
-    except BATCHING_ERRORS:
-        return False
-    return True
-
-
-@contextmanager
-def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
-    """Explain what a function raises that is given another number of data than its user gave.
-
-    Args:
-        kind: "model", "guide" or "pair", for the message.
-        num_data: how many data it is given inside.
-
-    Raises:
-        InputError: in place of what torch or Pyro raise.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except BATCHING_ERRORS as error:
-        raise InputError(
-            f"expected a {kind} that takes any number of data, as one without parameters per datum "
-            f"does, got an error for {num_data}: {first_line(error)}"
-        ) from error
+    return OpenedPair(model, guide, inputs, plate=plate).is_divisible()
 
 
 def memory_budget(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from pyro_vae.evaluation.blocks import block_scorers, memory_budget
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import TracePair, data_dim, latent_sites, sample_sites, sum_to
-from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
 
 # Data that share one pass of the guide.
 _BLOCK = 1024
@@ -125,7 +125,7 @@ def _measure_block(scorer: PairScorer, num_groups: int, num_importance: int, bud
             scorer.draw(min(at_once, num_importance - first))
             for first in range(0, num_importance, at_once)
         ]
-        scores = Scores(*(torch.cat(terms) for terms in zip(*chunks, strict=True)))
+        scores = LogDensities(*(torch.cat(terms) for terms in zip(*chunks, strict=True)))
         check_weights(scores)
         moments["elbo"].add(scores.log_weights)
         bound = scores.log_weights.logsumexp(0) - math.log(num_importance)

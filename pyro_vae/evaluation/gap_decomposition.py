@@ -18,7 +18,7 @@ from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.semi_amortized import Refinement, family_of
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_support
+from pyro_vae.pair.inputs import as_inputs, check_data
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def inference_gaps(
     check_max_memory(max_memory)
     check_callables(progress=progress)
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     if estimate is not None:
         _check_estimate(estimate, len(inputs[0]))
     family = family_of(guide, family)

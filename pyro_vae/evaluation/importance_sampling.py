@@ -22,8 +22,8 @@ from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.streaming import Block, Stream, join_blocks
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.weights.particles import PairScorer
 
 # Data that share one pass of the guide: enough to fill the arithmetic units, few enough that many
 # particles of each fit beside them.
@@ -110,7 +110,7 @@ def log_marginal(
     check_max_memory(max_memory)
     check_callables(progress=progress, running_mean=running_mean)
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     report = Progress(progress, running_mean)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         if method == "annealed":

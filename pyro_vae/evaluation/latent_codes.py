@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyro_vae.distributions.sphere import unit_sphere
 from pyro_vae.errors import InputError
+from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import Site, check_rows, data_dim, latent_sites
+from pyro_vae.pair.sites import Site, data_dim, latent_sites
 
 # Draws held at once for a mean that has no closed form.
 _CHUNK = 100

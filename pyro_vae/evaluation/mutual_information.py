@@ -12,10 +12,11 @@ from torch.distributions import Distribution
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.evaluation.blocks import memory_budget
 from pyro_vae.evaluation.coordinates import coordinate_marginals, independent_coordinates
+from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import Latents, check_density_known, latent_sites
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.pair.sites import Latents, latent_sites
+from pyro_vae.weights.particles import PairScorer
 
 
 class Estimate(NamedTuple):

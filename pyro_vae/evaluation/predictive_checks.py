@@ -13,7 +13,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import block_scorers
 from pyro_vae.evaluation.options import check_counts
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_support
+from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.sites import data_dim, observed_site
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def posterior_predictive(
     if not statistics:
         raise InputError("expected at least one statistic, got none: leave it out for the default")
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     seen: dict[str, list[Tensor]] = {name: [] for name in statistics}
     drawn: dict[str, list[Tensor]] = {name: [] for name in statistics}
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
@@ -229,7 +229,7 @@ def aggregate_posterior(
     """
     check_counts(num_draws=num_draws)
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     found: list[list[Tensor]] = [[], []]
     labels: list[str] = []
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):

@@ -16,9 +16,9 @@ from pyro_vae.evaluation.elbo import single_latent
 from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_support
+from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.sites import latent_sites
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
@@ -89,7 +89,7 @@ def posterior_divergence(
     check_max_memory(max_memory)
     check_callables(progress=progress)
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     budget = max_memory or memory_budget(inputs[0].device)
     parts: list[PosteriorDivergence] = []
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):

@@ -26,7 +26,7 @@ from pyro_vae.evaluation.mutual_information import Estimate, information
 from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.probes import check_labels, probe_accuracies
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_support
+from pyro_vae.pair.inputs import as_inputs, check_data
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
 # section 5.2, who found the variances to fall into two clearly separated groups).
@@ -172,7 +172,7 @@ def representation(
         raise InputError("expected at least 2 data to compare, got 1")
     if labels is not None:
         labels = check_labels(labels, len(inputs[0]), num_neighbours, num_folds)
-    check_support(model, inputs)
+    check_data(model, inputs)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         for name, site in code_sites(guide, inputs, plate).items():
             if support_of(site) == "discrete":

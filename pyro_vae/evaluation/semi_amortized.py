@@ -14,11 +14,11 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import blocks_of, few_of, memory_budget, rows_of
 from pyro_vae.evaluation.elbo import single_latent
+from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import data_dim
-from pyro_vae.weights.log_weights import PairScorer, check_weights
-from pyro_vae.weights.particles import all_close
+from pyro_vae.weights.particles import PairScorer, check_weights
 
 Parameters = dict[str, Tensor]
 

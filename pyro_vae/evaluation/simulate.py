@@ -11,9 +11,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import any_number_of_data
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import any_number_of_data
 from pyro_vae.pair.sites import (
     Given,
     Latents,
@@ -23,7 +23,7 @@ from pyro_vae.pair.sites import (
     sample_sites,
     site_log_prob,
 )
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 
 def simulate(

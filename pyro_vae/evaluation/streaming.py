@@ -14,7 +14,7 @@ from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import Convergence, LogMarginal, PosteriorDraws, summarise
 from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.pair.sites import Latents
-from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
+from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
 
 Terms = tuple[Tensor, Tensor]
 
@@ -77,10 +77,10 @@ class Stream:
                 terms = None
             # A chunk's weights are few: taken in by themselves they would cost more calls than sums.
             log_likelihood, log_prior = map(torch.cat, zip(*scored, strict=True))
-            self._add(latents, Scores(log_likelihood, log_prior, log_proposal))
+            self._add(latents, LogDensities(log_likelihood, log_prior, log_proposal))
             yield (first + count) / self.num_samples
 
-    def _add(self, latents: Latents, scores: Scores) -> None:
+    def _add(self, latents: Latents, scores: LogDensities) -> None:
         check_weights(scores)
         self.tail.add(scores.log_weights)
         missing = self.kept - self.moments.count
@@ -90,8 +90,8 @@ class Stream:
             self.draws.append((kept, *terms))
         while len(scores.log_proposal):
             until = self.checkpoints[len(self.history)] - self.moments.count
-            self.moments.add(Scores(*(term[:until] for term in scores)))
-            scores = Scores(*(term[until:] for term in scores))
+            self.moments.add(LogDensities(*(term[:until] for term in scores)))
+            scores = LogDensities(*(term[until:] for term in scores))
             if self.moments.count == self.checkpoints[len(self.history)]:
                 self.history.append(self.moments.result()["log_prob"].cpu())
 
@@ -119,7 +119,7 @@ class _RunningMoments:
         self.sum_rate, self.sum_distortion = zeros, zeros
         self.count = 0
 
-    def add(self, scores: Scores) -> None:
+    def add(self, scores: LogDensities) -> None:
         log_weights = scores.log_weights
         largest = torch.maximum(self.largest, log_weights.amax(0))
         # While every weight is 0 there is nothing to rescale; 0 stands in for -inf - (-inf).

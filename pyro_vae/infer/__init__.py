@@ -9,7 +9,7 @@ from pyro_vae.infer.optim import FusedOptim
 from pyro_vae.infer.sticking_the_landing import StickingTheLanding
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
-from pyro_vae.weights.log_weights import log_weights
+from pyro_vae.weights.particles import log_weights
 
 __all__ = [
     "IWAE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -50,16 +51,10 @@ def engine_of(
     if not asked and place.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
         return None, f"eager: {num_steps} steps, compiling pays from {COMPILED_FROM_STEPS} on"
     choice = "compiled as asked" if asked else f"compiled: {num_steps} steps on {place.type}"
-    engine = Engine(
-        estimator,
-        name="fit",
-        backend="inductor" if own is None else own.backend,
-        mode=None if own is None else own.mode,
-        verify_every=None if own is None else own.verify_every,
-        warn=asked,
-        keep_outputs=False,
-    )
-    return engine, choice
+    options: dict[str, Any] = {}
+    if own is not None:
+        options = {"backend": own.backend, "mode": own.mode, "verify_every": own.verify_every}
+    return Engine(estimator, name="fit", warn=asked, keep_outputs=False, **options), choice
 
 
 def outcome_of(engine: Engine | None, choice: str) -> str:

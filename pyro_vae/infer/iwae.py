@@ -8,14 +8,17 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
-from pyro_vae.pair.functions import modules_of
-from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.weights.weighted_particles import Draws, Pieces, WeightedParticles
+from pyro_vae.pair.opened import Knowledge, OpenedPair, Structure
+from pyro_vae.pair.sites import Latents
+from pyro_vae.weights.particles import Draws, Particles
+from pyro_vae.weights.pathwise import refuse_handler
 
 _GRADIENTS = ("doubly-reparameterized", "plain")
 _NUM_REMEMBERED = 8
@@ -78,57 +81,75 @@ class IWAE(Bound):
             raise InputError(f"expected a gradient of {' or '.join(_GRADIENTS)}, got {gradient!r}")
         super().__init__(num_particles=num_particles)
         self.gradient, self.plate = gradient, plate
-        self._known: list[tuple[Any, WeightedParticles]] = []
+        self._known: list[tuple[Any, Knowledge]] = []
 
     def terms(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
-        pair = self._particles_of(model, guide, args, kwargs)
+        particles = Particles(self._open(model, guide, args, kwargs))
         doubly = self.gradient == "doubly-reparameterized"
-        draws = pair.draw(guide, (args, kwargs), self.num_particles, gates=doubly)
+        draws = particles.draw_from_guide(self.num_particles, gates=doubly)
         # The model's own copies: what its gradient is multiplied by on the way back to a draw is
         # known only once the draws are weighed.
         copies = {name: value.view_as(value) for name, value in draws.latents.items()}
-        likelihood, prior = pair.score(model, (args, kwargs), draws._replace(latents=copies))
+        scored = particles.score_under("model", copies, draws.subsample)
+        log_joint = scored.observed + scored.scaled_latent
         surrogate = (
-            _doubly_reparameterized(pair.axes, draws, copies, likelihood, prior)
+            _doubly_reparameterized(particles.axes, draws, copies, log_joint)
             if doubly
-            else _log_mean_exp(likelihood.scaled + prior.scaled - draws.log_proposal.scaled).sum()
+            else _log_mean_exp(log_joint - draws.scaled_log_proposal).sum()
         )
-        log_likelihood, rates = likelihood.plain.detach(), (draws.log_proposal.plain - prior.plain)
-        bound = _log_mean_exp(log_likelihood - rates.detach()).sum()
+        log_likelihood = scored.observed.detach()
+        rates = (draws.log_proposal - scored.latent).detach()
+        bound = _log_mean_exp(log_likelihood - rates).sum()
+        scale = draws.plate_scale
         return BoundTerms(
-            -draws.plate_scale * bound,
-            -draws.plate_scale * surrogate,
-            rates.detach().mean(0).sum(),
-            -log_likelihood.mean(0).sum(),
+            -scale * bound,
+            -scale * surrogate,
+            scale * rates.mean(0).sum(),
+            -scale * log_likelihood.mean(0).sum(),
         )
 
-    def _particles_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeightedParticles:
-        """Return what is known of a pair, or find out and remember.
+    def _open(self, model: Any, guide: Any, args: Any, kwargs: Any) -> OpenedPair:
+        """Open the pair of a step with what is known of it, or find out and remember.
 
         A pair is known by its functions and their instances, whatever the beta handler around them.
         Generators and buffers are put back: a first step draws what any other would.
         """
         parts = [part for f in (model, guide) for part in _parts(unscaled_function(f))]
-        for references, particles in self._known:
+        for references, knowledge in self._known:
             if all(ref() is part for ref, part in zip(references, parts, strict=True)):
-                return particles
-        with Snapshot(with_submodules(modules_of(model, guide))).put_back():
-            arguments = (args, kwargs)
-            found = WeightedParticles(model, guide, arguments, self.plate, self.num_particles)
-        self._known.append(([_reference(part) for part in parts], found))
+                return OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
+        pair = OpenedPair(model, guide, args, kwargs, plate=self.plate)
+        refuse_handler(guide)
+        with pair.put_back(), poutine.block(), torch.no_grad():
+            pair.knowledge.structure = pair.inspect()
+            particles = Particles(pair)
+            _refuse_score_function(pair.knowledge.structure)
+            if self.num_particles > 1:
+                draws = particles.draw_from_guide(2)
+                particles.score_under("model", draws.latents, draws.subsample)
+        self._known.append(([_reference(part) for part in parts], pair.knowledge))
         del self._known[:-_NUM_REMEMBERED]
-        return found
+        return pair
+
+
+def _refuse_score_function(structure: Structure) -> None:
+    """Refuse latents whose draws carry no gradient."""
+    for name, latent in structure.latents.items():
+        if not latent.is_reparameterized:
+            raise InputError(
+                f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is not: use "
+                "Trace_ELBO or TraceBound"
+            )
 
 
 def _doubly_reparameterized(
-    axes: dict[str, int], draws: Draws, copies: dict[str, Tensor], likelihood: Pieces, prior: Pieces
+    axes: dict[str, int], draws: Draws, copies: Latents, log_joint: Tensor
 ) -> Tensor:
     """Return a tensor whose gradient is the doubly reparameterised one, summed over the data."""
-    log_joint = likelihood.scaled + prior.scaled
-    weights = (log_joint - draws.log_proposal.scaled).detach().softmax(0)
+    weights = (log_joint - draws.scaled_log_proposal).detach().softmax(0)
     # E[v dlog q/dphi] = E[dv/dz dz/dphi], and dv/dz = v (1 - v) dlog w/dz: of the plain gradient,
     # v dlog w/dz dz/dphi - beta v dlog q/dphi, remains v (1 - beta (1 - v)) dlog w/dz dz/dphi.
     factor = 1 - draws.proposal_scale * (1 - weights)
@@ -137,7 +158,7 @@ def _doubly_reparameterized(
             along = _along(factor, copy, axes[name])
             copy.register_hook(lambda gradient, along=along: gradient * along)
     surrogate = (weights * log_joint).sum()
-    for rows, drawn, slopes in draws.drawn:
+    for rows, drawn, slopes in draws.gates:
         for name, slope in slopes.items():
             along = _along((weights * factor)[rows], slope, axes[name])
             surrogate = surrogate - (along * slope * drawn[name]).sum()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from pyro_vae.infer.bounds import Bound, BoundTerms, elbo_terms
-from pyro_vae.pair.sites import TracePair, refuse_score_function, sample_sites
+from pyro_vae.pair.contract import refuse_score_function
+from pyro_vae.pair.sites import TracePair, sample_sites
 from pyro_vae.weights.pathwise import PathwiseDraws, gated, has_score
 
 

@@ -23,7 +23,7 @@ from pyro_vae.infer.program import Call
 from pyro_vae.infer.settings import LearningRate
 from pyro_vae.infer.training_objective import BoundPerDatum, finished
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs, check_number, check_support
+from pyro_vae.pair.inputs import Inputs, check_data, check_number
 from pyro_vae.pair.sites import draw_traces
 from pyro_vae.pair.state import Snapshot, with_submodules
 
@@ -260,7 +260,7 @@ class Steps:
 
     def _check_transformed(self, batch: Inputs) -> None:
         check_number(batch, self.model, self.guide)
-        check_support(self.model, batch)
+        check_data(self.model, batch)
 
     def _learn(self, found: dict[str, Tensor]) -> None:
         """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""

@@ -31,7 +31,7 @@ from pyro_vae.infer.trainer import Steps
 from pyro_vae.infer.training_objective import BoundPerDatum, bound_of
 from pyro_vae.infer.validation import EarlyStopping, validated
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, place_pair, seeded, training_mode
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
 
 HISTORY = (
     "train_elbo",
@@ -256,9 +256,9 @@ def fit(
     if patience is not None and validation_inputs is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if transform is None:  # what one returns is checked in the first step
-        check_support(model, train)
+        check_data(model, train)
     if validation_inputs is not None:
-        check_support(model, validation_inputs)
+        check_data(model, validation_inputs)
     place = place_pair(model, guide, device, train[0].device)
     train = as_inputs(train, model, guide, are_given=transform is None)
     train = tuple(value.detach() for value in train)

@@ -8,7 +8,7 @@ import operator
 import random
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
 
@@ -69,11 +69,23 @@ def owned_modules(*functions: PairFunction) -> list[nn.Module]:
 
 def modules_of(*functions: PairFunction) -> list[nn.Module]:
     """Return every module the functions can reach: owners, closures and the globals they name."""
-    found: list[nn.Module] = []
+    return _unique(value for value in _reached(functions) if isinstance(value, nn.Module))
+
+
+def tensors_of(*functions: PairFunction) -> list[Tensor]:
+    """Return every tensor the functions can reach in the same way that is no module's parameter."""
+    found = list(_reached(functions))
+    for module in [value for value in found if isinstance(value, nn.Module)]:
+        found += [value for part in module.modules() for value in vars(part).values()]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _reached(functions: Iterable[PairFunction]) -> list[nn.Module | Tensor]:
+    found: list[nn.Module | Tensor] = []
     seen: set[int] = set()
     for function in functions:
         _reach(function, found, seen)
-    return _unique(found)
+    return found
 
 
 def device_of(*functions: PairFunction, default: torch.device) -> torch.device:
@@ -91,10 +103,17 @@ def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
     So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
     model that was ever evaluated would be kept alive.
     """
-    with _modes_restored(*functions) as parts, _names_restored(parts):
+    with eval_mode(*functions) as parts, _names_restored(parts):
+        yield
+
+
+@contextmanager
+def eval_mode(*functions: PairFunction) -> Iterator[list[nn.Module]]:
+    """Put every module the functions reach in eval mode and give them; names in Pyro's store stay."""
+    with _modes_restored(*functions) as parts:
         for part in parts:
             part.training = False
-        yield
+        yield parts
 
 
 @contextmanager
@@ -161,8 +180,8 @@ def _owner(function: Any) -> Any:
     return function.__self__ if inspect.ismethod(function) else function
 
 
-def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
-    """Collect the modules in ``value``, following partials, methods, functions and containers."""
+def _reach(value: Any, found: list[nn.Module | Tensor], seen: set[int]) -> None:
+    """Collect the modules and tensors in ``value``, through partials, functions and containers."""
     if isinstance(value, functools.partial):
         for inner in (value.args, value.keywords):
             _reach(inner, found, seen)
@@ -170,7 +189,7 @@ def _reach(value: Any, found: list[nn.Module], seen: set[int]) -> None:
     if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module | Tensor):
         found.append(value)
     elif isinstance(value, types.FunctionType):
         names = inspect.getclosurevars(value)

@@ -31,9 +31,9 @@ def as_inputs(
     memory-mapped file may be larger than the memory; their floats become the default type.
 
     With the pair's functions given, the inputs are moved to the device of its parameters (see
-    :func:`placed`), and floating-point data take on the type of the parameters where these have one
-    type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where the
-    model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
+    :func:`place_inputs`), and floating-point data take on the type of the parameters where these have
+    one type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where
+    the model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
     labels and stay what they are.
 
     Args:
@@ -64,10 +64,12 @@ def as_inputs(
         return inputs
     if are_given:
         check_number(inputs, *functions)
-    return placed(_in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device))
+    return place_inputs(
+        _in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device)
+    )
 
 
-def placed(inputs: Inputs, device: torch.device) -> Inputs:
+def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
     """Move inputs to a device, or leave them where they are if they would fill it.
 
     What is left is to be moved block by block, by ``block.to(device)``.
@@ -88,7 +90,12 @@ def placed(inputs: Inputs, device: torch.device) -> Inputs:
     return tuple(value.to(device) for value in inputs)
 
 
-def check_support(model: PairFunction, inputs: Inputs) -> None:
+def tile_inputs(inputs: Inputs, count: int) -> Inputs:
+    """Repeat inputs so that every particle of every datum is a row, particles outermost."""
+    return tuple(value.expand(count, *value.shape).flatten(0, 1) for value in inputs)
+
+
+def check_data(model: PairFunction, inputs: Inputs) -> None:
     """Let the owner of a model refuse data its likelihood is not defined for.
 
     The owner of a method that has a ``check_data`` (as :class:`pyro_vae.VAE` does) is asked.

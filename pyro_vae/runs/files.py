@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 FORMAT = 1
@@ -77,17 +77,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
     text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def finite_or_none(value: Any) -> Any:
-    """Return plain JSON values with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): finite_or_none(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class _NotJSONError(ValueError):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import any_number_of_data
 from pyro_vae.evaluation.options import check_counts
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.inputs import as_inputs
+from pyro_vae.pair.opened import any_number_of_data
 from pyro_vae.pair.sites import latent_sites
 from pyro_vae.tasks.encoding import decode, encode
 

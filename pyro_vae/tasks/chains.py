@@ -9,9 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import Given, Latents, Site, sample_sites
-from pyro_vae.weights.particles import tile, total
+from pyro_vae.pair.inputs import Inputs, tile_inputs
+from pyro_vae.pair.sites import Given, Latents, Site, sample_sites, total
 
 
 class Problem(NamedTuple):
@@ -57,7 +56,7 @@ class Problem(NamedTuple):
         """Return the problem with all data repeated, repetitions outermost."""
         if count == 1:
             return self
-        *inputs, missing = tile((*self.inputs, self.missing), count)
+        *inputs, missing = tile_inputs((*self.inputs, self.missing), count)
         return self._replace(inputs=tuple(inputs), missing=missing)
 
 

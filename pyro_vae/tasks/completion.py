@@ -13,20 +13,14 @@ from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.evaluation.blocks import can_be_split, memory_budget
 from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.simulate import changed_site
+from pyro_vae.pair.agreement import CALLING_ERRORS
+from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    check_density_known,
-    check_latents_match,
-    latent_sites,
-    observed_site,
-)
+from pyro_vae.pair.sites import Given, Latents, latent_sites, observed_site
 from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
-from pyro_vae.weights.log_weights import PairScorer, Scores, check_weights
-from pyro_vae.weights.particles import BATCHING_ERRORS
+from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",
@@ -206,7 +200,7 @@ def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: i
     weights = []
     for done in range(0, num_samples, chunk):
         latents, log_proposal = scorer.propose(min(chunk, num_samples - done))
-        scores = Scores(*scorer.score(latents), log_proposal)
+        scores = LogDensities(*scorer.score(latents), log_proposal)
         check_weights(scores)
         drawn.append(latents)
         weights.append(scores.log_weights)
@@ -335,7 +329,7 @@ def _is_divisible(problem: Problem) -> bool:
     try:
         twice = problem.tiled(2)
         PairScorer(problem.model, problem.guide, twice.inputs, plate=problem.plate)
-    except BATCHING_ERRORS:
+    except CALLING_ERRORS:
         return False
     return True
 

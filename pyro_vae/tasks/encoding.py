@@ -10,12 +10,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import any_number_of_data, rows_of
+from pyro_vae.evaluation.blocks import rows_of
 from pyro_vae.evaluation.latent_codes import chosen_site, code_sites, draw_codes, mean_codes
 from pyro_vae.evaluation.options import check_counts
+from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.sites import Given, Site, check_rows, data_dim, latent_sites, observed_site
+from pyro_vae.pair.opened import any_number_of_data
+from pyro_vae.pair.sites import Given, Site, data_dim, latent_sites, observed_site
 
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000

@@ -12,20 +12,13 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.blocks import can_be_split
+from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_support
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    Site,
-    check_rows,
-    is_inside,
-    latent_sites,
-    observed_site,
-)
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.sites import Given, Latents, Site, is_inside, latent_sites, observed_site
 from pyro_vae.tasks.encoding import mean_of
 from pyro_vae.tasks.temperature import AtTemperature, check_temperature
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 
 def generate(
@@ -122,7 +115,7 @@ def reconstruct(
             a latent that the guide misses, or a plate that subsamples the data.
     """
     inputs = as_inputs(x, model, guide)
-    check_support(model, inputs)
+    check_data(model, inputs)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
         drawn = poutine.trace(guide).get_trace(*inputs)
         trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*inputs)

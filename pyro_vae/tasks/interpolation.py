@@ -11,14 +11,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError, real_number, whole_number
-from pyro_vae.evaluation.blocks import any_number_of_data
 from pyro_vae.evaluation.latent_codes import chosen_site, code_sites, decodable_codes, support_of
 from pyro_vae.evaluation.options import check_counts
+from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.sites import check_rows, data_dim
+from pyro_vae.pair.inputs import Inputs, as_inputs, tile_inputs
+from pyro_vae.pair.opened import any_number_of_data
+from pyro_vae.pair.sites import data_dim
 from pyro_vae.tasks.encoding import decoded
-from pyro_vae.weights.particles import tile
 
 # Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
 # known to 0.03.
@@ -115,7 +115,7 @@ def interpolate(
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
             ways[name] = walk(start, last[name], shares).flatten(0, 1)
-        data = decoded(model, ways, tile(starts, num_steps), observed=observed, plate=plate)
+        data = decoded(model, ways, tile_inputs(starts, num_steps), observed=observed, plate=plate)
     return data.unflatten(0, (num_steps, len(starts[0])))
 
 
@@ -275,7 +275,7 @@ class _Walker:
             raise InputError(f"expected a coverage between 0 and 1, got {coverage}")
         edge = (1 - coverage) / 2
         probabilities = torch.linspace(edge, 1 - edge, num_steps, dtype=torch.float64)
-        inputs = tile(self.inputs, math.ceil(_PRIOR_DRAWS / len(self.inputs[0])))
+        inputs = tile_inputs(self.inputs, math.ceil(_PRIOR_DRAWS / len(self.inputs[0])))
         num_drawn = len(inputs[0])
         with any_number_of_data("model", num_drawn):
             trace = poutine.trace(self.model).get_trace(*inputs)
@@ -324,10 +324,14 @@ class _Walker:
     def decode(self, flat: Sequence[Tensor]) -> Tensor:
         """Decode several codes of each datum, ``(len(flat), N, *data_shape)``."""
         count, num_data = len(flat), len(self.inputs[0])
-        latents = {name: tile((value,), count)[0] for name, value in self.codes.items()}
+        latents = {name: tile_inputs((value,), count)[0] for name, value in self.codes.items()}
         latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
         data = decoded(
-            self.model, latents, tile(self.inputs, count), observed=self.observed, plate=self.plate
+            self.model,
+            latents,
+            tile_inputs(self.inputs, count),
+            observed=self.observed,
+            plate=self.plate,
         )
         return data.unflatten(0, (count, num_data))
 

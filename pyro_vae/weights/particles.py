@@ -1,264 +1,584 @@
-"""Many particles at once: how a function written for one is called, and checked, for many."""
+"""The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition.
+
+Used by every estimator and by the objectives that train with weights. The guide is drawn for all
+particles at once and the drawn latents are scored for all particles at once; each shortcut is held
+against plain calls before it is used, and remembered with the pair.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import Given, Latents, Site, data_dim, sample_sites, site_log_prob, sum_to
+from pyro_vae.beta import latent_scale_of
+from pyro_vae.errors import InputError, whole_number
+from pyro_vae.pair.agreement import CALLING_ERRORS, agree
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
+from pyro_vae.pair.inputs import tile_inputs
+from pyro_vae.pair.opened import OpenedPair, open_pair
+from pyro_vae.pair.sites import (
+    Given,
+    Latents,
+    Site,
+    TracePair,
+    data_dim,
+    latent_sites,
+    plate_scale,
+    sample_sites,
+    site_log_prob,
+    sum_to,
+)
+from pyro_vae.weights.pathwise import PathwiseDraws, gated, has_score
 
-# What a pair may raise when particles are batched in a way it was not written for.
-BATCHING_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
-
-# Batched and plain kernels round differently (about 1e-6 of the sum of the terms in float32); a
-# particle that met another particle's or another datum's numbers is off by much more.
-_RELATIVE, _ABSOLUTE = 1e-4, 1e-3
-# Sums of many terms are off by several units in the last place, and a few directions tell only up to
-# a small factor how steep a density is in the direction of such an error. Both are generous: they are
-# multiplied by a steepness that is nothing where a wrong result could hide.
-_LAST_DIGITS, _STEEP = 8, 8
-
-Terms = tuple[Tensor, Tensor]
+# Particles on which a way of batching is held against plain calls: one shows whether particles met
+# each other's numbers. More where Python reads values, for a branch on them may take the right side
+# for a few by luck; as many where particles pass for data, which such a branch may look at.
+_HELD, _HELD_IF_READ, _HELD_IF_TILED = 1, 8, 8
 
 
-class GivenScore:
-    """Score given latents of many particles under one function of a pair.
+class LogDensities(NamedTuple):
+    """Log densities of drawn latents per data point, each ``(num_samples, N)``, float64, in nats."""
 
-    All particles are scored in one call under ``torch.vmap``, so that the function sees the shapes
-    it was written for. One that does not survive that sees every particle as a datum of its own, the
-    inputs repeated; one that does not survive that either is called particle by particle. What is
-    chosen has agreed with plain calls on the first few particles.
-
-    Args:
-        function: model or guide.
-        kind: "model" or "guide", for the warning.
-        inputs: the pair's inputs.
-        plate: name of the data plate.
-        data_axes: for each latent, the (negative) axis of its value that counts the data.
-    """
-
-    def __init__(
-        self,
-        function: PairFunction,
-        kind: str,
-        inputs: Inputs,
-        plate: str,
-        data_axes: dict[str, int],
-    ) -> None:
-        self.function, self.kind = function, kind
-        self.inputs, self.plate, self.data_axes = inputs, plate, data_axes
-        self._chosen: Callable[[Latents], Terms] | None = None
-
-    def __call__(self, latents: Latents) -> Terms:
-        """Return the log-densities of observed and of latent sites, each ``(num_samples, N)``."""
-        if num_particles(latents) == 1:
-            return self.plain(latents)
-        if self._chosen is None:
-            self._chosen = first_faithful(
-                {self.under_vmap: 2, self.tiled: 8},
-                lambda score, count: self._is_faithful(score, latents, count),
-                self.plain,
-                self.kind,
-            )
-        return self._chosen(latents)
-
-    def _is_faithful(self, score: Callable[[Latents], Terms], latents: Latents, count: int) -> bool:
-        first = {name: value[:count].detach() for name, value in latents.items()}
-        return agree(score(first), self.plain, first)
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_proposal: Tensor
 
     @property
-    def strategy(self) -> str:
-        """Name of the method that scores (known once two particles have been scored)."""
-        return "plain" if self._chosen is None else self._chosen.__name__
-
-    def one(self, latents: Latents, inputs: Inputs | None = None) -> Terms:
-        """Score one particle: log-densities of observed and of latent sites, each ``(N,)``."""
-        inputs = inputs or self.inputs
-        with Given(latents):
-            trace = poutine.trace(self.function).get_trace(*inputs)
-        sites = sample_sites(trace)
-        observed = [site for site in sites if site["is_observed"]]
-        latent = [site for site in sites if not site["is_observed"]]
-        return total(observed, self.plate, inputs), total(latent, self.plate, inputs)
-
-    def plain(self, latents: Latents) -> Terms:
-        """Score particle by particle: the reference."""
-        return stacked(
-            [
-                self.one({name: value[index] for name, value in latents.items()})
-                for index in range(num_particles(latents))
-            ]
-        )
-
-    def under_vmap(self, latents: Latents) -> Terms:
-        """Score all particles in one vectorised call."""
-        with pyro.validation_enabled(False):
-            return torch.vmap(self.one, randomness="different")(latents)
-
-    def tiled(self, latents: Latents) -> Terms:
-        """Score all particles as if they were more data."""
-        count = num_particles(latents)
-        tiled = tile_latents(latents, self.data_axes)
-        observed, latent = self.one(tiled, tile(self.inputs, count))
-        return observed.view(count, -1), latent.view(count, -1)
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) - log q(z given x)."""
+        return self.log_likelihood + self.log_prior - self.log_proposal
 
 
-def total(sites: list[Site], plate: str, inputs: Inputs) -> Tensor:
-    """Sum the sites' log-probabilities per datum, ``(N,)``, float64."""
-    terms = [sum_to(site_log_prob(site), (data_dim(site, plate),)) for site in sites]
-    if not terms:
-        return torch.zeros(len(inputs[0]), dtype=torch.float64, device=inputs[0].device)
-    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+class Scored(NamedTuple):
+    """Log densities of given latents under one function, each ``(num_samples, N)``, float64, nats.
+
+    Attributes:
+        observed: of what is observed.
+        latent: of the latents.
+        scaled_latent: the same with the beta handler's scale.
+    """
+
+    observed: Tensor
+    latent: Tensor
+    scaled_latent: Tensor
 
 
-def tile(inputs: Inputs, count: int) -> Inputs:
-    """Repeat the inputs so that every particle of every datum is a row, particles outermost."""
-    return tuple(value.expand(count, *value.shape).flatten(0, 1) for value in inputs)
+class Draws(NamedTuple):
+    """Latents of all particles, and the guide's density of them.
+
+    Attributes:
+        latents: by site name, ``(num_particles, *shape of one draw)``.
+        log_proposal: log q, ``(num_particles, N)``, float64, nats.
+        scaled_log_proposal: the same with the beta handler's scale.
+        gates: groups of the draws before their gates (see :class:`PathwiseDraws`) with the slopes of
+            the scaled log q; each group holds the particles named by a slice. Empty if not gated.
+        subsample: the indices drawn by subsampling plates; the model must see the same.
+        plate_scale: full size over drawn size of the data plate.
+        proposal_scale: the beta handler's scale on the guide's latents.
+    """
+
+    latents: Latents
+    log_proposal: Tensor
+    scaled_log_proposal: Tensor
+    gates: list[tuple[slice, dict[str, Tensor], dict[str, Tensor]]]
+    subsample: dict[str, Any]
+    plate_scale: float
+    proposal_scale: Any
 
 
-def tile_latents(latents: Latents, axes: dict[str, int]) -> Latents:
-    """Make every particle of every datum a datum of its own, as :func:`tile` does of the inputs.
+def log_weights(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    num_samples: int,
+    plate: str = "data",
+) -> Tensor:
+    """Draw from the guide and return log importance weights, one row per draw.
+
+    .. math:: log w_{kn} = log p(x_n, z_{kn}) - log q(z_{kn} | x_n), z_{kn} ~ q(z | x_n)
+
+    Sums over every plate but the data's and accumulates in float64. The scales of plates
+    (subsampling) and of the beta handler are taken out; masks are kept. Gradients flow if they are
+    enabled, and modules keep their mode.
 
     Args:
-        latents: by site name, ``(num_particles, *shape of one draw)``.
-        axes: for each of them, the (negative) axis that counts the data.
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
+        num_samples: draws per datum.
+        plate: name of the data plate.
+
+    Returns:
+        ``(num_samples, N)``, float64, nats.
+
+    Raises:
+        InputError: a pair that can't be weighed rightly, with the site's name: a latent outside the
+            data plate, a latent that only one of the two draws, a scale set by ``poutine.scale``, a
+            factor in the guide, a guide whose support is a part of the prior's.
+
+    Source:
+        Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 7.
     """
-    return {
-        name: value.movedim(0, axes[name] - 1).flatten(axes[name] - 1, axes[name])
-        for name, value in latents.items()
+    num_samples = whole_number("num_samples", num_samples, least=1)
+    pair = open_pair(model, guide, x, plate=plate)
+    with HANDLER_LOCK:
+        densities = Particles(pair.part()).draw(num_samples)
+    check_weights(densities)
+    return densities.log_weights
+
+
+class Particles:
+    """Draws and scores many particles of an opened pair at once.
+
+    They are drawn in an outer plate, so that an encoder runs once per data point, or as if they were
+    more data, or one after the other; they are scored under ``torch.vmap``, so that a function sees
+    the shapes it was written for, or as more data, or one after the other. The first way that agrees
+    with plain calls is kept with the pair; one that is called particle by particle is named in a
+    warning.
+
+    Args:
+        pair: a pair on its device (see :meth:`OpenedPair.part`); inspected if it has not been.
+
+    Raises:
+        InputError: a pair that can't be weighed rightly.
+    """
+
+    def __init__(self, pair: OpenedPair) -> None:
+        if pair.structure.why_unweighable is not None:
+            raise InputError(pair.structure.why_unweighable)
+        self.pair = pair
+        self.axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
+
+    # --- what an estimator asks for ---
+
+    def draw(self, num_samples: int) -> LogDensities:
+        """Draw ``num_samples`` latents per data point and score them under model and guide."""
+        latents, log_proposal = self.propose(num_samples)
+        return LogDensities(*self.score(latents), log_proposal)
+
+    def propose(self, num_samples: int) -> tuple[Latents, Tensor]:
+        """Draw latents from the guide.
+
+        Returns:
+            the latents by site name, each ``(num_samples, *shape of one draw)``, and log q
+            ``(num_samples, N)``.
+        """
+        draws = self.draw_from_guide(num_samples)
+        return draws.latents, draws.log_proposal
+
+    def propose_from_prior(self, num_samples: int) -> Latents:
+        """Draw latents from the model's prior, each ``(num_samples, *shape of one draw)``."""
+        rows = []
+        for _ in range(num_samples):
+            trace = self._trace(self.pair.model)
+            rows.append({site["name"]: site["value"] for site in latent_sites(trace)})
+        latents: Latents = _stack(rows)
+        return latents
+
+    def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """Score latents ``(num_samples, ...)`` under the model.
+
+        Returns:
+            log p(x given z) and log p(z), each ``(num_samples, N)``.
+        """
+        scored = self.score_under("model", latents)
+        return scored.observed, scored.latent
+
+    def score_proposal(self, latents: Latents) -> Tensor:
+        """Score latents ``(num_samples, ...)`` under the guide: log q ``(num_samples, N)``."""
+        return self.score_under("guide", latents).latent
+
+    def traces(self) -> TracePair:
+        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
+        return self.pair.trace()
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return self.pair.num_data
+
+    @property
+    def latent_shapes(self) -> dict[str, torch.Size]:
+        """Shape of each latent for one particle."""
+        latents = self.pair.structure.latents
+        return {name: latent.shape_for(self.num_data) for name, latent in latents.items()}
+
+    @property
+    def bytes_per_datum(self) -> int:
+        """Memory that scoring one particle of one data point allocates, an upper bound."""
+        return self.pair.structure.bytes_per_datum
+
+    def bytes_per_proposal(self) -> int:
+        """Return the bytes that one more particle per data point needs in :meth:`propose`."""
+        if self.pair.knowledge.ways.get("draws", "_draw_under_plate") == "_draw_under_plate":
+            elements = sum(shape.numel() for shape in self.latent_shapes.values())
+            return max(1, 4 * self.pair.inputs[0].element_size() * elements)
+        return self.num_data * self.pair.structure.guide_bytes_per_datum
+
+    # --- drawing from the guide ---
+
+    def draw_from_guide(self, num_particles: int, *, gates: bool = False) -> Draws:
+        """Draw from the guide.
+
+        Args:
+            num_particles: draws per data point.
+            gates: keep the draws apart from what is computed of them, with the slopes of log q.
+        """
+        if num_particles == 1:
+            return self._draw_plain(1, gates)
+        way = self.pair.knowledge.ways.get("draws")
+        if way is not None:
+            draws: Draws = getattr(self, way)(num_particles, gates)
+            return draws
+        held = _HELD_IF_READ if "guide" in self.pair.structure.reads_values else _HELD
+        return self._find(
+            "draws",
+            {self._draw_under_plate: held, self._draw_tiled: _HELD_IF_TILED},
+            lambda draw: draw(num_particles, gates),
+            self._draws_hold,
+            self._draw_plain,
+        )
+
+    def _draw_plain(self, num_particles: int, gates: bool) -> Draws:
+        rows: list[Draws] = []
+        for index in range(num_particles):
+            with Given(rows[0].subsample if rows else {}):
+                trace, found = self._run_guide(self.pair.guide, self.pair, gates)
+            groups = [
+                (slice(index, index + 1), *({n: v[None] for n, v in group.items()} for group in one))
+                for one in found
+            ]
+            latents = {name: trace.nodes[name]["value"][None] for name in self.axes}
+            rows.append(self._draws(trace, latents, groups, lambda value: value[None]))
+        return rows[0]._replace(
+            latents={name: torch.cat([row.latents[name] for row in rows]) for name in self.axes},
+            log_proposal=torch.cat([row.log_proposal for row in rows]),
+            scaled_log_proposal=torch.cat([row.scaled_log_proposal for row in rows]),
+            gates=[group for row in rows for group in row.gates],
+        )
+
+    def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
+        dim = -self.pair.structure.nesting - 1
+        batched = pyro.plate("_particles", num_particles, dim=dim)(
+            self.pair.guide
+        )  # inside the gates
+        with pyro.validation_enabled(False):
+            trace, found = self._run_guide(batched, self.pair, gates)
+        latents = {}
+        for name, latent in self.pair.structure.latents.items():
+            value = trace.nodes[name]["value"]
+            own = value.shape[value.dim() - len(latent.shape) :]
+            latents[name] = value.reshape(num_particles, *own)
+        groups = [(slice(None), *one) for one in found]
+        return self._draws(trace, latents, groups, lambda value: value, dim)
+
+    def _draw_tiled(self, num_particles: int, gates: bool) -> Draws:
+        trace, found = self._run_guide(self.pair.guide, _tile_pair(self.pair, num_particles), gates)
+
+        def untile(values: Latents) -> Latents:  # as views
+            return {n: _untile(v, self.axes[n], num_particles) for n, v in values.items()}
+
+        latents = untile({name: trace.nodes[name]["value"] for name in self.axes})
+        groups = [(slice(None), *map(untile, one)) for one in found]
+        draws = self._draws(trace, latents, groups, lambda value: value.view(num_particles, -1))
+        _refuse_subsample(draws.subsample)
+        return draws
+
+    def _run_guide(self, guide: Any, pair: OpenedPair, gates: bool) -> Any:
+        """Trace the guide; return the trace, and of gated draws the draws and their slopes."""
+        draws = PathwiseDraws()
+        function = gated(guide, draws) if gates else guide
+        trace = poutine.trace(function).get_trace(*pair.arguments, **pair.keywords)
+        if not gates:
+            return trace, []
+        sites = sample_sites(trace)
+        for site in sites:
+            if not has_score(site):
+                raise InputError(
+                    "expected random draws for the doubly reparameterised gradient, "
+                    f"{site['name']!r} of the guide is a point mass or a factor: use "
+                    'gradient="plain"'
+                )
+        scales = {scale for site in sites if not isinstance(scale := latent_scale_of(site), Tensor)}
+        if len(scales) > 1:
+            raise InputError(
+                f"expected one beta for all latents of the guide, got {sorted(scales)}: scale the "
+                'guide as a whole, or use gradient="plain"'
+            )
+        terms = [latent_scale_of(site) * site_log_prob(site).sum() for site in sites]
+        return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
+
+    def _draws(
+        self,
+        trace: Trace,
+        latents: Latents,
+        groups: list[Any],
+        shape: Callable[[Tensor], Tensor],
+        particle_dim: int | None = None,
+    ) -> Draws:
+        sites = sample_sites(trace)
+        subsample = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and site_is_subsample(site)
+            and len(site["value"]) < site["fn"].size
+        }
+        plain, scaled = self._sum(sites, particle_dim)
+        scale = latent_scale_of(sites[0])
+        return Draws(
+            latents, shape(plain), shape(scaled), groups, subsample, plate_scale(sites[0]), scale
+        )
+
+    def _draws_hold(self, draws: Draws, count: int) -> bool:
+        """Compare batched draws with plain calls that are given the same random values."""
+        count = min(count, len(draws.log_proposal))
+        first = {name: value[:count].detach() for name, value in draws.latents.items()}
+        # A point mass follows from the other sites; given a value that was rounded differently it
+        # would report a density of 0.
+        latents = self.pair.structure.latents
+        random = {name: v for name, v in first.items() if not latents[name].is_point_mass}
+
+        def plain(given: Latents) -> tuple[Tensor, ...]:
+            rows = []
+            for index in range(count):
+                values = {name: value[index] for name, value in given.items()}
+                with Given({**values, **draws.subsample}):
+                    rows.append(self._draw_plain(1, False))
+            log_proposal = torch.cat([row.log_proposal for row in rows])
+            return log_proposal, *(torch.cat([r.latents[n] for r in rows]) for n in self.axes)
+
+        return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
+
+    # --- scoring given latents ---
+
+    def score_under(
+        self, function: str, latents: Latents, subsample: dict[str, Any] | None = None
+    ) -> Scored:
+        """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``.
+
+        Args:
+            function: which of the two.
+            latents: by site name.
+            subsample: indices that subsampling plates are to take.
+        """
+        given = subsample or {}
+        if _count(latents) == 1:
+            return self.score_by("_score_plain", function, latents, given)
+        way = self.pair.knowledge.ways.get(function)
+        if way is not None:
+            return self.score_by(way, function, latents, given)
+        held = _HELD_IF_READ if function in self.pair.structure.reads_values else _HELD
+        return self._find(
+            function,
+            {self._score_under_vmap: held, self._score_tiled: _HELD_IF_TILED},
+            lambda score: score(function, latents, given),
+            lambda scored, count: self._scores_hold(function, latents, given, scored, count),
+            lambda *_: self._score_plain(function, latents, given),
+        )
+
+    def score_by(
+        self, way: str, function: str, latents: Latents, subsample: dict[str, Any] | None = None
+    ) -> Scored:
+        """Score latents by a way that was found to hold (see ``Knowledge.ways``)."""
+        scored: Scored = getattr(self, way)(function, latents, subsample or {})
+        return scored
+
+    def _score_plain(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
+        rows = [
+            self._score_one(function, self.pair, {n: v[index] for n, v in latents.items()}, subsample)
+            for index in range(_count(latents))
+        ]
+        return Scored(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _score_under_vmap(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
+        def one(given: Latents) -> Scored:
+            return self._score_one(function, self.pair, given, subsample)
+
+        with pyro.validation_enabled(False):
+            return Scored(*torch.vmap(one, randomness="different")(latents))
+
+    def _score_tiled(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
+        _refuse_subsample(subsample)
+        count = _count(latents)
+        tiled = {
+            name: value.movedim(0, self.axes[name] - 1).flatten(self.axes[name] - 1, self.axes[name])
+            for name, value in latents.items()
+        }
+        scored = self._score_one(function, _tile_pair(self.pair, count), tiled, subsample)
+        return Scored(*(term.view(count, -1) for term in scored))
+
+    def _score_one(
+        self, function: str, pair: OpenedPair, latents: Latents, subsample: dict[str, Any]
+    ) -> Scored:
+        """Score one particle: each term ``(N,)``."""
+        with Given({**latents, **subsample}):
+            run = poutine.trace(pair.model if function == "model" else pair.guide)
+            sites = sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
+        observed, _ = self._sum([site for site in sites if site["is_observed"]])
+        latent, scaled = self._sum([site for site in sites if not site["is_observed"]])
+        # The guide observes nothing, and a model of conditions alone has no latent of its own.
+        known = observed if latent is None else latent
+        nothing = torch.zeros_like(known)
+        return Scored(
+            nothing if observed is None else observed,
+            nothing if latent is None else latent,
+            nothing if scaled is None else scaled,
+        )
+
+    def _scores_hold(
+        self, function: str, latents: Latents, subsample: dict[str, Any], scored: Scored, count: int
+    ) -> bool:
+        count = min(count, _count(latents))
+        first = {name: value[:count].detach() for name, value in latents.items()}
+        found = tuple(term[:count].detach() for term in scored)
+        return agree(found, lambda given: self._score_plain(function, given, subsample), first)
+
+    def _sum(self, sites: list[Site], particle_dim: int | None = None) -> Any:
+        """Sum over all but data (and particles): without scales, and with the beta handler's.
+
+        None, twice, of no sites.
+        """
+        if not sites:
+            return None, None
+        plain = [
+            sum_to(site_log_prob(site), (data_dim(site, self.pair.plate), particle_dim or 0))
+            for site in sites
+        ]
+        total = torch.stack(torch.broadcast_tensors(*plain)).sum(0)
+        scales = [latent_scale_of(site) for site in sites]
+        if all(not isinstance(scale, Tensor) and scale == 1 for scale in scales):
+            return total, total
+        scaled = [term * scale for term, scale in zip(plain, scales, strict=True)]
+        return total, torch.stack(torch.broadcast_tensors(*scaled)).sum(0)
+
+    def _trace(self, function: PairFunction) -> Trace:
+        return poutine.trace(function).get_trace(*self.pair.arguments, **self.pair.keywords)
+
+    # --- finding the way ---
+
+    def _find(
+        self,
+        what: str,
+        ways: dict[Callable[..., Any], int],
+        run: Callable[[Any], Any],
+        holds: Callable[[Any, int], bool],
+        plain: Callable[..., Any],
+    ) -> Any:
+        """Run the first way that agrees with plain calls, remember it, and return its result.
+
+        Args:
+            what: under which name to remember it: "draws", "model" or "guide".
+            ways: candidates, and on how many particles each is held against plain calls.
+            run: takes a candidate; it runs in the modules' own mode.
+            holds: compares a result, found in eval mode, with plain calls.
+            plain: the particle by particle call.
+        """
+        function = self.pair.guide if what in ("draws", "guide") else self.pair.model
+        for way, count in ways.items():
+            try:
+                result = run(way)
+                if self._agrees(function, result, run, way, holds, count):
+                    self.pair.knowledge.ways[what] = way.__name__
+                    return result
+            except CALLING_ERRORS:
+                continue
+        kind = "model" if what == "model" else "guide"
+        warnings.warn(
+            f"the {kind} of this pair gives other values when its particles are batched; "
+            "it is called once per particle instead, which is exact and slow",
+            stacklevel=6,
+        )
+        self.pair.knowledge.ways[what] = "_draw_plain" if what == "draws" else "_score_plain"
+        return run(plain)
+
+    def _agrees(
+        self,
+        function: PairFunction,
+        result: Any,
+        run: Callable[[Any], Any],
+        way: Any,
+        holds: Callable[[Any, int], bool],
+        count: int,
+    ) -> bool:
+        """Hold a way against plain calls where nothing is random but what is given."""
+        training = any(module.training for module in self.pair.modules())
+        mode = eval_mode(function) if training else nullcontext()
+        with torch.no_grad(), mode, self.pair.put_back():
+            return holds(run(way) if training else result, count)
+
+
+def check_weights(densities: LogDensities) -> None:
+    """Refuse weights that are NaN or infinite, naming the term that made them so."""
+    weights = densities.log_weights
+    if not (weights.isnan() | weights.isposinf()).any():
+        return
+    terms = {
+        "log p(x|z)": (densities.log_likelihood, 1),
+        "log p(z)": (densities.log_prior, 1),
+        "log q(z|x)": (densities.log_proposal, -1),
     }
+    for name, (term, sign) in terms.items():
+        for kind, bad in (("NaN", term.isnan()), ("infinity", (sign * term).isposinf())):
+            if bad.any():
+                raise InputError(
+                    f"expected finite log-probabilities, got {kind} in {name} for "
+                    f"{int(bad.any(0).sum())} of {weights.shape[1]} data: look for NaN parameters, "
+                    "a log of a negative number or a scale of 0"
+                )
 
 
-def untile(value: Tensor, axis: int, count: int) -> Tensor:
+def _tile_pair(pair: OpenedPair, count: int) -> OpenedPair:
+    """Repeat the arguments: every particle of every data point is a row, particles outermost."""
+    values = pair.arguments
+    if pair.keywords or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        raise ValueError("only tensors that count the data can be repeated")
+    return pair.bind(pair.model, pair.guide, tile_inputs(values, count), {})
+
+
+def _untile(value: Tensor, axis: int, count: int) -> Tensor:
     """Bring a latent drawn from tiled inputs to ``(count, *shape of one draw)``, as a view."""
     return value.unflatten(axis, (count, -1)).movedim(axis - 1, 0)
 
 
-def num_particles(latents: Latents) -> int:
+def _refuse_subsample(subsample: dict[str, Any]) -> None:
+    if subsample:
+        raise ValueError("a subsample's indices count the data, not the particles")
+
+
+def _count(latents: Latents) -> int:
     """Return the number of particles of a batch of latents."""
     return len(next(iter(latents.values())))
 
 
-def first_faithful(
-    candidates: dict[Callable[..., Any], int],
-    is_faithful: Callable[[Any, int], bool],
-    plain: Callable[..., Any],
-    kind: str,
-) -> Callable[..., Any]:
-    """Return the first candidate that agrees with plain calls, or the plain call itself.
-
-    Args:
-        candidates: shortcuts, and on how many particles each is checked: few where particles can't
-            meet (``torch.vmap`` keeps them apart and refuses branches on their values), more where
-            a branch on a value may take the right side for a few particles by luck.
-        is_faithful: whether a shortcut agrees with plain calls on so many particles.
-        plain: the particle by particle call.
-        kind: "model" or "guide", for the warning.
-    """
-    for candidate, count in candidates.items():
-        try:
-            with torch.no_grad():
-                if is_faithful(candidate, count):
-                    return candidate
-        except BATCHING_ERRORS:
-            continue
-    warnings.warn(
-        f"the {kind} of this pair gives other values when its particles are batched; "
-        "it is called once per particle instead, which is exact and slow",
-        stacklevel=6,
-    )
-    return plain
+def _stack(rows: list[Latents]) -> Latents:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def stacked(rows: list[Any]) -> Any:
-    """Stack equal structures of tensors (tuples, dicts) along a new first dimension."""
-    first = rows[0]
-    if isinstance(first, Tensor):
-        return torch.stack(rows)
-    if isinstance(first, dict):
-        return {name: stacked([row[name] for row in rows]) for name in first}
-    return tuple(stacked([row[index] for row in rows]) for index in range(len(first)))
+class PairScorer(Particles):
+    """The particles of a pair that is opened here; on its way out."""
 
+    def __init__(self, model: Any, guide: Any, inputs: Any, *, plate: str = "data") -> None:
+        super().__init__(OpenedPair(model, guide, inputs, plate=plate).part())
 
-def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
-    """Tell whether batched and plain results are the same but for rounding."""
-    return all(
-        left.shape == right.shape
-        and torch.allclose(left, right, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
-        for left, right in zip(batched, plain, strict=True)
-    )
+    inputs = property(lambda self: self.pair.inputs)
+    data_axes = property(lambda self: self.axes)
+    plate = property(lambda self: self.pair.plate)
+    model = property(lambda self: self.pair.model)
 
-
-def agree(
-    batched: tuple[Tensor, ...],
-    plain: Callable[[Latents], tuple[Tensor, ...]],
-    latents: Latents,
-) -> bool:
-    """Tell whether batched results are those of plain calls, as far as rounding determines these.
-
-    A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
-    normal knows from drawing while a plain call must find it from the point. By how much is seen from
-    plain calls at latents moved in their last digits; it is nothing where a density is tame.
-
-    Args:
-        batched: results at these latents.
-        plain: the plain calls, as a function of the latents.
-        latents: by site name; one that holds nothing but whole numbers is taken for a discrete one.
-    """
-    expected = plain(latents)
-    if all_close(batched, expected):
-        return True
-    if any(left.shape != right.shape for left, right in zip(batched, expected, strict=True)):
-        return False
-    if not all(map(torch.equal, plain(latents), expected)):
-        return False  # what is drawn anew in every call would pass for steep
-    slack = [torch.zeros_like(value) for value in expected]
-    with pyro.validation_enabled(False):
-        for period in (1, 2, 4):
-            moved = plain({name: _moved(value, period) for name, value in latents.items()})
-            slack = [
-                torch.maximum(most, (left - right).abs())
-                for most, left, right in zip(slack, moved, expected, strict=True)
-            ]
-    return all(
-        bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
-        for left, right, extra in zip(batched, expected, map(_finite, slack), strict=True)
-    )
-
-
-def _finite(slack: Tensor) -> Tensor:
-    """A latent that was moved over an edge says nothing of how steep the density is before it."""
-    return slack.where(slack.isfinite(), 0.0)
-
-
-def _moved(value: Tensor, period: int) -> Tensor:
-    """Move a latent by some units in its last place, up and down by turns of ``period`` numbers."""
-    if not value.is_floating_point() or torch.equal(value, value.round()):
-        return value
-    turns = torch.arange(value.numel(), device=value.device).div(period, rounding_mode="floor") % 2
-    size = _LAST_DIGITS * torch.finfo(value.dtype).eps
-    return value * (1 + size * (2 * turns - 1).to(value.dtype).view(value.shape))
-
-
-class AllocationCounter(TorchDispatchMode):
-    """Sum the bytes of every operation's results: an upper bound of the memory they need."""
-
-    bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(value, Tensor):
-                self.bytes += value.numel() * value.element_size()
-        return result
+    @classmethod
+    def of(cls, pair: OpenedPair) -> PairScorer:
+        """Return the scorer of a pair that is open."""
+        scorer = cls.__new__(cls)
+        Particles.__init__(scorer, pair)
+        return scorer

@@ -76,13 +76,18 @@ class _Gate(torch.autograd.Function):
         return (None if ctx.gate.closed else gradients[0]), None
 
 
-def gated(guide: Any, draws: PathwiseDraws) -> Any:
-    """Return the guide with its draws gated; refuse one that is a handler of the model."""
+def refuse_handler(guide: Any) -> None:
+    """Refuse a guide that is a handler of the model: its draws can't be told from the model's."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise InputError(
             "expected a guide that is a function of its own, got a handler of the model: use "
             "TraceBound"
         )
+
+
+def gated(guide: Any, draws: PathwiseDraws) -> Any:
+    """Return the guide with its draws gated."""
+    refuse_handler(guide)
 
     def function(*args: Any, **kwargs: Any) -> Any:
         with draws:

@@ -15,7 +15,7 @@ def autoencoder(*arguments):
 
 
 @pytest.mark.parametrize(("likelihood", "loss"), [("bernoulli", "bce"), ("gaussian", "mse")])
-def test_both_are_trained_and_compared(tmp_path, likelihood, loss):
+def test_both_are_trained_and_compared(tmp_path, rendered, likelihood, loss):
     folder = tmp_path / "both"
     shown = autoencoder("--output", folder, "--likelihood", likelihood)
     assert "reconstruction error" in shown

@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, WARNED, refused, run, snapshot
+from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
+import pyro_vae as pv
 from pyro_vae import datasets
 from pyro_vae.app import compare as app_compare
 from pyro_vae.app import compare as comparing
@@ -53,10 +54,14 @@ def finished(tmp_path_factory, data):
     shutil.copytree(data, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for arguments in ((*SWEEP, "--output", "swept"), (*COMPARE, "--output", "compared")):
-            result = run(*arguments)
-            assert result.code == 0, result.err
-            assert result.err == ""
+        compare = (*COMPARE, "--output", "compared")
+        with sketching():
+            results = [run(*compare)]
+        # Rendered: the pages of the sweep's runs, and of both studies.
+        results += [run(*SWEEP, "--output", "swept"), run(*compare)]
+    for result in results:
+        assert result.code == 0, result.err
+        assert result.err == ""
     return folder
 
 
@@ -365,6 +370,25 @@ def test_bad_studies_are_refused_before_data_are_read(here, monkeypatch, options
     monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
     command, *others = options.split()
     refused(here, command, *SMALL, *others, "--output", "new", message=BAD[options])
+
+
+def test_python_and_the_command_line_call_the_same_ties(finished):
+    runs = {
+        name: [
+            load_measured(
+                finished / "compared" / "runs" / f"standard-normal-bernoulli-{name}-seed-{seed}"
+            )[0]
+            for seed in (0, 1)
+        ]
+        for name in ("mean-field", "full-rank")
+    }
+    comparison = pv.Comparison(runs, "probability", 50, 60, None, 0)
+    for row in rows_of(finished / "compared" / "comparison.csv"):
+        assert row["verdict"] == comparison.verdict(row["name"])
+        for quantity in comparison.quantities:
+            difference = comparison.difference(row["name"], quantity)
+            assert float(row[f"{quantity}_difference"]) == difference.mean
+            assert float(row[f"{quantity}_difference_half_width"]) == difference.half_width
 
 
 def test_measured_numbers_come_back_as_they_were(finished):

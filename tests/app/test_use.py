@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import WARNED, run
+from command_line import WARNED, run, sketching
 
 from pyro_vae import InputError
 from pyro_vae.app.pictures import hide_part
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
     def get(name):
         if not (folder / name).exists():
             small = ("--hidden", "16", "--epochs", "1", "--device", "cpu", "--output", folder / name)
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), sketching():
                 result = run("train", *small, *RUNS[name].split())
             assert result.code == 0, result.err
         return folder / name
@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS],
 )
-def test_every_picture_of_every_run(runs, tmp_path, name, command):
+def test_every_picture_of_every_run(runs, tmp_path, rendered, name, command):
     picture = tmp_path / "picture.png"
     first, *options = COMMANDS[command].split()
     result = run(first, runs(name), *options, "--output", picture)
@@ -74,19 +74,17 @@ def test_every_picture_of_every_run(runs, tmp_path, name, command):
 
 
 @pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "complete"])
-def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, command):
+def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, rendered, command):
     folder = runs("plain")
-    paths = [Path(run(command, folder, "--seed", 3).out.strip()) for _ in range(2)]
-    assert paths[0] == paths[1]
-    assert paths[0].parent == folder
-    content = paths[0].read_bytes()
-    paths[0].unlink()
+    path = Path(run(command, folder, "--seed", 3).out.strip())
+    assert path.parent == folder
+    content = path.read_bytes()
+    assert run(command, folder, "--seed", 3).out.strip() == str(path)
+    assert path.read_bytes() == content
+    path.unlink()
     picture = tmp_path / "new" / "picture.svg"
     assert run(command, folder, "--seed", 3, "--output", picture).code == 0
     assert b"<svg" in picture.read_bytes()
-    again = tmp_path / "again.png"
-    run(command, folder, "--seed", 3, "--output", again)
-    assert again.read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions, tune
 from pyro_vae.evaluation.hmc import AnnealingPath, transition
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 CONTINUOUS = ["probabilistic_pca", "gaussian", "beta_bernoulli", "mixture_prior", "small_decoder"]
 

@@ -10,7 +10,7 @@ from objective_pairs import PAIRS, Gaussian, assert_same_mean, gradients, make_p
 from pyro.infer import SVI
 
 from pyro_vae.infer import IWAE, FusedOptim, scale_latents
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 
 def bounds_per_datum(pair, x, num_particles, *, copies, repeats):

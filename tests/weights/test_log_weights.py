@@ -10,7 +10,7 @@ from weight_pairs import PAIRS, N, auxiliary, convolutional, hierarchical, norma
 import pyro_vae as pv
 from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
-from pyro_vae.weights.log_weights import PairScorer
+from pyro_vae.weights.particles import PairScorer
 
 
 def reference(function, inputs, latents, plate="data"):
@@ -49,7 +49,7 @@ def test_weights_are_those_of_plain_calls(pair):
     torch.testing.assert_close(
         scorer.score_proposal(latents).detach(), proposal, rtol=1e-5, atol=1e-5
     )
-    assert scorer.under_model.strategy == "under_vmap"
+    assert scorer.pair.knowledge.ways["model"] == "_score_under_vmap"
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.__name__)
@@ -179,7 +179,7 @@ def test_a_model_without_a_batching_rule_is_tiled():
     scorer = PairScorer(model, guide, inputs)
     latents, _ = scorer.propose(6)
     terms = scorer.score(latents)
-    assert scorer.under_model.strategy == "tiled"
+    assert scorer.pair.knowledge.ways["model"] == "_score_tiled"
     torch.testing.assert_close(sum(terms), reference(model, inputs, latents), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,298 @@
+"""What a pair must keep: refused here, by the site's name, in the same words whoever asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from pyro.distributions.util import is_identically_zero
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+
+from pyro_vae.beta import latent_scale_of
+from pyro_vae.errors import InputError
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import (
+    Site,
+    data_dim,
+    innermost,
+    is_delta,
+    is_inside,
+    latent_sites,
+    plate_scale,
+    sample_sites,
+    site_log_prob,
+)
+from pyro_vae.pair.supports import check_guide_support
+
+
+def check_pair(
+    model_trace: Trace, guide_trace: Trace, plate: str, num_data: int | None = None
+) -> None:
+    """Refuse a traced pair that has no densities per data point.
+
+    Args:
+        model_trace: of the model, given the guide's draws.
+        guide_trace: of the guide.
+        plate: name of the data plate.
+        num_data: number of data points that the plate must hold; None: what it says itself.
+
+    Raises:
+        InputError: no latent, none observed, functions that are swapped, a latent of one side only, a
+            site outside the data plate or without one value per data point there, a factor in the
+            guide, or a guide whose support is a part of the prior's.
+    """
+    observed = _observed(guide_trace)
+    if observed:
+        raise InputError(
+            f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
+            "model before the guide"
+        )
+    if not latent_sites(guide_trace):
+        raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
+    check_latents_match(model_trace, guide_trace)
+    for function, trace in (("guide", guide_trace), ("model", model_trace)):
+        for site in sample_sites(trace):
+            _check_site(function, site, plate, num_data)
+    if not any(site["is_observed"] for site in sample_sites(model_trace)):
+        raise InputError(
+            "expected a model that observes data, got none observed: pass obs= to pyro.sample, and "
+            "the model before the guide"
+        )
+    for site in sample_sites(guide_trace):
+        if site_is_factor(site):
+            raise InputError(
+                f"expected a guide of densities alone, {site['name']!r} is a factor: whether it is a "
+                "part of log q can't be told; move the term into the model"
+            )
+        if site["name"] in model_trace.nodes:
+            check_guide_support(site, model_trace.nodes[site["name"]])
+
+
+def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
+    """Return the refusal of what can be trained, but has no weight per data point; None without one.
+
+    That is an enumerated site, a subsampling plate inside the data's, or a scale of the user's own.
+    """
+    try:
+        for function, trace in (("guide", guide_trace), ("model", model_trace)):
+            for site in sample_sites(trace):
+                _refuse_summed_out(site, plate)
+                _check_scale(function, site)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
+    """Refuse values beyond those that were looked at that an observed site can't take.
+
+    Args:
+        trace: of the model on ``looked_at``, the first rows of ``inputs``.
+        looked_at: the inputs that the model was run on.
+        inputs: all of them.
+    """
+    for site in sample_sites(trace):
+        for seen, whole in zip(looked_at, inputs, strict=True):
+            if site["is_observed"] and site["value"] is seen and _is_checked(site["fn"]):
+                rest = whole[len(seen) :]
+                for block in rest.split(len(seen)):
+                    try:
+                        inside = site["fn"].support.check(block.to(seen.device))
+                    except (NotImplementedError, AttributeError, RuntimeError):
+                        break  # nothing is known of its support, or it differs from row to row
+                    if not inside.all():
+                        raise _outside("model", {**site, "value": whole})
+
+
+def check_guide_rows(guide_trace: Trace, plate: str, num_data: int) -> None:
+    """Refuse a guide that draws for another number of data points: no model can be given these."""
+    for site in latent_sites(guide_trace):
+        if is_inside(site, plate):
+            check_rows("guide", site, plate, num_data)
+
+
+def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
+    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled.
+
+    Args:
+        function: "model" or "guide", for the message.
+        site: a traced sample site.
+        plate: name of the data plate.
+        num_data: number of data, N.
+    """
+    shape, dim = site["fn"].batch_shape, data_dim(site, plate)
+    rows = shape[dim] if len(shape) >= -dim else 1
+    if rows != num_data:
+        raise InputError(
+            f"expected site {site['name']!r} of the {function} to have {num_data} data along plate "
+            f"{plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
+        )
+
+
+def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> None:
+    """Refuse a site without one log-probability per data point."""
+    name = site["name"]
+    frames = [frame for frame in site["cond_indep_stack"] if frame.name == plate]
+    if not frames or not frames[0].vectorized:
+        kind = "observed site" if site["is_observed"] else "latent"
+        raise InputError(
+            f"expected {kind} {name!r} of the {function} inside the data plate "
+            f"{plate!r}: a site that the data share has no weight per datum; move it there, or name "
+            "your plate by plate="
+        )
+    try:
+        log_prob = site_log_prob(site)
+        is_inside_support = _values_are_inside(site)
+    except ValueError as error:  # of torch's validation
+        raise _outside(function, site) from error
+    if not is_inside_support:
+        raise _outside(function, site)
+    wanted = frames[0].size if num_data is None else num_data
+    size = log_prob.shape[frames[0].dim] if log_prob.dim() >= -frames[0].dim else 1
+    if size != wanted:
+        raise InputError(
+            f"expected site {name!r} of the {function} to have {wanted} data along "
+            f"plate {plate!r}, got {size}: use pyro.plate({plate!r}, len(x))"
+        )
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    stray = [
+        dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
+    ]
+    if stray:
+        raise InputError(
+            f"expected site {name!r} of the {function} to have one log-probability per datum, got "
+            f"shape {tuple(log_prob.shape)}: declare event dimensions by .to_event(k), or squeeze"
+        )
+
+
+def _values_are_inside(site: Site) -> bool:
+    """Tell whether a site's values are in its support, unless its maker has switched that check off.
+
+    Pyro's validation may be off for speed; what it would refuse is refused all the same.
+    """
+    if not _is_checked(site["fn"]):
+        return True
+    try:
+        return bool(site["fn"].support.check(site["value"]).all())
+    except (NotImplementedError, AttributeError):  # nothing is known of its support
+        return True
+
+
+def _is_checked(distribution: Any) -> bool:
+    """Tell whether a distribution's maker has left the check of its values on.
+
+    The pair is looked at with validation on, so that what is off was switched off for this very one.
+    """
+    return innermost(distribution)._validate_args is not False
+
+
+def _outside(function: str, site: Site) -> InputError:
+    return InputError(
+        f"expected values at site {site['name']!r} of the {function} in its support and shape, got "
+        f"others of shape {tuple(site['value'].shape)}: look for NaN, also under a mask, or "
+        "scale the data"
+    )
+
+
+def _check_scale(function: str, site: Site) -> None:
+    known = latent_scale_of(site) * plate_scale(site)
+    scale = site["scale"]
+    # A scale that differs from datum to datum is a tensor, and certainly the user's own.
+    same = not isinstance(scale, Tensor) or scale.numel() == 1
+    if not same or not math.isclose(float(scale), float(known), rel_tol=1e-6):
+        got = f"{float(scale):g}" if same else f"one of shape {tuple(scale.shape)}"
+        raise InputError(
+            f"expected no scale on site {site['name']!r} of the {function} but the plates', got "
+            f"{got}: a weight can't be told from a poutine.scale; remove it"
+        )
+
+
+def _refuse_summed_out(site: Site, plate: str) -> None:
+    """Refuse enumerated sites, and plates inside the data's that subsample."""
+    if site["infer"].get("enumerate"):
+        raise InputError(
+            f"expected sites that are drawn, {site['name']!r} is enumerated: use Pyro's "
+            "TraceEnum_ELBO, or draw it"
+        )
+    for frame in site["cond_indep_stack"]:
+        if frame.name != plate and frame.full_size and frame.full_size > frame.size:
+            raise InputError(
+                f"expected no subsampling inside the data plate, plate {frame.name!r} at site "
+                f"{site['name']!r} does: the log of a mean of weights can't be subsampled"
+            )
+
+
+def _observed(trace: Trace) -> list[str]:
+    sites = (site for site in sample_sites(trace) if site["is_observed"])
+    return [site["name"] for site in sites if not site_is_factor(site)]
+
+
+def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse latents that only one of model and guide draws, and a guide that hides its density."""
+    in_model = {site["name"] for site in latent_sites(model_trace)}
+    guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
+    missing = sorted(in_model - set(guide_sites))
+    if missing:
+        raise InputError(
+            f"expected a guide that draws every latent, {missing[0]!r} is missing: "
+            "add pyro.sample for it, or observe it in the model"
+        )
+    surplus = {name: site for name, site in guide_sites.items() if name not in in_model}
+    named = sorted(name for name, site in surplus.items() if not site["infer"].get("is_auxiliary"))
+    if named:
+        raise InputError(
+            f"expected latents of the guide to be the model's, {named[0]!r} is not: "
+            'draw it in the model too, or mark it infer={"is_auxiliary": True}'
+        )
+    for name in sorted(in_model):
+        ranks = [trace.nodes[name]["fn"].event_dim for trace in (model_trace, guide_trace)]
+        if ranks[0] != ranks[1]:  # one of the densities would be a sum over the data
+            raise InputError(
+                f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
+                f"and {ranks[1]} in the guide: give both the same .to_event"
+            )
+    _check_auxiliary(surplus, guide_sites)
+
+
+def _check_auxiliary(auxiliary: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+    """Refuse auxiliary sites that are not turned into latents of the model.
+
+    Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
+    log-density is the Jacobian: together they are q(z given x). An auxiliary variable that is mixed
+    over instead leaves q(z given x) an integral nobody has, and its weights would not average to
+    p(x).
+    """
+    drawn = sum(site["value"].numel() for site in auxiliary.values())
+    placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
+    if drawn != placed:
+        name = next(iter(auxiliary), None) or next(
+            name for name, site in guide_sites.items() if is_delta(site["fn"])
+        )
+        raise InputError(
+            f"expected auxiliary sites of the guide to become latents through Delta sites one to "
+            f"one, got {drawn} auxiliary values for {placed} placed ones (site {name!r}): draw "
+            "the auxiliary variable in the model too"
+        )
+
+
+def check_density_known(guide_sites: Iterable[Site], advice: str) -> None:
+    """Refuse a guide whose density is known where it drew alone: point masses follow other sites."""
+    for site in guide_sites:
+        if is_delta(site["fn"]):
+            raise InputError(
+                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
+                f"mass: {advice}"
+            )
+
+
+def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> None:
+    """Refuse guide sites whose draws carry no gradient."""
+    for site in sites:
+        if not is_identically_zero(site["score_parts"].score_function):
+            raise InputError(
+                f"expected reparameterised latents for {objective}, {site['name']!r} "
+                f"({type(site['fn']).__name__}) is not: use Trace_ELBO or TraceBound"
+            )

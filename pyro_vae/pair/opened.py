@@ -1,0 +1,381 @@
+"""THE CONTRACT: a model, a guide and their inputs opened once, and what is refused of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import validation_enabled
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.pair.agreement import CALLING_ERRORS
+from pyro_vae.pair.contract import check_guide_rows, check_pair, check_rest, why_unweighable
+from pyro_vae.pair.functions import (
+    HANDLER_LOCK,
+    PairFunction,
+    device_of,
+    eval_mode,
+    evaluation_mode,
+    modules_of,
+    seeded,
+    training_mode,
+)
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.observer import RunObserver
+from pyro_vae.pair.sites import (
+    Given,
+    TracePair,
+    data_dim,
+    is_delta,
+    latent_sites,
+    sample_sites,
+    vectorized_frames,
+)
+from pyro_vae.pair.state import Snapshot, with_submodules
+from pyro_vae.pair.trial import Trial, gives_data_their_own_values
+
+# Data points that are inspected, and that a block of an evaluation holds at most unless it says
+# otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
+BLOCK = 1024
+
+Progress = Callable[[int, int], None]
+
+
+class Latent(NamedTuple):
+    """What is known of a latent site.
+
+    Attributes:
+        axis: the (negative) axis of its value that counts the data.
+        shape: shape of one draw for the data points that were inspected.
+        family: name of the distribution that the guide draws it from.
+        is_point_mass: whether the guide places it by the other sites.
+        is_reparameterized: whether its draws carry a gradient.
+    """
+
+    axis: int
+    shape: torch.Size
+    family: str
+    is_point_mass: bool
+    is_reparameterized: bool
+
+    def shape_for(self, num_data: int) -> torch.Size:
+        """Return the shape of one draw for so many data points."""
+        shape = list(self.shape)
+        shape[self.axis] = num_data
+        return torch.Size(shape)
+
+
+class Structure(NamedTuple):
+    """What one look at a pair shows; it holds for any of its data.
+
+    Attributes:
+        latents: by name, the guide's latents in its order.
+        nesting: depth of the plates.
+        bytes_per_datum: memory that one particle of a data point allocates under the model, at most.
+        guide_bytes_per_datum: likewise under the guide.
+        reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
+            may take the right side for a few particles by luck.
+        why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
+    """
+
+    latents: dict[str, Latent]
+    nesting: int
+    bytes_per_datum: int
+    guide_bytes_per_datum: int
+    reads_values: frozenset[str]
+    why_unweighable: str | None
+
+
+@dataclass
+class Knowledge:
+    """What has been found out about a pair; shared by its parts, and holds none of its data.
+
+    Attributes:
+        structure: what one look shows.
+        ways: which way of drawing and of scoring many particles has been shown to hold.
+        is_divisible: whether it takes any part of its data.
+    """
+
+    structure: Structure | None = None
+    ways: dict[str, str] = field(default_factory=dict)
+    is_divisible: bool | None = None
+
+
+def open_pair(
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+) -> OpenedPair:
+    """Open a pair: its inputs on its device and in its type, checked; nothing runs yet.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
+        plate: name of the data plate.
+
+    Raises:
+        InputError: what is no data, or data that the likelihood is not defined for.
+    """
+    inputs = as_inputs(x, model, guide)
+    check_data(model, inputs)
+    return OpenedPair(model, guide, inputs, plate=plate)
+
+
+class OpenedPair:
+    """A model and a guide with the arguments that both are called with.
+
+    What is found out about the pair is kept with it and shared by its parts.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        arguments: what both are called with; for all but training tensors that share their first
+            dimension, N.
+        keywords: keyword arguments of both.
+        plate: name of the data plate.
+        knowledge: what is known of the pair already.
+    """
+
+    def __init__(
+        self,
+        model: PairFunction,
+        guide: PairFunction,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any] | None = None,
+        *,
+        plate: str = "data",
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        self.model, self.guide, self.plate = model, guide, plate
+        self.arguments, self.keywords = arguments, keywords or {}
+        self.knowledge = knowledge or Knowledge()
+
+    @property
+    def inputs(self) -> Inputs:
+        """The arguments of a pair that was opened on data."""
+        return self.arguments
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return len(self.arguments[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pair computes."""
+        return device_of(self.model, self.guide, default=self.arguments[0].device)
+
+    # --- running ---
+
+    @contextmanager
+    def evaluating(self, seed: int | None = None, *others: PairFunction) -> Iterator[None]:
+        """Hold the lock, in eval mode, without gradients, under a seed of its own; inspect the pair.
+
+        Args:
+            seed: of everything drawn inside; None draws from the global state.
+            others: further functions whose modules are put in eval mode.
+
+        Raises:
+            InputError: a pair that breaks the contract.
+        """
+        modes = evaluation_mode(self.model, self.guide, *others)
+        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+            self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
+            yield
+
+    @contextmanager
+    def training(self, seed: int | None = None) -> Iterator[None]:
+        """Hold the lock, in training mode, with gradients, under a seed of its own."""
+        with HANDLER_LOCK, seeded(seed), training_mode(self.model, self.guide):
+            yield
+
+    def trace(self) -> TracePair:
+        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
+        guide_trace = poutine.trace(self.guide).get_trace(*self.arguments, **self.keywords)
+        replayed = poutine.replay(self.model, trace=guide_trace)
+        return poutine.trace(replayed).get_trace(*self.arguments, **self.keywords), guide_trace
+
+    # --- parts ---
+
+    def bind(self, model: Any, guide: Any, arguments: tuple[Any, ...], keywords: Any) -> OpenedPair:
+        """Return the pair under other arguments or a handler: it is not looked at again."""
+        return OpenedPair(
+            model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
+        )
+
+    def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
+        """Return the pair of some of the data points, on the device that it computes on."""
+        device = self.device
+        rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in self.inputs)
+        inputs = tuple(v[at].to(device) for v, at in zip(self.inputs, rows_at, strict=True))
+        return self.bind(self.model, self.guide, inputs, self.keywords)
+
+    def with_guide(self, guide: PairFunction) -> OpenedPair:
+        """Return the model with another guide, which is to be inspected by itself."""
+        return OpenedPair(self.model, guide, self.arguments, self.keywords, plate=self.plate)
+
+    def split(self, size: int = BLOCK) -> list[slice]:
+        """Cut the data into blocks of equal size (the last may be smaller), or not at all.
+
+        A pair that gives a data point other values by its place among the data (parameters per data
+        point) only fits its whole data set.
+        """
+        count = -(-self.num_data // size)
+        if count > 1 and not self.is_divisible():
+            count = 1
+        size = -(-self.num_data // count)
+        return [slice(start, start + size) for start in range(0, self.num_data, size)]
+
+    def blocks(
+        self, size: int = BLOCK, progress: Progress | None = None
+    ) -> Iterator[tuple[slice, OpenedPair]]:
+        """Yield the rows of one block of the data after another and the pair of these.
+
+        When the next block is asked for, or the end is reached, ``progress`` is called with (data
+        points done, N).
+        """
+        for rows in self.split(size):
+            yield rows, self.part(rows)
+            if progress is not None:
+                progress(min(rows.stop, self.num_data), self.num_data)
+
+    def few(self, most: int) -> OpenedPair:
+        """Return the pair of a few data points to look at; of all where it takes no part of them."""
+        return self.part(self.split(most)[0])
+
+    def is_divisible(self) -> bool:
+        """Tell whether a data point gets the same values whatever other ones stand beside it.
+
+        It is shown by a trial at an offset: never assumed. The pair is left as it was.
+        """
+        if self.knowledge.is_divisible is None:
+            trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device)
+            with self._aside():
+                found = self.num_data >= 3 and gives_data_their_own_values(trial)
+                self.knowledge.is_divisible = found
+        return self.knowledge.is_divisible
+
+    # --- what is known of it ---
+
+    @property
+    def structure(self) -> Structure:
+        """What one look at the pair shows; found at the first use.
+
+        Raises:
+            InputError: a pair that breaks the contract.
+        """
+        if self.knowledge.structure is None:
+            with self._aside():
+                looked_at = self.few(BLOCK)
+                self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
+        return self.knowledge.structure
+
+    def inspect(self, num_data: int | None = None, *, rest: Inputs = ()) -> Structure:
+        """Run the pair once, plainly; refuse what breaks the contract.
+
+        Args:
+            num_data: how many data points the data plate must hold; None: as many as it says.
+            rest: all the data, if these are their first rows only.
+
+        Raises:
+            InputError: the name of the site, and the cure.
+        """
+        guide_trace, in_guide = self._look_at(self.guide)
+        if num_data is not None:
+            check_guide_rows(guide_trace, self.plate, num_data)
+        drawn = {
+            name: site["value"]
+            for name, site in guide_trace.nodes.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+        with Given(drawn):
+            model_trace, in_model = self._look_at(self.model)
+        check_pair(model_trace, guide_trace, self.plate, num_data)
+        check_rest(model_trace, self.arguments, rest or self.arguments)
+        sites = sample_sites(guide_trace) + sample_sites(model_trace)
+        latents = latent_sites(guide_trace)
+        frames = vectorized_frames(latents[0])
+        rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
+        return Structure(
+            {
+                site["name"]: Latent(
+                    data_dim(site, self.plate) - site["fn"].event_dim,
+                    site["value"].shape,
+                    type(site["fn"]).__name__,
+                    is_delta(site["fn"]),
+                    bool(site["fn"].has_rsample),
+                )
+                for site in latents
+            },
+            max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=1),
+            max(1, in_model.bytes // rows),
+            max(1, in_guide.bytes // rows),
+            frozenset(
+                kind
+                for kind, observer in (("guide", in_guide), ("model", in_model))
+                if observer.reads_values
+            ),
+            why_unweighable(model_trace, guide_trace, self.plate),
+        )
+
+    def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
+        """Trace a function with the validation of distributions on, whatever Pyro's setting is.
+
+        Where it is off, and the function does not survive it, it is traced without.
+        """
+        try:
+            with validation_enabled(True), RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        except CALLING_ERRORS:
+            if Distribution._validate_args:
+                raise
+            with RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        return trace, observer
+
+    def modules(self) -> list[nn.Module]:
+        """Return every module that the functions can reach, submodules too."""
+        return with_submodules(modules_of(self.model, self.guide))
+
+    def put_back(self) -> AbstractContextManager[None]:
+        """Put generators and buffers back at the end, whatever happens inside."""
+        return Snapshot(self.modules()).put_back()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Run the pair without leaving a trace: generators, buffers and modes are put back."""
+        modes = eval_mode(self.model, self.guide)
+        with HANDLER_LOCK, torch.no_grad(), self.put_back(), modes:
+            if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+                # Its parameters are made for the data of its first call: these are all of them.
+                self.guide(*self.arguments, **self.keywords)
+            yield
+
+
+@contextmanager
+def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
+    """Explain what a function raises that is given another number of data than its user gave.
+
+    Args:
+        kind: "model", "guide" or "pair", for the message.
+        num_data: how many data points it is given inside.
+
+    Raises:
+        InputError: in place of what torch or Pyro raise.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except CALLING_ERRORS as error:
+        raise InputError(
+            f"expected a {kind} that takes any number of data, as one without parameters per datum "
+            f"does, got an error for {num_data}: {first_line(error)}"
+        ) from error

@@ -1,0 +1,170 @@
+"""A trial at an offset: does a data point get the same values whatever other ones stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.pair.agreement import CALLING_ERRORS, agree
+from pyro_vae.pair.functions import PairFunction, modules_of, tensors_of
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.sites import (
+    Given,
+    Latents,
+    data_dim,
+    is_delta,
+    is_inside,
+    latent_sites,
+    sample_sites,
+    total,
+)
+
+# Data points of a trial: few, and enough for statistics over them to differ from those of a half.
+_TRIED = 64
+
+
+class Trial(NamedTuple):
+    """What a trial is of: the functions of a pair, its inputs, and the device that it computes on."""
+
+    model: PairFunction
+    guide: PairFunction
+    inputs: Inputs
+    plate: str
+    device: torch.device
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return len(self.inputs[0])
+
+    def part(self, rows: slice) -> Inputs:
+        """Return some rows of the inputs on the device."""
+        return tuple(value[rows].to(self.device) for value in self.inputs)
+
+
+def gives_data_their_own_values(pair: Trial) -> bool:
+    """Run a pair on some of its data and on the later half of these: the densities must agree.
+
+    A table with a row for each data point that is sliced by their number gives them the rows of
+    others; parameters per data point do not fit at all. Where such a table is constant so far (as
+    parameters often start) the offset would not show: whatever tensor has as many rows as there are
+    data is therefore moved for a second trial, and put back.
+
+    The caller holds the lock, without gradients, in eval mode.
+    """
+    with _new_names_forgotten() as new_names:
+        try:
+            if not _holds_at_an_offset(pair):
+                return False
+            if new_names():  # made for a part of the data: what are they made like for all of them?
+                for name in new_names():
+                    del pyro.get_param_store()[name]
+                everything = pair.part(slice(None))
+                guide_trace = poutine.trace(pair.guide).get_trace(*everything)
+                poutine.replay(pair.model, trace=guide_trace)(*everything)
+            suspects = list(_tables_of(pair))
+            if not suspects:
+                return True
+            with _moved(suspects):
+                return _holds_at_an_offset(pair)
+        except CALLING_ERRORS:
+            return False
+
+
+def _holds_at_an_offset(pair: Trial) -> bool:
+    count = min(pair.num_data, _TRIED)
+    # At least two: one alone would broadcast against parameters of any number of data.
+    first = min(count // 2, count - 2)
+    whole, later = pair.part(slice(count)), pair.part(slice(first, count))
+    guide_trace = poutine.trace(pair.guide).get_trace(*whole)
+    sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
+    axes = {site["name"]: data_dim(site, pair.plate) - site["fn"].event_dim for site in sites}
+    # A point mass follows from the other sites.
+    random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
+    expected = _densities(pair, whole, random)
+    shown = {n: v.movedim(axes[n], 0)[first:].movedim(0, axes[n]) for n, v in random.items()}
+    found = _densities(pair, later, shown)
+
+    def plain(latents: Latents) -> tuple[Tensor, ...]:
+        filled = {}
+        for name, value in latents.items():
+            rows = random[name].movedim(axes[name], 0).clone()
+            rows[first:] = value.movedim(axes[name], 0)
+            filled[name] = rows.movedim(0, axes[name])
+        return tuple(term[first:] for term in _densities(pair, whole, filled))
+
+    if any(term.shape != other[first:].shape for term, other in zip(found, expected, strict=True)):
+        return False
+    return agree(found, plain, shown)
+
+
+def _densities(pair: Trial, inputs: Inputs, latents: Latents) -> tuple[Tensor, ...]:
+    """Return log q, log p(x|z) and log p(z) of given latents per data point, each ``(N,)``."""
+    with Given(latents):
+        guide_trace = poutine.trace(pair.guide).get_trace(*inputs)
+    drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    with Given(drawn):
+        model_trace = poutine.trace(pair.model).get_trace(*inputs)
+    sites = sample_sites(model_trace)
+    groups = (
+        sample_sites(guide_trace),
+        [site for site in sites if site["is_observed"]],
+        [site for site in sites if not site["is_observed"]],
+    )
+    return tuple(total(group, pair.plate, inputs) for group in groups)
+
+
+@contextmanager
+def _new_names_forgotten() -> Iterator[Callable[[], list[str]]]:
+    """Take out of Pyro's store what a trial has put there; give a function that names it."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+
+    def new_names() -> list[str]:
+        return [name for name in store.keys() if name not in before]  # noqa: SIM118
+
+    try:
+        yield new_names
+    finally:
+        for name in new_names():
+            del store[name]
+
+
+def _tables_of(pair: Trial) -> Iterator[Tensor]:
+    """Yield what the pair can reach with a dimension of the data's number, its inputs left out."""
+    store = pyro.get_param_store()
+    given = {value.data_ptr() for value in pair.inputs}
+    found: dict[int, Tensor] = {id(value): value for value in store._params.values()}
+    for module in modules_of(pair.model, pair.guide):
+        for value in (*module.parameters(), *module.buffers()):
+            found[id(value)] = value
+    for value in tensors_of(pair.model, pair.guide):
+        found[id(value)] = value
+    for value in found.values():
+        if pair.num_data in value.shape and value.data_ptr() not in given:
+            yield value
+
+
+@contextmanager
+def _moved(tables: list[Tensor]) -> Iterator[None]:
+    """Move the entries of tables, each by another amount, and put them back."""
+    kept = [table.detach().clone() for table in tables]
+    try:
+        for table in tables:
+            if table.is_floating_point():
+                share = torch.rand(table.shape, device=table.device).to(table.dtype)
+                # Towards 0, so that what is in a range stays so; zeros are parameters' starts.
+                table.data.copy_(torch.where(table == 0, 0.1 * share, table * (1 - 0.1 * share)))
+            else:
+                for dim, size in enumerate(table.shape):
+                    table.data.copy_(table.index_select(dim, torch.randperm(size).to(table.device)))
+        yield
+    finally:
+        for table, value in zip(tables, kept, strict=True):
+            table.data.copy_(value)
