@@ -202,9 +202,7 @@ def test_the_same_names_give_the_same_run_everywhere(tmp_path):
     trained = pv.load(tmp_path / "run").state_dict()
 
     x = pv.datasets.load(tmp_path / "x.npy", binarize="none", validation_size=0).train
-    transformer = pv.VAETransformer(2, hidden=16, epochs=5, batch_size=20, device="cpu").fit(
-        x.numpy()
-    )
+    transformer = small(hidden=16, epochs=5, batch_size=20).fit(x.numpy())
 
     torch.manual_seed(0)
     encoder, decoder = pv.networks.MLPEncoder((4,), (16,)), pv.networks.MLPDecoder(2, (16,))
