@@ -11,8 +11,7 @@ from torch import Tensor
 from pyro_vae.infer.bounds import BoundTerms, TraceBound
 from pyro_vae.infer.compile_choice import engine_of, outcome_of, own_beta
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
-from pyro_vae.infer.engine import Replay
-from pyro_vae.infer.estimators import BoundEstimator
+from pyro_vae.infer.engine import BoundEstimator, Replay
 from pyro_vae.infer.program import Call
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.trainer import SUMMARY, TrainingObjective

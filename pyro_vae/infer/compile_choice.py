@@ -9,8 +9,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
-from pyro_vae.infer.engine import Engine
-from pyro_vae.infer.estimators import BoundEstimator
+from pyro_vae.infer.engine import BoundEstimator, Engine
 from pyro_vae.infer.stock_bound import StockBound
 
 # Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
