@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae import guides
 from pyro_vae.errors import InputError
@@ -164,7 +165,14 @@ def _no_first_mean(likelihood: object) -> InputError:
 
 
 def _check_components(prior: object, likelihood: object, guide: object) -> None:
-    """Refuse latents that differ between the components, as far as the components say."""
+    """Refuse what is no component, and latents that differ as far as the components say."""
+    for part, given in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
+        if isinstance(given, Distribution):  # Pyro's are callable: they draw
+            arguments = {"prior": "", "likelihood": " z", "guide": " x"}[part]
+            raise InputError(
+                f"expected {part} as a function that returns a distribution, got a "
+                f"{type(given).__name__} itself: pass lambda{arguments}: distribution"
+            )
     wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
     if wanted is not None and got is not None and wanted != got:
         families = (getattr(guides, name) for name in guides.__all__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,6 @@ _SEED = 0  # of the draws that measure, the same for every run
 # Draws for ELBO, rate and distortion, whose error falls faster than that of log p(x).
 _ELBO_SAMPLES = 1000
 _IMPORTANCE = 50
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One thing compared: its name and the settings of its runs, one per seed."""
-
-    name: str
-    runs: tuple[TrainSettings, ...]
 
 
 def compare_families(
@@ -73,12 +65,12 @@ def compare_families(
     """
     check_evaluation(how)
     _check_how(how, seeds)
-    members = _members(settings, guides, priors, likelihoods, seeds, hold)
+    members = _combine(settings, guides, priors, likelihoods, seeds, hold)
     resolve_device(settings.device)
-    shared = members[0].runs[0]
+    first = next(iter(members.values()))
     measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
     asked = {
-        **asdict(shared),
+        **asdict(first[0]),
         "guide": _split(guides),
         "prior": _split(priors),
         "likelihood": _split(likelihoods),
@@ -86,17 +78,17 @@ def compare_families(
         "hold": hold,
         **{name: getattr(how, name) for name in measuring},
     }
-    dataset = load_data(shared)
+    dataset = load_data(first[0])
     with open_study(output, asked, dataset) as study:
-        runs: dict[str, list[Measured]] = {member.name: [] for member in members}
-        seconds: dict[str, list[float]] = {member.name: [] for member in members}
+        runs: dict[str, list[Measured]] = {name: [] for name in members}
+        seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
         for index in range(seeds):
-            held = _train_held(study, members[0], index) if hold == "model" else None
-            for member in members:
-                found, metrics, likelihood = _run(study, member, index, how, held)
-                runs[member.name].append(found)
-                seconds[member.name].append(metrics["training_seconds"])
+            held = _train_held(study, first[index]) if hold == "model" else None
+            for name, own in members.items():
+                found, likelihood, training_seconds = _run(study, own[index], how, held)
+                runs[name].append(found)
+                seconds[name].append(training_seconds)
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
         _write(study, comparison, seconds, asked)
         _print(study, comparison)
@@ -104,10 +96,13 @@ def compare_families(
 
 
 def _run(
-    study: Study, member: _Member, index: int, how: EvaluateSettings, held: VAE | None
-) -> tuple[Measured, dict[str, Any], str]:
-    """Train and measure one run, or read what an earlier call found."""
-    settings = member.runs[index]
+    study: Study, settings: TrainSettings, how: EvaluateSettings, held: VAE | None
+) -> tuple[Measured, str, float]:
+    """Train and measure one run, or read what an earlier call found.
+
+    Returns:
+        what was measured, the kind of the likelihood, and the seconds of the training.
+    """
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
     folder = study.folder / RUNS / name
@@ -127,14 +122,13 @@ def _run(
         )
         save_measured(comparison.pairs[name], comparison.likelihood, folder)
     measured, likelihood = load_measured(folder)
-    epochs = len(metrics["history"]["train_elbo"])
-    seconds = metrics["training_seconds"] / epochs if epochs else math.nan
-    return replace(measured, seconds_per_epoch=seconds), metrics, likelihood
+    seconds, epochs = metrics["training_seconds"], len(metrics["history"]["train_elbo"])
+    per_epoch = seconds / epochs if epochs else math.nan
+    return replace(measured, seconds_per_epoch=per_epoch), likelihood, seconds
 
 
-def _train_held(study: Study, member: _Member, index: int) -> VAE:
+def _train_held(study: Study, settings: TrainSettings) -> VAE:
     """Return the VAE whose model is held in the runs of this seed: that of the first guide."""
-    settings = member.runs[index]
     return study.run(f"model-{_folder_name(settings)}", settings)[0]
 
 
@@ -217,10 +211,10 @@ def _print(study: Study, comparison: Comparison) -> None:
     study.console.print(f"comparison: {study.folder}", soft_wrap=True, highlight=False)
 
 
-def _members(
+def _combine(
     settings: TrainSettings, guides: str, priors: str, likelihoods: str, seeds: int, hold: str | None
-) -> list[_Member]:
-    """Return every combination, its settings checked before anything is trained."""
+) -> dict[str, list[TrainSettings]]:
+    """Return the settings of every combination's runs, checked before anything is trained."""
     axes = {
         "prior": _split(priors),
         "likelihood": _split(likelihoods),
@@ -231,12 +225,12 @@ def _members(
             raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
     _check_axes(axes, hold)
     varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
-    members = []
+    members = {}
     for chosen in itertools.product(*axes.values()):
         combination: dict[str, Any] = dict(zip(axes, chosen, strict=True))
         own = replace(settings, **combination, data_seed=settings.split_seed)
         checks = [check_settings(replace(own, seed=settings.seed + index)) for index in range(seeds)]
-        members.append(_Member(" / ".join(combination[axis] for axis in varied), tuple(checks)))
+        members[" / ".join(combination[axis] for axis in varied)] = checks
     return members
 
 

@@ -27,18 +27,8 @@ def resampled_posterior(
 ) -> Any:
     """Return weighted draws in ArviZ's groups; :func:`pyro_vae.evaluation.to_arviz` describes them.
 
-    Args:
-        latents: by site name, ``(S, N, ...)``.
-        log_likelihood: log p(x given z) of the draws, ``(S, N)``, nats.
-        log_weights: their log weights, ``(S, N)``, nats.
-        per_datum: further numbers by name, ``(N,)`` each.
-        method: how the draws were made.
-        num_draws: posterior draws per datum.
-        seed: seed of the resampling.
-        labels: names of the data points, N of them; None takes their positions.
-
-    Raises:
-        InputError: labels of another length, or a number of draws below 1.
+    Latents are ``(S, N, ...)``, log likelihood and log weights ``(S, N)`` in nats, and the further
+    numbers of each data point ``(N,)``.
     """
     import xarray
 

@@ -159,23 +159,15 @@ def compare(
     with HANDLER_LOCK:
         opened = {name: _open(pair, x, settings) for name, pair in pairs.items()}
         first = next(iter(opened.values()))
-        if hold == "model":
-            observed = {"the frozen model": _look_at(first, settings)[0]}
-            owned = {name: _look_at_guide(pair, settings) for name, pair in opened.items()}
-        else:
-            looks = {name: _look_at(pair, settings) for name, pair in opened.items()}
-            observed = {name: found for name, (found, _) in looks.items()}
-            owned = {name: trained for name, (_, trained) in looks.items()}
-        likelihood = check_comparable(observed)
+        likelihood, owned = _look_at_all(opened, settings, hold)
         if train is not None:
             check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
             check_training(list(pairs.values())[: 1 if hold else None], train, options, plate)
-        with (
-            _hold(first, pairs, options, trains=train is not None)
-            if hold
-            else nullcontext() as frozen
-        ):
+        shared: AbstractContextManager[Any] = nullcontext()
+        if hold == "model":
+            shared = _hold(first, pairs, options, trains=train is not None)
+        with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
             fits = {} if train is None else train_pairs(chosen, train, options, report)
             if fits or frozen:
@@ -234,6 +226,20 @@ def _check_options(
 def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
     """Open a pair on the data; whether its model is defined for them is asked where it is used."""
     return OpenedPair(*pair, as_inputs(x, *pair), plate=settings.plate)
+
+
+def _look_at_all(
+    pairs: Mapping[str, OpenedPair], settings: _Settings, hold: str | None
+) -> tuple[str, dict[str, Trained]]:
+    """Return the likelihood's kind and what trains of each pair; refuse what can't be compared."""
+    if hold == "model":
+        observed = {"the frozen model": _look_at(next(iter(pairs.values())), settings)[0]}
+        owned = {name: _look_at_guide(pair, settings) for name, pair in pairs.items()}
+    else:
+        looks = {name: _look_at(pair, settings) for name, pair in pairs.items()}
+        observed = {name: found for name, (found, _) in looks.items()}
+        owned = {name: trained for name, (_, trained) in looks.items()}
+    return check_comparable(observed), owned
 
 
 def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed], Trained]:

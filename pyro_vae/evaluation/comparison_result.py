@@ -122,31 +122,18 @@ class Comparison:
         Raises:
             InputError: none, or comparisons of other pairs, settings or numbers of data points.
         """
-        kinds = [
-            (
-                f"pairs {', '.join(each.pairs)}",
-                f"{each.num_data} data points",
-                f"a {each.likelihood}",
-                f"num_samples {each.num_samples}",
-                f"num_importance {each.num_importance}",
-                f"hold {each.hold}",
-            )
-            for each in comparisons
-        ]
+        kinds = [each._describe() for each in comparisons]
         if not kinds:
             raise InputError("expected at least one comparison, got none")
-        for kind in kinds:
-            for wanted, got in zip(kinds[0], kind, strict=True):
-                if wanted != got:
-                    raise InputError(
-                        f"expected comparisons alike but for their seed, got {got} "
-                        f"beside {wanted}: compare the same pairs in each"
-                    )
-        runs = {
-            name: [run for each in comparisons for run in each.runs[name]]
-            for name in comparisons[0].runs
-        }
-        return replace(comparisons[0], runs=runs)
+        other = next((kind for kind in kinds if kind != kinds[0]), None)
+        if other is not None:
+            raise InputError(
+                f"expected comparisons alike but for their seed, got {kinds[0]} beside {other}: "
+                "compare the same pairs in each"
+            )
+        names = comparisons[0].runs
+        joined = {name: [run for each in comparisons for run in each.runs[name]] for name in names}
+        return replace(comparisons[0], runs=joined)
 
     @cached_property
     def pairs(self) -> dict[str, Measured]:
@@ -319,6 +306,12 @@ class Comparison:
         width = 40 + sum(max(28, len(name) + 4) for name in self.pairs)
         Console(file=file, width=width, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    def _describe(self) -> str:
+        return (
+            f"{', '.join(self.runs)} on {self.num_data} data points ({self.likelihood}, num_samples "
+            f"{self.num_samples}, num_importance {self.num_importance}, hold {self.hold})"
+        )
 
     def _pareto_k(self, name: str) -> Tensor:
         """Return the largest tail index of each datum among the runs, NaN where one is not known."""

@@ -112,18 +112,7 @@ class LogMarginal:
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
     ) -> Any:
-        """Return the estimate in the data structure of the installed ArviZ.
-
-        See :func:`pyro_vae.evaluation.to_arviz` for its groups.
-
-        Args:
-            num_draws: posterior draws per datum, resampled from the weighted draws that were kept.
-            seed: seed of the resampling.
-            labels: names of the data, N of them; by default their positions.
-
-        Raises:
-            InputError: no draws were kept (``keep_draws=0``), or labels of another length.
-        """
+        """Return the estimate in ArviZ's data structure: see :func:`pyro_vae.evaluation.to_arviz`."""
         return to_arviz(self, num_draws=num_draws, seed=seed, labels=labels)
 
 
@@ -150,12 +139,13 @@ def to_arviz(
 
     Args:
         estimate: what :func:`pyro_vae.log_marginal` returned.
-        num_draws: posterior draws per datum.
+        num_draws: posterior draws per datum, resampled from the weighted draws that were kept.
         seed: seed of the resampling.
         labels: names of the data points, N of them; by default their positions.
 
     Raises:
-        InputError: no draws were kept, labels of another length, or a number of draws below 1.
+        InputError: no draws were kept (``keep_draws=0``), labels of another length, or a number of
+            draws below 1.
     """
     if estimate.draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")

@@ -125,9 +125,9 @@ class IWAE(Bound):
         refuse_handler(guide)
         with pair.put_back(), poutine.block(), torch.no_grad():
             pair.knowledge.structure = pair.inspect()
+            particles = Particles(pair)
             _refuse_score_function(pair.knowledge.structure)
             if self.num_particles > 1:
-                particles = Particles(pair)
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)
         self._known.append(([_reference(part) for part in parts], pair.knowledge))

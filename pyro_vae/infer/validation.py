@@ -48,7 +48,7 @@ def bound_terms(
     """
     pair = open_pair(model, guide, x, plate=plate)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), pair.put_back():
-        pair.few(_FEW).inspect(weighable=False)
+        pair.few(_FEW).inspect()
     return evaluate_bound(pair, processes)
 
 

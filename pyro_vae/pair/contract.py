@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError
+from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
     Site,
     data_dim,
@@ -70,18 +71,42 @@ def check_pair(
             check_guide_support(site, model_trace.nodes[site["name"]])
 
 
-def check_weighable(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
-    """Refuse what can be trained but has no weight per data point that could be told.
+def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
+    """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
-    Raises:
-        InputError: an enumerated site, a subsampling plate inside the data's, a scale of the user's
-            own, or auxiliary sites that do not become latents one to one.
+    That is an enumerated site, a subsampling plate inside the data's, a scale of the user's own, or
+    auxiliary sites of the guide that do not become latents one to one.
     """
-    _check_auxiliary(model_trace, guide_trace)
-    for function, trace in (("guide", guide_trace), ("model", model_trace)):
-        for site in sample_sites(trace):
-            _refuse_summed_out(site, plate)
-            _check_scale(function, site)
+    try:
+        _check_auxiliary(model_trace, guide_trace)
+        for function, trace in (("guide", guide_trace), ("model", model_trace)):
+            for site in sample_sites(trace):
+                _refuse_summed_out(site, plate)
+                _check_scale(function, site)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
+    """Refuse values beyond those that were looked at that an observed site can't take.
+
+    Args:
+        trace: of the model on ``looked_at``, the first rows of ``inputs``.
+        looked_at: the inputs that the model was run on.
+        inputs: all of them.
+    """
+    for site in sample_sites(trace):
+        for seen, whole in zip(looked_at, inputs, strict=True):
+            if site["is_observed"] and site["value"] is seen and _is_checked(site["fn"]):
+                rest = whole[len(seen) :]
+                for block in rest.split(len(seen)):
+                    try:
+                        inside = site["fn"].support.check(block.to(seen.device))
+                    except (NotImplementedError, AttributeError, RuntimeError):
+                        break  # nothing is known of its support, or it differs from row to row
+                    if not inside.all():
+                        raise _outside("model", {**site, "value": whole})
 
 
 def check_guide_rows(guide_trace: Trace, plate: str, num_data: int) -> None:
@@ -150,13 +175,20 @@ def _values_are_inside(site: Site) -> bool:
 
     Pyro's validation may be off for speed; what it would refuse is refused all the same.
     """
-    distribution = site["fn"]
-    if innermost(distribution).__dict__.get("_validate_args") is False:
+    if not _is_checked(site["fn"]):
         return True
     try:
-        return bool(distribution.support.check(site["value"]).all())
+        return bool(site["fn"].support.check(site["value"]).all())
     except (NotImplementedError, AttributeError):  # nothing is known of its support
         return True
+
+
+def _is_checked(distribution: Any) -> bool:
+    """Tell whether a distribution's maker has left the check of its values on.
+
+    The pair is looked at with validation on, so that what is off was switched off for this very one.
+    """
+    return innermost(distribution)._validate_args is not False
 
 
 def _outside(function: str, site: Site) -> InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import validation_enabled
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import check_guide_rows, check_pair, check_weighable
+from pyro_vae.pair.contract import check_guide_rows, check_pair, check_rest, why_unweighable
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -81,6 +83,7 @@ class Structure(NamedTuple):
         guide_bytes_per_datum: likewise under the guide.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
+        why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
     """
 
     latents: dict[str, Latent]
@@ -88,6 +91,7 @@ class Structure(NamedTuple):
     bytes_per_datum: int
     guide_bytes_per_datum: int
     reads_values: frozenset[str]
+    why_unweighable: str | None
 
 
 @dataclass
@@ -181,7 +185,7 @@ class OpenedPair:
             others: further functions whose modules are put in eval mode.
 
         Raises:
-            InputError: a pair that breaks the contract or can't be weighed.
+            InputError: a pair that breaks the contract.
         """
         modes = evaluation_mode(self.model, self.guide, *others)
         with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
@@ -279,26 +283,25 @@ class OpenedPair:
         """What one look at the pair shows; found at the first use.
 
         Raises:
-            InputError: a pair that breaks the contract or can't be weighed.
+            InputError: a pair that breaks the contract.
         """
         if self.knowledge.structure is None:
             with self._aside():
                 looked_at = self.few(BLOCK)
-                self.knowledge.structure = looked_at.inspect(looked_at.num_data)
+                self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
-    def inspect(self, num_data: int | None = None, *, weighable: bool = True) -> Structure:
+    def inspect(self, num_data: int | None = None, *, rest: Inputs = ()) -> Structure:
         """Run the pair once, plainly; refuse what breaks the contract.
 
         Args:
             num_data: how many data points the data plate must hold; None: as many as it says.
-            weighable: refuse also what can be trained but has no weight per data point.
+            rest: all the data, if these are their first rows only.
 
         Raises:
             InputError: the name of the site, and the cure.
         """
-        with RunObserver() as in_guide:
-            guide_trace = poutine.trace(self.guide).get_trace(*self.arguments, **self.keywords)
+        guide_trace, in_guide = self._look_at(self.guide)
         if num_data is not None:
             check_guide_rows(guide_trace, self.plate, num_data)
         drawn = {
@@ -306,14 +309,14 @@ class OpenedPair:
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        with Given(drawn), RunObserver() as in_model:
-            model_trace = poutine.trace(self.model).get_trace(*self.arguments, **self.keywords)
+        with Given(drawn):
+            model_trace, in_model = self._look_at(self.model)
         check_pair(model_trace, guide_trace, self.plate, num_data)
-        if weighable:
-            check_weighable(model_trace, guide_trace, self.plate)
+        check_rest(model_trace, self.arguments, rest or self.arguments)
         sites = sample_sites(guide_trace) + sample_sites(model_trace)
         latents = latent_sites(guide_trace)
-        rows = max(1, math.prod(frame.size for frame in vectorized_frames(latents[0])[:1]))
+        frames = vectorized_frames(latents[0])
+        rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
         return Structure(
             {
                 site["name"]: Latent(
@@ -333,7 +336,23 @@ class OpenedPair:
                 for kind, observer in (("guide", in_guide), ("model", in_model))
                 if observer.reads_values
             ),
+            why_unweighable(model_trace, guide_trace, self.plate),
         )
+
+    def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
+        """Trace a function with the validation of distributions on, whatever Pyro's setting is.
+
+        Where it is off, and the function does not survive it, it is traced without.
+        """
+        try:
+            with validation_enabled(True), RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        except CALLING_ERRORS:
+            if Distribution._validate_args:
+                raise
+            with RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        return trace, observer
 
     def modules(self) -> list[nn.Module]:
         """Return every module that the functions can reach, submodules too."""

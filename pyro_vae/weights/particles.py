@@ -154,6 +154,8 @@ class Particles:
     """
 
     def __init__(self, pair: OpenedPair) -> None:
+        if pair.structure.why_unweighable is not None:
+            raise InputError(pair.structure.why_unweighable)
         self.pair = pair
         self.axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
 

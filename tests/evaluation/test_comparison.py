@@ -6,6 +6,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from compared_pairs import (
     QUICK,
@@ -203,6 +204,33 @@ def test_several_inputs(exact):
     estimate = comparison.per_datum("a")
     expected = dist.Normal(y, math.sqrt(2)).log_prob(x)[:, 0]
     assert ((estimate.value - expected).abs() < 5 * estimate.standard_error + 1e-6).all()
+
+
+def test_each_pair_runs_twice_before_it_is_measured(monkeypatch):
+    calls = []
+
+    def count(vae):
+        def model(x):
+            calls.append("model")
+            return vae.model(x)
+
+        def guide(x):
+            calls.append("guide")
+            return vae.guide(x)
+
+        return model, guide
+
+    class ReachedError(Exception):
+        pass
+
+    def measure_bounds(*_, **__):
+        raise ReachedError
+
+    monkeypatch.setattr("pyro_vae.evaluation.comparison.measure_bounds", measure_bounds)
+    with pytest.raises(ReachedError):
+        pv.compare({"one": count(small_vae()), "two": count(small_vae())}, bits(), **QUICK)
+    # Once to see what it is, once for what it observes and what trains of it.
+    assert calls == ["guide", "model"] * 4
 
 
 def test_seed_and_state_are_kept():

@@ -140,8 +140,14 @@ def test_runs_of_something_else_are_not_joined(two_runs):
     other = comparison_of(one=[measured([0.0])], two=[measured([0.0])])
     for comparisons, message in (
         ([], "expected at least one comparison, got none"),
-        ([runs[0], other], "alike but for their seed, got 1 data points beside 24 data points"),
-        ([joined, comparison_of(one=[measured([0.0])])], "got pairs one beside pairs one, two"),
+        (
+            [runs[0], other],
+            r"alike but for their seed, got .* on 24 data points .* beside one, two on 1",
+        ),
+        (
+            [joined, comparison_of(one=[measured([0.0])])],
+            "got one, two on 24 .* beside one on 1 data",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             pv.Comparison.of_runs(comparisons)
