@@ -115,7 +115,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         check_counts(epochs=self.epochs, least=0)
         check_counts(batch_size=self.batch_size)
         check_counts(num_samples=self.num_samples)  # of the scores, which come after training
-        x = torch.from_numpy(self._checked(X, reset=True))
+        x = self._validate(X, reset=True)
         own = self.get_params(deep=False)
         own["hidden"] = ",".join(map(str, np.atleast_1d(self.hidden).tolist()))
         own["sigma"] = str(self.sigma)
@@ -134,7 +134,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def transform(self, X: Any) -> np.ndarray:
         """Return posterior means ``(N, latent_dim)``; for flows, which have none, means of draws."""
-        vae, x = self._ready(X)
+        vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the mean of latent 'z' has no closed form")
             z = tasks.encode(vae.guide, x, seed=self.seed)
@@ -145,13 +145,12 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
         On a sphere, where a posterior mean lies inside, its direction is decoded.
         """
-        check_is_fitted(self)
+        vae = self._place()
         z = torch.from_numpy(check_array(X, dtype=np.float32))
         if z.shape[1] != self._n_features_out:
             raise InputError(
                 f"expected latents of {self._n_features_out} coordinates, got {z.shape[1]}"
             )
-        vae = self._placed()
         assert isinstance(self.n_features_in_, int)
         if getattr(vae.prior, "latent_support", None) == "unit sphere":
             z = torch.nn.functional.normalize(z, dim=-1)
@@ -165,7 +164,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Warns:
             UserWarning: data whose importance weights can't be trusted.
         """
-        vae, x = self._ready(X)
+        vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
             estimate = log_marginal(
                 vae.model,
@@ -192,16 +191,13 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         state: dict[str, Any] = super().__getstate__()
         return state
 
-    def _checked(self, X: Any, *, reset: bool) -> np.ndarray:
-        return np.array(validate_data(self, X, dtype=np.float32, reset=reset), order="C")
+    def _validate(self, X: Any, *, reset: bool) -> Tensor:
+        values = validate_data(self, X, dtype=np.float32, reset=reset)
+        return torch.from_numpy(np.array(values, order="C"))
 
-    def _ready(self, X: Any) -> tuple[VAE, Tensor]:
+    def _place(self) -> VAE:
+        """Return the trained VAE where it is to compute."""
         check_is_fitted(self)
-        x = torch.from_numpy(self._checked(X, reset=False))
-        vae = self._placed()
-        return vae, x
-
-    def _placed(self) -> VAE:
         vae: VAE = self.vae_
         return vae.to(resolve_device(self.device))
 

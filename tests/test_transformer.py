@@ -142,7 +142,7 @@ def test_a_pipeline_encodes_decodes_and_scores(x):
 
 def test_a_grid_search_finds_the_better_number_of_latents(x):
     search = GridSearchCV(
-        small(epochs=40, batch_size=16, learning_rate=1e-2, num_samples=100),
+        small(epochs=20, batch_size=16, learning_rate=2e-2, num_samples=50),
         {"latent_dim": [1, 2]},
         cv=KFold(2),
         error_score="raise",
@@ -202,9 +202,7 @@ def test_the_same_names_give_the_same_run_everywhere(tmp_path):
     trained = pv.load(tmp_path / "run").state_dict()
 
     x = pv.datasets.load(tmp_path / "x.npy", binarize="none", validation_size=0).train
-    transformer = pv.VAETransformer(2, hidden=16, epochs=5, batch_size=20, device="cpu").fit(
-        x.numpy()
-    )
+    transformer = small(hidden=16, epochs=5, batch_size=20).fit(x.numpy())
 
     torch.manual_seed(0)
     encoder, decoder = pv.networks.MLPEncoder((4,), (16,)), pv.networks.MLPDecoder(2, (16,))

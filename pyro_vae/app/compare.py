@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from pyro_vae import plots
 from pyro_vae.app.comparison_page import write_comparison_page
@@ -18,9 +17,15 @@ from pyro_vae.app.measured import MEASURED, load_measured, save_measured
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name
 from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.report import plus_minus
+from pyro_vae.app.report import plus_minus, print_line, print_table
 from pyro_vae.app.run import RUNS, describe_origin, load_data
-from pyro_vae.app.settings import check_counts, check_evaluation, check_settings
+from pyro_vae.app.settings import (
+    as_record,
+    check_counts,
+    check_evaluation,
+    check_settings,
+    tell_defaults,
+)
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
@@ -69,8 +74,7 @@ def compare_families(
     resolve_device(settings.device)
     first = next(iter(members.values()))
     measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
-    asked = {
-        **asdict(first[0]),
+    axes = {
         "guide": _split(guides),
         "prior": _split(priors),
         "likelihood": _split(likelihoods),
@@ -79,7 +83,7 @@ def compare_families(
         **{name: getattr(how, name) for name in measuring},
     }
     dataset = load_data(first[0])
-    with open_study(output, asked, dataset) as study:
+    with open_study(output, asdict(first[0]) | axes, dataset) as study:
         runs: dict[str, list[Measured]] = {name: [] for name in members}
         seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
@@ -90,8 +94,12 @@ def compare_families(
                 runs[name].append(found)
                 seconds[name].append(training_seconds)
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
-        _write(study, comparison, seconds, asked)
-        _print(study, comparison)
+        told = [tell_defaults(own[0], len(dataset.train)) for own in members.values()]
+        used = _merge([as_record(each) for each in told])
+        used["device"] = str(resolve_device(settings.device))
+        used |= {name: value for name, value in axes.items() if value is not None}
+        _write(study, comparison, seconds, used)
+        _print(study.folder, comparison)
     return comparison
 
 
@@ -132,20 +140,29 @@ def _train_held(study: Study, settings: TrainSettings) -> VAE:
     return study.run(f"model-{_folder_name(settings)}", settings)[0]
 
 
+def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return settings of several runs as one record; what differs, such as components, as a list."""
+    found: dict[str, list[Any]] = {}
+    for name, value in (item for record in records for item in record.items()):
+        if value not in found.setdefault(name, []):
+            found[name].append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
 def _write(
     study: Study,
     comparison: Comparison,
     seconds: Mapping[str, Sequence[float]],
-    asked: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     folder, rows = study.folder, comparison.to_dict()["pairs"]
-    singles = _single_runs(comparison, seconds, asked["seed"])
-    figures = _figures(comparison, Path(asked["dataset"]).name)
+    singles = _single_runs(comparison, seconds, settings["seed"])
+    figures = _figures(comparison, Path(settings["dataset"]).name)
     for name, figure in figures.items():
         save_picture(figure, folder / f"{name}.png")
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
     write_rows(singles, folder / "runs.csv")
-    made = {"settings": asked, "checksums": study.dataset.checksums, **describe_origin()}
+    made = {"settings": settings, "checksums": study.dataset.checksums, **describe_origin()}
     write_comparison_page(folder, comparison, rows, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
@@ -191,24 +208,25 @@ def _single_runs(
     ]
 
 
-def _print(study: Study, comparison: Comparison) -> None:
+def _print(folder: Path, comparison: Comparison) -> None:
     quantity = comparison.ranked_by
-    table = Table(title="Test part, nats per datum", title_justify="left")
     label = log_prob_name(comparison.likelihood == "pseudo-likelihood")
-    for column in ("", label, "between runs", "to the best (95%)", "ELBO", "verdict"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for name, pair in comparison.pairs.items():
         difference = comparison.difference(name, quantity)
-        table.add_row(
-            name,
-            f"{comparison.per_datum(name, quantity).mean:.3f}",
-            plus_minus(comparison.run_deviation(name, quantity), None, 3),
-            plus_minus(difference.mean, difference.half_width, 3),
-            f"{pair.elbo.mean:.3f}",
-            comparison.verdict(name),
+        rows.append(
+            [
+                name,
+                f"{comparison.per_datum(name, quantity).mean:.3f}",
+                plus_minus(comparison.run_deviation(name, quantity), None, 3),
+                plus_minus(difference.mean, difference.half_width, 3),
+                f"{pair.elbo.mean:.3f}",
+                comparison.verdict(name),
+            ]
         )
-    study.console.print(table)
-    study.console.print(f"comparison: {study.folder}", soft_wrap=True, highlight=False)
+    header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
+    print_table("Test part, nats per datum", header, rows)
+    print_line(f"comparison: {folder}")
 
 
 def _combine(

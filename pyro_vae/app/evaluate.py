@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
+from pyro_vae.app.report import print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
 from pyro_vae.datasets import Dataset
@@ -55,19 +55,10 @@ def evaluate(
     device: str,
     picture: Path | None = None,
 ) -> dict[str, Any]:
-    """Estimate log p(x) of a run's test part.
+    """Return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 
-    Args:
-        run: the run folder.
-        how: method, samples, chains and seed.
-        data_root: where the data are now; by default where they were.
-        device: where to compute.
-        picture: file for a picture of the importance weights' diagnostics.
-
-    Returns:
-        means per datum in nats: ``log_marginal`` with ``standard_error`` (Monte Carlo) and
-        ``data_standard_error``, ``elbo``, ``rate``, ``distortion``, ``num_samples``, ``num_data``;
-        with both methods, annealing's under ``annealed``.
+    With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
+    importance weights.
 
     Raises:
         InputError: no run there, data that changed since, or options out of range.
@@ -88,20 +79,15 @@ def evaluate(
             stacklevel=2,
         )
     test = dataset.test[: how.num_data].to(place)
-    if how.method == "both":
-        ways = [
-            replace(how, method="importance"),
-            # The target is importance sampling's; annealing has its chains and steps.
-            replace(how, method="annealed", target_standard_error=None),
-        ]
-    else:
-        ways = [how]
-    estimates = [estimate_log_marginal(vae, test, way) for way in ways]
+    first = replace(how, method="importance") if how.method == "both" else how
+    estimate = estimate_log_marginal(vae, test, first)
     if picture is not None:
-        save_picture(draw_diagnostics(estimates[0]), picture)
-    values = as_dict(estimates[0])
+        save_picture(draw_diagnostics(estimate), picture)
+    values = as_dict(estimate)
     if how.method == "both":
-        values["annealed"] = as_dict(estimates[1])
+        # The target is importance sampling's; annealing has its chains and steps.
+        second = replace(how, method="annealed", target_standard_error=None)
+        values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
     return values
 
 
@@ -111,13 +97,9 @@ def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(finite_or_none(values)) + "\n")
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
-    table = Table(title="Test part, nats per datum", title_justify="left", min_width=52)
-    table.add_column("quantity")
-    for column in columns:
-        table.add_column(column["method"], justify="right")
-    for name, label in _LABELS.items():
-        table.add_row(label, *(_cell(column[name]) for column in columns))
-    Console().print(table)
+    header = ["quantity", *(column["method"] for column in columns)]
+    rows = [[label, *(_cell(column[name]) for column in columns)] for name, label in _LABELS.items()]
+    print_table("Test part, nats per datum", header, rows, min_width=52)
 
 
 def _cell(value: float | int | None) -> str:
@@ -180,7 +162,11 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
 
 
 def as_dict(estimate: LogMarginal) -> dict[str, Any]:
-    """Return the estimate's means per datum, in nats, as ``evaluate`` reports them."""
+    """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
+
+    ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
+    are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    """
     return {
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
@@ -200,15 +186,10 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
 
 def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
     """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    count = len(estimate.log_prob)
-    return {
-        name: values.std().item() / math.sqrt(count) if count > 1 else math.nan
-        for name, values in (
-            ("elbo", estimate.elbo),
-            ("rate", estimate.rate),
-            ("distortion", estimate.distortion),
-        )
-    }
+    count, names = len(estimate.log_prob), ("elbo", "rate", "distortion")
+    if count < 2:
+        return dict.fromkeys(names, math.nan)
+    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in names}
 
 
 def active_units(vae: VAE, x: Tensor) -> int:

@@ -31,7 +31,13 @@ FAMILIES = {
     "beta": "Beta",
 }
 METHODS = ("importance", "annealed", "both")
-OBJECTIVES = ("elbo", "analytic-kl", "sticking-the-landing", "free-bits", "iwae")
+OBJECTIVES = {
+    "elbo": "TraceBound",
+    "analytic-kl": "AnalyticKL",
+    "sticking-the-landing": "StickingTheLanding",
+    "free-bits": "FreeBits",
+    "iwae": "IWAE",
+}
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 COMPLETIONS = ("metropolis", "importance", "pseudo-gibbs")
 VIEWS = ("scatter", "manifold")

@@ -60,28 +60,30 @@ def write_run_page(
     page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
     _add_result(page, metrics)
     page.section("Training")
+    for text in metrics["warnings"]:
+        page.warning(f"{text}.")
     page.text(_training_text(settings, metrics))
     if "training" in pictures:
-        add_figure(page, pictures, "training")
+        page.figure(pictures["training"], caption=_CAPTIONS["training"])
     page.section("Can log p(x) be trusted?")
     add_reliability(page, metrics["test_log_marginal"])
-    add_figure(page, pictures, "diagnostics")
+    page.figure(pictures["diagnostics"], caption=_CAPTIONS["diagnostics"])
     page.section("Pictures")
     for name in ("samples", "reconstructions"):
-        add_figure(page, pictures, name)
-    shown = {**settings, "device": metrics["device"], "start": run["start"], "data": run["num_data"]}
-    add_origin(page, {**run, "settings": shown})
+        page.figure(pictures[name], caption=_CAPTIONS[name])
+    resolved = {
+        "compile": metrics["compile_choice"],
+        "device": metrics["device"],
+        "start": run["start"],
+        "data points": run["num_data"],
+    }
+    add_origin(page, {**run, "settings": settings | resolved})
     write_page(page, folder)
 
 
 def log_prob_name(pseudo: bool) -> str:
     """Return the name of log p(x) in a table: what is no density is called so."""
     return "log p(x)" + (" (pseudo-likelihood)" if pseudo else "")
-
-
-def add_figure(page: Page, pictures: Mapping[str, Figure], name: str) -> None:
-    """Add a picture with the caption of its name."""
-    page.figure(pictures[name], caption=_CAPTIONS[name])
 
 
 def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:

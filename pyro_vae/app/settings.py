@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from pyro_vae.infer.defaults import default_warmup_epochs
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
-
-_IWAE_PARTICLES = 5  # the smaller number of Burda et al. 2016
 
 # What `fit` is told under the names of the command line.
 _OF_FIT = (
@@ -175,7 +173,7 @@ def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
         steps = -(-num_data // settings.batch_size)
         told["warmup_epochs"] = default_warmup_epochs(settings.epochs, steps)
     if settings.num_particles is None:
-        told["num_particles"] = _IWAE_PARTICLES if settings.objective == "iwae" else 1
+        told["num_particles"] = _default_particles(settings.objective)
     return replace(settings, **told)
 
 
@@ -222,15 +220,15 @@ def objective_of(settings: TrainSettings) -> Bound | None:
         raise InputError(
             f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
         )
-    if name == "iwae":
-        return infer.IWAE(particles or _IWAE_PARTICLES)
-    if floor is not None:
-        return infer.FreeBits(floor, num_particles=particles or 1)
-    if name == "analytic-kl":
-        return infer.AnalyticKL(num_particles=particles or 1)
-    if name == "sticking-the-landing":
-        return infer.StickingTheLanding(num_particles=particles or 1)
-    return None if particles in (None, 1) else infer.TraceBound(num_particles=particles)
+    particles = particles or _default_particles(name)
+    if name == "elbo" and particles == 1:
+        return None
+    kind: Callable[..., Bound] = getattr(infer, OBJECTIVES[name])
+    return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
+
+
+def _default_particles(objective: str) -> int:
+    return 5 if objective == "iwae" else 1  # the smaller number of Burda et al. 2016
 
 
 # --- how it is evaluated ---------------------------------------------------------------------

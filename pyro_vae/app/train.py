@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from pyro_vae import plots
@@ -33,6 +31,7 @@ from pyro_vae.app.pictures import (
     limits_of,
     save_picture,
 )
+from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
     FREE,
     METRICS,
@@ -77,18 +76,9 @@ def train(
     checkpointing: Checkpointing | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Train a VAE as told, evaluate it, and write a run folder.
+    """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
-
-    Args:
-        settings: what to train on what, and how.
-        output: the run folder; by default a new one below ``runs``.
-        checkpointing: when the run writes its state; by default every minute.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the run folder.
 
     Raises:
         InputError: settings or data out of range, or a folder that is in use.
@@ -110,13 +100,7 @@ def train(
 def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = None) -> Path:
     """Go on with a run that was interrupted or killed, to the end that it would have had.
 
-    Args:
-        folder: the run folder.
-        given: settings that are told once more; they must be the run's own.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the run folder.
+    Settings that are given once more must be the run's own.
 
     Raises:
         InputError: no run there, other settings, data or processes than it was begun with, or a
@@ -136,7 +120,7 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
     if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        Console().print(f"finished before: {folder}", soft_wrap=True, highlight=False)
+        print_line(f"finished before: {folder}")
         return folder
     begun = run.get("processes", 1)
     if begun != processes.size:
@@ -168,7 +152,7 @@ def train_run(
     """Train into a new run folder; nothing is left of a run that fails before its first checkpoint.
 
     Args:
-        settings: checked settings.
+        settings: those that :func:`check_settings` returned.
         dataset: the data they name.
         folder: the run folder to create.
         start: a VAE of the same shape whose weights are the starting point.
@@ -340,24 +324,23 @@ def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path)
 
 def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     bound, estimate = metrics["test"], metrics["test_log_marginal"]
-    table = Table(title="Test part, nats per datum", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("mean", justify="right")
-    table.add_column("data x samples", justify="right")
-    name = log_prob_name(metrics["pseudo_likelihood"])
-    used = f"{estimate['num_data']:,} x {estimate['num_samples']}"
-    table.add_row(name, f"{estimate['log_marginal']:.2f}", used)
+    rows = [
+        [
+            log_prob_name(metrics["pseudo_likelihood"]),
+            f"{estimate['log_marginal']:.2f}",
+            f"{estimate['num_data']:,} x {estimate['num_samples']}",
+        ]
+    ]
     for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        table.add_row(label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
-        f"{estimate['standard_error']:.3f} Monte Carlo"
-    )
+        rows.append([label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1"])
+    print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
-    console.print(f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}")
-    console.print(f"training step: {metrics['compile_choice']}", soft_wrap=True, highlight=False)
-    for text in metrics["warnings"]:
-        console.print(f"warning: {text}", soft_wrap=True, highlight=False)
-    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
+    for line in (
+        f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
+        f"{estimate['standard_error']:.3f} Monte Carlo",
+        f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",
+        f"training step: {metrics['compile_choice']}",
+        *(f"warning: {text}" for text in metrics["warnings"]),
+        f"run folder: {folder}",
+    ):
+        print_line(line)

@@ -348,7 +348,7 @@ class Trainer:
         # Every device is named, for torch warns of several that are not.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), poutine.trace(param_only=True) as seen:
-            pair.inspect()
+            pair.inspect(pair.num_data, may_subsample=True)
         self._learn(_parameters_of(seen.trace))
 
     def _learn(self, found: dict[str, Tensor]) -> None:

@@ -48,7 +48,8 @@ def bound_terms(
     """
     pair = open_pair(model, guide, x, plate=plate)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), pair.put_back():
-        pair.few(_FEW).inspect()
+        few = pair.few(_FEW)
+        few.inspect(few.num_data, may_subsample=True)
     return evaluate_bound(pair, processes)
 
 

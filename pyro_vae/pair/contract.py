@@ -75,7 +75,7 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str |
     """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
     That is an enumerated site, a subsampling plate inside the data's, a scale of the user's own, or
-    auxiliary sites of the guide that do not become latents one to one.
+    auxiliary sites that do not become latents one to one.
     """
     try:
         _check_auxiliary(model_trace, guide_trace)

@@ -37,6 +37,7 @@ from pyro_vae.pair.sites import (
     is_delta,
     latent_sites,
     sample_sites,
+    subsamples,
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
@@ -291,17 +292,22 @@ class OpenedPair:
                 self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
-    def inspect(self, num_data: int | None = None, *, rest: Inputs = ()) -> Structure:
+    def inspect(
+        self, num_data: int | None = None, *, may_subsample: bool = False, rest: Inputs = ()
+    ) -> Structure:
         """Run the pair once, plainly; refuse what breaks the contract.
 
         Args:
             num_data: how many data points the data plate must hold; None: as many as it says.
+            may_subsample: whether the data plate may draw some of its data points by itself.
             rest: all the data, if these are their first rows only.
 
         Raises:
             InputError: the name of the site, and the cure.
         """
         guide_trace, in_guide = self._look_at(self.guide)
+        if may_subsample and subsamples(guide_trace, self.plate):
+            num_data = None
         if num_data is not None:
             check_guide_rows(guide_trace, self.plate, num_data)
         drawn = {

@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f"expected at most {_MOST_CONFIG_BYTES:,} bytes of settings in {path}, got {size:,}"
             )
-        config = _parsed(path.read_text(encoding="utf-8"))
+        config = _parse(path.read_text(encoding="utf-8"))
     # A RecursionError: lists in lists without end.
     except (
         json.JSONDecodeError,
@@ -83,7 +83,7 @@ class _NotJSONError(ValueError):
     """What Python's reader accepts although it isn't JSON, or says the same thing twice."""
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) < len(pairs):
