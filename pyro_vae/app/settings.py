@@ -151,10 +151,8 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     check_seed(settings.seed)
     check_seed(settings.split_seed)
     options = fit_options(settings)
-    check_options(
-        **{name: options[name] for name in _OF_FIT if name != "warmup_epochs"},
-        warmup_epochs=settings.warmup_epochs or 0,
-    )
+    options["warmup_epochs"] = settings.warmup_epochs or 0  # a default needs the number of data
+    check_options(**{name: options[name] for name in _OF_FIT})
     with seeded(settings.seed):
         assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
     if settings.binarize is None:
