@@ -49,7 +49,7 @@ from pyro_vae.pair.functions import (
 )
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.weights.particles import PairScorer, Particles
 
 Data = Tensor | Sequence[Tensor]
 
@@ -246,6 +246,7 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     """Return what a pair observes and what trains of it; refuse what can't be measured as asked."""
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
+        Particles(pair)  # refuses a pair that has no weights
         observed, (model_trace, guide_trace) = observed_sites(pair)
         _check_grid(guide_trace, min(pair.num_data, pair.split()[0].stop), settings)
     in_guide = parameters_in(guide_trace)
