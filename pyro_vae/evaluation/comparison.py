@@ -44,6 +44,7 @@ from pyro_vae.pair.functions import (
     seeded,
 )
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.weights.particles import PairScorer
 
 Data = Tensor | Sequence[Tensor]
@@ -222,15 +223,14 @@ def _measure(
     def share(what: str) -> Callable[[int, int], None]:
         return lambda done, total: report(name, what, done / total)
 
-    with torch.no_grad(), evaluation_mode(model, guide), seeded(settings.seed):
+    opened = OpenedPair(model, guide, inputs, plate=settings.plate)
+    with opened.evaluating(settings.seed):
         bounds = measure_bounds(
-            model,
-            guide,
-            inputs,
+            opened,
             num_samples=settings.num_elbo_samples,
             num_importance=settings.num_importance,
+            max_memory=settings.max_memory,
             progress=share("bounds"),
-            **common,
         )
     start = time.perf_counter()
     estimate = _log_marginal(

@@ -23,7 +23,7 @@ from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.sites import Latents
 from pyro_vae.pair.state import with_submodules
-from pyro_vae.weights.particles import PairScorer, Particles
+from pyro_vae.weights.particles import Particles
 
 Terms = tuple[Tensor, Tensor]
 
@@ -42,7 +42,7 @@ _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Hashable, _Program | None]] = (
 
 
 def compiled_score(
-    scorer: PairScorer, latents: Latents, work: int, wanted: bool | None
+    scorer: Particles, latents: Latents, work: int, wanted: bool | None
 ) -> tuple[Callable[[Latents], Terms], Terms] | None:
     """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
 
@@ -60,11 +60,11 @@ def compiled_score(
         the score, and what it gives at ``latents`` (checking it has paid for that); None where it
         should not or can't be compiled (a warning says why if it was asked for).
     """
-    device = scorer.inputs[0].device.type
+    device = scorer.pair.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
     if wanted is False or not (wanted or repaid):
         return None
-    programs = _PROGRAMS.setdefault(_owner(scorer.model), {})
+    programs = _PROGRAMS.setdefault(_owner(scorer.pair.model), {})
     key = _signature(scorer, latents)
     program = programs.get(key)
     if program is not None:
@@ -79,7 +79,7 @@ def compiled_score(
     return None if made is None else (made[0].bound_to(scorer), made[1])
 
 
-def _terms_if_it_holds(program: _Program, scorer: PairScorer, latents: Latents) -> Terms | None:
+def _terms_if_it_holds(program: _Program, scorer: Particles, latents: Latents) -> Terms | None:
     """Return the program's terms if plain calls give the first particles' too.
 
     What the key can't see may have changed since the program was made: a plain attribute of the
@@ -100,12 +100,12 @@ class _Program:
         self.state, self.names = state, names
         self.run = torch.compile(graph, fullgraph=True, dynamic=False)
 
-    def bound_to(self, scorer: PairScorer) -> Callable[[Latents], Terms]:
+    def bound_to(self, scorer: Particles) -> Callable[[Latents], Terms]:
         """Return the score of latents with this scorer's data."""
         tensors = self.state.current()
         assert tensors is not None
         # The parameters stand still while an estimate runs.
-        rest = [*scorer.inputs, *tensors]
+        rest = [*scorer.pair.inputs, *tensors]
 
         def score(latents: Latents) -> Terms:
             log_likelihood, log_prior = self.run(*(latents[name] for name in self.names), *rest)
@@ -114,7 +114,7 @@ class _Program:
         return score
 
 
-def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> tuple[_Program, Terms] | None:
+def _compile(scorer: Particles, latents: Latents, *, warn: bool) -> tuple[_Program, Terms] | None:
     scorer.score({name: value[:2] for name, value in latents.items()})  # chooses a strategy
     if scorer.pair.knowledge.ways.get("model") == "_score_plain":
         return None
@@ -133,18 +133,18 @@ def _compile(scorer: PairScorer, latents: Latents, *, warn: bool) -> tuple[_Prog
     return None
 
 
-def _capture(scorer: PairScorer, latents: Latents) -> _Program:
+def _capture(scorer: Particles, latents: Latents) -> _Program:
     trace, _ = scorer.traces()
     store = pyro.get_param_store()._params
     in_store = [
         name for name, site in trace.nodes.items() if site["type"] == "param" and name in store
     ]
-    state = State(with_submodules(modules_of(scorer.model)), in_store, [])
+    state = State(with_submodules(modules_of(scorer.pair.model)), in_store, [])
     # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
     names = list(latents)
     given = {name: latents[name].detach() for name in names}
-    inputs = tuple(value.detach() for value in scorer.inputs)
-    alias = Particles(scorer.pair.bind(scorer.model, scorer.pair.guide, inputs, {}))
+    inputs = tuple(value.detach() for value in scorer.pair.inputs)
+    alias = Particles(scorer.pair.bind(scorer.pair.model, scorer.pair.guide, inputs, {}))
     with poutine.block():
         graph, closed_over = trace_graph(
             lambda: alias.score(given), [*given.values(), *inputs, *state.tensors]
@@ -153,12 +153,12 @@ def _capture(scorer: PairScorer, latents: Latents) -> _Program:
     return _Program(graph, state, names)
 
 
-def _signature(scorer: PairScorer, latents: Latents) -> Hashable:
-    tensors = [*latents.values(), *scorer.inputs]
-    function = scorer.model.__func__ if inspect.ismethod(scorer.model) else None
+def _signature(scorer: Particles, latents: Latents) -> Hashable:
+    tensors = [*latents.values(), *scorer.pair.inputs]
+    function = scorer.pair.model.__func__ if inspect.ismethod(scorer.pair.model) else None
     return (
         function,
-        scorer.plate,
+        scorer.pair.plate,
         tuple(latents),
         tuple((value.shape, value.stride(), value.dtype, value.device) for value in tensors),
         torch.get_default_dtype(),

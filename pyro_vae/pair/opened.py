@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ from pyro_vae.pair.trial import gives_data_their_own_values
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
 BLOCK = 1024
+
+# Bytes of a chunk on a CPU. Larger tensors than this leads to (32 MiB) are mapped anew by the C
+# library for every operation, which costs more than their arithmetic.
+_CPU_MEMORY = 1 << 27
 
 Progress = Callable[[int, int], None]
 
@@ -167,6 +172,19 @@ class OpenedPair:
     def device(self) -> torch.device:
         """Where the pair computes."""
         return device_of(self.model, self.guide, default=self.arguments[0].device)
+
+    def memory(self, most: int | None = None) -> int:
+        """Return the bytes that a chunk of work may need: ``most``, or a share of what is free."""
+        if most is not None:
+            return most
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free // 4
+        try:
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # not every system says what is free
+            return _CPU_MEMORY
+        return max(1 << 24, min(_CPU_MEMORY, available // 4))
 
     # --- running ---
 

@@ -196,6 +196,10 @@ class Particles:
         """Score latents ``(num_samples, ...)`` under the guide: log q ``(num_samples, N)``."""
         return self.score_under("guide", latents).latent
 
+    def data_first(self, latents: Latents) -> Latents:
+        """Move the data's axis of latents to the front: each ``(num_samples, N, ...)``, as a view."""
+        return {name: latents[name].movedim(self.axes[name], 1) for name in latents}
+
     def traces(self) -> TracePair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
         return self.pair.trace()

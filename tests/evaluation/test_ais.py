@@ -175,6 +175,7 @@ def test_one_chain_one_datum(exact):
     assert estimate.pareto_k.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k")  # of so few steps some weights have heavy tails
 def test_blocks_fit_the_memory(exact):
     problem = exact["probabilistic_pca"](num_data=90, num_latents=2)
     seen = []
