@@ -18,10 +18,10 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
-    data_dim,
     latent_sites,
     sample_sites,
     site_log_prob,
+    value_axis,
 )
 
 
@@ -56,10 +56,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, dict[str,
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
-    latents = {
-        site["name"]: (site["value"], data_dim(site, plate) - site["fn"].event_dim) for site in drawn
-    }
-    return pair, latents
+    return pair, {site["name"]: (site["value"], value_axis(site, plate)) for site in drawn}
 
 
 def changed_site(first: Trace, other: Trace) -> str | None:
