@@ -43,20 +43,28 @@ def test_exact_models(exact, name, start):
 
 
 @pytest.mark.parametrize(
-    ("num_data", "options"),
+    ("num_data", "num_latents", "options"),
     [
-        (6, {"num_steps": 200, "num_leapfrog_steps": 3, "num_chains": 64}),
-        pytest.param(40, {}, marks=pytest.mark.slow, id="defaults"),
+        (6, 3, {"num_steps": 300, "num_leapfrog_steps": 3, "num_chains": 64}),
+        pytest.param(40, 6, {}, marks=pytest.mark.slow, id="defaults"),
     ],
 )
-def test_a_guide_too_narrow_does_not_matter(exact, num_data, options):
-    problem = exact["probabilistic_pca"](num_data, covariance_scale=0.05, shift=0.6)
+@pytest.mark.filterwarnings("ignore:.*Pareto k")
+def test_a_guide_too_narrow_does_not_matter(exact, num_data, num_latents, options):
+    """Weights stay skewed: the errors of single data are no multiples of their own standard errors.
+
+    All data are one problem, so that the standard errors of all say what the errors are.
+    """
+    problem = exact["probabilistic_pca"](
+        num_data, num_latents=num_latents, covariance_scale=0.05, shift=0.6
+    )
     estimate = pv.log_marginal(
         problem.model, problem.guide, problem.x, method="annealed", seed=0, **options
     )
     limit = 0.2 if not options else 0.4
     assert abs(estimate.mean - problem.log_prob.mean()) < limit
-    assert within(estimate, problem.log_prob).all()
+    error = (estimate.log_prob - problem.log_prob).square().mean().sqrt()
+    assert error < 5 * estimate.standard_error.square().mean().sqrt()
 
 
 @pytest.mark.slow
