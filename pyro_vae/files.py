@@ -1,9 +1,10 @@
-"""Files written whole or not at all, and the checksum of what a file of tensors says."""
+"""Files written whole or not at all: values as strict JSON has them, and a checksum of tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,17 @@ from pyro_vae.errors import InputError, first_line
 
 # What the reader of safetensors raises at bytes that are none.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return plain JSON values with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def folder_at(path: str | Path) -> Path:

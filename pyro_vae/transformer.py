@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae, start_at_data
-from pyro_vae.errors import InputError
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import assemble_vae, fit_options, tell_defaults
+from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.training import fit
 from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE
@@ -43,7 +44,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
         num_components: components of the prior, where it has any.
         beta: weight of the KL term.
-        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs.
+        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs, more in
+            short runs, as ``pyro-vae train`` has it.
         epochs: passes over the data.
         batch_size: data per step.
         learning_rate: Adam's step size.
@@ -110,35 +112,20 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             InputError: an option out of range, or data the likelihood is not defined for.
         """
         check_counts(epochs=self.epochs, least=0)
+        check_counts(batch_size=self.batch_size)
         check_counts(num_samples=self.num_samples)  # of the scores, which come after training
-        architecture = Architecture(
-            prior=self.prior,
-            likelihood=self.likelihood,
-            guide=self.guide,
-            latent_dim=self.latent_dim,
-            hidden=tuple(np.atleast_1d(self.hidden).tolist()),
-            activation=self.activation,
-            num_components=self.num_components,
-            sigma=self.sigma,
-        )
-        x = torch.from_numpy(self._checked(X, reset=True))
-        warmup = self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+        x = self._validate(X, reset=True)
+        own = self.get_params(deep=False)
+        own["hidden"] = ",".join(map(str, np.atleast_1d(self.hidden).tolist()))
+        own["sigma"] = str(self.sigma)
+        names = {each.name for each in fields(TrainSettings)}
+        settings = TrainSettings(**{name: own[name] for name in names & own.keys()})
+        settings = tell_defaults(settings, len(x))
         with _own_parameters(), seeded(self.seed):
-            vae = build_vae(architecture, tuple(x.shape[1:]), len(x))
-            vae.check_data(x)
-            start_at_data(vae, x)
-            result = fit(
-                vae.model,
-                vae.guide,
-                x,
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                beta=self.beta,
-                warmup_epochs=warmup,
-                device=self.device,
-                progress=False,
-            )
+            vae = assemble_vae(settings, tuple(x.shape[1:]), len(x))
+            vae.start_at_data(x)
+            options = fit_options(settings)
+            result = fit(vae.model, vae.guide, x, **options, device=self.device, progress=False)
         self.vae_ = vae.eval()
         self.history_ = result.history
         self._n_features_out = self.latent_dim
@@ -146,7 +133,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def transform(self, X: Any) -> np.ndarray:
         """Return posterior means ``(N, latent_dim)``; for flows, which have none, means of draws."""
-        vae, x = self._ready(X)
+        vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the mean of latent 'z' has no closed form")
             z = tasks.encode(vae.guide, x, seed=self.seed)
@@ -157,13 +144,12 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
         On a sphere, where a posterior mean lies inside, its direction is decoded.
         """
-        check_is_fitted(self)
+        vae = self._place()
         z = torch.from_numpy(check_array(X, dtype=np.float32))
         if z.shape[1] != self._n_features_out:
             raise InputError(
                 f"expected latents of {self._n_features_out} coordinates, got {z.shape[1]}"
             )
-        vae = self._placed()
         assert isinstance(self.n_features_in_, int)
         if getattr(vae.prior, "latent_support", None) == "unit sphere":
             z = torch.nn.functional.normalize(z, dim=-1)
@@ -177,7 +163,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Warns:
             UserWarning: data whose importance weights can't be trusted.
         """
-        vae, x = self._ready(X)
+        vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
             estimate = log_marginal(
                 vae.model,
@@ -204,16 +190,13 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         state: dict[str, Any] = super().__getstate__()
         return state
 
-    def _checked(self, X: Any, *, reset: bool) -> np.ndarray:
-        return np.array(validate_data(self, X, dtype=np.float32, reset=reset), order="C")
+    def _validate(self, X: Any, *, reset: bool) -> Tensor:
+        values = validate_data(self, X, dtype=np.float32, reset=reset)
+        return torch.from_numpy(np.array(values, order="C"))
 
-    def _ready(self, X: Any) -> tuple[VAE, Tensor]:
+    def _place(self) -> VAE:
+        """Return the trained VAE where it is to compute."""
         check_is_fitted(self)
-        x = torch.from_numpy(self._checked(X, reset=False))
-        vae = self._placed()
-        return vae, x
-
-    def _placed(self) -> VAE:
         vae: VAE = self.vae_
         return vae.to(resolve_device(self.device))
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae import guides
 from pyro_vae.errors import InputError
@@ -79,6 +81,43 @@ class VAE(nn.Module):
         if check is not None:
             check(x)
 
+    def start_at_data(self, x: Tensor) -> None:
+        """Set what training starts from to the data, before :func:`pyro_vae.fit`.
+
+        The decoder's first mean becomes the data's, so that the latents are not spent on it (see
+        :meth:`pyro_vae.likelihoods.Likelihood.start_at_mean`); the pseudo-inputs of a VampPrior are
+        drawn around the data. ``pyro-vae train`` and
+        :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
+
+        Args:
+            x: training data ``(N, *data_shape)``, a tensor or an array.
+
+        Raises:
+            InputError: data of another shape or that the likelihood is not defined for, or a
+                likelihood that has no first mean to set.
+
+        Example:
+            >>> import torch, pyro_vae as pv
+            >>> likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2), (2,))
+            >>> guide = pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((2,)), 2)
+            >>> vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
+            >>> vae.start_at_data(torch.tensor([[0.0, 1.0], [0.5, 1.0]]))
+            >>> likelihood.logits.map.bias.sigmoid()  # logits that keep away from 0 and 1
+            tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
+        """
+        x = _training_data(x)
+        self.check_data(x)
+        start_at_mean = getattr(self.likelihood, "start_at_mean", None)
+        if start_at_mean is None:
+            raise _no_first_mean(self.likelihood)
+        try:
+            start_at_mean(x.mean(0))
+        except NotImplementedError:  # a likelihood of the user's own that leaves it out
+            raise _no_first_mean(self.likelihood) from None
+        start_at_data = getattr(self.prior, "start_at_data", None)
+        if start_at_data is not None:
+            start_at_data(x)
+
     def _prior(self) -> dist.Distribution:
         prior = self.prior()
         if prior.batch_shape:
@@ -104,8 +143,36 @@ class VAE(nn.Module):
         self.name = f"vae_{next(_numbers)}"
 
 
+def _training_data(x: Any) -> Tensor:
+    """Return data as floating-point numbers, of which there is a mean."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"expected training data as a tensor or an array, got {type(x).__name__}: of a Dataset "
+            "pass data.train"
+        ) from None
+    if x.ndim == 0 or not len(x):
+        raise InputError(f"expected at least one datum to start at, got shape {tuple(x.shape)}")
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
+def _no_first_mean(likelihood: object) -> InputError:
+    return InputError(
+        f"expected a likelihood with a first mean to set, got {type(likelihood).__name__}: give it "
+        "start_at_mean (see pyro_vae.likelihoods.Likelihood), or train without start_at_data"
+    )
+
+
 def _check_components(prior: object, likelihood: object, guide: object) -> None:
-    """Refuse latents that differ between the components, as far as the components say."""
+    """Refuse what is no component, and latents that differ as far as the components say."""
+    for part, given in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
+        if isinstance(given, Distribution):  # Pyro's are callable: they draw
+            arguments = {"prior": "", "likelihood": " z", "guide": " x"}[part]
+            raise InputError(
+                f"expected {part} as a function that returns a distribution, got a "
+                f"{type(given).__name__} itself: pass lambda{arguments}: distribution"
+            )
     wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
     if wanted is not None and got is not None and wanted != got:
         families = (getattr(guides, name) for name in guides.__all__)

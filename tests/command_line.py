@@ -1,12 +1,15 @@
 """What the tests of the commands share: a call in this process, a small run, what is a refusal."""
 
 import contextlib
+import functools
 import io
 import sys
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
+from matplotlib.figure import Figure
 
 from pyro_vae.app.cli import main
 
@@ -41,6 +44,30 @@ RUN_FILES = [
     "samples.png",
     "training.png",
 ]
+
+
+render = Figure.savefig
+
+
+@functools.cache
+def blank(kind):
+    """Return an empty picture of a kind, such as png, as its file's bytes."""
+    content = io.BytesIO()
+    render(Figure((1, 1)), content, format=kind)
+    return content.getvalue()
+
+
+def save_blank(figure, to, *, format=None, **options):
+    """Write an empty picture in place of a figure."""
+    if isinstance(to, io.BytesIO):
+        to.write(blank(format))
+    else:
+        Path(to).write_bytes(blank(format or Path(to).suffix[1:]))
+
+
+def sketching():
+    """Leave the pictures of the commands empty: to render them is most of a small run's time."""
+    return mock.patch.object(Figure, "savefig", save_blank)
 
 
 class Result(NamedTuple):

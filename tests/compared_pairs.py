@@ -3,6 +3,8 @@
 import torch
 
 import pyro_vae as pv
+from pyro_vae.evaluation.comparison_result import Measured
+from pyro_vae.evaluation.elbo import PerDatum
 
 QUICK = {"num_samples": 500, "num_elbo_samples": 200, "seed": 0}
 
@@ -28,3 +30,20 @@ def values_of(vae):
 
 def unchanged(vae, before):
     return all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+
+
+def measured(value, error=0.01):
+    """Make up what was measured of one run from its log p(x) per datum."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    error = torch.as_tensor(error, dtype=torch.float64).expand_as(value)
+    quantity, zero = PerDatum(value, error), torch.zeros_like(value)
+    estimate = pv.LogMarginal(value, error, zero + 5, zero, zero, -value, zero + 10, zero)
+    return Measured(
+        quantity, quantity, quantity, None, PerDatum(zero, zero), quantity, True, None, estimate,
+        10, 5, 0.1, None,
+    )  # fmt: skip
+
+
+def comparison_of(**runs):
+    """Put made-up runs together."""
+    return pv.Comparison(runs, "probability", 50, 10, None, 0)

@@ -1,5 +1,7 @@
 """Shared set-up: one thread per process, a fixed seed and an empty parameter store for each test."""
 
+import gc
+
 import pyro
 import pytest
 import torch
@@ -16,6 +18,12 @@ def pytest_addoption(parser):
         help="how many random cases each fuzz and property test tries (default: 200 mutated files, "
         "some ten drawn models; try 2000 before a release)",
     )
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of every later collection, and collect all the rest seldom."""
+    gc.freeze()
+    gc.set_threshold(700, 10, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,12 @@
 """The import direction of the package, and what importing it must not do."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import pyro_vae
 
@@ -11,7 +14,7 @@ PACKAGE = Path(pyro_vae.__file__).parent
 
 # A module imports from the groups above its own, or from its own group without a circle.
 GROUPS = [
-    {"errors", "files", "distributed", "networks", "datasets", "plots", "distributions"},
+    {"version", "errors", "files", "distributed", "networks", "datasets", "plots", "distributions"},
     {"priors", "likelihoods", "guides"},
     {"vae", "beta"},
     {"pair"},
@@ -63,16 +66,59 @@ def test_imports_go_one_way():
             assert RANK[other] <= RANK[own], f"{own} imports {other} from a group below it"
 
 
-def test_no_circle_between_units():
-    edges: dict[str, set[str]] = {}
-    for path in package_files():
-        own = unit_of(path)
-        edges.setdefault(own, set()).update(imported_units(path) - {own})
+def check_no_circle(edges: dict[str, set[str]]) -> None:
     remaining = set(edges)
     while remaining:
         free = {name for name in remaining if not edges[name] & remaining}
         assert free, f"circular imports among {sorted(remaining)}"
         remaining -= free
+
+
+def test_no_circle_between_units():
+    edges: dict[str, set[str]] = {}
+    for path in package_files():
+        own = unit_of(path)
+        edges.setdefault(own, set()).update(imported_units(path) - {own})
+    check_no_circle(edges)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Return the package's modules that a file imports anywhere, in functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            folder = module_of(path.parent) if node.level else ""
+            source = ".".join(part for part in (folder, node.module) if part)
+            for alias in node.names:
+                inside = f"{source}.{alias.name}"
+                found.add(inside if inside in modules else source)
+    return found & modules - {module_of(path)}
+
+
+def test_no_circle_between_files():
+    # The package's face imports everything: a file that imports it closes a circle.
+    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    check_no_circle({name: imported_modules(path, set(paths)) for name, path in paths.items()})
+
+
+def test_a_circle_between_files_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "package")
+    folder = tmp_path / "package" / "inside"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "one.py").write_text("def f():\n    from package.inside import two\n")
+    (folder / "two.py").write_text("if TYPE_CHECKING:\n    from package.inside.one import f\n")
+    paths = {module_of(path): path for path in folder.glob("*.py")}
+    edges = {name: imported_modules(path, set(paths)) for name, path in paths.items()}
+    with pytest.raises(AssertionError, match=r"among \['package.inside.one', 'package.inside.two'\]"):
+        check_no_circle(edges)
 
 
 def test_every_file_says_in_its_first_line_what_it_is_for():
@@ -87,12 +133,30 @@ def run_python(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_importing_the_package_is_light():
+@functools.cache
+def said_on_import():
+    """Import the package in a process of its own: first the core, then every name."""
     code = (
-        "import sys, pyro_vae as pv; pv.VAE, pv.fit, pv.log_marginal, pv.priors.StandardNormal;"
-        "print([m for m in ('arviz', 'matplotlib', 'torchvision', 'sklearn') if m in sys.modules])"
+        "import torch, pyro, random, sys\n"
+        "import numpy as np\n"
+        "random.seed(1); np.random.seed(1); torch.manual_seed(1)\n"
+        "def state():\n"
+        "    return (torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum(),\n"
+        "            random.getstate(), np.random.get_state()[1].sum(),\n"
+        "            len(pyro.get_param_store()), torch.distributions.Distribution._validate_args,\n"
+        "            pyro.poutine.util.is_validation_enabled(), torch.is_grad_enabled())\n"
+        "before = state()\n"
+        "import pyro_vae as pv\n"
+        "pv.VAE, pv.fit, pv.log_marginal, pv.priors.StandardNormal\n"
+        "print([m for m in ('arviz', 'matplotlib', 'torchvision', 'sklearn') if m in sys.modules])\n"
+        "for name in pv.__all__: getattr(pv, name)\n"
+        "print(all(bool(a == b) for a, b in zip(before, state())))"
     )
-    assert run_python(code) == "[]"
+    return run_python(code).splitlines()
+
+
+def test_importing_the_package_is_light():
+    assert said_on_import()[0] == "[]"
 
 
 def test_bare_import_and_help_load_no_torch():
@@ -106,21 +170,7 @@ def test_bare_import_and_help_load_no_torch():
 
 
 def test_importing_changes_no_global_state():
-    code = (
-        "import torch, pyro, random\n"
-        "import numpy as np\n"
-        "random.seed(1); np.random.seed(1); torch.manual_seed(1)\n"
-        "def state():\n"
-        "    return (torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum(),\n"
-        "            random.getstate(), np.random.get_state()[1].sum(),\n"
-        "            len(pyro.get_param_store()), torch.distributions.Distribution._validate_args,\n"
-        "            pyro.poutine.util.is_validation_enabled(), torch.is_grad_enabled())\n"
-        "before = state()\n"
-        "import pyro_vae as pv\n"
-        "for name in pv.__all__: getattr(pv, name)\n"
-        "print(all(bool(a == b) for a, b in zip(before, state())))"
-    )
-    assert run_python(code) == "True"
+    assert said_on_import()[1] == "True"
 
 
 def test_public_names_are_reachable_and_listed():

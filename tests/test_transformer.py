@@ -6,6 +6,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from command_line import SMALL, run
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GridSearchCV, KFold
@@ -15,6 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_vae as pv
 from pyro_vae import tasks
+from pyro_vae.infer.defaults import default_warmup_epochs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* data have Pareto k"),
@@ -140,7 +142,7 @@ def test_a_pipeline_encodes_decodes_and_scores(x):
 
 def test_a_grid_search_finds_the_better_number_of_latents(x):
     search = GridSearchCV(
-        small(epochs=40, batch_size=16, learning_rate=1e-2, num_samples=100),
+        small(epochs=20, batch_size=16, learning_rate=2e-2, num_samples=50),
         {"latent_dim": [1, 2]},
         cv=KFold(2),
         error_score="raise",
@@ -189,3 +191,28 @@ def test_settings_of_the_scores_are_checked_before_training(x, options, message)
 def test_a_grid_of_numpy_numbers_is_taken(x):
     transformer = small(hidden=np.int64(8), latent_dim=np.int64(2), epochs=np.int64(1))
     np.testing.assert_array_equal(transformer.fit_transform(x), small(epochs=1).fit_transform(x))
+
+
+def test_the_same_names_give_the_same_run_everywhere(tmp_path):
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.normal(size=(150, 1)) + 0.3 * random.normal(size=(150, 4)))
+    data = ("--dataset", tmp_path / "x.npy", "--validation-size", 0, "--likelihood", "gaussian")
+    told = ("--batch-size", 20, "--output", tmp_path / "run")
+    assert run("train", *SMALL, *data, *told, "--epochs", 5).code == 0
+    trained = pv.load(tmp_path / "run").state_dict()
+
+    x = pv.datasets.load(tmp_path / "x.npy", binarize="none", validation_size=0).train
+    transformer = small(hidden=16, epochs=5, batch_size=20).fit(x.numpy())
+
+    torch.manual_seed(0)
+    encoder, decoder = pv.networks.MLPEncoder((4,), (16,)), pv.networks.MLPDecoder(2, (16,))
+    guide = pv.guides.MeanFieldNormal(encoder, 2)
+    likelihood = pv.likelihoods.Gaussian(decoder, (4,), sigma="learned")
+    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
+    vae.start_at_data(x)
+    warmup = default_warmup_epochs(5, 6)
+    pv.fit(vae.model, vae.guide, x, epochs=5, batch_size=20, warmup_epochs=warmup, device="cpu")
+
+    for other in (transformer.vae_.state_dict(), vae.state_dict()):
+        for name, value in trained.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=0)

@@ -35,16 +35,14 @@ def textbook_kl(vae, x):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 4.0])
 def test_loss_is_cross_entropy_plus_beta_times_the_closed_form_kl(beta):
     vae, x = make_vae(), torch.rand(5, *SHAPE)
-    objective = Trace_ELBO()
-    draws = 4000
+    model, guide = scale_latents(vae.model, beta), scale_latents(vae.guide, beta)
+    # The loss is a sum over data: of a hundred copies it is that of as many draws.
+    copies, calls = 100, 40
+    draws = copies * calls
     with torch.no_grad():
-        losses = torch.tensor(
-            [
-                objective.loss(scale_latents(vae.model, beta), scale_latents(vae.guide, beta), x)
-                for _ in range(draws)
-            ],
-            dtype=torch.float64,
-        )
+        repeated = x.repeat(copies, 1, 1, 1)
+        losses = [Trace_ELBO().loss(model, guide, repeated) / copies for _ in range(calls)]
+        losses = torch.tensor(losses, dtype=torch.float64)
         family = vae.variational_family(x)
         z = family.sample((draws,))
         logits = vae.likelihood.logits(vae.likelihood.decoder(z))
@@ -56,7 +54,7 @@ def test_loss_is_cross_entropy_plus_beta_times_the_closed_form_kl(beta):
         )
         exact_kl = textbook_kl(vae, x).item()
     estimate = losses.mean() - cross_entropy.mean()
-    variance = losses.var() / draws + cross_entropy.var() / draws
+    variance = losses.var() / calls + cross_entropy.var() / draws
     assert abs(estimate - beta * exact_kl) < 5 * variance.sqrt() + 1e-4
 
 
@@ -216,3 +214,51 @@ def test_a_prior_of_several_distributions_is_refused_in_one_line():
         pv.fit(vae.model, vae.guide, x, epochs=1)
     with pytest.raises(pv.InputError, match=r"add \.to_event\(1\)$"):
         pv.log_marginal(vae.model, vae.guide, x, num_samples=5)
+
+
+def test_training_starts_at_the_data():
+    x = torch.rand(50, *SHAPE)
+    vae = make_vae("Gaussian", sigma=0.1)
+    vae.start_at_data(x)
+    torch.testing.assert_close(vae.likelihood.mean.map.bias.view(SHAPE), x.mean(0))
+    guide = vae.variational_family
+    prior = pv.priors.VampPrior(guide, SHAPE, num_pseudo_inputs=400, unit_interval=False)
+    vae = pv.VAE(prior, vae.likelihood, guide)
+    vae.start_at_data(x.double().numpy() + 3)  # of another type, as an array
+    torch.testing.assert_close(vae.likelihood.mean.map.bias.view(SHAPE), x.mean(0) + 3)
+    error = x.std() / 20
+    assert (prior.pseudo_inputs.mean(0) - x.mean(0) - 3).abs().max() < 5 * error
+
+
+def test_bits_and_bytes_have_a_mean_to_start_at():
+    bits = torch.tensor([[0, 1], [1, 1]])
+    likelihood = pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (4,)), (2,))
+    guide = pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((2,), (4,)), 2)
+    pv.VAE(pv.priors.StandardNormal(2), likelihood, guide).start_at_data(bits)
+    expected = torch.tensor([0.5, 0.999])
+    torch.testing.assert_close(likelihood.logits.map.bias.sigmoid(), expected)
+
+
+class WithoutMean(pv.likelihoods.Likelihood):
+    """A likelihood of the user's own that can't start anywhere."""
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "x", "message"),
+    [
+        (lambda z: dist.Normal(z, 1).to_event(1), torch.rand(5, 3), "got function: give it start_at"),
+        (WithoutMean(torch.nn.Identity(), (3,)), torch.rand(5, 3), "got WithoutMean: give it start"),
+        (make_vae().likelihood, torch.rand(5, 3), r"expected data of shape \(N, 1, 4, 4\)"),
+        (make_vae().likelihood, torch.rand(5, *SHAPE) + 1, r"expected x in \[0, 1\]"),
+        (make_vae().likelihood, torch.rand(0, *SHAPE), "at least one datum to start at"),
+        (make_vae().likelihood, {"x": 1}, "got dict: of a Dataset pass data.train"),
+    ],
+)
+def test_what_cannot_start_at_the_data_is_refused(likelihood, x, message):
+    vae = make_vae()
+    vae = pv.VAE(vae.prior, likelihood, vae.variational_family)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with pytest.raises(pv.InputError, match=message) as caught:
+        vae.start_at_data(x)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())

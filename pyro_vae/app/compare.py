@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from pyro_vae import plots
 from pyro_vae.app.comparison_page import write_comparison_page
-from pyro_vae.app.families import Families
 from pyro_vae.app.measured import MEASURED, load_measured, save_measured
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name
 from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.report import plus_minus
-from pyro_vae.app.run import RUNS
-from pyro_vae.app.settings import check_counts, check_evaluation, checked
-from pyro_vae.app.study import Study, opened, write_rows
-from pyro_vae.app.train import data_of, origin
+from pyro_vae.app.report import plus_minus, print_line, print_table
+from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.settings import (
+    as_record,
+    check_counts,
+    check_evaluation,
+    check_settings,
+    tell_defaults,
+)
+from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
-from pyro_vae.evaluation.comparison_result import Measured
+from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
@@ -35,14 +39,6 @@ _SEED = 0  # of the draws that measure, the same for every run
 # Draws for ELBO, rate and distortion, whose error falls faster than that of log p(x).
 _ELBO_SAMPLES = 1000
 _IMPORTANCE = 50
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One thing compared: its name and the settings of its runs, one per seed."""
-
-    name: str
-    runs: tuple[TrainSettings, ...]
 
 
 def compare_families(
@@ -55,7 +51,7 @@ def compare_families(
     seeds: int,
     hold: str | None,
     output: Path,
-) -> Families:
+) -> Comparison:
     """Train every combination with every seed, measure all on the same data, write what was found.
 
     Args:
@@ -74,48 +70,47 @@ def compare_families(
     """
     check_evaluation(how)
     _check_how(how, seeds)
-    members = _members(settings, guides, priors, likelihoods, seeds, hold)
+    members = _combine(settings, guides, priors, likelihoods, seeds, hold)
     resolve_device(settings.device)
-    shared = members[0].runs[0]
+    first = next(iter(members.values()))
     measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
-    asked = {
-        **asdict(shared),
-        "guide": _names(guides),
-        "prior": _names(priors),
-        "likelihood": _names(likelihoods),
+    axes = {
+        "guide": _split(guides),
+        "prior": _split(priors),
+        "likelihood": _split(likelihoods),
         "seeds": seeds,
         "hold": hold,
         **{name: getattr(how, name) for name in measuring},
     }
-    dataset = data_of(shared)
-    with opened(output, asked, dataset) as study:
-        metrics: dict[str, list[dict[str, Any]]] = {}
-        measured: dict[str, list[Measured]] = {}
+    dataset = load_data(first[0])
+    with open_study(output, asdict(first[0]) | axes, dataset) as study:
+        runs: dict[str, list[Measured]] = {name: [] for name in members}
+        seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
         for index in range(seeds):
-            held = _reference(study, members[0], index) if hold == "model" else None
-            for member in members:
-                found, made, likelihood = _run(study, member, index, how, held)
-                measured.setdefault(member.name, []).append(found)
-                metrics.setdefault(member.name, []).append(made)
-        families = Families.of(
-            measured,
-            likelihood=likelihood,
-            num_importance=_IMPORTANCE,
-            num_samples=how.num_samples,
-            hold=hold,
-            seed=_SEED,
-        )
-        _write(study, families, metrics, asked)
-        _print(study, families)
-    return families
+            held = _train_held(study, first[index]) if hold == "model" else None
+            for name, own in members.items():
+                found, likelihood, training_seconds = _run(study, own[index], how, held)
+                runs[name].append(found)
+                seconds[name].append(training_seconds)
+        comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
+        told = [tell_defaults(own[0], len(dataset.train)) for own in members.values()]
+        used = _merge([as_record(each) for each in told])
+        used["device"] = str(resolve_device(settings.device))
+        used |= {name: value for name, value in axes.items() if value is not None}
+        _write(study, comparison, seconds, used)
+        _print(study.folder, comparison)
+    return comparison
 
 
 def _run(
-    study: Study, member: _Member, index: int, how: EvaluateSettings, held: VAE | None
-) -> tuple[Measured, dict[str, Any], str]:
-    """Train and measure one run, or read what an earlier call found."""
-    settings = member.runs[index]
+    study: Study, settings: TrainSettings, how: EvaluateSettings, held: VAE | None
+) -> tuple[Measured, str, float]:
+    """Train and measure one run, or read what an earlier call found.
+
+    Returns:
+        what was measured, the kind of the likelihood, and the seconds of the training.
+    """
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
     folder = study.folder / RUNS / name
@@ -135,45 +130,48 @@ def _run(
         )
         save_measured(comparison.pairs[name], comparison.likelihood, folder)
     measured, likelihood = load_measured(folder)
-    return measured, metrics, likelihood
+    seconds, epochs = metrics["training_seconds"], len(metrics["history"]["train_elbo"])
+    per_epoch = seconds / epochs if epochs else math.nan
+    return replace(measured, seconds_per_epoch=per_epoch), likelihood, seconds
 
 
-def _reference(study: Study, member: _Member, index: int) -> VAE:
+def _train_held(study: Study, settings: TrainSettings) -> VAE:
     """Return the VAE whose model is held in the runs of this seed: that of the first guide."""
-    settings = member.runs[index]
     return study.run(f"model-{_folder_name(settings)}", settings)[0]
+
+
+def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return settings of several runs as one record; what differs, such as components, as a list."""
+    found: dict[str, list[Any]] = {}
+    for name, value in (item for record in records for item in record.items()):
+        if value not in found.setdefault(name, []):
+            found[name].append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
 def _write(
     study: Study,
-    families: Families,
-    metrics: dict[str, list[dict[str, Any]]],
-    asked: dict[str, Any],
+    comparison: Comparison,
+    seconds: Mapping[str, Sequence[float]],
+    settings: dict[str, Any],
 ) -> None:
-    folder = study.folder
-    rows = families.rows()
-    for name, own in metrics.items():
-        rows[name]["seconds_per_epoch"] = sum(map(_seconds_per_epoch, own)) / len(own)
-    figures = _figures(families, asked)
+    folder, rows = study.folder, comparison.to_dict()["pairs"]
+    singles = _single_runs(comparison, seconds, settings["seed"])
+    figures = _figures(comparison, Path(settings["dataset"]).name)
     for name, figure in figures.items():
         save_picture(figure, folder / f"{name}.png")
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
-    singles = list(_single_runs(families, metrics, asked))
     write_rows(singles, folder / "runs.csv")
-    made = {"settings": asked, "checksums": study.dataset.checksums, **origin()}
-    write_comparison_page(folder, families, rows, singles, figures, made)
-    comparison = families.comparison
+    made = {"settings": settings, "checksums": study.dataset.checksums, **describe_origin()}
+    write_comparison_page(folder, comparison, rows, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
-    content = {**about, "families": rows, "runs": singles, **made}
-    write_json(folder / "comparison.json", content)
+    write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
 
 
-def _figures(families: Families, asked: dict[str, Any]) -> dict[str, Figure]:
-    comparison, names = families.comparison, list(families.runs)
+def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
+    names = list(comparison.pairs)
     labels = {comparison.ranked_by: "log p(x)", "elbo": "ELBO"}
-    differences = [[families.difference(name, each) for name in names] for each in labels]
-    count = len(next(iter(families.runs.values())))
-    data = Path(asked["dataset"]).name
+    differences = [[comparison.difference(name, each) for name in names] for each in labels]
     figures = {
         "differences": plots.families_and_runs(
             names,
@@ -181,7 +179,8 @@ def _figures(families: Families, asked: dict[str, Any]) -> dict[str, Figure]:
             [[each.mean for each in row] for row in differences],
             [[each.half_width for each in row] for row in differences],
             labels=list(labels.values()),
-            title=f"{data}: mean over {count} runs, 95% interval; small dots: single runs",
+            title=f"{data}: mean over {comparison.num_runs} runs, 95% interval; small dots: single "
+            "runs",
         )
     }
     if len(names) > 1:
@@ -192,68 +191,64 @@ def _figures(families: Families, asked: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _single_runs(
-    families: Families, metrics: dict[str, list[dict[str, Any]]], asked: dict[str, Any]
+    comparison: Comparison, seconds: Mapping[str, Sequence[float]], first_seed: int
 ) -> list[dict[str, Any]]:
     """Return one row of numbers per run."""
-    rows = []
-    for name, own in families.runs.items():
-        for index, measured in enumerate(own):
-            row: dict[str, Any] = {"name": name, "seed": asked["seed"] + index}
-            for quantity in (*families.comparison.quantities, "rate", "distortion"):
-                value = getattr(measured, quantity)
-                row[quantity] = value.mean
-                row[f"{quantity}_standard_error"] = value.mean_standard_error
-                row[f"{quantity}_data_standard_error"] = value.data_standard_error
-            row["unreliable_share"], row["median_ess"] = (
-                measured.unreliable_share,
-                measured.median_ess,
-            )
-            row["training_seconds"] = metrics[name][index]["training_seconds"]
-            rows.append(row)
-    return rows
+    return [
+        {
+            "name": name,
+            "seed": first_seed + index,
+            **measured.means(comparison.quantities),
+            "unreliable_share": measured.unreliable_share,
+            "median_ess": measured.median_ess,
+            "training_seconds": seconds[name][index],
+        }
+        for name, own in comparison.runs.items()
+        for index, measured in enumerate(own)
+    ]
 
 
-def _print(study: Study, families: Families) -> None:
-    comparison = families.comparison
+def _print(folder: Path, comparison: Comparison) -> None:
     quantity = comparison.ranked_by
-    table = Table(title="Test part, nats per datum", title_justify="left")
     label = log_prob_name(comparison.likelihood == "pseudo-likelihood")
-    for column in ("", label, "between runs", "to the best (95%)", "ELBO", "verdict"):
-        table.add_column(column, justify="right" if column else "left")
-    for name in families.runs:
-        value, difference = comparison.per_datum(name, quantity), families.difference(name, quantity)
-        table.add_row(
-            name,
-            f"{value.mean:.3f}",
-            plus_minus(families.run_deviation(name, quantity), None, 3),
-            plus_minus(difference.mean, difference.half_width, 3),
-            f"{comparison.per_datum(name, 'elbo').mean:.3f}",
-            families.verdict(name),
+    rows = []
+    for name, pair in comparison.pairs.items():
+        difference = comparison.difference(name, quantity)
+        rows.append(
+            [
+                name,
+                f"{comparison.per_datum(name, quantity).mean:.3f}",
+                plus_minus(comparison.run_deviation(name, quantity), None, 3),
+                plus_minus(difference.mean, difference.half_width, 3),
+                f"{pair.elbo.mean:.3f}",
+                comparison.verdict(name),
+            ]
         )
-    study.console.print(table)
-    study.console.print(f"comparison: {study.folder}", soft_wrap=True, highlight=False)
+    header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
+    print_table("Test part, nats per datum", header, rows)
+    print_line(f"comparison: {folder}")
 
 
-def _members(
+def _combine(
     settings: TrainSettings, guides: str, priors: str, likelihoods: str, seeds: int, hold: str | None
-) -> list[_Member]:
-    """Return every combination, its settings checked before anything is trained."""
+) -> dict[str, list[TrainSettings]]:
+    """Return the settings of every combination's runs, checked before anything is trained."""
     axes = {
-        "prior": _names(priors),
-        "likelihood": _names(likelihoods),
-        "guide": _names(guides),
+        "prior": _split(priors),
+        "likelihood": _split(likelihoods),
+        "guide": _split(guides),
     }
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
     _check_axes(axes, hold)
     varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
-    members = []
+    members = {}
     for chosen in itertools.product(*axes.values()):
         combination: dict[str, Any] = dict(zip(axes, chosen, strict=True))
         own = replace(settings, **combination, data_seed=settings.split_seed)
-        checks = [checked(replace(own, seed=settings.seed + index)) for index in range(seeds)]
-        members.append(_Member(" / ".join(combination[axis] for axis in varied), tuple(checks)))
+        checks = [check_settings(replace(own, seed=settings.seed + index)) for index in range(seeds)]
+        members[" / ".join(combination[axis] for axis in varied)] = checks
     return members
 
 
@@ -283,14 +278,9 @@ def _check_how(how: EvaluateSettings, seeds: int) -> None:
         raise InputError("expected the method importance or both, got annealed: both has it")
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
 def _folder_name(settings: TrainSettings) -> str:
     return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
-
-
-def _seconds_per_epoch(metrics: dict[str, Any]) -> float:
-    epochs = len(metrics["history"]["train_elbo"])
-    return metrics["training_seconds"] / epochs if epochs else math.nan

@@ -1,10 +1,13 @@
-"""The estimate of log p(x) that the commands share."""
+"""``pyro-vae evaluate``, and the estimate of log p(x) that it shares with the other commands."""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import warnings
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,36 +17,119 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
+from pyro_vae.app.pictures import draw_diagnostics, save_picture
+from pyro_vae.app.report import print_table
+from pyro_vae.app.run import check_picture, load_data_of_run, open_run
+from pyro_vae.app.settings import check_evaluation
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.evaluation.estimate import Convergence, LogMarginal, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
+from pyro_vae.files import finite_or_none
+from pyro_vae.pair.functions import resolve_device
 from pyro_vae.vae import VAE
 
+# Of the numbers of an estimate, as a table names them.
+_LABELS = {
+    "log_marginal": "log p(x)",
+    "standard_error": "its error, Monte Carlo",
+    "data_standard_error": "its error, over data",
+    "elbo": "ELBO",
+    "rate": "rate (KL)",
+    "distortion": "distortion",
+    "num_data": "data points",
+    "num_samples": "draws per datum",
+    "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
+    "median_ess": "median effective sample size",
+    "acceptance": "acceptance of annealing",
+}
 
-def estimated(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarginal:
+
+def evaluate(
+    run: Path,
+    how: EvaluateSettings,
+    *,
+    data_root: str | None,
+    device: str,
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
+
+    With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
+    importance weights.
+
+    Raises:
+        InputError: no run there, data that changed since, or options out of range.
+
+    Warns:
+        UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
+    """
+    check_evaluation(how)
+    if picture is not None:
+        picture = check_picture(picture)
+    place = resolve_device(device)
+    vae, settings, _ = open_run(run, place)
+    dataset = load_data_of_run(run, settings, data_root)
+    if is_pseudo(vae, dataset):
+        warnings.warn(
+            "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
+            "density",
+            stacklevel=2,
+        )
+    test = dataset.test[: how.num_data].to(place)
+    first = replace(how, method="importance") if how.method == "both" else how
+    estimate = estimate_log_marginal(vae, test, first)
+    if picture is not None:
+        save_picture(draw_diagnostics(estimate), picture)
+    values = as_dict(estimate)
+    if how.method == "both":
+        # The target is importance sampling's; annealing has its chains and steps.
+        second = replace(how, method="annealed", target_standard_error=None)
+        values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
+    return values
+
+
+def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
+    """Print an estimate as one JSON object alone on standard output, or as a table."""
+    if as_json:
+        sys.stdout.write(json.dumps(finite_or_none(values)) + "\n")
+        return
+    columns = [values, *([values["annealed"]] if "annealed" in values else [])]
+    header = ["quantity", *(column["method"] for column in columns)]
+    rows = [[label, *(_cell(column[name]) for column in columns)] for name, label in _LABELS.items()]
+    print_table("Test part, nats per datum", header, rows, min_width=52)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarginal:
     """Return the estimate of log p(x); a terminal shows the data done and the running mean.
 
     Several processes share the data out, and each returns the whole estimate, without draws.
     """
     processes = Processes.current()
     if not processes.are_several or not len(x):
-        return _estimated(vae, x, how, show=True)
+        return _estimate(vae, x, how, show=True)
     own = processes.share(x)
     part = None
     if len(own):
         with warnings.catch_warnings():
             # Told below, once and of all the data.
-            warnings.filterwarnings("ignore", r"\d+ of \d+ data have Pareto")
+            warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             how = replace(how, seed=processes.own_seed(how.seed))
-            part = replace(_estimated(vae, own, how, show=processes.is_first), draws=None)
-    whole = _side_by_side([part for part in processes.gather(part) if part is not None])
+            part = replace(_estimate(vae, own, how, show=processes.is_first), draws=None)
+    whole = _join_parts([part for part in processes.gather(part) if part is not None])
     warn_if_unreliable(whole, stacklevel=2)
     return whole
 
 
-def _side_by_side(parts: list[LogMarginal]) -> LogMarginal:
+def _join_parts(parts: list[LogMarginal]) -> LogMarginal:
     """Return the estimate of all the data from the estimates of their parts, in order."""
     whole: dict[str, Any] = {}
     for each in fields(LogMarginal):
@@ -57,7 +143,9 @@ def _side_by_side(parts: list[LogMarginal]) -> LogMarginal:
     return LogMarginal(**whole, method=parts[0].method)
 
 
-def _estimated(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:
+def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:
+    options = asdict(how)
+    del options["num_data"]  # x is as many as that already
     console = Console(stderr=True)
     hidden = not (show and console.is_terminal)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -67,19 +155,18 @@ def _estimated(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> Log
             vae.model,
             vae.guide,
             x,
-            num_samples=how.num_samples,
-            method=how.method,
-            target_standard_error=how.target_standard_error,
-            num_chains=how.num_chains,
-            num_steps=how.num_steps,
-            seed=how.seed,
+            **options,
             progress=lambda done, _: bar.update(task, completed=done),
             running_mean=lambda mean: bar.update(task, description=f"log p(x) {mean:.2f}"),
         )
 
 
 def as_dict(estimate: LogMarginal) -> dict[str, Any]:
-    """Return the estimate's means per datum, in nats, as ``evaluate`` reports them."""
+    """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
+
+    ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
+    are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    """
     return {
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
@@ -99,15 +186,10 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
 
 def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
     """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    count = len(estimate.log_prob)
-    return {
-        name: values.std().item() / math.sqrt(count) if count > 1 else math.nan
-        for name, values in (
-            ("elbo", estimate.elbo),
-            ("rate", estimate.rate),
-            ("distortion", estimate.distortion),
-        )
-    }
+    count, names = len(estimate.log_prob), ("elbo", "rate", "distortion")
+    if count < 2:
+        return dict.fromkeys(names, math.nan)
+    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in names}
 
 
 def active_units(vae: VAE, x: Tensor) -> int:

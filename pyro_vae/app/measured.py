@@ -53,22 +53,20 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             notes = file.metadata()
-        plain: dict[str, Any] = json.loads(notes["plain"])
+        estimate = {
+            name.removeprefix(_ESTIMATE): value
+            for name, value in tensors.items()
+            if name.startswith(_ESTIMATE)
+        }
         quantities: dict[str, Any] = {
             name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
-            if name in tensors
-            else None
             for name in _QUANTITIES
+            if name in tensors
         }
-        estimate = LogMarginal(
-            **{
-                name.removeprefix(_ESTIMATE): value
-                for name, value in tensors.items()
-                if name.startswith(_ESTIMATE)
-            }
-        )
         measured = Measured(
-            **quantities, **plain, estimate=estimate, posterior_divergence=None, fit=None
+            **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
+            **json.loads(notes["plain"]),
+            estimate=LogMarginal(**estimate),
         )
         return measured, notes["likelihood"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

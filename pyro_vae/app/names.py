@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 # Name on the command line -> class name in the module of its kind.
 PRIORS = {
@@ -30,7 +31,13 @@ FAMILIES = {
     "beta": "Beta",
 }
 METHODS = ("importance", "annealed", "both")
-OBJECTIVES = ("elbo", "analytic-kl", "sticking-the-landing", "free-bits", "iwae")
+OBJECTIVES = {
+    "elbo": "TraceBound",
+    "analytic-kl": "AnalyticKL",
+    "sticking-the-landing": "StickingTheLanding",
+    "free-bits": "FreeBits",
+    "iwae": "IWAE",
+}
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 COMPLETIONS = ("metropolis", "importance", "pseudo-gibbs")
 VIEWS = ("scatter", "manifold")
@@ -40,9 +47,30 @@ ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
 _Value = TypeVar("_Value")
 
 
-def option(default: _Value, text: str) -> _Value:
-    """Declare a setting that is an option of the command line, with its default and help text."""
-    return field(default=default, metadata={"help": text})
+class OnlyWith(NamedTuple):
+    """Another option, and those of its values with which an option has an effect."""
+
+    option: str
+    values: tuple[str, ...]
+
+
+def option(
+    default: _Value, text: str, *, flags: str | None = None, only_with: OnlyWith | None = None
+) -> _Value:
+    """Declare a setting that is an option of the command line.
+
+    Args:
+        default: its default.
+        text: its help.
+        flags: how it is written, where that is not its name.
+        only_with: what it needs to have an effect; by default nothing.
+    """
+    return field(default=default, metadata={"help": text, "flags": flags, "only_with": only_with})
+
+
+_NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
+_SAMPLING = OnlyWith("method", ("importance", "both"))
+_ANNEALING = OnlyWith("method", ("annealed", "both"))
 
 
 @dataclass(frozen=True)
@@ -52,8 +80,10 @@ class TrainSettings:
     dataset: str = option(
         "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz file."
     )
-    data_root: str | None = option(None, "Folder of the named sets; default: $PYRO_VAE_DATA.")
-    download: bool = option(False, "Download a named set that is missing.")
+    data_root: str | None = option(
+        None, "Folder of the named sets; default: $PYRO_VAE_DATA.", only_with=_NAMED
+    )
+    download: bool = option(False, "Download a named set that is missing.", only_with=_NAMED)
     validation_size: int | None = option(
         None, "Data held out of training; default a tenth, 0 = none."
     )
@@ -62,10 +92,16 @@ class TrainSettings:
     )
     prior: str = option("standard-normal", ", ".join(PRIORS))
     num_components: int | None = option(
-        None, "Components of gaussian-mixture (10) or vamp (a tenth of the data)."
+        None,
+        "Components of gaussian-mixture (10) or vamp (a tenth of the data).",
+        only_with=OnlyWith("prior", ("gaussian-mixture", "vamp")),
     )
     likelihood: str = option("bernoulli", ", ".join(LIKELIHOODS))
-    sigma: str = option("learned", "Gaussian likelihood: a number, learned, or per-pixel.")
+    sigma: str = option(
+        "learned",
+        "Gaussian likelihood: a number, learned, or per-pixel.",
+        only_with=OnlyWith("likelihood", ("gaussian",)),
+    )
     guide: str = option("mean-field", ", ".join(FAMILIES))
     latent_dim: int = option(8, "Size of the latent vector.")
     hidden: str = option(
@@ -107,11 +143,100 @@ class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
     method: str = option("importance", ", ".join(METHODS))
-    num_samples: int = option(5000, "Importance samples per datum.")
+    num_samples: int = option(5000, "Importance samples per datum.", only_with=_SAMPLING)
     target_standard_error: float | None = option(
-        None, "Nats; the samples become a pilot that decides each datum's number."
+        None,
+        "Nats; the samples become a pilot that decides each datum's number.",
+        only_with=_SAMPLING,
     )
-    num_chains: int = option(16, "Annealing: chains per datum.")
-    num_steps: int = option(1000, "Annealing: steps.")
+    num_chains: int = option(16, "Annealing: chains per datum.", only_with=_ANNEALING)
+    num_steps: int = option(1000, "Annealing: steps.", only_with=_ANNEALING)
     num_data: int | None = option(None, "Only the first so many test data.")
     seed: int = option(0, "Seed of the draws.")
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What every command that draws a picture of a run can be told."""
+
+    output: Path | None = option(None, "Picture file: .png, .svg or .pdf.")  # noqa: RUF009
+    data_root: str | None = option(None, "Folder of the data set; default: the run's.")
+    seed: int = option(0, "Seed of the draws.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw new data from a run's model into a picture."""
+
+    num: int | None = option(None, "How many; default: 64 images or 1000 vectors.")
+    mean: bool | None = option(
+        None,
+        "Means of the likelihood or draws; default: draws for real vectors, else means.",
+        flags="--mean/--draw",
+    )
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Reconstruct a run's first test data into a picture."""
+
+    num: int | None = option(None, "How many; default: 12 images or 500 vectors.")
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Hide a part of a run's first test data and fill it in, into a picture."""
+
+    missing: str = option(
+        "right", "lower, upper, left, right (of vectors left, right), or random:SHARE."
+    )
+    method: str = option(COMPLETIONS[0], ", ".join(COMPLETIONS))
+    num: int | None = option(None, "How many; default: 8 images or 200 vectors.")
+    num_draws: int = option(6, "Completions of each.")
+    num_steps: int = option(
+        200,
+        "Steps of each chain of metropolis or pseudo-gibbs.",
+        only_with=OnlyWith("method", ("metropolis", "pseudo-gibbs")),
+    )
+    num_samples: int = option(
+        1000, "Samples per datum of importance.", only_with=OnlyWith("method", ("importance",))
+    )
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Show a run's latent space in a picture: the test data's codes, or the manifold."""
+
+    view: str = option(VIEWS[0], "scatter of the codes, or manifold: what a grid decodes to.")
+    plane: str = option(
+        PLANES[0],
+        "Axes of the scatter: active (the two most active latents) or pca.",
+        only_with=OnlyWith("view", ("scatter",)),
+    )
+    num: int | None = option(None, "How many test data; default: 5000.")
+    num_steps: int | None = option(
+        None,
+        "Values per latent of the grid; default: 16, of vectors 40.",
+        only_with=OnlyWith("view", ("manifold",)),
+    )
+
+
+@dataclass(frozen=True)
+class Traverse:
+    """Move one latent of a test datum after the other, into a picture."""
+
+    datum: int = option(1, "Which test datum, from 1.")
+    num: int = option(8, "How many latents at most, the most active.")
+    num_steps: int = option(11, "Values per latent.")
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Walk between the codes of a run's first test data, into a picture."""
+
+    num: int = option(6, "How many ways.")
+    num_steps: int = option(11, "Points on each way.")
+
+
+# What is drawn of a run, in the order of the help.
+Picture = Sample | Reconstruct | Complete | Latent | Traverse | Interpolate

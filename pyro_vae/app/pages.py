@@ -43,7 +43,7 @@ _CAPTIONS = {
 
 def write_run_page(
     folder: Path,
-    config: Mapping[str, Any],
+    run: Mapping[str, Any],
     metrics: Mapping[str, Any],
     pictures: Mapping[str, Figure],
 ) -> None:
@@ -51,26 +51,33 @@ def write_run_page(
 
     Args:
         folder: the run folder.
-        config: what its ``config.json`` holds.
+        run: what its ``config.json`` holds under ``"run"``.
         metrics: what its ``metrics.json`` holds.
         pictures: figures by name: ``samples``, ``reconstructions``, ``diagnostics`` and, after at
             least one epoch, ``training``.
     """
-    run = config["run"]
     settings = run["settings"]
     page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
     _add_result(page, metrics)
     page.section("Training")
+    for text in metrics["warnings"]:
+        page.warning(f"{text}.")
     page.text(_training_text(settings, metrics))
     if "training" in pictures:
-        add_figure(page, pictures, "training")
+        page.figure(pictures["training"], caption=_CAPTIONS["training"])
     page.section("Can log p(x) be trusted?")
     add_reliability(page, metrics["test_log_marginal"])
-    add_figure(page, pictures, "diagnostics")
+    page.figure(pictures["diagnostics"], caption=_CAPTIONS["diagnostics"])
     page.section("Pictures")
     for name in ("samples", "reconstructions"):
-        add_figure(page, pictures, name)
-    add_origin(page, {**run, "settings": {**settings, "device": metrics["device"]}})
+        page.figure(pictures[name], caption=_CAPTIONS[name])
+    resolved = {
+        "compile": metrics["compile_choice"],
+        "device": metrics["device"],
+        "start": run["start"],
+        "data points": run["num_data"],
+    }
+    add_origin(page, {**run, "settings": settings | resolved})
     write_page(page, folder)
 
 
@@ -79,16 +86,11 @@ def log_prob_name(pseudo: bool) -> str:
     return "log p(x)" + (" (pseudo-likelihood)" if pseudo else "")
 
 
-def add_figure(page: Page, pictures: Mapping[str, Figure], name: str) -> None:
-    """Add a picture with the caption of its name."""
-    page.figure(pictures[name], caption=_CAPTIONS[name])
-
-
 def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     """Say in words and numbers how far an estimate of log p(x) can be trusted."""
     count, above = estimate["num_data"], estimate["num_unreliable"]
     share = "unknown" if above is None else f"{above / count:.1%}"
-    said = f"{above or 0:,} of {count:,} data have Pareto k above {PARETO_K_LIMIT}"
+    said = f"{above or 0:,} of {count:,} data points have Pareto k above {PARETO_K_LIMIT}"
     if above is None:
         page.text(
             "Too few samples per datum to tell how heavy the importance weights' tail is (Pareto k "
@@ -108,7 +110,7 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     page.table(
         ["diagnostic", "value"],
         [
-            [f"data with Pareto k above {PARETO_K_LIMIT}", share],
+            [f"data points with Pareto k above {PARETO_K_LIMIT}", share],
             ["samples per datum", estimate["num_samples"]],
             ["median effective sample size", estimate["median_ess"]],
             ["standard error of the mean, Monte Carlo (nats)", f"{estimate['standard_error']:.4f}"],
@@ -122,8 +124,8 @@ def add_origin(page: Page, run: Mapping[str, Any]) -> None:
     """Say how to get the same again: command line, settings, data and versions."""
     page.section("How it was made")
     page.code(in_lines(run["command"]))
-    shown = {name: "default" if value is None else value for name, value in run["settings"].items()}
-    page.facts(shown, caption="Settings")
+    used = {name: value for name, value in run["settings"].items() if value is not None}
+    page.facts(used, caption="Settings")
     page.facts(run["checksums"], caption="SHA-256 of the data")
     page.facts(run["versions"], caption="Versions")
 
@@ -160,12 +162,12 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
     page.table(
         ["quantity", "mean", "error, Monte Carlo", "error, over data"],
         rows,
-        caption=f"First {estimate['num_data']:,} test data, {estimate['num_samples']:,} draws per "
-        "datum: means per datum in nats, with standard errors where they are known. Rate and "
+        caption=f"First {estimate['num_data']:,} test data points, {estimate['num_samples']:,} draws "
+        "per datum: means per datum in nats, with standard errors where they are known. Rate and "
         "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
     )
     page.text(
-        f"Bound of the whole test part ({bound['num_data']:,} data, one draw each): ELBO "
+        f"Bound of the whole test part ({bound['num_data']:,} data points, one draw each): ELBO "
         f"{bound['elbo']:.2f}, rate {bound['rate']:.2f}, distortion {bound['distortion']:.2f} nats "
         f"per datum. {metrics['active_units']} latent coordinates are in use: the variance over data "
         "of their posterior mean is above 0.01 (Burda et al. 2016)."
@@ -174,11 +176,13 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
 
 def _training_text(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     epochs, best = len(metrics["history"]["train_elbo"]), metrics["best_epoch"]
-    kept = f"; the parameters of epoch {best} were kept" if settings["patience"] else ""
+    kept = f"; the parameters of epoch {best} were kept" if "patience" in settings else ""
+    warmup = settings["warmup_epochs"]
+    rising = f", which rises over {warmup} epochs" if warmup else ""
     return (
         f"{epochs:,} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}, batches "
         f"of {settings['batch_size']}, objective {settings['objective']}, beta "
-        f"{settings['beta']:g}{kept}. Training step: {metrics['compile_choice']}."
+        f"{settings['beta']:g}{rising}{kept}. Training step: {metrics['compile_choice']}."
     )
 
 

@@ -2,92 +2,117 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae import likelihoods, plots, tasks
+from pyro_vae.app.names import (
+    COMPLETIONS,
+    PLANES,
+    VIEWS,
+    Complete,
+    Interpolate,
+    Latent,
+    Picture,
+    PictureSettings,
+    Reconstruct,
+    Sample,
+    Traverse,
+)
+from pyro_vae.app.run import check_picture, load_data_of_run, open_run
+from pyro_vae.app.settings import check_counts, check_seed
 from pyro_vae.datasets import Dataset
+from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.vae import VAE
 
-# Data shown unless told otherwise: as images, and as vectors, whose distribution needs more.
-_NUM_SAMPLES, _NUM_RECONSTRUCTIONS = (64, 1000), (12, 500)
-# Values of each latent in a manifold, of images and of vectors.
-_NUM_STEPS = (16, 40)
+_MOST_PICTURED = 10_000
+# Steps of a way: more than fit into a picture would take memory for nothing.
+_MOST_STEPS = 200
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 100
 
 
-def sample_picture(
-    vae: VAE,
-    data: Tensor | None,
-    limits: tuple[float, float],
-    *,
-    number: int | None = None,
-    mean: bool | None = None,
-    seed: int,
-) -> Figure:
-    """Draw new data: as a grid of images, or beside ``data`` if they are vectors.
+class Subject:
+    """A trained VAE as the subject of a picture.
 
     Args:
         vae: a trained model.
-        data: the test part, which vectors are compared with.
+        load: returns its data set, and is called when one is wanted.
         limits: the values shown as white and as black.
-        number: how many are drawn; by default what suits the kind of data.
-        mean: show the likelihood's means instead of draws; by default what suits the data.
-        seed: seed of the draws.
+        seed: seed of what has to be drawn.
     """
-    shape = data_shape_of(vae)
-    image = plots.is_image(shape)
-    if mean is None:
-        # Vectors are compared with data, which carry the likelihood's noise; bits by their share.
-        mean = image or isinstance(vae.likelihood, likelihoods.Bernoulli)
-    like = torch.zeros(number or _NUM_SAMPLES[not image], *shape, device=_device_of(vae))
-    drawn = tasks.generate(vae.model, like, mean=mean, seed=seed).cpu().numpy()
-    title = f"{len(drawn)} samples: z from the prior, {'means' if mean else 'draws'} of p(x|z)"
-    beside = drawn if data is None else data.cpu().numpy()
-    return plots.samples(drawn, beside, title=title, limits=limits)
+
+    def __init__(
+        self, vae: VAE, load: Callable[[], Dataset], limits: tuple[float, float], seed: int
+    ) -> None:
+        assert isinstance(vae.likelihood, likelihoods.Likelihood)  # the commands build no other
+        self.vae, self.limits, self.seed = vae, limits, seed
+        self.data_shape = vae.likelihood.data_shape
+        self.is_image = plots.is_image(self.data_shape)
+        self.device = next(vae.parameters()).device
+        self._load = load
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, read when it is first asked for."""
+        return self._load()
+
+    @property
+    def is_on_sphere(self) -> bool:
+        """Whether the latents lie on a sphere."""
+        return getattr(self.vae.variational_family, "latent_support", None) == "unit sphere"
+
+    def test(self, number: int | None = None) -> Tensor:
+        """Return the first test data, by default all, where the VAE is."""
+        return self.dataset.test[:number].to(self.device)
+
+    def means(self, x: Tensor) -> Tensor:
+        """Return E[z given x], ``(N, latent_dim)``; a picture bears what draws leave uncertain."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has no closed form")
+            return tasks.encode(self.vae.guide, x, num_draws=_MEAN_DRAWS, seed=self.seed)
+
+    def either(self, for_images: int, for_vectors: int) -> int:
+        """Return a number that suits the kind of data: a distribution of vectors needs more."""
+        return for_images if self.is_image else for_vectors
 
 
-def reconstruction_picture(
-    vae: VAE, data: Tensor, limits: tuple[float, float], *, number: int | None = None, seed: int
-) -> Figure:
-    """Show the first test data beside their reconstructions; arguments as :func:`sample_picture`."""
-    image = plots.is_image(data_shape_of(vae))
-    x = data[: number or _NUM_RECONSTRUCTIONS[not image]].to(_device_of(vae))
-    rebuilt = tasks.reconstruct(vae.model, vae.guide, x, seed=seed)
-    title = f"{len(x)} test data and their reconstructions" + (
-        " (z from the guide, mean of p(x|z))" if image else ""
-    )
-    return plots.reconstructions(x.cpu().numpy(), rebuilt.cpu().numpy(), title=title, limits=limits)
+def draw(run: Path, what: Picture, settings: PictureSettings) -> Path:
+    """Draw a picture of a finished run and write it.
 
+    Args:
+        run: the run folder.
+        what: what is drawn, and how.
+        settings: where to, by default into the run folder; where the data are; the seed.
 
-def diagnostics_picture(estimate: LogMarginal) -> Figure:
-    """Show the tail index per datum and the mean estimate after fewer samples."""
-    curve = estimate.convergence
-    return plots.weight_diagnostics(
-        estimate.pareto_k.numpy(),
-        None if curve is None else curve.num_samples.numpy(),
-        None if curve is None else curve.log_prob.mean(1).numpy(),
-        title=f"log p(x) of {len(estimate.log_prob)} test data, method {estimate.method}",
-    )
+    Returns:
+        the file.
 
+    Raises:
+        InputError: no run there, data that changed since, or options out of range.
+    """
+    _check(what)
+    check_seed(settings.seed)
+    vae, trained, limits = open_run(run, torch.device("cpu"))
+    draw_figure, name = _PICTURES[type(what)]
+    name = name.format(**vars(what)).replace(":", "-")
+    path = check_picture(settings.output or run / f"{name}-seed-{settings.seed}.png")
 
-def limits_of(dataset: Dataset) -> tuple[float, float]:
-    """Return the values shown as white and black: [0, 1], or the data's range if it is another."""
-    low, high = dataset.train.min().item(), dataset.train.max().item()
-    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    def load() -> Dataset:
+        return load_data_of_run(run, trained, settings.data_root)
 
-
-def data_shape_of(vae: VAE) -> tuple[int, ...]:
-    """Return the shape of one datum of a VAE that the commands built."""
-    assert isinstance(vae.likelihood, likelihoods.Likelihood)  # the commands build no other
-    return vae.likelihood.data_shape
+    save_picture(draw_figure(Subject(vae, load, limits, settings.seed), what), path)
+    return path
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -96,20 +121,56 @@ def save_picture(figure: Figure, path: Path) -> None:
     write_whole(path, figure.savefig)
 
 
-def latent_picture(vae: VAE, data: Tensor, labels: Tensor | None, *, plane: str, seed: int) -> Figure:
-    """Show where test data lie in the latent space: as a scatter of posterior means.
+def limits_of(dataset: Dataset) -> tuple[float, float]:
+    """Return the values shown as white and black: [0, 1], or the data's range if it is another."""
+    low, high = dataset.train.min().item(), dataset.train.max().item()
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
-    Args:
-        vae: a trained model.
-        data: test data.
-        labels: their classes, if they have any.
-        plane: axes of more than one latent: ``"active"``, the two most active, or ``"pca"``.
-        seed: seed of what has to be drawn.
-    """
-    means = posterior_means(vae, data, seed=seed)
-    title = f"Posterior means of {len(means):,} test data"
-    on_sphere = _on_sphere(vae)
-    if plane == "pca" and means.shape[1] > 1:
+
+def draw_samples(subject: Subject, what: Sample) -> Figure:
+    """Draw new data: as a grid of images, or beside the test data if they are vectors."""
+    mean = what.mean
+    if mean is None:
+        # Vectors are compared with data, which carry the likelihood's noise; bits by their share.
+        mean = subject.is_image or isinstance(subject.vae.likelihood, likelihoods.Bernoulli)
+    number = what.num or subject.either(64, 1000)
+    like = torch.zeros(number, *subject.data_shape, device=subject.device)
+    drawn = tasks.generate(subject.vae.model, like, mean=mean, seed=subject.seed)
+    beside = drawn if subject.is_image else subject.test()
+    title = f"{number} samples: z from the prior, {'means' if mean else 'draws'} of p(x|z)"
+    return plots.samples(_array(drawn), _array(beside), title=title, limits=subject.limits)
+
+
+def draw_reconstructions(subject: Subject, what: Reconstruct) -> Figure:
+    """Show the first test data points beside their reconstructions."""
+    x = subject.test(what.num or subject.either(12, 500))
+    rebuilt = tasks.reconstruct(subject.vae.model, subject.vae.guide, x, seed=subject.seed)
+    title = f"{len(x)} test data points and their reconstructions" + (
+        " (z from the guide, mean of p(x|z))" if subject.is_image else ""
+    )
+    return plots.reconstructions(_array(x), _array(rebuilt), title=title, limits=subject.limits)
+
+
+def draw_diagnostics(estimate: LogMarginal) -> Figure:
+    """Show the tail index per datum and the mean estimate after fewer samples."""
+    curve = estimate.convergence
+    return plots.weight_diagnostics(
+        estimate.pareto_k.numpy(),
+        None if curve is None else curve.num_samples.numpy(),
+        None if curve is None else curve.log_prob.mean(1).numpy(),
+        title=f"log p(x) of {len(estimate.log_prob)} test data points, method {estimate.method}",
+    )
+
+
+def _draw_latent(subject: Subject, what: Latent) -> Figure:
+    x = subject.test(what.num or 5000)
+    means = subject.means(x)
+    if what.view == "manifold":
+        return _draw_manifold(subject, x, means, what.num_steps or subject.either(16, 40))
+    labels = subject.dataset.test_labels
+    title = f"Posterior means of {len(means):,} test data points"
+    pca = what.plane == "pca" and means.shape[1] > 1
+    if pca:
         centred = means - means.mean(0)
         _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)
         shares = lengths.square() / lengths.square().sum()
@@ -117,171 +178,199 @@ def latent_picture(vae: VAE, data: Tensor, labels: Tensor | None, *, plane: str,
         names = [f"principal component {i + 1} ({100 * shares[i]:.0f}%)" for i in range(2)]
         title += f": two principal components of {means.shape[1]} latents"
     else:
-        shown = most_active(means, 2)
-        points = means[:, list(shown)]
-        names = [_name(dimension) for dimension in shown]
+        chosen = _most_active(means, 2)
+        points = means[:, list(chosen)]
+        names = [_name(dimension) for dimension in chosen]
         if means.shape[1] > 2:
             title += f": the two most active of {means.shape[1]} latents"
     return plots.latent_scatter(
-        points.cpu().numpy(),
-        None if labels is None else labels.cpu().numpy(),
+        _array(points),
+        None if labels is None else labels[: len(x)].numpy(),
         title=title,
         axis_labels=names,
-        unit_circle=on_sphere and plane != "pca",
+        unit_circle=subject.is_on_sphere and not pca,
     )
 
 
-def manifold_picture(
-    vae: VAE, data: Tensor, limits: tuple[float, float], *, num_steps: int | None = None, seed: int
-) -> Figure:
-    """Show what a grid over the two most active latents decodes to; arguments as the others'."""
-    x = data.to(_device_of(vae))
-    means = posterior_means(vae, x, seed=seed)
-    num_steps = num_steps or _NUM_STEPS[not plots.is_image(data_shape_of(vae))]
-    if means.shape[1] == 1:
+def _draw_manifold(subject: Subject, x: Tensor, means: Tensor, num_steps: int) -> Figure:
+    """Show what a grid over the two most active latents decodes to."""
+    vae, seed, latent_dim = subject.vae, subject.seed, means.shape[1]
+    title = "Mean of p(x|z) at the prior's quantiles"
+    if latent_dim == 1:
         walk = tasks.traverse(vae.model, vae.guide, x[:1], num_steps=num_steps, seed=seed)
-        return plots.manifold(
-            walk.data[:, :, 0].cpu().numpy(),
-            walk.values[0].cpu().numpy(),
-            walk.values[0, :1].cpu().numpy(),
-            title="Mean of p(x|z) at the prior's quantiles",
-            axis_labels=(_name(0), ""),
-            limits=limits,
+        decoded = walk.data[:, :, 0], walk.values[0], walk.values[0, :1]
+        names = _name(0), ""
+    else:
+        first, second = _most_active(means, 2)
+        sheet = tasks.manifold(
+            vae.model, vae.guide, x, dimensions=(first, second), num_steps=num_steps, seed=seed
         )
-    first, second = most_active(means, 2)
-    sheet = tasks.manifold(
-        vae.model, vae.guide, x, dimensions=(first, second), num_steps=num_steps, seed=seed
-    )
-    names = _name(first), _name(second)
-    where = "at the prior's quantiles"
-    if sheet.on_sphere:
-        where = "around the sphere"
-        names = f"longitude from {names[0]} to {names[1]} (degrees)", "latitude (degrees)"
-    title = f"Mean of p(x|z) {where}"
-    if means.shape[1] > 2 + sheet.on_sphere:
-        title += f": the two most active of {means.shape[1]} latents, others at the mean"
+        decoded = sheet.data, sheet.first, sheet.second
+        names = _name(first), _name(second)
+        if sheet.on_sphere:
+            title = "Mean of p(x|z) around the sphere"
+            names = f"longitude from {names[0]} to {names[1]} (degrees)", "latitude (degrees)"
+        if latent_dim > 2 + sheet.on_sphere:
+            title += f": the two most active of {latent_dim} latents, others at the mean"
     return plots.manifold(
-        sheet.data.cpu().numpy(),
-        sheet.first.cpu().numpy(),
-        sheet.second.cpu().numpy(),
-        title=title,
-        axis_labels=names,
-        limits=limits,
+        *map(_array, decoded), title=title, axis_labels=names, limits=subject.limits
     )
 
 
-def traversal_picture(
-    vae: VAE,
-    data: Tensor,
-    datum: int,
-    limits: tuple[float, float],
-    *,
-    number: int,
-    num_steps: int,
-    seed: int,
-) -> Figure:
-    """Show what each of the most active latents does to one test datum.
-
-    Args:
-        vae: a trained model.
-        data: test data, by which the latents' activity is judged.
-        datum: which of them is changed.
-        limits: the values shown as white and as black.
-        number: how many latents at most.
-        num_steps: values per latent.
-        seed: seed of what has to be drawn.
-    """
-    x = data.to(_device_of(vae))
-    means = posterior_means(vae, x, seed=seed)
-    chosen = most_active(means, number)
+def _draw_traversal(subject: Subject, what: Traverse) -> Figure:
+    x = subject.test()
+    if not 1 <= what.datum <= len(x):
+        raise InputError(f"expected a test datum from 1 to {len(x)}, got {what.datum}")
+    means = subject.means(x)
+    chosen = _most_active(means, what.num)
     walk = tasks.traverse(
-        vae.model,
-        vae.guide,
-        x[datum : datum + 1],
+        subject.vae.model,
+        subject.vae.guide,
+        x[what.datum - 1 : what.datum],
         dimensions=chosen,
-        num_steps=num_steps,
-        seed=seed,
+        num_steps=what.num_steps,
+        seed=subject.seed,
     )
     many = len(chosen) < means.shape[1]
     which = f"the {len(chosen)} most active latents" if many else "each latent"
-    title = f"Test datum {datum + 1}: {which} from the prior's 2.5% to 97.5% quantile"
     return plots.traversals(
-        walk.data[:, :, 0].cpu().numpy(),
-        walk.values.cpu().numpy(),
+        _array(walk.data[:, :, 0]),
+        _array(walk.values),
         [_name(dimension) for dimension in chosen],
-        title=title,
-        limits=limits,
+        title=f"Test datum {what.datum}: {which} from the prior's 2.5% to 97.5% quantile",
+        limits=subject.limits,
     )
 
 
-def interpolation_picture(
-    vae: VAE,
-    data: Tensor,
-    limits: tuple[float, float],
-    *,
-    number: int,
-    num_steps: int,
-    seed: int,
-) -> Figure:
-    """Show the way from each of the first test data to the datum ``number`` further on."""
-    x = data[: 2 * number].to(_device_of(vae))
+def _draw_interpolations(subject: Subject, what: Interpolate) -> Figure:
+    """Show the way from each of the first test data to the datum ``num`` further on."""
+    x = subject.test(2 * what.num)
+    if len(x) < 2:
+        raise InputError("expected at least 2 test data points to walk between, got 1")
     start, end = x[: len(x) // 2], x[len(x) // 2 :][: len(x) // 2]
-    way = tasks.interpolate(vae.model, vae.guide, start, end, num_steps=num_steps, seed=seed)
-    line = "great circle" if _on_sphere(vae) else "straight line"
-    title = f"Mean of p(x|z) along the {line} between the codes of test data"
-    return plots.interpolations(
-        start.cpu().numpy(), way.cpu().numpy(), end.cpu().numpy(), title=title, limits=limits
+    way = tasks.interpolate(
+        subject.vae.model, subject.vae.guide, start, end, num_steps=what.num_steps, seed=subject.seed
     )
+    line = "great circle" if subject.is_on_sphere else "straight line"
+    title = f"Mean of p(x|z) along the {line} between the codes of test data"
+    return plots.interpolations(*map(_array, (start, way, end)), title=title, limits=subject.limits)
 
 
-def completion_picture(
-    data: Tensor, missing: Tensor, completed: tasks.Completion, limits: tuple[float, float]
-) -> Figure:
-    """Show test data with a part hidden, their completions, and the truth.
-
-    Args:
-        data: the data ``(N, *data_shape)``.
-        missing: what was hidden of them.
-        completed: what :func:`pyro_vae.tasks.complete` made of them.
-        limits: the values shown as white and as black.
-    """
-    told = [f"{len(data)} test data, {100 * missing.double().mean():.0f}% hidden"]
-    told.append(completed.method)
+def _draw_completions(subject: Subject, what: Complete) -> Figure:
+    """Show test data with a part hidden, their completions, and the truth."""
+    hide_part(what.missing, subject.data_shape, 1, seed=subject.seed)  # refused before data are read
+    x = subject.test(what.num or subject.either(8, 200))
+    hidden = hide_part(what.missing, subject.data_shape, len(x), seed=subject.seed)
+    by_importance = what.method == "importance"
+    completed = tasks.complete(
+        subject.vae.model,
+        subject.vae.guide,
+        x,
+        hidden,
+        method=what.method,
+        num_draws=what.num_draws,
+        num_steps=None if by_importance else what.num_steps,
+        num_samples=what.num_samples if by_importance else None,
+        seed=subject.seed,
+    )
+    share = 100 * hidden.double().mean()
+    told = [f"{len(x)} test data points, {share:.0f}% hidden", completed.method]
     if completed.acceptance is not None:
         told.append(f"mean acceptance {completed.acceptance.mean():.2f}")
     if completed.ess is not None:
         told.append(f"median ESS {completed.ess.median():.0f}")
+    filled = completed.mean, completed.standard_deviation, completed.draws
     return plots.completions(
-        data.cpu().numpy(),
-        missing.cpu().numpy(),
-        completed.mean.cpu().numpy(),
-        completed.standard_deviation.cpu().numpy(),
-        completed.draws.cpu().numpy(),
-        title=", ".join(told),
-        limits=limits,
+        *map(_array, (x, hidden, *filled)), title=", ".join(told), limits=subject.limits
     )
 
 
-def posterior_means(vae: VAE, data: Tensor, *, seed: int) -> Tensor:
-    """Return E[z given x], ``(N, latent_dim)``; a picture bears what draws leave uncertain."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has no closed form")
-        return tasks.encode(vae.guide, data.to(_device_of(vae)), num_draws=_MEAN_DRAWS, seed=seed)
+# How each picture is drawn, and of what its file's default name is made.
+_PICTURES: dict[type, tuple[Callable[[Subject, Any], Figure], str]] = {
+    Sample: (draw_samples, "samples"),
+    Reconstruct: (draw_reconstructions, "reconstructions"),
+    Complete: (_draw_completions, "completions-{missing}"),
+    Latent: (_draw_latent, "latent-{view}"),
+    Traverse: (_draw_traversal, "traversal-{datum}"),
+    Interpolate: (_draw_interpolations, "interpolations"),
+}
 
 
-def most_active(means: Tensor, number: int) -> tuple[int, ...]:
+def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int) -> Tensor:
+    """Return what is hidden of so many data, boolean ``(number, *data_shape)``.
+
+    Args:
+        missing: ``lower``, ``upper``, ``left`` or ``right`` half of an image, of a vector ``left``
+            (its first half) or ``right``; or ``random:SHARE``, each pixel by itself with that
+            probability, all its channels together.
+        data_shape: shape of one datum.
+        number: how many data.
+        seed: seed of what is hidden at random.
+
+    Raises:
+        InputError: another word, a share that is not between 0 and 1, or data without that half.
+    """
+    image = plots.is_image(data_shape)
+    channel = None
+    if image and len(data_shape) == 3:
+        channel = 0 if data_shape[0] in (1, 3) else 2
+    plane = [size for axis, size in enumerate(data_shape) if axis != channel]
+    word, _, text = missing.partition(":")
+    if word == "random":
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand(number, *plane, generator=generator) < _share(text)
+    else:
+        halves = {"left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
+        if missing not in halves:
+            raise InputError(
+                f"expected as missing {', '.join(halves)} or random:SHARE, got {missing!r}"
+            )
+        axis = halves[missing]
+        size = plane[axis]
+        first = torch.arange(size) < (size + (missing in ("left", "upper"))) // 2
+        half = first if missing in ("left", "upper") else ~first
+        rows = [1] * len(plane)
+        rows[axis] = size
+        hidden = half.view(rows).expand(number, *plane)
+    if channel is not None:
+        hidden = hidden.unsqueeze(channel + 1)
+    return hidden.expand(number, *data_shape).clone()
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise InputError(f"expected a share between 0 and 1 after random:, got {text!r}")
+    return share
+
+
+def _check(what: Picture) -> None:
+    """Refuse names and numbers out of range, before the run is opened."""
+    given = vars(what)
+    for name, known in (("view", VIEWS), ("plane", PLANES), ("method", COMPLETIONS)):
+        if name in given and given[name] not in known:
+            raise unknown_name(name, given[name], known)
+    number, num_steps = what.num, given.get("num_steps")
+    if number is not None and not 1 <= number <= _MOST_PICTURED:
+        raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
+    if isinstance(what, Complete):
+        check_counts({name: given[name] for name in ("num_draws", "num_steps", "num_samples")})
+    elif num_steps is not None and not 2 <= num_steps <= _MOST_STEPS:
+        raise InputError(f"expected from 2 to {_MOST_STEPS} steps, got {num_steps}")
+
+
+def _most_active(means: Tensor, number: int) -> tuple[int, ...]:
     """Return the latents whose posterior means ``(N, D)`` vary most, in their own order."""
     order = means.var(0, correction=0).argsort(descending=True, stable=True)
     return tuple(sorted(order[:number].tolist()))
-
-
-def _on_sphere(vae: VAE) -> bool:
-    return getattr(vae.variational_family, "latent_support", None) == "unit sphere"
 
 
 def _name(dimension: int) -> str:
     return f"latent {dimension + 1}"
 
 
-def _device_of(vae: VAE) -> torch.device:
-    return next(vae.parameters()).device
+def _array(values: Tensor) -> Any:
+    return values.cpu().numpy()

@@ -1,4 +1,4 @@
-"""One builder of self-contained HTML pages: text, tables and figures in a single file."""
+"""What is shown: self-contained HTML pages of text, tables and figures; tables on the terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,6 +205,23 @@ class Page:
             f"<header>\n<h1>{title}</h1>\n{subtitle}{contents}</header>\n"
             f"<main>\n{body}\n</main>\n</body>\n</html>\n"
         )
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, min_width: int | None = None
+) -> None:
+    """Print a table on the terminal, its first column to the left and numbers to the right."""
+    table = Table(title=title, title_justify="left", min_width=min_width)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is, such as a path: neither broken nor coloured."""
+    Console().print(text, soft_wrap=True, highlight=False)
 
 
 def plus_minus(value: float | None, error: float | None, decimals: int = 2) -> str:

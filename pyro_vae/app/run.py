@@ -1,85 +1,43 @@
-"""A finished run opened again: its VAE, its data, and a picture that is drawn from them."""
+"""A run folder as commands see it: where they may write, and a finished run opened with its data."""
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import shlex
-from functools import cached_property
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
+import matplotlib
+import pyro
 import torch
-from matplotlib.figure import Figure
 
 from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.settings import check_seed
-from pyro_vae.app.writing import picture_path
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.runs.files import WEIGHTS, read_config
+from pyro_vae.files import refuse_to_write
+from pyro_vae.runs.files import CONFIG, WEIGHTS, read_config
+from pyro_vae.runs.folder import check_free
 from pyro_vae.vae import VAE
+from pyro_vae.version import __version__
+
+# Of a run, written last: a folder that has it is whole.
+METRICS = "metrics.json"
+
+# Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
+FREE = ("data_root", "download", "device")
 
 # Of a folder of several runs: its settings, and where its runs are.
 STUDY, RUNS = "study.json", "runs"
 
-_MOST_PICTURED = 10_000
+# --- reading ---------------------------------------------------------------------------------
 
 
-class PictureOptions(TypedDict):
-    """What every command that draws a picture of a run can be told.
-
-    Attributes:
-        data_root: where the data are now; None: where they were.
-        output: file to write; None: one in the run folder.
-        seed: seed of what has to be drawn.
-    """
-
-    data_root: str | None
-    output: Path | None
-    seed: int
-
-
-class RunPicture:
-    """A picture of a finished run: what it is drawn from, and the file that it becomes.
-
-    Args:
-        run: the run folder.
-        name: of the picture, of which its file's default name is made.
-        data_root: as in :class:`PictureOptions`, like those that follow.
-        output: file to write.
-        seed: seed of what has to be drawn.
-
-    Attributes:
-        vae: the run's VAE, on the CPU.
-        limits: the values shown as white and as black.
-        seed: seed of what has to be drawn.
-
-    Raises:
-        InputError: no run there, or options out of range.
-    """
-
-    def __init__(
-        self, run: Path, name: str, *, data_root: str | None, output: Path | None, seed: int
-    ) -> None:
-        check_seed(seed)
-        self.seed = seed
-        self._run, self._data_root = run, data_root
-        self.vae, self._settings, self.limits = opened_run(run, torch.device("cpu"))
-        self._path = picture_path(output or run / f"{name}-seed-{seed}.png")
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """The run's data, read when they are first asked for."""
-        return data_of_run(self._run, self._settings, self._data_root)
-
-    def saved(self, figure: Figure) -> Path:
-        """Write the picture; return its file."""
-        save_picture(figure, self._path)
-        return self._path
-
-
-def opened_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
+def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
     """Load a run's VAE, its settings, and the values shown as white and as black.
 
     Raises:
@@ -95,12 +53,13 @@ def opened_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tup
     vae = runs.load(run, device=str(device))
     try:
         low, high = config["run"]["limits"]
-        return vae, TrainSettings(**config["run"]["settings"]), (low, high)
+        settings = TrainSettings(**config["run"]["settings"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"expected the settings of `pyro-vae train` in {run}, got a folder by pv.save: use the "
             "library on it"
         ) from error
+    return vae, replace(settings, download=False), (low, high)  # that was leave to train, not to look
 
 
 def check_single(folder: Path) -> None:
@@ -112,31 +71,38 @@ def check_single(folder: Path) -> None:
         )
 
 
-def data_of_run(
-    run: Path, settings: TrainSettings, data_root: str | None, *, download: bool = False
-) -> Dataset:
-    """Load the data a run was trained on.
+def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
+    """Load the data that the settings name.
+
+    Args:
+        settings: what to load, and whether to download what is missing.
+        data_root: where the data are now; None: where the settings say.
+    """
+    source = Path(settings.dataset)
+    if data_root is not None and source.suffix in datasets.FILE_TYPES:
+        source = Path(data_root) / source.name
+    return datasets.load(
+        str(source),
+        data_root or settings.data_root,
+        binarize=settings.binarize or "none",
+        validation_size=settings.validation_size,
+        seed=settings.split_seed,
+        download=settings.download,
+    )
+
+
+def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
+    """Load the data that a run was trained on.
 
     Args:
         run: the run folder, which knows the data's checksums.
         settings: the run's.
         data_root: where the data are now; None: where they were.
-        download: download a named set that is missing.
 
     Raises:
         InputError: data that are missing, or others.
     """
-    source = Path(settings.dataset)
-    if data_root is not None and source.suffix in datasets.FILE_TYPES:
-        source = Path(data_root) / source.name
-    dataset = datasets.load(
-        source,
-        data_root or settings.data_root,
-        binarize=settings.binarize or "none",
-        validation_size=settings.validation_size,
-        seed=settings.split_seed,
-        download=download,
-    )
+    dataset = load_data(settings, data_root)
     if dataset.checksums != read_config(run)["run"].get("checksums"):
         raise InputError(
             f"expected the data that {run} was trained on, got others by the checksum: restore them "
@@ -145,7 +111,57 @@ def data_of_run(
     return dataset
 
 
-def check_pictured(number: int | None) -> None:
-    """Refuse a number of data that no picture shows."""
-    if number is not None and not 1 <= number <= _MOST_PICTURED:
-        raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
+# --- writing ---------------------------------------------------------------------------------
+
+
+def describe_origin() -> dict[str, Any]:
+    """Return the command line that is running and the versions it runs with."""
+    return {
+        "command": shlex.join(["pyro-vae", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "matplotlib": matplotlib.__version__,
+            "pyro_vae": __version__,
+        },
+    }
+
+
+def check_picture(path: Path) -> Path:
+    """Return the file to write a picture to.
+
+    Raises:
+        InputError: a file of another kind, or one that can't be written.
+    """
+    path = path.expanduser()
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
+    if path.is_dir():
+        raise InputError(f"expected a picture file, {path} is a folder: choose another name")
+    _check_writable(path)
+    return path
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that is not new or empty, or that can't be made.
+
+    Raises:
+        InputError: such a folder.
+    """
+    check_free(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
+    _check_writable(folder / CONFIG)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that can't be written; folders that are missing are made later."""
+    folder = next(each for each in path.parents if each.exists())
+    reason = 0
+    if not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    if reason:
+        refuse_to_write(path, OSError(reason, os.strerror(reason)))

@@ -1,148 +1,113 @@
-"""From settings to a VAE: what was asked for is checked before anything is read or written."""
+"""From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from pyro_vae import datasets, infer
-from pyro_vae.app import building
-from pyro_vae.app.building import Architecture
-from pyro_vae.app.names import COMPILE, METHODS, OBJECTIVES, EvaluateSettings, TrainSettings
+from torch import nn
+
+from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
+from pyro_vae.app.names import (
+    ACTIVATIONS,
+    COMPILE,
+    FAMILIES,
+    LIKELIHOODS,
+    METHODS,
+    OBJECTIVES,
+    PRIORS,
+    EvaluateSettings,
+    TrainSettings,
+)
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.settings import check_options
+from pyro_vae.infer.defaults import default_warmup_epochs
+from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 
-_IWAE_PARTICLES = 5  # the smaller number of Burda et al. 2016
+# What `fit` is told under the names of the command line.
+_OF_FIT = (
+    *("epochs", "batch_size", "learning_rate", "beta", "warmup_epochs", "patience"),
+    *("schedule", "gradient_clip", "precision"),
+)
 
-
-# Steps of the shortest warm-up: eight epochs of the digits give up their latents without one, and use
-# them after one of 84 steps.
-_WARMUP_STEPS = 120
-
-
-def checked(settings: TrainSettings) -> TrainSettings:
-    """Refuse names and numbers out of range before anything heavy happens."""
-    architecture = _architecture(settings)
-    architecture.check_names()
-    if settings.binarize is not None and settings.binarize not in datasets.BINARIZATIONS:
-        raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
-    if settings.compile not in COMPILE:
-        raise unknown_name("choice of compile", settings.compile, COMPILE)
-    check_seed(settings.seed)
-    check_seed(settings.split_seed)
-    check_options(
-        settings.epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.beta,
-        settings.warmup_epochs or 0,
-        settings.patience,
-        schedule=settings.schedule,
-        gradient_clip=settings.gradient_clip,
-        precision=settings.precision,
-    )
-    objective_of(settings)
-    with seeded(settings.seed):
-        # On stand-in data: sizes are refused before any are read.
-        building.build_vae(architecture, (1,), 10)
-    if settings.binarize is None:
-        bits = settings.likelihood == "bernoulli"
-        settings = replace(settings, binarize="dynamic" if bits else "none")
-    return _with_absolute_paths(settings)
+# --- what a VAE is made of -------------------------------------------------------------------
 
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
-    """Build the VAE that the settings name, ready to be trained on this data set.
+    """Build the VAE that the settings name, started at the data set that it is to be trained on.
 
     Raises:
         InputError: sizes out of range, or data the likelihood is not defined for.
     """
-    vae = building.build_vae(_architecture(settings), dataset.data_shape, len(dataset.train))
+    vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
             vae.check_data(part)
-    building.start_at_data(vae, dataset.train)
+    vae.start_at_data(dataset.train)
     return vae
 
 
-def objective_of(settings: TrainSettings) -> Bound | None:
-    """Return the objective that the settings name; None for the plain ELBO.
+def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
+    """Put the VAE that the settings name together, its weights drawn from the global random state.
+
+    Args:
+        settings: names and sizes.
+        data_shape: shape of one datum.
+        num_data: number of training data.
 
     Raises:
-        InputError: an unknown name, or options out of range or of another objective.
+        InputError: an unknown name, or sizes out of range.
     """
-    name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
-    if name not in OBJECTIVES:
-        raise unknown_name("objective", name, OBJECTIVES)
-    check_counts({"num_particles": particles})
-    if (floor is not None) != (name == "free-bits"):
-        given = "none" if floor is None else floor
-        raise InputError(
-            f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
-        )
-    if name == "iwae":
-        return infer.IWAE(particles or _IWAE_PARTICLES)
-    if name == "free-bits":
-        assert floor is not None
-        return infer.FreeBits(floor, num_particles=particles or 1)
-    if name == "analytic-kl":
-        return infer.AnalyticKL(num_particles=particles or 1)
-    if name == "sticking-the-landing":
-        return infer.StickingTheLanding(num_particles=particles or 1)
-    return None if particles in (None, 1) else infer.TraceBound(num_particles=particles)
-
-
-def _architecture(settings: TrainSettings) -> Architecture:
-    return Architecture(
-        prior=settings.prior,
-        likelihood=settings.likelihood,
-        guide=settings.guide,
-        latent_dim=settings.latent_dim,
-        hidden=_hidden(settings.hidden),
-        activation=settings.activation,
-        num_components=settings.num_components,
-        sigma=_sigma(settings.sigma),
+    for kind, known in (
+        ("prior", PRIORS),
+        ("likelihood", LIKELIHOODS),
+        ("guide", FAMILIES),
+        ("activation", ACTIVATIONS),
+    ):
+        if getattr(settings, kind) not in known:
+            raise unknown_name(kind, getattr(settings, kind), known)
+    hidden, latent_dim, activation = (
+        _hidden(settings.hidden),
+        settings.latent_dim,
+        settings.activation,
     )
+    options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
+    try:
+        encoder = networks.MLPEncoder(data_shape, hidden, activation=activation)
+        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], activation=activation)
+        guide = getattr(guides, FAMILIES[settings.guide])(encoder, latent_dim)
+        prior = _prior(settings, guide, data_shape, num_data)
+        likelihood = getattr(likelihoods, LIKELIHOODS[settings.likelihood])
+        return VAE(prior, likelihood(decoder, data_shape, **options), guide)
+    except RuntimeError as error:  # torch's word for memory that is not there
+        raise InputError(
+            f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
+            f"dimension {latent_dim}: make them smaller"
+        ) from error
 
 
-def check_evaluation(how: EvaluateSettings) -> None:
-    """Refuse options of an evaluation that are out of range, before anything is read."""
-    if how.method not in METHODS:
-        raise unknown_name("method", how.method, METHODS)
-    names = ("num_samples", "num_chains", "num_steps", "num_data")
-    check_counts({name: getattr(how, name) for name in names})
-    check_seed(how.seed)
+def _prior(
+    settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
+) -> nn.Module:
+    number = settings.num_components
+    if number is None:
+        number = _default_components(settings.prior, num_data)
+    if settings.prior == "vamp":
+        bounded = settings.likelihood != "gaussian"
+        return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
+    if settings.prior == "gaussian-mixture":
+        return priors.GaussianMixture(settings.latent_dim, number)
+    return getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
 
 
-def check_counts(counts: Mapping[str, int | None]) -> None:
-    """Refuse a number below 1, by the name of its option; None is the default."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(
-                f"expected --{name.replace('_', '-')} of at least 1, got {value}: leave it out for "
-                "the default"
-            )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that is not in NumPy's range."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
-
-
-def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
-    """Return the settings as they must be recorded to find the data from any other folder."""
-    path = Path(settings.dataset)
-    if path.suffix in datasets.FILE_TYPES:
-        return replace(settings, dataset=str(path.expanduser().absolute()))
-    if settings.dataset == "digits":  # comes with scikit-learn
-        return settings
-    return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
+def _default_components(prior: str, num_data: int) -> int:
+    # A tenth of the data keeps a step's cost near that of the batch; 500 is the VampPrior's paper's.
+    return max(1, min(500, num_data // 10)) if prior == "vamp" else 10
 
 
 def _hidden(text: str) -> tuple[int, ...]:
@@ -169,14 +134,126 @@ def _sigma(text: str) -> float | str:
         ) from None
 
 
-def warmup_epochs(settings: TrainSettings, num_data: int) -> int:
-    """Return the warm-up as told; by default one that keeps the latents in use.
+# --- how it is trained -----------------------------------------------------------------------
 
-    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
-    than half of it.
+
+def check_settings(settings: TrainSettings) -> TrainSettings:
+    """Refuse names and numbers out of range before anything heavy happens.
+
+    Returns:
+        the settings with what the data are told: the binarisation, and where they are found from any
+        other folder.
     """
-    if settings.warmup_epochs is not None:
-        return settings.warmup_epochs
-    steps_per_epoch = -(-num_data // settings.batch_size)
-    enough = -(-_WARMUP_STEPS // steps_per_epoch)
-    return max(settings.epochs // 10, min(settings.epochs // 2, enough))
+    if settings.binarize is not None and settings.binarize not in datasets.BINARIZATIONS:
+        raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
+    if settings.compile not in COMPILE:
+        raise unknown_name("choice of compile", settings.compile, COMPILE)
+    check_seed(settings.seed)
+    check_seed(settings.split_seed)
+    FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
+    with seeded(settings.seed):
+        assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
+    if settings.binarize is None:
+        bits = settings.likelihood == "bernoulli"
+        settings = replace(settings, binarize="dynamic" if bits else "none")
+    path = Path(settings.dataset)
+    if path.suffix in datasets.FILE_TYPES:
+        return replace(settings, dataset=str(path.expanduser().absolute()))
+    if settings.dataset == "digits":  # comes with scikit-learn
+        return settings
+    return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
+
+
+def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
+    """Return the settings with the defaults as they are for so many training data."""
+    told: dict[str, Any] = {"data_seed": settings.split_seed}
+    if settings.num_components is None:
+        told["num_components"] = _default_components(settings.prior, num_data)
+    if settings.warmup_epochs is None:
+        steps = -(-num_data // settings.batch_size)
+        told["warmup_epochs"] = default_warmup_epochs(settings.epochs, steps)
+    if settings.num_particles is None:
+        told["num_particles"] = _default_particles(settings.objective)
+    return replace(settings, **told)
+
+
+def as_record(settings: TrainSettings) -> dict[str, Any]:
+    """Return settings as a run records them: without what is not in use.
+
+    Args:
+        settings: those of :func:`tell_defaults`.
+    """
+    record = {}
+    for each in fields(settings):
+        value, condition = getattr(settings, each.name), each.metadata["only_with"]
+        idle = condition and getattr(settings, condition.option) not in condition.values
+        if value is not None and not idle:
+            record[each.name] = value
+    return record
+
+
+def fit_options(settings: TrainSettings) -> dict[str, Any]:
+    """Return what :func:`pyro_vae.fit` is to be told.
+
+    Raises:
+        InputError: an unknown objective, or options out of range or of another objective.
+    """
+    return {
+        **{name: getattr(settings, name) for name in _OF_FIT},
+        "objective": objective_of(settings),
+        "compile": COMPILE[settings.compile],
+    }
+
+
+def objective_of(settings: TrainSettings) -> Bound | None:
+    """Return the objective that the settings name; None for the plain ELBO.
+
+    Raises:
+        InputError: an unknown name, or options out of range or of another objective.
+    """
+    name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
+    if name not in OBJECTIVES:
+        raise unknown_name("objective", name, OBJECTIVES)
+    check_counts({"num_particles": particles})
+    if (floor is not None) != (name == "free-bits"):
+        given = "none" if floor is None else floor
+        raise InputError(
+            f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
+        )
+    particles = particles or _default_particles(name)
+    if name == "elbo" and particles == 1:
+        return None
+    kind: Callable[..., Bound] = getattr(infer, OBJECTIVES[name])
+    return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
+
+
+def _default_particles(objective: str) -> int:
+    return 5 if objective == "iwae" else 1  # the smaller number of Burda et al. 2016
+
+
+# --- how it is evaluated ---------------------------------------------------------------------
+
+
+def check_evaluation(how: EvaluateSettings) -> None:
+    """Refuse options of an evaluation that are out of range, before anything is read."""
+    if how.method not in METHODS:
+        raise unknown_name("method", how.method, METHODS)
+    names = ("num_samples", "num_chains", "num_steps", "num_data")
+    check_counts({name: getattr(how, name) for name in names})
+    check_seed(how.seed)
+
+
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """Refuse a number below 1, by the name of its option; None is the default."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(
+                f"expected --{name.replace('_', '-')} of at least 1, got {value}: leave it out for "
+                "the default"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is not in NumPy's range."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")

@@ -10,27 +10,22 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.report import plus_minus
-from pyro_vae.app.run import RUNS, STUDY
-from pyro_vae.app.train import METRICS, train_run
+from pyro_vae.app.report import plus_minus, print_line
+from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY
+from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, finite_or_none, write_json
-from pyro_vae.runs.folder import locked
+from pyro_vae.runs.files import FORMAT, write_json
+from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
-
-# Where the data lie and what computes does not change what is asked; the data's checksums do.
-_FREE = ("data_root", "download", "device")
 
 
 class Study:
@@ -38,7 +33,6 @@ class Study:
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder, self.dataset = folder, dataset
-        self.console = Console()
 
     def run(
         self,
@@ -50,14 +44,8 @@ class Study:
     ) -> tuple[VAE, dict[str, Any]]:
         """Return a finished run of this name, or train it; a half-done one is trained anew.
 
-        Args:
-            name: of the run and its folder.
-            settings: what to train.
-            start: a VAE whose weights the training starts from.
-            held: a VAE whose model is taken over and not trained.
-
-        Returns:
-            the VAE, on the device of the settings, and the run's metrics.
+        Arguments are those of :func:`train_run`. The VAE is on the device of the settings; beside it
+        are the run's metrics.
         """
         folder = self.folder / RUNS / name
         if (folder / METRICS).is_file():
@@ -68,27 +56,23 @@ class Study:
         if folder.exists():
             shutil.rmtree(folder)
         with warnings.catch_warnings():
-            # The study's own table says how many data have k > 0.7.
-            warnings.filterwarnings("ignore", r"\d+ of \d+ data have Pareto k")
+            # The study's own table says how many have k > 0.7.
+            warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             vae, metrics = train_run(settings, self.dataset, folder, start=start, held=held)
         self._say(name, metrics, f"{metrics['training_seconds']:.1f} s")
         return vae.eval(), metrics
 
     def _say(self, name: str, metrics: Mapping[str, Any], how: str) -> None:
         elbo = plus_minus(metrics["test"]["elbo"], None)
-        self.console.print(f"{name}: test ELBO {elbo} ({how})", highlight=False, soft_wrap=True)
+        print_line(f"{name}: test ELBO {elbo} ({how})")
 
 
 @contextmanager
-def opened(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
+def open_study(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
     """Begin a study in a new or empty folder, or continue the same one, and hold its lock.
 
-    A study that ends before its first run is whole leaves nothing behind.
-
-    Args:
-        folder: the study's folder.
-        asked: everything that decides its result, as plain values.
-        dataset: the data, whose checksums belong to the study.
+    A study that ends before its first run is whole leaves nothing behind. What is asked is everything
+    that decides its result, as plain values.
 
     Raises:
         InputError: a folder that holds something else, a study of other settings or of other data,
@@ -97,28 +81,20 @@ def opened(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator
     folder = folder.expanduser()
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
     _check(folder, record)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            try:
-                if not (folder / STUDY).exists():
-                    write_json(folder / STUDY, record)
-                yield Study(folder, dataset)
-            except BaseException as error:
-                if not (folder / RUNS).exists():
-                    (folder / STUDY).unlink(missing_ok=True)
-                elif isinstance(error, KeyboardInterrupt):
-                    sys.stderr.write("pyro-vae: interrupted: go on by the same command\n")
-                raise
-    except BaseException:
-        with suppress(OSError):  # folders that hold a run by now stay
-            for path in made:
-                path.rmdir()
-        raise
+    with new_folder(folder), locked(folder):
+        try:
+            if not (folder / STUDY).exists():
+                write_json(folder / STUDY, record)
+            yield Study(folder, dataset)
+        except BaseException as error:
+            if not (folder / RUNS).exists():
+                (folder / STUDY).unlink(missing_ok=True)
+            elif isinstance(error, KeyboardInterrupt):
+                sys.stderr.write("pyro-vae: interrupted: go on by the same command\n")
+            raise
 
 
-def known(values: Mapping[str, Any]) -> dict[str, Any]:
+def restore_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return numbers as they were before JSON made null of those that are not finite."""
     return {name: math.nan if value is None else value for name, value in values.items()}
 
@@ -153,7 +129,7 @@ def _check(folder: Path, record: Mapping[str, Any]) -> None:
         ) from error
     asked = json.loads(json.dumps(record["asked"]))  # as they look after being read
     for name in asked | begun:
-        if name not in _FREE and asked.get(name) != begun.get(name):
+        if name not in FREE and asked.get(name) != begun.get(name):
             raise InputError(
                 f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
                 f"got {asked.get(name)!r}: repeat it or choose another folder"

@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from pyro_vae import plots
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import PSEUDO, add_origin, log_prob_name, write_page
 from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.report import Page, plus_minus
-from pyro_vae.app.settings import checked
-from pyro_vae.app.study import Study, known, opened, write_rows
-from pyro_vae.app.train import data_of, origin
+from pyro_vae.app.report import Page, plus_minus, print_line, print_table
+from pyro_vae.app.run import describe_origin, load_data
+from pyro_vae.app.settings import as_record, check_settings, tell_defaults
+from pyro_vae.app.study import Study, open_study, restore_nan, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
 
 _PICTURE = "rate-distortion.png"
+# Of a run, as its row has them and tables show them.
+_MEANS = ("rate", "distortion", "elbo", "log_marginal")
 
 
 def sweep(
@@ -31,11 +32,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train one run per beta, and write table, rate-distortion picture and page.
 
-    Args:
-        settings: what to train on what, and how; its beta is not used.
-        betas: weights of the rate, between commas, in the order of training.
-        warm_start: start each run but the first from the one before, without a warm-up of its own.
-        output: the folder; a series of the same settings that was begun there is continued.
+    A series of the same settings that was begun in the folder is continued. With a warm start, each
+    run but the first starts from the one before, without a warm-up of its own.
 
     Returns:
         one row per beta, nats per datum of the test part: ``rate``, ``distortion``, ``elbo`` and
@@ -51,44 +49,46 @@ def sweep(
     if warm_start and len(values) == 1:
         raise InputError("expected --warm-start with several --betas, got one: leave it out")
     for value in values:
-        settings = checked(replace(settings, beta=value))
+        settings = check_settings(replace(settings, beta=value))
     resolve_device(settings.device)
     asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
-    dataset = data_of(settings)
-    with opened(output, asked, dataset) as study:
-        rows = [
-            _row(beta, metrics) for beta, metrics in _trained(study, settings, values, warm_start)
-        ]
+    dataset = load_data(settings)
+    with open_study(output, asked, dataset) as study:
+        rows = _train(study, settings, values, warm_start)
         figure = _figure(rows, settings)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
-        made = {"settings": asked, "checksums": dataset.checksums, **origin()}
+        told = tell_defaults(settings, len(dataset.train))
+        used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
+        used["device"] = str(resolve_device(settings.device))
+        if warm_start and settings.warmup_epochs is None:
+            used["warmup_epochs"] = [told.warmup_epochs, *(0 for _ in values[1:])]
+        made = {"settings": used, "checksums": dataset.checksums, **describe_origin()}
         _write_page(study.folder, rows, figure, made)
         write_json(study.folder / "sweep.json", {"rows": rows, **made})
-        _print(study, rows)
+        _print(study.folder, rows)
     return rows
 
 
-def _trained(
+def _train(
     study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> list[tuple[float, dict[str, Any]]]:
-    results: list[tuple[float, dict[str, Any]]] = []
+) -> list[dict[str, Any]]:
+    """Train or load a run per beta; return a row of each."""
+    rows: list[dict[str, Any]] = []
     before: VAE | None = None
     for beta in betas:
         own = replace(settings, beta=beta)
         if before is not None and settings.warmup_epochs is None:
             own = replace(own, warmup_epochs=0)  # the latents are in use already
         vae, metrics = study.run(f"beta-{repr(beta).removesuffix('.0')}", own, start=before)
-        results.append((beta, metrics))
+        rows.append(_row(beta, metrics))
         before = vae if warm_start else None
-    return results
+    return rows
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate, errors = (
-        known(metrics["test_log_marginal"]),
-        known(metrics["test_data_standard_errors"]),
-    )
+    estimate = restore_nan(metrics["test_log_marginal"])
+    errors = restore_nan(metrics["test_data_standard_errors"])
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}
@@ -144,51 +144,35 @@ def _write_page(
         "standard errors over data. On each straight line R + D = -ELBO stays the same: lower is "
         "better. Beta moves a run along its curve.",
     )
+    shown = []
+    for row in rows:
+        above = row["num_unreliable"]
+        share = "unknown" if above is None else f"{above / row['num_data']:.1%}"
+        means = [plus_minus(row[name], row[f"{name}_standard_error"]) for name in _MEANS]
+        seconds = f"{row['training_seconds']:.1f}"
+        shown.append([f"{row['beta']:g}", *means, share, row["active_units"], seconds])
+    header = ["beta", "rate", "distortion", "ELBO", log_prob_name(pseudo)]
     page.table(
-        [
-            "beta",
-            "rate",
-            "distortion",
-            "ELBO",
-            log_prob_name(pseudo),
-            "k > 0.7",
-            "active units",
-            "seconds",
-        ],
-        [
-            [
-                f"{row['beta']:g}",
-                *(
-                    plus_minus(row[name], row[f"{name}_standard_error"])
-                    for name in ("rate", "distortion", "elbo", "log_marginal")
-                ),
-                "unknown"
-                if row["num_unreliable"] is None
-                else f"{row['num_unreliable'] / row['num_data']:.1%}",
-                row["active_units"],
-                f"{row['training_seconds']:.1f}",
-            ]
-            for row in rows
-        ],
-        caption=f"First {rows[0]['num_data']:,} test data, nats per datum, with standard errors over "
-        f"data; Monte Carlo from {rows[0]['num_samples']:,} draws per datum. k > 0.7: share of data "
-        "whose log p(x) can't be trusted. Active units: variance over data of the posterior mean "
-        "above 0.01 (Burda et al. 2016).",
+        [*header, "k > 0.7", "active units", "seconds"],
+        shown,
+        caption=f"First {rows[0]['num_data']:,} test data points, nats per datum, with standard "
+        f"errors over data; Monte Carlo from {rows[0]['num_samples']:,} draws per datum. k > 0.7: "
+        "share of data points whose log p(x) can't be trusted. Active units: variance over data of "
+        "the posterior mean above 0.01 (Burda et al. 2016).",
     )
     add_origin(page, made)
     write_page(page, folder)
 
 
-def _print(study: Study, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Test part, nats per datum", title_justify="left")
+def _print(folder: Path, rows: list[dict[str, Any]]) -> None:
     label = log_prob_name(rows[0]["pseudo_likelihood"])
-    for name in ("beta", "rate", "distortion", "ELBO", label, "active units"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        shown = [f"{row[name]:.2f}" for name in ("rate", "distortion", "elbo", "log_marginal")]
-        table.add_row(f"{row['beta']:g}", *shown, str(row["active_units"]))
-    study.console.print(table)
-    study.console.print(f"sweep: {study.folder}", soft_wrap=True, highlight=False)
+    shown = [
+        [f"{row['beta']:g}", *(f"{row[name]:.2f}" for name in _MEANS), str(row["active_units"])]
+        for row in rows
+    ]
+    header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
+    print_table("Test part, nats per datum", header, shown)
+    print_line(f"sweep: {folder}")
 
 
 def _betas(text: str) -> tuple[float, ...]:

@@ -3,61 +3,62 @@
 from __future__ import annotations
 
 import json
-import platform
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import pyro
-import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 
-import pyro_vae
-from pyro_vae import datasets, plots
-from pyro_vae.app.evaluate import active_units, as_dict, data_standard_errors, estimated, is_pseudo
-from pyro_vae.app.holding import frozen, take_over_model
-from pyro_vae.app.names import COMPILE, EvaluateSettings, TrainSettings
+from pyro_vae import plots
+from pyro_vae.app.evaluate import (
+    active_units,
+    as_dict,
+    data_standard_errors,
+    estimate_log_marginal,
+    is_pseudo,
+)
+from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.pages import log_prob_name, write_run_page
 from pyro_vae.app.pictures import (
-    diagnostics_picture,
+    Subject,
+    draw_diagnostics,
+    draw_reconstructions,
+    draw_samples,
     limits_of,
-    reconstruction_picture,
-    sample_picture,
     save_picture,
 )
-from pyro_vae.app.run import check_single, data_of_run
-from pyro_vae.app.settings import build_vae, checked, objective_of, warmup_epochs
-from pyro_vae.app.writing import check_new_folder
+from pyro_vae.app.report import print_line, print_table
+from pyro_vae.app.run import (
+    FREE,
+    METRICS,
+    check_new_folder,
+    check_single,
+    describe_origin,
+    load_data,
+    load_data_of_run,
+)
+from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.evaluation.frozen_model import frozen_model
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
-from pyro_vae.pair.functions import resolve_device, seeded
+from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
 from pyro_vae.runs.description import describe
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, read_config, write_json
-from pyro_vae.runs.folder import continued_run, new_run
+from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
-
-# Written last: a run folder that has it is whole.
-METRICS = "metrics.json"
 
 # The estimate at the end of a training run is a first look: at most so many data and samples.
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
 _SEED = 0  # of what is drawn from the trained model
-
-# Where the data lie and what computes may be told anew when a run is resumed.
-_FREE = ("data_root", "download", "device")
 
 
 @dataclass(frozen=True)
@@ -75,30 +76,21 @@ def train(
     checkpointing: Checkpointing | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Train a VAE as told, evaluate it, and write a run folder.
+    """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
-
-    Args:
-        settings: what to train on what, and how.
-        output: the run folder; by default a new one below ``runs``.
-        checkpointing: when the run writes its state; by default every minute.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the run folder.
 
     Raises:
         InputError: settings or data out of range, or a folder that is in use.
         OSError: a folder that can't be written.
         Interrupted: SIGINT or SIGTERM ended the training; :func:`resume` goes on with it.
     """
-    settings = checked(settings)
+    settings = check_settings(settings)
     processes = Processes.current()
-    folder = processes.decided(lambda: _new_folder(output, settings))
+    folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
-    dataset = processes.first_before_others(lambda: data_of(settings))
+    dataset = processes.first_before_others(lambda: load_data(settings))
     when = checkpointing or Checkpointing()
     metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
     _print_summary(folder, metrics)
@@ -108,13 +100,7 @@ def train(
 def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = None) -> Path:
     """Go on with a run that was interrupted or killed, to the end that it would have had.
 
-    Args:
-        folder: the run folder.
-        given: settings that are told once more; they must be the run's own.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the run folder.
+    Settings that are given once more must be the run's own.
 
     Raises:
         InputError: no run there, other settings, data or processes than it was begun with, or a
@@ -130,11 +116,11 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
         raise InputError(
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
-    settings = _told_again(settings, given, folder)
-    if processes.decided((folder / METRICS).exists):
+    settings = _tell_again(settings, given, folder)
+    if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        Console().print(f"finished before: {folder}", soft_wrap=True, highlight=False)
+        print_line(f"finished before: {folder}")
         return folder
     begun = run.get("processes", 1)
     if begun != processes.size:
@@ -143,7 +129,7 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             "start as many by torchrun, or one without it"
         )
     dataset = processes.first_before_others(
-        lambda: data_of_run(folder, settings, given.get("data_root"), download=settings.download)
+        lambda: load_data_of_run(folder, settings, given.get("data_root"))
     )
     _, metrics = train_run(
         settings, dataset, folder, checkpointing=when, resumed=True, progress=progress
@@ -166,7 +152,7 @@ def train_run(
     """Train into a new run folder; nothing is left of a run that fails before its first checkpoint.
 
     Args:
-        settings: checked settings.
+        settings: those that :func:`check_settings` returned.
         dataset: the data they name.
         folder: the run folder to create.
         start: a VAE of the same shape whose weights are the starting point.
@@ -180,60 +166,70 @@ def train_run(
         the trained VAE and what ``metrics.json`` holds.
     """
     device, processes = resolve_device(settings.device), Processes.current()
+    settings = tell_defaults(settings, len(dataset.train))
     with seeded(settings.seed):
         vae = build_vae(settings, dataset)
         if start is not None:
             vae.load_state_dict(start.state_dict())
         if held is not None:
-            take_over_model(vae, held)
-        config = describe(vae, _record(settings, dataset, device, checkpointing))
+            _take_over_model(vae, held)
+        start_of = "training data" if start is None else "weights of the run before"
+        record = {
+            **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
+            "start": start_of if held is None else f"{start_of}; prior and likelihood held",
+            "device": str(device),
+            **_describe(settings, dataset),
+        }
         with ExitStack() as stack:
-            processes.decided(lambda: stack.enter_context(_run_at(folder, config, resumed)))
+            config = describe(vae, record)
+            processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
             state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
-            result = _fit(vae, dataset, settings, device, progress, hold=held is not None, **state)
+            vae.to(device)
+            model: PairFunction = vae.model
+            if held is not None:
+                first = (dataset.test[:1].to(device),)
+                model = stack.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
+            result = fit(
+                model,
+                vae.guide,
+                dataset,
+                **fit_options(settings),
+                device=device,
+                progress=progress,
+                **state,
+            )
             if processes.is_first:
                 save_weights(vae, folder)
     test = dataset.test.to(device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
     how = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
-    estimate = estimated(vae, test[:_QUICK_DATA], how)
+    estimate = estimate_log_marginal(vae, test[:_QUICK_DATA], how)
     metrics = _metrics(result, bound, estimate, len(test)) | {
         "active_units": active_units(vae, test[:_QUICK_DATA]),
         "pseudo_likelihood": is_pseudo(vae, dataset),
     }
     if processes.is_first:
         pictures = _write_pictures(vae, dataset, result, folder)
-        pictures["diagnostics"] = diagnostics_picture(estimate)
-        write_run_page(folder, read_config(folder), metrics, pictures)
+        pictures["diagnostics"] = draw_diagnostics(estimate)
+        # What began the run is in its folder; a version that knew less of itself may have done so.
+        begun = read_config(folder)["run"]
+        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, pictures)
         write_json(folder / METRICS, metrics)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
 
 
-def data_of(settings: TrainSettings) -> Dataset:
-    """Load the data that the settings name."""
-    return datasets.load(
-        settings.dataset,
-        settings.data_root,
-        binarize=settings.binarize or "none",
-        validation_size=settings.validation_size,
-        seed=settings.split_seed,
-        download=settings.download,
-    )
-
-
-def origin() -> dict[str, Any]:
-    """Return the command line that is running and the versions it runs with."""
+def _describe(settings: TrainSettings, dataset: Dataset) -> dict[str, Any]:
+    """Return what a run must know about itself from its first second on."""
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {
-        "command": shlex.join(["pyro-vae", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "matplotlib": matplotlib.__version__,
-            "pyro_vae": pyro_vae.__version__,
-        },
+        "settings": as_record(settings),
+        "num_data": {name: len(part) for name, part in parts.items()},
+        "checksums": dataset.checksums,
+        "limits": limits_of(dataset),
+        "processes": Processes.current().size,
+        **describe_origin(),
     }
 
 
@@ -250,12 +246,12 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     return output
 
 
-def _told_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
+def _tell_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
     """Return a run's settings with what may change; refuse what would make it another run."""
-    told = checked(replace(settings, **given))
+    told = check_settings(replace(settings, **given))
     for field in fields(settings):
         begun, now = getattr(settings, field.name), getattr(told, field.name)
-        if field.name not in _FREE and begun != now:
+        if field.name not in FREE and begun != now:
             raise InputError(
                 f"expected {field.name.replace('_', ' ')} {begun!r} as {folder} was begun with, got "
                 f"{now!r}: leave it out, or train anew"
@@ -272,7 +268,7 @@ def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractC
             f"expected the model that {folder} describes, its settings build another one: its "
             f"{CONFIG} was changed, or another version wrote it"
         )
-    return continued_run(folder)
+    return locked(folder)
 
 
 def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any]:
@@ -284,55 +280,12 @@ def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any
     }
 
 
-def _record(
-    settings: TrainSettings,
-    dataset: Dataset,
-    device: torch.device,
-    checkpointing: Checkpointing | None,
-) -> dict[str, Any]:
-    """Return what a run must know about itself from its first second on."""
-    return {
-        **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
-        "settings": asdict(settings),
-        "checksums": dataset.checksums,
-        "limits": limits_of(dataset),
-        "device": str(device),
-        "processes": Processes.current().size,
-        **origin(),
-    }
-
-
-def _fit(
-    vae: VAE,
-    dataset: Dataset,
-    settings: TrainSettings,
-    device: torch.device,
-    progress: bool | None,
-    *,
-    hold: bool,
-    **state: Any,
-) -> FitResult:
-    vae.to(device)
-    with frozen(vae, dataset, device) if hold else nullcontext(vae.model) as model:
-        return fit(
-            model,
-            vae.guide,
-            dataset,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            objective=objective_of(settings),
-            beta=settings.beta,
-            warmup_epochs=warmup_epochs(settings, len(dataset.train)),
-            patience=settings.patience,
-            schedule=settings.schedule,
-            gradient_clip=settings.gradient_clip,
-            precision=settings.precision,
-            compile=COMPILE[settings.compile],
-            device=device,
-            progress=progress,
-            **state,
-        )
+def _take_over_model(vae: VAE, held: VAE) -> None:
+    """Give a VAE the weights of another one's prior and likelihood."""
+    for part in ("prior", "likelihood"):
+        mine, theirs = getattr(vae, part), getattr(held, part)
+        assert isinstance(mine, nn.Module)  # the commands build no other
+        mine.load_state_dict(theirs.state_dict())
 
 
 def _metrics(
@@ -356,10 +309,10 @@ def _metrics(
 
 def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
-    limits, seed = limits_of(dataset), _SEED
+    subject = Subject(vae, lambda: dataset, limits_of(dataset), _SEED)
     pictures = {
-        "samples": sample_picture(vae, dataset.test, limits, seed=seed),
-        "reconstructions": reconstruction_picture(vae, dataset.test, limits, seed=seed),
+        "samples": draw_samples(subject, Sample()),
+        "reconstructions": draw_reconstructions(subject, Reconstruct()),
     }
     if len(result.history["train_elbo"]):
         title = f"Training: {Path(dataset.name).name}, {result.num_parameters:,} parameters"
@@ -371,24 +324,23 @@ def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path)
 
 def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     bound, estimate = metrics["test"], metrics["test_log_marginal"]
-    table = Table(title="Test part, nats per datum", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("mean", justify="right")
-    table.add_column("data x samples", justify="right")
-    name = log_prob_name(metrics["pseudo_likelihood"])
-    used = f"{estimate['num_data']:,} x {estimate['num_samples']}"
-    table.add_row(name, f"{estimate['log_marginal']:.2f}", used)
+    rows = [
+        [
+            log_prob_name(metrics["pseudo_likelihood"]),
+            f"{estimate['log_marginal']:.2f}",
+            f"{estimate['num_data']:,} x {estimate['num_samples']}",
+        ]
+    ]
     for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        table.add_row(label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
-        f"{estimate['standard_error']:.3f} Monte Carlo"
-    )
+        rows.append([label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1"])
+    print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
-    console.print(f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}")
-    console.print(f"training step: {metrics['compile_choice']}", soft_wrap=True, highlight=False)
-    for text in metrics["warnings"]:
-        console.print(f"warning: {text}", soft_wrap=True, highlight=False)
-    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
+    for line in (
+        f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
+        f"{estimate['standard_error']:.3f} Monte Carlo",
+        f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",
+        f"training step: {metrics['compile_choice']}",
+        *(f"warning: {text}" for text in metrics["warnings"]),
+        f"run folder: {folder}",
+    ):
+        print_line(line)

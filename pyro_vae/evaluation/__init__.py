@@ -25,7 +25,7 @@ _NAMES = {
     "posterior_divergence": "quadrature",
     "posterior_predictive": "predictive_checks",
     "representation": "representation_quality",
-    "to_arviz": "arviz",
+    "to_arviz": "estimate",
 }
 
 __all__ = [
@@ -52,11 +52,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pyro_vae.evaluation.arviz import to_arviz
     from pyro_vae.evaluation.bidirectional_bounds import Bidirectional, bidirectional
     from pyro_vae.evaluation.comparison import compare
     from pyro_vae.evaluation.comparison_result import Comparison
-    from pyro_vae.evaluation.estimate import LogMarginal
+    from pyro_vae.evaluation.estimate import LogMarginal, to_arviz
     from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
     from pyro_vae.evaluation.importance_sampling import log_marginal
     from pyro_vae.evaluation.mutual_information import Estimate

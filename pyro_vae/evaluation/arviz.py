@@ -1,62 +1,58 @@
-"""The bridge to ArviZ: an estimate in the data structure of the installed line (0.23, or 1.x)."""
+"""The bridge to ArviZ: numbers in the data structure of the installed line (0.23, or 1.x)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
-if TYPE_CHECKING:
-    from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws
 
-
-def to_arviz(
-    estimate: LogMarginal,
+def resampled_posterior(
+    latents: Mapping[str, Tensor],
+    log_likelihood: Tensor,
+    log_weights: Tensor,
+    per_datum: Mapping[str, Tensor],
     *,
-    num_draws: int = 1000,
-    seed: int = 0,
-    labels: Sequence[Any] | None = None,
+    method: str,
+    num_draws: int,
+    seed: int,
+    labels: Sequence[Any] | None,
 ) -> Any:
-    """Return an estimate as ArviZ's ``InferenceData`` (0.23) or as a ``DataTree`` (1.x).
+    """Return weighted draws in ArviZ's groups; :func:`pyro_vae.evaluation.to_arviz` describes them.
 
-    Groups, all with the data as coordinate ``data``:
-
-    - ``posterior``: the latents, resampled by their weights (chain, draw, data, ...);
-    - ``log_likelihood``: log p(x given z) of these draws, as variable ``x`` (chain, draw, data);
-    - ``sample_stats``: the log weights of these draws (chain, draw, data);
-    - ``importance``: the log weights of all kept draws (sample, data), and the estimate per datum
-      with its standard error, effective sample size and Pareto k.
-
-    Each datum has latents of its own, so ``arviz.loo`` on the result is not predictive of new data:
-    E[1 / p(x given z)] over the posterior is 1 / p(x), which makes it a (smoothed) harmonic mean
-    estimate of log p(x), worse than the one in ``importance``.
-
-    Args:
-        estimate: what :func:`pyro_vae.log_marginal` returned.
-        num_draws: posterior draws per datum.
-        seed: seed of the resampling.
-        labels: names of the data, N of them; by default their positions.
-
-    Raises:
-        InputError: no draws were kept, labels of another length, or a number of draws below 1.
+    Latents are ``(S, N, ...)``, log likelihood and log weights ``(S, N)`` in nats, and the further
+    numbers of each data point ``(N,)``.
     """
-    draws = estimate.draws
-    if draws is None:
-        raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
+    import xarray
+
     check_counts(num_draws=num_draws)
-    num_data = len(estimate.log_prob)
+    num_data = log_weights.shape[1]
     names = list(range(num_data)) if labels is None else list(labels)
     if len(names) != num_data:
         raise InputError(f"expected {num_data} labels, one per datum, got {len(names)}")
-    groups = _groups(estimate, draws, _resampled(draws.log_weights, num_draws, seed), names)
-    return _structure(groups)
+    chosen = _resample(log_weights, num_draws, seed)
+    importance = xarray.Dataset(
+        {
+            "log_weight": (("sample", "data"), log_weights.numpy()),
+            **{name: (("data",), value.numpy()) for name, value in per_datum.items()},
+        },
+        coords={"sample": list(range(len(log_weights))), "data": names},
+        attrs={"method": method, "unit": "nats"},
+    )
+    return _structure(
+        {
+            "posterior": _chosen_draws(latents, chosen, names),
+            "log_likelihood": _chosen_draws({"x": log_likelihood}, chosen, names),
+            "sample_stats": _chosen_draws({"log_weight": log_weights}, chosen, names),
+            "importance": importance,
+        }
+    )
 
 
 def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) -> Any:
@@ -137,7 +133,7 @@ def _structure(groups: dict[str, Any]) -> Any:
     return old(**groups, warn_on_custom_groups=False)
 
 
-def _resampled(log_weights: Tensor, num_draws: int, seed: int) -> Tensor:
+def _resample(log_weights: Tensor, num_draws: int, seed: int) -> Tensor:
     """Draw positions ``(num_draws, N)`` in proportion to the weights ``(S, N)``."""
     generator = torch.Generator().manual_seed(seed)
     # A datum whose every weight is 0 has no posterior to resample; its draws are left as they are.
@@ -145,40 +141,15 @@ def _resampled(log_weights: Tensor, num_draws: int, seed: int) -> Tensor:
     return torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
 
 
-def _groups(
-    estimate: LogMarginal, draws: PosteriorDraws, chosen: Tensor, names: list[Any]
-) -> dict[str, Any]:
+def _chosen_draws(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
+    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
     import xarray
 
-    columns = torch.arange(chosen.shape[1])
-    coordinates = {"chain": [0], "draw": list(range(len(chosen))), "data": names}
-
-    def array(value: Tensor, name: str) -> Any:
-        picked = value[chosen, columns][None]
-        extra = [f"{name}_dim_{index}" for index in range(picked.dim() - 3)]
-        return (("chain", "draw", "data", *extra), picked.numpy())
-
-    def dataset(values: dict[str, Tensor]) -> Any:
-        variables = {name: array(value, name) for name, value in values.items()}
-        sizes = {
-            dim: range(size)
-            for dims, value in variables.values()
-            for dim, size in zip(dims[3:], value.shape[3:], strict=True)
-        }
-        return xarray.Dataset(variables, coords={**coordinates, **sizes})
-
-    per_datum = ("log_prob", "standard_error", "ess", "pareto_k")
-    importance = xarray.Dataset(
-        {
-            "log_weight": (("sample", "data"), draws.log_weights.numpy()),
-            **{name: (("data",), getattr(estimate, name).numpy()) for name in per_datum},
-        },
-        coords={"sample": list(range(len(draws.log_weights))), "data": names},
-        attrs={"method": estimate.method, "unit": "nats"},
-    )
-    return {
-        "posterior": dataset(draws.latents),
-        "log_likelihood": dataset({"x": draws.log_likelihood}),
-        "sample_stats": dataset({"log_weight": draws.log_weights}),
-        "importance": importance,
-    }
+    variables: dict[str, Any] = {}
+    coordinates: dict[str, Any] = {"chain": [0], "draw": list(range(len(chosen))), "data": names}
+    for name, value in values.items():
+        picked = value[chosen, torch.arange(chosen.shape[1])][None]
+        sizes = {f"{name}_dim_{index}": range(size) for index, size in enumerate(picked.shape[3:])}
+        variables[name] = (("chain", "draw", "data", *sizes), picked.numpy())
+        coordinates |= sizes
+    return xarray.Dataset(variables, coords=coordinates)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.errors import InputError, whole_number
-from pyro_vae.evaluation.blocks import few_of
-from pyro_vae.evaluation.comparison_checks import (
+from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
+from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.comparison_result import Comparison, Measured
+from pyro_vae.evaluation.comparison_training import (
     Pair,
+    Report,
     Trained,
+    TrainingData,
+    as_dict,
     check_apart,
     check_fit_options,
-    check_options,
-    check_pairs,
+    check_training,
+    train_pairs,
 )
-from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.evaluation.comparison_training import Report, TrainingData, check_training, trained
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.evaluation.frozen_model import frozen_model, parameters_of
+from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.hmc import AnnealingPath
-from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.observed_likelihoods import check_comparable, observed_sites
-from pyro_vae.evaluation.options import check_max_memory
-from pyro_vae.evaluation.quadrature import latent_on_grid, posterior_divergence
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.evaluation.observed_likelihoods import Observed, check_comparable, observed_sites
+from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.infer.training import FitResult
 from pyro_vae.pair.functions import (
@@ -43,14 +44,11 @@ from pyro_vae.pair.functions import (
     resolve_device,
     seeded,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
-from pyro_vae.pair.opened import OpenedPair
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.opened import BLOCK, OpenedPair
+from pyro_vae.weights.particles import Particles
 
 Data = Tensor | Sequence[Tensor]
-
-# Data that show what a pair is made of.
-_SHOWN = 8
 
 
 class _Settings(NamedTuple):
@@ -60,7 +58,7 @@ class _Settings(NamedTuple):
     num_samples: int
     num_elbo_samples: int
     num_importance: int
-    annealing_options: dict[str, Any]
+    annealing: AnnealingOptions
     posterior: str | None
     max_memory: int | None
     plate: str
@@ -134,10 +132,10 @@ def compare(
         >>> pv.compare({"mean field": (vae.model, vae.guide)}, data, seed=0).best()
         'mean field'
     """
-    check_pairs(pairs)
-    annealing = check_options(methods, annealing_options, posterior, hold)
+    _check_pairs(pairs)
+    annealing = _check_options(methods, annealing_options, posterior, hold)
     fitting = check_fit_options(fit_options, trains=train is not None)
-    check_max_memory(max_memory)
+    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     as_inputs(x)
     if seed is None:
@@ -155,158 +153,190 @@ def compare(
     )
     report = progress or _silent
     options = {"plate": plate, "seed": seed, "progress": False, **fitting}
-    first = next(iter(pairs.values()))
     with HANDLER_LOCK:
-        likelihood = _check_likelihoods(pairs, x, settings, hold)
-        owned = {name: _looked_at(pair, x, settings, hold) for name, pair in pairs.items()}
+        opened = {name: _open(pair, x, settings) for name, pair in pairs.items()}
+        first = next(iter(opened.values()))
+        likelihood, owned = _look_at_all(opened, settings, hold)
         if train is not None:
             check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
-            check_training({"": first} if hold == "model" else pairs, train, options, plate)
-        shared: Any = nullcontext()
+            check_training(list(pairs.values())[: 1 if hold else None], train, options, plate)
+        shared: AbstractContextManager[Any] = nullcontext()
         if hold == "model":
-            guides = {name: guide for name, (_, guide) in pairs.items()}
-            inputs = as_inputs(x, *first)
-            place = _place(first[0], options, inputs, trains=train is not None)
-            shown = tuple(value.to(place) for value in _few(first, inputs, settings))
-            shared = frozen_model(first[0], guides, shown, place)
+            shared = _hold(first, pairs, options, trains=train is not None)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
-            fits = {} if train is None else trained(chosen, train, options, report)
-            measured = {
-                name: _measure(name, pair, x, settings, report, owned[name], fits.get(name))
-                for name, pair in chosen.items()
+            fits = {} if train is None else train_pairs(chosen, train, options, report)
+            if fits or frozen:
+                opened = {name: _open(pair, x, settings) for name, pair in chosen.items()}
+            runs = {
+                name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
+                for name, pair in opened.items()
             }
-    return Comparison(measured, likelihood, settings.num_importance, settings.num_samples, hold, seed)
+    return Comparison(runs, likelihood, settings.num_importance, settings.num_samples, hold, seed)
 
 
-def _check_likelihoods(
-    pairs: Mapping[str, Pair], x: Data, settings: _Settings, hold: str | None
-) -> str:
+def _check_pairs(pairs: Mapping[str, Pair]) -> None:
+    """Refuse what is no mapping from names (a table's headings) to pairs."""
+    if not isinstance(pairs, Mapping) or not pairs:
+        got = type(pairs).__name__ if pairs else "none"
+        raise InputError(f"expected at least one pair {{name: (model, guide)}}, got {got}")
+    for name, pair in pairs.items():
+        if not isinstance(name, str):
+            raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
+            raise InputError(
+                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
+                "(vae.model, vae.guide)"
+            )
+
+
+def _check_options(
+    methods: Sequence[str],
+    annealing_options: Mapping[str, Any] | None,
+    posterior: str | None,
+    hold: str | None,
+) -> AnnealingOptions:
+    """Refuse options out of range or without effect; return annealing's."""
+    named = isinstance(methods, Iterable) and not isinstance(methods, str)
+    if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
+        raise InputError(
+            f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
+        )
+    if posterior not in (None, "quadrature"):
+        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
+    if hold not in (None, "model"):
+        raise InputError(f"expected hold None or 'model', got {hold!r}")
+    options = as_dict("annealing_options", annealing_options)
+    known = set(AnnealingOptions.__dataclass_fields__)
+    for name in set(options) - known:
+        raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
+    annealing = AnnealingOptions(**options)
+    if options and "annealed" not in methods:
+        raise InputError(
+            f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
+            "leave them out, or ask for annealing"
+        )
+    return annealing
+
+
+def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
+    """Open a pair on the data; whether its model is defined for them is asked where it is used."""
+    return OpenedPair(*pair, as_inputs(x, *pair), plate=settings.plate)
+
+
+def _look_at_all(
+    pairs: Mapping[str, OpenedPair], settings: _Settings, hold: str | None
+) -> tuple[str, dict[str, Trained]]:
+    """Return the likelihood's kind and what trains of each pair; refuse what can't be compared."""
     if hold == "model":
-        first = next(iter(pairs.values()))
-        pairs = {"the frozen model": first}
-    observed = {}
-    for name, (model, guide) in pairs.items():
-        inputs = as_inputs(x, model, guide)
-        check_data(model, inputs)
-        with torch.no_grad(), evaluation_mode(model, guide), seeded(settings.seed):
-            observed[name] = observed_sites(model, guide, inputs, settings.plate)
-    return check_comparable(observed)
+        observed = {"the frozen model": _look_at(next(iter(pairs.values())), settings)[0]}
+        owned = {name: _look_at_guide(pair, settings) for name, pair in pairs.items()}
+    else:
+        looks = {name: _look_at(pair, settings) for name, pair in pairs.items()}
+        observed = {name: found for name, (found, _) in looks.items()}
+        owned = {name: trained for name, (_, trained) in looks.items()}
+    return check_comparable(observed), owned
 
 
-def _looked_at(pair: Pair, x: Data, settings: _Settings, hold: str | None) -> Trained:
-    """Refuse a guide that can't be measured as asked; return what trains of the pair."""
-    model, guide = pair
-    few = _few(pair, as_inputs(x, model, guide), settings)
-    with torch.no_grad(), seeded(0), evaluation_mode(model, guide):
-        if settings.posterior == "quadrature":
-            latent_on_grid(poutine.trace(guide).get_trace(*few), len(few[0]))
-        in_guide = {id(leaf): leaf.numel() for leaf in parameters_of(guide, few)}
-        in_model = {id(leaf): leaf.numel() for leaf in parameters_of(model, few)}
-    return Trained(in_guide if hold == "model" else in_guide | in_model, in_guide)
+def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed], Trained]:
+    """Return what a pair observes and what trains of it; refuse what can't be measured as asked."""
+    check_data(pair.model, pair.inputs)
+    with pair.evaluating(settings.seed):
+        observed, (model_trace, guide_trace) = observed_sites(pair)
+        _check_grid(guide_trace, min(pair.num_data, pair.split()[0].stop), settings)
+    in_guide = parameters_in(guide_trace)
+    return observed, Trained(parameters_in(model_trace) | in_guide, in_guide)
+
+
+def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
+    """Do so for a guide alone: its own model is not used."""
+    with torch.no_grad(), seeded(0), evaluation_mode(pair.model, pair.guide):
+        first = pair.part(pair.split()[0])
+        trace = poutine.trace(pair.guide).get_trace(*first.inputs)
+        _check_grid(trace, first.num_data, settings)
+    return Trained(parameters_in(trace), parameters_in(trace))
+
+
+def _check_grid(guide_trace: Trace, num_data: int, settings: _Settings) -> None:
+    if settings.posterior == "quadrature":
+        latent_on_grid(guide_trace, num_data)
+
+
+def _hold(
+    first: OpenedPair, pairs: Mapping[str, Pair], options: Mapping[str, Any], *, trains: bool
+) -> AbstractContextManager[PairFunction]:
+    """Freeze the first pair's model where the guides will be: training moves modules, only these."""
+    place = device_of(first.model, default=first.inputs[0].device)
+    if trains and owned_modules(first.model):
+        place = resolve_device(options.get("device", "auto"))
+    shown = tuple(value.to(place) for value in first.part(first.split()[0]).inputs)
+    guides = {name: guide for name, (_, guide) in pairs.items()}
+    return frozen_model(first.model, guides, shown, place)
 
 
 def _measure(
     name: str,
-    pair: Pair,
-    x: Data,
+    pair: OpenedPair,
     settings: _Settings,
     report: Report,
     owned: Trained,
-    trained: FitResult | None,
+    fit: FitResult | None,
 ) -> Measured:
-    model, guide = pair
-    inputs = as_inputs(x, model, guide)
-    common: dict[str, Any] = {"plate": settings.plate, "max_memory": settings.max_memory}
-
     def share(what: str) -> Callable[[int, int], None]:
         return lambda done, total: report(name, what, done / total)
 
-    opened = OpenedPair(model, guide, inputs, plate=settings.plate)
-    with opened.evaluating(settings.seed):
+    most = settings.max_memory
+    with pair.evaluating(settings.seed):
         bounds = measure_bounds(
-            opened,
+            pair,
             num_samples=settings.num_elbo_samples,
             num_importance=settings.num_importance,
-            max_memory=settings.max_memory,
+            max_memory=most,
             progress=share("bounds"),
         )
     start = time.perf_counter()
-    estimate = _log_marginal(
-        pair,
-        inputs,
-        num_samples=settings.num_samples,
-        seed=_after(settings.seed, 1),
-        progress=share("log p(x)"),
-        **common,
-    )
-    seconds = time.perf_counter() - start
-    annealed = None
-    if "annealed" in settings.methods and _can_be_annealed(pair, inputs, settings):
-        annealed = _log_marginal(
+    with pair.evaluating(_after(settings.seed, 1)):
+        estimate = estimate_log_prob(
             pair,
-            inputs,
-            method="annealed",
-            seed=_after(settings.seed, 2),
-            progress=share("log p(x), annealed"),
-            **common,
-            **settings.annealing_options,
+            ImportanceOptions(settings.num_samples),
+            max_memory=most,
+            progress=share("log p(x)"),
         )
-    divergence = None
+    seconds = time.perf_counter() - start
+    annealed = divergence = None
+    if "annealed" in settings.methods and _can_be_annealed(pair, settings):
+        with pair.evaluating(_after(settings.seed, 2)):
+            found = estimate_log_prob(
+                pair, settings.annealing, max_memory=most, progress=share("log p(x), annealed")
+            )
+        annealed = PerDatum(found.log_prob, found.standard_error)
     if settings.posterior == "quadrature":
-        exact = posterior_divergence(
-            model, guide, inputs, seed=settings.seed, progress=share("posterior"), **common
-        )
+        with pair.evaluating(settings.seed):
+            exact = measure_divergence(pair, max_memory=most, progress=share("posterior"))
         divergence = PerDatum(exact.kl, exact.error)
+    epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
-        bounds.elbo,
-        bounds.iwae,
-        PerDatum(estimate.log_prob, estimate.standard_error),
-        None if annealed is None else PerDatum(annealed.log_prob, annealed.standard_error),
-        bounds.rate,
-        bounds.distortion,
-        bounds.exact_kl,
-        divergence,
-        estimate,
-        num_parameters=sum(owned.parameters.values()),
-        num_guide_parameters=sum(owned.of_guide.values()),
-        seconds_per_1000=1000 * seconds / len(inputs[0]),
-        fit=trained,
+        **bounds._asdict(),
+        log_prob=PerDatum(estimate.log_prob, estimate.standard_error),
+        annealed=annealed,
+        posterior_divergence=divergence,
+        estimate=estimate,
+        num_parameters=sum(leaf.numel() for leaf in owned.parameters.values()),
+        num_guide_parameters=sum(leaf.numel() for leaf in owned.of_guide.values()),
+        seconds_per_1000=1000 * seconds / pair.num_data,
+        fit=fit,
+        seconds_per_epoch=fit.seconds / epochs if fit and epochs else math.nan,
     )
 
 
-def _log_marginal(pair: Pair, inputs: Inputs, **options: Any) -> LogMarginal:
-    with warnings.catch_warnings():
-        # The table says how many data have k > 0.7.
-        warnings.filterwarnings("ignore", message=r"\d+ of \d+ data have Pareto k")
-        return log_marginal(*pair, inputs, **options)
-
-
-def _can_be_annealed(pair: Pair, inputs: Inputs, settings: _Settings) -> bool:
-    shown = _few(pair, inputs, settings)
-    start = settings.annealing_options.get("start", "guide")
-    with torch.no_grad(), evaluation_mode(*pair), seeded(settings.seed):
+def _can_be_annealed(pair: OpenedPair, settings: _Settings) -> bool:
+    with pair.evaluating(settings.seed):
         try:
-            AnnealingPath(PairScorer(*pair, shown, plate=settings.plate), start)
+            AnnealingPath(Particles(pair.few(BLOCK)), settings.annealing.start)
         except InputError:
             return False
     return True
-
-
-def _few(pair: Pair, inputs: Inputs, settings: _Settings) -> Inputs:
-    """Return a few data to look at a pair with; all of them where it accepts no part."""
-    with torch.no_grad(), evaluation_mode(*pair), seeded(0):
-        return few_of(*pair, inputs, settings.plate, _SHOWN)
-
-
-def _place(
-    model: PairFunction, options: Mapping[str, Any], inputs: Inputs, *, trains: bool
-) -> torch.device:
-    """Return the device where the guides will be: training moves modules, and only these."""
-    if trains and owned_modules(model):
-        return resolve_device(options.get("device", "auto"))
-    return device_of(model, default=inputs[0].device)
 
 
 def _after(seed: int, number: int) -> int:

@@ -1,44 +1,29 @@
-"""What a comparison of pairs found: numbers per datum, paired differences, tables and figures."""
+"""What a comparison of pairs found: numbers per datum, paired differences, a table and figures."""
 
 from __future__ import annotations
 
+import io
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from pyro_vae.errors import unknown_name
+from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.evaluation.arviz import pointwise_densities
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.evaluation.paired_difference import Difference, deviation, paired_difference
+from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
+from pyro_vae.files import finite_or_none
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_vae.infer.training import FitResult
-
-# Standard errors within which a difference is none.
-_TIE = 2.0
-
-
-class Difference(NamedTuple):
-    """Mean paired difference of one pair to another, nats per datum.
-
-    Attributes:
-        mean: mean over the data of this pair's value minus the other's.
-        standard_error: its standard error: the spread of the per-datum differences over the data,
-            which has their Monte Carlo errors in it; never below ``monte_carlo_standard_error``.
-        monte_carlo_standard_error: with the data held fixed and the pairs' draws independent.
-    """
-
-    mean: float
-    standard_error: float
-    monte_carlo_standard_error: float
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether the difference is within two standard errors, or its error unknown."""
-        return not abs(self.mean) > _TIE * self.standard_error
 
 
 @dataclass(frozen=True)
@@ -55,11 +40,13 @@ class Measured:
         exact_kl: whether the rate is in closed form.
         posterior_divergence: KL(q(z|x) || p(z|x)) by quadrature, with its numerical error; None where
             it was not asked for.
-        estimate: the importance estimate, with Pareto k and effective sample size per datum.
+        estimate: the importance estimate, with Pareto k and effective sample size per datum; of
+            several runs those of all their data points, one run after the other.
         num_parameters: parameters of model and guide that train.
         num_guide_parameters: those of the guide.
-        seconds_per_1000: seconds of importance sampling for 1,000 data.
-        fit: the training, where it was done here.
+        seconds_per_1000: seconds of importance sampling for 1,000 data points.
+        fit: the training, where it was done here; of several runs the first one's.
+        seconds_per_epoch: mean seconds of a training epoch; NaN where nothing was trained here.
     """
 
     elbo: PerDatum
@@ -75,10 +62,11 @@ class Measured:
     num_guide_parameters: int
     seconds_per_1000: float
     fit: FitResult | None = field(repr=False)
+    seconds_per_epoch: float = math.nan
 
     @property
     def unreliable_share(self) -> float:
-        """Share of the data whose importance weights have Pareto k > 0.7."""
+        """Share of the data points whose importance weights have Pareto k > 0.7."""
         return self.estimate.num_unreliable / len(self.estimate.pareto_k)
 
     @property
@@ -86,23 +74,29 @@ class Measured:
         """Median effective sample size of the importance weights."""
         return self.estimate.ess.median().item()
 
-    @property
-    def seconds_per_epoch(self) -> float:
-        """Mean seconds of a training epoch; NaN where nothing was trained here."""
-        if self.fit is None or not len(self.fit.history["seconds"]):
-            return math.nan
-        return self.fit.seconds / len(self.fit.history["seconds"])
+    def means(self, quantities: Sequence[str]) -> dict[str, float]:
+        """Return means over the data points and both their standard errors under flat names."""
+        row = {}
+        for quantity in (*quantities, "rate", "distortion", "posterior_divergence"):
+            value: PerDatum | None = getattr(self, quantity)
+            if value is not None:
+                row[quantity] = value.mean
+                row[f"{quantity}_standard_error"] = value.mean_standard_error
+                row[f"{quantity}_data_standard_error"] = value.data_standard_error
+        return row
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs measured on the same data.
+    """Pairs measured on the same data, in one run each or in several.
 
     ``print`` shows a table, and so does rich. Quantities are named ``"log_prob"``, ``"elbo"``,
-    ``"iwae"``, and ``"annealed"`` where annealing was asked for and applies to every pair.
+    ``"iwae"``, and ``"annealed"`` where annealing was asked for and applies to every pair. Several
+    runs of a pair, trained from different seeds, are averaged datum by datum, and the spread between
+    them is part of the interval of every difference; see :meth:`of_runs`.
 
     Attributes:
-        pairs: what was measured, by name.
+        runs: what was measured of each run, by the pair's name; as many runs of every pair.
         likelihood: kind of the likelihood, the same for all: ``"density"``, ``"probability"`` or
             ``"pseudo-likelihood"``.
         num_importance: draws in the importance-weighted bound.
@@ -111,12 +105,50 @@ class Comparison:
         seed: seed of all draws.
     """
 
-    pairs: dict[str, Measured]
+    runs: Mapping[str, Sequence[Measured]]
     likelihood: str
     num_importance: int
     num_samples: int
     hold: str | None
     seed: int
+
+    @classmethod
+    def of_runs(cls, comparisons: Sequence[Comparison]) -> Comparison:
+        """Join comparisons of the same pairs on the same data, each pair trained anew for each.
+
+        Args:
+            comparisons: what :func:`pyro_vae.compare` returned, one per seed of the training.
+
+        Raises:
+            InputError: none, or comparisons of other pairs, settings or numbers of data points.
+        """
+        kinds = [each._describe() for each in comparisons]
+        if not kinds:
+            raise InputError("expected at least one comparison, got none")
+        other = next((kind for kind in kinds if kind != kinds[0]), None)
+        if other is not None:
+            raise InputError(
+                f"expected comparisons alike but for their seed, got {kinds[0]} beside {other}: "
+                "compare the same pairs in each"
+            )
+        names = comparisons[0].runs
+        joined = {name: [run for each in comparisons for run in each.runs[name]] for name in names}
+        return replace(comparisons[0], runs=joined)
+
+    @cached_property
+    def pairs(self) -> dict[str, Measured]:
+        """What was measured by name, averaged over the runs."""
+        return {name: _average(runs) for name, runs in self.runs.items()}
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of each pair."""
+        return len(next(iter(self.runs.values())))
+
+    @property
+    def num_data(self) -> int:
+        """Data points that every pair was measured on."""
+        return len(next(iter(self.pairs.values())).elbo.value)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -130,7 +162,7 @@ class Comparison:
         return "annealed" if "annealed" in self.quantities else "log_prob"
 
     def per_datum(self, name: str, quantity: str = "log_prob") -> PerDatum:
-        """Return a quantity of a pair.
+        """Return a quantity of a pair, averaged over its runs.
 
         Raises:
             InputError: no pair or no quantity of that name.
@@ -147,6 +179,10 @@ class Comparison:
         quantity = quantity or self.ranked_by
         return max(self.pairs, key=lambda name: self.per_datum(name, quantity).mean)
 
+    def run_deviation(self, name: str, quantity: str = "log_prob") -> float:
+        """Return the standard deviation between runs of their means; NaN for a single run."""
+        return deviation([getattr(run, quantity).mean for run in self.runs[name]])
+
     def difference(
         self, name: str, quantity: str = "log_prob", *, to: str | None = None
     ) -> Difference:
@@ -161,26 +197,20 @@ class Comparison:
             InputError: no pair or no quantity of that name.
         """
         to = to or self.best(quantity)
-        mine, theirs = self.per_datum(name, quantity), self.per_datum(to, quantity)
+        for each in (name, to):
+            self.per_datum(each, quantity)  # refuses what is not there
         if name == to:
-            return Difference(0.0, 0.0, 0.0)
-        both_impossible = mine.value.isneginf() & theirs.value.isneginf()
-        paired = PerDatum(
-            torch.where(both_impossible, 0.0, mine.value - theirs.value),
-            torch.hypot(mine.standard_error, theirs.standard_error),
-        )
-        monte_carlo, spread = paired.mean_standard_error, paired.data_standard_error
-        errors = [error for error in (monte_carlo, spread) if not math.isnan(error)]
-        # With a single datum nothing is known of the spread over the data, and nothing is claimed.
-        error = max(errors) if len(errors) == 2 else math.nan
-        return Difference(paired.mean, error, monte_carlo)
+            return Difference(0.0, 0.0, 0.0, 0.0, 0.0, (0.0,) * self.num_runs)
+        mine, theirs = ([getattr(run, quantity) for run in self.runs[each]] for each in (name, to))
+        return paired_difference(mine, theirs)
 
     def verdict(self, name: str) -> str:
         """Return ``"best"``, ``"tied"`` or ``"behind"``, by what :attr:`ranked_by` says.
 
-        A pair is behind if its paired difference to the best is more than two standard errors, and
-        tied otherwise; the best is called so only where all others are behind. There is no
-        correction for the number of pairs: the best of many equal ones is partly luck.
+        A pair is tied if 0 lies in the 95% interval of its paired difference to the best (about two
+        standard errors, with several runs also of their spread), and behind otherwise; the best is
+        called so only where all others are behind. There is no correction for the number of pairs:
+        the best of many equal ones is partly luck.
         """
         best = self.best()
         tied = {
@@ -196,19 +226,16 @@ class Comparison:
         Args:
             per_datum: with the values of every datum.
         """
-        settings = {
-            name: getattr(self, name)
-            for name in ("likelihood", "num_importance", "num_samples", "hold", "seed", "ranked_by")
-        }
         rows = {name: self._row(name) for name in self.pairs}
         if per_datum:
             for name, row in rows.items():
                 row["per_datum"] = {
                     quantity: self.per_datum(name, quantity).value.tolist()
                     for quantity in self.quantities
-                } | {"pareto_k": self.pairs[name].estimate.pareto_k.tolist()}
-        num_data = len(next(iter(self.pairs.values())).elbo.value)
-        return _plain({**settings, "num_data": num_data, "pairs": rows})
+                } | {"pareto_k": self._pareto_k(name).tolist()}
+        about = ("likelihood", "num_importance", "num_samples", "hold", "seed", "ranked_by")
+        settings = {name: getattr(self, name) for name in (*about, "num_data", "num_runs")}
+        return finite_or_none({**settings, "pairs": rows})
 
     def to_dataframe(self) -> Any:
         """Return a pandas ``DataFrame`` with one row per pair and one column per number."""
@@ -222,66 +249,85 @@ class Comparison:
 
         See ``pyro_vae.evaluation.arviz.pointwise_densities``.
         """
-        from pyro_vae.evaluation.arviz import pointwise_densities
-
         found = {}
-        for name, pair in self.pairs.items():
-            log_prob, pareto_k = self.per_datum(name, self.ranked_by).value, pair.estimate.pareto_k
+        for name in self.pairs:
+            log_prob, pareto_k = self.per_datum(name, self.ranked_by).value, self._pareto_k(name)
             if self.ranked_by == "annealed":
                 pareto_k = torch.full_like(pareto_k, math.nan)  # it is of the importance weights
             found[name] = pointwise_densities(log_prob, pareto_k, self.num_samples)
         return found
 
     def plot(self, quantity: str | None = None) -> Figure:
-        """Show the paired differences to the best, with their standard errors."""
-        from pyro_vae import plots
+        """Show the paired differences to the best, with their 95% intervals and the single runs."""
+        from pyro_vae.plots import paired_differences
 
         quantity = quantity or self.ranked_by
         differences = [self.difference(name, quantity) for name in self.pairs]
-        return plots.paired_differences(
+        return paired_differences(
             list(self.pairs),
             [difference.mean for difference in differences],
-            [difference.standard_error for difference in differences],
+            [difference.half_width for difference in differences],
             best=self.best(quantity),
-            title=f"{_LABELS[quantity]}: difference to the best, with standard error",
+            title=f"{_NAMES[quantity]}: difference to the best, with 95% interval",
+            by_run=[difference.by_run for difference in differences] if self.num_runs > 1 else None,
         )
 
     def scatter(self, first: str, second: str, quantity: str | None = None) -> Figure:
         """Show a quantity of every datum under one pair against that under another."""
-        from pyro_vae import plots
+        from pyro_vae.plots import datum_against_datum
 
         quantity = quantity or self.ranked_by
         values = [self.per_datum(name, quantity).value.numpy() for name in (first, second)]
-        return plots.datum_against_datum(
-            *values, labels=(first, second), title=f"{_LABELS[quantity]} of each datum (nats)"
+        return datum_against_datum(
+            *values, labels=(first, second), title=f"{_NAMES[quantity]} of each datum (nats)"
         )
 
     def __rich__(self) -> Any:
-        from pyro_vae.evaluation.comparison_table import rich_table
+        """Return the table, one column per pair, with its notes."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
 
-        return rich_table(self)
+        runs = f", mean of {self.num_runs} runs" if self.num_runs > 1 else ""
+        title = f"{self.num_data} data points, nats per datum{runs}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in self.pairs:
+            table.add_column(Text(name), justify="right")
+        for label, cells in _table_rows(self):
+            table.add_row(label, *cells)
+        return Group(table, *(Text(note) for note in _notes(self)))
 
     def __str__(self) -> str:
-        from pyro_vae.evaluation.comparison_table import as_text
+        """Return the table as plain text, as wide as it needs to be."""
+        from rich.console import Console
 
-        return as_text(self)
+        file = io.StringIO()
+        width = 40 + sum(max(28, len(name) + 4) for name in self.pairs)
+        Console(file=file, width=width, color_system=None, force_jupyter=False).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    def _describe(self) -> str:
+        return (
+            f"{', '.join(self.runs)} on {self.num_data} data points ({self.likelihood}, num_samples "
+            f"{self.num_samples}, num_importance {self.num_importance}, hold {self.hold})"
+        )
+
+    def _pareto_k(self, name: str) -> Tensor:
+        """Return the largest tail index of each datum among the runs, NaN where one is not known."""
+        return torch.stack([run.estimate.pareto_k for run in self.runs[name]]).amax(0)
 
     def _row(self, name: str) -> dict[str, Any]:
         """Return the numbers of one pair under flat names."""
         pair = self.pairs[name]
-        row: dict[str, Any] = {"verdict": self.verdict(name)}
-        measured = (*self.quantities, "rate", "distortion")
-        if pair.posterior_divergence is not None:
-            measured = (*measured, "posterior_divergence")
-        for quantity in measured:
-            value: PerDatum = getattr(pair, quantity)
-            row[quantity] = value.mean
-            row[f"{quantity}_standard_error"] = value.mean_standard_error
-            row[f"{quantity}_data_standard_error"] = value.data_standard_error
+        row = {"verdict": self.verdict(name), **pair.means(self.quantities)}
         for quantity in self.quantities:
             difference = self.difference(name, quantity)
             row[f"{quantity}_difference"] = difference.mean
             row[f"{quantity}_difference_standard_error"] = difference.standard_error
+            row[f"{quantity}_difference_run_standard_error"] = difference.run_standard_error
+            row[f"{quantity}_difference_half_width"] = difference.half_width
+            row[f"{quantity}_run_deviation"] = self.run_deviation(name, quantity)
         plain = (
             "exact_kl",
             "unreliable_share",
@@ -291,10 +337,10 @@ class Comparison:
             "seconds_per_epoch",
             "seconds_per_1000",
         )
-        return row | {column: getattr(pair, column) for column in plain}
+        return row | {column: getattr(pair, column) for column in plain} | {"num_runs": self.num_runs}
 
 
-_LABELS = {
+_NAMES = {
     "log_prob": "log p(x)",
     "annealed": "log p(x), annealed",
     "iwae": "importance-weighted bound",
@@ -302,11 +348,114 @@ _LABELS = {
 }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _average(runs: Sequence[Measured]) -> Measured:
+    """Average what was measured in several runs, datum by datum."""
+    first, *others = runs
+    if not others:
+        return first
+    averaged: dict[str, Any] = {}
+    for part in fields(Measured):
+        values = [getattr(run, part.name) for run in runs]
+        if all(isinstance(value, PerDatum) for value in values):
+            errors = torch.stack([value.standard_error for value in values])
+            mean = torch.stack([value.value for value in values]).mean(0)
+            averaged[part.name] = PerDatum(mean, errors.square().sum(0).sqrt() / len(runs))
+        elif None in values and part.name != "fit":
+            averaged[part.name] = None
+        elif part.name.startswith("seconds"):
+            averaged[part.name] = sum(values) / len(runs)
+    # Shares and medians are those of the data points of all runs together.
+    columns = {
+        part.name: [getattr(run.estimate, part.name) for run in runs] for part in fields(LogMarginal)
+    }
+    together: dict[str, Any] = {
+        name: torch.cat(column)
+        for name, column in columns.items()
+        if all(isinstance(value, Tensor) for value in column)
+    }
+    exact = all(run.exact_kl for run in runs)
+    return replace(first, **averaged, estimate=LogMarginal(**together), exact_kl=exact)
+
+
+def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    pairs, several = comparison.pairs, comparison.num_runs > 1
+    for quantity in comparison.quantities:
+        label = _NAMES[quantity]
+        if quantity == "iwae":
+            label = f"IWAE-{comparison.num_importance}"
+        yield label, [_value(comparison.per_datum(name, quantity)) for name in pairs]
+        if several:
+            deviations = [comparison.run_deviation(name, quantity) for name in pairs]
+            yield "  deviation between runs", [_error(value) for value in deviations]
+        yield f"  {label}, to the best", [_difference(comparison, name, quantity) for name in pairs]
+        if quantity == comparison.ranked_by:
+            yield "  verdict", [comparison.verdict(name) for name in pairs]
+    measured = list(pairs.values())
+    if comparison.ranked_by != "annealed" and any(pair.annealed for pair in measured):
+        annealed = [pair.annealed for pair in measured]
+        yield _NAMES["annealed"], [_value(each) if each else "does not apply" for each in annealed]
+    yield "rate (KL)", [_value(pair.rate) for pair in measured]
+    yield "  KL", ["exact" if pair.exact_kl else "Monte Carlo" for pair in measured]
+    yield "distortion", [_value(pair.distortion) for pair in measured]
+    divergences = [pair.posterior_divergence for pair in measured if pair.posterior_divergence]
+    if len(divergences) == len(measured):
+        yield "KL(q || p(z|x)), quadrature", [f"{each.mean:.4f}" for each in divergences]
+    shares = [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
+    yield f"data points with k > {PARETO_K_LIMIT}", shares
+    yield (
+        f"median ESS of {comparison.num_samples:,}",
+        [f"{pair.median_ess:,.0f}" for pair in measured],
+    )
+    yield "parameters trained", [f"{pair.num_parameters:,}" for pair in measured]
+    if any(not math.isnan(pair.seconds_per_epoch) for pair in measured):
+        yield "seconds per epoch", [f"{pair.seconds_per_epoch:.3g}" for pair in measured]
+    yield "seconds per 1,000 log p(x)", [f"{pair.seconds_per_1000:.3g}" for pair in measured]
+
+
+def _notes(comparison: Comparison) -> Iterator[str]:
+    both = "over data points and runs" if comparison.num_runs > 1 else "over data points"
+    yield (
+        "± Monte Carlo standard error, in brackets the standard error over the data points; "
+        f"differences to the best: ± half a 95% interval of the paired difference {both}."
+    )
+    yield f"tied: that interval of {_NAMES[comparison.ranked_by]} has 0 in it."
+    if comparison.likelihood == "pseudo-likelihood":
+        yield "The likelihood is a pseudo-likelihood: compare with nothing outside this table."
+    if comparison.hold == "model":
+        yield "All guides were measured against one frozen model."
+    heavy = [name for name, pair in comparison.pairs.items() if pair.estimate.num_unreliable]
+    if heavy and comparison.ranked_by == "log_prob":
+        yield (
+            f"Some weights of {', '.join(heavy)} have k > {PARETO_K_LIMIT}: log p(x) there is "
+            'probably too low and its error too small; methods=("importance", "annealed") checks it.'
+        )
+
+
+def _value(quantity: PerDatum) -> str:
+    over_data = quantity.data_standard_error
+    brackets = "" if math.isnan(over_data) else f" ({_error(over_data)})"
+    return f"{_with_error(quantity.mean, quantity.mean_standard_error)}{brackets}"
+
+
+def _difference(comparison: Comparison, name: str, quantity: str) -> str:
+    if name == comparison.best(quantity):
+        return "0"
+    difference = comparison.difference(name, quantity)
+    return _with_error(difference.mean, difference.half_width)
+
+
+def _with_error(value: float, error: float) -> str:
+    """Show a number to the digits its error leaves, two to four of them after the point."""
+    if error == 0:
+        return f"{value:.3f} ± 0"
+    return f"{value:.{_digits(error)}f} ± {_error(error)}"
+
+
+def _error(error: float) -> str:
+    return f"{error:.{_digits(error)}f}" if math.isfinite(error) else "unknown"
+
+
+def _digits(error: float) -> int:
+    if not math.isfinite(error) or error == 0:
+        return 3
+    return min(4, max(2, 1 - math.floor(math.log10(error))))

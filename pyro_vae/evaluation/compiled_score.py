@@ -1,44 +1,43 @@
-"""A model's score captured once and compiled, for evaluations long enough to pay for it."""
+"""Values of a pair captured for long evaluations: a model's score, an annealing path's gradients."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
-import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pyro
-import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.infer.capture import (
-    CannotCaptureError,
-    autocast_dtypes,
-    trace_graph,
+from pyro_vae.infer import capture
+from pyro_vae.infer.capture import CannotCaptureError
+from pyro_vae.infer.program import (
+    Program,
+    Programs,
+    Signature,
+    State,
+    are_close,
+    sign,
+    tolerance_of,
+    verify,
 )
-from pyro_vae.infer.program import State
-from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, modules_of
+from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
-from pyro_vae.pair.state import with_submodules
+from pyro_vae.pair.state import Snapshot, with_submodules
 from pyro_vae.weights.particles import Particles
 
 Terms = tuple[Tensor, Tensor]
+Values = tuple[Tensor, ...]
+Compute = Callable[[Particles, Sequence[Tensor]], Values]
+Captured = tuple[Callable[[Sequence[Tensor]], Any], Any]
 
 # Bytes that scoring must allocate in all before a compilation (seconds; half a minute the first time
 # on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU.
 _WORTHWHILE = {"cpu": 5 * 10**10, "cuda": 2 * 10**12}
 
-# Particles (of every datum of a block) by which a program made earlier is held against plain calls
-# at every estimate: what can go stale shows in one.
-_CHECKED = 1
-
-# The programs of each model, kept as long as the model (or the module whose method it is) lives.
-_PROGRAMS: weakref.WeakKeyDictionary[Any, dict[Hashable, _Program | None]] = (
-    weakref.WeakKeyDictionary()
-)
+# Of every pair whose values were captured, as long as it lives.
+PROGRAMS: Remembered[Programs[Program]] = Remembered()
 
 
 def compiled_score(
@@ -46,12 +45,11 @@ def compiled_score(
 ) -> tuple[Callable[[Latents], Terms], Terms] | None:
     """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
 
-    Compiled programs are kept per model and shape: later calls pay nothing. A program follows
-    parameters that are trained or replaced meanwhile. It is checked against the uncompiled score: on
-    a whole chunk when made, on the first particles of every later call.
+    A program is checked against the uncompiled score: on a whole chunk when made, on the first
+    particle of every datum in every later call.
 
     Args:
-        scorer: the pair bound to its data.
+        scorer: the particles of the pair, opened on its data.
         latents: latents of the shapes to come.
         work: bytes that scoring will allocate in all.
         wanted: True, False, or None for where the work repays the compilation.
@@ -64,107 +62,131 @@ def compiled_score(
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
     if wanted is False or not (wanted or repaid):
         return None
-    programs = _PROGRAMS.setdefault(_owner(scorer.pair.model), {})
-    key = _signature(scorer, latents)
-    program = programs.get(key)
-    if program is not None:
-        terms = _terms_if_it_holds(program, scorer, latents)
-        if terms is not None:
-            return program.bound_to(scorer), terms
-    if key in programs and program is None:
-        return None
-    with torch.random.fork_rng():  # a seed gives the same draws, compiled now, before or never
-        made = _compile(scorer, latents, warn=bool(wanted))
-    programs[key] = None if made is None else made[0]
-    return None if made is None else (made[0].bound_to(scorer), made[1])
-
-
-def _terms_if_it_holds(program: _Program, scorer: Particles, latents: Latents) -> Terms | None:
-    """Return the program's terms if plain calls give the first particles' too.
-
-    What the key can't see may have changed since the program was made: a plain attribute of the
-    model, or its parameters' shapes.
-    """
-    if program.state.current() is None:
-        return None
-    terms = program.bound_to(scorer)(latents)
-    few = {name: value[:_CHECKED] for name, value in latents.items()}
-    first = tuple(term[:_CHECKED] for term in terms)
-    return terms if all_close(first, scorer.score_by("_score_plain", "model", few)[:2]) else None
-
-
-class _Program:
-    """A captured score: a graph over latents, inputs and the tensors the model reads."""
-
-    def __init__(self, graph: torch.fx.GraphModule, state: State, names: list[str]) -> None:
-        self.state, self.names = state, names
-        self.run = torch.compile(graph, fullgraph=True, dynamic=False)
-
-    def bound_to(self, scorer: Particles) -> Callable[[Latents], Terms]:
-        """Return the score of latents with this scorer's data."""
-        tensors = self.state.current()
-        assert tensors is not None
-        # The parameters stand still while an estimate runs.
-        rest = [*scorer.pair.inputs, *tensors]
-
-        def score(latents: Latents) -> Terms:
-            log_likelihood, log_prior = self.run(*(latents[name] for name in self.names), *rest)
-            return log_likelihood, log_prior
-
-        return score
-
-
-def _compile(scorer: Particles, latents: Latents, *, warn: bool) -> tuple[_Program, Terms] | None:
-    scorer.score({name: value[:2] for name, value in latents.items()})  # chooses a strategy
-    if scorer.pair.knowledge.ways.get("model") == "_score_plain":
-        return None
-    try:
-        program = _capture(scorer, latents)
-        compiled, plain = program.bound_to(scorer)(latents), scorer.score(latents)
-        if all_close(compiled, plain):
-            return program, compiled
-        reason = "it gives other values than the model"
-    except CannotCaptureError as error:
-        reason = str(error)
-    except RuntimeError as error:  # every failure of torch.compile's backends is one
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if warn:
-        warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
-    return None
-
-
-def _capture(scorer: Particles, latents: Latents) -> _Program:
-    trace, _ = scorer.traces()
-    store = pyro.get_param_store()._params
-    in_store = [
-        name for name, site in trace.nodes.items() if site["type"] == "param" and name in store
-    ]
-    state = State(with_submodules(modules_of(scorer.pair.model)), in_store, [])
-    # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
     names = list(latents)
-    given = {name: latents[name].detach() for name in names}
-    inputs = tuple(value.detach() for value in scorer.pair.inputs)
-    alias = Particles(scorer.pair.bind(scorer.pair.model, scorer.pair.guide, inputs, {}))
-    with poutine.block():
-        graph, closed_over = trace_graph(
-            lambda: alias.score(given), [*given.values(), *inputs, *state.tensors]
-        )
-    state.add_fixed(closed_over)
-    return _Program(graph, state, names)
 
+    def score(scorer: Particles, given: Sequence[Tensor]) -> Terms:
+        return scorer.score(dict(zip(names, given, strict=True)))
 
-def _signature(scorer: Particles, latents: Latents) -> Hashable:
-    tensors = [*latents.values(), *scorer.pair.inputs]
-    function = scorer.pair.model.__func__ if inspect.ismethod(scorer.pair.model) else None
-    return (
-        function,
-        scorer.pair.plate,
-        tuple(latents),
-        tuple((value.shape, value.stride(), value.dtype, value.device) for value in tensors),
-        torch.get_default_dtype(),
-        autocast_dtypes(),
+    def say(reason: str) -> None:
+        if wanted:
+            warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
+
+    functions, key, given = (scorer.pair.model,), ("score", *names), list(latents.values())
+    captured = capture_values(
+        scorer, functions, key, given, score, num_checked=1, compile=True, say=say
     )
+    if captured is None:
+        return None
+    run, shown = captured
+    return lambda latents: run([latents[name] for name in names]), shown
 
 
-def _owner(function: PairFunction) -> Any:
-    return function.__self__ if inspect.ismethod(function) else function
+def capture_values(
+    particles: Particles,
+    functions: Sequence[PairFunction],
+    key: Hashable,
+    given: Sequence[Tensor],
+    compute: Compute,
+    *,
+    elsewhere: Callable[[], Sequence[Tensor]] | None = None,
+    num_checked: int | None = None,
+    compile: bool = False,
+    say: Callable[[str], None] = lambda reason: None,
+) -> Captured | None:
+    """Find the program that computes some values of a pair, or record one; check it before its use.
+
+    Programs are kept per pair and shapes: later calls, on other data too, pay for a check alone. They
+    follow parameters that are trained or replaced meanwhile. What no signature can show may have
+    changed, such as a plain attribute: a program that fails its check is recorded anew.
+
+    Args:
+        particles: the pair, opened on its data.
+        functions: those of the pair that the values depend on: the model, or model and guide.
+        key: names the values, and what they depend on besides the pair and the shapes.
+        given: tensors of the shapes to come, particles first.
+        compute: the values of what is given, particles first, for a pair that is this one but for the
+            identity of its inputs.
+        elsewhere: returns where to check the program, of the same shapes; else it is where it was
+            recorded.
+        num_checked: particles by which a program made earlier is checked; all of them by default.
+        compile: whether to compile the program; it is then not worth having where particles can't be
+            scored at once.
+        say: told why the values can't be captured, or not compiled.
+
+    Returns:
+        the replayed function of what is given, and what it gave where it was checked; None where the
+        values can't be captured.
+    """
+    pair, programs = particles.pair, PROGRAMS.get(*functions)
+    if programs is None:
+        programs = Programs()
+        PROGRAMS.keep(programs, *functions)
+    signature = sign((key, pair.plate), [*given, *pair.inputs], [])
+    drawn: list[Sequence[Tensor]] = []
+
+    def check(program: Program, num_checked: int | None) -> list[Tensor]:
+        if not drawn:
+            drawn.append(given if elsewhere is None else elsewhere())
+        (where,) = drawn
+
+        def compare(expected: Values, found: list[Tensor], tensors: list[Tensor]) -> None:
+            tolerance = tolerance_of(value.dtype for value in (*where, *tensors, *found))
+            for own, standard in zip(found, expected, strict=True):
+                if not are_close(own[: len(standard)], standard, tolerance):
+                    raise CannotCaptureError("it gives other values than the model")
+
+        few = [value[:num_checked] for value in where]
+        return verify(program, [*where, *pair.inputs], lambda: compute(particles, few), compare)
+
+    def ready(program: Program, shown: list[Tensor]) -> Captured:
+        tensors, inputs = program.state.current(), pair.inputs
+        assert tensors is not None  # the pair stands still while an evaluation runs
+        return lambda given: program.outputs([*given, *inputs], tensors), shown
+
+    known = programs.find(signature)
+    if known is not None:
+        try:
+            return ready(known[0], check(known[0], num_checked))
+        except CannotCaptureError:
+            programs.kept.remove(known[0])
+    if signature in programs.impossible:
+        if elsewhere is not None and programs.impossible[signature] and not drawn:
+            elsewhere()  # as at the first time: a seed gives the same numbers
+        return None
+    program = None
+    try:
+        program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
+        backend = "inductor" if compile else "eager"
+        shown = program.compile(backend, "default", lambda: check(program, None), say)
+    except CannotCaptureError as reason:
+        programs.impossible[signature] = program is not None
+        say(str(reason))
+        return None
+    programs.add(program)
+    return ready(program, shown)
+
+
+def _record(
+    particles: Particles,
+    functions: Sequence[PairFunction],
+    signature: Signature,
+    given: Sequence[Tensor],
+    compute: Compute,
+    *,
+    is_worth_plain: bool,
+) -> Program:
+    """Record the values over fresh aliases: a tensor both passed and closed over is told apart."""
+    pair, modules = particles.pair, with_submodules(modules_of(*functions))
+    with Snapshot(modules).put_back(), capture.conditions():
+        traces = particles.traces()[: len(functions)]
+        nodes = [item for trace in traces for item in trace.nodes.items()]
+        store = pyro.get_param_store()._params
+        names = [name for name, site in nodes if site["type"] == "param" and name in store]
+        state = State(modules, dict.fromkeys(names))
+        compute(particles, [value[:2] for value in given])  # finds the ways that hold
+        if pair.knowledge.ways.get("model") == "_score_plain" and not is_worth_plain:
+            raise CannotCaptureError("its particles can't be scored at once")
+        aliases = [tensor.detach() for tensor in given]
+        inputs = tuple(tensor.detach() for tensor in pair.inputs)
+        other = Particles(pair.bind(pair.model, pair.guide, inputs, {}))
+        return Program(signature, state, lambda: compute(other, aliases), [*aliases, *inputs])

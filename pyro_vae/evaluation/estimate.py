@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import InputError
+from pyro_vae.evaluation.arviz import resampled_posterior
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.pair.opened import Progress
 
@@ -111,21 +113,52 @@ class LogMarginal:
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
     ) -> Any:
-        """Return the estimate in the data structure of the installed ArviZ.
-
-        See :func:`pyro_vae.evaluation.to_arviz` for its groups.
-
-        Args:
-            num_draws: posterior draws per datum, resampled from the weighted draws that were kept.
-            seed: seed of the resampling.
-            labels: names of the data, N of them; by default their positions.
-
-        Raises:
-            InputError: no draws were kept (``keep_draws=0``), or labels of another length.
-        """
-        from pyro_vae.evaluation.arviz import to_arviz
-
+        """Return the estimate in ArviZ's data structure: see :func:`pyro_vae.evaluation.to_arviz`."""
         return to_arviz(self, num_draws=num_draws, seed=seed, labels=labels)
+
+
+def to_arviz(
+    estimate: LogMarginal,
+    *,
+    num_draws: int = 1000,
+    seed: int = 0,
+    labels: Sequence[Any] | None = None,
+) -> Any:
+    """Return an estimate as ArviZ's ``InferenceData`` (0.23) or as a ``DataTree`` (1.x).
+
+    Groups, all with the data points as coordinate ``data``:
+
+    - ``posterior``: the latents, resampled by their weights (chain, draw, data, ...);
+    - ``log_likelihood``: log p(x given z) of these draws, as variable ``x`` (chain, draw, data);
+    - ``sample_stats``: the log weights of these draws (chain, draw, data);
+    - ``importance``: the log weights of all kept draws (sample, data), and the estimate per datum
+      with its standard error, effective sample size and Pareto k.
+
+    Each datum has latents of its own, so ``arviz.loo`` on the result is not predictive of new data:
+    E[1 / p(x given z)] over the posterior is 1 / p(x), which makes it a (smoothed) harmonic mean
+    estimate of log p(x), worse than the one in ``importance``.
+
+    Args:
+        estimate: what :func:`pyro_vae.log_marginal` returned.
+        num_draws: posterior draws per datum, resampled from the weighted draws that were kept.
+        seed: seed of the resampling.
+        labels: names of the data points, N of them; by default their positions.
+
+    Raises:
+        InputError: no draws were kept (``keep_draws=0``), labels of another length, or a number of
+            draws below 1.
+    """
+    if estimate.draws is None:
+        raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
+    names = ("log_prob", "standard_error", "ess", "pareto_k")
+    return resampled_posterior(
+        *estimate.draws,
+        {name: getattr(estimate, name) for name in names},
+        method=estimate.method,
+        num_draws=num_draws,
+        seed=seed,
+        labels=labels,
+    )
 
 
 def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:

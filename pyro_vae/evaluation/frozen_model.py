@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
@@ -49,21 +50,20 @@ def frozen_model(
         twin = copy.deepcopy(owners[0]).to(device)
         for parameter in twin.parameters():
             parameter.requires_grad_(False)
-        fixed = _called(_rebound(model, twin))
+        fixed = _wrap(_rebind(model, twin))
         twin.eval()
         _check_frozen(fixed, guides, inputs)
         yield fixed
         return
-    parameters = parameters_of(model, inputs)
+    parameters = _parameters_of(model, inputs)
     for name, guide in guides.items():
-        shared = set(map(id, parameters)) & set(map(id, parameters_of(guide, inputs)))
-        if shared:
+        if parameters.keys() & _parameters_of(guide, inputs).keys():
             raise _shared(name)
-    trained = [leaf for leaf in parameters if leaf.requires_grad]
+    trained = [leaf for leaf in parameters.values() if leaf.requires_grad]
     try:
         for leaf in trained:
             leaf.requires_grad_(False)
-        fixed = _called(model)
+        fixed = _wrap(model)
         # pyro.module warns of frozen parameters in a module that is in training mode.
         with evaluation_mode(model):
             _check_frozen(fixed, guides, inputs)
@@ -73,20 +73,21 @@ def frozen_model(
             leaf.requires_grad_(True)
 
 
-def parameters_of(function: PairFunction, inputs: Inputs) -> list[Tensor]:
-    """Return the parameters that a function of a pair names to Pyro, unconstrained."""
+def parameters_in(trace: Trace) -> dict[int, Tensor]:
+    """Return the parameters that a traced function names to Pyro, unconstrained, by identity."""
+    leaves = [
+        site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"
+    ]
+    return {id(leaf): leaf for leaf in leaves}
+
+
+def _parameters_of(function: PairFunction, inputs: Inputs) -> dict[int, Tensor]:
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         function(*inputs)
-    found = {
-        id(leaf): leaf
-        for site in capture.trace.nodes.values()
-        if site["type"] == "param"
-        for leaf in (site["value"].unconstrained(),)
-    }
-    return list(found.values())
+    return parameters_in(capture.trace)
 
 
-def _called(function: PairFunction) -> PairFunction:
+def _wrap(function: PairFunction) -> PairFunction:
     """Wrap a function, so that nobody trains or moves the module that it belongs to."""
 
     def frozen(*inputs: Tensor) -> Any:
@@ -95,10 +96,10 @@ def _called(function: PairFunction) -> PairFunction:
     return frozen
 
 
-def _rebound(function: PairFunction, twin: nn.Module) -> PairFunction:
+def _rebind(function: PairFunction, twin: nn.Module) -> PairFunction:
     """Return the function with its owner replaced."""
     if isinstance(function, functools.partial):
-        inner = _rebound(function.func, twin)
+        inner = _rebind(function.func, twin)
         return functools.partial(inner, *function.args, **function.keywords)
     if isinstance(function, types.MethodType):
         return types.MethodType(function.__func__, twin)
@@ -119,7 +120,7 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
             check_latents_match(trace, drawn)
             terms = [site["fn"].log_prob(site["value"]) for site in sample_sites(trace)]
         leaves = {id(leaf) for leaf in accumulating_leaves(*terms)}
-        if leaves & set(map(id, parameters_of(guide, tuple(value.to(place) for value in inputs)))):
+        if leaves & parameters_in(drawn).keys():
             raise _shared(name)
         if leaves:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,8 +13,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.capture import CannotCaptureError, trace_graph
-from pyro_vae.pair.agreement import all_close
+from pyro_vae.evaluation.compiled_score import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, latent_sites
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
@@ -105,7 +104,7 @@ class AnnealingPath:
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}
-        self._graphs: dict[torch.Size, Callable[[Tensor], tuple[Tensor, ...]]] = {}
+        self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Any]] = {}
         self.num_coordinates = self.position(
             {name: site["value"][None] for name, site in model_sites.items()}
         ).shape[-1]
@@ -147,42 +146,44 @@ class AnnealingPath:
     def evaluate(self, position: Tensor) -> State:
         """Return densities and gradients at positions ``(C, N, D)``: one pass forward, one back."""
         graph = self._graphs.get(position.shape)
-        return State(position, *(self._ends(position) if graph is None else graph(position)))
+        if graph is not None:
+            return State(position, *graph([position.contiguous()]))
+        return State(position, *self._ends(position, self.scorer))
 
     def capture(self, position: Tensor) -> None:
         """Record the operations of :meth:`evaluate` for positions of this shape.
 
         Replaying them spares the handlers of Pyro and of ``torch.vmap``, which cost more than the
-        arithmetic of a small model. A pair that can't be captured is evaluated as it is.
+        arithmetic of a small model. A pair that can't be captured is evaluated as it is. What is
+        recorded serves other blocks of data and later calls too.
         """
         if position.shape in self._graphs:
             return
-        given = position.detach().clone(memory_format=torch.contiguous_format)
-        try:
-            graph, rest = trace_graph(lambda: self._ends(given), [given])
-        except CannotCaptureError:
-            return
+        functions, key = (self.scorer.pair.model, self.scorer.pair.guide), ("annealing", self.start)
+        captured = capture_values(
+            self.scorer,
+            functions,
+            key,
+            [position.contiguous()],
+            lambda scorer, given: self._ends(given[0], scorer),
+            # A branch on values that was baked in shows elsewhere than at capture.
+            elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
+        )
+        if captured is not None:
+            self._graphs[position.shape], _ = captured
 
-        def replay(position: Tensor) -> tuple[Tensor, ...]:
-            return tuple(graph(position.contiguous(), *rest))
-
-        # Elsewhere than at capture: a branch on values that was baked in shows.
-        elsewhere = position + 0.1 * torch.randn_like(position)
-        if all_close(replay(elsewhere), self._ends(elsewhere)):
-            self._graphs[position.shape] = replay
-
-    def _ends(self, position: Tensor) -> tuple[Tensor, ...]:
+    def _ends(self, position: Tensor, scorer: Particles) -> Values:
         # The pair was checked when it was first run.
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = position.detach().requires_grad_()
             latents, log_jacobian = self.latents(position)
-            log_likelihood, log_prior = self.scorer.score(latents)
+            log_likelihood, log_prior = scorer.score(latents)
             if self.start == "prior":
                 base, increment = log_prior + log_jacobian, log_likelihood
                 base_gradient = _gradient(base, position)
                 increment_gradient = _gradient(increment, position)
             else:
-                base = self.scorer.score_proposal(latents) + log_jacobian
+                base = scorer.score_proposal(latents) + log_jacobian
                 joint = log_likelihood + log_prior + log_jacobian
                 increment = joint - base
                 base_gradient = _gradient(base, position)

@@ -10,13 +10,8 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import block_scorers
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import data_dim, sample_sites
-
-# Data that share one pass of the pair.
-_BLOCK = 1024
+from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.pair.sites import TracePair, data_dim, sample_sites
 
 
 class Observed(NamedTuple):
@@ -32,21 +27,22 @@ class Observed(NamedTuple):
     values: Tensor
 
 
-def observed_sites(
-    model: PairFunction, guide: PairFunction, inputs: Inputs, plate: str
-) -> dict[str, Observed]:
-    """Return what the model observes of the data, by site name (factors left out).
+def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
+    """Run a pair once over its data; the caller has it evaluating.
 
-    Raises:
-        InputError: a pair that can't be weighed.
+    Returns:
+        what the model observes, by site name (factors left out), and the traces of the first block.
     """
     found: dict[str, list[Observed]] = {}
-    for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
-        trace, _ = scorer.traces()
-        for site in sample_sites(trace):
+    first: TracePair | None = None
+    for _, part in pair.blocks():
+        traces = part.trace()
+        first = first or traces
+        for site in sample_sites(traces[0]):
             if site["is_observed"] and not site_is_factor(site):
-                found.setdefault(site["name"], []).append(_observed(site, plate))
-    return {name: _joined(parts) for name, parts in found.items()}
+                found.setdefault(site["name"], []).append(_observe(site, pair.plate))
+    assert first is not None  # data are never empty
+    return {name: _join(parts) for name, parts in found.items()}, first
 
 
 def check_comparable(observed: dict[str, dict[str, Observed]]) -> str:
@@ -96,7 +92,7 @@ def _check_site(site: str, first: str, wanted: Observed, name: str, got: Observe
         )
 
 
-def _observed(site: dict[str, Any], plate: str) -> Observed:
+def _observe(site: dict[str, Any], plate: str) -> Observed:
     value = site["value"].detach()
     axis = data_dim(site, plate) - site["fn"].event_dim
     return Observed(_kind(site["fn"], value), value.movedim(axis, 0).double().cpu())
@@ -114,7 +110,7 @@ def _kind(distribution: Any, value: Tensor) -> str:
     return "probability" if whole else "pseudo-likelihood"
 
 
-def _joined(parts: list[Observed]) -> Observed:
+def _join(parts: list[Observed]) -> Observed:
     kinds = {part.kind for part in parts}
     kind = "pseudo-likelihood" if "pseudo-likelihood" in kinds else parts[0].kind
     return Observed(kind, torch.cat([part.values for part in parts]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
 
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
-from pyro_vae.infer.engine import Engine
-from pyro_vae.infer.training_objective import BoundPerDatum, StockBound
+from pyro_vae.infer.engine import BoundEstimator, Engine
+from pyro_vae.infer.stock_bound import StockBound
 
 # Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
 # 26 seconds of one core; a step saves 4 to 7 milliseconds of it, as much for a small net (8.0 to 3.8,
@@ -20,7 +21,7 @@ COMPILED_FROM_STEPS = 5_000
 
 
 def engine_of(
-    estimator: BoundPerDatum,
+    estimator: BoundEstimator,
     objective: ELBO | None,
     compile: bool | str,
     place: torch.device,
@@ -50,16 +51,10 @@ def engine_of(
     if not asked and place.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
         return None, f"eager: {num_steps} steps, compiling pays from {COMPILED_FROM_STEPS} on"
     choice = "compiled as asked" if asked else f"compiled: {num_steps} steps on {place.type}"
-    engine = Engine(
-        estimator,
-        name="fit",
-        backend="inductor" if own is None else own.backend,
-        mode=None if own is None else own.mode,
-        verify_every=None if own is None else own.verify_every,
-        warn=asked,
-        keep_outputs=False,
-    )
-    return engine, choice
+    options: dict[str, Any] = {}
+    if own is not None:
+        options = {"backend": own.backend, "mode": own.mode, "verify_every": own.verify_every}
+    return Engine(estimator, name="fit", warn=asked, keep_outputs=False, **options), choice
 
 
 def outcome_of(engine: Engine | None, choice: str) -> str:

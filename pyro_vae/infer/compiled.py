@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
+from torch import Tensor
 
 from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.engine import Engine, Replay
-from pyro_vae.infer.estimators import BoundEstimator, TraceEstimator
-from pyro_vae.infer.program import Call, DeviceLoss, accumulate
+from pyro_vae.infer.engine import BoundEstimator, Engine, Replay, TraceEstimator
+from pyro_vae.infer.program import Call
+
+
+class DeviceLoss(Tensor):
+    """A loss still on its way: reading it waits for the device and warns of NaN as Pyro does."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def item(self) -> float:
+        """Read the loss."""
+        value = float(super().item())
+        warn_if_nan(value, "loss")
+        return value
+
+
+def _accumulate(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add gradients to the leaves' ``grad`` as ``backward`` does."""
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if leaf.grad is None:
+            leaf.grad = gradient
+        else:
+            with torch.no_grad():
+                leaf.grad.add_(gradient)
 
 
 class _Stepping:
@@ -52,7 +75,7 @@ class _Stepping:
 
     def _replay(self, replay: Replay) -> Any:
         """Hand the gradients over and return the loss, as Pyro's own step does."""
-        accumulate(replay.leaves, replay.gradients)
+        _accumulate(replay.leaves, replay.gradients)
         if _PYRO_STACK:
             replay.program.emit([handler.trace for handler in _PYRO_STACK])
         loss = replay.summary[0]

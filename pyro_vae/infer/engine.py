@@ -1,15 +1,19 @@
-"""Captured steps of any bound: found again, replayed, or captured after an eager step."""
+"""Captured training steps of any bound: found again, replayed, or captured after an eager step."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -17,23 +21,120 @@ from torch import Tensor, nn
 from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms
 from pyro_vae.infer.capture import CannotCaptureError
-from pyro_vae.infer.estimators import Estimator
 from pyro_vae.infer.program import (
     Call,
-    Pair,
     Program,
-    Reference,
+    Programs,
+    Signature,
     State,
-    parts_of,
-    refuse_difference,
-    refuse_different_buffers,
-    refuse_gradients,
+    are_close,
+    hooked,
+    sign,
+    tolerance_of,
+    verify,
 )
 from pyro_vae.pair.functions import modules_of
+from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.state import Snapshot, accumulating_leaves, with_submodules
 
 Result = TypeVar("Result")
+
+
+def scaled(call: Call, beta: float | Tensor) -> Call:
+    """Return the call with beta on the latent terms of both functions."""
+    model = scale_latents(call.model, beta)
+    guide = scale_latents(call.guide, beta, is_guide=True)
+    return Call(model, guide, call.args, call.kwargs)
+
+
+# --- what a step computes --------------------------------------------------------------------
+
+
+class Estimator(Protocol):
+    """What is captured: a bound, and what of it and of its gradients is handed over."""
+
+    names: tuple[str, ...]  # of the summary's entries, for messages
+    rounding: tuple[torch.dtype, ...]  # precisions computed in besides that of the gradients
+
+    def key(self) -> Hashable:
+        """Settings that a graph depends on."""
+
+    def terms(self, call: Call) -> BoundTerms:
+        """The bound, without reading any value in Python."""
+
+    def reference(self, call: Call) -> BoundTerms:
+        """The same by the code that is the standard."""
+
+    def finish(
+        self, terms: BoundTerms, gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the step's summary (one vector) and the gradients to be handed over."""
+
+
+class BoundEstimator:
+    """A bound as it is: (loss, rate, distortion) and the gradient of the sum over the batch."""
+
+    names: tuple[str, ...] = ("loss", "rate", "distortion")
+    rounding: tuple[torch.dtype, ...] = ()
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+
+    def key(self) -> Hashable:
+        """The bound's plain attributes: a changed one asks for a graph of its own."""
+        plain = (bool, int, float, str, type(None))
+        return tuple((k, v) for k, v in vars(self.bound).items() if isinstance(v, plain))
+
+    def terms(self, call: Call) -> BoundTerms:
+        """The bound's own terms."""
+        return self.bound.terms(*call)
+
+    def reference(self, call: Call) -> BoundTerms:
+        """The bound's own terms, run eagerly."""
+        return self.terms(call)
+
+    def finish(
+        self, terms: BoundTerms, gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return loss, rate and distortion; the gradients as they are."""
+        return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
+
+
+class TraceEstimator(BoundEstimator):
+    """A ``Trace_ELBO``, held against Pyro's own code."""
+
+    def __init__(self, elbo: Trace_ELBO) -> None:
+        self.elbo = elbo
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_particles", "max_plate_nesting", "vectorize_particles")
+        return {name: getattr(self.elbo, name) for name in names}
+
+    def key(self) -> Hashable:
+        """Number and arrangement of the particles."""
+        return tuple(self._options().values())
+
+    def terms(self, call: Call) -> BoundTerms:
+        """The same ELBO without reads of values."""
+        return TraceBound(**self._options()).terms(*call)
+
+    def reference(self, call: Call) -> BoundTerms:
+        """Loss and surrogate by Pyro's own code."""
+        stock, traces = Trace_ELBO(**self._options()), []
+        loss: Any = 0.0
+        surrogate: Any = 0.0
+        for pair in stock._get_traces(*call):
+            value, term = stock._differentiable_loss_particle(*pair)
+            loss = loss + value / stock.num_particles
+            surrogate = surrogate + term / stock.num_particles
+            traces.append(pair)
+        rate, distortion = elbo_terms(traces, stock.num_particles)
+        return BoundTerms(rate.new_tensor(loss), surrogate, rate, distortion)
+
+
+# --- one step --------------------------------------------------------------------------------
 
 
 class _Sites(Messenger):
@@ -55,17 +156,87 @@ class _Sites(Messenger):
             self.problem = f"site {name!r} is not reparameterised"
 
 
-def scaled(call: Call, beta: float | Tensor) -> Call:
-    """Return the call with beta on the latent terms of both functions."""
-    model = scale_latents(call.model, beta)
-    guide = scale_latents(call.guide, beta, is_guide=True)
-    return Call(model, guide, call.args, call.kwargs)
+class Reference(NamedTuple):
+    """What one step gives by the code that is the standard a program is held to."""
+
+    summary: Tensor
+    gradients: dict[Tensor, Tensor]
+    sites: tuple[str, ...]
+    parameters: dict[str, dict[str, Any]]
+
+
+class StepProgram(Program):
+    """A captured step: a graph from (beta, arguments, state) to (summary, gradients)."""
+
+    def __init__(self, *recorded: Any, reference: Reference) -> None:
+        super().__init__(*recorded)
+        self.sites = reference.sites
+        position = {tensor: i for i, tensor in enumerate(self.state.tensors)}
+        self.leaves = [position[leaf] for leaf in reference.gradients]
+        self.device = self.state.tensors[self.leaves[0]].device
+        self._copied: list[int] = []
+        self._calls = 0
+        self._messages = [
+            (name, {key: value for key, value in site.items() if key not in ("name", "args")})
+            for name, site in reference.parameters.items()
+        ]
+        values = {name: site["value"] for name, site in reference.parameters.items()}
+        self._constrained = {n for n, value in values.items() if value.unconstrained() is not value}
+
+    def due(self, every: int) -> bool:
+        """Count a call; True at every so many."""
+        self._calls += 1
+        return self._calls % every == 0
+
+    def outputs(
+        self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
+    ) -> list[Tensor]:
+        """Run the step: the summary, then the gradients.
+
+        They are the caller's own; without ``keep`` they last until the next run only.
+        """
+        outputs = super().outputs(given, tensors)
+        if self.overwrites and keep:
+            # Multiplying by one copies all the gradients in one launch.
+            outputs = [outputs[0].clone(), *torch._foreach_mul(outputs[1:], 1)]
+        for i in self._copied:
+            outputs[i + 1] = torch.empty_like(tensors[self.leaves[i]]).copy_(outputs[i + 1])
+        return outputs
+
+    def note_layouts(
+        self, values: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Find the gradients to be copied: those that share memory or aren't laid out as the leaf.
+
+        ``backward`` hands out gradients that may be changed in place, and fused optimisers rely on
+        the layout; which outputs of a graph fall short of that never changes.
+        """
+        used = {value.untyped_storage().data_ptr() for value in values}
+        for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            storage = gradient.untyped_storage().data_ptr()
+            if storage in used or gradient.stride() != leaf.stride():
+                self._copied.append(i)
+            used.add(storage)
+
+    def emit(self, traces: Sequence[Any]) -> None:
+        """Add the parameter sites to the traces that stand around the step, as the pair would."""
+        store = pyro.get_param_store()
+        for name, message in self._messages:
+            if name in self._constrained:
+                value = store[name]
+            else:
+                value = store._params[name]
+                if "unconstrained" not in value.__dict__:
+                    value.unconstrained = weakref.ref(value)
+            message["value"] = value
+            for trace in traces:
+                trace.add_node(name, name=name, args=(name,), **message)
 
 
 class Replay(NamedTuple):
     """A step taken by a graph: its gradients wait to be handed to the leaves."""
 
-    program: Program
+    program: StepProgram
     leaves: list[Tensor]
     summary: Tensor
     gradients: list[Tensor]
@@ -102,7 +273,7 @@ class Engine:
         self.backend, self.mode, self.verify_every = backend, mode, verify_every
         self.warn, self.keep_outputs = warn, keep_outputs
         self.reasons: list[str] = []
-        self._pairs: dict[tuple[int, ...], Pair] = {}
+        self._pairs: Remembered[Programs[StepProgram]] = Remembered()
         self._beta = 1.0
         self._beta_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -122,7 +293,7 @@ class Engine:
     @property
     def num_graphs(self) -> int:
         """How many captured steps are held, over all pairs and signatures."""
-        return sum(len(pair.programs) for pair in self._pairs.values())
+        return sum(len(pair.kept) for pair in self._pairs.values())
 
     def outcome(self, choice: str) -> str:
         """Say in a line what became of the choice to capture."""
@@ -138,37 +309,37 @@ class Engine:
             call: the pair and what it is given.
             eager: takes the step by itself, gradients included.
         """
-        pair = self._pair(call.model, call.guide)
+        pair = self._pairs.get(call.model, call.guide)
+        if pair is None:
+            title = f"model {_title(call.model)} with guide {_title(call.guide)}"
+            pair = Programs(partial(self._say, title))
+            self._pairs.keep(pair, call.model, call.guide)
         if pair.refused or not torch.is_grad_enabled():
             return eager()
         inputs: list[Tensor] = []
         try:
             capture.refuse_handlers()
-            signature = self._signature(call, inputs)
+            signature = self._sign(call, inputs)
         except CannotCaptureError as reason:
             pair.report(reason)
             return eager()
-        for program in pair.programs:
-            if program.signature == signature:
-                tensors = program.state.current()
-                due = self.verify_every is not None and program.due(self.verify_every)
-                if tensors is None or (due and not self._holds(pair, program, call)):
-                    continue
-                pair.last = signature
-                return self._replay(program, tensors, inputs)
-        return self._eager_then_capture(pair, call, eager)
-
-    def _replay(self, program: Program, tensors: list[Tensor], inputs: list[Tensor]) -> Replay:
-        values = [self._beta_tensor(program.device), *inputs, *tensors]
-        summary, gradients = program.outputs(values, keep=self.keep_outputs)
+        found = pair.find(signature)
+        if found is None:
+            return self._take_then_capture(pair, call, eager)
+        program, tensors = found
+        if self.verify_every is not None and program.due(self.verify_every):
+            try:
+                self._check(program, call, inputs)
+            except CannotCaptureError as reason:
+                pair.refuse(reason)
+                return eager()
+        pair.last = signature
+        given = [self._beta_tensor(program.device), *inputs]
+        summary, *gradients = program.outputs(given, tensors, keep=self.keep_outputs)
         return Replay(program, [tensors[i] for i in program.leaves], summary, gradients)
 
-    def _signature(self, call: Call, inputs: list[Tensor]) -> tuple[Hashable, Hashable]:
-        """All that a graph depends on besides the pair's state; shapes stand apart."""
-        structure = capture.describe((call.args, call.kwargs), inputs)
-        setting = (torch.get_default_dtype(), capture.autocast_dtypes())
-        context = (self.estimator.key(), *setting, structure)
-        return context, tuple((tensor.shape, tensor.stride()) for tensor in inputs)
+    def _sign(self, call: Call, inputs: list[Tensor]) -> Signature:
+        return sign(self.estimator.key(), (call.args, call.kwargs), inputs)
 
     def _beta_tensor(self, device: torch.device) -> Tensor:
         key = (device, torch.get_default_dtype())
@@ -176,66 +347,69 @@ class Engine:
             self._beta_tensors[key] = torch.full((), self._beta, device=device)
         return self._beta_tensors[key]
 
+    def _say(self, title: str, reason: str) -> None:
+        self.reasons.append(reason)
+        if self.warn:
+            warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=6)
+
     # --- the first step of a signature ---
 
-    def _eager_then_capture(
-        self, pair: Pair, call: Call, eager: Callable[[], Result]
-    ) -> Replay | Result:
+    def _take_then_capture(
+        self, pair: Programs[StepProgram], call: Call, eager: Callable[[], Result]
+    ) -> Result:
         """Take the eager step, which also creates parameters, then capture the next ones."""
         found: dict[nn.Module, None] = {}
         with capture.called_modules(found):
             result = eager()
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
-        signature = self._signature(call, inputs)
-        known = [program for program in pair.programs if program.signature == signature]
-        if pair.refused or any(program.state.current() for program in known):
+        signature = self._sign(call, inputs)
+        if pair.refused or pair.find(signature) is not None or not pair.wants(signature):
             return result
-        if pair.wants(signature):
-            closed_over = map(modules_of, (call.model, call.guide))
-            modules = with_submodules([*found, *itertools.chain(*closed_over)])
-            try:
-                program = self._capture(call, modules, signature, inputs)
-                self._compile(pair, program, call)
-                pair.programs.insert(0, program)
-            except CannotCaptureError as reason:
-                pair.refuse(reason)
-            except Exception as error:  # the step itself is done, and right
-                pair.refuse(f"its capture failed with {type(error).__name__}: {error}")
+        closed_over = map(modules_of, (call.model, call.guide))
+        modules = with_submodules([*found, *itertools.chain(*closed_over)])
+        try:
+            program = self._capture(call, modules, signature, inputs)
+            mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
+            program.compile(
+                self.backend, mode, lambda: self._check(program, call, inputs), pair.report
+            )
+            pair.add(program)
+        except CannotCaptureError as reason:
+            pair.refuse(reason)
+        except Exception as error:  # the step itself is done, and right
+            pair.refuse(f"its capture failed with {type(error).__name__}: {error}")
         return result
 
     def _capture(
-        self, call: Call, modules: Sequence[nn.Module], signature: Any, inputs: list[Tensor]
-    ) -> Program:
-        """Record the step's graph and hold it against the reference."""
+        self, call: Call, modules: Sequence[nn.Module], signature: Signature, inputs: list[Tensor]
+    ) -> StepProgram:
+        """Record the step's graph."""
         capture.refuse_pair(call.guide, modules)
         before = Snapshot(modules)
         with before.put_back(), capture.conditions():
             reference = self._reference(call)
             capture.refuse_untraceable(before)
-            state = State(modules, list(reference.parameters), list(reference.gradients))
-            refuse_gradients(state, reference)
             leaves = list(reference.gradients)
+            state = State(modules, reference.parameters, leaves)
+            _refuse_gradients(state, reference)
             beta = self._beta_tensor(leaves[0].device)
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
             sites = _Sites()
 
             def step() -> tuple[Tensor, ...]:
-                arguments = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
+                args, kwargs = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
                 with sites:
                     terms = self.estimator.terms(
-                        scaled(Call(call.model, call.guide, *arguments), beta)
+                        scaled(call._replace(args=args, kwargs=kwargs), beta)
                     )
                 gradients = torch.autograd.grad(terms.surrogate, leaves)
                 summary, finished = self.estimator.finish(terms, gradients)
                 return (summary, *finished)
 
-            graph, closed_over = capture.trace_graph(step, [beta, *aliases, *state.tensors])
+            program = StepProgram(signature, state, step, [beta, *aliases], reference=reference)
             capture.refuse_changed_sites(reference.sites, tuple(sites.names))
-            state.add_fixed(closed_over)
-            program = Program(signature, state, graph, reference)
-        self._check(program, call)
         return program
 
     def _reference(self, call: Call) -> Reference:
@@ -252,85 +426,56 @@ class Engine:
         leaves = accumulating_leaves(terms.surrogate)
         found = torch.autograd.grad(terms.surrogate, leaves, allow_unused=True)
         used = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
-        if any(gradient.layout is not torch.strided for gradient in used.values()):
-            summary, gradients = terms.loss, tuple(used.values())  # refused by the caller, by name
-        else:
+        summary, gradients = terms.loss, tuple(used.values())
+        if all(gradient.layout is torch.strided for gradient in gradients):  # else to be refused
             with torch.no_grad():
-                summary, gradients = self.estimator.finish(terms, tuple(used.values()))
+                summary, gradients = self.estimator.finish(terms, gradients)
         return Reference(
             summary, dict(zip(used, gradients, strict=True)), tuple(sites.names), dict(nodes)
         )
 
-    def _compile(self, pair: Pair, program: Program, call: Call) -> None:
-        """Hand the graph to the backend; without one it runs operator by operator."""
-        if self.backend == "eager":
-            return
-        options: dict[str, Any] | None = None
-        if self.backend == "inductor":
-            from torch._inductor import list_mode_options
-
-            mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
-            # Eager torch's random stream: then the compiled graph too can be held against Pyro.
-            options = {**list_mode_options(mode), "fallback_random": True}
-        compiled = torch.compile(
-            program.graph, backend=self.backend, fullgraph=True, dynamic=False, options=options
-        )
-        program.use(compiled, device_graphs=bool(options and options.get("triton.cudagraphs")))
-        try:
-            self._check(program, call)
-        except CannotCaptureError:
-            raise
-        except Exception as error:
-            program.use(program.graph)
-            text = " ".join(str(error).split()[:20]) or type(error).__name__
-            name = getattr(self.backend, "__name__", self.backend)
-            pair.report(f"the backend {name!r} failed ({text}); the captured graph runs uncompiled")
-
     # --- holding a program against the reference ---
 
-    def _holds(self, pair: Pair, program: Program, call: Call) -> bool:
-        """Repeat the comparison; False, and no program from then on, once it fails."""
-        try:
-            self._check(program, call)
-        except CannotCaptureError as reason:
-            pair.refuse(reason)
-            return False
-        return True
+    def _check(self, program: StepProgram, call: Call, inputs: list[Tensor]) -> None:
+        """Compare one step of the program with the reference.
 
-    def _check(self, program: Program, call: Call) -> None:
-        """Compare one step of the program with the reference on the same generator state."""
-        before = Snapshot(program.state.live_modules())
-        inputs: list[Tensor] = []
-        capture.describe((call.args, call.kwargs), inputs)
-        with before.put_back():
-            with capture.conditions():
-                reference = self._reference(call)
+        A gradient is compared by its norm, plus a thousandth of the whole gradient's: one that
+        vanishes in exact arithmetic has nothing but the rounding of larger terms.
+        """
+        given = [self._beta_tensor(program.device), *inputs]
+
+        def compare(reference: Reference, found: list[Tensor], tensors: list[Tensor]) -> None:
             capture.refuse_changed_sites(program.sites, reference.sites)
-            buffers = before.buffer_values()
-            before.restore()
-            tensors = program.state.current()
-            if tensors is None:
-                raise CannotCaptureError("the pair changes its parameters' places at every step")
-            values = [self._beta_tensor(program.device), *inputs, *tensors]
-            summary, gradients = program.outputs(values)
-            leaves = [tensors[i] for i in program.leaves]
-            own = Reference(summary, dict(zip(leaves, gradients, strict=True)), (), {})
-            refuse_difference(program, reference, own, self.estimator.names, self.estimator.rounding)
-            refuse_different_buffers(buffers, before.buffer_values())
-            program.note_layouts(values, gradients)
+            leaves, (summary, *gradients) = [tensors[i] for i in program.leaves], found
+            if set(leaves) != set(reference.gradients):
+                raise CannotCaptureError("the set of parameters that get a gradient changes")
+            expected = [reference.gradients[leaf] for leaf in leaves]
+            tolerance = tolerance_of([g.dtype for g in expected] + [*self.estimator.rounding])
+            values = zip(self.estimator.names, summary, reference.summary, strict=True)
+            for name, value, standard in values:
+                if not are_close(value, standard, tolerance):
+                    raise CannotCaptureError(
+                        f"its {name} {float(value):.6g} differs from the eager {float(standard):.6g}"
+                    )
+            finite = (gradient.double().nan_to_num(0.0, 0.0, 0.0) for gradient in expected)
+            floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in finite))
+            for leaf, gradient, standard in zip(leaves, gradients, expected, strict=True):
+                if not are_close(gradient, standard, tolerance, floor=floor, whole=True):
+                    name = program.state.name(leaf)
+                    raise CannotCaptureError(f"its gradient of {name!r} differs from the eager one")
+            program.note_layouts([*given, *tensors], leaves, gradients)
 
-    # --- pairs ---
+        verify(program, given, lambda: self._reference(call), compare)
 
-    def _pair(self, model: Any, guide: Any) -> Pair:
-        parts = (*parts_of(model), *parts_of(guide))
-        key = tuple(id(part) for part in parts)
-        pair = self._pairs.get(key)
-        if pair is None or not pair.consists_of(parts):
-            pairs = self._pairs
-            pair = pairs[key] = Pair(parts, lambda _: pairs.pop(key, None), self._say)
-        return pair
 
-    def _say(self, title: str, reason: str) -> None:
-        self.reasons.append(reason)
-        if self.warn:
-            warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=6)
+def _refuse_gradients(state: State, reference: Reference) -> None:
+    """Refuse gradients that a graph can't hand over."""
+    for leaf, gradient in reference.gradients.items():
+        if gradient.layout is not torch.strided:
+            raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
+        if hooked(leaf):
+            raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
+
+
+def _title(function: Any) -> str:
+    return repr(getattr(function, "__qualname__", type(function).__name__))

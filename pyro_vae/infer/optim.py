@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -221,18 +221,23 @@ class FusedOptim(PyroOptim):
         if self.optimizer is None:
             return result
         packed = self.optimizer.state_dict()
-        for group, packed_group in zip(
-            self.optimizer.param_groups, packed["param_groups"], strict=True
-        ):
-            for param, index in zip(group["params"], packed_group["params"], strict=True):
-                state: dict[str, Any] = {
-                    "state": {0: packed["state"][index]} if index in packed["state"] else {},
-                    "param_groups": [{**packed_group, "params": [0]}],
-                }
-                if self.scheduler is not None:
-                    state = {"scheduler": self.scheduler.state_dict(), "optimizer": state}
-                result[self._names[param]] = state
+        for name, index, packed_group in self._packed(packed):
+            state: dict[str, Any] = {
+                "state": {0: packed["state"][index]} if index in packed["state"] else {},
+                "param_groups": [{**packed_group, "params": [0]}],
+            }
+            if self.scheduler is not None:
+                state = {"scheduler": self.scheduler.state_dict(), "optimizer": state}
+            result[name] = state
         return result
+
+    def _packed(self, packed: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Each parameter's name, its number in the optimiser's state dict, and its group there."""
+        assert self.optimizer is not None
+        groups = zip(self.optimizer.param_groups, packed["param_groups"], strict=True)
+        for group, packed_group in groups:
+            for param, index in zip(group["params"], packed_group["params"], strict=True):
+                yield self._names[param], index, packed_group
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; it is applied when its parameters are next stepped."""
@@ -259,19 +264,16 @@ class FusedOptim(PyroOptim):
             return
         assert self.optimizer is not None
         packed = self.optimizer.state_dict()
-        for group, packed_group in zip(
-            self.optimizer.param_groups, packed["param_groups"], strict=True
-        ):
-            for param, index in zip(group["params"], packed_group["params"], strict=True):
-                state = waiting.get(self._names[param])
-                if state is None:
-                    continue
-                if self.scheduler is not None and "scheduler" in state:
-                    self.scheduler.load_state_dict(state["scheduler"])
-                own = state.get("optimizer", state)
-                if own["state"]:
-                    packed["state"][index] = own["state"][0]
-                packed_group |= _options(state)
+        for name, index, packed_group in self._packed(packed):
+            state = waiting.get(name)
+            if state is None:
+                continue
+            if self.scheduler is not None and "scheduler" in state:
+                self.scheduler.load_state_dict(state["scheduler"])
+            own = state.get("optimizer", state)
+            if own["state"]:
+                packed["state"][index] = own["state"][0]
+            packed_group.update(_options(state))
         self.optimizer.load_state_dict(packed)
 
 

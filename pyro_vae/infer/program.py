@@ -1,23 +1,50 @@
-"""A captured step that can be replayed: where its tensors live, its run, its check."""
+"""Captured functions of a pair: where their tensors live, how they are replayed, when they hold.
+
+Training steps (:mod:`.engine`), model scores and annealing gradients (both in
+``evaluation.compiled_score``) are recorded, verified, remembered and replayed here.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyro
 import torch
-from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
+from pyro_vae.infer import capture
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
+from pyro_vae.pair.state import Snapshot
 
 # Programs kept per pair.  More distinct signatures than this mean that a number which changes from
 # step to step is passed as a Python value; each would cost a compilation.
 MAXIMUM_PROGRAMS = 16
+
+Result = TypeVar("Result")
+Signature = tuple[Hashable, Hashable]
+
+
+class Call(NamedTuple):
+    """One call of an objective: the pair and what it is given."""
+
+    model: Any
+    guide: Any
+    args: Any
+    kwargs: Any
+
+
+def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
+    """Return all that a graph depends on besides the pair's state; shapes stand apart.
+
+    The tensors among the arguments, which are nested containers, are appended to ``tensors``.
+    """
+    structure = capture.describe(arguments, tensors)
+    context = (key, torch.get_default_dtype(), autocast_dtypes(), structure)
+    return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
+
 
 # --- the tensors a program reads -------------------------------------------------------------
 
@@ -34,32 +61,31 @@ def hooked(tensor: Tensor) -> bool:
 
 
 _Holder = dict[str, Any] | None
-_Place = tuple[_Holder, str]
 
 
 class State:
     """Where a pair's parameters and buffers live, and the state of its modules.
 
     A place is a module's own dict and a name, or ``None`` and a name in Pyro's parameter store, or
-    a fixed tensor.  The tensors are looked up at every step, so replaced ones are followed; where
+    a fixed tensor.  The tensors are looked up at every use, so replaced ones are followed; where
     two places held one tensor at capture they must still do so.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], names: Sequence[str], leaves: Sequence[Tensor]
+        self, modules: Sequence[nn.Module], names: Iterable[str], leaves: Sequence[Tensor] = ()
     ) -> None:
-        store = pyro.get_param_store()
-        places: list[_Place] = [(None, name) for name in names]
+        places: list[tuple[_Holder, str]] = [(None, name) for name in names]
         for module in modules:
             holders: list[dict[str, Any]] = [module._parameters, module._buffers]
             for holder in holders:
                 places += [(holder, name) for name, value in holder.items() if value is not None]
         self.tensors: list[Tensor] = []
-        self.places: list[_Place] = []
+        self.places: list[tuple[_Holder, str]] = []
         self.copies: list[tuple[_Holder, str, int]] = []
+        store = pyro.get_param_store()._params
         index: dict[int, int] = {}
         for place, name in places:
-            tensor = (store._params if place is None else place).get(name)
+            tensor = (store if place is None else place).get(name)
             if tensor is None:
                 raise CannotCaptureError(f"parameter {name!r} is not in Pyro's store")
             if id(tensor) in index:
@@ -69,7 +95,6 @@ class State:
                 self.tensors.append(tensor)
                 self.places.append((place, name))
         self.add_fixed([leaf for leaf in leaves if id(leaf) not in index])
-        self.conditions = [_condition(tensor) for tensor in self.tensors]
         self.modules = [
             (
                 weakref.ref(module),
@@ -115,224 +140,190 @@ class State:
         return tensors
 
 
-# --- replay ---
-
-
-class Call(NamedTuple):
-    """One call of the estimator: the pair and what it is given."""
-
-    model: Any
-    guide: Any
-    args: Any
-    kwargs: Any
-
-
-class Reference(NamedTuple):
-    """What one step gives by the code that is the standard a program is held to."""
-
-    summary: Tensor
-    gradients: dict[Tensor, Tensor]
-    sites: tuple[str, ...]
-    parameters: dict[str, dict[str, Any]]
+# --- replay ----------------------------------------------------------------------------------
 
 
 class Program:
-    """A captured step: a graph from (beta, arguments, state) to (summary, gradients)."""
+    """A recorded function: a graph from (given tensors, tensors of the state) to its results."""
 
     def __init__(
         self,
-        signature: tuple[Hashable, Hashable],
+        signature: Signature,
         state: State,
-        graph: torch.fx.GraphModule,
-        reference: Reference,
+        function: Callable[[], tuple[Tensor, ...]],
+        given: Sequence[Tensor],
     ) -> None:
-        self.signature = signature
-        self.state = state
-        self.graph = graph
+        graph, closed_over = capture.trace_graph(function, [*given, *state.tensors])
+        state.add_fixed(closed_over)
+        self.signature, self.state, self.graph = signature, state, graph
         self.run: Callable[..., Sequence[Tensor]] = graph
-        self.sites = reference.sites
-        position = {tensor: i for i, tensor in enumerate(state.tensors)}
-        self.leaves = [position[leaf] for leaf in reference.gradients]
-        self.device = state.tensors[self.leaves[0]].device
+        self.overwrites = False  # its earlier results, as CUDA graphs do
         self.cast = [
             device
             for device, dtype in zip(AUTOCAST_DEVICES, autocast_dtypes(), strict=True)
             if dtype is not None
         ]
-        self._copies_outputs = False
-        self._copied: list[tuple[int, int]] = []
-        self._calls = 0
-        self._messages = [
-            (name, {k: v for k, v in message.items() if k not in ("name", "args")})
-            for name, message in reference.parameters.items()
-        ]
-        self._constrained = {
-            name
-            for name, message in reference.parameters.items()
-            if message["value"].unconstrained() is not message["value"]
-        }
 
-    def due(self, every: int) -> bool:
-        """Count a call; True at every so many."""
-        self._calls += 1
-        return self._calls % every == 0
-
-    def use(self, run: Callable[..., Sequence[Tensor]], *, device_graphs: bool = False) -> None:
-        """Run by ``run``; with ``device_graphs`` it writes over its own earlier results."""
-        self.run = run
-        self._copies_outputs = device_graphs
-        self._copied = []
-        if device_graphs:
-            for tensor in self.state.tensors:
-                # Read in place by the graph; a moved one is noticed and recorded anew.
-                torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def outputs(self, values: list[Tensor], *, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Run the program: the summary and the gradients.
-
-        They are the caller's own; without ``keep`` they last until the next run only.
-        """
+    def outputs(self, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Run the graph on what is given and the state's current tensors."""
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
             for device in self.cast:  # the graph holds its casts already
                 contexts.enter_context(torch.autocast(device, enabled=False))
-            if self._copies_outputs:
+            if self.overwrites:
                 torch.compiler.cudagraph_mark_step_begin()
-            summary, *gradients = self.run(*values)
-            if self._copies_outputs and keep:
-                # Multiplying by one copies all the gradients in one launch.
-                summary, gradients = summary.clone(), list(torch._foreach_mul(gradients, 1))
-            for i, leaf in self._copied:
-                gradients[i] = torch.empty_like(values[leaf]).copy_(gradients[i])
-            return summary, gradients
+            return list(self.run(*given, *tensors))
 
-    def note_layouts(self, values: list[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Find the gradients to be copied: those that share memory or aren't laid out as the leaf.
+    def compile(
+        self,
+        backend: str | Callable[..., Any],
+        mode: str,
+        check: Callable[[], Result],
+        report: Callable[[str], None],
+    ) -> Result:
+        """Hand the graph to a backend of ``torch.compile`` and check what comes back.
 
-        ``backward`` hands out gradients that may be changed in place, and fused optimisers rely on
-        the layout; which outputs of a graph fall short of that never changes.
+        Where the backend fails the graph runs operator by operator, as it does under ``"eager"``.
+
+        Raises:
+            CannotCaptureError: the check has failed.
         """
-        first = len(values) - len(self.state.tensors)
-        used = {value.untyped_storage().data_ptr() for value in values}
-        for i, gradient in enumerate(gradients):
-            leaf, storage = first + self.leaves[i], gradient.untyped_storage().data_ptr()
-            if storage in used or gradient.stride() != values[leaf].stride():
-                self._copied.append((i, leaf))
-            used.add(storage)
+        if backend == "eager":
+            return check()
+        options: dict[str, Any] | None = None
+        if backend == "inductor":
+            from torch._inductor import list_mode_options
 
-    def emit(self, traces: Sequence[Any]) -> None:
-        """Add the parameter sites to the traces that stand around the step, as the pair would."""
-        store = pyro.get_param_store()
-        for name, message in self._messages:
-            if name in self._constrained:
-                value = store[name]
-            else:
-                value = store._params[name]
-                if "unconstrained" not in value.__dict__:
-                    value.unconstrained = weakref.ref(value)
-            message["value"] = value
-            for trace in traces:
-                trace.add_node(name, name=name, args=(name,), **message)
-
-
-def accumulate(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add gradients to the leaves' ``grad`` as ``backward`` does."""
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        if leaf.grad is None:
-            leaf.grad = gradient
-        else:
-            with torch.no_grad():
-                leaf.grad.add_(gradient)
+            # Eager torch's random stream: then the compiled graph too can be held against Pyro.
+            options = {**list_mode_options(mode), "fallback_random": True}
+        self.run = torch.compile(
+            self.graph, backend=backend, fullgraph=True, dynamic=False, options=options
+        )
+        self.overwrites = bool(options and options.get("triton.cudagraphs"))
+        if self.overwrites:
+            for tensor in self.state.tensors:
+                # Read in place by the graph; a moved one is noticed and recorded anew.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        try:
+            return check()
+        except CannotCaptureError:
+            raise
+        except Exception as error:
+            self.run, self.overwrites = self.graph, False
+            text = " ".join(str(error).split()[:20]) or type(error).__name__
+            name = getattr(backend, "__name__", backend)
+            report(f"the backend {name!r} failed ({text}); the captured graph runs uncompiled")
+        return check()
 
 
-def refuse_gradients(state: State, reference: Reference) -> None:
-    """Refuse gradients that a graph can't hand over."""
-    for leaf, gradient in reference.gradients.items():
-        if gradient.layout is not torch.strided:
-            raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
-        if hooked(leaf):
-            raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
+# --- comparison with the eager reference -----------------------------------------------------
 
 
-# --- comparison with stock Pyro --------------------------------------------------------------
-
-
-def refuse_difference(
+def verify(
     program: Program,
-    reference: Reference,
-    own: Reference,
-    names: Sequence[str],
-    rounding: Sequence[torch.dtype] = (),
-) -> None:
-    """Refuse a program whose summary or gradients are not the reference's.
+    given: Sequence[Tensor],
+    reference: Callable[[], Result],
+    compare: Callable[[Result, list[Tensor], list[Tensor]], None],
+) -> list[Tensor]:
+    """Hold a program against the eager reference, both run on the same generator state.
 
-    Rounding is allowed for by the square root of the precision computed in, relative to the norm
-    of each parameter's gradient plus a thousandth of the whole gradient's: a gradient that vanishes
-    in exact arithmetic has nothing but the rounding of larger terms.
+    Args:
+        program: what is checked.
+        given: what it is given.
+        reference: computes the same eagerly.
+        compare: raises where the reference's results and the program's differ; it is also given the
+            state's tensors that the program ran on.
+
+    Returns:
+        the program's results. Generators and module buffers are put back.
     """
-    if set(own.gradients) != set(reference.gradients):
-        raise CannotCaptureError("the set of parameters that get a gradient changes")
-    dtypes = [gradient.dtype for gradient in reference.gradients.values()]
-    dtypes += [*rounding, *(dtype for dtype in autocast_dtypes() if dtype is not None)]
-    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-    for name, value, expected in zip(names, own.summary, reference.summary, strict=True):
-        if not _close(value, expected, 1e3, tolerance):
-            raise CannotCaptureError(
-                f"its {name} {float(value):.6g} differs from the eager {float(expected):.6g}"
-            )
-    finite = (g.double().nan_to_num(0.0, 0.0, 0.0) for g in reference.gradients.values())
-    whole = sum(float(gradient.norm()) ** 2 for gradient in finite) ** 0.5
-    for leaf, gradient in reference.gradients.items():
-        if not _close(own.gradients[leaf], gradient, whole, tolerance):
-            name = program.state.name(leaf)
-            raise CannotCaptureError(f"its gradient of {name!r} differs from the eager one")
+    before = Snapshot(program.state.live_modules())
+    with before.put_back():
+        with capture.conditions():
+            expected = reference()
+        capture.refuse_untraceable(before)
+        buffers = before.buffer_values()
+        before.restore()
+        tensors = program.state.current()
+        if tensors is None:
+            raise CannotCaptureError("the pair changes its parameters' places at every step")
+        found = program.outputs(given, tensors)
+        compare(expected, found, tensors)
+        for theirs, ours in zip(buffers, before.buffer_values(), strict=True):
+            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+            if not are_close(ours, theirs, eps**0.5, floor=0.0, whole=True):
+                raise CannotCaptureError("it leaves other values in a buffer than stock Pyro")
+        return found
 
 
-def refuse_different_buffers(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    """Refuse a program that leaves other values in the modules' buffers than stock Pyro."""
-    for theirs, ours in zip(expected, found, strict=True):
-        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-        if not _close(ours, theirs, 0.0, eps**0.5):
-            raise CannotCaptureError("it leaves other values in a buffer than stock Pyro")
+def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
+    """Return the relative rounding allowed for: the square root of the coarsest precision."""
+    cast = [dtype for dtype in autocast_dtypes() if dtype is not None]
+    floating = [dtype for dtype in (*dtypes, *cast) if dtype.is_floating_point]
+    return float(max(torch.finfo(dtype).eps for dtype in floating) ** 0.5)
 
 
-def _close(value: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:
+def are_close(
+    value: Tensor, expected: Tensor, tolerance: float, *, floor: float = 1.0, whole: bool = False
+) -> bool:
+    """Tell whether each entry (or the tensor as a whole, by its norm) is the expected one.
+
+    Args:
+        value: what a program gave.
+        expected: what the reference gave.
+        tolerance: relative to the size of what is compared plus the floor.
+        floor: size below which only the rounding of larger terms is seen; of log-probabilities 1 nat.
+        whole: compare norms, not entries; infinity and NaN then pass for each other.
+    """
     if value.shape != expected.shape:
         return False
     value, expected = value.detach().double(), expected.detach().double()
     finite = expected.isfinite()
     if not torch.equal(finite, value.isfinite()):
         return False
-    error = (value - expected)[finite].norm()
-    return bool(error <= tolerance * (expected[finite].norm() + 1e-3 * scale))
+    if not whole and not torch.allclose(value[~finite], expected[~finite], equal_nan=True):
+        return False
+    size = torch.linalg.vector_norm if whole else torch.abs
+    error = size((value - expected)[finite])
+    return bool((error <= tolerance * (size(expected[finite]) + floor)).all())
 
 
-# --- pairs ---
+# --- the programs of a pair ------------------------------------------------------------------
+
+OneProgram = TypeVar("OneProgram", bound=Program)
 
 
-class Pair:
-    """The programs of one (model, guide), known by weak references to what the two consist of."""
+class Programs(Generic[OneProgram]):
+    """The programs of one pair, the newest first.
 
-    def __init__(
-        self,
-        parts: tuple[Any, ...],
-        forget: Callable[[Any], Any],
-        say: Callable[[str, str], None],
-    ) -> None:
-        self.references = [_weak(part, forget) for part in parts]
-        self.title = f"model {_title(*parts[:2])} with guide {_title(*parts[2:])}"
-        self.programs: list[Program] = []
-        self.last: Any = None
+    Args:
+        say: told once why the pair, or some of its calls, run eagerly.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self.kept: list[OneProgram] = []
+        self.last: Signature | None = None
         self.refused = False
-        self._say: Callable[[str, str], None] | None = say
+        self.impossible: dict[Signature, bool] = {}  # to capture -> whether a check was made
+        self._say = say
 
-    def consists_of(self, parts: tuple[Any, ...]) -> bool:
-        """Whether the pair is this very one, not one that lived at the same addresses."""
-        return all(ref() is part for ref, part in zip(self.references, parts, strict=True))
+    def find(self, signature: Signature) -> tuple[OneProgram, list[Tensor]] | None:
+        """Return a program that serves the pair as it stands, and the state's tensors."""
+        for program in self.kept:
+            if program.signature == signature:
+                tensors = program.state.current()
+                if tensors is not None:
+                    return program, tensors
+        return None
 
-    def wants(self, signature: Any) -> bool:
+    def add(self, program: OneProgram) -> None:
+        """Keep a program; the oldest goes where there are too many."""
+        self.kept.insert(0, program)
+        del self.kept[MAXIMUM_PROGRAMS:]
+
+    def wants(self, signature: Signature) -> bool:
         """Whether to capture: not for a batch whose shapes differ and that came only once."""
-        if len(self.programs) >= MAXIMUM_PROGRAMS:
+        if len(self.kept) >= MAXIMUM_PROGRAMS:
             self.report(
                 f"its arguments, flags or parameters changed {MAXIMUM_PROGRAMS} times; pass "
                 "numbers that change as tensors"
@@ -341,47 +332,17 @@ class Pair:
         again, self.last = signature == self.last, signature
         return again or not any(
             program.signature[0] == signature[0] and program.signature != signature
-            for program in self.programs
+            for program in self.kept
         )
 
     def report(self, reason: object) -> None:
         """Say once why the pair, or some of its calls, run eagerly."""
         if self._say is not None:
             say, self._say = self._say, None
-            say(self.title, str(reason))
+            say(str(reason))
 
     def refuse(self, reason: object) -> None:
         """Run eagerly from now on."""
         self.refused = True
-        self.programs.clear()
+        self.kept.clear()
         self.report(reason)
-
-
-class DeviceLoss(Tensor):
-    """A loss still on its way: reading it waits for the device and warns of NaN as Pyro does."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def item(self) -> float:
-        """Read the loss."""
-        value = float(super().item())
-        warn_if_nan(value, "loss")
-        return value
-
-
-def parts_of(function: Any) -> tuple[Any, Any]:
-    """A bound method is made anew at every access, so it is known by function and instance."""
-    if type(function) is MethodType:
-        return function.__func__, function.__self__
-    return function, None
-
-
-def _weak(part: Any, forget: Callable[[Any], Any]) -> Callable[[], Any]:
-    try:
-        return weakref.ref(part, forget)
-    except TypeError:  # None, and the few objects that take no weak reference
-        return lambda: part
-
-
-def _title(function: Any, owner: Any) -> str:
-    return repr(getattr(function, "__qualname__", type(function).__name__))

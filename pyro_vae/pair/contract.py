@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError
+from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
     Site,
     data_dim,
@@ -51,7 +52,7 @@ def check_pair(
         )
     if not latent_sites(guide_trace):
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-    check_latents_match(model_trace, guide_trace)
+    _check_latents(model_trace, guide_trace)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in sample_sites(trace):
             _check_site(function, site, plate, num_data)
@@ -70,17 +71,42 @@ def check_pair(
             check_guide_support(site, model_trace.nodes[site["name"]])
 
 
-def check_weighable(model_trace: Trace, guide_trace: Trace, plate: str) -> None:
-    """Refuse what can be trained but has no weight per data point that could be told.
+def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
+    """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
-    Raises:
-        InputError: an enumerated site, a subsampling plate inside the data's, or a scale of the
-            user's own.
+    That is an enumerated site, a subsampling plate inside the data's, a scale of the user's own, or
+    auxiliary sites that do not become latents one to one.
     """
-    for function, trace in (("guide", guide_trace), ("model", model_trace)):
-        for site in sample_sites(trace):
-            _refuse_summed_out(site, plate)
-            _check_scale(function, site)
+    try:
+        _check_auxiliary(model_trace, guide_trace)
+        for function, trace in (("guide", guide_trace), ("model", model_trace)):
+            for site in sample_sites(trace):
+                _refuse_summed_out(site, plate)
+                _check_scale(function, site)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
+    """Refuse values beyond those that were looked at that an observed site can't take.
+
+    Args:
+        trace: of the model on ``looked_at``, the first rows of ``inputs``.
+        looked_at: the inputs that the model was run on.
+        inputs: all of them.
+    """
+    for site in sample_sites(trace):
+        for seen, whole in zip(looked_at, inputs, strict=True):
+            if site["is_observed"] and site["value"] is seen and _is_checked(site["fn"]):
+                rest = whole[len(seen) :]
+                for block in rest.split(len(seen)):
+                    try:
+                        inside = site["fn"].support.check(block.to(seen.device))
+                    except (NotImplementedError, AttributeError, RuntimeError):
+                        break  # nothing is known of its support, or it differs from row to row
+                    if not inside.all():
+                        raise _outside("model", {**site, "value": whole})
 
 
 def check_guide_rows(guide_trace: Trace, plate: str, num_data: int) -> None:
@@ -149,13 +175,20 @@ def _values_are_inside(site: Site) -> bool:
 
     Pyro's validation may be off for speed; what it would refuse is refused all the same.
     """
-    distribution = site["fn"]
-    if innermost(distribution).__dict__.get("_validate_args") is False:
+    if not _is_checked(site["fn"]):
         return True
     try:
-        return bool(distribution.support.check(site["value"]).all())
+        return bool(site["fn"].support.check(site["value"]).all())
     except (NotImplementedError, AttributeError):  # nothing is known of its support
         return True
+
+
+def _is_checked(distribution: Any) -> bool:
+    """Tell whether a distribution's maker has left the check of its values on.
+
+    The pair is looked at with validation on, so that what is off was switched off for this very one.
+    """
+    return innermost(distribution)._validate_args is not False
 
 
 def _outside(function: str, site: Site) -> InputError:
@@ -201,6 +234,12 @@ def _observed(trace: Trace) -> list[str]:
 
 def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse latents that only one of model and guide draws, and a guide that hides its density."""
+    _check_latents(model_trace, guide_trace)
+    _check_auxiliary(model_trace, guide_trace)
+
+
+def _check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse latents that only one of model and guide draws, or draws in another shape."""
     in_model = {site["name"] for site in latent_sites(model_trace)}
     guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
     missing = sorted(in_model - set(guide_sites))
@@ -223,10 +262,9 @@ def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
                 f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
                 f"and {ranks[1]} in the guide: give both the same .to_event"
             )
-    _check_auxiliary(surplus, guide_sites)
 
 
-def _check_auxiliary(auxiliary: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse auxiliary sites that are not turned into latents of the model.
 
     Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
@@ -234,6 +272,8 @@ def _check_auxiliary(auxiliary: dict[str, Site], guide_sites: dict[str, Site]) -
     over instead leaves q(z given x) an integral nobody has, and its weights would not average to
     p(x).
     """
+    guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
+    auxiliary = {name: site for name, site in guide_sites.items() if name not in model_trace.nodes}
     drawn = sum(site["value"].numel() for site in auxiliary.values())
     placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
     if drawn != placed:

@@ -32,8 +32,8 @@ def as_inputs(
 
     With the pair's functions given, the inputs are moved to the device of its parameters (see
     :func:`place_inputs`), and floating-point data take on the type of the parameters where these have
-    one type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where the
-    model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
+    one type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where
+    the model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
     labels and stay what they are.
 
     Args:

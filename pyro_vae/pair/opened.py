@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,12 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import validation_enabled
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import check_guide_rows, check_pair, check_weighable
+from pyro_vae.pair.contract import check_guide_rows, check_pair, check_rest, why_unweighable
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -35,11 +37,12 @@ from pyro_vae.pair.sites import (
     is_delta,
     latent_sites,
     sample_sites,
+    subsamples,
     value_axis,
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.pair.trial import gives_data_their_own_values
+from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
@@ -86,6 +89,7 @@ class Structure(NamedTuple):
         guide_bytes_per_datum: likewise under the guide.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
+        why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
     """
 
     latents: dict[str, Latent]
@@ -93,6 +97,7 @@ class Structure(NamedTuple):
     bytes_per_datum: int
     guide_bytes_per_datum: int
     reads_values: frozenset[str]
+    why_unweighable: str | None
 
 
 @dataclass
@@ -103,11 +108,13 @@ class Knowledge:
         structure: what one look shows.
         ways: which way of drawing and of scoring many particles has been shown to hold.
         is_divisible: whether it takes any part of its data.
+        whole: how many data points there are where the pair was opened on a part of them.
     """
 
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)
     is_divisible: bool | None = None
+    whole: int | None = None
 
 
 def open_pair(
@@ -256,7 +263,7 @@ class OpenedPair:
             others: further functions whose modules are put in eval mode.
 
         Raises:
-            InputError: a pair that breaks the contract or can't be weighed.
+            InputError: a pair that breaks the contract.
         """
         with self.alone(self.model).evaluating(seed, self.guide, *others):
             self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
@@ -332,10 +339,23 @@ class OpenedPair:
         It is shown by a trial at an offset: never assumed. The pair is left as it was.
         """
         if self.knowledge.is_divisible is None:
-            with self._aside():
-                found = self.num_data >= 3 and gives_data_their_own_values(self)
-                self.knowledge.is_divisible = found
+            self.knowledge.is_divisible = self._try_out()
         return self.knowledge.is_divisible
+
+    def takes_any_batch(self) -> bool:
+        """Tell whether a data point gets the same values wherever it stands, in parts and in order.
+
+        Unlike in :meth:`is_divisible` they may depend on which other ones stand beside it.
+        """
+        return self.is_divisible() or self._try_out(in_any_company=False)
+
+    def _try_out(self, *, in_any_company: bool = True) -> bool:
+        whole = self.knowledge.whole or self.num_data
+        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
+        with self._aside():
+            return self.num_data >= 3 and gives_data_their_own_values(
+                trial, in_any_company=in_any_company
+            )
 
     # --- what is known of it ---
 
@@ -344,26 +364,30 @@ class OpenedPair:
         """What one look at the pair shows; found at the first use.
 
         Raises:
-            InputError: a pair that breaks the contract or can't be weighed.
+            InputError: a pair that breaks the contract.
         """
         if self.knowledge.structure is None:
             with self._aside():
                 looked_at = self.few(BLOCK)
-                self.knowledge.structure = looked_at.inspect(looked_at.num_data)
+                self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
-    def inspect(self, num_data: int | None = None, *, weighable: bool = True) -> Structure:
+    def inspect(
+        self, num_data: int | None = None, *, may_subsample: bool = False, rest: Inputs = ()
+    ) -> Structure:
         """Run the pair once, plainly; refuse what breaks the contract.
 
         Args:
             num_data: how many data points the data plate must hold; None: as many as it says.
-            weighable: refuse also what can be trained but has no weight per data point.
+            may_subsample: whether the data plate may draw some of its data points by itself.
+            rest: all the data, if these are their first rows only.
 
         Raises:
             InputError: the name of the site, and the cure.
         """
-        with RunObserver() as in_guide:
-            guide_trace = poutine.trace(self.guide).get_trace(*self.arguments, **self.keywords)
+        guide_trace, in_guide = self._look_at(self.guide)
+        if may_subsample and subsamples(guide_trace, self.plate):
+            num_data = None
         if num_data is not None:
             check_guide_rows(guide_trace, self.plate, num_data)
         drawn = {
@@ -371,14 +395,14 @@ class OpenedPair:
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        with Given(drawn), RunObserver() as in_model:
-            model_trace = poutine.trace(self.model).get_trace(*self.arguments, **self.keywords)
+        with Given(drawn):
+            model_trace, in_model = self._look_at(self.model)
         check_pair(model_trace, guide_trace, self.plate, num_data)
-        if weighable:
-            check_weighable(model_trace, guide_trace, self.plate)
+        check_rest(model_trace, self.arguments, rest or self.arguments)
         sites = sample_sites(guide_trace) + sample_sites(model_trace)
         latents = latent_sites(guide_trace)
-        rows = max(1, math.prod(frame.size for frame in vectorized_frames(latents[0])[:1]))
+        frames = vectorized_frames(latents[0])
+        rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
         return Structure(
             {
                 site["name"]: Latent(
@@ -398,7 +422,23 @@ class OpenedPair:
                 for kind, observer in (("guide", in_guide), ("model", in_model))
                 if observer.reads_values
             ),
+            why_unweighable(model_trace, guide_trace, self.plate),
         )
+
+    def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
+        """Trace a function with the validation of distributions on, whatever Pyro's setting is.
+
+        Where it is off, and the function does not survive it, it is traced without.
+        """
+        try:
+            with validation_enabled(True), RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        except CALLING_ERRORS:
+            if Distribution._validate_args:
+                raise
+            with RunObserver() as observer:
+                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+        return trace, observer
 
     def modules(self) -> list[nn.Module]:
         """Return every module that the functions can reach, submodules too."""

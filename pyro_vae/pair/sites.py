@@ -154,6 +154,13 @@ def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
     return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
 
 
+def subsamples(trace: Trace, plate: str) -> bool:
+    """Tell whether a plate draws some of its elements, or stands for more than it is given."""
+    frames = (frame for site in sample_sites(trace) for frame in vectorized_frames(site))
+    known = (frame for frame in frames if frame.name == plate and frame.full_size)
+    return any(frame.full_size != frame.size for frame in known)
+
+
 def vectorized_frames(site: Site) -> list[Any]:
     """Return the vectorised plates around a site."""
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]

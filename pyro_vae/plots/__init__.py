@@ -3,6 +3,7 @@
 from pyro_vae.plots.autoencoder import autoencoder_and_vae
 from pyro_vae.plots.comparison import (
     datum_against_datum,
+    families_and_runs,
     observed_and_replicated,
     paired_differences,
     prior_and_aggregate,
@@ -10,7 +11,6 @@ from pyro_vae.plots.comparison import (
 )
 from pyro_vae.plots.completion import completions
 from pyro_vae.plots.curves import training_curves, weight_diagnostics
-from pyro_vae.plots.families import families_and_runs
 from pyro_vae.plots.images import image_grid, is_image, reconstructions, samples
 from pyro_vae.plots.latent import interpolations, latent_scatter, manifold, traversals
 from pyro_vae.plots.sweep import rate_distortion

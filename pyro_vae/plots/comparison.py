@@ -1,4 +1,4 @@
-"""Pictures of pairs compared, and of a guide held against what it should be."""
+"""Pictures of pairs compared, run by run, and of a guide held against what it should be."""
 
 from __future__ import annotations
 
@@ -22,33 +22,62 @@ def paired_differences(
     *,
     best: str,
     title: str,
+    by_run: Sequence[Sequence[float]] | None = None,
 ) -> Figure:
-    """Show differences to the best pair with their standard errors, the best at the top.
+    """Show differences to the best pair with their errors, the best at the top.
 
     Args:
         names: names of the pairs.
         differences: mean paired difference of each, at most 0, nats.
-        errors: their standard errors; NaN where unknown.
+        errors: half the width of each one's bar; NaN where unknown.
         best: the name that the others are compared to.
         title: a line above the picture.
+        by_run: differences of the single runs of each pair, as small dots.
     """
     figure, axes = one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
-    for row, index in enumerate(order):
-        is_best = names[index] == best
-        axes.errorbar(
-            differences[index],
-            row,
-            xerr=None if is_best or not np.isfinite(errors[index]) else errors[index],
-            fmt="o",
-            color=ORANGE if is_best else BLUE,
-            markersize=5,
-            capsize=3,
-            linewidth=1.3,
-        )
-    axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    _draw_differences(
+        axes,
+        0,
+        [differences[index] for index in order],
+        [errors[index] for index in order],
+        [by_run[index] for index in order] if by_run else [()] * len(names),
+    )
     axes.set_yticks(range(len(names)), [names[index] for index in order], fontsize=9)
     axes.set(xlabel="nats per datum", ylim=(len(names) - 0.5, -0.5))
+    return figure
+
+
+def families_and_runs(
+    names: Sequence[str],
+    by_run: Sequence[Sequence[Sequence[float]]],
+    means: Sequence[Sequence[float]],
+    half_widths: Sequence[Sequence[float]],
+    *,
+    labels: Sequence[str],
+    title: str,
+) -> Figure:
+    """Show differences to the best family, one panel per quantity, the first named family on top.
+
+    Args:
+        names: names of the families, F of them.
+        by_run: differences of the single runs, for each quantity and family, nats.
+        means: mean differences, for each quantity and family; 0 for the best.
+        half_widths: half-widths of their intervals; NaN where unknown.
+        labels: names of the quantities.
+        title: a line above the picture.
+    """
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(names)), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+    for index, axes in enumerate(panels):
+        best = int(np.argmax(means[index]))
+        _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
+        axes.set_title(labels[index], fontsize=10)
+        axes.set_xlabel("difference to the best (nats)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
@@ -154,6 +183,24 @@ def prior_and_aggregate(
     figure.supylabel("draws", fontsize=9)
     _legend_beside_title(figure, panels[0])
     return figure
+
+
+def _draw_differences(
+    axes: Axes,
+    best: int,
+    means: Sequence[float],
+    half_widths: Sequence[float],
+    by_run: Sequence[Sequence[float]],
+) -> None:
+    """Draw one row per pair: its mean difference with a bar, and below it a dot for each run."""
+    axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+    for row, (mean, width, runs) in enumerate(zip(means, half_widths, by_run, strict=True)):
+        colour = ORANGE if row == best else BLUE
+        axes.plot(runs, [row + 0.2] * len(runs), "o", color=colour, markersize=3, alpha=0.6)
+        known = None if row == best or not np.isfinite(width) else width
+        axes.errorbar(
+            mean, row, xerr=known, fmt="o", color=colour, markersize=5, capsize=3, linewidth=1.3
+        )
 
 
 def _two_histograms(axes: Axes, filled: tuple[Array, str], outlined: tuple[Array, str]) -> None:

@@ -107,11 +107,13 @@ class VampPrior(Prior):
                 f"expected data in [0, 1], got values from {x.min():g} to {x.max():g}: build the "
                 "prior with unit_interval=False"
             )
-        start = x.mean(0) + x.std(0, correction=0) * torch.randn_like(self.raw_pseudo_inputs)
+        raw = self.raw_pseudo_inputs
+        mean, spread = x.mean(0).to(raw), x.std(0, correction=0).to(raw)
+        start = mean + spread * torch.randn_like(raw)
         if self.unit_interval:
             # At the very ends the sigmoid would no longer move.
             start = start.clamp(0.01, 0.99).logit()
-        self.raw_pseudo_inputs.copy_(start)
+        raw.copy_(start)
 
     def forward(self) -> dist.Distribution:
         """Return the mixture of posteriors."""

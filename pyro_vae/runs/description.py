@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import pyro_vae
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.errors import InputError, first_line, unknown_name
 from pyro_vae.runs.files import CONFIG, FORMAT
 from pyro_vae.vae import VAE
+from pyro_vae.version import __version__
 
 # The parts of a VAE, in the order they are built: a prior may use the variational family.
 _PARTS = ("variational_family", "prior", "likelihood")
@@ -58,7 +58,7 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
         shared[id(component)] = part
     return {
         "format": FORMAT,
-        "pyro_vae": pyro_vae.__version__,
+        "pyro_vae": __version__,
         "model": model,
         "run": dict(settings or {}),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import write_whole
+from pyro_vae.files import finite_or_none, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 FORMAT = 1
@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f"expected at most {_MOST_CONFIG_BYTES:,} bytes of settings in {path}, got {size:,}"
             )
-        config = _parsed(path.read_text(encoding="utf-8"))
+        config = _parse(path.read_text(encoding="utf-8"))
     # A RecursionError: lists in lists without end.
     except (
         json.JSONDecodeError,
@@ -79,22 +79,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def finite_or_none(value: Any) -> Any:
-    """Return plain JSON values with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): finite_or_none(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 class _NotJSONError(ValueError):
     """What Python's reader accepts although it isn't JSON, or says the same thing twice."""
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) < len(pairs):

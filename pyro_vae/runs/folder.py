@@ -98,10 +98,29 @@ def check_free(folder: Path) -> None:
 def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Create a run folder with its settings and hold its lock; take it away if the body fails.
 
-    One that holds a checkpoint by then stays, for :func:`continued_run`.
+    One that holds a checkpoint by then stays, to be gone on with.
 
     Raises:
         InputError: a folder that holds a run, is in use or can't be written.
+    """
+    with new_folder(folder), locked(folder):
+        check_free(folder)
+        try:
+            write_json(folder / CONFIG, config)
+            yield
+        except BaseException:
+            with suppress(OSError):
+                for name in () if checkpoint_files(folder / CHECKPOINTS) else (CONFIG, WEIGHTS):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create a folder and those above it; take away what is empty of them if the body fails.
+
+    Raises:
+        InputError: a folder that can't be made.
     """
     made: list[Path] = []
     try:
@@ -110,32 +129,12 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
             refuse_to_write(folder, error)
-        with locked(folder):
-            check_free(folder)
-            try:
-                write_json(folder / CONFIG, config)
-                yield
-            except BaseException:
-                with suppress(OSError):
-                    for name in () if checkpoint_files(folder / CHECKPOINTS) else (CONFIG, WEIGHTS):
-                        (folder / name).unlink(missing_ok=True)
-                raise
+        yield
     except BaseException:
         for path in made:
             with suppress(OSError, ValueError):
                 path.rmdir()
         raise
-
-
-@contextmanager
-def continued_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run that was begun before; what it holds stays if the body fails.
-
-    Raises:
-        InputError: a folder in use, or one that can't be written.
-    """
-    with locked(folder):
-        yield
 
 
 @contextmanager
@@ -153,7 +152,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / _LOCK
     try:
-        descriptor = _acquired(path)
+        descriptor = _acquire(path)
     except OSError as error:
         refuse_to_write(path, error)
     try:
@@ -169,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquired(path: Path) -> int:
+def _acquire(path: Path) -> int:
     import fcntl  # not on every system that can load a run
 
     while True:

@@ -154,6 +154,8 @@ class Particles:
     """
 
     def __init__(self, pair: OpenedPair) -> None:
+        if pair.structure.why_unweighable is not None:
+            raise InputError(pair.structure.why_unweighable)
         self.pair = pair
         self.axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
 
@@ -565,22 +567,3 @@ def _count(latents: Latents) -> int:
 
 def _stack(rows: list[Latents]) -> Latents:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-class PairScorer(Particles):
-    """The particles of a pair that is opened here; on its way out."""
-
-    def __init__(self, model: Any, guide: Any, inputs: Any, *, plate: str = "data") -> None:
-        super().__init__(OpenedPair(model, guide, inputs, plate=plate).part())
-
-    inputs = property(lambda self: self.pair.inputs)
-    data_axes = property(lambda self: self.axes)
-    plate = property(lambda self: self.pair.plate)
-    model = property(lambda self: self.pair.model)
-
-    @classmethod
-    def of(cls, pair: OpenedPair) -> PairScorer:
-        """Return the scorer of a pair that is open."""
-        scorer = cls.__new__(cls)
-        Particles.__init__(scorer, pair)
-        return scorer

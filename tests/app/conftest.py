@@ -4,7 +4,21 @@ import shutil
 
 import numpy as np
 import pytest
-from command_line import train
+from command_line import sketching, train
+
+
+@pytest.fixture
+def rendered():
+    """Asked for by a test whose pictures are rendered."""
+
+
+@pytest.fixture(autouse=True)
+def _sketched(request):
+    if "rendered" in request.fixturenames:
+        yield
+    else:
+        with sketching():
+            yield
 
 
 @pytest.fixture(scope="session")

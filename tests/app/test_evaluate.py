@@ -34,7 +34,9 @@ def test_numbers_that_are_not_finite_are_null(digits):
     assert values["log_marginal"] is not None
 
 
-def test_evaluate_by_both_methods_agrees_within_the_errors_and_draws_a_picture(digits, tmp_path):
+def test_evaluate_by_both_methods_agrees_within_the_errors_and_draws_a_picture(
+    digits, tmp_path, rendered
+):
     picture = tmp_path / "k.png"
     result = run(
         "evaluate", digits, "--method", "both", "--num-samples", 500, "--num-chains", 8,
@@ -62,7 +64,7 @@ def test_evaluate_leaves_the_run_alone(here):
     assert snapshot(here) == before
 
 
-def test_sample_and_reconstruct_write_pictures(here):
+def test_sample_and_reconstruct_write_pictures(here, rendered):
     for command in ("sample", "reconstruct"):
         result = run(command, "run", "--seed", 3)
         assert result.code == 0, result.err

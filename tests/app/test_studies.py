@@ -9,8 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, WARNED, refused, run, snapshot
+from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
+import pyro_vae as pv
+from pyro_vae import datasets
 from pyro_vae.app import compare as app_compare
 from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
@@ -52,10 +54,14 @@ def finished(tmp_path_factory, data):
     shutil.copytree(data, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for arguments in ((*SWEEP, "--output", "swept"), (*COMPARE, "--output", "compared")):
-            result = run(*arguments)
-            assert result.code == 0, result.err
-            assert result.err == ""
+        compare = (*COMPARE, "--output", "compared")
+        with sketching():
+            results = [run(*compare)]
+        # Rendered: the pages of the sweep's runs, and of both studies.
+        results += [run(*SWEEP, "--output", "swept"), run(*compare)]
+    for result in results:
+        assert result.code == 0, result.err
+        assert result.err == ""
     return folder
 
 
@@ -110,7 +116,7 @@ def test_the_page_warns_in_words_where_many_weights_are_heavy(above, warned):
     page = pages.Page("t")
     pages.add_reliability(page, estimate)
     html = page.html()
-    assert f"{above} of 100 data have Pareto k above 0.7" in html
+    assert f"{above} of 100 data points have Pareto k above 0.7" in html
     assert ("<strong>Warning:</strong>" in html) == warned
 
 
@@ -361,9 +367,28 @@ BAD = {
 
 @pytest.mark.parametrize("options", BAD)
 def test_bad_studies_are_refused_before_data_are_read(here, monkeypatch, options):
-    monkeypatch.setattr(training.datasets, "load", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
     command, *others = options.split()
     refused(here, command, *SMALL, *others, "--output", "new", message=BAD[options])
+
+
+def test_python_and_the_command_line_call_the_same_ties(finished):
+    runs = {
+        name: [
+            load_measured(
+                finished / "compared" / "runs" / f"standard-normal-bernoulli-{name}-seed-{seed}"
+            )[0]
+            for seed in (0, 1)
+        ]
+        for name in ("mean-field", "full-rank")
+    }
+    comparison = pv.Comparison(runs, "probability", 50, 60, None, 0)
+    for row in rows_of(finished / "compared" / "comparison.csv"):
+        assert row["verdict"] == comparison.verdict(row["name"])
+        for quantity in comparison.quantities:
+            difference = comparison.difference(row["name"], quantity)
+            assert float(row[f"{quantity}_difference"]) == difference.mean
+            assert float(row[f"{quantity}_difference_half_width"]) == difference.half_width
 
 
 def test_measured_numbers_come_back_as_they_were(finished):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from pyro_vae.app import names
 from pyro_vae.app import settings as app_settings
 from pyro_vae.app import train as app_train
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.settings import warmup_epochs
 
 pytestmark = WARNED
 
@@ -42,6 +42,61 @@ def test_train_leaves_a_whole_run(digits):
     for name in RUN_FILES:
         if name.endswith(".png"):
             assert (digits / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_decided_is_recorded_and_shown(digits):
+    record = json.loads((digits / "config.json").read_text())["run"]
+    settings = record["settings"]
+    assert (settings["warmup_epochs"], settings["num_particles"], settings["data_seed"]) == (1, 1, 0)
+    assert record["start"] == "training data"
+    assert record["num_data"] == {"train": 1294, "validation": 144, "test": 359}
+    assert None not in settings.values()
+    assert not {"sigma", "num_components", "free_bits", "patience"} & set(settings)  # not in use
+    html = (digits / "report.html").read_text()
+    for name, value in (
+        ("warmup epochs", 1),
+        ("start", "training data"),
+        ("data points / test", 359),
+    ):
+        assert f'<th scope="row">{name}</th><td>{value}</td>' in html
+    for cell in ("default", "auto", "-"):
+        assert f"<td>{cell}</td></tr>" not in html.split("Settings</caption>")[1]
+
+
+def test_components_and_particles_are_told_by_their_numbers(here):
+    options = ("--prior", "vamp", "--objective", "iwae", "--dataset", "bits.npy")
+    train(*options, "--output", "own", epochs=0)
+    settings = json.loads(Path("own/config.json").read_text())["run"]["settings"]
+    assert (settings["num_components"], settings["num_particles"]) == (7, 5)  # of 72 bits' data
+    assert len(pv.load("own").prior.pseudo_inputs) == 7
+
+
+def test_a_warning_of_the_training_stands_on_the_page(here):
+    train("--beta", 1000, "--output", "own", "--compile", "off", epochs=3)
+    (warning,) = json.loads(Path("own/metrics.json").read_text())["warnings"]
+    assert "posterior collapse" in warning
+    assert warning in Path("own/report.html").read_text()
+
+
+def test_a_run_that_recorded_its_settings_as_asked_is_read_and_gone_on_with(here):
+    # As version 0.1.0 wrote them: what was left to its default is null.
+    path = Path("run/config.json")
+    config = json.loads(path.read_text())
+    asked = {each.name: None for each in fields(TrainSettings)} | config["run"]["settings"]
+    asked |= {"download": False, "sigma": "learned"}
+    asked |= dict.fromkeys(("warmup_epochs", "num_particles", "data_seed"))
+    config["run"]["settings"] = asked
+    del config["run"]["start"], config["run"]["num_data"]
+    path.write_text(json.dumps(config))
+    result = run("evaluate", "run", "--num-samples", 5, "--json")
+    assert json.loads(result.out)["num_data"] == 359
+    weights = Path("run/model.safetensors").read_bytes()
+    for name in ("metrics.json", "model.safetensors", "report.html"):
+        Path("run", name).unlink()
+    result = run("train", "--resume", "run", "--epochs", 2)
+    assert result.code == 0, result.err
+    assert Path("run/model.safetensors").read_bytes() == weights
+    assert "<td>training data</td>" in Path("run/report.html").read_text()
 
 
 def test_train_says_what_was_measured_and_where(tmp_path):
@@ -209,4 +264,5 @@ def test_the_bernoulli_starts_at_the_training_mean():
     ],
 )
 def test_the_default_warm_up_is_a_tenth_but_long_enough(options, num_data, expected):
-    assert warmup_epochs(TrainSettings(**options), num_data) == expected
+    settings = app_settings.tell_defaults(TrainSettings(**options), num_data)
+    assert settings.warmup_epochs == expected

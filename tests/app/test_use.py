@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import WARNED, run
+from command_line import WARNED, run, sketching
 
 from pyro_vae import InputError
-from pyro_vae.app.completing import hidden_part
+from pyro_vae.app.pictures import hide_part
 
 pytestmark = WARNED
 
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
     def get(name):
         if not (folder / name).exists():
             small = ("--hidden", "16", "--epochs", "1", "--device", "cpu", "--output", folder / name)
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), sketching():
                 result = run("train", *small, *RUNS[name].split())
             assert result.code == 0, result.err
         return folder / name
@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS],
 )
-def test_every_picture_of_every_run(runs, tmp_path, name, command):
+def test_every_picture_of_every_run(runs, tmp_path, rendered, name, command):
     picture = tmp_path / "picture.png"
     first, *options = COMMANDS[command].split()
     result = run(first, runs(name), *options, "--output", picture)
@@ -73,20 +73,19 @@ def test_every_picture_of_every_run(runs, tmp_path, name, command):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "complete"])
-def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, command):
+@pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "metropolis"])
+def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, rendered, command):
     folder = runs("plain")
-    paths = [Path(run(command, folder, "--seed", 3).out.strip()) for _ in range(2)]
-    assert paths[0] == paths[1]
-    assert paths[0].parent == folder
-    content = paths[0].read_bytes()
-    paths[0].unlink()
+    command, *options = [*COMMANDS[command].split(), "--seed", 3]
+    path = Path(run(command, folder, *options).out.strip())
+    assert path.parent == folder
+    content = path.read_bytes()
+    assert run(command, folder, *options).out.strip() == str(path)
+    assert path.read_bytes() == content
+    path.unlink()
     picture = tmp_path / "new" / "picture.svg"
-    assert run(command, folder, "--seed", 3, "--output", picture).code == 0
+    assert run(command, folder, *options, "--output", picture).code == 0
     assert b"<svg" in picture.read_bytes()
-    again = tmp_path / "again.png"
-    run(command, folder, "--seed", 3, "--output", again)
-    assert again.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -122,26 +121,26 @@ def test_mistakes_are_one_line(runs, arguments, message):
 
 def test_halves_of_images_and_vectors():
     image = torch.arange(2 * 5 * 4).view(2, 5, 4).expand(3, 2, 5, 4)[:, :1]
-    upper = hidden_part("upper", (1, 5, 4), 3, seed=0)
-    lower = hidden_part("lower", (1, 5, 4), 3, seed=0)
+    upper = hide_part("upper", (1, 5, 4), 3, seed=0)
+    lower = hide_part("lower", (1, 5, 4), 3, seed=0)
     assert upper.shape == image.shape
     assert upper[:, :, :3].all()
     assert not upper[:, :, 3:].any()
     assert lower[:, :, 2:].all()
     assert not lower[:, :, :2].any()
-    left = hidden_part("left", (5, 4, 3), 2, seed=0)
+    left = hide_part("left", (5, 4, 3), 2, seed=0)
     assert left[:, :, :2].all()
     assert not left[:, :, 2:].any()
-    assert hidden_part("right", (6,), 1, seed=0).tolist() == [[False] * 3 + [True] * 3]
+    assert hide_part("right", (6,), 1, seed=0).tolist() == [[False] * 3 + [True] * 3]
     with pytest.raises(InputError, match="left, right or random:SHARE, got 'lower'"):
-        hidden_part("lower", (6,), 1, seed=0)
+        hide_part("lower", (6,), 1, seed=0)
 
 
 def test_a_random_part_has_its_share_and_hides_all_channels_of_a_pixel():
-    hidden = hidden_part("random:0.3", (3, 20, 20), 50, seed=1)
+    hidden = hide_part("random:0.3", (3, 20, 20), 50, seed=1)
     assert hidden.shape == (50, 3, 20, 20)
     assert (hidden[:, 0] == hidden[:, 1]).all()
     count = 50 * 400
     assert abs(hidden[:, 0].double().mean().item() - 0.3) < 5 * (0.21 / count) ** 0.5
     assert not (hidden[0] == hidden[1]).all()
-    assert hidden_part("random:0.3", (3, 20, 20), 50, seed=1).equal(hidden)
+    assert hide_part("random:0.3", (3, 20, 20), 50, seed=1).equal(hidden)

@@ -6,12 +6,20 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
-from compared_pairs import QUICK, bits, pair_of, small_vae, unchanged, values_of
+from compared_pairs import (
+    QUICK,
+    bits,
+    comparison_of,
+    measured,
+    pair_of,
+    small_vae,
+    unchanged,
+    values_of,
+)
 
 import pyro_vae as pv
-from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.evaluation.elbo import PerDatum
 
 F64 = torch.float64
 
@@ -122,27 +130,6 @@ def test_a_real_difference_is_found_with_its_error():
         assert opposite.standard_error == difference.standard_error
 
 
-def measured(value, error):
-    quantity = PerDatum(value, error)
-    estimate = pv.LogMarginal(*[value] * 6, *[torch.ones(len(value), dtype=torch.long)] * 2)
-    return Measured(
-        *[quantity] * 3,
-        None,
-        *[quantity] * 2,
-        True,
-        None,
-        estimate,
-        1,
-        1,
-        seconds_per_1000=1.0,
-        fit=None,
-    )
-
-
-def comparison_of(pairs):
-    return Comparison(pairs, "density", 50, 100, None, 0)
-
-
 def test_the_error_of_a_difference_covers_both_spreads():
     # Repeats of two pairs whose true mean difference over the data's distribution is 0.3.
     scores = []
@@ -151,8 +138,8 @@ def test_the_error_of_a_difference_covers_both_spreads():
         true = [base, base + 0.3 + 0.5 * torch.randn(40, dtype=F64)]
         error = torch.full((40,), 0.4, dtype=F64)
         seen = [value + error * torch.randn(40, dtype=F64) for value in true]
-        pairs = {name: measured(value, error) for name, value in zip("ab", seen, strict=True)}
-        difference = comparison_of(pairs).difference("b", to="a")
+        pairs = {name: [measured(value, error)] for name, value in zip("ab", seen, strict=True)}
+        difference = comparison_of(**pairs).difference("b", to="a")
         scores.append((difference.mean - 0.3) / difference.standard_error)
     scores = torch.tensor(scores)
     # Student's t with 39 degrees of freedom has standard deviation 1.027.
@@ -161,19 +148,12 @@ def test_the_error_of_a_difference_covers_both_spreads():
 
 
 def test_what_is_unknown_is_a_tie():
-    one = comparison_of(
-        {
-            "a": measured(torch.tensor([-1.0]), torch.tensor([0.01])),
-            "b": measured(torch.tensor([-9.0]), torch.tensor([0.01])),
-        }
-    )
+    one = comparison_of(a=[measured([-1.0])], b=[measured([-9.0])])
     assert math.isnan(one.difference("b").standard_error)
     assert one.verdict("a") == one.verdict("b") == "tied"
     impossible = comparison_of(
-        {
-            "a": measured(torch.tensor([-1.0, -2.0]), torch.tensor([0.0, 0.0])),
-            "b": measured(torch.tensor([-1.0, -math.inf]), torch.tensor([0.0, math.inf])),
-        }
+        a=[measured([-1.0, -2.0], 0.0)],
+        b=[measured([-1.0, -math.inf], torch.tensor([0.0, math.inf]))],
     )
     assert impossible.best() == "a"
     plain = impossible.to_dict()
@@ -224,6 +204,33 @@ def test_several_inputs(exact):
     estimate = comparison.per_datum("a")
     expected = dist.Normal(y, math.sqrt(2)).log_prob(x)[:, 0]
     assert ((estimate.value - expected).abs() < 5 * estimate.standard_error + 1e-6).all()
+
+
+def test_each_pair_runs_twice_before_it_is_measured(monkeypatch):
+    calls = []
+
+    def count(vae):
+        def model(x):
+            calls.append("model")
+            return vae.model(x)
+
+        def guide(x):
+            calls.append("guide")
+            return vae.guide(x)
+
+        return model, guide
+
+    class ReachedError(Exception):
+        pass
+
+    def measure_bounds(*_, **__):
+        raise ReachedError
+
+    monkeypatch.setattr("pyro_vae.evaluation.comparison.measure_bounds", measure_bounds)
+    with pytest.raises(ReachedError):
+        pv.compare({"one": count(small_vae()), "two": count(small_vae())}, bits(), **QUICK)
+    # Once to see what it is, once for what it observes and what trains of it.
+    assert calls == ["guide", "model"] * 4
 
 
 def test_seed_and_state_are_kept():

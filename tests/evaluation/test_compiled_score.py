@@ -11,6 +11,10 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.evaluation import compiled_score as module
+from pyro_vae.evaluation import hmc
+from pyro_vae.evaluation.compiled_score import PROGRAMS
+from pyro_vae.infer import capture
+from pyro_vae.infer.program import are_close, tolerance_of
 
 
 def small_vae():
@@ -31,13 +35,13 @@ def estimate(model, guide, x, **options):
 def compilations(monkeypatch):
     """Count the captures; they run uncompiled, which needs no C++ compiler and no time."""
     counted = []
-    capture = module._capture
+    trace_graph = capture.trace_graph
 
     def counting(*args):
         counted.append(1)
-        return capture(*args)
+        return trace_graph(*args)
 
-    monkeypatch.setattr(module, "_capture", counting)
+    monkeypatch.setattr(capture, "trace_graph", counting)
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     return counted
 
@@ -81,7 +85,7 @@ def test_other_data_of_the_same_shape_share_the_program(compilations):
 def test_programs_die_with_their_model(compilations):
     vae = small_vae()
     estimate(vae.model, vae.guide, torch.rand(3, 20).round(), compile=True)
-    assert vae in module._PROGRAMS
+    assert PROGRAMS.get(vae.model) is not None
     reference = weakref.ref(vae)
     del vae
     gc.collect()
@@ -129,3 +133,90 @@ def test_a_model_that_reads_values_runs_as_it_is():
     with pytest.warns(UserWarning, match="runs uncompiled"):
         compiled = estimate(model, guide, x, compile=True)
     assert torch.equal(compiled.log_prob, estimate(model, guide, x, compile=False).log_prob)
+
+
+# --- annealing gradients, by the same cache ---
+
+
+def anneal(model, guide, x, **options):
+    """Two chains, and blocks of the data where the memory is little."""
+    settings = {"num_chains": 2, "num_steps": 3, "num_leapfrog_steps": 1, "seed": 0, **options}
+    return pv.log_marginal(model, guide, x, method="annealed", **settings).log_prob
+
+
+class Shifted:
+    """A pair whose model has a plain attribute and a parameter."""
+
+    shift = 0.0
+
+    def model(self, x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Normal(z + self.shift, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+
+def eagerly(monkeypatch, *arguments, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(hmc.AnnealingPath, "capture", lambda self, position: torch.randn_like(position))
+        return anneal(*arguments, **options)
+
+
+def test_annealing_gradients_are_recorded_once_for_all_blocks_and_calls(compilations):
+    pair, x = Shifted(), torch.randn(8, 2)
+    first = anneal(pair.model, pair.guide, x, max_memory=1)  # blocks of two
+    recorded = len(compilations)
+    assert 0 < recorded <= 2  # the pilot's chains and the estimate's
+    assert torch.equal(anneal(pair.model, pair.guide, x, max_memory=1), first)
+    assert len(compilations) == recorded
+
+
+def test_annealing_gradients_follow_parameters_and_attributes(compilations, monkeypatch):
+    pair, x = Shifted(), torch.randn(4, 2)
+    before = anneal(pair.model, pair.guide, x)
+    recorded = len(compilations)
+    pyro.get_param_store()["scale"] = torch.tensor(2.0)
+    replaced = anneal(pair.model, pair.guide, x)
+    assert len(compilations) == recorded
+    assert torch.equal(replaced, eagerly(monkeypatch, pair.model, pair.guide, x))
+    pair.shift = 1.0
+    shifted = anneal(pair.model, pair.guide, x)
+    assert len(compilations) == 2 * recorded
+    assert torch.equal(shifted, eagerly(monkeypatch, pair.model, pair.guide, x))
+    assert not torch.equal(before, replaced)
+    assert not torch.equal(replaced, shifted)
+
+
+def test_annealing_gradients_that_can_not_be_captured_are_tried_once(compilations, monkeypatch):
+    pair, x = Shifted(), torch.randn(4, 2)
+    monkeypatch.setattr(module, "are_close", lambda *_: False)
+    first = anneal(pair.model, pair.guide, x)
+    recorded = len(compilations)
+    assert torch.equal(anneal(pair.model, pair.guide, x), first)
+    assert len(compilations) == recorded
+    assert torch.equal(eagerly(monkeypatch, pair.model, pair.guide, x), first)
+
+
+# --- the rule ---
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "close"),
+    [
+        ([1000.0, 0.0], [1000.3, 0.0], True),
+        ([1000.0, 0.0], [1000.0, 0.3], False),  # each by itself
+        ([-torch.inf], [-torch.inf], True),
+        ([torch.inf], [-torch.inf], False),
+        ([torch.nan], [torch.nan], True),
+        ([torch.nan], [torch.inf], False),
+        ([torch.inf], [1.0], False),
+        ([[1.0]], [1.0], False),
+    ],
+)
+def test_values_are_held_against_the_reference_one_by_one(value, expected, close):
+    tolerance = tolerance_of([torch.float32, torch.float64, torch.long])
+    assert are_close(torch.tensor(value), torch.tensor(expected), tolerance) is close

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.app.building import Architecture, build_vae
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import assemble_vae
 from pyro_vae.evaluation import Estimate, representation
 from pyro_vae.evaluation.representation_quality import unit_variances
 
@@ -274,10 +275,9 @@ def test_several_latents_are_taken_together():
     ["mean-field", "full-rank", "mixture", "iaf", "spline", "von-mises-fisher", "beta"],
 )
 def test_every_family_is_measured_within_its_identities(guide):
-    from pyro_vae.app.building import Architecture, build_vae
-
     prior = {"von-mises-fisher": "hypersphere-uniform", "beta": "beta"}.get(guide, "vamp")
-    vae = build_vae(Architecture(prior, "bernoulli", guide, 3, (16,), "relu"), (6,), 100)
+    settings = TrainSettings(prior=prior, guide=guide, latent_dim=3, hidden="16")
+    vae = assemble_vae(settings, (6,), 100)
     x = torch.bernoulli(torch.full((40, 6), 0.5))
     result = representation(vae.model, vae.guide, x, num_samples=20)
     assert close(total(result.mutual_information, result.marginal_kl), result.rate.value, result.rate)
@@ -358,7 +358,7 @@ def test_a_seed_repeats_the_result_and_leaves_the_generators_alone():
 
 @pytest.mark.parametrize("guide", ["mean-field", "iaf"])
 def test_unit_variances_alone_are_those_of_the_representation(guide):
-    pair = build_vae(Architecture("standard-normal", "bernoulli", guide, 3, (8,), "relu"), (6,), 100)
+    pair = assemble_vae(TrainSettings(guide=guide, latent_dim=3, hidden="8"), (6,), 100)
     x = torch.bernoulli(torch.full((40, 6), 0.5))
     alone = unit_variances(pair.guide, x, seed=3)
     whole = pv.evaluation.representation(pair.model, pair.guide, x, num_samples=2, seed=3)

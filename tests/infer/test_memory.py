@@ -9,6 +9,11 @@ from small_vae import PIXELS, make_vae
 import pyro_vae as pv
 
 
+@pytest.fixture(autouse=True)
+def _only_what_the_test_makes():
+    gc.freeze()  # what is there before is not gone through again at each count
+
+
 def live_tensors():
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

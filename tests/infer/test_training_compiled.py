@@ -23,7 +23,7 @@ from pyro_vae.infer import (
     TraceBound,
 )
 from pyro_vae.infer.engine import Engine
-from pyro_vae.infer.training_objective import bound_of
+from pyro_vae.infer.stock_bound import bound_of
 
 
 @pytest.fixture

@@ -9,11 +9,15 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import assemble_vae
 
 
 def vae(prior="standard-normal", guide="mean-field", likelihood="bernoulli", latent_dim=3):
-    return build_vae(Architecture(prior, likelihood, guide, latent_dim, (16,), "relu"), (6,), 100)
+    settings = TrainSettings(
+        prior=prior, likelihood=likelihood, guide=guide, latent_dim=latent_dim, hidden="16"
+    )
+    return assemble_vae(settings, (6,), 100)
 
 
 def data(number=7):

@@ -7,15 +7,16 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.app.building import Architecture, build_vae
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.settings import assemble_vae
 from pyro_vae.distributions import HypersphericalUniform, VonMisesFisher
 
 F64 = torch.float64
 
 
 def vae(prior="standard-normal", guide="mean-field", latent_dim=3):
-    architecture = Architecture(prior, "bernoulli", guide, latent_dim, (16,), "relu")
-    return build_vae(architecture, (6,), 100)
+    settings = TrainSettings(prior=prior, guide=guide, latent_dim=latent_dim, hidden="16")
+    return assemble_vae(settings, (6,), 100)
 
 
 def bits(number=4):

@@ -1,0 +1,231 @@
+"""The command line: every command with its options; the work is imported when a command is called."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from pyro_vae.app.names import EvaluateSettings, Picture, PictureSettings, TrainSettings
+from pyro_vae.app.options import CommandFunction, as_command, is_given
+from pyro_vae.errors import InputError
+
+app = typer.Typer(
+    help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
+StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
+
+# Decided when a run begins; --resume takes them from its folder.
+_OF_THE_BEGINNING = ("output", "checkpoint_every", "checkpoint_minutes")
+
+
+def main() -> None:
+    """Run the command line.
+
+    A user's mistake, and a file that can't be read or written, is one line on standard error and exit
+    code 2; a warning is one line on standard error.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+        try:
+            app()
+        except InputError as error:
+            _tell(str(error))
+            sys.exit(2)
+        except OSError as error:
+            where = error.filename or "the output"
+            _tell(f"expected to read or write {where}, got: {error.strerror}")
+            sys.exit(2)
+
+
+def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
+    """Add a function to the application, see :func:`pyro_vae.app.options.as_command`."""
+    return lambda function: app.command()(as_command(function, **how))
+
+
+@command(unless="resume")
+def train(
+    context: typer.Context,
+    settings: TrainSettings,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Write the run's state every so many epochs.")
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Write the run's state every so many minutes; 0: every step.")
+    ] = 1.0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with this interrupted run folder; it knows all other options."),
+    ] = None,
+) -> None:
+    """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
+    from pyro_vae.app import train as work
+    from pyro_vae.distributed import join_processes
+    from pyro_vae.infer.checkpoint import Interrupted
+
+    try:
+        if resume is None:
+            when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
+            with join_processes(settings.device):
+                work.train(settings, output, checkpointing=when)
+            return
+        for name in _OF_THE_BEGINNING:
+            if is_given(context, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"expected --resume without --{flag}: the run folder knows it")
+        told = (each.name for each in fields(settings))
+        given = {name: getattr(settings, name) for name in told if is_given(context, name)}
+        with join_processes(settings.device):
+            work.resume(resume, given)
+    except Interrupted as interruption:
+        folder = shlex.quote(str(interruption.folder.parent))
+        _tell(f"interrupted: go on by `pyro-vae train --resume {folder}`")
+        raise typer.Exit(128 + interruption.number) from None
+
+
+@command()
+def evaluate(
+    run: Run,
+    how: EvaluateSettings,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+    data_root: Annotated[
+        str | None, typer.Option(help="Folder of the data set; default: the run's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
+    from pyro_vae.app import evaluate as work
+    from pyro_vae.distributed import join_processes
+
+    with join_processes(device) as processes:
+        own = picture if processes.is_first else None
+        values = work.evaluate(run, how, data_root=data_root, device=device, picture=own)
+        work.print_estimate(values, as_json=as_json)
+
+
+@command(
+    without={
+        EvaluateSettings: ("seed", "target_standard_error"),
+        TrainSettings: ("prior", "likelihood", "guide"),
+    },
+    defaults={EvaluateSettings: {"num_samples": 1000}, TrainSettings: {"epochs": 60}},
+)
+def compare(
+    *,
+    output: StudyFolder,
+    guides: Annotated[
+        str,
+        typer.Option(
+            help="Variational families between commas, as `train --guide` names them; default: "
+            "mean-field, full-rank, iaf, spline and mixture.",
+            show_default=False,
+        ),
+    ] = "mean-field,full-rank,iaf,spline,mixture",
+    priors: Annotated[str, typer.Option(help="Priors between commas.")] = "standard-normal",
+    likelihoods: Annotated[str, typer.Option(help="Likelihoods between commas.")] = "bernoulli",
+    seeds: Annotated[
+        int, typer.Option(help="Runs of each combination, from --seed on; all see the same data.")
+    ] = 3,
+    hold: Annotated[
+        str | None,
+        typer.Option(help="model: train every guide against the first one's frozen model."),
+    ] = None,
+    settings: TrainSettings,
+    how: EvaluateSettings,
+) -> None:
+    """Train every combination with several seeds; write tables, figures and a page to compare."""
+    from pyro_vae.app.compare import compare_families
+
+    compare_families(
+        settings,
+        how,
+        guides=guides,
+        priors=priors,
+        likelihoods=likelihoods,
+        seeds=seeds,
+        hold=hold,
+        output=output,
+    )
+
+
+@command(without={TrainSettings: ("beta",)})
+def sweep(
+    *,
+    output: StudyFolder,
+    betas: Annotated[
+        str, typer.Option(help="Weights of the KL term between commas, in the order of training.")
+    ] = "0.25,0.5,1,2,4",
+    warm_start: Annotated[
+        bool, typer.Option(help="Start each run from the weights of the one before.")
+    ] = False,
+    settings: TrainSettings,
+) -> None:
+    """Train a series of runs over beta; write its rate-distortion table, picture and page."""
+    from pyro_vae.app import sweep as work
+
+    work.sweep(settings, betas, warm_start=warm_start, output=output)
+
+
+@command(
+    without={
+        TrainSettings: (
+            *("prior", "num_components", "guide", "beta"),
+            *("schedule", "gradient_clip", "precision"),  # the autoencoder's training has none
+        )
+    }
+)
+def autoencoder(
+    *,
+    output: StudyFolder,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
+    ] = None,
+    settings: TrainSettings,
+) -> None:
+    """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
+    from pyro_vae.app import autoencoder as work
+
+    work.autoencoder(settings, loss, output=output)
+
+
+def _add_picture(kind: type) -> None:
+    """Add the command that draws one kind of picture, with its class's name, help and options."""
+
+    def draw(run: Run, *, what: Any, settings: PictureSettings) -> None:
+        from pyro_vae.app import pictures as work
+
+        typer.echo(work.draw(run, what, settings))
+
+    draw.__name__, draw.__doc__ = kind.__name__.lower(), kind.__doc__
+    draw.__annotations__["what"] = kind
+    command()(draw)
+
+
+for _kind in get_args(Picture):
+    _add_picture(_kind)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"pyro-vae: {text}\n")

@@ -1,0 +1,129 @@
+"""How a function becomes a command: its options, and those of the settings that it takes."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Container, Mapping
+from dataclasses import Field, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from pyro_vae.app.names import OnlyWith
+from pyro_vae.errors import InputError
+
+CommandFunction = Callable[..., None]
+
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--debug", help="Show where in the code an error was raised.")
+    ],
+)
+
+
+def as_command(
+    function: CommandFunction,
+    *,
+    unless: str | None = None,
+    without: Mapping[type, Container[str]] | None = None,
+    defaults: Mapping[type, Mapping[str, Any]] | None = None,
+) -> CommandFunction:
+    """Return a function as Typer is to read it, with an option ``--debug``.
+
+    A parameter that is annotated with a settings class, a dataclass of
+    :func:`pyro_vae.app.names.option`, becomes one option per field, and the function is handed the
+    settings as one object. An option without effect is refused before the function is called.
+
+    Args:
+        function: what the command does; its name, help and other options are the command's.
+        unless: an option that decides itself which others it goes with: given, nothing is refused.
+        without: fields of a settings class that are no options here and keep their defaults.
+        defaults: defaults that differ from the class's.
+    """
+    without, defaults = without or {}, defaults or {}
+    own = inspect.signature(function, eval_str=True).parameters
+    options: dict[str, inspect.Parameter] = {"context": _CONTEXT}
+    gathered: dict[str, list[Field[Any]]] = {}
+    for parameter in own.values():
+        kind = parameter.annotation
+        if not is_dataclass(kind):
+            options[parameter.name] = parameter
+            continue
+        assert isinstance(kind, type)
+        chosen = [each for each in fields(kind) if each.name not in without.get(kind, ())]
+        hints, changed = get_type_hints(kind), defaults.get(kind, {})
+        for each in chosen:
+            default = changed.get(each.name, each.default)
+            options[each.name] = _as_parameter(each, hints[each.name], default)
+        gathered[parameter.name] = chosen
+    declared = [each for part in gathered.values() for each in part]
+
+    def command(*, context: typer.Context, debug: bool, **values: Any) -> None:
+        try:
+            if unless is None or values[unless] is None:
+                _refuse_without_effect(context, declared)
+            for name, part in gathered.items():
+                values[name] = own[name].annotation(
+                    **{each.name: values.pop(each.name) for each in part}
+                )
+            function(**values, **({"context": context} if "context" in own else {}))
+        except (InputError, OSError):
+            if debug:
+                traceback.print_exc()
+            raise
+
+    # By keyword their order is free: options with a default may stand before those without.
+    options["debug"] = _DEBUG
+    shown = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in shown}
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    return command
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Say whether an option stands on the command line, be it with its default value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -> None:
+    """Refuse an option that was given although the value of another one takes its effect away."""
+    for each in declared:
+        condition: OnlyWith | None = each.metadata["only_with"]
+        if condition is None or not is_given(context, each.name):
+            continue
+        option = condition.option
+        if option not in context.params:
+            option += "s"  # of a command that takes several, between commas
+        given = str(context.params[option])
+        if {part.strip() for part in given.split(",")} & set(condition.values):
+            continue
+        *others, last = condition.values
+        needed = f"{', '.join(others)} or {last}" if others else last
+        raise InputError(
+            f"expected {_flag(each.name)} with {_flag(option)} {needed}, got it with {given}, where "
+            "it has no effect: leave it out"
+        )
+
+
+def _as_parameter(declared: Field[Any], hint: Any, default: Any) -> inspect.Parameter:
+    flags = declared.metadata["flags"]
+    if flags is None and hint is bool:
+        flags = _flag(declared.name)  # a flag has no negation: it is left out instead
+    option = typer.Option(*([] if flags is None else [flags]), help=declared.metadata["help"])
+    return inspect.Parameter(
+        declared.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[hint, option],
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
