@@ -155,11 +155,7 @@ SLOW = {
     run_bracket: ("double",),
     run_compare: ("double", "no gradients"),
 }
-CASES = [
-    (action, setting)
-    for action in ACTIONS
-    for setting in SLOW.get(action, SETTINGS)
-]
+CASES = [(action, setting) for action in ACTIONS for setting in SLOW.get(action, SETTINGS)]
 
 
 @pytest.fixture(scope="module")
