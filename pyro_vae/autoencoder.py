@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributions import constraints
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.settings import check_callables, check_options
+from pyro_vae.infer.settings import check_callables
+from pyro_vae.infer.training import fit
 from pyro_vae.networks import Head, check_shape, feature_shape
-from pyro_vae.pair.functions import evaluation_mode, resolve_device, seeded, training_mode
+from pyro_vae.pair.functions import HANDLER_LOCK
 from pyro_vae.pair.inputs import as_inputs
 
 LOSSES = ("mse", "bce")
-
-# Data scored by one pass in validation.
-_VALIDATION_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.latent_dim: int = _said(decoder, "latent_dim", latent_dim)
-        self.data_shape: tuple[int, ...] = tuple(_said(encoder, "data_shape", data_shape))
+        self.latent_dim: int = _ask_size(decoder, "latent_dim", latent_dim)
+        self.data_shape: tuple[int, ...] = tuple(_ask_size(encoder, "data_shape", data_shape))
         self.code = Head(feature_shape(encoder), (self.latent_dim,))
         self.output = Head(feature_shape(decoder), self.data_shape)
         # Set by training; a buffer, so that saved weights know what they mean.
@@ -143,10 +142,18 @@ class Autoencoder(nn.Module):
         patience: int | None = None,
         device: str | torch.device = "auto",
         seed: int | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        checkpoint_minutes: float | None = 1.0,
+        resume: bool = False,
         on_epoch: Callable[[int, dict[str, float]], None] | None = None,
         progress: bool | None = None,
     ) -> AutoencoderFit:
         """Train by Adam on the reconstruction loss.
+
+        It is :func:`pyro_vae.fit` of a pair whose guide is a point mass at the code, under a flat
+        prior: its negative ELBO is the loss up to a constant. Pyro's parameter store is left as it
+        was.
 
         Args:
             data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used, and bits drawn
@@ -162,6 +169,10 @@ class Autoencoder(nn.Module):
                 weights back. None trains to the end and keeps the last ones.
             device: ``auto`` takes CUDA where there is one.
             seed: seed of everything random in the run; the generators' state is restored afterwards.
+            checkpoint: folder for the run's state, as in :func:`pyro_vae.fit`.
+            checkpoint_every: epochs after which one is written.
+            checkpoint_minutes: minutes after which one is written; None: not by time.
+            resume: go on from the newest checkpoint, or start where there is none.
             on_epoch: called with (epoch from 1, that epoch's metrics).
             progress: show a progress bar on standard error; by default only on a terminal.
 
@@ -169,97 +180,115 @@ class Autoencoder(nn.Module):
             history and settings of the run.
 
         Raises:
-            InputError: options or data out of range, or a loss that is not finite.
+            InputError: options or data out of range, a loss that is not finite, or a checkpoint of
+                another run.
         """
-        check_options(epochs, batch_size, learning_rate, 1.0, 0, patience)
         check_callables(on_epoch=on_epoch)
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
-        train, held_out, draw = _parts(data, validation)
-        if patience is not None and held_out is None:
-            raise InputError("expected validation data for patience, got none: pass validation=")
-        for part in (train, held_out):
-            if part is not None:
-                self._check_data(part, loss)
-        place = resolve_device(device)
-        self.to(place)
-        kind = next(self.parameters()).dtype
-        train = train.to(place, kind)
-        held_out = None if held_out is None else held_out.to(place, kind)
-        rows: list[dict[str, float]] = []
-        best = _Best(patience)
-        optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)
-        with seeded(seed), training_mode(self), _LossProgress(epochs, progress) as bar:
-            self.ends_in_logits.fill_(loss == "bce")
-            for epoch in range(1, epochs + 1):
-                row = self._run_epoch(train, draw, batch_size, loss, optimizer)
-                row["validation_loss"] = self._validated(held_out, loss)
-                rows.append(row)
-                bar.show(epoch, row)
-                if on_epoch is not None:
-                    on_epoch(epoch, row)
-                if best.has_passed(epoch, row["validation_loss"], self):
-                    break
-            best.restore(self)
-        names = ("train_loss", "validation_loss", "seconds")
+        for part in (data, validation):
+            if part is not None and not isinstance(part, Dataset):
+                _check_single(part)
+        pair = _PointMassPair(self, loss)
+
+        def note(epoch: int, row: dict[str, float]) -> None:
+            losses = pair.losses(row)
+            bar.show(epoch, losses)
+            if on_epoch is not None:
+                on_epoch(epoch, losses)
+
+        # A store of its own: no other pair's names are in the way, and none is left there.
+        store = pyro.get_param_store()
+        with HANDLER_LOCK, store.scope(), _LossProgress(epochs, progress) as bar:
+            result = fit(
+                pair.model,
+                pair.guide,
+                data,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                validation=validation,
+                patience=patience,
+                compile=False,
+                device=device,
+                seed=seed,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                checkpoint_minutes=checkpoint_minutes,
+                resume=resume,
+                on_epoch=note,
+                progress=False,
+            )
         return AutoencoderFit(
-            history={name: np.array([row[name] for row in rows]) for name in names},
-            best_epoch=best.epoch,
-            stopped_early=len(rows) < epochs,
-            device=str(place),
+            history=pair.losses(result.history),
+            best_epoch=result.best_epoch,
+            stopped_early=result.stopped_early,
+            device=result.device,
             loss=loss,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
+            batch_size=result.batch_size,
+            learning_rate=result.learning_rate,
             num_parameters=sum(parameter.numel() for parameter in self.parameters()),
         )
 
-    def _run_epoch(
-        self,
-        train: Tensor,
-        draw: Callable[[Tensor], Tensor] | None,
-        batch_size: int,
-        loss: str,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, float]:
-        start = time.perf_counter()
-        total = torch.zeros((), dtype=torch.float64, device=train.device)
-        for index in torch.randperm(len(train), device=train.device).split(batch_size):
-            batch = train[index] if draw is None else draw(train[index])
-            value = self._loss(batch, loss)
-            optimizer.zero_grad(set_to_none=True)
-            (value / len(batch)).backward()
-            optimizer.step()
-            total += value.detach()
-        mean = total.item() / len(train)
-        if not math.isfinite(mean):
-            raise InputError(f"expected a finite loss, got {mean}: lower the learning rate")
-        return {"train_loss": mean, "seconds": time.perf_counter() - start}
 
-    def _loss(self, x: Tensor, loss: str) -> Tensor:
-        """Return the loss summed over the batch."""
-        raw = self.output(self.decoder(self.encode(x)))
-        if loss == "bce":
-            return F.binary_cross_entropy_with_logits(raw, x, reduction="sum")
-        return F.mse_loss(raw, x, reduction="sum")
+class _PointMassPair(nn.Module):
+    """An autoencoder as a pair: a flat prior over codes, and a point mass at the encoder's output.
 
-    @torch.no_grad()
-    def _validated(self, x: Tensor | None, loss: str) -> float:
-        if x is None:
-            return math.nan
-        with evaluation_mode(self):
-            losses = [self._loss(block, loss).double() for block in x.split(_VALIDATION_BLOCK)]
-        return (torch.stack(losses).sum() / len(x)).item()
+    The likelihood's negative logarithm is the loss: a Gaussian of variance 1/2 for the squared error,
+    up to the constant log(pi) / 2 for each value, and a Bernoulli for the cross-entropy.
+    """
 
-    def _check_data(self, x: Tensor, loss: str) -> None:
-        if tuple(x.shape[1:]) != self.data_shape:
+    def __init__(self, autoencoder: Autoencoder, loss: str) -> None:
+        super().__init__()
+        self.autoencoder, self.loss = autoencoder, loss
+        size = math.prod(autoencoder.data_shape)
+        self.constant = 0.5 * size * math.log(math.pi) if loss == "mse" else 0.0
+
+    def model(self, x: Tensor) -> None:
+        """Decode the code and score the data under it."""
+        part = self.autoencoder
+        with pyro.plate("data", len(x)):
+            flat = dist.ImproperUniform(constraints.real_vector, (), (part.latent_dim,))
+            raw = part.output(part.decoder(pyro.sample("z", flat)))
+            pyro.sample("x", self._likelihood(raw).to_event(len(part.data_shape)), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Encode the data."""
+        part = self.autoencoder
+        for name, parameter in part.named_parameters():
+            if parameter.requires_grad:  # of one that has none pyro.module would warn
+                pyro.param(name, parameter)
+        # From its first use by this loss on, the output is what the loss takes it for.
+        part.ends_in_logits.fill_(self.loss == "bce")
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(part.encode(x)).to_event(1))
+
+    def _likelihood(self, raw: Tensor) -> Any:
+        # Without validation: grey values have a cross-entropy too, and a loss that is not a number
+        # is what the trainer looks for.
+        if self.loss == "bce":
+            return dist.Bernoulli(logits=raw, validate_args=False)
+        return dist.Normal(raw, raw.new_tensor(math.sqrt(0.5)), validate_args=False)
+
+    def losses(self, row: Any) -> dict[str, Any]:
+        """Return losses and seconds of an epoch, or of many, from what :func:`fit` notes."""
+        return {
+            "train_loss": row["train_distortion"] - self.constant,
+            "validation_loss": row["validation_distortion"] - self.constant,
+            "seconds": row["seconds"],
+        }
+
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data of another shape, not finite, or out of the loss's range."""
+        if tuple(x.shape[1:]) != self.autoencoder.data_shape:
             raise InputError(
-                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), got "
-                f"{tuple(x.shape)}: build the networks with the data's own shape"
+                f"expected data of shape (N, {', '.join(map(str, self.autoencoder.data_shape))}), "
+                f"got {tuple(x.shape)}: build the networks with the data's own shape"
             )
         low, high = (value.item() for value in x.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError("expected finite data, got NaN or infinity: remove or fill them")
-        if loss == "bce" and not (low >= 0 and high <= 1):
+        if self.loss == "bce" and not (low >= 0 and high <= 1):
             raise InputError(
                 f"expected x in [0, 1] for loss 'bce', got values from {low:g} to {high:g}: divide "
                 "by the largest possible value, or use loss='mse'"
@@ -269,60 +298,22 @@ class Autoencoder(nn.Module):
 class _LossProgress(EpochProgress):
     """The bar of a training run, with the loss of both parts."""
 
-    def described(self, row: dict[str, float]) -> str:
+    def describe(self, row: dict[str, float]) -> str:
         text = f"loss {row['train_loss']:.4g}"
         if not math.isnan(row["validation_loss"]):
             text += f" (validation {row['validation_loss']:.4g})"
         return text
 
 
-class _Best:
-    """Early stopping: remembers the weights with the best validation loss."""
-
-    def __init__(self, patience: int | None) -> None:
-        self.patience = patience
-        self.epoch, self.loss = 0, math.inf
-        self._state: dict[str, Any] | None = None
-
-    def has_passed(self, epoch: int, loss: float, module: nn.Module) -> bool:
-        """Take in an epoch's validation loss; say whether patience has run out."""
-        if self.patience is None:
-            self.epoch = epoch
-            return False
-        if loss < self.loss:
-            self.epoch, self.loss = epoch, loss
-            self._state = copy.deepcopy(module.state_dict())
-        return epoch - self.epoch >= self.patience
-
-    def restore(self, module: nn.Module) -> None:
-        """Put the best weights back."""
-        if self._state is not None:
-            module.load_state_dict(self._state)
-
-
-def _parts(
-    data: Dataset | Tensor, validation: Tensor | None
-) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
-    """Return training data, validation data, and what draws a batch's bits."""
-    draw = None
-    if isinstance(data, Dataset):
-        if validation is None and len(data.validation):
-            validation = data.validation
-        draw = data.draw if data.binarize == "dynamic" else None
-        data = data.train
-    return _one_tensor(data), None if validation is None else _one_tensor(validation), draw
-
-
-def _one_tensor(data: Any) -> Tensor:
+def _check_single(data: Any) -> None:
     inputs = as_inputs(data)
     if len(inputs) != 1:
         raise InputError(
             f"expected one tensor of data, got {len(inputs)}: an autoencoder has no more"
         )
-    return inputs[0].detach()
 
 
-def _said(network: nn.Module, name: str, given: Any) -> Any:
+def _ask_size(network: nn.Module, name: str, given: Any) -> Any:
     value = getattr(network, name, None) if given is None else given
     if value is None:
         raise InputError(

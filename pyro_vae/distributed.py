@@ -82,7 +82,7 @@ class Processes:
     def sum_(self, values: Tensor) -> Tensor:
         """Sum values over the processes, in place: bit for bit the same in all of them."""
         if self.are_several:
-            with _carried(values) as carried:
+            with _carry(values) as carried:
                 dist.all_reduce(carried)
         return values
 
@@ -91,7 +91,7 @@ class Processes:
         """Put the first process's values into the tensors of all."""
         if self.are_several:
             for tensor in tensors:
-                with _carried(tensor.detach()) as carried:
+                with _carry(tensor.detach()) as carried:
                     dist.broadcast(carried, src=0)
 
     def gather(self, value: Result) -> list[Result]:
@@ -102,19 +102,19 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def decided(self, decide: Callable[[], Result]) -> Result:
-        """Let the first process decide for all.
+    def decide(self, function: Callable[[], Result]) -> Result:
+        """Let the first process call a function, and return what it got in all of them.
 
         Raises:
-            InputError: the decision's own, in every process.
+            InputError: the function's own, in every process.
             OSError: the same.
         """
         if not self.are_several:
-            return decide()
+            return function()
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
-                outcome[0] = decide()
+                outcome[0] = function()
             except (InputError, OSError) as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
@@ -135,7 +135,7 @@ class Processes:
         def first() -> None:
             results.append(function())
 
-        self.decided(first)
+        self.decide(first)
         return results[0] if results else function()
 
     def check_together(self, check: Callable[[], None]) -> None:
@@ -184,7 +184,7 @@ def _fingerprint(value: Any) -> Hashable:
 
 
 @contextmanager
-def _carried(tensor: Tensor) -> Iterator[Tensor]:
+def _carry(tensor: Tensor) -> Iterator[Tensor]:
     """Give a tensor as the group's backends take it, and what becomes of it back."""
     plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     # NCCL alone carries CUDA tensors only.
@@ -196,7 +196,7 @@ def _carried(tensor: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the other processes that torchrun started, if it did; leave them at the end.
 
     On CUDA each process takes the device of its local rank. Inside, only the first process prints on

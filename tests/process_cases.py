@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.distributed import ALONE, Processes, joined
+from pyro_vae.distributed import ALONE, Processes, join_processes
 from pyro_vae.infer import CompiledTrace_ELBO
-from pyro_vae.infer.checkpoints import Interrupted
-from pyro_vae.infer.trainer import Steps
+from pyro_vae.infer.checkpoint import Interrupted
+from pyro_vae.infer.trainer import Trainer
 from pyro_vae.infer.validation import bound_terms
 
 PIXELS, SEEDS, MARK = 6, range(8), 77.0
@@ -164,14 +164,14 @@ def evaluated():
 
 
 def decided():
-    return Processes.current().decided(lambda: f"rank {Processes.current().rank}")
+    return Processes.current().decide(lambda: f"rank {Processes.current().rank}")
 
 
 def refused():
     def refuse():
         raise pv.InputError(f"refused by {Processes.current().rank}")
 
-    return Processes.current().decided(refuse)
+    return Processes.current().decide(refuse)
 
 
 def other_data():
@@ -230,14 +230,14 @@ def kept(folder, **options):
 @contextmanager
 def signalled(rank, count):
     """Send a signal to one of the processes in the middle of a step."""
-    take = Steps._step
+    take = Trainer._step
 
     def step(self, *arguments):
         if self.count == count and Processes.current().rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *arguments)
 
-    with mock.patch.object(Steps, "_step", step):
+    with mock.patch.object(Trainer, "_step", step):
         yield
 
 
@@ -323,7 +323,7 @@ def outcome(case, folder=None):
 
 def main(folder):
     torch.set_num_threads(1)
-    with joined("cpu") as processes:
+    with join_processes("cpu") as processes:
         assert processes != ALONE
         outcomes = {case: outcome(case, Path(folder)) for case in (*CASES, *KEPT)}
         torch.save(outcomes, Path(folder) / f"{processes.rank}.pt")

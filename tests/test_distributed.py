@@ -14,8 +14,8 @@ from process_cases import SEEDS, kept, outcome
 from torch.testing import assert_close
 
 import pyro_vae as pv
-from pyro_vae.distributed import ALONE, Processes, joined
-from pyro_vae.infer.checkpoint_files import checkpoint_files, newest
+from pyro_vae.distributed import ALONE, Processes, join_processes
+from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest
 
 TESTS = Path(__file__).parent
 COMMAND = ("-m", "pyro_vae")
@@ -163,7 +163,7 @@ def test_a_run_left_at_any_step_by_a_signal_to_either_is_the_run_that_was_not(sh
 
 
 def test_each_process_keeps_what_is_its_own(shared, folder):
-    own = newest(folder / "whole")["state"]["own"]
+    own = read_newest(folder / "whole")["state"]["own"]
     assert len(own) == 2
     for generator in ("python", "numpy"):
         assert not torch.equal(*(each["generators"][generator]["words"] for each in own))
@@ -198,7 +198,7 @@ def test_the_last_good_state_is_written_by_the_first_of_them(shared, folder):
     assert batch > 1
     (path,) = checkpoint_files(folder / "good")
     assert path.stem == f"step-{batch - 1:010d}"
-    parameters = newest(folder / "good")["state"]["steps"]["parameters"]
+    parameters = read_newest(folder / "good")["state"]["steps"]["parameters"]
     assert all(value.isfinite().all() for value in parameters)
 
 
@@ -224,10 +224,10 @@ def test_a_process_that_is_alone_shares_with_nobody(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Processes.current() == ALONE
-    with joined() as processes:
+    with join_processes() as processes:
         assert processes == ALONE
         assert processes.gather("mine") == ["mine"]
-        assert processes.decided(lambda: 3) == 3
+        assert processes.decide(lambda: 3) == 3
         assert torch.equal(processes.sum_(torch.ones(2)), torch.ones(2))
 
 
@@ -239,7 +239,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device, message in (("cuda:0", "each takes the device"), ("auto", "got 2 for 1")):
-        with pytest.raises(pv.InputError, match=message), joined(device):
+        with pytest.raises(pv.InputError, match=message), join_processes(device):
             pytest.fail("joined")
 
 

@@ -149,13 +149,13 @@ SETTINGS = {
 }
 
 
-# Each has a code path of its own through the settings but these, which are slow.
-CASES = [
-    (action, setting)
-    for action in ACTIONS
-    for setting in SETTINGS
-    if action not in (run_annealed, run_bracket, run_compare) or setting in ("double", "no gradients")
-]
+# Each has a code path of its own through the settings but these, which are slow; a bracket anneals.
+SLOW = {
+    run_annealed: ("no gradients",),
+    run_bracket: ("double",),
+    run_compare: ("double", "no gradients"),
+}
+CASES = [(action, setting) for action in ACTIONS for setting in SLOW.get(action, SETTINGS)]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_a_pipeline_encodes_decodes_and_scores(x):
 
 def test_a_grid_search_finds_the_better_number_of_latents(x):
     search = GridSearchCV(
-        small(epochs=40, batch_size=16, learning_rate=1e-2, num_samples=100),
+        small(epochs=20, batch_size=16, learning_rate=2e-2, num_samples=50),
         {"latent_dim": [1, 2]},
         cv=KFold(2),
         error_score="raise",

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from pyro_vae import plots
-from pyro_vae.app.names import COMPILE, TrainSettings
+from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.pages import add_origin, write_page
 from pyro_vae.app.pictures import limits_of, save_picture
-from pyro_vae.app.run import check_new_folder, describe_origin, load_data
-from pyro_vae.app.settings import build_vae, check_settings, objective_of, tell_defaults
+from pyro_vae.app.report import Page
+from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.settings import (
+    as_record,
+    build_vae,
+    check_settings,
+    fit_options,
+    tell_defaults,
+)
+from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
@@ -28,6 +39,8 @@ from pyro_vae.vae import VAE
 
 _SEED = 0  # of what is drawn from the trained models
 
+_CAPTION = "Test data: root-mean-square errors per value, median distances"
+
 
 def autoencoder(
     settings: TrainSettings,
@@ -38,14 +51,14 @@ def autoencoder(
 ) -> dict[str, Any]:
     """Train an autoencoder and a VAE on the same data and compare them.
 
-    Both start from the same weights of encoder and decoder. Writes ``autoencoder.png`` and
-    ``autoencoder.json``.
+    Both start from the same weights of encoder and decoder. Writes ``autoencoder.png``,
+    ``autoencoder.json`` and a page; the state of both trainings is kept below ``runs``.
 
     Args:
         settings: what to train on what, and how; schedule, gradient clipping and precision, which the
             autoencoder's training does not have, are not used, nor is beta.
         loss: of the autoencoder; by default ``mse`` beside a Gaussian likelihood, else ``bce``.
-        output: a new or empty folder.
+        output: the folder; the same comparison that was begun there is continued.
         progress: show a progress bar; by default on a terminal.
 
     Returns:
@@ -53,69 +66,59 @@ def autoencoder(
         the settings and their origin.
 
     Raises:
-        InputError: settings or data out of range, or a folder with files in it.
+        InputError: settings or data out of range, or a folder that holds something else.
         OSError: a folder that can't be written.
+        Interrupted: SIGINT or SIGTERM ended a training; the same call goes on with it.
     """
     settings = check_settings(settings)
     loss = loss or ("mse" if settings.likelihood == "gaussian" else "bce")
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
-    folder = output.expanduser()
-    check_new_folder(folder)
     resolve_device(settings.device)
     dataset = load_data(settings)
-    settings = tell_defaults(settings, len(dataset.train))
-    comparison, fits = _trained(settings, loss, dataset, progress)
-    result = {
-        "table": comparison.table(),
-        "loss": loss,
-        "history": {
-            side: {name: curve.tolist() for name, curve in made.history.items()}
-            for side, made in fits.items()
-        },
-        "training_seconds": {side: made.seconds for side, made in fits.items()},
-        "num_parameters": {side: made.num_parameters for side, made in fits.items()},
-        "settings": asdict(settings),
-        "checksums": dataset.checksums,
-        **describe_origin(),
-    }
-    figure = plots.autoencoder_and_vae(
-        comparison.held_out.numpy(),
-        *(_as_arrays(side) for side in (comparison.autoencoder, comparison.vae)),
-        title=f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data",
-        limits=limits_of(dataset),
-    )
-    save_picture(figure, folder / "autoencoder.png")
-    write_json(folder / "autoencoder.json", result)
-    _print(comparison, fits, folder)
+    with open_study(output, {**asdict(settings), "loss": loss}, dataset) as study:
+        settings = tell_defaults(settings, len(dataset.train))
+        comparison, fits = _train(settings, loss, dataset, study.folder / RUNS, progress)
+        result = {
+            "table": comparison.table(),
+            "loss": loss,
+            "history": {
+                side: {name: curve.tolist() for name, curve in made.history.items()}
+                for side, made in fits.items()
+            },
+            "training_seconds": {side: made.seconds for side, made in fits.items()},
+            "num_parameters": {side: made.num_parameters for side, made in fits.items()},
+            "settings": as_record(settings),
+            "checksums": dataset.checksums,
+            **describe_origin(),
+        }
+        figure = plots.autoencoder_and_vae(
+            comparison.held_out.numpy(),
+            *(_as_arrays(side) for side in (comparison.autoencoder, comparison.vae)),
+            title=f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data",
+            limits=limits_of(dataset),
+        )
+        save_picture(figure, study.folder / "autoencoder.png")
+        _write_page(study.folder, result, figure)
+        write_json(study.folder / "autoencoder.json", result)
+        _print(result, study.folder)
     return result
 
 
-def _trained(
-    settings: TrainSettings, loss: str, dataset: Dataset, progress: bool | None
+def _train(
+    settings: TrainSettings, loss: str, dataset: Dataset, states: Path, progress: bool | None
 ) -> tuple[AutoencoderComparison, dict[str, AutoencoderFit | FitResult]]:
-    """Train both on the same data and measure them."""
-    options: dict[str, Any] = {
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "patience": settings.patience,
-        "device": settings.device,
-        "progress": progress,
-    }
+    """Train both on the same data, each from the state that is kept of it, and measure them."""
+    options = fit_options(settings)
+    shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
+    how: dict[str, Any] = {"device": settings.device, "resume": True, "progress": progress}
     with seeded(settings.seed):
         vae = build_vae(settings, dataset)
         baseline = _autoencoder_like(vae)
-        deterministic = baseline.fit(dataset, loss=loss, **options)
-        variational = fit(
-            vae.model,
-            vae.guide,
-            dataset,
-            objective=objective_of(settings),
-            warmup_epochs=settings.warmup_epochs or 0,
-            compile=COMPILE[settings.compile],
-            **options,
+        deterministic = baseline.fit(
+            dataset, loss=loss, checkpoint=states / "autoencoder", **shared, **how
         )
+        variational = fit(vae.model, vae.guide, dataset, checkpoint=states / "vae", **options, **how)
     device = next(vae.parameters()).device
     with seeded(_SEED):
         train = dataset.draw(dataset.train.to(device))
@@ -138,18 +141,34 @@ def _as_arrays(side: Any) -> Any:
     return side._replace(**{name: value.numpy() for name, value in side._asdict().items()})
 
 
-def _print(
-    comparison: AutoencoderComparison, fits: dict[str, AutoencoderFit | FitResult], folder: Path
-) -> None:
-    title = "Test data: root-mean-square errors per value, median distances"
-    table = Table(title=title, title_justify="left")
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
+    seconds = result["training_seconds"]
+    return [*rows, ("training seconds", seconds["autoencoder"], seconds["vae"])]
+
+
+def _write_page(folder: Path, result: Mapping[str, Any], figure: Figure) -> None:
+    page = Page(f"Autoencoder and VAE {folder.name}", subtitle=f"autoencoder's loss {result['loss']}")
+    page.section("Result")
+    page.table(["quantity", "autoencoder", "VAE"], _rows(result), caption=_CAPTION, decimals=3)
+    page.figure(
+        figure,
+        caption=(
+            "Reconstructions, decoded random latents, latents between the codes of four data points, "
+            "and how far random latents are from the training codes."
+        ),
+    )
+    add_origin(page, result)
+    write_page(page, folder)
+
+
+def _print(result: Mapping[str, Any], folder: Path) -> None:
+    table = Table(title=_CAPTION, title_justify="left")
     table.add_column("quantity")
-    table.add_column("autoencoder", justify="right")
-    table.add_column("VAE", justify="right")
-    for name, values in comparison.table().items():
-        table.add_row(name, f"{values['autoencoder']:.3f}", f"{values['vae']:.3f}")
-    seconds = [f"{fits[side].seconds:.1f}" for side in ("autoencoder", "vae")]
-    table.add_row("training seconds", *seconds)
+    for side in ("autoencoder", "VAE"):
+        table.add_column(side, justify="right")
+    for name, *values in _rows(result):
+        table.add_row(name, *(f"{value:.3f}" for value in values))
     console = Console()
     console.print(table)
     console.print(f"written: {folder}", soft_wrap=True, highlight=False)

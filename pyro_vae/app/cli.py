@@ -75,13 +75,13 @@ def train(
 ) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
-    from pyro_vae.distributed import joined
-    from pyro_vae.infer.checkpoints import Interrupted
+    from pyro_vae.distributed import join_processes
+    from pyro_vae.infer.checkpoint import Interrupted
 
     try:
         if resume is None:
             when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
-            with joined(settings.device):
+            with join_processes(settings.device):
                 work.train(settings, output, checkpointing=when)
             return
         for name in _OF_THE_BEGINNING:
@@ -90,7 +90,7 @@ def train(
                 raise InputError(f"expected --resume without --{flag}: the run folder knows it")
         told = (each.name for each in fields(settings))
         given = {name: getattr(settings, name) for name in told if is_given(context, name)}
-        with joined(settings.device):
+        with join_processes(settings.device):
             work.resume(resume, given)
     except Interrupted as interruption:
         folder = shlex.quote(str(interruption.folder.parent))
@@ -116,9 +116,9 @@ def evaluate(
 ) -> None:
     """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
     from pyro_vae.app import evaluate as work
-    from pyro_vae.distributed import joined
+    from pyro_vae.distributed import join_processes
 
-    with joined(device) as processes:
+    with join_processes(device) as processes:
         own = picture if processes.is_first else None
         values = work.evaluate(run, how, data_root=data_root, device=device, picture=own)
         work.print_estimate(values, as_json=as_json)
@@ -197,7 +197,7 @@ def sweep(
 )
 def autoencoder(
     *,
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    output: StudyFolder,
     loss: Annotated[
         str | None,
         typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),

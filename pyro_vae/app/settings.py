@@ -25,7 +25,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.defaults import default_warmup_epochs
-from pyro_vae.infer.settings import check_options
+from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 
@@ -150,9 +150,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         raise unknown_name("choice of compile", settings.compile, COMPILE)
     check_seed(settings.seed)
     check_seed(settings.split_seed)
-    options = fit_options(settings)
-    options["warmup_epochs"] = settings.warmup_epochs or 0  # a default needs the number of data
-    check_options(**{name: options[name] for name in _OF_FIT})
+    FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
     with seeded(settings.seed):
         assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
     if settings.binarize is None:

@@ -87,7 +87,7 @@ def train(
     """
     settings = check_settings(settings)
     processes = Processes.current()
-    folder = processes.decided(lambda: _new_folder(output, settings))
+    folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
@@ -117,7 +117,7 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
     settings = _tell_again(settings, given, folder)
-    if processes.decided((folder / METRICS).exists):
+    if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         print_line(f"finished before: {folder}")
@@ -182,7 +182,7 @@ def train_run(
         }
         with ExitStack() as stack:
             config = describe(vae, record)
-            processes.decided(lambda: stack.enter_context(_run_at(folder, config, resumed)))
+            processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
             state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
             vae.to(device)
             model: PairFunction = vae.model

@@ -16,7 +16,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, latent_sites
-from pyro_vae.weights.particles import LogDensities, PairScorer, Particles, check_weights
+from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
 # Draws of the start from which the coordinates' scales are measured.
 _SCALE_DRAWS = 32
@@ -92,7 +92,7 @@ class AnnealingPath:
             any point.
     """
 
-    def __init__(self, scorer: PairScorer, start: str) -> None:
+    def __init__(self, scorer: Particles, start: str) -> None:
         self.scorer, self.start = scorer, start
         model_sites, guide_sites = self._stable_sites()
         if start == "guide":
@@ -100,7 +100,7 @@ class AnnealingPath:
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
-            axis = scorer.data_axes[name]
+            axis = scorer.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}

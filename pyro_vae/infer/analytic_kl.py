@@ -130,15 +130,13 @@ class AnalyticKL(Bound):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
-        scaled, total, rate, distortion = self._parts(model, guide, args, kwargs)
+        scaled, rate, distortion = self._parts(model, guide, args, kwargs)
         rows = [row for particle in self._found for row in particle]
         latent = sum(_weighed(row, row.site["scale"]).sum() for row in rows) / self.num_particles
-        return BoundTerms(total, scaled + latent, rate, distortion)
+        return BoundTerms(rate + distortion, scaled + latent, rate, distortion)
 
-    def _parts(
-        self, model: Any, guide: Any, args: Any, kwargs: Any
-    ) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """Return what is differentiated of the distortion, the loss, rate and distortion."""
+    def _parts(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor, Tensor]:
+        """Return what is differentiated of the distortion, the rate and the distortion."""
         self._found: list[list[Divergence]] = []
         scaled: Any = 0.0
         traces = []
@@ -151,11 +149,8 @@ class AnalyticKL(Bound):
         self.exact_sites = {row.site["name"]: row.exact for row in self._found[0]}
         rows = [row for particle in self._found for row in particle]
         count = self.num_particles
-        rate = sum(wide(row.value.detach()).sum() for row in rows) / count
-        full_rate = sum(_weighed(row, plate_scale(row.site)).detach().sum() for row in rows) / count
-        full_distortion = elbo_terms(traces, count, subsampling=True)[1]
-        distortion = elbo_terms(traces, count)[1]
-        return scaled / count, full_distortion + full_rate, torch.as_tensor(rate), distortion
+        rate = sum(_weighed(row, plate_scale(row.site)).detach().sum() for row in rows) / count
+        return scaled / count, torch.as_tensor(rate), elbo_terms(traces, count)[1]
 
 
 def _weighed(row: Divergence, scale: Any) -> Tensor:
@@ -215,11 +210,11 @@ class FreeBits(AnalyticKL):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
-        scaled, total, rate, distortion = self._parts(model, guide, args, kwargs)
+        scaled, rate, distortion = self._parts(model, guide, args, kwargs)
         latent: Any = 0.0
         for rows in zip(*self._found, strict=True):
             latent = latent + self._floored(rows)
-        return BoundTerms(total, scaled + latent, rate, distortion)
+        return BoundTerms(rate + distortion, scaled + latent, rate, distortion)
 
     def _floored(self, rows: tuple[Divergence, ...]) -> Tensor:
         """Return one site's rate with its floor, summed over the batch and scaled."""

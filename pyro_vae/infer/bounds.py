@@ -21,14 +21,17 @@ from pyro_vae.pair.sites import TracePair, plate_scale
 
 
 class BoundTerms(NamedTuple):
-    """What one evaluation of a bound gives: 0-dim tensors, sums over the batch, in nats.
+    """What one evaluation of a bound gives: 0-dim tensors, in nats, sums over all the data points.
+
+    Those are the ones the data plate stands for: a plate that subsamples scales all four, so that
+    each estimates its value for the full plate.
 
     Attributes:
         loss: the negative bound, detached, accumulated in float64.
         surrogate: what is differentiated; only its gradient means anything.
         rate: sum of log q(z given x) - log p(z), mean over particles, detached.
-        distortion: sum of -log p(x given z), mean over particles, detached. Beta and subsampling
-            scales are taken out of both and masks kept: minus their sum is the plain ELBO.
+        distortion: sum of -log p(x given z), mean over particles, detached. Beta is taken out of
+            both and masks kept: minus their sum is the plain ELBO.
     """
 
     loss: Tensor
@@ -193,13 +196,12 @@ def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
         del objective._get_trace
 
 
-def elbo_terms(traces: list[TracePair], num_particles: int, *, subsampling: bool = False) -> Tensor:
-    """Return rate and distortion of the traces an ELBO has drawn, ``(2,)``, sums over the batch.
+def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
+    """Return rate and distortion of an ELBO's traces, ``(2,)``, sums over the full plates.
 
-    Scales (beta, subsampling) are taken out and masks kept, so minus their sum is the ELBO whatever
-    was optimised. With ``subsampling`` the scales of the plates stay in: minus the sum then estimates
-    the ELBO of all the data. NaN for an ELBO that sums over enumerated values, whose traces hold no
-    single draw.
+    Beta is taken out, masks and the scales of plates that subsample are kept, so minus their sum
+    estimates the ELBO of all the data points whatever was optimised. NaN for an ELBO that sums over
+    enumerated values, whose traces hold no single draw.
     """
     signs = []
     for model_trace, guide_trace in traces:
@@ -212,8 +214,7 @@ def elbo_terms(traces: list[TracePair], num_particles: int, *, subsampling: bool
     terms: list[list[Tensor]] = [[], []]
     for site, index, of_guide in signs:
         log_prob = wide(site["unscaled_log_prob"].detach())
-        scale = plate_scale(site) if subsampling else 1.0
-        total = scale_and_mask(log_prob, scale=scale, mask=site["mask"]).sum()
+        total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
         terms[index].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
 

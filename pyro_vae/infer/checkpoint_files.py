@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save as serialised
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
@@ -37,7 +37,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def write(folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
     """Write the checkpoint after so many steps; of those before it the last one is kept.
 
     Args:
@@ -50,9 +52,9 @@ def write(folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[
         InputError: a file that can't be written; the others are then as they were.
     """
     tensors: dict[str, Tensor] = {}
-    content = {"format": _FORMAT, "settings": settings, "state": _packed(state, tensors)}
+    content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
     content["checksum"] = checksum_of(content, tensors)
-    file = serialised(tensors, metadata={_ENTRY: json.dumps(content)})
+    file = serialise(tensors, metadata={_ENTRY: json.dumps(content)})
     path = folder / f"step-{count:010d}.safetensors"
     write_whole(path, lambda temporary: temporary.write_bytes(file))
     paths = checkpoint_files(folder)
@@ -63,17 +65,7 @@ def write(folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[
             other.unlink()
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they are when they are read again, numbers of NumPy as Python's."""
-
-    def default(value: Any) -> Any:
-        return value.item() if hasattr(value, "item") else str(value)
-
-    content: dict[str, Any] = json.loads(json.dumps(dict(settings), default=default))
-    return content
-
-
-def newest(folder: Path) -> dict[str, Any] | None:
+def read_newest(folder: Path) -> dict[str, Any] | None:
     """Return settings and state of the newest checkpoint that can be read, or None without any.
 
     Those after it are taken away.
@@ -126,29 +118,29 @@ def _read(path: Path) -> dict[str, Any]:
         written = content.pop("checksum")
         if content["format"] != _FORMAT or written != checksum_of(content, tensors):
             raise _DamagedError("its checksum is another")
-        return {"settings": dict(content["settings"]), "state": _unpacked(content["state"], tensors)}
+        return {"settings": dict(content["settings"]), "state": _unpack(content["state"], tensors)}
     except InputError:
         raise
     except (*UNREADABLE, RecursionError) as error:
         raise _DamagedError(first_line(error)) from error
 
 
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return plain values in which each tensor is named, and collect the tensors."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
         tensors[name] = value.detach().cpu().contiguous()
         return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {name: _packed(inner, tensors) for name, inner in value.items()}
+        return {name: _pack(inner, tensors) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_packed(inner, tensors) for inner in value]
+        return [_pack(inner, tensors) for inner in value]
     return value
 
 
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
-        return {name: _unpacked(inner, tensors) for name, inner in value.items()}
-    return [_unpacked(inner, tensors) for inner in value] if isinstance(value, list) else value
+        return {name: _unpack(inner, tensors) for name, inner in value.items()}
+    return [_unpack(inner, tensors) for inner in value] if isinstance(value, list) else value

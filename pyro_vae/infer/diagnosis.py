@@ -29,7 +29,7 @@ _EXPLODES = 100.0
 _RUNS_AWAY = 0.01
 
 
-def diagnosed(
+def diagnose(
     rows: Sequence[Mapping[str, float]],
     model: PairFunction,
     guide: PairFunction,

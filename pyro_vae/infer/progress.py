@@ -41,9 +41,9 @@ class EpochProgress:
     def show(self, epoch: int, row: dict[str, float]) -> None:
         """Show the metrics of an epoch that has ended."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=epoch, description=self.described(row))
+            self._progress.update(self._task, completed=epoch, description=self.describe(row))
 
-    def described(self, row: dict[str, float]) -> str:
+    def describe(self, row: dict[str, float]) -> str:
         """Return the metrics in words; another kind of training says others."""
         text = f"ELBO {row['train_elbo']:.2f}"
         if not math.isnan(row["validation_elbo"]):

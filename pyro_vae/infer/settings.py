@@ -1,18 +1,20 @@
-"""Options of a training run: what they may be, and what they mean step by step."""
+"""Options of a training run: one frozen object, checked once, and what they mean step by step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.beta import check_beta
-from pyro_vae.errors import InputError, positive_number, whole_number
+from pyro_vae.beta import BetaSchedule, check_beta
+from pyro_vae.errors import InputError, first_line, positive_number, whole_number
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 ON_NONFINITE = ("stop", "skip")
@@ -20,42 +22,103 @@ ON_NONFINITE = ("stop", "skip")
 Schedule = str | Callable[[float], float]
 
 
-def check_options(
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    beta: float,
-    warmup_epochs: int,
-    patience: int | None,
-    *,
-    schedule: Schedule = "constant",
-    gradient_clip: float | None = None,
-    precision: str = "float32",
-    compile: bool | str = "auto",
-    on_nonfinite: str = "stop",
-    nonfinite_limit: int = 0,
-) -> None:
-    """Refuse options of :func:`pyro_vae.fit` that are of another kind or out of range."""
-    whole_number("epochs", epochs)
-    whole_number("a batch size", batch_size, least=1, most=2**31 - 1)
-    positive_number("learning rate", learning_rate)
-    whole_number("warm-up epochs", warmup_epochs)
-    if patience is not None:
-        whole_number("a patience", patience, least=1)
-    check_beta(beta)
-    if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
-        raise InputError(
-            f"expected a schedule constant, cosine or a function of the fraction, got {schedule!r}"
-        )
-    if gradient_clip is not None:
-        positive_number("gradient_clip", gradient_clip)
-    if precision not in PRECISIONS:
-        raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {precision!r}")
-    if compile not in (True, False, "auto"):
-        raise InputError(f"expected compile as True, False or 'auto', got {compile!r}")
-    if on_nonfinite not in ON_NONFINITE:
-        raise InputError(f"expected on_nonfinite stop or skip, got {on_nonfinite!r}")
-    whole_number("a nonfinite_limit", nonfinite_limit)
+@dataclass(frozen=True)
+class FitSettings:
+    """The options of :func:`pyro_vae.fit` that decide a run; each is explained there.
+
+    Numbers of NumPy and torch become Python's own.
+
+    Raises:
+        InputError: an option of another kind or out of range.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    objective: ELBO | None = None
+    beta: float = 1.0
+    warmup_epochs: int = 0
+    patience: int | None = None
+    schedule: Schedule = "constant"
+    gradient_clip: float | None = None
+    precision: str = "float32"
+    compile: bool | str = "auto"
+    on_nonfinite: str = "stop"
+    nonfinite_limit: int = 20
+    seed: int | None = None
+    plate: str = "data"
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "epochs": whole_number("epochs", self.epochs),
+            "batch_size": whole_number("a batch size", self.batch_size, least=1, most=2**31 - 1),
+            "learning_rate": positive_number("learning rate", self.learning_rate),
+            "warmup_epochs": whole_number("warm-up epochs", self.warmup_epochs),
+            "nonfinite_limit": whole_number("a nonfinite_limit", self.nonfinite_limit),
+        }
+        if self.patience is not None:
+            checked["patience"] = whole_number("a patience", self.patience, least=1)
+        if self.gradient_clip is not None:
+            checked["gradient_clip"] = positive_number("gradient_clip", self.gradient_clip)
+        if self.seed is not None:
+            checked["seed"] = _check_seed(self.seed)
+        check_beta(self.beta)
+        checked["beta"] = float(self.beta)
+        self._check_choices()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        schedule, compile = self.schedule, self.compile
+        if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
+            raise InputError(
+                "expected a schedule constant, cosine or a function of the fraction, got "
+                f"{schedule!r}"
+            )
+        if self.precision not in PRECISIONS:
+            raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if compile not in (True, False, "auto"):
+            raise InputError(f"expected compile as True, False or 'auto', got {compile!r}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise InputError(f"expected on_nonfinite stop or skip, got {self.on_nonfinite!r}")
+        if not isinstance(self.objective, ELBO | None):
+            raise InputError(
+                "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
+                f"{first_line(repr(self.objective))}"
+            )
+
+    @property
+    def skip_limit(self) -> int | None:
+        """How many steps that are not finite may be left out; None stops at the first one."""
+        return self.nonfinite_limit if self.on_nonfinite == "skip" else None
+
+    def record(self) -> dict[str, Any]:
+        """Return the options as plain values, by which a checkpoint knows its run again.
+
+        Objective and compilation, which are not plain, are left to who knows what became of them.
+        """
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        del plain["objective"], plain["compile"]
+        return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
+
+    def steps_per_epoch(self, num_data: int) -> int:
+        """Return how many batches a pass over so many data points takes."""
+        return -(-num_data // self.batch_size)
+
+    def beta_schedule(self, steps_per_epoch: int) -> BetaSchedule:
+        """Return the weight of the latent terms, step by step."""
+        return BetaSchedule(self.beta, self.warmup_epochs * steps_per_epoch)
+
+    def learning_rates(self, steps_per_epoch: int) -> LearningRate:
+        """Return Adam's step size, step by step."""
+        return LearningRate(self.learning_rate, self.schedule, self.epochs * steps_per_epoch)
+
+
+def _check_seed(seed: Any) -> int:
+    number = whole_number("a seed", seed, least=-(2**63))
+    if not 0 <= number < 2**32:
+        raise InputError(f"expected a seed from 0 to 2**32 - 1, got {number}")
+    return number
 
 
 def check_callables(**functions: object) -> None:
@@ -134,18 +197,18 @@ class _BFloat16Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _PRODUCTS:
             return func(*args, **kwargs)
-        narrow = [_narrowed(value) for value in args]
-        result = func(*narrow, **{name: _narrowed(value) for name, value in kwargs.items()})
+        narrow = [_narrow(value) for value in args]
+        result = func(*narrow, **{name: _narrow(value) for name, value in kwargs.items()})
         return result.float() if result.dtype == torch.bfloat16 else result
 
 
-def _narrowed(value: Any) -> Any:
+def _narrow(value: Any) -> Any:
     is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
     return value.to(torch.bfloat16) if is_float32 else value
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
+def multiply_in(precision: str) -> Iterator[None]:
     """Let the layers that run inside multiply in bfloat16 if that is the precision."""
     if precision != "bfloat16":
         yield
@@ -155,7 +218,7 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32 if asked for; restore the flag."""
     if precision != "tf32" or device.type != "cuda":
         yield

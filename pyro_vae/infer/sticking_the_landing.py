@@ -54,9 +54,8 @@ class StickingTheLanding(Bound):
             traces.append((model_trace, guide_trace))
             surrogate = surrogate - sum(s["log_prob_sum"] for s in sample_sites(model_trace))
             surrogate = surrogate + self._path_term(sample_sites(guide_trace))
-        loss = elbo_terms(traces, self.num_particles, subsampling=True).sum()
         rate, distortion = elbo_terms(traces, self.num_particles)
-        return BoundTerms(loss, surrogate / self.num_particles, rate, distortion)
+        return BoundTerms(rate + distortion, surrogate / self.num_particles, rate, distortion)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> TracePair:
         self._draws = PathwiseDraws()

@@ -1,31 +1,33 @@
-"""Gradient steps on one pair: parameters gathered and checked, one optimiser, eager or captured."""
+"""Training from top to bottom: the loss of a batch, a step, an epoch, and the state between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.beta import BetaSchedule
+from pyro_vae.beta import scale_latents
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
-from pyro_vae.infer.bounds import BoundTerms
-from pyro_vae.infer.contract import check_latents, check_trainable
-from pyro_vae.infer.engine import Engine, Replay, scaled
-from pyro_vae.infer.position import Position, means_of
-from pyro_vae.infer.program import Call
-from pyro_vae.infer.settings import LearningRate
-from pyro_vae.infer.training_objective import BoundPerDatum, finished
+from pyro_vae.infer.bounds import Bound, BoundTerms, wide
+from pyro_vae.infer.settings import FitSettings, multiply_in
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs, check_data, check_number
-from pyro_vae.pair.sites import draw_traces
-from pyro_vae.pair.state import Snapshot, with_submodules
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
+from pyro_vae.pair.opened import Knowledge, OpenedPair
+from pyro_vae.pair.state import accumulating_leaves
+
+# What a step leaves behind, one number each.
+SUMMARY = ("loss", "rate", "distortion", "gradient norm", "non-finite flag")
+
+Transform = Callable[..., Any]
 
 
 class NotFiniteError(InputError):
@@ -35,21 +37,112 @@ class NotFiniteError(InputError):
     """
 
 
-class Steps:
+# --- the loss of a batch ---------------------------------------------------------------------
+
+
+class DataPlate(Messenger):
+    """Notes how many data points the data plate stands for, those it does not draw included."""
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+        self._full_size: int | None = None
+
+    def full_size(self, num_rows: int) -> int:
+        """Return the number of data points; of a pair without that plate, the rows it was given."""
+        return num_rows if self._full_size is None else self._full_size
+
+    def _pyro_sample(self, message: Any) -> None:
+        for frame in message["cond_indep_stack"]:
+            if frame.name == self.plate and frame.full_size and frame.full_size > 0:
+                self._full_size = frame.full_size
+
+
+class TrainingObjective:
+    """A bound's mean per data point of a batch, as one training step needs it.
+
+    Args:
+        bound: what is optimised.
+        settings: data plate, precision of the layers, and clipping.
+        transform: called with the batch; what it returns is given to both functions.
+        is_share: whether a batch is one process's share of it: the gradients are then left as they
+            are, for only those of the whole batch can be clipped.
+    """
+
+    def __init__(
+        self,
+        bound: Bound,
+        settings: FitSettings,
+        *,
+        transform: Transform | None = None,
+        is_share: bool = False,
+    ) -> None:
+        self.bound, self.settings, self.transform = bound, settings, transform
+        self.is_share = is_share
+
+    def transform_batch(self, batch: Inputs) -> Inputs:
+        """Return what the pair is given for a batch."""
+        return batch if self.transform is None else as_inputs(self.transform(*batch))
+
+    def terms(self, model: PairFunction, guide: PairFunction, batch: Inputs) -> BoundTerms:
+        """Return loss, rate and distortion summed over the batch; the surrogate is a mean.
+
+        A bound is that of all the data points its data plate stands for. Where the plate subsamples
+        they are more than were drawn, whether the pair draws rows of the batch itself or the batch
+        is itself a part of them.
+        """
+        data = DataPlate(self.settings.plate)
+        with data, multiply_in(self.settings.precision):
+            terms = self.bound.terms(model, guide, batch, {})
+        number = data.full_size(len(batch[0]))
+        share = len(batch[0]) / number
+        return BoundTerms(
+            terms.loss * share,
+            terms.surrogate / number,
+            terms.rate * share,
+            terms.distortion * share,
+        )
+
+    def finish(
+        self, terms: BoundTerms, gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the summary of a step and its gradients, clipped if asked for."""
+        return finish_step(terms, gradients, None if self.is_share else self.settings.gradient_clip)
+
+
+def finish_step(
+    terms: BoundTerms, gradients: Sequence[Tensor], gradient_clip: float | None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a global norm."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
+    if gradient_clip is not None:
+        # A gradient of exactly 0 divides to infinity, and is left as it is.
+        factor = (gradient_clip / norm).clamp(max=1.0)
+        gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
+    loss = wide(terms.loss)
+    flag = wide(~(loss.isfinite() & norm.isfinite()))
+    return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
+
+
+# --- steps and epochs ------------------------------------------------------------------------
+
+
+class Trainer:
     """Gradient steps on one pair, by Adam over all its parameters at once.
 
     A step whose loss or gradient is not finite is not applied. Nothing is read from the device
     before an epoch is over.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        estimator: what a step computes.
-        engine: captures steps and replays them; None runs every step eagerly.
-        beta: weight of the latent terms, step by step.
-        learning_rate: Adam's step size, step by step.
+        pair: the pair, opened on the training data.
+        objective: what a step minimises.
+        settings: the options of the run.
         device: where the pair computes.
-        skip_limit: how many steps that are not finite may be left out; None stops at the first one.
+        shuffle: whether the data are taken in a new order in every epoch, or in their own.
+        captured_step: called with model, guide, batch, beta and the eager step as a function; takes
+            the step by a graph that it holds of it, or lets the eager one take it. None: every step
+            is eager.
         processes: who shares the batches; each takes the steps, on the sum of all gradients.
 
     Attributes:
@@ -62,102 +155,94 @@ class Steps:
 
     def __init__(
         self,
-        model: PairFunction,
-        guide: PairFunction,
-        estimator: BoundPerDatum,
-        engine: Engine | None,
+        pair: OpenedPair,
+        objective: TrainingObjective,
+        settings: FitSettings,
         *,
-        beta: BetaSchedule,
-        learning_rate: LearningRate,
         device: torch.device,
-        skip_limit: int | None = None,
+        shuffle: bool = True,
+        captured_step: Callable[..., Tensor] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.guide, self.processes = model, guide, processes
-        self.estimator, self.engine = estimator, engine
-        self.beta, self.learning_rate = beta, learning_rate
-        self.device, self.skip_limit = device, skip_limit
+        self.model, self.guide, self.train = pair.model, pair.guide, pair.inputs
+        self.objective, self.settings, self.device = objective, settings, device
+        self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
+        steps_per_epoch = settings.steps_per_epoch(pair.num_data)
+        self.beta = settings.beta_schedule(steps_per_epoch)
+        self.learning_rate = settings.learning_rates(steps_per_epoch)
         self.parameters: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.shown: Inputs = ()
         self.count = self.skipped = 0
         self._store_size = -1
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
-        self._waiting: dict[str, Any] | None = None
-        self._position: Position | None = None
+        self._epoch: _Epoch | None = None
         self._seen_buffers: list[Tensor] = []
 
-    # --- an epoch ---
-
     def run_epoch(
-        self,
-        train: Inputs,
-        batch_size: int,
-        epoch: int,
-        *,
-        after_step: Callable[[], None] | None = None,
+        self, number: int, *, after_step: Callable[[], None] | None = None
     ) -> dict[str, float]:
         """Take one pass over the data, or what is left of it, and return the epoch's metrics.
 
         Args:
-            train: the data.
-            batch_size: data per step.
-            epoch: which pass, from 1; one that a resumed state was in the middle of goes on there.
+            number: which pass, from 1; one that a resumed state was in the middle of goes on there.
             after_step: called between two steps, when :meth:`state_dict` is whole.
 
         Raises:
             NotFiniteError: a step that is not finite, or more of them than may be skipped.
         """
-        position = self._position
-        if position is None or position.epoch != epoch:
-            position = self._position = self._begin(train, batch_size, epoch)
+        if self._epoch is None or self._epoch.number != number:
+            self._epoch = self._begin_epoch(number)
+        epoch = self._epoch
         self._seen_buffers = self._buffers()
-        batches = position.order.to(train[0].device).split(batch_size)
-        for index in batches[position.taken :]:
+        batches = epoch.order.to(self.train[0].device).split(self.settings.batch_size)
+        for index in batches[epoch.taken :]:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
             rows = own if len(own) else index[:1]
-            batch = tuple(value[rows].to(self.device, non_blocking=True) for value in train)
+            batch = tuple(value[rows].to(self.device, non_blocking=True) for value in self.train)
             summary = self._step(batch, len(own) / len(index))
-            position.note(summary)
-            if self.device.type == "cpu" and self.skip_limit is None and summary[-1]:
+            epoch.note(summary)
+            if self.device.type == "cpu" and self.settings.skip_limit is None and summary[-1]:
                 break
             if after_step is not None:
                 after_step()
-        summaries = position.summaries.clone()
+        summaries = epoch.summaries.clone()
         self.processes.sum_(summaries[:, :3])  # norm and flag are those of the whole batch already
         self.processes.take_first(self._buffers())
-        table = summaries.cpu().numpy()
-        seconds = position.seconds
-        self._refuse_not_finite(table, position)
+        table, seconds = summaries.cpu().numpy(), epoch.seconds
+        self._refuse_not_finite(table, epoch)
         return {
-            **means_of(table, np.array([len(index) for index in batches])),
+            **_means(table, np.array([len(index) for index in batches])),
             "beta": self.beta.current,
             "seconds": seconds,
-            "data_per_second": len(train[0]) / seconds,
+            "data_per_second": len(self.train[0]) / seconds,
         }
 
-    def _begin(self, train: Inputs, batch_size: int, epoch: int) -> Position:
-        order = torch.randperm(len(train[0]), device=train[0].device)
-        self.processes.take_first([order])
-        shape = -(-len(order) // batch_size), len(self.estimator.names)
-        summaries = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        return Position(epoch, order, summaries)
+    def _begin_epoch(self, number: int) -> _Epoch:
+        size, place = len(self.train[0]), self.train[0].device
+        if self.shuffle:
+            order = torch.randperm(size, device=place)
+            self.processes.take_first([order])
+        else:
+            order = torch.arange(size, device=place)
+        shape = self.settings.steps_per_epoch(size), len(SUMMARY)
+        return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
-    def _refuse_not_finite(self, table: np.ndarray, position: Position) -> None:
-        bad = np.flatnonzero(table[:, -1])
+    def _refuse_not_finite(self, table: np.ndarray, epoch: _Epoch) -> None:
+        bad, limit = np.flatnonzero(table[:, -1]), self.settings.skip_limit
         self.skipped += len(bad)
-        if self.skipped <= (self.skip_limit or 0):
+        if self.skipped <= (limit or 0):
             return
         loss, norm = table[bad[0], 0], table[bad[0], -2]
         what, value = ("gradient norm", norm) if np.isfinite(loss) else ("loss", loss)
-        skips = "" if self.skip_limit is None else f" ({self.skipped} steps were skipped)"
-        if self.skip_limit is None:  # nothing was applied since: back to the last good state
-            self.count -= position.go_back_to(int(bad[0]))
+        skips = "" if limit is None else f" ({self.skipped} steps were skipped)"
+        if limit is None:  # nothing was applied since: back to the last good state
+            self.count -= epoch.go_back_to(int(bad[0]))
             self.skipped, self.beta.steps = 0, self.count
             self._stopped.zero_()
         raise NotFiniteError(
-            f"expected a finite {what}, got {value} in epoch {position.epoch}, batch {bad[0] + 1}"
+            f"expected a finite {what}, got {value} in epoch {epoch.number}, batch {bad[0] + 1}"
             f"{skips}: lower the learning rate, clip the gradient, or look for data outside the "
             "likelihood's support"
         )
@@ -167,48 +252,34 @@ class Steps:
     def _step(self, batch: Inputs, share: float) -> Tensor:
         """Take one step on a share of the batch and return its summary."""
         before = [buffer.clone() for buffer in self._seen_buffers]
-        if self.engine is None:
-            summary = self._eager(batch)
+        if self.captured_step is None:
+            summary = self._differentiate(batch)
         else:
-            self.engine.beta = self.beta.current
-            summary = self._captured(self.engine, batch)
+            summary = self.captured_step(
+                self.model, self.guide, batch, self.beta.current, lambda: self._differentiate(batch)
+            )
         if self.processes.are_several:
-            summary = self._summed(summary, share)
+            summary = self._sum_shares(summary, share)
         flag = self._apply(summary)
         with torch.no_grad():  # a batch norm has seen the batch too
             for buffer, value in zip(self._seen_buffers, before, strict=True):
                 buffer.copy_(torch.where(flag > 0, value, buffer))
         return summary
 
-    def _captured(self, engine: Engine, batch: Inputs) -> Tensor:
-        call = Call(self.model, self.guide, batch, {})
-        fresh = engine.num_graphs == 0 and not engine.reasons
-        before = Snapshot(with_submodules(modules_of(self.model, self.guide))) if fresh else None
-        result = engine.step(call, lambda: self._eager(batch))
-        if before is not None and engine.num_graphs:
-            # The step that led to the capture is taken again by the graph, so that a run that is
-            # resumed here takes the very steps of one that was never interrupted.
-            before.restore()
-            result = engine.step(call, lambda: self._eager(batch))
-        if not isinstance(result, Replay):
-            return result
-        for leaf, gradient in zip(result.leaves, result.gradients, strict=True):
-            leaf.grad = gradient
-        return result.summary
-
-    def _eager(self, batch: Inputs) -> Tensor:
+    def _differentiate(self, batch: Inputs) -> Tensor:
         """Run the pair, leave the gradients with the parameters, and return the summary."""
-        batch = self.estimator.transformed(batch)
-        call = scaled(Call(self.model, self.guide, batch, {}), self.beta.current)
+        batch, beta = self.objective.transform_batch(batch), self.beta.current
+        model = scale_latents(self.model, beta)
+        guide = scale_latents(self.guide, beta, is_guide=True)
         if len(pyro.get_param_store()) == self._store_size:
-            terms = self.estimator.of_batch(call)
+            terms = self.objective.terms(model, guide, batch)
         else:
             if self.optimizer is None:
                 self._inspect(batch)
             with poutine.trace(param_only=True) as seen:
-                terms = self.estimator.of_batch(call)
+                terms = self.objective.terms(model, guide, batch)
             named = _parameters_of(seen.trace)
-            check_trainable(terms.surrogate, self.parameters | named)
+            _check_trainable(terms.surrogate, self.parameters | named)
             self._learn(named)
         for leaf in self.parameters.values():
             leaf.grad = None
@@ -216,12 +287,12 @@ class Steps:
         with torch.no_grad():
             leaves = [leaf for leaf in self.parameters.values() if leaf.grad is not None]
             found = [leaf.grad for leaf in leaves if leaf.grad is not None]
-            summary, gradients = self.estimator.finish(terms, found)
+            summary, gradients = self.objective.finish(terms, found)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         return summary
 
-    def _summed(self, summary: Tensor, share: float) -> Tensor:
+    def _sum_shares(self, summary: Tensor, share: float) -> Tensor:
         """Sum the gradients over the processes and finish the step: all come to the same decision.
 
         The share's loss, rate and distortion are summed later, once in an epoch.
@@ -236,51 +307,17 @@ class Steps:
             summary = torch.zeros_like(summary)
         *pieces, failed = self.processes.sum_(flat).split([*(leaf.numel() for leaf in leaves), 1])
         terms = BoundTerms(summary[0], summary[0], summary[1], summary[2])
-        clip = self.estimator.gradient_clip
-        whole, gradients = finished(terms, pieces, clip)
+        whole, gradients = finish_step(terms, pieces, self.settings.gradient_clip)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient.view(leaf.shape).to(leaf.dtype)
         whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
         return whole
 
-    def _inspect(self, batch: Inputs) -> None:
-        """Check the pair and what its transform returns, and learn its parameters.
-
-        The draws of the run are not shifted.
-        """
-        self.shown = batch
-        if self.estimator.transform is not None:  # data that stay as they are were checked whole
-            self.processes.check_together(lambda: self._check_transformed(batch))
-        # Every device is named, for torch warns of several that are not.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            with poutine.trace(param_only=True) as seen:
-                traces = draw_traces(self.model, self.guide, batch)
-            check_latents(*traces, self.estimator.plate)
-        self._learn(_parameters_of(seen.trace))
-
-    def _check_transformed(self, batch: Inputs) -> None:
-        check_number(batch, self.model, self.guide)
-        check_data(self.model, batch)
-
-    def _learn(self, found: dict[str, Tensor]) -> None:
-        """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
-        new = {name: found[name] for name in sorted(found) if name not in self.parameters}
-        self.parameters |= new
-        if new:
-            # Before a state is taken up, in which each process has buffers of its own.
-            self.processes.take_first([*new.values(), *self._buffers()])
-        if self.optimizer is None and new:
-            self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
-            self._take_up()
-        elif self.optimizer is not None and new:
-            self.optimizer.add_param_group({"params": list(new.values())})
-        self._store_size = len(pyro.get_param_store())
-
     def _apply(self, summary: Tensor) -> Tensor:
         """Let Adam take the gradients, unless something is not finite, and return whether it is."""
         assert self.optimizer is not None
         flag = summary[-1].float()
-        if self.skip_limit is None:  # nothing after the step that stops the run is applied either
+        if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
             flag = self._stopped = torch.maximum(self._stopped, flag)
         # Read on the device by the fused kernels, on CPU and CUDA alike: at 1 parameters, moments and
         # step counts stay as they are. It is torch's contract with its gradient scaler.
@@ -295,6 +332,44 @@ class Steps:
 
     def _rate(self) -> float:
         return self.learning_rate.at(self.count)
+
+    # --- the pair's parameters ---
+
+    def _inspect(self, batch: Inputs) -> None:
+        """Check the pair and what its transform returns, and learn its parameters.
+
+        The draws of the run are not shifted.
+        """
+        self.shown = batch
+        known = Knowledge(whole=len(self.train[0]))
+        pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate, knowledge=known)
+        if self.objective.transform is not None:  # data that stay as they are were checked whole
+            self.processes.check_together(lambda: _check_transformed(pair))
+        # Every device is named, for torch warns of several that are not.
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices), poutine.trace(param_only=True) as seen:
+            pair.inspect(pair.num_data, may_subsample=True)
+        self._learn(_parameters_of(seen.trace))
+
+    def _learn(self, found: dict[str, Tensor]) -> None:
+        """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
+        new = {name: found[name] for name in sorted(found) if name not in self.parameters}
+        self.parameters |= new
+        if new:
+            # A state that is taken up later has buffers of its own for each process.
+            self.processes.take_first([*new.values(), *self._buffers()])
+        if self.optimizer is None and new:
+            self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
+        elif self.optimizer is not None and new:
+            self.optimizer.add_param_group({"params": list(new.values())})
+        self._store_size = len(pyro.get_param_store())
+
+    def _leaves(self) -> list[Tensor]:
+        return [self.parameters[name] for name in sorted(self.parameters)]
+
+    def _buffers(self) -> list[Tensor]:
+        modules = modules_of(self.model, self.guide)
+        return [buffer for module in modules for buffer in module.buffers()]
 
     # --- state ---
 
@@ -326,8 +401,8 @@ class Steps:
         moments = [adam.get(leaf, {}) for leaf in self._leaves()]
         values, position = self.values(), None
         own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
-        if self._position is not None:
-            position = self._position.state_dict()
+        if self._epoch is not None:
+            position = self._epoch.state_dict()
             own["summaries"] = position.pop("summaries").cpu()
         return {
             "parameters": values["parameters"],
@@ -339,40 +414,30 @@ class Steps:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`; before the first step it waits for the parameters.
+        """Take up a state of :meth:`state_dict`.
+
+        Where the parameters are not known yet the pair is run once to find them.
 
         Raises:
             InputError: a state of another pair.
         """
-        self.count, self.skipped = state["count"], state["skipped"]
+        self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
         self.beta.steps = self.count
-        if state["position"] is not None:
-            position = {**state["position"], "summaries": state["own"]["summaries"]}
-            self._position = Position.of_state(position, self.device)
-        self._waiting = state
-        self._take_up()
-
-    def resume(self, state: dict[str, Any], batch: Inputs) -> None:
-        """Take up a state of :meth:`state_dict` at once, although no step may be left to take.
-
-        Args:
-            state: the state.
-            batch: data on which the pair may be run to find its parameters.
-
-        Raises:
-            InputError: a state of another pair.
-        """
-        self.load_state_dict(state)
-        if self._waiting is not None:
-            self._inspect(self.estimator.transformed(batch))
-
-    def _take_up(self) -> None:
-        if self.optimizer is None or self._waiting is None:
-            return
-        state, self._waiting = self._waiting, None
+        if position is not None:
+            summaries = state["own"]["summaries"].to(self.device)
+            self._epoch = _Epoch(
+                position["epoch"],
+                position["order"],
+                summaries,
+                taken=position["taken"],
+                seconds=position["seconds"],
+            )
+        if self.optimizer is None:
+            first = (value[: self.settings.batch_size].to(self.device) for value in self.train)
+            self._inspect(self.objective.transform_batch(tuple(first)))
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self._leaves()]
-        if kept != own:
+        if kept != own or self.optimizer is None:
             raise InputError(
                 f"expected the state of a run of this pair, got {len(kept)} parameters for its "
                 f"{len(own)}, or others in shape: build the pair as it was built then"
@@ -383,13 +448,107 @@ class Steps:
                 # As the optimiser keeps them: fused ones count steps on the device of the parameter.
                 self.optimizer.state[leaf] = {k: v.to(leaf.device).clone() for k, v in moment.items()}
 
-    def _leaves(self) -> list[Tensor]:
-        return [self.parameters[name] for name in sorted(self.parameters)]
 
-    def _buffers(self) -> list[Tensor]:
-        modules = modules_of(self.model, self.guide)
-        return [buffer for module in modules for buffer in module.buffers()]
+class _Epoch:
+    """A pass over the data that can be left and taken up again between two steps.
+
+    Args:
+        number: which pass, from 1.
+        order: indices of the data points in the order they are taken.
+        summaries: one row per step of the pass, of those taken so far; the others are 0.
+        taken: steps taken.
+        seconds: spent on them.
+    """
+
+    def __init__(
+        self, number: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
+    ) -> None:
+        self.number, self.order, self.summaries, self.taken = number, order, summaries, taken
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the pass began, the time it was left aside not counted."""
+        return time.perf_counter() - self._start
+
+    def note(self, summary: Tensor) -> None:
+        """Take in the summary of the step that was taken."""
+        self.summaries[self.taken].copy_(summary)
+        self.taken += 1
+
+    def go_back_to(self, step: int) -> int:
+        """Forget the steps from this one on (from 0); return how many they are."""
+        forgotten, self.taken = self.taken - step, step
+        self.summaries[step:] = 0
+        return forgotten
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, the start of the clock as the seconds spent."""
+        return {
+            "epoch": self.number,
+            "order": self.order.clone(),
+            "summaries": self.summaries.clone(),
+            "taken": self.taken,
+            "seconds": self.seconds,
+        }
+
+
+def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """Return the means of a pass per data point, over the steps that were applied.
+
+    Args:
+        summaries: one row per step (see ``SUMMARY``), summed over the step's data points.
+        sizes: data points of each step.
+    """
+    applied = summaries[:, -1] == 0
+    count = max(int(sizes[applied].sum()), 1)
+    loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
+    return {
+        "train_bound": -loss / count,
+        "train_elbo": -(rate + distortion) / count,
+        "train_rate": rate / count,
+        "train_distortion": distortion / count,
+        "gradient_norm": norm / max(int(applied.sum()), 1),
+    }
+
+
+# --- what a pair must keep to be trained -----------------------------------------------------
 
 
 def _parameters_of(trace: Trace) -> dict[str, Tensor]:
     return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
+
+
+def _check_transformed(pair: OpenedPair) -> None:
+    """Refuse what a transform returned, and a pair that would not be given its data in order."""
+    check_number(pair.inputs, pair.model, pair.guide)
+    check_data(pair.model, pair.inputs)
+    if pair.num_data >= 3 and not pair.takes_any_batch():
+        raise InputError(
+            "expected a pair without parameters of its own for each data point under a transform, "
+            "got one that takes only all its data in their order: transform them before, and train "
+            "by batch_size=len(x)"
+        )
+
+
+def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Refuse a pair without parameters, or with a trainable tensor that Pyro does not know.
+
+    Args:
+        surrogate: what is differentiated.
+        parameters: unconstrained parameters by their name in Pyro's store.
+    """
+    if not surrogate.requires_grad:
+        raise InputError(
+            "expected parameters to train, the pair has none: name them by pyro.module or pyro.param"
+        )
+    known = {id(leaf) for leaf in parameters.values()}
+    unknown = [leaf for leaf in accumulating_leaves(surrogate) if id(leaf) not in known]
+    if unknown:
+        shapes = sorted(tuple(leaf.shape) for leaf in unknown)
+        raise InputError(
+            f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
+            f"not (shapes {', '.join(map(str, shapes[:3]))}): name their module by pyro.module "
+            "under a name that is not taken (pyro.clear_param_store() frees those of earlier runs), "
+            "or freeze them by requires_grad_(False)"
+        )

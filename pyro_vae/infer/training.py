@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.beta import BetaSchedule
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
-from pyro_vae.errors import InputError, first_line
-from pyro_vae.infer.checkpoints import Checkpoints, data_checksum, decisive_settings
-from pyro_vae.infer.compile_choice import engine_of, outcome_of, own_beta
-from pyro_vae.infer.diagnosis import diagnosed
+from pyro_vae.errors import InputError
+from pyro_vae.infer.captured_steps import StepCapture, uncompiled
+from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
+from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.settings import (
-    LearningRate,
-    Schedule,
-    check_callables,
-    check_options,
-    computing_in,
-)
-from pyro_vae.infer.trainer import Steps
-from pyro_vae.infer.training_objective import BoundPerDatum, bound_of
-from pyro_vae.infer.validation import EarlyStopping, validated
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, place_pair, seeded, training_mode
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, compute_in
+from pyro_vae.infer.stock_bound import bound_of, name_of
+from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
+from pyro_vae.infer.validation import EarlyStopping, validate
+from pyro_vae.pair.functions import PairFunction, place_pair
+from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.opened import OpenedPair
 
 HISTORY = (
     "train_elbo",
@@ -144,7 +138,9 @@ def fit(
         data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used), a tensor
             ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
         epochs: passes over the training data.
-        batch_size: data per step; the last batch of an epoch may be smaller.
+        batch_size: data per step; the last batch of an epoch may be smaller. A pair that ties
+            parameters to data points is trained by ``batch_size=len(x)``: on all of them at once, in
+            their own order.
         learning_rate: Adam's step size.
         objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO of
             ``Trace_ELBO()``. Pyro's ``TraceMeanField_ELBO`` runs as
@@ -183,7 +179,7 @@ def fit(
         checkpoint: folder for the run's state: parameters, optimiser, schedules, place in the epoch,
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
-            :class:`pyro_vae.infer.checkpoints.Interrupted`, and a step that stops the run as not
+            :class:`pyro_vae.infer.checkpoint.Interrupted`, and a step that stops the run as not
             finite leaves the state before it (generators excepted), unless it is the first one. Of
             several processes the first one writes for all, and a signal to one of them ends all.
         checkpoint_every: epochs after which one is written.
@@ -202,9 +198,9 @@ def fit(
 
     Raises:
         InputError: options or data out of range, a pair that breaks the contract (a latent outside
-            the data plate, or missing from the guide), parameters that Pyro does not know, a loss or
-            gradient that is not finite (its epoch and batch are named), or a checkpoint of another
-            run.
+            the data plate, or missing from the guide), parameters that Pyro does not know, parameters
+            for each data point in batches of a part of them, a loss or gradient that is not finite
+            (its epoch and batch are named), or a checkpoint of another run.
 
     Source:
         Kingma, Welling 2014, algorithm 1; beta: Higgins et al. 2017; warm-up: Bowman et al. 2016,
@@ -219,31 +215,24 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    check_options(
-        epochs,
-        batch_size,
-        learning_rate,
-        beta,
-        warmup_epochs,
-        patience,
+    settings = FitSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        objective=objective,
+        beta=beta,
+        warmup_epochs=warmup_epochs,
+        patience=patience,
         schedule=schedule,
         gradient_clip=gradient_clip,
         precision=precision,
         compile=compile,
         on_nonfinite=on_nonfinite,
         nonfinite_limit=nonfinite_limit,
+        seed=seed,
+        plate=plate,
     )
     check_callables(transform=transform, on_epoch=on_epoch)
-    if not isinstance(objective, ELBO | None):
-        raise InputError(
-            "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
-            f"{first_line(repr(objective))}"
-        )
-    # Numbers of NumPy and torch become Python's own.
-    epochs, batch_size, warmup_epochs = int(epochs), int(batch_size), int(warmup_epochs)
-    learning_rate, beta = float(learning_rate), float(beta)
-    patience = None if patience is None else int(patience)
-    gradient_clip = None if gradient_clip is None else float(gradient_clip)
     processes = Processes.current()
     checkpoints = Checkpoints(
         checkpoint,
@@ -252,127 +241,156 @@ def fit(
         resume=resume,
         processes=processes,
     )
-    train, validation_inputs, transformed = _prepare(data, validation, transform)
-    if patience is not None and validation_inputs is None:
-        raise InputError("expected validation data for patience, got none: pass validation=")
-    if transform is None:  # what one returns is checked in the first step
-        check_data(model, train)
-    if validation_inputs is not None:
-        check_data(model, validation_inputs)
-    place = place_pair(model, guide, device, train[0].device)
-    train = as_inputs(train, model, guide, are_given=transform is None)
-    train = tuple(value.detach() for value in train)
-    if validation_inputs is not None:
-        validation_inputs = as_inputs(validation_inputs, model, guide)
-    steps_per_epoch = -(-len(train[0]) // batch_size)
-    estimator = BoundPerDatum(
-        bound_of(objective),
-        plate=plate,
-        transform=transformed,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        is_share=processes.are_several,
-    )
-    engine, choice = engine_of(estimator, objective, compile, place, epochs * steps_per_epoch)
-    settings = decisive_settings(
-        estimator.bound,
-        device=place,
-        is_compiled=engine is not None,
-        schedule=schedule,
-        transform=transformed,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        beta=beta * own_beta(objective),
-        warmup_epochs=warmup_epochs,
-        patience=patience,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        plate=plate,
-        seed=seed,
-        on_nonfinite=on_nonfinite,
-        nonfinite_limit=nonfinite_limit,
-    )
+    run = _open(model, guide, data, validation, transform, device, settings, processes)
+    settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
-        data=train,
-        validation_data=validation_inputs,
+        data=run.pair.inputs,
+        validation_data=held_out,
         checkpoints=(checkpoint is not None, checkpoint_every, resume),
-        **settings,
+        **run.record,
     )
     with (
-        HANDLER_LOCK,
-        seeded(seed),
-        training_mode(model, guide),
-        computing_in(precision, place),
-        EpochProgress(epochs, progress if processes.is_first else False) as bar,
+        run.pair.training(settings.seed),
+        compute_in(settings.precision, run.device),
+        EpochProgress(settings.epochs, progress if processes.is_first else False) as bar,
         checkpoints,
     ):
         processes.draw_apart()
-        steps = Steps(
-            model,
-            guide,
-            estimator,
-            engine,
-            beta=BetaSchedule(beta * own_beta(objective), warmup_epochs * steps_per_epoch),
-            learning_rate=LearningRate(learning_rate, schedule, epochs * steps_per_epoch),
-            device=place,
-            skip_limit=nonfinite_limit if on_nonfinite == "skip" else None,
+        trainer = Trainer(
+            run.pair,
+            run.objective,
+            settings,
+            device=run.device,
+            shuffle=_takes_any_batch(run, processes),
+            captured_step=run.capture.step if run.capture.is_chosen else None,
             processes=processes,
         )
         rows: list[dict[str, float]] = []
-        best = EarlyStopping(patience, warmup_epochs)
+        best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            settings["data"] = data_checksum(train, validation_inputs)
-            checkpoints.begin(settings, steps, best, rows, _first(train, batch_size, place))
+            checksum = data_checksum(run.pair.inputs, held_out)
+            checkpoints.begin({**run.record, "data": checksum}, trainer, best, rows)
         resumed = len(rows)
-        for epoch in range(resumed + 1, epochs + 1):
+        for epoch in range(resumed + 1, settings.epochs + 1):
             if best.is_over(len(rows)):
                 break
-            row = steps.run_epoch(train, batch_size, epoch, after_step=checkpoints.after_step)
-            row |= validated(model, guide, validation_inputs, processes)
+            row = trainer.run_epoch(epoch, after_step=checkpoints.after_step)
+            row |= validate(run.validation, processes)
             rows.append(row)
-            best.take_in(epoch, row["validation_elbo"], steps)
+            best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
-                bar.note(outcome_of(engine, choice))
+                bar.note(run.capture.outcome)
             bar.show(epoch, row)
             if on_epoch is not None:
                 on_epoch(epoch, row)
             checkpoints.after_epoch(epoch)
         checkpoints.finish()
-        best.restore(steps)
-        found = diagnosed(rows, model, guide, steps.shown, warmup_epochs=warmup_epochs)
+        best.restore(trainer)
+        found = diagnose(rows, model, guide, trainer.shown, warmup_epochs=settings.warmup_epochs)
     return FitResult(
         history={name: np.array([row[name] for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
-        stopped_early=len(rows) < epochs,
-        device=str(place),
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_parameters=sum(parameter.numel() for parameter in steps.parameters.values()),
-        compiled=engine is not None and engine.num_graphs > 0,
-        compile_choice=outcome_of(engine, choice),
-        skipped_steps=steps.skipped,
+        stopped_early=len(rows) < settings.epochs,
+        device=str(run.device),
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        num_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
+        compiled=run.capture.is_compiled,
+        compile_choice=run.capture.outcome,
+        skipped_steps=trainer.skipped,
         warnings=found,
     )
 
 
-def _first(inputs: Inputs, number: int, place: torch.device) -> Inputs:
-    return tuple(value[:number].to(place) for value in inputs)
+class _Run(NamedTuple):
+    """A run that is about to begin: its pairs opened on their data, and what is known of it.
+
+    Attributes:
+        pair: opened on the training data, before any transform.
+        validation: opened on the validation data; None without any.
+        objective: what a step minimises.
+        capture: whether and how steps are captured.
+        settings: those of the caller; beta is that of the whole run.
+        device: where the pair computes.
+        record: plain values that decide the run, by which a checkpoint knows it again.
+    """
+
+    pair: OpenedPair
+    validation: OpenedPair | None
+    objective: TrainingObjective
+    capture: StepCapture
+    settings: FitSettings
+    device: torch.device
+    record: dict[str, Any]
 
 
-def _prepare(
+def _open(
+    model: PairFunction,
+    guide: PairFunction,
     data: Dataset | Tensor | Sequence[Tensor],
     validation: Tensor | Sequence[Tensor] | None,
-    transform: Callable[..., Any] | None,
-) -> tuple[Inputs, Inputs | None, Callable[..., Any] | None]:
-    """Bring a Dataset, tensors or arrays to training inputs, validation inputs and transform."""
+    transform: Transform | None,
+    device: str | torch.device,
+    settings: FitSettings,
+    processes: Processes,
+) -> _Run:
+    """Check the data, move the pair to its device and the data into its types, once for the run."""
+    is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
             validation = data.validation
         if data.binarize == "dynamic":
             transform = _after_drawing(data, transform)
         data = data.train
-    return as_inputs(data), None if validation is None else as_inputs(validation), transform
+    inputs = as_inputs(data)
+    held_out = None if validation is None else as_inputs(validation)
+    if settings.patience is not None and held_out is None:
+        raise InputError("expected validation data for patience, got none: pass validation=")
+    if is_given:
+        check_data(model, inputs)
+    if held_out is not None:
+        check_data(model, held_out)
+    place = place_pair(model, guide, device, inputs[0].device)
+    inputs = tuple(v.detach() for v in as_inputs(inputs, model, guide, are_given=is_given))
+    pair, to_validate = OpenedPair(model, guide, inputs, plate=settings.plate), None
+    if held_out is not None:
+        held_out = as_inputs(held_out, model, guide)
+        to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
+    plain_objective, own_beta = uncompiled(settings.objective)
+    settings = replace(settings, beta=settings.beta * own_beta)
+    objective = TrainingObjective(
+        bound_of(plain_objective), settings, transform=transform, is_share=processes.are_several
+    )
+    num_steps = settings.epochs * settings.steps_per_epoch(pair.num_data)
+    capture = StepCapture(objective, settings, device=place, num_steps=num_steps)
+    record = settings.record() | {
+        "objective": name_of(objective.bound),
+        "device": place.type,  # one CUDA device may take over from another
+        "compiled": capture.is_chosen,
+        "transform": transform is not None,
+    }
+    return _Run(pair, to_validate, objective, capture, settings, place, record)
+
+
+def _takes_any_batch(run: _Run, processes: Processes) -> bool:
+    """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them.
+
+    What a transform makes of the data is tried on the first batch. A trial takes three data points.
+    """
+    pair = run.pair
+    if run.objective.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
+        return True
+    if run.settings.batch_size >= pair.num_data and not processes.are_several:
+        return False
+    with pair.put_back(), torch.no_grad():
+        # What it is refused for as a whole is said first.
+        pair.part().inspect(pair.num_data, may_subsample=True)
+    advice = "in one process" if processes.are_several else "by batch_size=len(x)"
+    raise InputError(
+        "expected a pair that takes any part of its data in any order, got one that ties something "
+        f"of its own, such as parameters, to each of the {pair.num_data} data points: train it on "
+        f"all of them at once {advice}, or let a network make the parameters from x"
+    )
 
 
 def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Callable[..., Any]:

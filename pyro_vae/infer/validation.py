@@ -11,16 +11,15 @@ from torch import Tensor
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.infer.bounds import elbo_terms
-from pyro_vae.infer.trainer import Steps
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.sites import draw_traces
+from pyro_vae.infer.trainer import DataPlate, Trainer
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.opened import OpenedPair, open_pair
 
 # Validation draws come from their own seed, the same in every epoch: they leave the training's random
 # stream alone, and differences between epochs are not drowned in the noise of the draws.
 _VALIDATION_SEED = 20_131_220
-# Data scored by one pass of the pair in validation.
-_VALIDATION_BLOCK = 4096
+# Data points scored by one pass of the pair in validation, and those by which it is inspected.
+_BLOCK, _FEW = 4096, 64
 
 
 def bound_terms(
@@ -28,6 +27,7 @@ def bound_terms(
     guide: PairFunction,
     x: Tensor | Sequence[Tensor],
     *,
+    plate: str = "data",
     processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
@@ -36,35 +36,52 @@ def bound_terms(
         model: the generative function of the pair.
         guide: the variational function of the pair.
         x: data ``(N, ...)``, or a tuple of tensors.
+        plate: name of the data plate. If it subsamples, the terms are those of the data points that
+            it stands for, estimated from the ones it drew.
         processes: share the data out; all of them must call, with all the data.
 
     Returns:
         ``elbo``, ``rate`` and ``distortion``: means per datum, nats.
+
+    Raises:
+        InputError: data the likelihood is not defined for, or a pair that breaks the contract.
     """
-    inputs = as_inputs(x, model, guide)
-    device = device_of(model, guide, default=inputs[0].device)
-    own = tuple(processes.share(value) for value in inputs)
+    pair = open_pair(model, guide, x, plate=plate)
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), pair.put_back():
+        few = pair.few(_FEW)
+        few.inspect(few.num_data, may_subsample=True)
+    return evaluate_bound(pair, processes)
+
+
+def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, float]:
+    """Estimate the terms of :func:`bound_terms` for a pair that is known to keep the contract."""
+    number, device = pair.num_data, pair.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # read once: a sum on the device
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide):
-        for start in range(0, len(own[0]), _VALIDATION_BLOCK):
-            block = tuple(value[start : start + _VALIDATION_BLOCK].to(device) for value in own)
-            traces = draw_traces(model, guide, block)
+    if processes.are_several:
+        own = tuple(processes.share(value) for value in pair.inputs)
+        pair = pair.bind(pair.model, pair.guide, own, {})
+    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(pair.model, pair.guide):
+        is_whole = pair.num_data > _BLOCK and not pair.is_divisible()
+        size = pair.num_data if is_whole else _BLOCK
+        for start in range(0, pair.num_data, size):
+            block = pair.part(slice(start, start + size))
+            with DataPlate(pair.plate) as data:
+                traces = block.trace()
             for trace in traces:
                 trace.compute_log_prob()
-            totals = totals + elbo_terms([traces], num_particles=1)
-    rate, distortion = (processes.sum_(totals) / len(inputs[0])).tolist()
+            share = block.num_data / data.full_size(block.num_data)
+            totals = totals + elbo_terms([traces], num_particles=1) * share
+    rate, distortion = (processes.sum_(totals) / number).tolist()
     return {"elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
 
 
-def validated(
-    model: PairFunction, guide: PairFunction, inputs: Inputs | None, processes: Processes = ALONE
-) -> dict[str, float]:
+def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str, float]:
     """Return the validation columns of an epoch; NaN without validation data."""
     names = ("elbo", "rate", "distortion")
-    if inputs is None:
+    if pair is None:
         return {f"validation_{name}": math.nan for name in names}
     with seeded(processes.own_seed(_VALIDATION_SEED)):
-        terms = bound_terms(model, guide, inputs, processes=processes)
+        terms = evaluate_bound(pair, processes)
     return {f"validation_{name}": terms[name] for name in names}
 
 
@@ -76,21 +93,21 @@ class EarlyStopping:
         self.epoch, self.elbo = 0, -math.inf
         self._values: dict[str, list[Tensor]] | None = None
 
-    def take_in(self, epoch: int, elbo: float, steps: Steps) -> None:
+    def take_in(self, epoch: int, elbo: float, trainer: Trainer) -> None:
         """Take in an epoch's validation ELBO, and the values if it is the best so far."""
         if self.patience is None or epoch <= self.warmup_epochs:
             self.epoch = epoch
         elif elbo > self.elbo:
-            self.epoch, self.elbo, self._values = epoch, elbo, steps.values()
+            self.epoch, self.elbo, self._values = epoch, elbo, trainer.values()
 
     def is_over(self, epochs: int) -> bool:
         """Say whether patience has run out after so many epochs."""
         return self.patience is not None and epochs - self.epoch >= self.patience
 
-    def restore(self, steps: Steps) -> None:
+    def restore(self, trainer: Trainer) -> None:
         """Put the best parameters and buffers back."""
         if self._values is not None:
-            steps.put_back(self._values)
+            trainer.put_back(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """Best epoch, its ELBO and its values."""

@@ -52,7 +52,7 @@ def check_pair(
         )
     if not latent_sites(guide_trace):
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-    check_latents_match(model_trace, guide_trace)
+    _check_latents(model_trace, guide_trace)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in sample_sites(trace):
             _check_site(function, site, plate, num_data)
@@ -74,9 +74,11 @@ def check_pair(
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
     """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
-    That is an enumerated site, a subsampling plate inside the data's, or a scale of the user's own.
+    That is an enumerated site, a subsampling plate inside the data's, a scale of the user's own, or
+    auxiliary sites that do not become latents one to one.
     """
     try:
+        _check_auxiliary(model_trace, guide_trace)
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
             for site in sample_sites(trace):
                 _refuse_summed_out(site, plate)
@@ -232,6 +234,12 @@ def _observed(trace: Trace) -> list[str]:
 
 def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse latents that only one of model and guide draws, and a guide that hides its density."""
+    _check_latents(model_trace, guide_trace)
+    _check_auxiliary(model_trace, guide_trace)
+
+
+def _check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse latents that only one of model and guide draws, or draws in another shape."""
     in_model = {site["name"] for site in latent_sites(model_trace)}
     guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
     missing = sorted(in_model - set(guide_sites))
@@ -254,10 +262,9 @@ def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
                 f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
                 f"and {ranks[1]} in the guide: give both the same .to_event"
             )
-    _check_auxiliary(surplus, guide_sites)
 
 
-def _check_auxiliary(auxiliary: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse auxiliary sites that are not turned into latents of the model.
 
     Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
@@ -265,6 +272,8 @@ def _check_auxiliary(auxiliary: dict[str, Site], guide_sites: dict[str, Site]) -
     over instead leaves q(z given x) an integral nobody has, and its weights would not average to
     p(x).
     """
+    guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
+    auxiliary = {name: site for name, site in guide_sites.items() if name not in model_trace.nodes}
     drawn = sum(site["value"].numel() for site in auxiliary.values())
     placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
     if drawn != placed:

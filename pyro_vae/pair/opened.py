@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,15 +29,16 @@ from pyro_vae.pair.functions import (
     seeded,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, tile_inputs
 from pyro_vae.pair.observer import RunObserver
 from pyro_vae.pair.sites import (
     Given,
     TracePair,
-    data_dim,
     is_delta,
     latent_sites,
     sample_sites,
+    subsamples,
+    value_axis,
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
@@ -45,6 +47,10 @@ from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
 BLOCK = 1024
+
+# Bytes of a chunk on a CPU. Larger tensors than this leads to (32 MiB) are mapped anew by the C
+# library for every operation, which costs more than their arithmetic.
+_CPU_MEMORY = 1 << 27
 
 Progress = Callable[[int, int], None]
 
@@ -102,11 +108,13 @@ class Knowledge:
         structure: what one look shows.
         ways: which way of drawing and of scoring many particles has been shown to hold.
         is_divisible: whether it takes any part of its data.
+        whole: how many data points there are where the pair was opened on a part of them.
     """
 
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)
     is_divisible: bool | None = None
+    whole: int | None = None
 
 
 def open_pair(
@@ -126,6 +134,65 @@ def open_pair(
     inputs = as_inputs(x, model, guide)
     check_data(model, inputs)
     return OpenedPair(model, guide, inputs, plate=plate)
+
+
+def open_function(
+    function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+) -> OpenedFunction:
+    """Open a model or a guide alone: its inputs on its device and in its type; nothing runs yet.
+
+    Args:
+        function: the model or the guide.
+        x: inputs ``(N, ...)``, or a tuple of tensors passed as ``function(*x)``.
+        plate: name of the data plate.
+
+    Raises:
+        InputError: what is no data.
+    """
+    return OpenedFunction(function, as_inputs(x, function), plate)
+
+
+class OpenedFunction(NamedTuple):
+    """A model or a guide alone with its inputs: it is run, and its densities are not weighed."""
+
+    function: PairFunction
+    inputs: Inputs
+    plate: str
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return len(self.inputs[0])
+
+    @contextmanager
+    def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
+        """Hold the lock, in eval mode, without gradients, under a seed of its own.
+
+        Args:
+            seed: of everything drawn inside; None draws from the global state.
+            others: further functions whose modules are put in eval mode; None is no function.
+        """
+        modes = evaluation_mode(self.function, *(other for other in others if other is not None))
+        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+            yield
+
+    def trace(self, *, explain: str | None = None) -> Any:
+        """Run the function.
+
+        Args:
+            explain: "model" or "guide" where it is run on another number of data points than its user
+                gave (see :func:`any_number_of_data`).
+        """
+        with any_number_of_data(explain, self.num_data) if explain else nullcontext():
+            return poutine.trace(self.function).get_trace(*self.inputs)
+
+    def repeat(self, count: int) -> OpenedFunction:
+        """Return the function of all data points repeated, repetitions outermost."""
+        return self._replace(inputs=tile_inputs(self.inputs, count))
+
+    def first(self) -> OpenedFunction:
+        """Return the function of the first data point alone."""
+        return self._replace(inputs=tuple(value[:1] for value in self.inputs))
 
 
 class OpenedPair:
@@ -172,6 +239,19 @@ class OpenedPair:
         """Where the pair computes."""
         return device_of(self.model, self.guide, default=self.arguments[0].device)
 
+    def memory(self, most: int | None = None) -> int:
+        """Return the bytes that a chunk of work may need: ``most``, or a share of what is free."""
+        if most is not None:
+            return most
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free // 4
+        try:
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # not every system says what is free
+            return _CPU_MEMORY
+        return max(1 << 24, min(_CPU_MEMORY, available // 4))
+
     # --- running ---
 
     @contextmanager
@@ -185,8 +265,7 @@ class OpenedPair:
         Raises:
             InputError: a pair that breaks the contract.
         """
-        modes = evaluation_mode(self.model, self.guide, *others)
-        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+        with self.alone(self.model).evaluating(seed, self.guide, *others):
             self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
             yield
 
@@ -209,6 +288,10 @@ class OpenedPair:
         return OpenedPair(
             model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
         )
+
+    def alone(self, function: PairFunction) -> OpenedFunction:
+        """Return one of the two functions with the pair's inputs."""
+        return OpenedFunction(function, self.inputs, self.plate)
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
@@ -256,11 +339,23 @@ class OpenedPair:
         It is shown by a trial at an offset: never assumed. The pair is left as it was.
         """
         if self.knowledge.is_divisible is None:
-            trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device)
-            with self._aside():
-                found = self.num_data >= 3 and gives_data_their_own_values(trial)
-                self.knowledge.is_divisible = found
+            self.knowledge.is_divisible = self._try_out()
         return self.knowledge.is_divisible
+
+    def takes_any_batch(self) -> bool:
+        """Tell whether a data point gets the same values wherever it stands, in parts and in order.
+
+        Unlike in :meth:`is_divisible` they may depend on which other ones stand beside it.
+        """
+        return self.is_divisible() or self._try_out(in_any_company=False)
+
+    def _try_out(self, *, in_any_company: bool = True) -> bool:
+        whole = self.knowledge.whole or self.num_data
+        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
+        with self._aside():
+            return self.num_data >= 3 and gives_data_their_own_values(
+                trial, in_any_company=in_any_company
+            )
 
     # --- what is known of it ---
 
@@ -277,17 +372,22 @@ class OpenedPair:
                 self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
-    def inspect(self, num_data: int | None = None, *, rest: Inputs = ()) -> Structure:
+    def inspect(
+        self, num_data: int | None = None, *, may_subsample: bool = False, rest: Inputs = ()
+    ) -> Structure:
         """Run the pair once, plainly; refuse what breaks the contract.
 
         Args:
             num_data: how many data points the data plate must hold; None: as many as it says.
+            may_subsample: whether the data plate may draw some of its data points by itself.
             rest: all the data, if these are their first rows only.
 
         Raises:
             InputError: the name of the site, and the cure.
         """
         guide_trace, in_guide = self._look_at(self.guide)
+        if may_subsample and subsamples(guide_trace, self.plate):
+            num_data = None
         if num_data is not None:
             check_guide_rows(guide_trace, self.plate, num_data)
         drawn = {
@@ -306,7 +406,7 @@ class OpenedPair:
         return Structure(
             {
                 site["name"]: Latent(
-                    data_dim(site, self.plate) - site["fn"].event_dim,
+                    value_axis(site, self.plate),
                     site["value"].shape,
                     type(site["fn"]).__name__,
                     is_delta(site["fn"]),

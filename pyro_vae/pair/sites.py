@@ -109,6 +109,12 @@ def data_dim(site: Site, plate: str) -> int:
     )
 
 
+def value_axis(site: Site, plate: str) -> int:
+    """Return the (negative) axis of a site's value that counts the data (see :func:`data_dim`)."""
+    axis: int = data_dim(site, plate) - site["fn"].event_dim
+    return axis
+
+
 def is_inside(site: Site, plate: str) -> bool:
     """Tell whether a site is inside the data plate."""
     return any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])
@@ -146,6 +152,13 @@ def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
     computed already.
     """
     return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+
+
+def subsamples(trace: Trace, plate: str) -> bool:
+    """Tell whether a plate draws some of its elements, or stands for more than it is given."""
+    frames = (frame for site in sample_sites(trace) for frame in vectorized_frames(site))
+    known = (frame for frame in frames if frame.name == plate and frame.full_size)
+    return any(frame.full_size != frame.size for frame in known)
 
 
 def vectorized_frames(site: Site) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pair.agreement import CALLING_ERRORS, agree
+from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
 from pyro_vae.pair.functions import PairFunction, modules_of, tensors_of
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
@@ -37,71 +37,99 @@ class Trial(NamedTuple):
     inputs: Inputs
     plate: str
     device: torch.device
+    whole: int  # data points of the whole set, of which the inputs may be a part
 
     @property
     def num_data(self) -> int:
         """Number of data points, N."""
         return len(self.inputs[0])
 
-    def part(self, rows: slice) -> Inputs:
+    def part(self, rows: slice | Tensor) -> Inputs:
         """Return some rows of the inputs on the device."""
-        return tuple(value[rows].to(self.device) for value in self.inputs)
+        rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in self.inputs)
+        return tuple(v[at].to(self.device) for v, at in zip(self.inputs, rows_at, strict=True))
 
 
-def gives_data_their_own_values(pair: Trial) -> bool:
-    """Run a pair on some of its data and on the later half of these: the densities must agree.
+def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> bool:
+    """Run a pair on some of its data and on these in another way: the densities must agree.
+
+    The other way is the later half of them alone or, where the company may matter (statistics over
+    the batch), all of them in reverse.
 
     A table with a row for each data point that is sliced by their number gives them the rows of
     others; parameters per data point do not fit at all. Where such a table is constant so far (as
-    parameters often start) the offset would not show: whatever tensor has as many rows as there are
-    data is therefore moved for a second trial, and put back.
+    parameters often start) the other way would not show: whatever tensor has as many rows as there
+    are data is therefore moved for a second trial, and put back.
 
     The caller holds the lock, without gradients, in eval mode.
     """
+    count = min(pair.num_data, _TRIED)
+    # At least two: one alone would broadcast against parameters of any number of data.
+    later = torch.arange(min(count // 2, count - 2), count)
+    rows = later if in_any_company else torch.arange(count).flip(0)
     with _new_names_forgotten() as new_names:
         try:
-            if not _holds_at_an_offset(pair):
+            if not _holds_for(pair, count, rows):
                 return False
-            if new_names():  # made for a part of the data: what are they made like for all of them?
-                for name in new_names():
+            if not in_any_company:
+                _run(pair, pair.part(later))
+            made = _made_for(pair, new_names(), {count, len(later)})
+            if made:  # for a part of the data: what are they made like for all of them?
+                for name in made:
                     del pyro.get_param_store()[name]
-                everything = pair.part(slice(None))
-                guide_trace = poutine.trace(pair.guide).get_trace(*everything)
-                poutine.replay(pair.model, trace=guide_trace)(*everything)
+                _run(pair, pair.part(slice(None)))
             suspects = list(_tables_of(pair))
             if not suspects:
                 return True
             with _moved(suspects):
-                return _holds_at_an_offset(pair)
+                return _holds_for(pair, count, rows)
         except CALLING_ERRORS:
             return False
 
 
-def _holds_at_an_offset(pair: Trial) -> bool:
-    count = min(pair.num_data, _TRIED)
-    # At least two: one alone would broadcast against parameters of any number of data.
-    first = min(count // 2, count - 2)
-    whole, later = pair.part(slice(count)), pair.part(slice(first, count))
+def _made_for(pair: Trial, names: list[str], numbers: set[int]) -> list[str]:
+    """Return which new parameters, no module's, have as many rows as a part of the data."""
+    store = pyro.get_param_store()
+    modules = modules_of(pair.model, pair.guide)
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    tensors = {name: store._params[name] for name in names}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if id(tensor) not in known and numbers & set(tensor.shape)
+    ]
+
+
+def _run(pair: Trial, inputs: Inputs) -> None:
+    guide_trace = poutine.trace(pair.guide).get_trace(*inputs)
+    poutine.replay(pair.model, trace=guide_trace)(*inputs)
+
+
+def _holds_for(pair: Trial, count: int, rows: Tensor) -> bool:
+    """Compare the densities of some rows of the first data points with those of all of these."""
+    whole, others = pair.part(slice(count)), pair.part(rows)
+    rows = rows.to(pair.device)
     guide_trace = poutine.trace(pair.guide).get_trace(*whole)
     sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
     axes = {site["name"]: data_dim(site, pair.plate) - site["fn"].event_dim for site in sites}
     # A point mass follows from the other sites.
     random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
     expected = _densities(pair, whole, random)
-    shown = {n: v.movedim(axes[n], 0)[first:].movedim(0, axes[n]) for n, v in random.items()}
-    found = _densities(pair, later, shown)
+    shown = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in random.items()}
+    found = _densities(pair, others, shown)
 
     def plain(latents: Latents) -> tuple[Tensor, ...]:
         filled = {}
         for name, value in latents.items():
-            rows = random[name].movedim(axes[name], 0).clone()
-            rows[first:] = value.movedim(axes[name], 0)
-            filled[name] = rows.movedim(0, axes[name])
-        return tuple(term[first:] for term in _densities(pair, whole, filled))
+            values = random[name].movedim(axes[name], 0).clone()
+            values[rows] = value.movedim(axes[name], 0)
+            filled[name] = values.movedim(0, axes[name])
+        return tuple(term[rows] for term in _densities(pair, whole, filled))
 
-    if any(term.shape != other[first:].shape for term, other in zip(found, expected, strict=True)):
+    if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
         return False
-    return agree(found, plain, shown)
+    # What is drawn outside the sites (noise on the data) says nothing about a data point's place.
+    return agree(found, plain, shown) or not all_close(_densities(pair, whole, random), expected)
 
 
 def _densities(pair: Trial, inputs: Inputs, latents: Latents) -> tuple[Tensor, ...]:
@@ -147,7 +175,7 @@ def _tables_of(pair: Trial) -> Iterator[Tensor]:
     for value in tensors_of(pair.model, pair.guide):
         found[id(value)] = value
     for value in found.values():
-        if pair.num_data in value.shape and value.data_ptr() not in given:
+        if {pair.num_data, pair.whole} & set(value.shape) and value.data_ptr() not in given:
             yield value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,34 +14,10 @@ from pyro_vae.plots.style import BLUE, ORANGE, Array
 _SHOWN = 12  # data and random latents per row
 
 
-class SideArrays(Protocol):
-    """The arrays of one side; see :class:`pyro_vae.tasks.autoencoder_comparison.Side`."""
-
-    @property
-    def reconstructions(self) -> Any:
-        """Held-out data, encoded and decoded, ``(N, *data_shape)``."""
-
-    @property
-    def random(self) -> Any:
-        """Decoded random latents, ``(S, *data_shape)``."""
-
-    @property
-    def grid(self) -> Any:
-        """Decoded latents between four codes, ``(G, G, *data_shape)``."""
-
-    @property
-    def held_out_distance(self) -> Any:
-        """Nearest-code distances of held-out codes, ``(N,)``."""
-
-    @property
-    def random_distance(self) -> Any:
-        """Nearest-code distances of random latents, ``(S,)``."""
-
-
 def autoencoder_and_vae(
     data: Array,
-    autoencoder: SideArrays,
-    vae: SideArrays,
+    autoencoder: Any,
+    vae: Any,
     *,
     title: str,
     limits: tuple[float, float] = (0.0, 1.0),
@@ -50,8 +26,13 @@ def autoencoder_and_vae(
 
     Args:
         data: held-out data ``(N, *data_shape)``.
-        autoencoder: arrays of the autoencoder.
-        vae: arrays of the VAE.
+        autoencoder: arrays of the autoencoder, as attributes: held-out data encoded and decoded
+            ``reconstructions`` ``(N, *data_shape)``, decoded random latents ``random``
+            ``(S, *data_shape)``, decoded latents between four codes ``grid``
+            ``(G, G, *data_shape)``, and nearest-code distances of held-out codes
+            ``held_out_distance`` ``(N,)`` and of random latents ``random_distance`` ``(S,)``; see
+            :class:`pyro_vae.tasks.autoencoder_comparison.Side`.
+        vae: those of the VAE.
         title: a line above the picture.
         limits: the values shown as white and as black.
     """
@@ -112,7 +93,7 @@ def _channels_last(image: Array) -> Array:
     return np.moveaxis(image, 0, 2) if image.shape[0] in (1, 3) else image
 
 
-def _show_distances(axes: Axes, name: str, side: SideArrays) -> None:
+def _show_distances(axes: Axes, name: str, side: Any) -> None:
     held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
     both = np.concatenate([held_out, random])
     bins = np.linspace(0, np.quantile(both, 0.995), 40).tolist()

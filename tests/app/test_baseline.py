@@ -1,9 +1,14 @@
 """`pyro-vae autoencoder`: the table, the picture and the JSON of one command."""
 
 import json
+import os
+import signal
 
 import pytest
 from command_line import SMALL, refused, run
+
+from pyro_vae.infer.trainer import Trainer
+from pyro_vae.runs.folder import locked
 
 OPTIONS = (*SMALL, "--epochs", "1", "--hidden", "16,8")
 
@@ -20,15 +25,56 @@ def test_both_are_trained_and_compared(tmp_path, rendered, likelihood, loss):
     shown = autoencoder("--output", folder, "--likelihood", likelihood)
     assert "reconstruction error" in shown
     assert "random / held-out" in shown
-    assert {path.name for path in folder.iterdir()} == {"autoencoder.png", "autoencoder.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("autoencoder.png", "autoencoder.json", "report.html", "study.json", "runs"),
+    }
+    assert "held-out datum to nearest datum" in (folder / "report.html").read_text()
     written = json.loads((folder / "autoencoder.json").read_text())
     assert written["loss"] == loss
     assert written["settings"]["likelihood"] == likelihood
     assert all(value > 0 for row in written["table"].values() for value in row.values())
     assert len(written["history"]["autoencoder"]["train_loss"]) == 1
     assert len(written["history"]["vae"]["train_elbo"]) == 1
-    again = ("autoencoder", *OPTIONS, "--output", folder)
-    refused(folder, *again, message="expected a new or empty folder")
+    again = ("autoencoder", *OPTIONS, "--output", folder, "--seed", "1", "--likelihood", likelihood)
+    refused(folder, *again, message="expected seed 0 as")
+
+
+def test_a_comparison_that_was_interrupted_goes_on_by_the_same_command(tmp_path, monkeypatch):
+    def results(folder):
+        written = json.loads((folder / "autoencoder.json").read_text())
+        history = written["history"]
+        return written["table"], history["autoencoder"]["train_loss"], history["vae"]["train_elbo"]
+
+    options = (*OPTIONS, "--epochs", "2")
+    assert run("autoencoder", *options, "--output", tmp_path / "whole").code == 0
+    take = Trainer._step
+    folder, left = tmp_path / "left", []
+
+    def step(self, *arguments):
+        left.append(self.count)
+        if len(left) in (20, 70):  # in the autoencoder's training, and in the VAE's
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    for _ in range(2):
+        result = run("autoencoder", *options, "--output", folder)
+        assert result.code == 130
+        assert "interrupted: go on by the same command" in result.err
+        assert not (folder / "autoencoder.json").exists()
+    for _ in range(2):  # once more when it is finished: nothing is trained twice
+        assert run("autoencoder", *options, "--output", folder).code == 0
+        assert len(left) == 2 * 2 * 21
+        assert results(folder) == results(tmp_path / "whole")
+
+
+def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
+    folder = tmp_path / "both"
+    assert run("autoencoder", *OPTIONS, "--output", folder).code == 0
+    with locked(folder):
+        result = run("autoencoder", *OPTIONS, "--output", folder)
+    assert result.code == 2
+    assert "is in use by" in result.err
 
 
 def test_an_unknown_loss_is_refused_before_any_training(tmp_path):

@@ -73,17 +73,18 @@ def test_every_picture_of_every_run(runs, tmp_path, rendered, name, command):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "complete"])
+@pytest.mark.parametrize("command", ["latent", "traverse", "interpolate", "metropolis"])
 def test_pictures_lie_in_the_run_and_are_repeated_by_the_seed(runs, tmp_path, rendered, command):
     folder = runs("plain")
-    path = Path(run(command, folder, "--seed", 3).out.strip())
+    command, *options = [*COMMANDS[command].split(), "--seed", 3]
+    path = Path(run(command, folder, *options).out.strip())
     assert path.parent == folder
     content = path.read_bytes()
-    assert run(command, folder, "--seed", 3).out.strip() == str(path)
+    assert run(command, folder, *options).out.strip() == str(path)
     assert path.read_bytes() == content
     path.unlink()
     picture = tmp_path / "new" / "picture.svg"
-    assert run(command, folder, "--seed", 3, "--output", picture).code == 0
+    assert run(command, folder, *options, "--output", picture).code == 0
     assert b"<svg" in picture.read_bytes()
 
 

@@ -77,9 +77,11 @@ def exact_angle_derivative(angle, concentration, mean, m):
         return mpmath.quad(integrand, points)
 
 
-@pytest.mark.parametrize("m", [2, 3, 4, 11, 101, 1024])
+@pytest.mark.parametrize(
+    "m", [2, 3, 11, 1024, *(pytest.param(m, marks=pytest.mark.slow) for m in (4, 101))]
+)
 def test_angle_derivative_matches_adaptive_quadrature(m, exact, error, cdf):
-    for concentration in [1e-3, 1.0, 10.0, 30.0, 1e3, 1e5]:
+    for concentration in [1e-3, 1.0, 30.0, 1e3, 1e5]:
         mean = exact(m, concentration).mean
         for probability in [1e-6, 0.05, 0.5, 0.95, 1 - 1e-6]:
             angle = cdf(m, concentration).quantile(probability)

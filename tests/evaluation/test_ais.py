@@ -13,9 +13,18 @@ import pyro_vae as pv
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions, tune
 from pyro_vae.evaluation.hmc import AnnealingPath, transition
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.weights.particles import Particles
 
 CONTINUOUS = ["probabilistic_pca", "gaussian", "beta_bernoulli", "mixture_prior", "small_decoder"]
+# One each of a normal latent, one in an interval, several modes and a network, from both starts.
+QUICK = {
+    ("probabilistic_pca", "guide"),
+    ("beta_bernoulli", "guide"),
+    ("beta_bernoulli", "prior"),
+    ("mixture_prior", "guide"),
+    ("small_decoder", "guide"),
+}
 
 
 def anneal(problem, **options):
@@ -27,8 +36,14 @@ def within(estimate, exact):
     return (estimate.log_prob - exact).abs() < 5 * estimate.standard_error + 1e-6
 
 
-@pytest.mark.parametrize("start", ["guide", "prior"])
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        pytest.param(name, start, marks=() if (name, start) in QUICK else pytest.mark.slow)
+        for name in CONTINUOUS
+        for start in ("guide", "prior")
+    ],
+)
 def test_exact_models(exact, name, start):
     problem = exact[name](num_data=8)
     # From the prior the weights of so few chains are skewed unless there are more steps.
@@ -43,20 +58,28 @@ def test_exact_models(exact, name, start):
 
 
 @pytest.mark.parametrize(
-    ("num_data", "options"),
+    ("num_data", "num_latents", "options"),
     [
-        (6, {"num_steps": 200, "num_leapfrog_steps": 3, "num_chains": 64}),
-        pytest.param(40, {}, marks=pytest.mark.slow, id="defaults"),
+        (6, 3, {"num_steps": 300, "num_leapfrog_steps": 3, "num_chains": 64}),
+        pytest.param(40, 6, {}, marks=pytest.mark.slow, id="defaults"),
     ],
 )
-def test_a_guide_too_narrow_does_not_matter(exact, num_data, options):
-    problem = exact["probabilistic_pca"](num_data, covariance_scale=0.05, shift=0.6)
+@pytest.mark.filterwarnings("ignore:.*Pareto k")
+def test_a_guide_too_narrow_does_not_matter(exact, num_data, num_latents, options):
+    """Weights stay skewed: the errors of single data are no multiples of their own standard errors.
+
+    All data are one problem, so that the standard errors of all say what the errors are.
+    """
+    problem = exact["probabilistic_pca"](
+        num_data, num_latents=num_latents, covariance_scale=0.05, shift=0.6
+    )
     estimate = pv.log_marginal(
         problem.model, problem.guide, problem.x, method="annealed", seed=0, **options
     )
     limit = 0.2 if not options else 0.4
     assert abs(estimate.mean - problem.log_prob.mean()) < limit
-    assert within(estimate, problem.log_prob).all()
+    error = (estimate.log_prob - problem.log_prob).square().mean().sqrt()
+    assert error < 5 * estimate.standard_error.square().mean().sqrt()
 
 
 @pytest.mark.slow
@@ -93,7 +116,7 @@ def test_transitions_leave_the_density_invariant():
 
     x = torch.tensor([0.0, 2.0, 7.0]).double()
     with torch.no_grad():
-        path = AnnealingPath(PairScorer(model, guide, (x,)), "prior")
+        path = AnnealingPath(Particles(OpenedPair(model, guide, (x,))), "prior")
         tuning = tune(path, AnnealingOptions(num_steps=20))
         latents, _ = path.scorer.propose(4000)
         state = path.evaluate(path.position(latents))
@@ -110,7 +133,7 @@ def test_transitions_leave_the_density_invariant():
 def test_densities_and_gradients_along_the_path(exact):
     """The path's log densities match Pyro's in constrained space plus the Jacobian."""
     problem = exact["beta_bernoulli"](num_data=4)
-    scorer = PairScorer(problem.model, problem.guide, (problem.x,))
+    scorer = Particles(OpenedPair(problem.model, problem.guide, (problem.x,)))
     path = AnnealingPath(scorer, "guide")
     position = torch.randn(3, 4, 1, dtype=torch.float64)
     state = path.evaluate(position)
@@ -147,7 +170,7 @@ def test_several_latents_of_several_shapes():
 
     x = 1 + torch.randn(6, 4).double()
     annealed = pv.log_marginal(
-        model, guide, x, method="annealed", num_steps=60, num_chains=32, num_leapfrog_steps=3, seed=0
+        model, guide, x, method="annealed", num_steps=30, num_chains=32, num_leapfrog_steps=2, seed=0
     )
     sampled = pv.log_marginal(model, guide, x, num_samples=20_000, seed=0)
     error = (annealed.standard_error.square() + sampled.standard_error.square()).sqrt()
@@ -175,18 +198,19 @@ def test_one_chain_one_datum(exact):
     assert estimate.pareto_k.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k")  # of so few steps some weights have heavy tails
 def test_blocks_fit_the_memory(exact):
-    problem = exact["probabilistic_pca"](num_data=90, num_latents=2)
+    problem = exact["probabilistic_pca"](num_data=20, num_latents=2)
     seen = []
     estimate = anneal(
         problem,
         num_steps=10,
-        num_chains=64,
+        num_chains=32,
         num_leapfrog_steps=2,
-        max_memory=1 << 21,
+        max_memory=1 << 19,
         progress=lambda done, _: seen.append(done),
     )
-    assert len({done for done in seen if done < 90}) > 3
+    assert len({done for done in seen if done < 20}) > 3
     assert within(estimate, problem.log_prob).all()
 
 

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +21,9 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer import IWAE, training
-from pyro_vae.infer.checkpoint_files import checkpoint_files, newest, write
-from pyro_vae.infer.checkpoints import Interrupted
-from pyro_vae.infer.trainer import Steps
+from pyro_vae.infer.checkpoint import Interrupted
+from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
+from pyro_vae.infer.trainer import Trainer
 
 PIXELS = 6
 TIMES = {"seconds", "data_per_second"}
@@ -77,14 +79,14 @@ def run(make, data, folder, stops=(), **options):
         pyro.set_rng_seed(3)
         vae, stop = make(), next(stops, None)
         with pytest.MonkeyPatch.context() as patch:
-            take = Steps._step
+            take = Trainer._step
 
             def step(self, *arguments, take=take, stop=stop):
                 if self.count == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return take(self, *arguments)
 
-            patch.setattr(Steps, "_step", step)
+            patch.setattr(Trainer, "_step", step)
             try:
                 found = pv.fit(
                     vae.model, vae.guide, data, checkpoint=folder, **{**OPTIONS, **options}
@@ -160,7 +162,7 @@ def test_period_in_minutes(x, tmp_path, monkeypatch):
     def note(*arguments):
         kept.append([int(path.stem[-2:]) for path in checkpoint_files(tmp_path)])
 
-    monkeypatch.setattr("pyro_vae.infer.checkpoints.time", clock)
+    monkeypatch.setattr("pyro_vae.infer.checkpoint.time", clock)
     run(make_vae, x, tmp_path, checkpoint_minutes=1.5, transform=pass_time, on_epoch=note)
     assert kept == [[], [5], [5], [5, 10], [10, 15], [10, 15]]
 
@@ -357,7 +359,7 @@ def test_a_run_that_skips_too_often_leaves_what_the_other_steps_made(x, tmp_path
     ):
         pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path, **options, **OPTIONS)
     assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000006.safetensors"]
-    kept = newest(tmp_path)["state"]["steps"]["parameters"]
+    kept = read_newest(tmp_path)["state"]["steps"]["parameters"]
     own = torch.nn.utils.parameters_to_vector(vae.parameters()).detach()
     assert sorted(torch.cat([value.flatten() for value in kept])) == sorted(own)
 
@@ -380,7 +382,7 @@ def test_the_last_good_state_of_a_first_epoch_is_kept_if_there_is_one(x, tmp_pat
     assert [path.name for path in checkpoint_files(tmp_path / "run")] == [
         "step-0000000001.safetensors"
     ]
-    kept = newest(tmp_path / "run")["state"]["steps"]["parameters"]
+    kept = read_newest(tmp_path / "run")["state"]["steps"]["parameters"]
     assert sorted(torch.cat([value.flatten() for value in kept])) == sorted(seen[1])
     with pytest.raises(pv.InputError, match="in epoch 1, batch 1: ") as caught:
         pv.fit(vae.model, vae.guide, x, **{**options, "checkpoint": tmp_path / "none"})
@@ -397,6 +399,28 @@ def test_history_has_its_columns_after_a_resumption(x, tmp_path):
 
 def test_a_checkpoint_written_after_a_return_to_an_earlier_step_is_the_newest(tmp_path):
     for count in (8, 9, 10, 5):  # at 10 a GPU finds out that step 6 was not finite
-        write(tmp_path, count, {}, {"count": count})
+        write_checkpoint(tmp_path, count, {}, {"count": count})
     assert [path.name for path in checkpoint_files(tmp_path)] == ["step-0000000005.safetensors"]
-    assert newest(tmp_path)["state"]["count"] == 5
+    assert read_newest(tmp_path)["state"]["count"] == 5
+
+
+def test_a_checkpoint_of_version_0_1_0_is_gone_on_with(tmp_path):
+    """Written after 11 of 18 steps, in the middle of an epoch, with every schedule in its middle."""
+    x = (torch.arange(240).view(40, PIXELS) * 7 % 11 < 5).float()
+    options = {
+        **OPTIONS,
+        **{"warmup_epochs": 4, "schedule": "cosine", "gradient_clip": 0.5, "validation": x[:10]},
+        **{"patience": 6, "seed": 1, "transform": lambda batch: batch},
+    }
+    shutil.copytree(Path(__file__).parent / "written_by_0_1_0", tmp_path / "old")
+    results = []
+    for folder, resume in (("new", False), ("old", True)):
+        vae = make_vae()
+        found = pv.fit(
+            vae.model, vae.guide, x, checkpoint=tmp_path / folder, resume=resume, **options
+        )
+        results.append((found.history, torch.nn.utils.parameters_to_vector(vae.parameters())))
+    for name in results[0][0].keys() - TIMES:
+        np.testing.assert_allclose(results[1][0][name], results[0][0][name], rtol=1e-5, err_msg=name)
+    torch.testing.assert_close(results[1][1], results[0][1])
+    assert len(checkpoint_files(tmp_path / "old")) == 2

@@ -48,7 +48,7 @@ def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
     missing = hide(problem.x)
     incomplete = problem.x.masked_fill(missing, math.nan)
     result = complete(
-        problem.model, problem.guide, incomplete, missing, num_draws=3000, num_steps=100, seed=0
+        problem.model, problem.guide, incomplete, missing, num_draws=2000, num_steps=100, seed=0
     )
     assert mean_errors(problem, missing, result.draws).abs().max() < 5
     assert covariance_errors(problem, missing, result.draws).abs().max() < 5
@@ -76,7 +76,7 @@ def test_mean_and_standard_deviation_are_the_conditional_s(pca, hide):
 
 
 def test_pseudo_gibbs_is_biased_where_the_guide_is_not_the_posterior(pca, hide):
-    options = {"method": "pseudo-gibbs", "num_draws": 3000, "num_steps": 100, "seed": 0}
+    options = {"method": "pseudo-gibbs", "num_draws": 2000, "num_steps": 40, "seed": 0}
     exact = pca()
     missing = hide(exact.x)
     result = complete(exact.model, exact.guide, exact.x, missing, **options)
@@ -150,9 +150,9 @@ def test_any_memory_will_do(pca, hide):
     """A byte at a time: one datum and one chain after another."""
     problem = pca(shift=0.2, covariance_scale=1.5)
     missing = hide(problem.x)
-    options = {"num_draws": 12, "num_steps": 20, "max_memory": 1, "seed": 0}
+    options = {"num_draws": 6, "num_steps": 12, "max_memory": 1, "seed": 0}
     result = complete(problem.model, problem.guide, problem.x, missing, **options)
-    assert result.draws.shape == (12, 3, 8)
+    assert result.draws.shape == (6, 3, 8)
     assert result.acceptance.shape == result.r_hat.shape == (3,)
     assert mean_errors(problem, missing, result.draws).abs().max() < 5
 
@@ -166,7 +166,7 @@ def test_a_guide_with_parameters_per_datum_runs_chain_by_chain(pca, hide):
         with pyro.plate("data", 3):
             pyro.sample("z", dist.Normal(means, 0.7).to_event(1))
 
-    options = {"num_draws": 20, "num_steps": 40, "seed": 0}
+    options = {"num_draws": 10, "num_steps": 20, "seed": 0}
     result = complete(problem.model, guide, problem.x, missing, **options)
     assert mean_errors(problem, missing, result.draws).abs().max() < 5
 
@@ -237,13 +237,13 @@ def test_bits_have_the_exact_conditional_probabilities():
         log_weight = dist.Bernoulli(probability[:, :3]).log_prob(x[:, :3]).sum(1)
         weight = (log_weight - 0.5 * z.square().sum(1)).softmax(0)
         exact = weight @ probability[:, 3:]
-    num_draws = 4000
-    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=100, seed=0)
+    num_draws = 2000
+    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=40, seed=0)
     got = result.draws[:, 0, 3:].mean(0)
     assert ((got - exact).abs() < 5 * (exact * (1 - exact) / num_draws).sqrt()).all()
     result = complete(
         vae.model, vae.guide, x, missing, method="importance", num_draws=num_draws, seed=0,
-        num_samples=20_000,
+        num_samples=10_000,
     )  # fmt: skip
     error = (exact * (1 - exact) * (1 / num_draws + 1 / result.ess.min())).sqrt()
     assert ((result.draws[:, 0, 3:].mean(0) - exact).abs() < 5 * error).all()

@@ -1,8 +1,9 @@
-"""Checkpoints of a training run: all that its coming steps depend on, in files written whole."""
+"""Checkpoints of a training run: when they are written, what they hold, and what signals do."""
 
 from __future__ import annotations
 
 import math
+import random
 import signal
 import threading
 import time
@@ -12,23 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, first_line, real_number, whole_number
 from pyro_vae.files import checksum_of, folder_at, refuse_to_write
-from pyro_vae.infer import checkpoint_files as files
-from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.generators import generator_states, set_generator_states
-from pyro_vae.infer.settings import Schedule
-from pyro_vae.infer.trainer import NotFiniteError, Steps
-from pyro_vae.infer.training_objective import StockBound
+from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
+from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
 from pyro_vae.pair.inputs import Inputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_Run = tuple[dict[str, Any], Steps, EarlyStopping, list[dict[str, float]]]
+_Run = tuple[dict[str, Any], Trainer, EarlyStopping, list[dict[str, float]]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -105,7 +103,7 @@ class Checkpoints:
         self._signal, self._written = None, time.monotonic()
         if self.folder is None:
             return self
-        self.processes.decided(self._prepare)
+        self.processes.decide(self._prepare)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # None: set by something that is not Python.
@@ -123,26 +121,24 @@ class Checkpoints:
             with suppress(OSError):
                 self.folder.rmdir()  # of a run that failed before its first checkpoint
         if error is None:
-            number, _ = self._asked()
+            number, _ = self._ask()
             if number is not None:
                 raise Interrupted(number, self.folder)
 
     def begin(
         self,
         settings: Mapping[str, Any],
-        steps: Steps,
+        trainer: Trainer,
         best: EarlyStopping,
         rows: list[dict[str, float]],
-        batch: Inputs,
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold.
 
         Args:
             settings: plain values that decide the run; those of the checkpoint must be the same.
-            steps: takes the gradient steps.
+            trainer: takes the gradient steps.
             best: early stopping.
             rows: metrics of the epochs that have ended.
-            batch: data on which the pair may be run to find its parameters.
 
         Raises:
             InputError: a checkpoint of another run, or none that can be read.
@@ -153,12 +149,12 @@ class Checkpoints:
         if self.folder is None:
             return
         folder = self.folder
-        plain = files.plain({**settings, "number of processes": self.processes.size})
-        self._run = (plain, steps, best, rows)
-        found = self.processes.decided(lambda: files.newest(folder) if self.resume else None)
+        settings = {**settings, "number of processes": self.processes.size}
+        self._run = (settings, trainer, best, rows)
+        found = self.processes.decide(lambda: read_newest(folder) if self.resume else None)
         if found is None:
             return
-        self.processes.check_together(lambda: _refuse_other(plain, found["settings"], folder))
+        self.processes.check_together(lambda: _refuse_other(settings, found["settings"], folder))
         try:
             state = found["state"]
             rows += [
@@ -166,8 +162,8 @@ class Checkpoints:
             ]
             best.load_state_dict(state["best"])
             own = state["own"][self.processes.rank]
-            steps.resume({**state["steps"], "own": own["steps"]}, batch)
-            set_generator_states(own["generators"], steps.device)
+            trainer.load_state_dict({**state["steps"], "own": own["steps"]})
+            _set_generator_states(own["generators"], trainer.device)
         except InputError:
             raise
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -185,7 +181,7 @@ class Checkpoints:
         """
         if self.folder is None:
             return
-        number, is_time = self._asked()
+        number, is_time = self._ask()
         if number is not None or is_time:
             self._write()
         if number is not None:
@@ -206,7 +202,7 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         assert self.folder is not None
-        if not self.resume and files.checkpoint_files(self.folder):
+        if not self.resume and checkpoint_files(self.folder):
             raise InputError(
                 f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
                 "on from them, or choose another folder"
@@ -216,7 +212,7 @@ class Checkpoints:
         except OSError as error:
             refuse_to_write(self.folder, error)
 
-    def _asked(self) -> tuple[int | None, bool]:
+    def _ask(self) -> tuple[int | None, bool]:
         """Return the signal that came to any process, and whether it is time to write."""
         passed = time.monotonic() - self._written
         is_time = self.minutes is not None and passed >= 60 * self.minutes
@@ -228,23 +224,24 @@ class Checkpoints:
         signals = [number for number, count in zip(_SIGNALS, came, strict=True) if count]
         return (signals[0] if signals else None), time_came > 0
 
-    def _keep_last_good(self, steps: Steps, error: NotFiniteError) -> None:
+    def _keep_last_good(self, trainer: Trainer, error: NotFiniteError) -> None:
         """Write the state before the step that stopped the run, if there is one, and say where."""
-        if steps.count == steps.skipped:
+        if trainer.count == trainer.skipped:
             return
         with suppress(InputError):
             self._write()
-            which = "before it" if steps.skip_limit is None else "at the end of that epoch"
+            stops = trainer.settings.skip_limit is None
+            which = "before it" if stops else "at the end of that epoch"
             error.args = (f"{error}; the state {which} is in {self.folder}",)
 
     def _write(self) -> None:
         assert self.folder is not None
         assert self._run is not None
-        folder, (settings, steps, best, rows) = self.folder, self._run
+        folder, (settings, trainer, best, rows) = self.folder, self._run
         columns = list(rows[0]) if rows else []
         history = [[row[name] for name in columns] for row in rows]
-        shared = steps.state_dict()
-        own = {"steps": shared.pop("own"), "generators": generator_states(steps.device)}
+        shared = trainer.state_dict()
+        own = {"steps": shared.pop("own"), "generators": _generator_states(trainer.device)}
         state = {
             "columns": columns,
             "history": torch.tensor(history, dtype=torch.float64).reshape(len(rows), len(columns)),
@@ -252,7 +249,7 @@ class Checkpoints:
             "steps": shared,
             "own": self.processes.gather(own),
         }
-        self.processes.decided(lambda: files.write(folder, steps.count, settings, state))
+        self.processes.decide(lambda: write_checkpoint(folder, trainer.count, settings, state))
         self._written = time.monotonic()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
@@ -265,50 +262,6 @@ class Checkpoints:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-
-
-# --- what decides a run ---
-
-
-def decisive_settings(
-    bound: Bound,
-    *,
-    device: torch.device,
-    is_compiled: bool,
-    schedule: Schedule,
-    transform: object,
-    **options: Any,
-) -> dict[str, Any]:
-    """Return the settings that decide a run, besides its data, as values that can be compared.
-
-    Args:
-        bound: what is optimised.
-        device: where; one CUDA device may take over from another.
-        is_compiled: whether the steps are captured.
-        schedule: of the learning rate; of a function nothing can be told.
-        transform: of the batches; of it neither.
-        options: the other options of ``fit`` by their names.
-    """
-    return {
-        "objective": _bound_named(bound),
-        "device": device.type,
-        "compiled": is_compiled,
-        "schedule": "a function" if callable(schedule) else schedule,
-        "transform": transform is not None,
-        **options,
-    }
-
-
-def _bound_named(bound: Bound) -> str:
-    """Return a bound's class and its plain options, by which another one is told."""
-    objective = bound.objective if isinstance(bound, StockBound) else bound
-    # A first step may find out the nesting of the plates and note it.
-    options = {
-        name: value
-        for name, value in sorted(vars(objective).items())
-        if isinstance(value, bool | int | float | str) and name != "max_plate_nesting"
-    }
-    return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"
 
 
 def data_checksum(train: Inputs, validation: Inputs | None) -> str:
@@ -326,3 +279,37 @@ def _refuse_other(settings: Mapping[str, Any], kept: Mapping[str, Any], folder: 
                 f"expected {shown} {kept.get(name)!r} as the run in {folder} was begun with, got "
                 f"{settings.get(name)!r}: repeat its options or choose another folder"
             )
+
+
+# --- random generators ---
+
+
+def _generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the state of every random generator: Python's, NumPy's, torch's on CPU and device."""
+    version, words, gauss = random.getstate()
+    _, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002
+    states = {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "words": torch.from_numpy(np.asarray(numpy_words).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(numpy_gauss),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generator_states(states: dict[str, Any], device: torch.device) -> None:
+    """Take up the states of :func:`_generator_states`."""
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    words = numpy["words"].numpy().astype(np.uint32)
+    state = ("MT19937", words, numpy["position"], numpy["has_gauss"], numpy["gauss"])
+    np.random.set_state(state)  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,105 @@
+"""The bound that an objective of ``fit`` stands for: a bound of this package, or any ELBO of Pyro."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
+from torch import Tensor
+
+from pyro_vae.errors import InputError
+from pyro_vae.infer.analytic_kl import AnalyticKL
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, recorded_traces, wide
+from pyro_vae.pair.sites import TracePair
+from pyro_vae.pair.state import accumulating_leaves
+
+# Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
+_BOUNDS: dict[type[ELBO], type[Bound]] = {Trace_ELBO: TraceBound, TraceMeanField_ELBO: AnalyticKL}
+
+_JIT = (JitTrace_ELBO, JitTraceMeanField_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO)
+
+
+class StockBound(Bound):
+    """Any ELBO of Pyro as a bound; rate and distortion are read from the traces it draws."""
+
+    def __init__(self, objective: ELBO) -> None:
+        super().__init__(num_particles=objective.num_particles)
+        self.objective = objective
+
+    def terms(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion."""
+        with recorded_traces(self.objective) as traces:
+            if hasattr(self.objective, "differentiable_loss"):
+                surrogate = self.objective.differentiable_loss(model, guide, *args, **kwargs)
+                loss = surrogate.detach()
+            else:
+                loss, surrogate = self._from_gradients(traces, model, guide, args, kwargs)
+        rate, distortion = elbo_terms(traces, self.num_particles)
+        return BoundTerms(wide(loss), surrogate, rate, distortion)
+
+    def _from_gradients(
+        self, traces: list[TracePair], model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and a tensor whose gradient is the one the objective has computed."""
+        value = self.objective.loss_and_grads(model, guide, *args, **kwargs)
+        sites = (site for pair in traces for trace in pair for site in trace.nodes.values())
+        log_probs = [site["log_prob"] for site in sites if isinstance(site.get("log_prob"), Tensor)]
+        surrogate = log_probs[0].new_zeros(())
+        for leaf in accumulating_leaves(*log_probs):
+            if leaf.grad is not None:
+                surrogate = surrogate + (leaf * leaf.grad).sum()
+                leaf.grad = None
+        # Some (reweighted wake-sleep) have a loss for either function.
+        total = sum(value) if isinstance(value, tuple) else value
+        return torch.as_tensor(float(total), dtype=torch.float64, device=surrogate.device), surrogate
+
+
+def bound_of(objective: ELBO | None) -> Bound:
+    """Return the bound that an objective stands for; without one the ELBO.
+
+    Raises:
+        InputError: an ELBO of Pyro that a training loop of batches can't take.
+    """
+    if objective is None:
+        return TraceBound()
+    if isinstance(objective, Bound):
+        return objective
+    name = type(objective).__name__
+    if isinstance(objective, TraceTailAdaptive_ELBO):
+        raise InputError(f"expected an objective with a loss, got {name}, which has none: use IWAE")
+    if isinstance(objective, _JIT):  # their graphs keep the first batch's shape and parameters
+        raise InputError(
+            f"expected an objective that fit captures itself, if it can, got {name}: use "
+            f"{type(objective).__bases__[0].__name__}"
+        )
+    if type(objective) in _BOUNDS:
+        return _BOUNDS[type(objective)](
+            num_particles=objective.num_particles,
+            max_plate_nesting=objective.max_plate_nesting,
+            vectorize_particles=objective.vectorize_particles,
+        )
+    return StockBound(objective)
+
+
+def name_of(bound: Bound) -> str:
+    """Return a bound's class and its plain options, by which another one is told."""
+    objective = bound.objective if isinstance(bound, StockBound) else bound
+    # A first step may find out the nesting of the plates and note it.
+    options = {
+        name: value
+        for name, value in sorted(vars(objective).items())
+        if isinstance(value, bool | int | float | str) and name != "max_plate_nesting"
+    }
+    return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"
