@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import Distribution, Independent
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 
 
 def independent_coordinates(distribution: Distribution) -> Distribution | None:

@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import distributions
 
 from pyro_vae.distributions.flows import FlowDistribution
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, real_number
 from pyro_vae.pair.sites import is_delta
 
