@@ -210,8 +210,11 @@ def test_the_same_names_give_the_same_run_everywhere(tmp_path):
     likelihood = pv.likelihoods.Gaussian(decoder, (4,), sigma="learned")
     vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
     vae.start_at_data(x)
-    warmup = default_warmup_epochs(5, 6)
-    pv.fit(vae.model, vae.guide, x, epochs=5, batch_size=20, warmup_epochs=warmup, device="cpu")
+    result = pv.fit(
+        vae.model, vae.guide, x, epochs=5, batch_size=20, warmup_epochs=None, device="cpu"
+    )
+    assert default_warmup_epochs(5, 6) == 2
+    assert result.history["beta"].tolist() == [0.5, 1, 1, 1, 1]  # of the coming step
 
     for other in (transformer.vae_.state_dict(), vae.state_dict()):
         for name, value in trained.items():
