@@ -140,6 +140,7 @@ def test_a_pipeline_encodes_decodes_and_scores(x):
     assert pipeline[-1].get_feature_names_out().tolist() == ["vaetransformer0", "vaetransformer1"]
 
 
+@pytest.mark.slow
 def test_a_grid_search_finds_the_better_number_of_latents(x):
     search = GridSearchCV(
         small(epochs=20, batch_size=16, learning_rate=2e-2, num_samples=50),
