@@ -177,12 +177,8 @@ def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
     return replace(settings, **told)
 
 
-def as_record(settings: TrainSettings) -> dict[str, Any]:
-    """Return settings as a run records them: without what is not in use.
-
-    Args:
-        settings: those of :func:`tell_defaults`.
-    """
+def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
+    """Return settings, defaults told, as they are recorded: without what is not in use."""
     record = {}
     for each in fields(settings):
         value, condition = getattr(settings, each.name), each.metadata["only_with"]

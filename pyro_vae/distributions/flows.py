@@ -27,7 +27,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae.distributions.latest import LatestDraw
+from pyro_vae.distributions.normal import LatestDraw
 
 # (inputs, raw parameters, inverse?) -> (outputs, log of the forward slope at that point), all per
 # coordinate; the raw parameters have one axis more.

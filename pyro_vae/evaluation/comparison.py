@@ -54,11 +54,10 @@ Data = Tensor | Sequence[Tensor]
 class _Settings(NamedTuple):
     """How each pair is measured."""
 
-    methods: tuple[str, ...]
-    num_samples: int
+    importance: ImportanceOptions
     num_elbo_samples: int
     num_importance: int
-    annealing: AnnealingOptions
+    annealing: AnnealingOptions | None
     posterior: str | None
     max_memory: int | None
     plate: str
@@ -141,8 +140,7 @@ def compare(
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     settings = _Settings(
-        tuple(methods),
-        whole_number("num_samples", num_samples, least=1),
+        ImportanceOptions(whole_number("num_samples", num_samples, least=1)),
         whole_number("num_elbo_samples", num_elbo_samples, least=1),
         whole_number("num_importance", num_importance, least=1),
         annealing,
@@ -173,7 +171,9 @@ def compare(
                 name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
                 for name, pair in opened.items()
             }
-    return Comparison(runs, likelihood, settings.num_importance, settings.num_samples, hold, seed)
+    return Comparison(
+        runs, likelihood, settings.num_importance, settings.importance.num_samples, hold, seed
+    )
 
 
 def _check_pairs(pairs: Mapping[str, Pair]) -> None:
@@ -196,8 +196,8 @@ def _check_options(
     annealing_options: Mapping[str, Any] | None,
     posterior: str | None,
     hold: str | None,
-) -> AnnealingOptions:
-    """Refuse options out of range or without effect; return annealing's."""
+) -> AnnealingOptions | None:
+    """Refuse options out of range or without effect; return annealing's where it is asked for."""
     named = isinstance(methods, Iterable) and not isinstance(methods, str)
     if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
         raise InputError(
@@ -217,7 +217,7 @@ def _check_options(
             f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
             "leave them out, or ask for annealing"
         )
-    return annealing
+    return annealing if "annealed" in methods else None
 
 
 def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
@@ -243,6 +243,7 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     """Return what a pair observes and what trains of it; refuse what can't be measured as asked."""
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
+        Particles(pair)  # refuses a pair that has no weights
         observed, (model_trace, guide_trace) = observed_sites(pair)
         _check_grid(guide_trace, min(pair.num_data, pair.split()[0].stop), settings)
     in_guide = parameters_in(guide_trace)
@@ -283,37 +284,26 @@ def _measure(
     owned: Trained,
     fit: FitResult | None,
 ) -> Measured:
-    def share(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: report(name, what, done / total)
+    def run(measure: Callable[..., Any], number: int, what: str, *how: Any, **options: Any) -> Any:
+        """Measure by a seed of its own: log p(x) is to be independent of the bounds."""
 
-    most = settings.max_memory
-    with pair.evaluating(settings.seed):
-        bounds = measure_bounds(
-            pair,
-            num_samples=settings.num_elbo_samples,
-            num_importance=settings.num_importance,
-            max_memory=most,
-            progress=share("bounds"),
-        )
+        def share(done: int, total: int) -> None:
+            report(name, what, done / total)
+
+        with pair.evaluating((settings.seed + number) % 2**32):
+            return measure(pair, *how, max_memory=settings.max_memory, progress=share, **options)
+
+    draws = {"num_samples": settings.num_elbo_samples, "num_importance": settings.num_importance}
+    bounds = run(measure_bounds, 0, "bounds", **draws)
     start = time.perf_counter()
-    with pair.evaluating(_after(settings.seed, 1)):
-        estimate = estimate_log_prob(
-            pair,
-            ImportanceOptions(settings.num_samples),
-            max_memory=most,
-            progress=share("log p(x)"),
-        )
+    estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
     annealed = divergence = None
-    if "annealed" in settings.methods and _can_be_annealed(pair, settings):
-        with pair.evaluating(_after(settings.seed, 2)):
-            found = estimate_log_prob(
-                pair, settings.annealing, max_memory=most, progress=share("log p(x), annealed")
-            )
+    if settings.annealing and _can_be_annealed(pair, settings.annealing, settings.seed):
+        found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
     if settings.posterior == "quadrature":
-        with pair.evaluating(settings.seed):
-            exact = measure_divergence(pair, max_memory=most, progress=share("posterior"))
+        exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
@@ -330,18 +320,13 @@ def _measure(
     )
 
 
-def _can_be_annealed(pair: OpenedPair, settings: _Settings) -> bool:
-    with pair.evaluating(settings.seed):
+def _can_be_annealed(pair: OpenedPair, annealing: AnnealingOptions, seed: int) -> bool:
+    with pair.evaluating(seed):
         try:
-            AnnealingPath(Particles(pair.few(BLOCK)), settings.annealing.start)
+            AnnealingPath(Particles(pair.few(BLOCK)), annealing.start)
         except InputError:
             return False
     return True
-
-
-def _after(seed: int, number: int) -> int:
-    """Return another seed: log p(x) is to be independent of the bounds."""
-    return (seed + number) % 2**32
 
 
 def _silent(name: str, what: str, share: float) -> None:

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture, variance_of_means
+from pyro_vae.distributions.normal import DiagonalNormalMixture, variance_of_means
 from pyro_vae.errors import size
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.distributions.cholesky_normal import CholeskyNormal, lower_cholesky, raw_cholesky
+from pyro_vae.distributions.normal import CholeskyNormal, lower_cholesky, raw_cholesky
 from pyro_vae.guides.base import VariationalFamily
 from pyro_vae.networks import Head, feature_shape
 

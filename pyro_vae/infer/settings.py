@@ -92,16 +92,12 @@ class FitSettings:
         """How many steps that are not finite may be left out; None stops at the first one."""
         return self.nonfinite_limit if self.on_nonfinite == "skip" else None
 
-    def options(self) -> dict[str, Any]:
-        """Return the options by the names they have as arguments of :func:`pyro_vae.fit`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
     def record(self) -> dict[str, Any]:
         """Return the options as plain values, by which a checkpoint knows its run again.
 
         Objective and compilation, which are not plain, are left to who knows what became of them.
         """
-        plain = self.options()
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
 

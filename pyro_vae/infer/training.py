@@ -383,9 +383,8 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     if run.settings.batch_size >= pair.num_data and not processes.are_several:
         return False
     with pair.put_back(), torch.no_grad():
-        pair.part().inspect(
-            pair.num_data, may_subsample=True
-        )  # what it is refused for as a whole is said first
+        # What it is refused for as a whole is said first.
+        pair.part().inspect(pair.num_data, may_subsample=True)
     advice = "in one process" if processes.are_several else "by batch_size=len(x)"
     raise InputError(
         "expected a pair that takes any part of its data in any order, got one that ties something "

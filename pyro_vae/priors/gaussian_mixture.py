@@ -8,8 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.distributions.cholesky_normal import lower_cholesky, raw_cholesky
-from pyro_vae.distributions.normal_mixture import variance_of_means
+from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
 from pyro_vae.errors import InputError, size
 from pyro_vae.priors.base import Prior
 

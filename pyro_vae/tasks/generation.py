@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, distributions
 
 from pyro_vae.distributions.flows import FlowDistribution
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, real_number
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
