@@ -118,7 +118,7 @@ def test_transitions_leave_the_density_invariant():
     with torch.no_grad():
         path = AnnealingPath(Particles(OpenedPair(model, guide, (x,))), "prior")
         tuning = tune(path, AnnealingOptions(num_steps=20))
-        latents, _ = path.scorer.propose(4000)
+        latents, _ = path.particles.propose(4000)
         state = path.evaluate(path.position(latents))
         for _ in range(10):
             state, _ = transition(path, state, 1.0, tuning.step_sizes[-1], tuning.scales, 3)
@@ -133,15 +133,15 @@ def test_transitions_leave_the_density_invariant():
 def test_densities_and_gradients_along_the_path(exact):
     """The path's log densities match Pyro's in constrained space plus the Jacobian."""
     problem = exact["beta_bernoulli"](num_data=4)
-    scorer = Particles(OpenedPair(problem.model, problem.guide, (problem.x,)))
-    path = AnnealingPath(scorer, "guide")
+    particles = Particles(OpenedPair(problem.model, problem.guide, (problem.x,)))
+    path = AnnealingPath(particles, "guide")
     position = torch.randn(3, 4, 1, dtype=torch.float64)
     state = path.evaluate(position)
     z = position[..., 0].sigmoid()
     jacobian = (z * (1 - z)).log()
-    joint = sum(scorer.score({"z": z}))
-    torch.testing.assert_close(state.base, scorer.score_proposal({"z": z}) + jacobian)
-    torch.testing.assert_close(state.increment, joint - scorer.score_proposal({"z": z}))
+    joint = sum(particles.score({"z": z}))
+    torch.testing.assert_close(state.base, particles.score_proposal({"z": z}) + jacobian)
+    torch.testing.assert_close(state.increment, joint - particles.score_proposal({"z": z}))
     step = 1e-6
     for beta in (0.0, 0.3, 1.0):
         ahead = path.evaluate(position + step).log_density(beta)
@@ -150,6 +150,7 @@ def test_densities_and_gradients_along_the_path(exact):
         torch.testing.assert_close(state.gradient(beta)[..., 0], slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k")
 def test_several_latents_of_several_shapes():
     """A simplex (whose unconstrained space is smaller), a vector per pixel and a scalar."""
 
