@@ -52,7 +52,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             site["value"] = inputs[index].reshape(site["value"].shape)
         drawn = [site for site in latent_sites(trace) if site["name"] not in sources]
         _check_sources(model, tuple(inputs), trace, {site["name"]: site["value"] for site in drawn})
-        pair = template.bind(model, template.guide, tuple(inputs), {})
+        pair = template.on(tuple(inputs))
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018

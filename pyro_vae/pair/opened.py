@@ -296,6 +296,10 @@ class OpenedPair:
             model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
         )
 
+    def on(self, inputs: Inputs) -> OpenedPair:
+        """Return the pair with other inputs in place of its own: it is not looked at again."""
+        return self.bind(self.model, self.guide, inputs, {})
+
     def alone(self, function: PairFunction) -> OpenedFunction:
         """Return one of the two functions with the pair's inputs."""
         return OpenedFunction(function, self.inputs, self.plate)

@@ -17,7 +17,7 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites, observed_site
-from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
+from pyro_vae.tasks.chains import Problem, draw_hidden, replace_input, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -140,7 +140,7 @@ def complete(
     seen = given[~missing]
     if len(seen):
         fill = seen[seen.double().abs().argmin()]
-        pair = _replace(pair, position, torch.where(missing, fill, given))
+        pair = replace_input(pair, position, torch.where(missing, fill, given))
     with pair.alone(model).evaluating(seed, guide):
         if len(seen):
             pair.structure  # noqa: B018
@@ -268,11 +268,6 @@ def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     )
 
 
-def _replace(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
-    inputs = (*pair.inputs[:position], x, *pair.inputs[position + 1 :])
-    return pair.bind(pair.model, pair.guide, inputs, {})
-
-
 def _fill_first(
     pair: OpenedPair,
     missing: Tensor,
@@ -284,7 +279,7 @@ def _fill_first(
     x = pair.inputs[position]
 
     def with_fill(fill: Tensor) -> OpenedPair:
-        return _replace(pair, position, torch.where(missing, fill.to(x), x))
+        return replace_input(pair, position, torch.where(missing, fill.to(x), x))
 
     if initial is not None:
         if not isinstance(initial, int | float | Tensor):

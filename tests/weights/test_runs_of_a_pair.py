@@ -69,7 +69,7 @@ CALLS = {
     ),
     "encode": (0, 2, lambda _, model, guide: tasks.encode(guide, X)),
     "decode": (2, 0, lambda _, model, guide: tasks.decode(model, torch.zeros(NUM_DATA, 2), X)),
-    "reconstruct": (1, 1, lambda _, *pair: tasks.reconstruct(*pair, X, seed=0)),
+    "reconstruct": (2, 2, lambda _, *pair: tasks.reconstruct(*pair, X, seed=0)),
 }
 
 
