@@ -282,19 +282,9 @@ def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
 
 
 class StepCapture(Engine):
-    """Takes the steps of a run by captured graphs, where that is chosen and can be done.
+    """Takes the steps of a run by captured graphs, where that ``is_chosen`` and can be done.
 
-    Args:
-        objective: what a step minimises.
-        settings: whether to compile, and the objective that the caller of ``fit`` gave.
-        device: where the pair computes.
-        num_steps: steps of the whole run.
-
-    Attributes:
-        is_chosen: whether steps are to be captured.
-
-    Warns:
-        UserWarning: compiling was asked for an objective that can't be captured.
+    A warning says so where it was asked for, by ``compile`` or by a compiled objective, and can't.
     """
 
     names = SUMMARY
@@ -349,15 +339,7 @@ class StepCapture(Engine):
         beta: float,
         eager: Callable[[], Tensor],
     ) -> Tensor:
-        """Leave the gradients of a batch with the parameters and return the summary.
-
-        Args:
-            model: the generative function of the pair.
-            guide: the variational function of the pair.
-            batch: the data of the step.
-            beta: weight of the latent terms.
-            eager: does the same without a graph.
-        """
+        """Leave the gradients with the parameters and return the summary, as ``eager`` does."""
         self.beta = beta
         call = Call(model, guide, batch, {})
         fresh = self.num_graphs == 0 and not self.reasons

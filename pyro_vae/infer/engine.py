@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.beta import scale_pair
@@ -54,25 +52,6 @@ class Call(NamedTuple):
 
 
 # --- one step --------------------------------------------------------------------------------
-
-
-class _Sites(Messenger):
-    """Notes the sites of a run, and what is drawn without a pathwise gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.problem: str | None = None
-
-    def _pyro_sample(self, message: Any) -> None:
-        name = message["name"]
-        self.names.append(name)
-        if self.problem or message["is_observed"] or site_is_subsample(message):
-            return
-        if message["infer"].get("enumerate"):
-            self.problem = f"site {name!r} is enumerated"
-        elif not message["done"] and not message["fn"].has_rsample:
-            self.problem = f"site {name!r} is not reparameterised"
 
 
 class Reference(NamedTuple):
@@ -335,7 +314,7 @@ class Engine:
             beta = self._beta_tensor(leaves[0].device)
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
-            sites = _Sites()
+            sites = capture.Sites()
 
             def step() -> tuple[Tensor, ...]:
                 args, kwargs = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
@@ -352,7 +331,7 @@ class Engine:
 
     def _reference(self, call: Call) -> Reference:
         """One step by the standard's code; refuse what a graph can't hold."""
-        sites = _Sites()
+        sites = capture.Sites()
         with poutine.block(), sites, poutine.trace(param_only=True) as parameters:
             terms = self._standard_terms(call.scaled(self._beta))
         if sites.problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,9 +133,8 @@ class Trainer:
         settings: the options of the run.
         device: where the pair computes.
         shuffle: whether the data are taken in a new order in every epoch, or in their own.
-        captured_step: called with model, guide, batch, beta and the eager step as a function; takes
-            the step by a graph that it holds of it, or lets the eager one take it. None: every step
-            is eager.
+        captured_step: called with model, guide, batch, beta and the eager step, which it may replace
+            by a graph.
         processes: who shares the batches; each takes the steps, on the sum of all gradients.
 
     Attributes:
@@ -174,14 +174,10 @@ class Trainer:
     def run_epoch(
         self, number: int, *, after_step: Callable[[], None] | None = None
     ) -> dict[str, float]:
-        """Take one pass over the data, or what is left of it, and return the epoch's metrics.
+        """Take pass ``number``, from 1, or what a resumed state left of it, and return its metrics.
 
-        Args:
-            number: which pass, from 1; one that a resumed state was in the middle of goes on there.
-            after_step: called between two steps, when :meth:`state_dict` is whole.
-
-        Raises:
-            NotFiniteError: a step that is not finite, or more of them than may be skipped.
+        ``after_step`` is called between two steps, when :meth:`state_dict` is whole. A step that is
+        not finite, or more of them than may be skipped, raise :class:`NotFiniteError`.
         """
         if self._epoch is None or self._epoch.number != number:
             self._epoch = self._begin_epoch(number)
@@ -244,9 +240,8 @@ class Trainer:
         if self.captured_step is None:
             summary = self._differentiate(batch)
         else:
-            summary = self.captured_step(
-                self.model, self.guide, batch, self.beta.current, lambda: self._differentiate(batch)
-            )
+            pair, eager = (self.model, self.guide), partial(self._differentiate, batch)
+            summary = self.captured_step(*pair, batch, self.beta.current, eager)
         if self.processes.are_several:
             summary = self._sum_shares(summary, share)
         flag = self._apply(summary)
@@ -398,13 +393,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`.
-
-        Where the parameters are not known yet the pair is run once to find them.
-
-        Raises:
-            InputError: a state of another pair.
-        """
+        """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""
         self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
         self.beta.steps = self.count
         if position is not None:

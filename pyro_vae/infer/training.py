@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +21,6 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.settings import (
     FitSettings,
     Schedule,
@@ -283,10 +285,10 @@ def fit(
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
                 bar.note(run.capture.outcome)
-            bar.show(epoch, row)
+            bar.show(epoch, _describe(row))
             if on_epoch is not None:
                 on_epoch(epoch, row)
-            checkpoints.after_epoch(epoch)
+            checkpoints.after_step(epoch)
         checkpoints.finish()
         best.restore(trainer)
         found = diagnose(rows, model, guide, trainer.shown, warmup_epochs=settings.warmup_epochs)
@@ -396,3 +398,58 @@ def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Calla
     if transform is None:
         return data.draw
     return lambda batch: transform(data.draw(batch))
+
+
+# --- the progress bar ---
+
+
+class EpochProgress:
+    """A bar on standard error with epoch, time left and metrics; by default only on a terminal."""
+
+    def __init__(self, epochs: int, show: bool | None) -> None:
+        self._progress: Any = None
+        if sys.stderr.isatty() if show is None else show:
+            state = random.getstate()  # rich draws from it, already when imported
+            self._progress = _bar()
+            self._task = self._progress.add_task("", total=epochs)
+            random.setstate(state)
+
+    def __enter__(self) -> EpochProgress:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+
+    def show(self, epoch: int, metrics: str) -> None:
+        """Show the metrics of an epoch that has ended."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=epoch, description=metrics)
+
+
+def _describe(row: dict[str, float]) -> str:
+    text = f"ELBO {row['train_elbo']:.2f}"
+    if not math.isnan(row["validation_elbo"]):
+        text += f" (validation {row['validation_elbo']:.2f})"
+    return f"{text}  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
+    return Progress(
+        TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
+        TimeRemainingColumn(compact=True, table_column=left),
+        TextColumn("{task.description}", table_column=metrics),
+        console=Console(stderr=True),
+    )
