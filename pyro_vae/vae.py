@@ -172,9 +172,7 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
     wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
     if wanted is not None and got is not None and wanted != got:
         names = sorted(set(guides.__all__) - {"VariationalFamily"})
-        matching = [
-            name for name in sorted(families) if getattr(guides, name).latent_support == wanted
-        ]
+        matching = [name for name in names if getattr(guides, name).latent_support == wanted]
         raise InputError(
             f"expected a family with latents on the {wanted} for {type(prior).__name__}, got "
             f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
