@@ -21,11 +21,11 @@ demo: $(BIN)/.demo
 	$(BIN)/pyro-vae train $(if $(RUN),--output $(RUN))
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The slow part too.
 test-all: $(BIN)/.test
-	$(BIN)/python -m pytest -n auto -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 
 # What needs a CUDA device.
 test-gpu: $(BIN)/.test

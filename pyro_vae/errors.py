@@ -65,6 +65,17 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
     return number
 
 
+def check_counts(*, least: int = 1, **counts: Any) -> None:
+    """Refuse numbers, given by name, that are not whole or below ``least``."""
+    for name, count in counts.items():
+        whole_number(name, count, least=least)
+
+
+def check_optional_counts(*, least: int = 1, **counts: Any) -> None:
+    """Refuse the same of options for which None stands for a default."""
+    check_counts(least=least, **{name: count for name, count in counts.items() if count is not None})
+
+
 def size(name: str, value: Any, *, least: int = 1) -> int:
     """Return a number of dimensions, layers or components, which torch can allocate."""
     return whole_number(name, value, least=least, most=_LARGEST_SIZE)

@@ -18,9 +18,8 @@ from torch import Tensor
 from pyro_vae import tasks
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.settings import assemble_vae, fit_options, tell_defaults
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.options import check_counts
 from pyro_vae.infer.training import fit
 from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE

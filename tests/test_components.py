@@ -96,7 +96,7 @@ def test_prior_density_and_draws(name, latent_dim):
     support = PRIOR_SUPPORT[name]
     p = in_double(make_prior(name, latent_dim))()
     torch.manual_seed(1)
-    assert_density_and_draws(p, support, latent_dim, p.sample((8000,)))
+    assert_density_and_draws(p, support, latent_dim, p.sample((20000,)))
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -219,7 +219,7 @@ def test_family_density_and_draws(name, latent_dim):
     family = in_double(make_family(name, latent_dim))
     q = family(torch.rand(2, *DATA_SHAPE, dtype=torch.float64))
     torch.manual_seed(1)
-    draws, particles = q.sample((8000,)), q.expand((8000, 2)).sample()
+    draws, particles = q.sample((20000,)), q.expand((20000, 2)).sample()
     assert_density_and_draws(q, support, latent_dim, draws, particles)
 
 
@@ -241,7 +241,7 @@ def test_family_gradient_through_draws_is_unbiased(name, latent_dim):
             for key, value in parameters.items()
         }
 
-    drawn = copies(4000)
+    drawn = copies(10000)
     z = family.distribution(drawn).rsample()
     (statistics(z) @ weights).sum().backward()
 
@@ -329,14 +329,14 @@ def test_likelihood_density_and_draws(name):
     else:
         low, high = (0.0, 1.0) if likelihood.accepts[0] == 0 else (-10.0, 10.0)
         nodes = torch.linspace(low, high, 20001, dtype=torch.float64)
-        weights = torch.full_like(nodes, (high - low) / 8000)
+        weights = torch.full_like(nodes, (high - low) / 20000)
         weights[[0, -1]] /= 2
     mass = (pixels.log_prob(nodes.reshape(-1, 1, 1)).exp() * weights.reshape(-1, 1, 1)).detach()
     # The trapezoid rule with this step is right to 1e-7 for slopes of the size met here.
     torch.testing.assert_close(
         mass.sum(0), torch.ones(DATA_SHAPE, dtype=torch.float64), rtol=0, atol=1e-6
     )
-    draws = pixels.sample((8000,))
+    draws = pixels.sample((20000,))
     for power in (1, 2):
         exact = (mass * nodes.reshape(-1, 1, 1) ** power).sum(0)
         values = draws**power

@@ -26,7 +26,7 @@ from pyro_vae.app.settings import (
     check_settings,
     tell_defaults,
 )
-from pyro_vae.app.study import Study, open_study, write_rows
+from pyro_vae.app.study import Study, check_study_folder, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
@@ -80,10 +80,11 @@ def compare_families(
         "likelihood": _split(likelihoods),
         "seeds": seeds,
         "hold": hold,
-        **{name: getattr(how, name) for name in measuring},
     }
+    asked = asdict(first[0]) | axes | {name: getattr(how, name) for name in measuring}
+    check_study_folder(output)
     dataset = load_data(first[0])
-    with open_study(output, asdict(first[0]) | axes, dataset) as study:
+    with open_study(output, asked, dataset) as study:
         runs: dict[str, list[Measured]] = {name: [] for name in members}
         seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
@@ -98,6 +99,7 @@ def compare_families(
         used = _merge([as_record(each) for each in told])
         used["device"] = str(resolve_device(settings.device))
         used |= {name: value for name, value in axes.items() if value is not None}
+        used |= {name: value for name, value in as_record(how).items() if name in measuring}
         _write(study, comparison, seconds, used)
         _print(study.folder, comparison)
     return comparison

@@ -24,8 +24,7 @@ from pyro_vae.app.names import (
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.defaults import default_warmup_epochs
-from pyro_vae.infer.settings import FitSettings
+from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 
@@ -177,12 +176,8 @@ def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
     return replace(settings, **told)
 
 
-def as_record(settings: TrainSettings) -> dict[str, Any]:
-    """Return settings as a run records them: without what is not in use.
-
-    Args:
-        settings: those of :func:`tell_defaults`.
-    """
+def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
+    """Return settings, defaults told, as they are recorded: without what is not in use."""
     record = {}
     for each in fields(settings):
         value, condition = getattr(settings, each.name), each.metadata["only_with"]

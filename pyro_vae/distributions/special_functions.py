@@ -19,7 +19,7 @@ import functools
 import math
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ _NUM_TERMS = 8
 _LOG_DENSITY_FALL = 60.0
 _NUM_NODES = 24
 
-_Polynomial = np.ndarray  # coefficients, constant first; of exact fractions unless it says otherwise
+_Polynomial = Any  # coefficients as an array, constant first; exact fractions unless it is said
 
 
 class CosineCumulants(NamedTuple):

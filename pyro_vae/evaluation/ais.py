@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import Progress, block_scorers, few_of
-from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, log_mean_weights
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.estimate import (
+    Block,
+    LogMarginal,
+    PosteriorDraws,
+    Report,
+    join_blocks,
+    log_mean_weights,
+)
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
-from pyro_vae.evaluation.options import check_counts
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.evaluation.streaming import join_draws
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import BLOCK, OpenedPair
+from pyro_vae.weights.particles import Particles
 
 # The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
 # section 4.4), as a rejected trajectory costs a low-dimensional chain more.
@@ -43,10 +46,7 @@ _PILOT_SMOOTHING = 2
 _SIGMOID_RANGE = 4.0
 
 # Scoring forward and backward keeps and makes about three times what scoring forward makes.
-_GRADIENT_MEMORY = 3
-
-# Data annealed together at most.
-_BLOCK = 1024
+GRADIENT_MEMORY = 3
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,11 @@ class Tuning(NamedTuple):
 
 
 def anneal(
-    model: PairFunction,
-    guide: PairFunction,
-    inputs: Inputs,
+    pair: OpenedPair,
     options: AnnealingOptions,
     *,
-    plate: str,
     max_memory: int | None,
-    report: Progress,
+    report: Report,
     keep_draws: int | None = None,
 ) -> LogMarginal:
     r"""Estimate log p(x) per datum by annealed importance sampling.
@@ -128,11 +125,8 @@ def anneal(
     A pilot run, thrown away, adapts the step size per datum and step.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        inputs: the pair's inputs.
+        pair: the opened pair.
         options: how to anneal.
-        plate: name of the data plate.
         max_memory: bytes that the chains of one block may need; by default 128 MiB on a CPU, 4 GiB on
             a GPU.
         report: who is told how far the work has come.
@@ -142,41 +136,27 @@ def anneal(
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
         2017, "On the Quantitative Analysis of Decoder-Based Generative Models".
     """
-    num_data = len(inputs[0])
-    done: list[dict[str, Tensor]] = []
-    draws: list[PosteriorDraws] = []
-    size = annealing_block_size(model, guide, inputs, options.num_chains, plate, max_memory)
-    for _, scorer in block_scorers(model, guide, inputs, plate, size):
-        path = AnnealingPath(scorer, options.start)
-        tell = _Teller(report, done, num_data, scorer.num_data)
-        per_datum, kept = _anneal_block(path, options, tell)
-        done.append(per_datum)
-        draws.append(kept)
-        tell(1.0)
-    joined: dict[str, Any] = {name: torch.cat([block[name] for block in done]) for name in done[0]}
-    return LogMarginal(
-        **joined,
-        num_samples=torch.full((num_data,), options.num_chains),
+    blocks = []
+    positions = torch.arange(pair.num_data)
+    for rows, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
+        path = AnnealingPath(Particles(part), options.start)
+        blocks.append(_anneal_block(path, options, positions[rows], report))
+        report.finish(blocks[-1].per_datum["log_prob"])
+        report.tell()
+    return join_blocks(
+        blocks,
+        keep_draws=keep_draws,
+        num_samples=torch.full((pair.num_data,), options.num_chains),
         method="annealed",
-        draws=join_draws(draws, torch.arange(num_data), most=keep_draws),
     )
 
 
-def annealing_block_size(
-    model: PairFunction,
-    guide: PairFunction,
-    inputs: Inputs,
-    num_chains: int,
-    plate: str,
-    max_memory: int | None,
-) -> int:
-    """Return how many data may be annealed together for their chains to fit the memory."""
+def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
+    """Return how many data points may be annealed together for their chains to fit the memory."""
     # Constants, not what happens to be free: the blocks decide which draws a seed gives.
-    budget = max_memory or (1 << 32 if inputs[0].device.type == "cuda" else 1 << 27)
-    few = few_of(model, guide, inputs, plate, 64)
-    scorer = PairScorer(model, guide, few, plate=plate)
-    size = budget // (_GRADIENT_MEMORY * scorer.bytes_per_datum * num_chains)
-    return max(2, min(_BLOCK, size))
+    budget = max_memory or (1 << 32 if pair.device.type == "cuda" else 1 << 27)
+    size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
+    return max(2, min(BLOCK, size))
 
 
 def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:
@@ -268,56 +248,47 @@ def annealed_weights(
     return log_weights, state, acceptance / (options.num_steps * options.num_transitions)
 
 
-class _Teller:
-    """Tell the progress of one block among others."""
-
-    def __init__(
-        self, report: Progress, done: list[dict[str, Tensor]], num_data: int, in_block: int
-    ) -> None:
-        self.report, self.done, self.num_data, self.in_block = report, done, num_data, in_block
-        self.before = sum(len(block["log_prob"]) for block in done)
-
-    def __call__(self, fraction: float) -> None:
-        if self.report.data is not None:
-            self.report.data(self.before + int(fraction * self.in_block), self.num_data)
-        if self.report.mean is not None and self.done:
-            self.report.mean(torch.cat([block["log_prob"] for block in self.done]).mean().item())
-
-
 def _anneal_block(
-    path: AnnealingPath, options: AnnealingOptions, tell: _Teller
-) -> tuple[dict[str, Tensor], PosteriorDraws]:
+    path: AnnealingPath, options: AnnealingOptions, positions: Tensor, report: Report
+) -> Block:
     tuning = tune(path, options)
-    position, scores = path.draw(options.num_chains)
+    position, densities = path.draw(options.num_chains)
     state = path.evaluate(position)
     _check_start(state)
     path.capture(position)
-    # 1 is told once the block's numbers are in.
     log_weights, state, acceptance = annealed_weights(
-        path, state, options, tuning, tell=lambda fraction: tell(min(fraction, 0.999))
+        path,
+        state,
+        options,
+        tuning,
+        # The last data point is told of once the block's numbers are in.
+        tell=lambda fraction: report.tell(min(fraction, 0.999) * len(positions)),
     )
     tail = TailWeights(options.num_chains)
     tail.add(log_weights)
     unknown = torch.full_like(acceptance, torch.nan)
+    rate, distortion = unknown, unknown
+    if densities is not None:
+        rate = (densities.log_proposal - densities.log_prior).mean(0)
+        distortion = -densities.log_likelihood.mean(0)
     num_transitions = options.num_steps * options.num_transitions
     evaluations = options.num_chains * (1 + num_transitions * _mean_length(options))
     per_datum = {
         **log_mean_weights(log_weights),
         "pareto_k": tail.pareto_k(),
-        "rate": unknown if scores is None else (scores.log_proposal - scores.log_prior).mean(0),
-        "distortion": unknown if scores is None else -scores.log_likelihood.mean(0),
+        "rate": rate,
+        "distortion": distortion,
         "acceptance": acceptance,
         "cost": torch.full_like(acceptance, math.ceil(evaluations) + tuning.cost, dtype=torch.long),
     }
     latents, _ = path.latents(state.position)
-    log_likelihood, _ = path.scorer.score(latents)
-    axes = path.scorer.data_axes
+    log_likelihood, _ = path.particles.score(latents)
     draws = PosteriorDraws(
-        {name: value.movedim(axes[name], 1).cpu() for name, value in latents.items()},
+        {name: value.cpu() for name, value in path.particles.data_first(latents).items()},
         log_likelihood.cpu(),
         log_weights.cpu(),
     )
-    return {name: value.cpu() for name, value in per_datum.items()}, draws
+    return Block(positions, {name: value.cpu() for name, value in per_datum.items()}, draws)
 
 
 def _check_start(state: State) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 
 

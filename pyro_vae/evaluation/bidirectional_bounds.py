@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import check_counts, check_optional_counts
 from pyro_vae.evaluation.ais import AnnealingOptions, annealed_weights, annealing_block_size, tune
-from pyro_vae.evaluation.blocks import block_scorers
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
-from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import Progress, open_pair
 from pyro_vae.pair.sites import Latents
+from pyro_vae.weights.particles import Particles
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def bidirectional(
     max_memory: int | None = None,
     plate: str = "data",
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Bidirectional:
     r"""Draw data from the model and bracket their log p(x) by annealing in both directions.
 
@@ -136,26 +137,28 @@ def bidirectional(
     options = AnnealingOptions(
         num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
     )
-    template = as_inputs(x, model, guide)
-    num_data = len(template[0]) if num_data is None else num_data
+    template = open_pair(model, guide, x, plate=plate)
+    num_data = template.num_data if num_data is None else num_data
     check_counts(num_data=num_data)
-    check_max_memory(max_memory)
+    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     bounds: list[Tensor] = []
     acceptance: list[Tensor] = []
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        inputs, latents = simulate(model, guide, template, num_data, plate)
-        size = annealing_block_size(model, guide, inputs, num_chains, plate, max_memory)
-        for rows, scorer in block_scorers(model, guide, inputs, plate, size, progress):
+    with template.evaluating(seed):
+        pair, latents = simulate(template, num_data)
+        size = annealing_block_size(pair, num_chains, max_memory)
+        for rows, part in pair.blocks(size, progress):
+            path = AnnealingPath(Particles(part), start)
             drawn = {
-                name: value.movedim(axis, 0)[rows].movedim(0, axis)
-                for name, (value, axis) in latents.items()
+                n: value[rows].movedim(0, path.particles.axes[n]) for n, value in latents.items()
             }
-            both, accepted = _both_ways(AnnealingPath(scorer, start), options, drawn)
+            both, accepted = _both_ways(path, options, drawn)
             bounds.append(both)
             acceptance.append(accepted)
     lower, upper = torch.cat(bounds, dim=1)
-    return Bidirectional(lower, upper, inputs, num_chains, num_steps, torch.cat(acceptance, dim=1))
+    return Bidirectional(
+        lower, upper, pair.inputs, num_chains, num_steps, torch.cat(acceptance, dim=1)
+    )
 
 
 def _both_ways(

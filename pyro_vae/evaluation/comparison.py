@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, whole_number
+from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import (
@@ -29,13 +28,11 @@ from pyro_vae.evaluation.comparison_training import (
     train_pairs,
 )
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.hmc import AnnealingPath
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.observed_likelihoods import Observed, check_comparable, observed_sites
-from pyro_vae.evaluation.options import check_max_memory
-from pyro_vae.evaluation.quadrature import latent_on_grid, posterior_divergence
+from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.infer.training import FitResult
 from pyro_vae.pair.functions import (
@@ -48,8 +45,8 @@ from pyro_vae.pair.functions import (
     seeded,
 )
 from pyro_vae.pair.inputs import as_inputs, check_data
-from pyro_vae.pair.opened import OpenedPair
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import BLOCK, OpenedPair
+from pyro_vae.weights.particles import Particles
 
 Data = Tensor | Sequence[Tensor]
 
@@ -57,11 +54,10 @@ Data = Tensor | Sequence[Tensor]
 class _Settings(NamedTuple):
     """How each pair is measured."""
 
-    methods: tuple[str, ...]
-    num_samples: int
+    importance: ImportanceOptions
     num_elbo_samples: int
     num_importance: int
-    annealing_options: dict[str, Any]
+    annealing: AnnealingOptions | None
     posterior: str | None
     max_memory: int | None
     plate: str
@@ -138,14 +134,13 @@ def compare(
     _check_pairs(pairs)
     annealing = _check_options(methods, annealing_options, posterior, hold)
     fitting = check_fit_options(fit_options, trains=train is not None)
-    check_max_memory(max_memory)
+    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     as_inputs(x)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     settings = _Settings(
-        tuple(methods),
-        whole_number("num_samples", num_samples, least=1),
+        ImportanceOptions(whole_number("num_samples", num_samples, least=1)),
         whole_number("num_elbo_samples", num_elbo_samples, least=1),
         whole_number("num_importance", num_importance, least=1),
         annealing,
@@ -176,7 +171,9 @@ def compare(
                 name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
                 for name, pair in opened.items()
             }
-    return Comparison(runs, likelihood, settings.num_importance, settings.num_samples, hold, seed)
+    return Comparison(
+        runs, likelihood, settings.num_importance, settings.importance.num_samples, hold, seed
+    )
 
 
 def _check_pairs(pairs: Mapping[str, Pair]) -> None:
@@ -199,8 +196,8 @@ def _check_options(
     annealing_options: Mapping[str, Any] | None,
     posterior: str | None,
     hold: str | None,
-) -> dict[str, Any]:
-    """Refuse options out of range or without effect; return annealing's as given."""
+) -> AnnealingOptions | None:
+    """Refuse options out of range or without effect; return annealing's where it is asked for."""
     named = isinstance(methods, Iterable) and not isinstance(methods, str)
     if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
         raise InputError(
@@ -214,13 +211,13 @@ def _check_options(
     known = set(AnnealingOptions.__dataclass_fields__)
     for name in set(options) - known:
         raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
-    AnnealingOptions(**options)
+    annealing = AnnealingOptions(**options)
     if options and "annealed" not in methods:
         raise InputError(
             f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
             "leave them out, or ask for annealing"
         )
-    return options
+    return annealing if "annealed" in methods else None
 
 
 def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
@@ -246,6 +243,7 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     """Return what a pair observes and what trains of it; refuse what can't be measured as asked."""
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
+        Particles(pair)  # refuses a pair that has no weights
         observed, (model_trace, guide_trace) = observed_sites(pair)
         _check_grid(guide_trace, min(pair.num_data, pair.split()[0].stop), settings)
     in_guide = parameters_in(guide_trace)
@@ -286,50 +284,26 @@ def _measure(
     owned: Trained,
     fit: FitResult | None,
 ) -> Measured:
-    common: dict[str, Any] = {"plate": settings.plate, "max_memory": settings.max_memory}
+    def run(measure: Callable[..., Any], number: int, what: str, *how: Any, **options: Any) -> Any:
+        """Measure by a seed of its own: log p(x) is to be independent of the bounds."""
 
-    def share(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: report(name, what, done / total)
+        def share(done: int, total: int) -> None:
+            report(name, what, done / total)
 
-    with pair.evaluating(settings.seed):
-        bounds = measure_bounds(
-            pair.model,
-            pair.guide,
-            pair.inputs,
-            num_samples=settings.num_elbo_samples,
-            num_importance=settings.num_importance,
-            progress=share("bounds"),
-            **common,
-        )
+        with pair.evaluating((settings.seed + number) % 2**32):
+            return measure(pair, *how, max_memory=settings.max_memory, progress=share, **options)
+
+    draws = {"num_samples": settings.num_elbo_samples, "num_importance": settings.num_importance}
+    bounds = run(measure_bounds, 0, "bounds", **draws)
     start = time.perf_counter()
-    estimate = _log_marginal(
-        pair,
-        num_samples=settings.num_samples,
-        seed=_after(settings.seed, 1),
-        progress=share("log p(x)"),
-        **common,
-    )
+    estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
     annealed = divergence = None
-    if "annealed" in settings.methods and _can_be_annealed(pair, settings):
-        found = _log_marginal(
-            pair,
-            method="annealed",
-            seed=_after(settings.seed, 2),
-            progress=share("log p(x), annealed"),
-            **common,
-            **settings.annealing_options,
-        )
+    if settings.annealing and _can_be_annealed(pair, settings.annealing, settings.seed):
+        found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
     if settings.posterior == "quadrature":
-        exact = posterior_divergence(
-            pair.model,
-            pair.guide,
-            pair.inputs,
-            seed=settings.seed,
-            progress=share("posterior"),
-            **common,
-        )
+        exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
@@ -346,26 +320,13 @@ def _measure(
     )
 
 
-def _log_marginal(pair: OpenedPair, **options: Any) -> LogMarginal:
-    with warnings.catch_warnings():
-        # The table says how many data points have k > 0.7.
-        warnings.filterwarnings("ignore", message=r"\d+ of \d+ data have Pareto k")
-        return log_marginal(pair.model, pair.guide, pair.inputs, **options)
-
-
-def _can_be_annealed(pair: OpenedPair, settings: _Settings) -> bool:
-    start = settings.annealing_options.get("start", "guide")
-    with pair.evaluating(settings.seed):
+def _can_be_annealed(pair: OpenedPair, annealing: AnnealingOptions, seed: int) -> bool:
+    with pair.evaluating(seed):
         try:
-            AnnealingPath(PairScorer.of(pair.part(pair.split()[0])), start)
+            AnnealingPath(Particles(pair.few(BLOCK)), annealing.start)
         except InputError:
             return False
     return True
-
-
-def _after(seed: int, number: int) -> int:
-    """Return another seed: log p(x) is to be independent of the bounds."""
-    return (seed + number) % 2**32
 
 
 def _silent(name: str, what: str, share: float) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name, whole_number
-from pyro_vae.evaluation.blocks import rows_of
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import PairFunction
@@ -79,7 +78,7 @@ def check_training(
     drawn_anew = isinstance(train, Dataset) and train.binarize == "dynamic"
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)
     batch_size = whole_number("a batch size", options.get("batch_size", 128), least=1)  # fit's own
-    batch = rows_of(inputs, slice(batch_size))
+    batch = tuple(value[:batch_size] for value in inputs)
     for model, guide in pairs:
         check_data(model, inputs)
         if drawn_anew or options.get("transform") is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +10,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.evaluation.blocks import block_scorers, memory_budget
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import OpenedPair, Progress
 from pyro_vae.pair.sites import TracePair, data_dim, latent_sites, sample_sites, sum_to
-from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
-
-# Data that share one pass of the guide.
-_BLOCK = 1024
+from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
 
-@dataclass(frozen=True)
-class PerDatum:
+class PerDatum(NamedTuple):
     """One quantity per datum with its Monte Carlo standard error, both ``(N,)``, nats, on the CPU."""
 
     value: Tensor
@@ -66,49 +58,40 @@ class Bounds(NamedTuple):
 
 
 def measure_bounds(
-    model: PairFunction,
-    guide: PairFunction,
-    inputs: Inputs,
+    pair: OpenedPair,
     *,
     num_samples: int,
     num_importance: int = 50,
-    plate: str = "data",
     max_memory: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Bounds:
-    """Measure the bounds from draws of the guide; the caller holds lock, mode, seed and no_grad.
+    """Measure the bounds of a pair that is open from draws of its guide.
 
     Where the KL has a closed form the distortion is minus the mean log weight minus that KL: the mean
     log weight varies least, not at all where q is the posterior.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function.
-        inputs: the pair's inputs.
+        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
         num_samples: draws per datum, rounded up to a multiple of ``num_importance``.
         num_importance: draws in one importance-weighted bound, k.
-        plate: name of the data plate.
         max_memory: bytes that a chunk may need.
-        progress: called with (data done, N).
+        progress: called with (data points done, N).
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 8.
     """
-    budget = max_memory or memory_budget(inputs[0].device)
     # One group has no spread: a standard error takes two.
     num_groups = max(2, -(-num_samples // num_importance))
-    parts: list[Bounds] = []
-    for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
-        parts.append(_measure_block(scorer, num_groups, num_importance, budget))
+    budget = pair.memory(max_memory)
+    parts = [
+        _measure_block(Particles(part), num_groups, num_importance, budget)
+        for _, part in pair.blocks(progress=progress)
+    ]
     elbo, iwae, rate, distortion = (
-        PerDatum(
-            torch.cat([quantity.value for quantity in column]),
-            torch.cat([quantity.standard_error for quantity in column]),
-        )
+        PerDatum(*map(torch.cat, zip(*column, strict=True)))
         for column in zip(*(part[:4] for part in parts), strict=True)
     )
-    exact = all(part.exact_kl for part in parts)
-    return Bounds(elbo, iwae, rate, distortion, exact_kl=exact)
+    return Bounds(elbo, iwae, rate, distortion, exact_kl=all(part.exact_kl for part in parts))
 
 
 def single_latent(trace: Trace) -> dict[str, Any] | None:
@@ -117,23 +100,26 @@ def single_latent(trace: Trace) -> dict[str, Any] | None:
     return sites[0] if len(sites) == 1 else None
 
 
-def _measure_block(scorer: PairScorer, num_groups: int, num_importance: int, budget: int) -> Bounds:
-    moments = {name: _Moments() for name in ("elbo", "iwae", "rate", "distortion")}
-    at_once = max(1, budget // (scorer.bytes_per_datum * scorer.num_data))
+def _measure_block(particles: Particles, num_groups: int, num_importance: int, budget: int) -> Bounds:
+    moments = {name: Moments() for name in ("elbo", "iwae", "rate", "distortion")}
+    at_once = max(1, budget // (particles.bytes_per_datum * particles.num_data))
     for _ in range(num_groups):
         chunks = [
-            scorer.draw(min(at_once, num_importance - first))
+            particles.draw(min(at_once, num_importance - first))
             for first in range(0, num_importance, at_once)
         ]
-        scores = LogDensities(*(torch.cat(terms) for terms in zip(*chunks, strict=True)))
-        check_weights(scores)
-        moments["elbo"].add(scores.log_weights)
-        bound = scores.log_weights.logsumexp(0) - math.log(num_importance)
-        moments["iwae"].add(bound[None])
-        moments["rate"].add(scores.log_proposal - scores.log_prior)
-        moments["distortion"].add(-scores.log_likelihood)
-    measured = {name: moment.result() for name, moment in moments.items()}
-    kl = _exact_kl(scorer.traces(), scorer.plate)
+        densities = LogDensities(*(torch.cat(terms) for terms in zip(*chunks, strict=True)))
+        check_weights(densities)
+        log_weights = densities.log_weights
+        moments["elbo"].add(log_weights)
+        moments["iwae"].add(log_weights.logsumexp(0, keepdim=True) - math.log(num_importance))
+        moments["rate"].add(densities.log_proposal - densities.log_prior)
+        moments["distortion"].add(-densities.log_likelihood)
+    measured = {
+        name: PerDatum(each.mean().cpu(), each.standard_error().cpu())
+        for name, each in moments.items()
+    }
+    kl = _exact_kl(particles.traces(), particles.pair.plate)
     if kl is not None:
         kl = kl.cpu()
         elbo = measured["elbo"]
@@ -142,14 +128,15 @@ def _measure_block(scorer: PairScorer, num_groups: int, num_importance: int, bud
     return Bounds(**measured, exact_kl=kl is not None)
 
 
-class _Moments:
-    """Mean of rows that stream by and its standard error."""
+class Moments:
+    """Mean of rows that stream by, its standard error and the rows' variance, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
-        """Add ``(K, N)``."""
+        """Add ``(K, ...)``."""
+        rows = rows.double()
         if not self.count:
             # Sums of deviations from a first guess lose no digits to the mean's size.
             first = rows.mean(0)
@@ -160,12 +147,19 @@ class _Moments:
         self.sum_squares = self.sum_squares + deviation.square().sum(0)
         self.count += len(rows)
 
-    def result(self) -> PerDatum:
-        """Return mean and standard error, ``(N,)`` each; infinite error where the mean is."""
-        mean = self.sum / self.count
-        variance = (self.sum_squares / self.count - mean.square()).clamp(min=0) / (self.count - 1)
-        error = torch.where(mean.isfinite(), variance.sqrt(), math.inf)
-        return PerDatum((self.shift + mean).cpu(), error.cpu())
+    def mean(self) -> Tensor:
+        """Return the mean, of one row's shape."""
+        return self.shift + self.sum / self.count
+
+    def variance(self) -> Tensor:
+        """Return the unbiased variance; NaN of a single row."""
+        spread = (self.sum_squares / self.count - (self.sum / self.count).square()).clamp(min=0)
+        return spread * self.count / (self.count - 1) if self.count > 1 else spread * math.nan
+
+    def standard_error(self) -> Tensor:
+        """Return the standard error of the mean; infinite where the mean is."""
+        error = (self.variance() / self.count).sqrt()
+        return torch.where(self.sum.isfinite(), error, math.inf)
 
 
 def _exact_kl(traces: TracePair, plate: str) -> Tensor | None:

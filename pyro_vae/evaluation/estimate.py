@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.arviz import resampled_posterior
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
+from pyro_vae.pair.opened import Progress
 
 
 class Convergence(NamedTuple):
@@ -201,3 +202,91 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
             f"log p(x) is probably too low and their standard error too small; use {advice}",
             stacklevel=stacklevel + 1,
         )
+
+
+class Report:
+    """Tells how far an estimate has come, and its mean over the data points so far."""
+
+    def __init__(
+        self,
+        num_data: int,
+        progress: Progress | None = None,
+        running_mean: Callable[[float], None] | None = None,
+    ) -> None:
+        self.num_data, self.progress, self.running_mean = num_data, progress, running_mean
+        self.done, self.total = 0, 0.0
+
+    def tell(self, in_block: float = 0, so_far: Callable[[], Tensor] | None = None) -> None:
+        """Tell of the finished blocks and one that is under way.
+
+        Args:
+            in_block: how many of its data points count as done.
+            so_far: returns its estimates so far.
+        """
+        if self.progress is not None:
+            self.progress(self.done + int(in_block), self.num_data)
+        if self.running_mean is not None:
+            begun = torch.zeros(0) if so_far is None else so_far()
+            count = self.done + len(begun)
+            if count:
+                self.running_mean((self.total + begun.sum().item()) / count)
+
+    def finish(self, log_prob: Tensor) -> None:
+        """Take in the estimates of a finished block."""
+        self.done, self.total = self.done + len(log_prob), self.total + log_prob.sum().item()
+
+
+class Block(NamedTuple):
+    """What a block of the data gave, on the CPU.
+
+    Attributes:
+        positions: which data points these are, ``(n,)``.
+        per_datum: fields of :class:`LogMarginal` by name, ``(n,)`` each.
+        draws: weighted draws that were kept.
+        convergence: estimates after fewer samples.
+    """
+
+    positions: Tensor
+    per_datum: dict[str, Tensor]
+    draws: PosteriorDraws
+    convergence: Convergence | None = None
+
+
+def join_blocks(
+    blocks: list[Block], *, keep_draws: int | None = None, convergence: bool = False, **fields: Any
+) -> LogMarginal:
+    """Put the blocks' data points back in their order.
+
+    Args:
+        blocks: of all data points.
+        keep_draws: the most draws kept of each, besides as many as every block has.
+        convergence: whether the blocks' convergence is of the same numbers of samples.
+        fields: further fields of the estimate.
+    """
+    order = torch.cat([block.positions for block in blocks]).argsort()
+
+    def join(parts: list[Tensor], dim: int = 0) -> Tensor:
+        return torch.cat(parts, dim).index_select(dim, order)
+
+    joined: dict[str, Any] = {
+        n: join([block.per_datum[n] for block in blocks]) for n in blocks[0].per_datum
+    }
+    kept = min(len(block.draws.log_weights) for block in blocks)
+    kept = kept if keep_draws is None else min(kept, keep_draws)
+
+    def join_draws(parts: list[Tensor]) -> Tensor:
+        return join([part[:kept] for part in parts], 1)
+
+    draws = history = None
+    if kept:
+        parts = [block.draws for block in blocks]
+        draws = PosteriorDraws(
+            {name: join_draws([part.latents[name] for part in parts]) for name in parts[0].latents},
+            join_draws([part.log_likelihood for part in parts]),
+            join_draws([part.log_weights for part in parts]),
+        )
+    histories = [block.convergence for block in blocks if block.convergence is not None]
+    if convergence and histories:
+        log_prob = join([each.log_prob for each in histories], 1)
+        history = Convergence(histories[0].num_samples, log_prob)
+    return LogMarginal(**joined, convergence=history, draws=draws, **fields)

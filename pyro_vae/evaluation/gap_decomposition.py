@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, real_number
+from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.options import check_counts, check_max_memory
+from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.semi_amortized import Refinement, family_of
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import Progress, open_pair
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def inference_gaps(
     max_memory: int | None = None,
     plate: str = "data",
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> InferenceGaps:
     r"""Split log p(x) - ELBO into the family's part and the encoder's.
 
@@ -160,23 +159,23 @@ def inference_gaps(
     )
     if not 0 < real_number("tolerance", tolerance) < math.inf:
         raise InputError(f"expected a tolerance above 0, got {tolerance}")
-    check_max_memory(max_memory)
+    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
+    pair = open_pair(model, guide, x, plate=plate)
     if estimate is not None:
-        _check_estimate(estimate, len(inputs[0]))
+        _check_estimate(estimate, pair.num_data)
     family = family_of(guide, family)
-    search = Refinement(model, guide, family, plate, num_optimization_samples, max_steps, tolerance)
-    options: dict[str, Any] = {"plate": plate, "max_memory": max_memory}
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide, family), seeded(seed):
-        refined, num_steps, converged = search.run(inputs, max_memory, progress)
-        elbo = measure_bounds(model, guide, inputs, num_samples=num_samples, **options).elbo
-        best = measure_bounds(model, refined, inputs, num_samples=num_samples, **options).elbo
+    search = Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
+    with pair.evaluating(seed, family):
+        refined, num_steps, converged = search.run(max_memory, progress)
+        elbo, best = (
+            measure_bounds(each, num_samples=num_samples, max_memory=max_memory).elbo
+            for each in (pair, refined)
+        )
         if estimate is None:
-            estimate = log_marginal(
-                model, refined, inputs, num_samples=num_importance_samples, **options
-            )
+            options = ImportanceOptions(num_importance_samples)
+            estimate = estimate_log_prob(refined, options, max_memory=max_memory)
+            warn_if_unreliable(estimate, stacklevel=2)
     return InferenceGaps(
         estimate.log_prob,
         estimate.standard_error,
@@ -184,7 +183,7 @@ def inference_gaps(
         elbo.standard_error,
         best.value,
         best.standard_error,
-        refined,
+        refined.guide,
         estimate,
         num_steps,
         converged,

@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, real_number
+from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
-from pyro_vae.evaluation.blocks import (
-    Progress,
-    blocks_of,
-    can_be_split,
-    memory_budget,
-    rows_of,
+from pyro_vae.evaluation.compiled_score import compiled_score
+from pyro_vae.evaluation.estimate import (
+    Block,
+    Convergence,
+    LogMarginal,
+    PosteriorDraws,
+    Report,
+    join_blocks,
+    summarise,
+    warn_if_unreliable,
 )
-from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
-from pyro_vae.evaluation.options import check_counts, check_max_memory
-from pyro_vae.evaluation.streaming import Block, Stream, join_blocks
+from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.sites import Latents
+from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
-# Data that share one pass of the guide: enough to fill the arithmetic units, few enough that many
-# particles of each fit beside them.
-_BLOCK = 1024
+Terms = tuple[Tensor, Tensor]
 
 # Bytes of the draws kept for ArviZ by default.
 _KEPT_BYTES = 1 << 23
 
+# Bytes of latents drawn in one pass of the guide: small beside any budget, so that the draws of a
+# seed don't depend on how much memory happens to be free.
+_DRAWN_BYTES = 1 << 24
+
 # The target's variance is estimated from the pilot; so many fresh samples at least make the delta
 # method and the tail index meaningful for the data that need hardly any.
 _FEWEST_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """How to sample: the options of :func:`log_marginal` of the same names.
+
+    Raises:
+        InputError: an option out of range or without effect.
+    """
+
+    num_samples: int = 5000
+    target_standard_error: float | None = None
+    max_samples: int | None = None
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        target = self.target_standard_error
+        check_counts(num_samples=self.num_samples)
+        check_optional_counts(max_samples=self.max_samples)
+        if self.compile not in (None, True, False):
+            raise InputError(f"expected compile as None, True or False, got {self.compile!r}")
+        if target is None:
+            if self.max_samples is not None:
+                raise InputError(
+                    "expected target_standard_error with max_samples, got none: pass both"
+                )
+        elif not 0 < real_number("target_standard_error", target) < math.inf:
+            raise InputError(f"expected a target_standard_error above 0, got {target}")
+        elif self.num_samples < 2:
+            raise InputError(
+                "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
+            )
 
 
 def log_marginal(
@@ -106,170 +145,263 @@ def log_marginal(
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    _check_options(num_samples, method, target_standard_error, max_samples, keep_draws, compile)
-    check_max_memory(max_memory)
+    if method not in ("importance", "annealed"):
+        raise InputError(f"expected method 'importance' or 'annealed', got {method!r}")
+    options: ImportanceOptions | AnnealingOptions
+    options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
+    if method == "annealed":
+        _refuse_without_effect(options)
+        options = AnnealingOptions(
+            num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
+        )
+    check_optional_counts(max_memory=max_memory)
+    check_optional_counts(keep_draws=keep_draws, least=0)
     check_callables(progress=progress, running_mean=running_mean)
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
-    report = Progress(progress, running_mean)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        if method == "annealed":
-            options = AnnealingOptions(
-                num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
-            )
-            estimate = anneal(
-                model,
-                guide,
-                inputs,
-                options,
-                plate=plate,
-                max_memory=max_memory,
-                report=report,
-                keep_draws=keep_draws,
-            )
-        else:
-            budget = max_memory or memory_budget(inputs[0].device)
-            sampler = _Sampler(model, guide, inputs, plate, budget, keep_draws, compile, report)
-            if target_standard_error is None:
-                estimate = sampler.run(num_samples)
-            else:
-                most = max_samples or 20 * num_samples
-                estimate = sampler.run_to_target(num_samples, target_standard_error, most)
-            warn_if_unreliable(estimate, stacklevel=2)
+    pair = open_pair(model, guide, x, plate=plate)
+    report = Report(pair.num_data, progress, running_mean)
+    with pair.evaluating(seed):
+        estimate = estimate_log_prob(
+            pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
+        )
+    warn_if_unreliable(estimate, stacklevel=2)
     return estimate
 
 
-def _check_options(
-    num_samples: int,
-    method: str,
-    target: float | None,
-    max_samples: int | None,
-    keep_draws: int | None,
-    compile: bool | None,
-) -> None:
-    check_counts(num_samples=num_samples)
-    if method not in ("importance", "annealed"):
-        raise InputError(f"expected method 'importance' or 'annealed', got {method!r}")
-    if compile not in (None, True, False):
-        raise InputError(f"expected compile as None, True or False, got {compile!r}")
-    if compile and method == "annealed":
+def _refuse_without_effect(options: ImportanceOptions) -> None:
+    """Refuse options of importance sampling that annealing has no use for."""
+    if options.compile:
         raise InputError(
             "expected method='importance' with compile=True, got 'annealed': leave it out"
         )
-    if keep_draws is not None:
-        check_counts(keep_draws=keep_draws, least=0)
-    if max_samples is not None:
-        check_counts(max_samples=max_samples)
-        if target is None:
-            raise InputError("expected target_standard_error with max_samples, got none: pass both")
-    if target is not None:
-        if method != "importance":
-            raise InputError(
-                "expected method='importance' with target_standard_error, got 'annealed': "
-                "set num_chains and num_steps instead"
-            )
-        if not 0 < real_number("target_standard_error", target) < math.inf:
-            raise InputError(f"expected a target_standard_error above 0, got {target}")
-        if num_samples < 2:
-            raise InputError(
-                "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
-            )
-
-
-class _Sampler:
-    """Importance sampling of one data set, block by block."""
-
-    def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        inputs: Inputs,
-        plate: str,
-        budget: int,
-        keep_draws: int | None,
-        compile: bool | None,
-        report: Progress,
-    ) -> None:
-        self.model, self.guide, self.inputs, self.plate = model, guide, inputs, plate
-        self.budget, self.keep_draws, self.compile, self.report = budget, keep_draws, compile, report
-        self.num_data = len(inputs[0])
-
-    def run(self, num_samples: int) -> LogMarginal:
-        """Take as many samples of every datum."""
-        everything = torch.arange(self.num_data)
-        blocks = self._sample(everything, num_samples, self._kept(num_samples), [])
-        counts = torch.full((self.num_data,), num_samples)
-        return join_blocks(blocks, counts, counts)
-
-    def run_to_target(self, num_pilot: int, target: float, most: int) -> LogMarginal:
-        """Let a pilot decide how many fresh samples each datum gets."""
-        everything = torch.arange(self.num_data)
-        quiet = _Sampler(
-            self.model,
-            self.guide,
-            self.inputs,
-            self.plate,
-            self.budget,
-            0,
-            self.compile,
-            Progress(None, None),
+    if options.target_standard_error is not None:
+        raise InputError(
+            "expected method='importance' with target_standard_error, got 'annealed': "
+            "set num_chains and num_steps instead"
         )
-        pilot = quiet.run(num_pilot)
-        wanted = num_pilot * (pilot.standard_error / target).square()
-        # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
-        steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
-        counts = (1.25**steps).ceil().long().clamp(min(_FEWEST_SAMPLES, most), most)
-        if not can_be_split(self.model, self.guide, self.inputs, self.plate):
-            counts = counts.max().expand(self.num_data)
-        kept = self._kept(int(counts.min()))
-        blocks: list[Block] = []
-        for count in counts.unique().tolist():
-            blocks += self._sample(everything[counts == count], count, kept, blocks)
-        return join_blocks(blocks, counts, counts + num_pilot, convergence=False)
-
-    def _kept(self, num_samples: int) -> int:
-        return num_samples if self.keep_draws is None else min(num_samples, self.keep_draws)
-
-    def _sample(
-        self, positions: Tensor, num_samples: int, kept: int, before: list[Block]
-    ) -> list[Block]:
-        """Sample the data at these positions; ``before`` are blocks done earlier, for the report."""
-        blocks: list[Block] = []
-        whole = len(positions) == self.num_data
-        selected = self.inputs if whole else _picked(self.inputs, positions)
-        size = None
-        for rows in blocks_of(self.model, self.guide, selected, self.plate, _BLOCK):
-            block = rows_of(selected, rows)
-            size = size or len(block[0])
-            # Blocks of one size share one compiled program: the last is filled up by its last datum.
-            block = tuple(_filled(value, size) for value in block)
-            scorer = PairScorer(self.model, self.guide, block, plate=self.plate)
-            if self.keep_draws is None:
-                elements = sum(math.prod(shape) for shape in scorer.latent_shapes.values())
-                bytes_per_draw = (8 * elements + 16 * len(block[0])) * self.num_data
-                kept = min(kept, _KEPT_BYTES * len(block[0]) // bytes_per_draw)
-            done = before + blocks
-            stream = Stream(scorer, num_samples, self.budget, kept)
-            for fraction in stream.run(self.compile):
-                self._tell(done, fraction, stream)
-            blocks.append(stream.result(positions[rows]))
-        return blocks
-
-    def _tell(self, done: list[Block], fraction: float, stream: Stream) -> None:
-        data_done = sum(len(block.positions) for block in done)
-        if self.report.data is not None:
-            done_now = data_done + int(fraction * stream.num_data)
-            self.report.data(min(done_now, self.num_data), self.num_data)
-        if self.report.mean is not None:
-            sums = [block.per_datum["log_prob"].sum() for block in done]
-            sums.append(stream.moments.result()["log_prob"].sum().cpu())
-            self.report.mean(torch.stack(sums).sum().item() / (data_done + stream.num_data))
 
 
-def _picked(inputs: Inputs, positions: Tensor) -> Inputs:
-    return tuple(value[positions.to(value.device)] for value in inputs)
+def estimate_log_prob(
+    pair: OpenedPair,
+    options: ImportanceOptions | AnnealingOptions,
+    *,
+    max_memory: int | None = None,
+    keep_draws: int | None = None,
+    progress: Progress | None = None,
+    report: Report | None = None,
+) -> LogMarginal:
+    """Estimate log p(x) of a pair that is open; warn of nothing.
+
+    Args:
+        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
+        options: how to estimate, which says by which method.
+        max_memory: bytes that a chunk may need.
+        keep_draws: weighted draws per datum to keep.
+        progress: called with (data points done, N).
+        report: who is told besides; in place of ``progress``.
+    """
+    report = report or Report(pair.num_data, progress)
+    if isinstance(options, AnnealingOptions):
+        return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
+    target, num_pilot = options.target_standard_error, options.num_samples
+    counts = torch.full((pair.num_data,), num_pilot)
+    budget = pair.memory(max_memory)
+    if target is None:
+        blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+        return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True)
+    pilot = join_blocks(
+        _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data)),
+        num_samples=counts,
+        cost=counts,
+    )
+    most = options.max_samples or 20 * num_pilot
+    wanted = num_pilot * (pilot.standard_error / target).square()
+    # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
+    steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
+    counts = (1.25**steps).ceil().long().clamp(min(_FEWEST_SAMPLES, most), most)
+    if not pair.is_divisible():
+        counts = counts.max().expand(pair.num_data)
+    blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+    return join_blocks(blocks, num_samples=counts, cost=counts + num_pilot)
 
 
-def _filled(value: Tensor, size: int) -> Tensor:
-    missing = size - len(value)
-    return torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) if missing else value
+def _sample_all(
+    pair: OpenedPair,
+    counts: Tensor,
+    budget: int,
+    keep_draws: int | None,
+    compile: bool | None,
+    report: Report,
+) -> list[Block]:
+    """Take so many samples of each data point, those of one number together."""
+    blocks = []
+    fewest = int(counts.min())
+    for count in counts.unique().tolist():
+        for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
+            particles = Particles(part)
+            most = _most_kept(particles, pair.num_data) if keep_draws is None else keep_draws
+            stream = _Stream(particles, count, budget, min(fewest, most))
+            for fraction in stream.run(compile):
+                report.tell(fraction * len(positions), partial(stream.log_prob, len(positions)))
+            blocks.append(stream.result(positions))
+            report.finish(blocks[-1].per_datum["log_prob"])
+    return blocks
+
+
+def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
+    """Yield blocks of some data points: which they are, and the pair of these.
+
+    Blocks of one size share one compiled program: the last is filled up by its last data point.
+    """
+    size = len(positions)
+    if pair.num_data > BLOCK and pair.is_divisible():
+        size = math.ceil(size / math.ceil(size / BLOCK))
+    for own in positions.split(size):
+        yield own, pair.part(torch.cat([own, own[-1:].expand(size - len(own))]))
+
+
+def _most_kept(particles: Particles, num_data: int) -> int:
+    """Return how many draws of each data point are kept by default."""
+    elements = sum(shape.numel() for shape in particles.latent_shapes.values())
+    bytes_per_draw = (8 * elements + 16 * particles.num_data) * num_data
+    return _KEPT_BYTES * particles.num_data // bytes_per_draw
+
+
+class _Stream:
+    """All samples of one block: drawn and scored in chunks that fit the memory budget."""
+
+    def __init__(self, particles: Particles, num_samples: int, budget: int, kept: int) -> None:
+        self.particles, self.num_samples, self.kept = particles, num_samples, kept
+        self.moments = _RunningMoments()
+        self.tail = TailWeights(num_samples)
+        self.checkpoints = _checkpoints(num_samples)
+        self.history: list[Tensor] = []
+        self.draws: list[tuple[Latents, Tensor, Tensor]] = []
+        # Half of the budget holds the latents drawn in one pass of the guide, the other half the
+        # chunk of them that the model scores. Chunks are of equal size, as far as possible.
+        scored = budget // (2 * particles.bytes_per_datum * particles.num_data)
+        scored = max(1, min(num_samples, scored))
+        self.scored_at_once = math.ceil(num_samples / math.ceil(num_samples / scored))
+        drawn = min(budget // 2, _DRAWN_BYTES) // particles.bytes_per_proposal()
+        chunks = max(1, drawn // self.scored_at_once)
+        self.drawn_at_once = min(num_samples, chunks * self.scored_at_once)
+
+    def run(self, compile: bool | None) -> Iterator[float]:
+        """Draw and score; yields the fraction done after every pass of the guide.
+
+        Args:
+            compile: whether to compile the model's score; None where that is repaid.
+        """
+        particles, size = self.particles, self.scored_at_once
+        score: Callable[[Latents], Terms] = particles.score
+        terms: Terms | None = None
+        for first in range(0, self.num_samples, self.drawn_at_once):
+            count = min(self.drawn_at_once, self.num_samples - first)
+            latents, log_proposal = particles.propose(count)
+            if first == 0 and size > 1:
+                work = self.num_samples * particles.num_data * particles.bytes_per_datum
+                shown = {name: value[:size] for name, value in latents.items()}
+                compiled = compiled_score(particles, shown, work, compile)
+                if compiled is not None:
+                    program, terms = compiled  # the terms of this chunk are there already
+                    score = partial(_pad_and_score, program, size)
+            scored = []
+            for start in range(0, count, size):
+                chunk = {name: value[start : start + size] for name, value in latents.items()}
+                scored.append(terms or score(chunk))
+                terms = None
+            # A chunk's weights are few: taken in by themselves they would cost more calls than sums.
+            log_likelihood, log_prior = map(torch.cat, zip(*scored, strict=True))
+            self._add(latents, LogDensities(log_likelihood, log_prior, log_proposal))
+            yield (first + count) / self.num_samples
+
+    def _add(self, latents: Latents, densities: LogDensities) -> None:
+        check_weights(densities)
+        self.tail.add(densities.log_weights)
+        missing = self.kept - self.moments.count
+        if missing > 0:
+            kept = {name: value[:missing].cpu() for name, value in latents.items()}
+            terms = (densities.log_likelihood[:missing].cpu(), densities.log_weights[:missing].cpu())
+            self.draws.append((kept, *terms))
+        while len(densities.log_proposal):
+            until = self.checkpoints[len(self.history)] - self.moments.count
+            self.moments.add(LogDensities(*(term[:until] for term in densities)))
+            densities = LogDensities(*(term[until:] for term in densities))
+            if self.moments.count == self.checkpoints[len(self.history)]:
+                self.history.append(self.moments.result()["log_prob"].cpu())
+
+    def log_prob(self, count: int) -> Tensor:
+        """Return the estimates so far of the first ``count`` data points."""
+        return self.moments.result()["log_prob"][:count]
+
+    def result(self, positions: Tensor) -> Block:
+        """Return what the block gave for its first data points, which stand at ``positions``."""
+        count = len(positions)
+        per_datum = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
+        return Block(
+            positions,
+            {name: value[:count].cpu() for name, value in per_datum.items()},
+            self._kept_draws(count),
+            Convergence(torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]),
+        )
+
+    def _kept_draws(self, count: int) -> PosteriorDraws:
+        if not self.draws:
+            nothing = torch.zeros(0, count, dtype=torch.float64)
+            return PosteriorDraws({}, nothing, nothing)
+        rows, *terms = zip(*self.draws, strict=True)
+        latents = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return PosteriorDraws(
+            {n: value[:, :count] for n, value in self.particles.data_first(latents).items()},
+            *(torch.cat(term)[:, :count] for term in terms),
+        )
+
+
+class _RunningMoments:
+    """Streaming sums over particles of w and w^2 (relative to the largest w), rate and distortion."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, densities: LogDensities) -> None:
+        log_weights = densities.log_weights
+        if not self.count:
+            zeros = torch.zeros_like(log_weights[0])
+            self.largest = zeros - math.inf
+            self.sum_weights = self.sum_squares = self.sum_rate = self.sum_distortion = zeros
+        largest = torch.maximum(self.largest, log_weights.amax(0))
+        # While every weight is 0 there is nothing to rescale; 0 stands in for -inf - (-inf).
+        shift = torch.where(largest.isneginf(), 0.0, largest)
+        rescale = (self.largest - shift).exp()
+        weights = (log_weights - shift).exp()
+        self.sum_weights = self.sum_weights * rescale + weights.sum(0)
+        self.sum_squares = self.sum_squares * rescale.square() + weights.square().sum(0)
+        self.largest = largest
+        self.sum_rate = self.sum_rate + (densities.log_proposal - densities.log_prior).sum(0)
+        self.sum_distortion = self.sum_distortion - densities.log_likelihood.sum(0)
+        self.count += len(log_weights)
+
+    def result(self) -> dict[str, Tensor]:
+        return {
+            **summarise(self.largest, self.sum_weights, self.sum_squares, self.count),
+            "rate": self.sum_rate / self.count,
+            "distortion": self.sum_distortion / self.count,
+        }
+
+
+def _checkpoints(num_samples: int) -> list[int]:
+    """Return numbers of samples 1, 2, 5, 10, 20, 50, ... up to ``num_samples``."""
+    powers = range(int(math.log10(num_samples)) + 1)
+    counts = {factor * 10**power for power in powers for factor in (1, 2, 5)}
+    return sorted(count for count in counts | {num_samples} if count <= num_samples)
+
+
+def _pad_and_score(score: Callable[[Latents], Terms], size: int, latents: Latents) -> Terms:
+    """Score latents by a function of ``size`` particles; the last one is repeated to fill up."""
+    count = len(next(iter(latents.values())))
+    if count < size:
+        latents = {
+            name: torch.cat([value, value[-1:].expand(size - count, *value.shape[1:])])
+            for name, value in latents.items()
+        }
+    log_likelihood, log_prior = score(latents)
+    return log_likelihood[:count], log_prior[:count]

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
+from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.evaluation.blocks import memory_budget
-from pyro_vae.evaluation.coordinates import coordinate_marginals, independent_coordinates
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.pair.contract import check_density_known
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.weights.particles import Particles
+
+_MEASURES = (
+    "mutual_information",
+    "mutual_information_upper",
+    "marginal_kl",
+    "total_correlation",
+    "dimension_wise_kl",
+)
 
 
 class Estimate(NamedTuple):
@@ -36,42 +45,34 @@ class _Coordinates(NamedTuple):
 
 
 def information(
-    model: PairFunction,
-    guide: PairFunction,
-    inputs: Inputs,
-    *,
-    num_samples: int,
-    max_memory: int | None,
-    plate: str,
+    pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
 ) -> dict[str, Any]:
-    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name."""
-    scorer = PairScorer(model, guide, inputs, plate=plate)
-    model_trace, guide_trace = scorer.traces()
+    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name.
+
+    Args:
+        pair: a pair that is open.
+        num_samples: draws of each datum's posterior.
+        max_memory: bytes that a block of scores may need.
+    """
+    particles = Particles(pair.part())
+    model_trace, guide_trace = particles.traces()
     check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
     prior = posterior = None
-    if len(scorer.latent_shapes) == 1:
-        (name,) = scorer.latent_shapes
+    if len(particles.axes) == 1:
+        (name,) = particles.axes
         sites = model_trace.nodes[name], guide_trace.nodes[name]
         if all(site["mask"] is None for site in sites):
             prior, posterior = (site["fn"] for site in sites)
-    coordinates = _coordinates(posterior, prior, scorer.num_data)
-    budget = max_memory or memory_budget(inputs[0].device)
-    rows = [_one_draw(scorer, coordinates, budget) for _ in range(num_samples)]
+    coordinates = _coordinates(posterior, prior, pair.num_data)
+    budget = pair.memory(max_memory)
+    rows = [_one_draw(particles, coordinates, budget) for _ in range(num_samples)]
     terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return (
-        _rates(terms, coordinates, posterior, prior)
-        | {
-            name: _estimate(terms[name]) if name in terms else None
-            for name in (
-                "mutual_information",
-                "mutual_information_upper",
-                "marginal_kl",
-                "total_correlation",
-                "dimension_wise_kl",
-            )
-        }
-        | {"unavailable": coordinates.unavailable}
-    )
+    measured = {name: _estimate(terms[name]) if name in terms else None for name in _MEASURES}
+    return {
+        **_rates(terms, coordinates, posterior, prior),
+        **measured,
+        "unavailable": coordinates.unavailable,
+    }
 
 
 def _coordinates(
@@ -83,8 +84,8 @@ def _coordinates(
     elif posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
         reason = "the latent is not one vector per datum"
     else:
-        of_posterior = coordinate_marginals(posterior)
-        of_prior = independent_coordinates(prior)
+        of_posterior = _coordinate_marginals(posterior)
+        of_prior = _independent_coordinates(prior)
         kinds = type(posterior).__name__, type(prior).__name__
         unavailable = {}
         if of_posterior is None:
@@ -96,23 +97,23 @@ def _coordinates(
                 if of_posterior is None
                 else f"the coordinates of {which} are not independent"
             )
-        both = independent_coordinates(posterior) is not None and of_prior is not None
+        both = _independent_coordinates(posterior) is not None and of_prior is not None
         if not both:
-            which = kinds[independent_coordinates(posterior) is not None]
+            which = kinds[_independent_coordinates(posterior) is not None]
             unavailable["kl_per_dimension"] = f"the coordinates of {which} are not independent"
         return _Coordinates(of_posterior, of_prior, both, unavailable)
     names = ("total_correlation", "dimension_wise_kl", "kl_per_dimension")
     return _Coordinates(None, None, False, dict.fromkeys(names, reason))
 
 
-def _one_draw(scorer: PairScorer, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
+def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
     """Draw each datum's posterior once; return the terms whose means are the measures, ``(N,)``."""
-    latents, proposal = scorer.propose(1)
-    _, log_prior = (score[0] for score in scorer.score(latents))
+    latents, proposal = particles.propose(1)
+    _, log_prior = (score[0] for score in particles.score(latents))
     own = proposal[0]
     # One row of latents per datum, the data's axis first.
-    rows = {name: value[0].movedim(scorer.data_axes[name], 0) for name, value in latents.items()}
-    aggregate, others, of_coordinates = _aggregate(scorer, coordinates, rows, own, budget)
+    rows = {name: value[0] for name, value in particles.data_first(latents).items()}
+    aggregate, others, of_coordinates = _aggregate(particles, coordinates, rows, own, budget)
     terms = {
         "rate": own - log_prior,
         "mutual_information": own - aggregate,
@@ -133,7 +134,7 @@ def _one_draw(scorer: PairScorer, coordinates: _Coordinates, budget: int) -> dic
 
 
 def _aggregate(
-    scorer: PairScorer,
+    particles: Particles,
     coordinates: _Coordinates,
     rows: Latents,
     own: Tensor,
@@ -144,7 +145,7 @@ def _aggregate(
     Returns:
         log q(z) ``(N,)``; the same without the draw's own datum; log q(z_d) ``(N, D)`` if known.
     """
-    num_data = scorer.num_data
+    num_data = particles.num_data
     elements = sum(value[0].numel() for value in rows.values())
     # The scores, and about as many intermediate values of each latent as an affine density makes.
     size = max(1, budget // (num_data * elements * 64))
@@ -152,8 +153,8 @@ def _aggregate(
     for start in range(0, num_data, size):
         part = slice(start, min(start + size, num_data))
         block = {name: value[part] for name, value in rows.items()}
-        scores = scorer.score_proposal(
-            {name: _shown_to_all(value, scorer, name) for name, value in block.items()}
+        scores = particles.score_proposal(
+            {name: _shown_to_all(value, particles, name) for name, value in block.items()}
         )
         positions = torch.arange(part.start, part.stop, device=scores.device)
         diagonal = positions - part.start, positions
@@ -169,12 +170,12 @@ def _aggregate(
     return torch.cat(aggregate), torch.cat(others), together
 
 
-def _shown_to_all(value: Tensor, scorer: PairScorer, name: str) -> Tensor:
+def _shown_to_all(value: Tensor, particles: Particles, name: str) -> Tensor:
     """Return latents ``(M, ...)`` as M particles, each of which gives every datum the same value."""
-    axis = scorer.data_axes[name]
+    axis = particles.axes[name]
     spread = value.unsqueeze(1).movedim(1, axis)
     shape = list(spread.shape)
-    shape[axis] = scorer.num_data
+    shape[axis] = particles.num_data
     return spread.expand(shape)
 
 
@@ -225,3 +226,36 @@ def _standard_error(terms: Tensor) -> Tensor:
     """
     num_samples, num_data = terms.shape[:2]
     return (terms.var(0).mean(0) / (num_samples * num_data)).sqrt()
+
+
+def _independent_coordinates(distribution: Distribution) -> Distribution | None:
+    """Return the distribution of the coordinates if they are independent, else None.
+
+    Args:
+        distribution: batch shape ``batch``, event shape ``(D,)``.
+
+    Returns:
+        batch shape ``(*batch, D)``, event shape ``()``.
+    """
+    if isinstance(distribution, ExpandedDistribution):
+        inner = _independent_coordinates(distribution.base_dist)
+        if inner is None:
+            return None
+        return inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
+    if not isinstance(distribution, Independent) or len(distribution.event_shape) != 1:
+        return None
+    base = distribution.base_dist
+    return None if base.event_shape else base
+
+
+def _coordinate_marginals(distribution: Distribution) -> Distribution | None:
+    """Return the distribution of each coordinate on its own, dependent or not, else None."""
+    if isinstance(distribution, TorchMultivariateNormal):
+        scale = distribution.variance.sqrt()
+        return dist.Normal(distribution.loc, scale, validate_args=False)
+    if isinstance(distribution, DiagonalNormalMixture):
+        components = dist.Normal(distribution.loc.mT, distribution.scale.mT, validate_args=False)
+        logits = distribution.log_weights[..., None, :].expand(components.batch_shape)
+        weights = dist.Categorical(logits=logits, validate_args=False)
+        return dist.MixtureSameFamily(weights, components, validate_args=False)
+    return _independent_coordinates(distribution)

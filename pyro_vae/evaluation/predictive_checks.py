@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import block_scorers
-from pyro_vae.evaluation.options import check_counts
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_data
-from pyro_vae.pair.sites import data_dim, observed_site
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.latent_codes import label_dimensions
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import open_pair
+from pyro_vae.pair.sites import observed_site, value_axis
+from pyro_vae.weights.particles import Particles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Statistic = Callable[[Tensor], Tensor]
-
-# Data that share one pass of the pair.
-_BLOCK = 1024
 
 _STATISTICS: dict[str, Statistic] = {
     "mean": lambda values: values.reshape(len(values), -1).mean(1),
@@ -115,23 +112,22 @@ def posterior_predictive(
     statistics = _STATISTICS if statistics is None else statistics
     if not statistics:
         raise InputError("expected at least one statistic, got none: leave it out for the default")
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
+    pair = open_pair(model, guide, x, plate=plate)
     seen: dict[str, list[Tensor]] = {name: [] for name in statistics}
     drawn: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
+    with pair.evaluating(seed):
+        for _, part in pair.blocks():
             replicated: dict[str, list[Tensor]] = {name: [] for name in statistics}
             for _ in range(num_draws):
-                trace, _ = scorer.traces()
+                trace, _ = part.trace()
                 site = trace.nodes[observed_site(trace, observed)]
-                axis = data_dim(site, plate) - site["fn"].event_dim
+                axis = value_axis(site, plate)
                 new = site["fn"].sample().movedim(axis, 0).double()
                 for name, statistic in statistics.items():
-                    replicated[name].append(_computed(name, statistic, new))
+                    replicated[name].append(_compute(name, statistic, new))
             values = site["value"].movedim(axis, 0).double()
             for name, statistic in statistics.items():
-                seen[name].append(_computed(name, statistic, values))
+                seen[name].append(_compute(name, statistic, values))
                 drawn[name].append(torch.stack(replicated[name]))
     return PosteriorPredictive(
         {name: torch.cat(parts) for name, parts in seen.items()},
@@ -139,7 +135,7 @@ def posterior_predictive(
     )
 
 
-def _computed(name: str, statistic: Statistic, values: Tensor) -> Tensor:
+def _compute(name: str, statistic: Statistic, values: Tensor) -> Tensor:
     """Return a statistic of data ``(N, ...)``, ``(N,)``; refuse one of another shape."""
     found = statistic(values)
     if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
@@ -228,30 +224,17 @@ def aggregate_posterior(
         lower bound", section 1.
     """
     check_counts(num_draws=num_draws)
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
+    pair = open_pair(model, guide, x, plate=plate)
     found: list[list[Tensor]] = [[], []]
-    labels: list[str] = []
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK):
-            both = (scorer.propose(num_draws)[0], scorer.propose_from_prior(num_draws))
-            for rows, latents in zip(found, both, strict=True):
-                flat = {
-                    name: latents[name]
-                    .movedim(axis, 1)
-                    .flatten(0, 1)
-                    .unsqueeze(-1)
-                    .flatten(1)
-                    .double()
-                    .cpu()
-                    for name, axis in scorer.data_axes.items()
-                    if name in both[1]  # auxiliary sites have no prior
+    with pair.evaluating(seed):
+        for _, part in pair.blocks():
+            particles = Particles(part)
+            prior = particles.data_first(particles.propose_from_prior(num_draws))
+            draws = particles.data_first(particles.propose(num_draws)[0])
+            for rows, latents in zip(found, (draws, prior), strict=True):
+                flat = {  # auxiliary sites have no prior
+                    n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in draws if n in prior
                 }
-                rows.append(torch.cat(list(flat.values()), dim=1))
-                labels = [
-                    name if value.shape[1] == 1 else f"{name}[{index}]"
-                    for name, value in flat.items()
-                    for index in range(value.shape[1])
-                ]
-    draws, prior = (torch.cat(rows) for rows in found)
-    return AggregatePosterior(draws, prior, labels)
+                rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
+    labels = label_dimensions(flat)
+    return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)

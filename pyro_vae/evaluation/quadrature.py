@@ -10,15 +10,13 @@ from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import block_scorers, memory_budget
+from pyro_vae.errors import InputError, check_optional_counts
 from pyro_vae.evaluation.elbo import single_latent
-from pyro_vae.evaluation.options import check_counts, check_max_memory
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import OpenedPair, Progress, open_pair
 from pyro_vae.pair.sites import latent_sites
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.weights.particles import Particles
 
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
@@ -82,32 +80,44 @@ def posterior_divergence(
     Source:
         Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", section 5.
     """
-    if num_points is not None:
-        check_counts(num_points=num_points)
-        if num_points < 9 or num_points % 2 == 0:
-            raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
-    check_max_memory(max_memory)
+    check_optional_counts(num_points=num_points)
+    if num_points is not None and (num_points < 9 or num_points % 2 == 0):
+        raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
+    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
-    budget = max_memory or memory_budget(inputs[0].device)
-    parts: list[PosteriorDivergence] = []
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for _, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
-            parts.append(_Grid(scorer, num_points, budget).divergence())
-    return PosteriorDivergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    pair = open_pair(model, guide, x, plate=plate)
+    with pair.evaluating(seed):
+        return measure_divergence(
+            pair, num_points=num_points, max_memory=max_memory, progress=progress
+        )
+
+
+def measure_divergence(
+    pair: OpenedPair,
+    *,
+    num_points: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> PosteriorDivergence:
+    """Do the work of :func:`posterior_divergence` for a pair that is open."""
+    budget = pair.memory(max_memory)
+    parts = [
+        _Grid(Particles(part), num_points, budget).divergence()
+        for _, part in pair.blocks(_BLOCK, progress)
+    ]
+    return PosteriorDivergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class _Grid:
     """A box per datum around the mass of guide and posterior, with a regular grid in it."""
 
-    def __init__(self, scorer: PairScorer, num_points: int | None, budget: int) -> None:
-        self.scorer = scorer
-        self.name, self.size = latent_on_grid(scorer.traces()[1], scorer.num_data)
+    def __init__(self, particles: Particles, num_points: int | None, budget: int) -> None:
+        self.particles = particles
+        self.name, self.size = latent_on_grid(particles.traces()[1], particles.num_data)
         self.points = num_points or _POINTS[self.size]
-        self.at_once = max(2, budget // (scorer.bytes_per_datum * scorer.num_data))
-        self.axis = scorer.data_axes[self.name]
-        shape = list(scorer.latent_shapes[self.name])
+        self.at_once = max(2, budget // (particles.bytes_per_datum * particles.num_data))
+        self.axis = particles.axes[self.name]
+        shape = list(particles.latent_shapes[self.name])
         del shape[self.axis]
         self.rest = shape
 
@@ -130,12 +140,11 @@ class _Grid:
 
     def _first_box(self) -> tuple[Tensor, Tensor]:
         """Return ends ``(N, size)`` around draws of guide and prior, with room to spare."""
-        latents, _ = self.scorer.propose(_PLACING_DRAWS)
-        self.dtype = latents[self.name].dtype
-        values = torch.cat(
-            [latents[self.name], self.scorer.propose_from_prior(_PLACING_DRAWS // 4)[self.name]]
-        )
-        flat = values.movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
+        drawn = self.particles.propose(_PLACING_DRAWS)[0][self.name]
+        prior = self.particles.propose_from_prior(_PLACING_DRAWS // 4)[self.name]
+        self.dtype = drawn.dtype
+        values = torch.cat([drawn, prior]).movedim(self.axis, 1)
+        flat = values.unsqueeze(-1).flatten(2).double()
         low, high = flat.amin(0), flat.amax(0)
         room = (high - low).clamp(min=1e-6)
         return low - room, high + room
@@ -171,10 +180,10 @@ class _Grid:
             values = (low + part * (high - low)).to(self.dtype)
             values = values.unflatten(2, self.rest) if self.rest else values[..., 0]
             latents = {self.name: values.movedim(1, self.axis)}
-            log_likelihood, log_prior = self.scorer.score(latents)
+            log_likelihood, log_prior = self.particles.score(latents)
             joint.append(log_likelihood + log_prior)
-            proposal.append(self.scorer.score_proposal(latents))
-        shape = (*[self.points] * self.size, self.scorer.num_data)
+            proposal.append(self.particles.score_proposal(latents))
+        shape = (*[self.points] * self.size, self.particles.num_data)
         return torch.cat(joint).view(shape), torch.cat(proposal).view(shape)
 
 

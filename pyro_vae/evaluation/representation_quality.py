@@ -17,16 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.latent_codes import Code, code_sites, mean_codes, support_of
+from pyro_vae.errors import InputError, check_counts, check_optional_counts
+from pyro_vae.evaluation.latent_codes import Code, mean_codes
 from pyro_vae.evaluation.mutual_information import Estimate, information
-from pyro_vae.evaluation.options import check_counts, check_max_memory
-from pyro_vae.evaluation.probes import check_labels, probe_accuracies
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import open_function, open_pair
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
 # section 5.2, who found the variances to fall into two clearly separated groups).
@@ -34,6 +33,10 @@ ACTIVE_VARIANCE = 0.01
 
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 1000
+
+# Iterations of the linear probe: enough for the solver to converge on standardised codes; it stops
+# when it has.
+_MOST_ITERATIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -166,46 +169,32 @@ def representation(
         two sides of the population's mutual information).
     """
     check_counts(num_samples=num_samples, least=2)
-    check_max_memory(max_memory)
-    inputs = as_inputs(x, model, guide)
-    if len(inputs[0]) < 2:
+    check_optional_counts(max_memory=max_memory)
+    pair = open_pair(model, guide, x, plate=plate)
+    if pair.num_data < 2:
         raise InputError("expected at least 2 data to compare, got 1")
     if labels is not None:
-        labels = check_labels(labels, len(inputs[0]), num_neighbours, num_folds)
-    check_data(model, inputs)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        for name, site in code_sites(guide, inputs, plate).items():
-            if support_of(site) == "discrete":
+        labels = _check_labels(labels, pair.num_data, num_neighbours, num_folds)
+    with pair.evaluating(seed):
+        codes = mean_codes(pair.alone(guide), _MEAN_DRAWS)
+        for name, code in codes.items():
+            if code.support == "discrete":
                 raise InputError(f"expected continuous latents, {name!r} is discrete")
-        codes = mean_codes(guide, inputs, _MEAN_DRAWS, plate)
-        measures = information(
-            model, guide, inputs, num_samples=num_samples, max_memory=max_memory, plate=plate
-        )
-    means = _side_by_side([code.mean for code in codes.values()])
+        measures = information(pair, num_samples=num_samples, max_memory=max_memory)
     variances = _variances(codes)
-    accuracies: dict[str, Any] = {}
     if labels is not None:
-        nearest, linear, folds = probe_accuracies(
-            means.cpu().numpy(),
-            labels,
-            num_neighbours=num_neighbours,
-            num_folds=num_folds,
-            seed=seed or 0,
+        features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
+        measures |= _probe(
+            features, labels, num_neighbours=num_neighbours, num_folds=num_folds, seed=seed or 0
         )
-        accuracies = {
-            "nearest_neighbour_accuracy": _binomial(nearest, len(labels)),
-            "linear_accuracy": _binomial(linear, len(labels)),
-            "num_folds": folds,
-        }
     return Representation(
         sites=tuple(codes),
         latent_dim=len(variances),
-        num_data=len(inputs[0]),
+        num_data=pair.num_data,
         num_samples=num_samples,
         unit_variances=variances,
         means_exact=all(code.exact for code in codes.values()),
         **measures,
-        **accuracies,
     )
 
 
@@ -230,9 +219,9 @@ def unit_variances(
     Raises:
         InputError: no latent, or one outside the data plate.
     """
-    inputs = as_inputs(x, guide)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(guide), seeded(seed):
-        return _variances(mean_codes(guide, inputs, _MEAN_DRAWS, plate))
+    opened = open_function(guide, x, plate=plate)
+    with opened.evaluating(seed):
+        return _variances(mean_codes(opened, _MEAN_DRAWS))
 
 
 def _variances(codes: dict[str, Code]) -> Tensor:
@@ -247,5 +236,62 @@ def _side_by_side(values: list[Tensor]) -> Tensor:
     return torch.cat([value.reshape(len(value), -1) for value in values], 1).double()
 
 
-def _binomial(accuracy: float, count: int) -> Estimate:
-    return Estimate(accuracy, math.sqrt(accuracy * (1 - accuracy) / count))
+def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: int) -> np.ndarray:
+    """Return labels as an array ``(N,)``.
+
+    Raises:
+        InputError: labels of another length, a single class, a class of one member, or options out
+            of range.
+    """
+    values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if values.shape != (num_data,):
+        raise InputError(f"expected labels of shape ({num_data},), got {values.shape}")
+    check_counts(num_neighbours=num_neighbours)
+    check_counts(num_folds=num_folds, least=2)
+    classes, counts = np.unique(values, return_counts=True)
+    if len(classes) < 2:
+        raise InputError("expected labels of at least two classes, got one")
+    if counts.min() < 2:
+        raise InputError(
+            f"expected at least two data of every class, got one of {classes[counts.argmin()]}: "
+            "leave it out"
+        )
+    folds = min(num_folds, int(counts.min()))
+    if num_data - -(-num_data // folds) < num_neighbours:
+        raise InputError(f"expected more data than {num_neighbours} neighbours, got {num_data}")
+    return values
+
+
+def _probe(
+    features: np.ndarray, labels: np.ndarray, *, num_neighbours: int, num_folds: int, seed: int
+) -> dict[str, Any]:
+    """Return the accuracies of nearest neighbours and logistic regression, and the folds used.
+
+    Each datum is predicted by a classifier that was fitted to the other folds, on features
+    standardised there; the folds hold the classes in equal shares.
+
+    Args:
+        features: ``(N, D)``.
+        labels: ``(N,)``.
+        num_neighbours: k.
+        num_folds: folds, less where a class has fewer members.
+        seed: seed of the folds.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = min(num_folds, int(np.unique(labels, return_counts=True)[1].min()))
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    found: dict[str, Any] = {"num_folds": folds}
+    for name, classifier in (
+        ("nearest_neighbour_accuracy", KNeighborsClassifier(num_neighbours)),
+        ("linear_accuracy", LogisticRegression(max_iter=_MOST_ITERATIONS)),
+    ):
+        pipeline = make_pipeline(StandardScaler(), classifier)
+        accuracy = float((cross_val_predict(pipeline, features, labels, cv=split) == labels).mean())
+        error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
+        found[name] = Estimate(accuracy, error)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -12,13 +11,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import blocks_of, few_of, memory_budget, rows_of
-from pyro_vae.evaluation.elbo import single_latent
+from pyro_vae.evaluation.ais import GRADIENT_MEMORY
+from pyro_vae.evaluation.elbo import Moments, single_latent
 from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress
 from pyro_vae.pair.sites import data_dim
-from pyro_vae.weights.particles import PairScorer, check_weights
+from pyro_vae.weights.particles import Particles, check_weights
 
 Parameters = dict[str, Tensor]
 
@@ -29,11 +29,8 @@ _LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
 # Steps between two looks at the objective, and windows at the last rate that are averaged.
 _WINDOW, _AVERAGED_WINDOWS = 50, 5
 
-# Forward and backward keep and make about three times what a forward pass makes.
-_GRADIENT_MEMORY = 3
-
-# Data refined together at most, and draws that decide whether a refined q is better than the start.
-_BLOCK, _SELECTION_DRAWS = 1024, 400
+# Draws that decide whether a refined q is better than the start.
+_SELECTION_DRAWS = 400
 
 
 def family_of(guide: PairFunction, family: Any) -> Any:
@@ -62,57 +59,42 @@ class Refinement:
     """The best member of a family for each datum."""
 
     def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        family: Any,
-        plate: str,
-        num_samples: int,
-        max_steps: int,
-        tolerance: float,
+        self, pair: OpenedPair, family: Any, num_samples: int, max_steps: int, tolerance: float
     ) -> None:
-        self.model, self.guide, self.family, self.plate = model, guide, family, plate
+        self.pair, self.family = pair, family
         self.num_samples, self.max_steps, self.tolerance = num_samples, max_steps, tolerance
 
-    def run(
-        self,
-        inputs: Inputs,
-        max_memory: int | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> tuple[PairFunction, int, bool]:
-        """Return the refined guide of all data, the steps taken and whether they sufficed."""
-        blocks = self._blocks(inputs, max_memory)
-        self.site = self._site(rows_of(inputs, blocks[0]))
+    def run(self, max_memory: int | None, progress: Progress | None) -> tuple[OpenedPair, int, bool]:
+        """Return the pair with the refined guide, the steps taken and whether they sufficed."""
+        bytes_per_datum = GRADIENT_MEMORY * self.pair.structure.bytes_per_datum * self.num_samples
+        size = max(2, min(BLOCK, self.pair.memory(max_memory) // bytes_per_datum))
+        self.site = self._site(self.pair.few(size))
         found: list[Parameters] = []
-        steps: list[int] = []
-        converged = True
-        for rows in blocks:
-            parameters, count, ended = self._refine(rows_of(inputs, rows))
+        steps, converged = 0, True
+        for _, part in self.pair.blocks(size, progress):
+            parameters, count, ended = self._refine(part)
             found.append(parameters)
-            steps.append(count)
-            converged = converged and ended
-            if progress is not None:
-                progress(min(rows.stop, len(inputs[0])), len(inputs[0]))
-        parameters = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        return self._guide_of(parameters), max(steps), converged
+            steps, converged = max(steps, count), converged and ended
+        parameters = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        return self._with(self.pair, parameters), steps, converged
 
-    def _site(self, inputs: Inputs) -> str:
+    def _site(self, pair: OpenedPair) -> str:
         """Return the latent's name; refuse a guide whose q the family's is not."""
-        trace = poutine.trace(self.guide).get_trace(*inputs)
+        trace = poutine.trace(pair.guide).get_trace(*pair.inputs)
         site = single_latent(trace)
         if site is None:
             raise InputError(
                 "expected a guide with one latent site, got several or none: the best q of each "
                 "datum is searched over one family's parameters"
             )
-        q = self.family.distribution(self._encoded(inputs))
+        q = self.family.distribution(self._encode(pair.inputs))
         if not q.has_rsample:
             raise InputError(
                 f"expected a family with reparameterised draws, got {type(q).__name__}: its bound "
                 "can't be optimised by gradients through the draws"
             )
         name: str = site["name"]
-        same_place = data_dim(site, self.plate) == -1 and q.batch_shape == (len(inputs[0]),)
+        same_place = data_dim(site, pair.plate) == -1 and q.batch_shape == (pair.num_data,)
         value = site["value"].clone()  # neither has just drawn it: both solve for it alike
         if not same_place or not all_close((q.log_prob(value),), (site["fn"].log_prob(value),)):
             raise InputError(
@@ -121,7 +103,7 @@ class Refinement:
             )
         return name
 
-    def _encoded(self, inputs: Inputs) -> Parameters:
+    def _encode(self, inputs: Inputs) -> Parameters:
         """Return the family's parameters of each datum; refuse what has no row for each."""
         parameters: Any = self.family.encode(*inputs)
         if not isinstance(parameters, dict) or any(
@@ -134,18 +116,9 @@ class Refinement:
             )
         return parameters
 
-    def _blocks(self, inputs: Inputs, max_memory: int | None) -> list[slice]:
-        budget = max_memory or memory_budget(inputs[0].device)
-        few = few_of(self.model, self.guide, inputs, self.plate, 64)
-        scorer = PairScorer(self.model, self.guide, few, plate=self.plate)
-        size = budget // (_GRADIENT_MEMORY * scorer.bytes_per_datum * self.num_samples)
-        size = max(2, min(_BLOCK, size))
-        return blocks_of(self.model, self.guide, inputs, self.plate, size)
-
-    def _guide_of(self, parameters: Parameters) -> PairFunction:
-        """Return the guide of as many data as there are parameters."""
-        num_data = len(next(iter(parameters.values())))
-        family, plate, site = self.family, self.plate, self.site
+    def _with(self, pair: OpenedPair, parameters: Parameters) -> OpenedPair:
+        """Return the pair with the guide of these parameters, one row for each data point."""
+        family, site, plate, num_data = self.family, self.site, pair.plate, pair.num_data
 
         def refined_guide(*inputs: Tensor) -> None:
             if len(inputs[0]) != num_data:
@@ -156,32 +129,30 @@ class Refinement:
             with pyro.plate(plate, num_data, dim=-1):
                 pyro.sample(site, family.distribution(parameters))
 
-        return refined_guide
+        return pair.with_guide(refined_guide)
 
-    def _refine(self, block: Inputs) -> tuple[Parameters, int, bool]:
+    def _refine(self, pair: OpenedPair) -> tuple[Parameters, int, bool]:
         """Return the better of the encoder's and the refined parameters for each datum."""
-        start = {name: value.detach() for name, value in self._encoded(block).items()}
-        refined, steps, ended = self._optimise(block, start)
-        better = self._elbo(block, refined) > self._elbo(block, start)
+        start = {name: value.detach() for name, value in self._encode(pair.inputs).items()}
+        refined, steps, ended = self._optimise(pair, start)
+        better = self._elbo(pair, refined) > self._elbo(pair, start)
         chosen = {
             name: torch.where(better.view(-1, *[1] * (value.dim() - 1)), refined[name], value)
             for name, value in start.items()
         }
         return chosen, steps, ended
 
-    def _elbo(self, block: Inputs, parameters: Parameters) -> Tensor:
-        scorer = PairScorer(self.model, self._guide_of(parameters), block, plate=self.plate)
-        count, sums = 0, torch.zeros(len(block[0]), dtype=torch.float64, device=block[0].device)
-        while count < _SELECTION_DRAWS:
-            scores = scorer.draw(self.num_samples)
-            check_weights(scores)
-            sums += scores.log_weights.sum(0)
-            count += self.num_samples
-        return sums / count
+    def _elbo(self, pair: OpenedPair, parameters: Parameters) -> Tensor:
+        particles, moments = Particles(self._with(pair, parameters)), Moments()
+        while moments.count < _SELECTION_DRAWS:
+            densities = particles.draw(self.num_samples)
+            check_weights(densities)
+            moments.add(densities.log_weights)
+        return moments.mean()
 
-    def _optimise(self, block: Inputs, start: Parameters) -> tuple[Parameters, int, bool]:
+    def _optimise(self, pair: OpenedPair, start: Parameters) -> tuple[Parameters, int, bool]:
         leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-        scorer = PairScorer(self.model, self._guide_of(leaves), block, plate=self.plate)
+        particles = Particles(self._with(pair, leaves))
         optimizer = torch.optim.Adam(leaves.values(), lr=_LEARNING_RATES[0])
         steps, settled = 0, False
         for rate in _LEARNING_RATES:
@@ -189,17 +160,17 @@ class Refinement:
             before: tuple[float, float] | None = None
             settled = False
             while not settled and steps < self.max_steps:
-                now, _ = self._window(scorer, leaves, optimizer)
+                now, _ = self._window(particles, leaves, optimizer)
                 steps += _WINDOW
                 settled = before is not None and _has_settled(before, now, self.tolerance)
                 before = now
         windows = _AVERAGED_WINDOWS if settled else 1
-        averages = [self._window(scorer, leaves, optimizer)[1] for _ in range(windows)]
+        averages = [self._window(particles, leaves, optimizer)[1] for _ in range(windows)]
         mean = {name: torch.stack([part[name] for part in averages]).mean(0) for name in leaves}
         return mean, steps + windows * _WINDOW, settled
 
     def _window(
-        self, scorer: PairScorer, leaves: Parameters, optimizer: torch.optim.Optimizer
+        self, particles: Particles, leaves: Parameters, optimizer: torch.optim.Optimizer
     ) -> tuple[tuple[float, float], Parameters]:
         """Take one window of steps; return the mean bound with its error, and mean parameters."""
         history = []
@@ -207,8 +178,8 @@ class Refinement:
         values = list(leaves.values())
         for _ in range(_WINDOW):
             with torch.enable_grad():
-                scores = scorer.draw(self.num_samples)
-                elbo = scores.log_weights.mean(0)
+                densities = particles.draw(self.num_samples)
+                elbo = densities.log_weights.mean(0)
                 # Data don't meet: the gradient of the sum is every datum's own.
                 gradients = torch.autograd.grad(-elbo.sum(), values)
             for leaf, gradient in zip(values, gradients, strict=True):
@@ -217,7 +188,7 @@ class Refinement:
             history.append(elbo.detach().mean())
             for name, value in leaves.items():
                 sums[name] += value.detach() / _WINDOW
-        check_weights(scores)
+        check_weights(densities)
         bounds = torch.stack(history)
         error = bounds.std() / math.sqrt(_WINDOW)
         return (bounds.mean().item(), error.item()), sums

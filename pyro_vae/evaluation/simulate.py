@@ -13,44 +13,37 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.opened import any_number_of_data
+from pyro_vae.pair.opened import Knowledge, OpenedPair, any_number_of_data
 from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
-    data_dim,
     latent_sites,
     sample_sites,
     site_log_prob,
+    value_axis,
 )
-from pyro_vae.weights.particles import PairScorer
 
 
-def simulate(
-    model: PairFunction, guide: PairFunction, template: Inputs, num_data: int, plate: str
-) -> tuple[Inputs, dict[str, tuple[Tensor, int]]]:
-    """Draw data and their latents from the model.
+def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
+    """Draw data and their latents from the model of a pair that is open.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function, which is to take the drawn data.
-        template: inputs of the pair; those that the model observes are replaced.
-        num_data: how many data to draw.
-        plate: name of the data plate.
+        template: the pair; those of its inputs that the model observes are replaced.
+        num_data: how many data points to draw.
 
     Returns:
-        the inputs with the drawn data, and each latent with the (negative) axis that counts the data.
+        the pair of the drawn data, and the latents they were drawn with, ``(num_data, ...)`` each.
 
     Raises:
         InputError: a pair that can't be weighed, or not with so many data; an observed site that is
             not one of the inputs as it is, or a model that uses such an input elsewhere too.
     """
-    PairScorer(model, guide, template, plate=plate)  # refuses what can't be weighed
-    observed = sample_sites(poutine.trace(model).get_trace(*template))
-    sources = {site["name"]: _source(site, template) for site in observed if site["is_observed"]}
+    model = template.model
+    observed = sample_sites(poutine.trace(model).get_trace(*template.inputs))
+    sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
     _check_one_site_each(sources)
-    positions = torch.arange(num_data) % len(template[0])
-    inputs = [value[positions.to(value.device)] for value in template]
+    inputs = list(template.part(torch.arange(num_data) % template.num_data).inputs)
     with any_number_of_data("pair", num_data):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
         for name, index in sources.items():
@@ -59,12 +52,11 @@ def simulate(
             site["value"] = inputs[index].reshape(site["value"].shape)
         drawn = [site for site in latent_sites(trace) if site["name"] not in sources]
         _check_sources(model, tuple(inputs), trace, {site["name"]: site["value"] for site in drawn})
-        if num_data != len(template[0]):
-            PairScorer(model, guide, tuple(inputs), plate=plate)
-    latents = {
-        site["name"]: (site["value"], data_dim(site, plate) - site["fn"].event_dim) for site in drawn
-    }
-    return tuple(inputs), latents
+        pair = template.on(tuple(inputs))
+        if num_data != template.num_data:
+            pair.knowledge = Knowledge()  # whether it takes so many is to be seen
+            pair.structure  # noqa: B018
+    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in drawn}
 
 
 def changed_site(first: Trace, other: Trace) -> str | None:

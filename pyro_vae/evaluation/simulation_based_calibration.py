@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import block_scorers
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import Progress, open_pair
+from pyro_vae.weights.particles import Particles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Data that share one pass of the guide.
-_BLOCK = 1024
 
 # Part of the bins that lie inside the figure's band where all ranks are uniform.
 _BAND = 0.95
@@ -48,11 +46,7 @@ class Calibration:
     @property
     def labels(self) -> list[str]:
         """A name for each dimension, in the order of the rows of :attr:`counts`."""
-        return [
-            name if ranks.shape[1] == 1 else f"{name}[{index}]"
-            for name, ranks in self.ranks.items()
-            for index in range(ranks.shape[1])
-        ]
+        return label_dimensions(self.ranks)
 
     @property
     def counts(self) -> Tensor:
@@ -135,7 +129,7 @@ def calibration(
     num_bins: int = 20,
     plate: str = "data",
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Draw latents and data from the model, and rank the latents among the guide's draws.
 
@@ -164,18 +158,19 @@ def calibration(
     """
     _check_options(num_data, num_draws, num_bins)
     check_callables(progress=progress)
-    template = as_inputs(x, model, guide)
+    template = open_pair(model, guide, x, plate=plate)
     ranks: dict[str, list[Tensor]] = {}
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        inputs, latents = simulate(model, guide, template, num_data, plate)
-        for rows, scorer in block_scorers(model, guide, inputs, plate, _BLOCK, progress):
-            drawn, _ = scorer.propose(num_draws)
-            for name, (value, axis) in latents.items():
-                true = value.movedim(axis, 0)[rows].unsqueeze(-1).flatten(1)
-                draws = drawn[name].movedim(axis, 1).unsqueeze(-1).flatten(2)
-                ranks.setdefault(name, []).append(_ranks(true, draws).cpu())
+    with template.evaluating(seed):
+        pair, latents = simulate(template, num_data)
+        for rows, part in pair.blocks(progress=progress):
+            particles = Particles(part)
+            drawn = particles.data_first(particles.propose(num_draws)[0])
+            for name, value in latents.items():
+                true = value[rows].unsqueeze(-1).flatten(1)
+                found = _ranks(true, drawn[name].unsqueeze(-1).flatten(2))
+                ranks.setdefault(name, []).append(found.cpu())
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
-    return Calibration(joined, num_draws, num_bins, inputs)
+    return Calibration(joined, num_draws, num_bins, pair.inputs)
 
 
 def _ranks(true: Tensor, draws: Tensor) -> Tensor:

@@ -104,10 +104,7 @@ class AnalyticKL(Bound):
     come after them in the guide (where Pyro's ``TraceMeanField_ELBO`` would be wrong).
 
     Args:
-        num_particles: draws per datum.
-        max_plate_nesting: as in Pyro's ``ELBO``.
-        vectorize_particles: draw the particles in one outer plate instead of one after the other.
-        options: the other options of Pyro's ``ELBO``.
+        options: those of :class:`Bound`.
 
     Attributes:
         exact_sites: after the first use, for each latent whether its rate is exact.
@@ -126,9 +123,7 @@ class AnalyticKL(Bound):
 
     exact_sites: dict[str, bool]
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         scaled, rate, distortion = self._parts(model, guide, args, kwargs)
         rows = [row for particle in self._found for row in particle]
@@ -206,9 +201,7 @@ class FreeBits(AnalyticKL):
         super().__init__(**options)
         self.floor, self.per, self.plate = floor, per, plate
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         scaled, rate, distortion = self._parts(model, guide, args, kwargs)
         latent: Any = 0.0

@@ -57,9 +57,7 @@ class Bound(ELBO):
         options: the other options of Pyro's ``ELBO``.
     """
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion.
 
         Args:
@@ -104,10 +102,7 @@ class TraceBound(Bound):
     Python, so that it can be captured, and it reports rate and distortion.
 
     Args:
-        num_particles: draws per datum.
-        max_plate_nesting: as in Pyro's ``ELBO``.
-        vectorize_particles: draw the particles in one outer plate instead of one after the other.
-        options: the other options of Pyro's ``ELBO``.
+        options: those of :class:`Bound`.
 
     Raises:
         InputError: at the first use, for a site that is enumerated.
@@ -117,9 +112,7 @@ class TraceBound(Bound):
         Inference", for the score-function term.
     """
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion (beta stays in the loss)."""
         loss: Any = 0.0
         surrogate: Any = 0.0
@@ -217,6 +210,12 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
         total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
         terms[index].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+
+
+def particle_options(objective: ELBO) -> dict[str, Any]:
+    """Return an objective's particles and plates, as the constructor of another takes them."""
+    names = ("num_particles", "max_plate_nesting", "vectorize_particles")
+    return {name: getattr(objective, name) for name in names}
 
 
 def wide(tensor: Tensor) -> Tensor:

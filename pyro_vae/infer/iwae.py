@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,12 +13,12 @@ from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.pair.opened import Knowledge, OpenedPair, Structure
+from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
 from pyro_vae.weights.particles import Draws, Particles
 from pyro_vae.weights.pathwise import refuse_handler
 
 _GRADIENTS = ("doubly-reparameterized", "plain")
-_NUM_REMEMBERED = 8
 
 
 class IWAE(Bound):
@@ -81,11 +78,9 @@ class IWAE(Bound):
             raise InputError(f"expected a gradient of {' or '.join(_GRADIENTS)}, got {gradient!r}")
         super().__init__(num_particles=num_particles)
         self.gradient, self.plate = gradient, plate
-        self._known: list[tuple[Any, Knowledge]] = []
+        self._known: Remembered[Knowledge] = Remembered()
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         particles = Particles(self._open(model, guide, args, kwargs))
         doubly = self.gradient == "doubly-reparameterized"
@@ -117,10 +112,10 @@ class IWAE(Bound):
         A pair is known by its functions and their instances, whatever the beta handler around them.
         Generators and buffers are put back: a first step draws what any other would.
         """
-        parts = [part for f in (model, guide) for part in _parts(unscaled_function(f))]
-        for references, knowledge in self._known:
-            if all(ref() is part for ref, part in zip(references, parts, strict=True)):
-                return OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
+        functions = unscaled_function(model), unscaled_function(guide)
+        knowledge = self._known.get(*functions)
+        if knowledge is not None:
+            return OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
         pair = OpenedPair(model, guide, args, kwargs, plate=self.plate)
         refuse_handler(guide)
         with pair.put_back(), poutine.block(), torch.no_grad():
@@ -130,8 +125,7 @@ class IWAE(Bound):
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)
-        self._known.append(([_reference(part) for part in parts], pair.knowledge))
-        del self._known[:-_NUM_REMEMBERED]
+        self._known.keep(pair.knowledge, *functions)
         return pair
 
 
@@ -174,17 +168,3 @@ def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
 
 def _log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
-
-
-def _parts(function: Any) -> tuple[Any, Any]:
-    """A bound method is made anew at every access: it is known by its function and instance."""
-    if type(function) is MethodType:
-        return function.__func__, function.__self__
-    return function, None
-
-
-def _reference(part: Any) -> Callable[[], Any]:
-    try:
-        return weakref.ref(part)
-    except TypeError:  # None, and the few objects that take no weak reference
-        return lambda: part

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyro
 import torch
@@ -25,15 +25,6 @@ MAXIMUM_PROGRAMS = 16
 
 Result = TypeVar("Result")
 Signature = tuple[Hashable, Hashable]
-
-
-class Call(NamedTuple):
-    """One call of an objective: the pair and what it is given."""
-
-    model: Any
-    guide: Any
-    args: Any
-    kwargs: Any
 
 
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:

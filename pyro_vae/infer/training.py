@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,17 @@ from torch import Tensor
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
-from pyro_vae.infer.captured_steps import StepCapture, uncompiled
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
+from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, compute_in
+from pyro_vae.infer.settings import (
+    FitSettings,
+    Schedule,
+    check_callables,
+    compute_in,
+    default_warmup_epochs,
+)
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
@@ -99,7 +105,7 @@ def fit(
     learning_rate: float = 1e-3,
     objective: ELBO | None = None,
     beta: float = 1.0,
-    warmup_epochs: int = 0,
+    warmup_epochs: int | None = 0,
     validation: Tensor | Sequence[Tensor] | None = None,
     patience: int | None = None,
     schedule: Schedule = "constant",
@@ -149,6 +155,8 @@ def fit(
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
             Without it a pair on few data can settle on ignoring its latents (posterior collapse).
+            None: a tenth of the epochs and more in short runs, as ``pyro-vae train`` and
+            :class:`pyro_vae.VAETransformer` have it by default.
         validation: data to evaluate after every epoch, as the model sees them.
         patience: stop after this many epochs without a better validation ELBO (after the warm-up) and
             put the best parameters back. None trains to the end and keeps the last ones.
@@ -215,23 +223,8 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    settings = FitSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        objective=objective,
-        beta=beta,
-        warmup_epochs=warmup_epochs,
-        patience=patience,
-        schedule=schedule,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        compile=compile,
-        on_nonfinite=on_nonfinite,
-        nonfinite_limit=nonfinite_limit,
-        seed=seed,
-        plate=plate,
-    )
+    given = locals() | {"warmup_epochs": warmup_epochs or 0}
+    settings = FitSettings(**{option.name: given[option.name] for option in fields(FitSettings)})
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
     checkpoints = Checkpoints(
@@ -241,7 +234,17 @@ def fit(
         resume=resume,
         processes=processes,
     )
-    run = _open(model, guide, data, validation, transform, device, settings, processes)
+    run = _open(
+        model,
+        guide,
+        data,
+        validation,
+        transform,
+        device,
+        settings,
+        processes,
+        default_warmup=warmup_epochs is None,
+    )
     settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
         data=run.pair.inputs,
@@ -295,7 +298,7 @@ def fit(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
-        compiled=run.capture.is_compiled,
+        compiled=run.capture.num_graphs > 0,
         compile_choice=run.capture.outcome,
         skipped_steps=trainer.skipped,
         warnings=found,
@@ -303,25 +306,15 @@ def fit(
 
 
 class _Run(NamedTuple):
-    """A run that is about to begin: its pairs opened on their data, and what is known of it.
+    """A run that is about to begin: its pairs opened on their data, and what is known of it."""
 
-    Attributes:
-        pair: opened on the training data, before any transform.
-        validation: opened on the validation data; None without any.
-        objective: what a step minimises.
-        capture: whether and how steps are captured.
-        settings: those of the caller; beta is that of the whole run.
-        device: where the pair computes.
-        record: plain values that decide the run, by which a checkpoint knows it again.
-    """
-
-    pair: OpenedPair
+    pair: OpenedPair  # on the training data, before any transform
     validation: OpenedPair | None
     objective: TrainingObjective
     capture: StepCapture
-    settings: FitSettings
+    settings: FitSettings  # those of the caller; beta is that of the whole run
     device: torch.device
-    record: dict[str, Any]
+    record: dict[str, Any]  # plain values that decide the run, by which a checkpoint knows it again
 
 
 def _open(
@@ -333,6 +326,8 @@ def _open(
     device: str | torch.device,
     settings: FitSettings,
     processes: Processes,
+    *,
+    default_warmup: bool,
 ) -> _Run:
     """Check the data, move the pair to its device and the data into its types, once for the run."""
     is_given = transform is None  # what a transform returns is checked in the first step
@@ -358,6 +353,9 @@ def _open(
         to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
     plain_objective, own_beta = uncompiled(settings.objective)
     settings = replace(settings, beta=settings.beta * own_beta)
+    if default_warmup:
+        warmup = default_warmup_epochs(settings.epochs, settings.steps_per_epoch(pair.num_data))
+        settings = replace(settings, warmup_epochs=warmup)
     objective = TrainingObjective(
         bound_of(plain_objective), settings, transform=transform, is_share=processes.are_several
     )
@@ -383,9 +381,8 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     if run.settings.batch_size >= pair.num_data and not processes.are_several:
         return False
     with pair.put_back(), torch.no_grad():
-        pair.part().inspect(
-            pair.num_data, may_subsample=True
-        )  # what it is refused for as a whole is said first
+        # What it is refused for as a whole is said first.
+        pair.part().inspect(pair.num_data, may_subsample=True)
     advice = "in one process" if processes.are_several else "by batch_size=len(x)"
     raise InputError(
         "expected a pair that takes any part of its data in any order, got one that ties something "

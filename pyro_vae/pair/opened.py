@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,13 @@ from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import check_guide_rows, check_pair, check_rest, why_unweighable
+from pyro_vae.pair.contract import (
+    check_guide_rows,
+    check_pair,
+    check_rest,
+    check_rows,
+    why_unweighable,
+)
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -28,16 +35,17 @@ from pyro_vae.pair.functions import (
     seeded,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, tile_inputs
 from pyro_vae.pair.observer import RunObserver
 from pyro_vae.pair.sites import (
     Given,
     TracePair,
-    data_dim,
     is_delta,
+    is_inside,
     latent_sites,
     sample_sites,
     subsamples,
+    value_axis,
     vectorized_frames,
 )
 from pyro_vae.pair.state import Snapshot, with_submodules
@@ -46,6 +54,10 @@ from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
 BLOCK = 1024
+
+# Bytes of a chunk on a CPU. Larger tensors than this leads to (32 MiB) are mapped anew by the C
+# library for every operation, which costs more than their arithmetic.
+_CPU_MEMORY = 1 << 27
 
 Progress = Callable[[int, int], None]
 
@@ -131,6 +143,65 @@ def open_pair(
     return OpenedPair(model, guide, inputs, plate=plate)
 
 
+def open_function(
+    function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+) -> OpenedFunction:
+    """Open a model or a guide alone: its inputs on its device and in its type; nothing runs yet.
+
+    Args:
+        function: the model or the guide.
+        x: inputs ``(N, ...)``, or a tuple of tensors passed as ``function(*x)``.
+        plate: name of the data plate.
+
+    Raises:
+        InputError: what is no data.
+    """
+    return OpenedFunction(function, as_inputs(x, function), plate)
+
+
+class OpenedFunction(NamedTuple):
+    """A model or a guide alone with its inputs: it is run, and its densities are not weighed."""
+
+    function: PairFunction
+    inputs: Inputs
+    plate: str
+
+    @property
+    def num_data(self) -> int:
+        """Number of data points, N."""
+        return len(self.inputs[0])
+
+    @contextmanager
+    def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
+        """Hold the lock, in eval mode, without gradients, under a seed of its own.
+
+        Args:
+            seed: of everything drawn inside; None draws from the global state.
+            others: further functions whose modules are put in eval mode; None is no function.
+        """
+        modes = evaluation_mode(self.function, *(other for other in others if other is not None))
+        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+            yield
+
+    def trace(self, *, explain: str | None = None) -> Any:
+        """Run the function.
+
+        Args:
+            explain: "model" or "guide" where it is run on another number of data points than its user
+                gave (see :func:`any_number_of_data`).
+        """
+        with any_number_of_data(explain, self.num_data) if explain else nullcontext():
+            return poutine.trace(self.function).get_trace(*self.inputs)
+
+    def repeat(self, count: int) -> OpenedFunction:
+        """Return the function of all data points repeated, repetitions outermost."""
+        return self._replace(inputs=tile_inputs(self.inputs, count))
+
+    def first(self) -> OpenedFunction:
+        """Return the function of the first data point alone."""
+        return self._replace(inputs=tuple(value[:1] for value in self.inputs))
+
+
 class OpenedPair:
     """A model and a guide with the arguments that both are called with.
 
@@ -175,6 +246,19 @@ class OpenedPair:
         """Where the pair computes."""
         return device_of(self.model, self.guide, default=self.arguments[0].device)
 
+    def memory(self, most: int | None = None) -> int:
+        """Return the bytes that a chunk of work may need: ``most``, or a share of what is free."""
+        if most is not None:
+            return most
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free // 4
+        try:
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # not every system says what is free
+            return _CPU_MEMORY
+        return max(1 << 24, min(_CPU_MEMORY, available // 4))
+
     # --- running ---
 
     @contextmanager
@@ -188,8 +272,7 @@ class OpenedPair:
         Raises:
             InputError: a pair that breaks the contract.
         """
-        modes = evaluation_mode(self.model, self.guide, *others)
-        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+        with self.alone(self.model).evaluating(seed, self.guide, *others):
             self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
             yield
 
@@ -212,6 +295,14 @@ class OpenedPair:
         return OpenedPair(
             model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
         )
+
+    def on(self, inputs: Inputs) -> OpenedPair:
+        """Return the pair with other inputs in place of its own: it is not looked at again."""
+        return self.bind(self.model, self.guide, inputs, {})
+
+    def alone(self, function: PairFunction) -> OpenedFunction:
+        """Return one of the two functions with the pair's inputs."""
+        return OpenedFunction(function, self.inputs, self.plate)
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
@@ -315,8 +406,15 @@ class OpenedPair:
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        with Given(drawn):
-            model_trace, in_model = self._look_at(self.model)
+        try:
+            with Given(drawn):
+                model_trace, in_model = self._look_at(self.model)
+        except CALLING_ERRORS:
+            if num_data is not None:  # of another number of data points than the guide's?
+                for site in sample_sites(poutine.trace(self.model).get_trace(*self.arguments)):
+                    if is_inside(site, self.plate):
+                        check_rows("model", site, self.plate, num_data)
+            raise
         check_pair(model_trace, guide_trace, self.plate, num_data)
         check_rest(model_trace, self.arguments, rest or self.arguments)
         sites = sample_sites(guide_trace) + sample_sites(model_trace)
@@ -326,7 +424,7 @@ class OpenedPair:
         return Structure(
             {
                 site["name"]: Latent(
-                    data_dim(site, self.plate) - site["fn"].event_dim,
+                    value_axis(site, self.plate),
                     site["value"].shape,
                     type(site["fn"]).__name__,
                     is_delta(site["fn"]),

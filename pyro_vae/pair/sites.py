@@ -109,6 +109,12 @@ def data_dim(site: Site, plate: str) -> int:
     )
 
 
+def value_axis(site: Site, plate: str) -> int:
+    """Return the (negative) axis of a site's value that counts the data (see :func:`data_dim`)."""
+    axis: int = data_dim(site, plate) - site["fn"].event_dim
+    return axis
+
+
 def is_inside(site: Site, plate: str) -> bool:
     """Tell whether a site is inside the data plate."""
     return any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])

@@ -10,8 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_counts
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.inputs import as_inputs
 from pyro_vae.pair.opened import any_number_of_data

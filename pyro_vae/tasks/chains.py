@@ -5,59 +5,67 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs, tile_inputs
+from pyro_vae.evaluation.elbo import Moments
+from pyro_vae.pair.inputs import tile_inputs
+from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.sites import Given, Latents, Site, sample_sites, total
 
 
 class Problem(NamedTuple):
-    """A pair bound to data with filled hidden places.
+    """A pair opened on data with filled hidden places.
 
     Attributes:
-        model, guide: the pair.
-        inputs: its inputs, ``(N, ...)`` each; the incomplete one is filled.
+        pair: the pair; of its inputs, ``(N, ...)`` each, the incomplete one is filled.
         missing: what is hidden of that one.
         position: which one it is.
         site: name of the site that observes it.
-        plate: name of the data plate.
-        data_axes: for each latent, the (negative) axis of its value that counts the data.
-        divisible: whether the pair accepts more or fewer data than these.
     """
 
-    model: PairFunction
-    guide: PairFunction
-    inputs: Inputs
+    pair: OpenedPair
     missing: Tensor
     position: int
     site: str
-    plate: str
-    data_axes: dict[str, int]
-    divisible: bool
 
     @property
     def x(self) -> Tensor:
         """The incomplete input as filled, ``(N, *data_shape)``."""
-        return self.inputs[self.position]
+        return self.pair.inputs[self.position]
 
-    def filled(self, x: Tensor) -> Problem:
+    @property
+    def axes(self) -> dict[str, int]:
+        """For each latent, the (negative) axis of its value that counts the data."""
+        return {name: latent.axis for name, latent in self.pair.structure.latents.items()}
+
+    def fill(self, x: Tensor) -> Problem:
         """Return the problem with other values in the hidden places."""
-        inputs = (*self.inputs[: self.position], x, *self.inputs[self.position + 1 :])
-        return self._replace(inputs=inputs)
+        return self._replace(pair=replace_input(self.pair, self.position, x))
 
     def rows(self, rows: slice) -> Problem:
         """Return the problem of some of the data."""
-        inputs = tuple(value[rows] for value in self.inputs)
-        return self._replace(inputs=inputs, missing=self.missing[rows])
+        return self._replace(pair=self.pair.part(rows), missing=self.missing[rows])
 
-    def tiled(self, count: int) -> Problem:
+    def tile(self, count: int) -> Problem:
         """Return the problem with all data repeated, repetitions outermost."""
         if count == 1:
             return self
-        *inputs, missing = tile_inputs((*self.inputs, self.missing), count)
-        return self._replace(inputs=tuple(inputs), missing=missing)
+        *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
+        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
+
+    def trace_model(self, latents: Latents) -> Any:
+        """Run the model on given latents."""
+        with Given(latents):
+            return self.pair.alone(self.pair.model).trace()
+
+    def score(self, sites: list[Site]) -> Tensor:
+        """Sum the sites' log-probabilities per datum, ``(N,)``, float64."""
+        return total(sites, self.pair.plate, self.pair.inputs)
+
+
+def replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
+    """Return the pair with another tensor as its input at a position."""
+    return pair.on((*pair.inputs[:position], x, *pair.inputs[position + 1 :]))
 
 
 class Chains(NamedTuple):
@@ -98,25 +106,20 @@ def run_chains(problem: Problem, num_chains: int, num_steps: int, *, accept_all:
         accept_all: accept every proposal (pseudo-Gibbs) instead of the Metropolis test.
     """
     count = len(problem.missing)
-    problem = problem.tiled(num_chains)
-    state = _redrawn(problem, _propose(problem)[0])
+    problem = problem.tile(num_chains)
+    state = _redraw(problem, _propose(problem)[0])
     accepted = torch.zeros(len(problem.missing), device=problem.x.device)
-    means = [torch.zeros_like(value) for value in (state.mean, state.square, state.log_joint)]
-    deviations = torch.zeros_like(state.log_joint)
-    half = num_steps // 2
+    moments = [Moments() for _ in range(3)]
     for step in range(num_steps):
         state, moved = _step(state, accept_all)
         accepted += moved
-        if step < half:
-            continue
-        seen = step - half + 1
-        before = state.log_joint - means[2]
-        for mean, value in zip(means, (state.mean, state.square, state.log_joint), strict=True):
-            mean += (value - mean) / seen
-        deviations += before * (state.log_joint - means[2])
-    mean, square, log_joint_mean = means
-    variance = deviations / max(1, num_steps - half - 1)
-    results = (state.problem.x, mean, square, accepted / num_steps, log_joint_mean, variance)
+        if step >= num_steps // 2:
+            values = (state.mean, state.square, state.log_joint)
+            for each, value in zip(moments, values, strict=True):
+                each.add(value[None])
+    mean, square, log_joint = (each.mean() for each in moments)
+    variance = moments[2].variance()
+    results = (state.problem.x, mean, square, accepted / num_steps, log_joint, variance)
     return Chains(*(value.unflatten(0, (num_chains, count)) for value in results))
 
 
@@ -127,8 +130,7 @@ def draw_hidden(problem: Problem, latents: Latents) -> tuple[Tensor, list[Site],
         the data with the new fill ``(N, *data_shape)``, the model's sample sites with it in place,
         and the observed site among them.
     """
-    with Given(latents):
-        trace = poutine.trace(problem.model).get_trace(*problem.inputs)
+    trace = problem.trace_model(latents)
     site = trace.nodes[problem.site]
     drawn = site["fn"].sample().to(problem.x.dtype)
     x = torch.where(problem.missing, drawn, problem.x)
@@ -155,45 +157,40 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     problem = state.problem
     proposal, sites = _propose(problem)
     if accept_all:
-        return _redrawn(problem, proposal), torch.ones_like(state.log_joint)
-    with Given(proposal):
-        trace = poutine.trace(problem.model).get_trace(*problem.inputs)
-    log_joint = total(sample_sites(trace), problem.plate, problem.inputs)
-    log_forward = total(sites, problem.plate, problem.inputs)
-    log_ratio = log_joint - log_forward - state.log_joint + _log_reverse(state, sites)
+        return _redraw(problem, proposal), torch.ones_like(state.log_joint)
+    log_joint = problem.score(sample_sites(problem.trace_model(proposal)))
+    log_ratio = log_joint - problem.score(sites) - state.log_joint + _log_reverse(state, sites)
     # NaN: neither point has a density; stay.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
+    axes = problem.axes
     latents = {
-        name: torch.where(_along(accepted, value, problem.data_axes[name]), value, old)
+        name: torch.where(_along(accepted, value, axes[name]), value, state.latents[name])
         for name, value in proposal.items()
-        for old in (state.latents[name],)
     }
-    return _redrawn(problem, latents), accepted.to(log_ratio.dtype)
+    return _redraw(problem, latents), accepted.to(log_ratio.dtype)
 
 
 def _propose(problem: Problem) -> tuple[Latents, list[Site]]:
-    trace = poutine.trace(problem.guide).get_trace(*problem.inputs)
-    latents = {name: trace.nodes[name]["value"] for name in problem.data_axes}
-    return latents, sample_sites(trace)
+    trace = problem.pair.alone(problem.pair.guide).trace()
+    return {name: trace.nodes[name]["value"] for name in problem.axes}, sample_sites(trace)
 
 
 def _log_reverse(state: _State, sites: list[Site]) -> Tensor:
     """Return log q of the latents the chains are at, given the data as filled now, ``(N,)``."""
-    problem = state.problem
     if len(sites) == 1:
         # The site's distribution is there: the guide need not run again.
         sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
     else:
+        pair = state.problem.pair
         with Given(state.latents):
-            sites = sample_sites(poutine.trace(problem.guide).get_trace(*problem.inputs))
-    return total(sites, problem.plate, problem.inputs)
+            sites = sample_sites(pair.alone(pair.guide).trace())
+    return state.problem.score(sites)
 
 
-def _redrawn(problem: Problem, latents: Latents) -> _State:
+def _redraw(problem: Problem, latents: Latents) -> _State:
     x, sites, site = draw_hidden(problem, latents)
-    problem = problem.filled(x)
-    log_joint = total(sites, problem.plate, problem.inputs)
-    return _State(latents, problem, log_joint, *value_moments(site))
+    problem = problem.fill(x)
+    return _State(latents, problem, problem.score(sites), *value_moments(site))
 
 
 def _along(condition: Tensor, value: Tensor, axis: int) -> Any:

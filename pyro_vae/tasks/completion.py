@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError, unknown_name
-from pyro_vae.evaluation.blocks import can_be_split, memory_budget
-from pyro_vae.evaluation.options import check_counts, check_max_memory
+from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
+from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.simulate import changed_site
 from pyro_vae.pair.agreement import CALLING_ERRORS
 from pyro_vae.pair.contract import check_density_known, check_latents_match
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.sites import Given, Latents, latent_sites, observed_site
-from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import as_inputs
+from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
+from pyro_vae.pair.sites import Latents, latent_sites, observed_site
+from pyro_vae.tasks.chains import Problem, draw_hidden, replace_input, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
-from pyro_vae.weights.particles import LogDensities, PairScorer, check_weights
+from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",
@@ -32,8 +31,6 @@ METHODS = {
 _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
-# Data that share one pass at most; the memory may allow fewer.
-_BLOCK = 1024
 
 
 class Completion(NamedTuple):
@@ -129,7 +126,7 @@ def complete(
         Rezende, Mohamed, Wierstra 2014, appendix F.
     """
     _check_options(method, num_draws, num_samples, num_steps, position)
-    check_max_memory(max_memory)
+    check_optional_counts(max_memory=max_memory)
     inputs = as_inputs(x, model, guide)
     if not 0 <= position < len(inputs):
         raise InputError(f"expected a position from 0 to {len(inputs) - 1}, got {position}")
@@ -138,25 +135,36 @@ def complete(
     missing = missing.to(given.device)
     if given[~missing].isnan().any():
         raise InputError("expected no NaN among the observed values: mark them as missing")
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        start = _first_fill(model, inputs, missing, position, initial, observed)
-        problem, bytes_per_datum = _bound(model, guide, start, missing, position, observed, plate)
+    # What is hidden may be no data: the pair is opened with an observed value in its place.
+    pair = OpenedPair(model, guide, inputs, plate=plate)
+    seen = given[~missing]
+    if len(seen):
+        fill = seen[seen.double().abs().argmin()]
+        pair = replace_input(pair, position, torch.where(missing, fill, given))
+    with pair.alone(model).evaluating(seed, guide):
+        if len(seen):
+            pair.structure  # noqa: B018
+        pair = _fill_first(pair, missing, position, initial, observed)
+        problem, divisible = _bind(pair, missing, position, observed)
         if method == "metropolis":
-            sites = latent_sites(poutine.trace(guide).get_trace(*problem.inputs))
+            sites = latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
-        budget = max_memory or memory_budget(given.device)
-        rows = max(1, budget // bytes_per_datum)
+        weighed = _weigh_observed(problem, divisible)
+        budget = pair.memory(max_memory)
+        rows = max(1, budget // problem.pair.structure.bytes_per_datum)
         parts = []
-        size = min(_BLOCK, rows) if problem.divisible else len(given)
+        size = min(BLOCK, rows) if divisible else len(given)
         for first in range(0, len(given), size):
-            part = problem.rows(slice(first, first + size))
+            block = slice(first, first + size)
+            part = problem.rows(block)
             if method == "importance":
-                parts.append(_by_importance(part, num_draws, num_samples or _NUM_SAMPLES, budget))
+                particles, count = Particles(weighed.part(block)), num_samples or _NUM_SAMPLES
+                parts.append(_by_importance(part, particles, num_draws, count, budget))
             else:
-                together = max(1, rows // len(part.missing)) if problem.divisible else 1
+                together = max(1, rows // len(part.missing)) if divisible else 1
                 steps = num_steps or _NUM_STEPS
                 parts.append(_by_chains(part, method, num_draws, steps, together))
-    return _joined(parts, given, missing)
+    return _join(parts, given, missing)
 
 
 def _by_chains(
@@ -188,22 +196,31 @@ def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
     return ((length - 1) / length + means.var(0) / within).sqrt()
 
 
-def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: int) -> Completion:
+def _weigh_observed(problem: Problem, divisible: bool) -> OpenedPair:
+    """Return the pair that weighs draws by the density of the observed part."""
+    pair = problem.pair
+    masked = on_observed_part(pair.model, observed=problem.site, position=problem.position)
+    inputs = (*pair.inputs, problem.missing)
+    knowledge = Knowledge(is_divisible=divisible)
+    guide = pair.guide
+    return OpenedPair(
+        masked, lambda *given: guide(*given[:-1]), inputs, plate=pair.plate, knowledge=knowledge
+    )
+
+
+def _by_importance(
+    problem: Problem, particles: Particles, num_draws: int, num_samples: int, budget: int
+) -> Completion:
     """Weigh draws from the guide by the density of the observed part, and resample."""
-    masked = on_observed_part(problem.model, observed=problem.site, position=problem.position)
-    guide = problem.guide
-    inputs = (*problem.inputs, problem.missing)
-    scorer = PairScorer(masked, lambda *given: guide(*given[:-1]), inputs, plate=problem.plate)
-    num_data = len(problem.missing)
-    chunk = max(1, budget // (scorer.bytes_per_datum * num_data))
+    chunk = max(1, budget // (particles.bytes_per_datum * particles.num_data))
     drawn: list[Latents] = []
     weights = []
     for done in range(0, num_samples, chunk):
-        latents, log_proposal = scorer.propose(min(chunk, num_samples - done))
-        scores = LogDensities(*scorer.score(latents), log_proposal)
-        check_weights(scores)
-        drawn.append(latents)
-        weights.append(scores.log_weights)
+        latents, log_proposal = particles.propose(min(chunk, num_samples - done))
+        densities = LogDensities(*particles.score(latents), log_proposal)
+        check_weights(densities)
+        drawn.append(particles.data_first(latents))
+        weights.append(densities.log_weights)
     shares = torch.cat(weights).softmax(0)  # (num_samples, N)
     if shares.isnan().any():
         raise InputError(
@@ -211,19 +228,18 @@ def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: i
             f"{int(shares.isnan().any(0).sum())} data: raise num_samples, or use metropolis"
         )
     picked = torch.multinomial(shares.T, num_draws, replacement=True).T
-    rows = torch.arange(num_data, device=picked.device)
-    means, squares, draws = [], [], []
-    chosen = {}
-    for name, axis in problem.data_axes.items():
-        values = torch.cat([latents[name] for latents in drawn]).movedim(axis, 1)
-        chosen[name] = values[picked, rows].movedim(1, axis)
+    rows = torch.arange(particles.num_data, device=picked.device)
+    chosen = {
+        name: torch.cat([latents[name] for latents in drawn])[picked, rows].movedim(1, axis)
+        for name, axis in particles.axes.items()
+    }
+    draws, moments = [], [Moments(), Moments()]
     for index in range(num_draws):
         x, _, site = draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
-        mean, square = value_moments(site)
-        means.append(mean)
-        squares.append(square)
         draws.append(x)
-    mean, square = torch.stack(means).mean(0), torch.stack(squares).mean(0)
+        for each, value in zip(moments, value_moments(site), strict=True):
+            each.add(value[None])
+    mean, square = (each.mean() for each in moments)
     ess = 1 / shares.square().sum(0)
     return Completion(torch.stack(draws), mean, _deviation(mean, square), "importance", ess=ess)
 
@@ -232,41 +248,38 @@ def _deviation(mean: Tensor, square: Tensor) -> Tensor:
     return (square - mean.square()).clamp(min=0).sqrt()
 
 
-def _joined(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
+def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     """Join blocks of data, and put the observed values back as they came."""
     draws = torch.cat([part.draws for part in parts], dim=1)
     mean = torch.cat([part.mean for part in parts]).to(draws.dtype)
     deviation = torch.cat([part.standard_deviation for part in parts]).to(draws.dtype)
 
-    def diagnostic(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
+    diagnostics = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("acceptance", "r_hat", "ess")
+        if getattr(parts[0], name) is not None
+    }
     return Completion(
         torch.where(missing, draws, x),
         torch.where(missing, mean, x),
         deviation.masked_fill(~missing, 0.0),
         parts[0].method,
-        diagnostic("acceptance"),
-        diagnostic("r_hat"),
-        diagnostic("ess"),
+        **diagnostics,
     )
 
 
-def _first_fill(
-    model: PairFunction,
-    inputs: Inputs,
+def _fill_first(
+    pair: OpenedPair,
     missing: Tensor,
     position: int,
     initial: float | Tensor | None,
     observed: str | None,
-) -> Inputs:
-    """Return the inputs with the hidden places filled as asked, or by the model's own mean."""
-    x = inputs[position]
+) -> OpenedPair:
+    """Return the pair with the hidden places filled as asked, or by the model's own mean."""
+    x = pair.inputs[position]
 
-    def with_fill(fill: Tensor) -> Inputs:
-        filled = torch.where(missing, fill.to(x), x)
-        return (*inputs[:position], filled, *inputs[position + 1 :])
+    def with_fill(fill: Tensor) -> OpenedPair:
+        return replace_input(pair, position, torch.where(missing, fill.to(x), x))
 
     if initial is not None:
         if not isinstance(initial, int | float | Tensor):
@@ -283,9 +296,10 @@ def _first_fill(
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
     blank = with_fill(x.new_zeros(()))
+    model = blank.alone(blank.model)
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for _ in range(_PRIOR_DRAWS):
-        trace = poutine.trace(model).get_trace(*blank)
+        trace = model.trace()
         site = trace.nodes[observed_site(trace, observed)]
         if site["value"].shape != x.shape:
             raise _not_observed(site["name"], x, site["value"])
@@ -293,42 +307,38 @@ def _first_fill(
     return with_fill(total / _PRIOR_DRAWS)
 
 
-def _bound(
-    model: PairFunction,
-    guide: PairFunction,
-    inputs: Inputs,
-    missing: Tensor,
-    position: int,
-    observed: str | None,
-    plate: str,
-) -> tuple[Problem, int]:
-    """Bind a pair to filled data, refuse what can't be completed; also the bytes per datum."""
-    guide_trace = poutine.trace(guide).get_trace(*inputs)
-    trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*inputs)
+def _bind(
+    pair: OpenedPair, missing: Tensor, position: int, observed: str | None
+) -> tuple[Problem, bool]:
+    """Bind a pair of filled data to what is missing; refuse what can't be completed.
+
+    Returns:
+        the problem, and whether its pair accepts fewer data than these, and more.
+    """
+    trace, guide_trace = pair.trace()
     name = observed_site(trace, observed)
-    site, x = trace.nodes[name], inputs[position]
+    site, x = trace.nodes[name], pair.inputs[position]
     if site["value"].shape != x.shape or not torch.equal(site["value"], x):
         raise _not_observed(name, x, site["value"])
     elementwise_base(name, site["fn"])
     check_latents_match(trace, guide_trace)
     latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-    problem = Problem(model, guide, inputs, missing, position, name, plate, {}, False)
-    # From here on the hidden values are in the support of the likelihood: the first fill need not be.
-    problem = problem.filled(draw_hidden(problem, latents)[0])
-    _check_conditional_independence(problem, latents)
-    scorer = PairScorer(model, guide, problem.inputs, plate=plate)
-    divisible = _is_divisible(problem)
-    problem = problem.filled(x)._replace(data_axes=scorer.data_axes, divisible=divisible)
-    return problem, scorer.bytes_per_datum
+    problem = Problem(pair, missing, position, name)
+    # Inspected with hidden values in the support of the likelihood: the first fill need not be there.
+    drawn = problem.fill(draw_hidden(problem, latents)[0])
+    _check_conditional_independence(drawn, latents)
+    drawn.pair.structure  # noqa: B018
+    return problem, _is_divisible(drawn)
 
 
 def _is_divisible(problem: Problem) -> bool:
     """Tell whether the pair accepts fewer data than these, and more."""
     if len(problem.missing) >= 3:
-        return can_be_split(problem.model, problem.guide, problem.inputs, problem.plate)
+        return problem.pair.is_divisible()
+    twice = problem.tile(2).pair
+    twice.knowledge = Knowledge()  # whether it takes so many is to be seen
     try:
-        twice = problem.tiled(2)
-        PairScorer(problem.model, problem.guide, twice.inputs, plate=problem.plate)
+        twice.structure  # noqa: B018
     except CALLING_ERRORS:
         return False
     return True
@@ -339,8 +349,7 @@ def _check_conditional_independence(problem: Problem, latents: Latents) -> None:
     other, *_ = draw_hidden(problem, latents)
     traces = []
     for x in (problem.x, other):
-        with Given(latents):
-            trace = poutine.trace(problem.model).get_trace(*problem.filled(x).inputs)
+        trace = problem.fill(x).trace_model(latents)
         trace.nodes[problem.site]["value"] = problem.x
         traces.append(trace)
     name = changed_site(*traces)
@@ -365,13 +374,12 @@ def _check_options(
         raise unknown_name("method", method, METHODS)
     check_counts(num_draws=num_draws)
     check_counts(position=position, least=0)
-    own, other = "num_steps", "num_samples"
+    check_optional_counts(num_samples=num_samples, num_steps=num_steps)
+    own, other, surplus = "num_steps", "num_samples", num_samples
     if method == "importance":
-        own, other = other, own
-    given = {"num_samples": num_samples, "num_steps": num_steps}
-    check_counts(**{name: value for name, value in given.items() if value is not None})
-    if given[other] is not None:
+        own, other, surplus = "num_samples", "num_steps", num_steps
+    if surplus is not None:
         raise InputError(
-            f"expected no {other} with method {method!r}, which has {own}, got {given[other]}: leave "
+            f"expected no {other} with method {method!r}, which has {own}, got {surplus}: leave "
             "it out"
         )

@@ -6,18 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import rows_of
-from pyro_vae.evaluation.latent_codes import chosen_site, code_sites, draw_codes, mean_codes
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_optional_counts
+from pyro_vae.evaluation.latent_codes import choose_site, draw_codes, mean_codes
 from pyro_vae.pair.contract import check_rows
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.opened import any_number_of_data
-from pyro_vae.pair.sites import Given, Site, data_dim, latent_sites, observed_site
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import OpenedFunction, open_function
+from pyro_vae.pair.sites import Given, Site, latent_sites, observed_site, value_axis
 
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
@@ -54,14 +50,15 @@ def encode(
     Warns:
         UserWarning: the mean has no closed form and comes from draws.
     """
-    inputs = as_inputs(x, guide)
-    if num_draws is not None:
-        check_counts(num_draws=num_draws)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(guide), seeded(seed):
-        name = chosen_site(code_sites(guide, inputs, plate), site)
+    check_optional_counts(num_draws=num_draws)
+    opened = open_function(guide, x, plate=plate)
+    with opened.evaluating(seed):
         if not mean:
-            return draw_codes(guide, inputs, num_draws or 1, plate)[name].detach()
-        code = mean_codes(guide, inputs, num_draws or _MEAN_DRAWS, plate)[name]
+            drawn = draw_codes(opened, num_draws or 1)
+            return drawn[choose_site(drawn, site)].detach()
+        codes = mean_codes(opened, num_draws or _MEAN_DRAWS)
+    name = choose_site(codes, site)
+    code = codes[name]
     if not code.exact:
         warnings.warn(
             f"the mean of latent {name!r} has no closed form: it is that of "
@@ -101,43 +98,38 @@ def decode(
         InputError: latents of another name, number or shape, an observed site that can't be told or
             has no mean, or a model that does not run on any number of data.
     """
-    inputs = as_inputs(like, model)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model), seeded(seed):
-        return decoded(model, z, inputs, mean=mean, observed=observed, plate=plate)
+    opened = open_function(model, like, plate=plate)
+    with opened.evaluating(seed):
+        return decode_latents(opened, z, mean=mean, observed=observed)
 
 
-def decoded(
-    model: PairFunction,
+def decode_latents(
+    model: OpenedFunction,
     z: Tensor | Mapping[str, Tensor],
-    inputs: Inputs,
     *,
     mean: bool = True,
     observed: str | None = None,
-    plate: str = "data",
 ) -> Tensor:
-    """Do the work of :func:`decode` for callers that hold the lock and have set the mode."""
-    with any_number_of_data("model", 1):
-        trace = poutine.trace(model).get_trace(*rows_of(inputs, slice(1)))
+    """Do the work of :func:`decode` for a model that is open."""
+    trace = model.first().trace(explain="model")
     sites = {site["name"]: site for site in latent_sites(trace)}
-    named = dict(z) if isinstance(z, Mapping) else {chosen_site(sites, None): z}
+    named = dict(z) if isinstance(z, Mapping) else {choose_site(sites, None): z}
     given = {}
     for name, value in named.items():
-        site = sites[chosen_site(sites, name)]
-        axis = data_dim(site, plate) - site["fn"].event_dim
-        like = site["value"]
+        site = sites[choose_site(sites, name)]
+        axis, like = value_axis(site, model.plate), site["value"]
         value = torch.as_tensor(value).to(like)
-        wanted = (len(inputs[0]), *like.movedim(axis, 0).shape[1:])
+        wanted = (model.num_data, *like.movedim(axis, 0).shape[1:])
         if value.shape != wanted:
             raise InputError(
                 f"expected latents {name!r} of shape {wanted}, one for each datum, got "
                 f"{tuple(value.shape)}"
             )
         given[name] = value.movedim(0, axis)
-    num_data = len(inputs[0])
-    with any_number_of_data("model", num_data), Given(given):
-        trace = poutine.trace(model).get_trace(*inputs)
+    with Given(given):
+        trace = model.trace(explain="model")
     site = trace.nodes[observed_site(trace, observed)]
-    check_rows("model", site, plate, num_data)
+    check_rows("model", site, model.plate, model.num_data)
     return mean_of(site) if mean else site["fn"].sample()
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, distributions
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.blocks import can_be_split
+from pyro_vae.distributions.flows import FlowDistribution
+from pyro_vae.distributions.normal import DiagonalNormalMixture
+from pyro_vae.errors import InputError, real_number
 from pyro_vae.pair.contract import check_rows
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
-from pyro_vae.pair.sites import Given, Latents, Site, is_inside, latent_sites, observed_site
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import OpenedPair, open_function, open_pair
+from pyro_vae.pair.sites import Given, Latents, is_delta, is_inside, observed_site
 from pyro_vae.tasks.encoding import mean_of
-from pyro_vae.tasks.temperature import AtTemperature, check_temperature
-from pyro_vae.weights.particles import PairScorer
+
+# Families with a location and a scale: the temperature multiplies the scale.
+_LOCATION_SCALE = (
+    distributions.Normal,
+    distributions.Laplace,
+    distributions.Cauchy,
+    distributions.StudentT,
+)
 
 
 def generate(
@@ -66,23 +75,26 @@ def generate(
     Source:
         Aggregate posterior: Makhzani et al. 2016, "Adversarial Autoencoders", equation 1.
     """
-    inputs = as_inputs(like, model)
-    check_temperature(temperature)
+    opened = open_function(model, like, plate=plate)
+    if not 0 < real_number("temperature", temperature) < math.inf:
+        raise InputError(f"expected a finite temperature above 0, got {temperature}")
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
-    given = inputs if data is None else as_inputs(data, model)
-    functions = (model,) if guide is None else (model, guide)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(*functions), seeded(seed):
-        name = observed_site(poutine.trace(model).get_trace(*inputs), observed)
+    pair = (
+        None
+        if guide is None
+        else open_pair(model, guide, like if data is None else data, plate=plate)
+    )
+    with opened.evaluating(seed, guide):
+        name = observed_site(opened.trace(), observed)
         latents: Latents = {}
-        if guide is not None:
-            latents = _from_aggregate_posterior(
-                model, guide, given, len(inputs[0]), temperature, plate
-            )
-        with _Freed(name), AtTemperature(temperature), Given(latents):
-            trace = poutine.trace(model).get_trace(*inputs)
+        if pair is not None:
+            latents = _draw_aggregate_posterior(pair, opened.num_data, temperature)
+        with _Freed(name), _AtTemperature(temperature), Given(latents):
+            trace = opened.trace()
     site = trace.nodes[name]
-    _check_size(site, plate, len(inputs[0]))
+    if is_inside(site, plate):  # of a plate that subsamples, which data were drawn is not known
+        check_rows("model", site, plate, opened.num_data)
     return mean_of(site) if mean else site["value"]
 
 
@@ -114,19 +126,10 @@ def reconstruct(
         InputError: no observed site, several without a name, one of another name or without a mean,
             a latent that the guide misses, or a plate that subsamples the data.
     """
-    inputs = as_inputs(x, model, guide)
-    check_data(model, inputs)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        drawn = poutine.trace(guide).get_trace(*inputs)
-        trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*inputs)
-        missing = sorted({each["name"] for each in latent_sites(trace)} - set(drawn.nodes))
-        if missing:
-            raise InputError(
-                f"expected a guide that draws every latent, {missing[0]!r} is missing: add "
-                "pyro.sample for it"
-            )
+    pair = open_pair(model, guide, x, plate=plate)
+    with pair.evaluating(seed):
+        trace, _ = pair.trace()
         site = trace.nodes[observed_site(trace, observed)]
-        _check_size(site, plate, len(inputs[0]))
         return mean_of(site) if mean else site["fn"].sample()
 
 
@@ -142,36 +145,27 @@ class _Freed(Messenger):
             message.update(is_observed=False, value=None, done=False)
 
 
-def _from_aggregate_posterior(
-    model: PairFunction,
-    guide: PairFunction,
-    data: Inputs,
-    number: int,
-    temperature: float,
-    plate: str,
-) -> Latents:
+def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float) -> Latents:
     """Draw latents of so many data, each from the posterior of a datum picked at random."""
-    picked = torch.randint(len(data[0]), (number,), device=data[0].device)
-    if can_be_split(model, guide, data, plate):
-        rows = tuple(value[picked] for value in data)
-        scorer = PairScorer(model, guide, rows, plate=plate)
-        with AtTemperature(temperature):
-            trace = poutine.trace(guide).get_trace(*rows)
-        return {name: trace.nodes[name]["value"] for name in scorer.data_axes}
+    axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
+
+    def draw(part: OpenedPair) -> Latents:
+        with _AtTemperature(temperature):
+            trace = part.alone(part.guide).trace()
+        return {name: trace.nodes[name]["value"] for name in axes}
+
+    picked = torch.randint(pair.num_data, (number,), device=pair.device)
+    if pair.is_divisible():
+        return draw(pair.part(picked))
     # A guide with parameters per datum takes all its data at once: a datum picked for the k-th time
     # gets the k-th draw.
-    scorer = PairScorer(model, guide, data, plate=plate)
     turn = _occurrence(picked)
-    draws = []
-    for _ in range(int(turn.max()) + 1):
-        with AtTemperature(temperature):
-            trace = poutine.trace(guide).get_trace(*data)
-        draws.append({name: trace.nodes[name]["value"] for name in scorer.data_axes})
+    draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
     return {
-        name: torch.stack([draw[name].movedim(axis, 0) for draw in draws])[turn, picked].movedim(
+        name: torch.stack([each[name].movedim(axis, 0) for each in draws])[turn, picked].movedim(
             0, axis
         )
-        for name, axis in scorer.data_axes.items()
+        for name, axis in axes.items()
     }
 
 
@@ -184,7 +178,54 @@ def _occurrence(picked: Tensor) -> Tensor:
     return occurrence
 
 
-def _check_size(site: Site, plate: str, num_data: int) -> None:
-    """Refuse a site that subsamples its data: which of them were drawn is not known afterwards."""
-    if is_inside(site, plate):
-        check_rows("model", site, plate, num_data)
+class _AtTemperature(Messenger):
+    """Multiply the spread of every latent's distribution by the temperature.
+
+    A location-scale family and a multivariate normal have their scale multiplied; a mixture has each
+    component's, its weights unchanged; a flow has its base's (as in Kingma, Dhariwal 2018, "Glow",
+    section 6). Whatever else is drawn is refused by name.
+
+    Args:
+        temperature: factor of the standard deviation; 1 changes nothing.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def _pyro_sample(self, message: Any) -> None:
+        if self.temperature == 1 or message["is_observed"] or message["value"] is not None:
+            return
+        # A point mass follows from the other sites.
+        if site_is_subsample(message) or is_delta(message["fn"]):
+            return
+        message["fn"] = _spread(message["name"], message["fn"], self.temperature)
+
+
+def _spread(name: str, fn: Any, factor: float) -> Any:
+    if isinstance(fn, distributions.Independent):
+        return _spread(name, fn.base_dist, factor).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _spread(name, fn.base_dist, factor).mask(fn._mask)
+    if isinstance(fn, _LOCATION_SCALE) and not fn.event_shape:
+        # y = loc + factor (x - loc)
+        shift = distributions.AffineTransform(fn.loc * (1 - factor), factor)
+        return dist.TransformedDistribution(fn, [shift])
+    if isinstance(fn, distributions.MultivariateNormal):
+        factors = fn.scale_tril * factor
+        return dist.MultivariateNormal(fn.loc, scale_tril=factors, validate_args=False)
+    if isinstance(fn, distributions.MixtureSameFamily):
+        components = _spread(name, fn.component_distribution, factor)
+        weights = fn.mixture_distribution
+        return dist.MixtureSameFamily(weights, components, validate_args=False)
+    if isinstance(fn, DiagonalNormalMixture):
+        return DiagonalNormalMixture(fn.log_weights, fn.loc, fn.scale * factor)
+    if isinstance(fn, FlowDistribution):
+        return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
+    if isinstance(fn, distributions.TransformedDistribution):
+        base = _spread(name, fn.base_dist, factor)
+        return dist.TransformedDistribution(base, fn.transforms)
+    raise InputError(
+        f"expected latents with a scale that a temperature multiplies, {name!r} is "
+        f"{type(fn).__name__}: leave temperature at 1"
+    )

@@ -7,18 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError, real_number, whole_number
-from pyro_vae.evaluation.latent_codes import chosen_site, code_sites, decodable_codes, support_of
-from pyro_vae.evaluation.options import check_counts
+from pyro_vae.errors import InputError, check_counts, real_number, whole_number
+from pyro_vae.evaluation.latent_codes import Code, choose_site, mean_codes
 from pyro_vae.pair.contract import check_rows
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
-from pyro_vae.pair.inputs import Inputs, as_inputs, tile_inputs
-from pyro_vae.pair.opened import any_number_of_data
-from pyro_vae.pair.sites import data_dim
-from pyro_vae.tasks.encoding import decoded
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import as_inputs, tile_inputs
+from pyro_vae.pair.opened import OpenedPair, open_pair
+from pyro_vae.pair.sites import value_axis
+from pyro_vae.tasks.encoding import decode_latents
 
 # Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
 # known to 0.03.
@@ -97,26 +95,27 @@ def interpolate(
     Source:
         White 2016, "Sampling Generative Networks", section 2 (the great circle).
     """
-    starts, ends = as_inputs(x, model, guide), as_inputs(to, model, guide)
+    pair, ends = open_pair(model, guide, x, plate=plate), as_inputs(to, model, guide)
     check_counts(num_steps=num_steps, least=2)
-    if len(starts[0]) != len(ends[0]):
+    if pair.num_data != len(ends[0]):
         raise InputError(
             f"expected as many data to end at as to start from, got {len(ends[0])} for "
-            f"{len(starts[0])}"
+            f"{pair.num_data}"
         )
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        sites = code_sites(guide, starts, plate)
-        first = decodable_codes(guide, starts, _CODE_DRAWS, plate)
-        last = decodable_codes(guide, ends, _CODE_DRAWS, plate)
+    with pair.evaluating(seed):
+        encoder = pair.alone(guide)
+        first = mean_codes(encoder, _CODE_DRAWS)
+        last = mean_codes(encoder._replace(inputs=ends), _CODE_DRAWS)
         ways = {}
-        for name, start in first.items():
-            _refuse_discrete(name, support_of(sites[name]))
-            walk = _great_circle if support_of(sites[name]) == "sphere" else _straight
+        for name, code in first.items():
+            _refuse_discrete(name, code)
+            walk = _great_circle if code.support == "sphere" else _straight
+            start, end = code.decodable(), last[name].decodable()
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
-            ways[name] = walk(start, last[name], shares).flatten(0, 1)
-        data = decoded(model, ways, tile_inputs(starts, num_steps), observed=observed, plate=plate)
-    return data.unflatten(0, (num_steps, len(starts[0])))
+            ways[name] = walk(start, end, shares).flatten(0, 1)
+        data = decode_latents(pair.alone(model).repeat(num_steps), ways, observed=observed)
+    return data.unflatten(0, (num_steps, pair.num_data))
 
 
 def traverse(
@@ -152,11 +151,11 @@ def traverse(
     Raises:
         InputError: options out of range, or a latent that can't be moved.
     """
-    inputs = as_inputs(x, model, guide)
+    pair = open_pair(model, guide, x, plate=plate)
     check_counts(num_steps=num_steps, least=2)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        walker = _Walker(model, guide, inputs, site, observed, plate)
-        moved = tuple(range(walker.size)) if dimensions is None else _whole(dimensions)
+    with pair.evaluating(seed):
+        walker = _Walker(pair, site, observed)
+        moved = tuple(range(walker.size)) if dimensions is None else _as_whole(dimensions)
         walker.check_dimensions(moved)
         values = walker.quantiles(num_steps, coverage)[list(moved)]
         data = [
@@ -203,11 +202,11 @@ def manifold(
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", appendix A.
     """
-    inputs = as_inputs(x, model, guide)
+    pair = open_pair(model, guide, x, plate=plate)
     check_counts(num_steps=num_steps, least=2)
-    with HANDLER_LOCK, torch.no_grad(), evaluation_mode(model, guide), seeded(seed):
-        walker = _Walker(model, guide, inputs, site, observed, plate)
-        chosen = _whole(dimensions)
+    with pair.evaluating(seed):
+        walker = _Walker(pair, site, observed)
+        chosen = _as_whole(dimensions)
         walker.check_dimensions(chosen)
         if len(chosen) != 2 or chosen[0] == chosen[1]:
             raise InputError(f"expected two different dimensions, got {dimensions}")
@@ -230,23 +229,15 @@ def manifold(
 class _Walker:
     """The codes of some data, of which one site's are moved and decoded."""
 
-    def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        inputs: Inputs,
-        site: str | None,
-        observed: str | None,
-        plate: str,
-    ) -> None:
-        self.model, self.inputs, self.observed, self.plate = model, inputs, observed, plate
-        sites = code_sites(guide, inputs, plate)
-        self.site = chosen_site(sites, site)
-        self.support = support_of(sites[self.site])
-        _refuse_discrete(self.site, self.support)
-        self.codes = decodable_codes(guide, inputs, _CODE_DRAWS, plate)
+    def __init__(self, pair: OpenedPair, site: str | None, observed: str | None) -> None:
+        self.model, self.observed = pair.alone(pair.model), observed
+        codes = mean_codes(pair.alone(pair.guide), _CODE_DRAWS)
+        self.site = choose_site(codes, site)
+        self.support = codes[self.site].support
+        _refuse_discrete(self.site, codes[self.site])
+        self.codes = {name: code.decodable() for name, code in codes.items()}
         self.shape = self.codes[self.site].shape[1:]
-        self.flat = self.codes[self.site].reshape(len(inputs[0]), -1)
+        self.flat = self.codes[self.site].reshape(pair.num_data, -1)
         self.size = self.flat.shape[1]
 
     def check_dimensions(self, dimensions: Sequence[int]) -> None:
@@ -267,7 +258,7 @@ class _Walker:
             mean = _unit(mean, torch.eye(self.size, dtype=mean.dtype, device=mean.device)[:1])
         self.flat = mean
         self.codes = {name: value[:1] for name, value in self.codes.items()}
-        self.inputs = tuple(value[:1] for value in self.inputs)
+        self.model = self.model.first()
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
         """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
@@ -275,14 +266,10 @@ class _Walker:
             raise InputError(f"expected a coverage between 0 and 1, got {coverage}")
         edge = (1 - coverage) / 2
         probabilities = torch.linspace(edge, 1 - edge, num_steps, dtype=torch.float64)
-        inputs = tile_inputs(self.inputs, math.ceil(_PRIOR_DRAWS / len(self.inputs[0])))
-        num_drawn = len(inputs[0])
-        with any_number_of_data("model", num_drawn):
-            trace = poutine.trace(self.model).get_trace(*inputs)
-        site = trace.nodes[self.site]
-        check_rows("model", site, self.plate, num_drawn)
-        axis = data_dim(site, self.plate) - site["fn"].event_dim
-        drawn = site["value"].movedim(axis, 0).reshape(num_drawn, -1)
+        model = self.model.repeat(math.ceil(_PRIOR_DRAWS / self.model.num_data))
+        site = model.trace(explain="model").nodes[self.site]
+        check_rows("model", site, model.plate, model.num_data)
+        drawn = site["value"].movedim(value_axis(site, model.plate), 0).reshape(model.num_data, -1)
         return drawn.double().quantile(probabilities.to(drawn.device), dim=0).T.to(drawn.dtype)
 
     def with_coordinate(self, dimension: int, value: Tensor, flat: Tensor | None = None) -> Tensor:
@@ -323,17 +310,12 @@ class _Walker:
 
     def decode(self, flat: Sequence[Tensor]) -> Tensor:
         """Decode several codes of each datum, ``(len(flat), N, *data_shape)``."""
-        count, num_data = len(flat), len(self.inputs[0])
-        latents = {name: tile_inputs((value,), count)[0] for name, value in self.codes.items()}
-        latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
-        data = decoded(
-            self.model,
-            latents,
-            tile_inputs(self.inputs, count),
-            observed=self.observed,
-            plate=self.plate,
+        latents = dict(
+            zip(self.codes, tile_inputs(tuple(self.codes.values()), len(flat)), strict=True)
         )
-        return data.unflatten(0, (count, num_data))
+        latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
+        data = decode_latents(self.model.repeat(len(flat)), latents, observed=self.observed)
+        return data.unflatten(0, (len(flat), self.model.num_data))
 
 
 def _straight(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
@@ -359,13 +341,13 @@ def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
 
 
-def _whole(dimensions: Iterable[int]) -> tuple[int, ...]:
+def _as_whole(dimensions: Iterable[int]) -> tuple[int, ...]:
     """Return coordinates as whole numbers from 0 on, or refuse what is none."""
     if isinstance(dimensions, str) or not isinstance(dimensions, Iterable):
         raise InputError(f"expected dimensions as whole numbers, e.g. (0, 1), got {dimensions!r}")
     return tuple(whole_number("each of the dimensions", each) for each in dimensions)
 
 
-def _refuse_discrete(name: str, support: str) -> None:
-    if support == "discrete":
+def _refuse_discrete(name: str, code: Code) -> None:
+    if code.support == "discrete":
         raise InputError(f"expected a continuous latent to walk through, {name!r} is discrete")

@@ -198,6 +198,10 @@ class Particles:
         """Score latents ``(num_samples, ...)`` under the guide: log q ``(num_samples, N)``."""
         return self.score_under("guide", latents).latent
 
+    def data_first(self, latents: Latents) -> Latents:
+        """Move the data's axis of latents to the front: each ``(num_samples, N, ...)``, as a view."""
+        return {name: latents[name].movedim(self.axes[name], 1) for name in latents}
+
     def traces(self) -> TracePair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
         return self.pair.trace()
@@ -543,7 +547,7 @@ def _tile_pair(pair: OpenedPair, count: int) -> OpenedPair:
     values = pair.arguments
     if pair.keywords or not all(isinstance(value, Tensor) and value.dim() for value in values):
         raise ValueError("only tensors that count the data can be repeated")
-    return pair.bind(pair.model, pair.guide, tile_inputs(values, count), {})
+    return pair.on(tile_inputs(values, count))
 
 
 def _untile(value: Tensor, axis: int, count: int) -> Tensor:
@@ -563,22 +567,3 @@ def _count(latents: Latents) -> int:
 
 def _stack(rows: list[Latents]) -> Latents:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-class PairScorer(Particles):
-    """The particles of a pair that is opened here; on its way out."""
-
-    def __init__(self, model: Any, guide: Any, inputs: Any, *, plate: str = "data") -> None:
-        super().__init__(OpenedPair(model, guide, inputs, plate=plate).part())
-
-    inputs = property(lambda self: self.pair.inputs)
-    data_axes = property(lambda self: self.axes)
-    plate = property(lambda self: self.pair.plate)
-    model = property(lambda self: self.pair.model)
-
-    @classmethod
-    def of(cls, pair: OpenedPair) -> PairScorer:
-        """Return the scorer of a pair that is open."""
-        scorer = cls.__new__(cls)
-        Particles.__init__(scorer, pair)
-        return scorer

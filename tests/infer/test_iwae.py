@@ -10,7 +10,8 @@ from objective_pairs import PAIRS, Gaussian, assert_same_mean, gradients, make_p
 from pyro.infer import SVI
 
 from pyro_vae.infer import IWAE, FusedOptim, scale_latents
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.weights.particles import Particles
 
 
 def bounds_per_datum(pair, x, num_particles, *, copies, repeats):
@@ -65,7 +66,7 @@ def test_loss_is_the_mean_of_the_weights_that_log_weights_gives():
     objective.loss(model, guide, x)
     pyro.set_rng_seed(2)
     found = objective.loss(model, guide, x)
-    scorer = PairScorer(model, guide, (x,))
+    scorer = Particles(OpenedPair(model, guide, (x,)))
     scorer.draw(5)  # finds out how to batch, which draws
     pyro.set_rng_seed(2)
     weights = scorer.draw(5).log_weights

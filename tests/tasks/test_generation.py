@@ -11,7 +11,7 @@ from pyro import poutine
 import pyro_vae as pv
 from pyro_vae.distributions import VonMisesFisher
 from pyro_vae.tasks import generate, reconstruct
-from pyro_vae.tasks.temperature import AtTemperature
+from pyro_vae.tasks.generation import _AtTemperature
 
 N = 4000
 
@@ -321,7 +321,7 @@ def test_temperature_of_the_mixture_family():
     vae = pv.VAE(pv.priors.StandardNormal(1), likelihood, guide)
     x = torch.randn(1, 3)
     q = guide(x)
-    with AtTemperature(2.0):
+    with _AtTemperature(2.0):
         drawn = poutine.trace(vae.guide).get_trace(x.expand(N, 3)).nodes["z"]["value"]
     mean = q.mean.item()
     # Var z = E s^2 + Var m; the temperature is a factor of s alone.

@@ -10,7 +10,8 @@ from weight_pairs import PAIRS, N, auxiliary, convolutional, hierarchical, norma
 import pyro_vae as pv
 from pyro_vae.beta import scale_latents
 from pyro_vae.errors import InputError
-from pyro_vae.weights.particles import PairScorer
+from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.weights.particles import Particles
 
 
 def reference(function, inputs, latents, plate="data"):
@@ -38,7 +39,7 @@ def reference(function, inputs, latents, plate="data"):
 def test_weights_are_those_of_plain_calls(pair):
     model, guide, inputs = pair()
     with torch.no_grad():
-        scorer = PairScorer(model, guide, inputs)
+        scorer = Particles(OpenedPair(model, guide, inputs))
         latents, log_proposal = scorer.propose(5)
         log_likelihood, log_prior = scorer.score(latents)
         joint, proposal = reference(model, inputs, latents), reference(guide, inputs, latents)
@@ -71,7 +72,7 @@ def test_auxiliary_draws_become_latents():
     model, guide, inputs = auxiliary()
     encoder = guide.__closure__[0].cell_contents
     with torch.no_grad():
-        scorer = PairScorer(model, guide, inputs)
+        scorer = Particles(OpenedPair(model, guide, inputs))
         latents, log_proposal = scorer.propose(5)
         expected = normal(encoder(inputs[0]), 0.5).log_prob(latents["z"]).double()
     torch.testing.assert_close(log_proposal, expected, rtol=1e-5, atol=1e-5)
@@ -111,7 +112,7 @@ def test_scales_of_plates_and_beta_are_taken_out():
             pyro.sample("z", normal(x))
 
     x = torch.randn(N, 2)
-    scorer = PairScorer(subsampled_model, subsampled_guide, (x,))
+    scorer = Particles(OpenedPair(subsampled_model, subsampled_guide, (x,)))
     latents, log_proposal = scorer.propose(4)
     z = latents["z"]
     torch.testing.assert_close(log_proposal, normal(x).log_prob(z).double())
@@ -157,7 +158,7 @@ def test_a_model_that_mixes_its_data_is_called_particle_by_particle():
             pyro.sample("z", normal(x))
 
     inputs = (torch.randn(N, 2),)
-    scorer = PairScorer(model, guide, inputs)
+    scorer = Particles(OpenedPair(model, guide, inputs))
     latents, _ = scorer.propose(20)
     with pytest.warns(UserWarning, match="model of this pair"):
         terms = scorer.score(latents)
@@ -176,7 +177,7 @@ def test_a_model_without_a_batching_rule_is_tiled():
             pyro.sample("z", normal(x))
 
     inputs = (torch.randn(N, 2),)
-    scorer = PairScorer(model, guide, inputs)
+    scorer = Particles(OpenedPair(model, guide, inputs))
     latents, _ = scorer.propose(6)
     terms = scorer.score(latents)
     assert scorer.pair.knowledge.ways["model"] == "_score_tiled"
