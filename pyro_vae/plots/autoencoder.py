@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyro_vae.plots.images import is_image
+from pyro_vae.plots.images import flat_image, is_image
 from pyro_vae.plots.style import Array, new_figure, open_frame, two_histograms
 
 _SHOWN = 12  # data and random latents per row
@@ -42,16 +42,15 @@ def autoencoder_and_vae(
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     sides = (("autoencoder", autoencoder), ("VAE", vae))
     if image:
-        rows = [np.asarray(data)]
-        for part in ("reconstructions", "random"):
-            rows += [np.asarray(getattr(side, part)) for _, side in sides]
+        parts = ("reconstructions", "random")
+        rows = [data, *(getattr(side, part) for part in parts for _, side in sides)]
         shown = min(_SHOWN, *(len(row) for row in rows))
         rows = [row[:shown] for row in rows]
         labels = ("data", "autoencoder", "VAE", "autoencoder,\nrandom code", "VAE,\nrandom latent")
         _show_rows(figure.add_subplot(cells[0, :]), rows, labels, limits)
         for column, (name, side) in enumerate(sides):
             axes = figure.add_subplot(cells[1, column])
-            _show_rows(axes, list(np.asarray(side.grid)), (), limits)
+            _show_rows(axes, list(side.grid), (), limits)
             axes.set_title(f"{name}: between the codes of the first four", fontsize=9)
     for column, (name, side) in enumerate(sides):
         _show_distances(figure.add_subplot(cells[-1, column]), name, side)
@@ -63,32 +62,18 @@ def _show_rows(
 ) -> None:
     """Show rows of images as one picture with thin lines between them."""
     low, high = limits
-    line = low + 0.2 * (high - low)
-    strips = []
-    for row in rows:
-        tiles = [np.pad(_channels_last(image), _MARGIN, constant_values=line) for image in row]
-        strips.append(np.concatenate(tiles, axis=1))
-    picture = np.concatenate(strips, axis=0)
-    if picture.shape[2] == 1:
-        axes.imshow(picture[:, :, 0], cmap="gray_r", vmin=low, vmax=high)
-    else:
-        axes.imshow(np.clip((picture - low) / (high - low or 1), 0, 1))
+    images = [[flat_image(np.asarray(image), limits) for image in row] for row in rows]
+    is_coloured = images[0][0].ndim == 3  # and scaled to [0, 1] by then
+    line = 0.2 if is_coloured else low + 0.2 * (high - low)
+    margin = ((0, 1), (0, 1), (0, 0))[: images[0][0].ndim]  # a pixel below and right of each image
+    tiles = [[np.pad(image, margin, constant_values=line) for image in row] for row in images]
+    picture = np.concatenate([np.concatenate(row, axis=1) for row in tiles])
+    axes.imshow(picture, cmap="gray_r", vmin=low, vmax=high)
     height = picture.shape[0] / len(rows)
     axes.set_xticks([])
     axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-# One more pixel below and right of an image; none along the channels.
-_MARGIN = ((0, 1), (0, 1), (0, 0))
-
-
-def _channels_last(image: Array) -> Array:
-    """Return an image as ``(H, W, channels)``."""
-    if image.ndim == 2:
-        return image[:, :, None]
-    return np.moveaxis(image, 0, 2) if image.shape[0] in (1, 3) else image
 
 
 def _show_distances(axes: Axes, name: str, side: Any) -> None:

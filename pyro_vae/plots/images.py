@@ -1,4 +1,4 @@
-"""Pictures of data: grids of images, draws and reconstructions."""
+"""Pictures of data: grids of images, draws, reconstructions and completions."""
 
 from __future__ import annotations
 
@@ -131,8 +131,7 @@ def reconstructions(
     figure, axes = one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
     if _are_bits(data):
-        zeros, ones = (got[true == 0], "data 0"), (got[true == 1], "data 1")
-        two_histograms(axes, zeros, ones, np.linspace(0, 1, 26))
+        _by_bit(axes, got, true, "data")
         axes.set(xlabel="reconstruction", ylabel="values")
     else:
         ends = [min(true.min(), got.min()), max(true.max(), got.max())]
@@ -143,8 +142,57 @@ def reconstructions(
     return figure
 
 
+def completions(
+    truth: Array,
+    missing: Array,
+    mean: Array,
+    standard_deviation: Array,
+    draws: Array,
+    *,
+    title: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Show completed data: images as panels, vectors value against value.
+
+    Args:
+        truth: the whole data ``(N, *data_shape)``.
+        missing: which values were hidden, boolean, of the same shape.
+        mean: mean of the completions, of the same shape.
+        standard_deviation: their standard deviation, of the same shape.
+        draws: completions ``(num_draws, N, *data_shape)``.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    if is_image(truth.shape[1:]):
+        observed = np.where(missing, np.nan, truth)
+        rows = [np.stack([observed[n], mean[n], *draws[:, n], truth[n]]) for n in range(len(truth))]
+        labels = ["observed", "mean", *("draw" for _ in draws), "truth"]
+        return image_grid(rows, title=title, column_labels=labels, limits=limits)
+    figure, axes = one_panel(title, (8.4, 4.4))
+    true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
+    if _are_bits(true):
+        _by_bit(axes, got, true, "truth")
+        axes.set(xlabel="mean of the completions", ylabel="missing values")
+    else:
+        ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
+        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+        axes.errorbar(
+            true, got, spread, fmt="o", markersize=2.5, color=BLUE, elinewidth=0.5, alpha=0.5,
+            label="mean, one deviation",
+        )  # fmt: skip
+        axes.set(xlabel="truth", ylabel="completion of a missing value")
+    legend_above(axes)
+    return figure
+
+
 def _are_bits(data: Array) -> bool:
     return bool(((data == 0) | (data == 1)).all())
+
+
+def _by_bit(axes: Axes, got: Array, true: Array, name: str) -> None:
+    """Show the values for which the truth is 0 apart from those for which it is 1."""
+    zeros, ones = (got[true == 0], f"{name} 0"), (got[true == 1], f"{name} 1")
+    two_histograms(axes, zeros, ones, np.linspace(0, 1, 26))
 
 
 def flat_image(image: Array, limits: tuple[float, float]) -> Array:
