@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -165,28 +163,6 @@ def _read(loss: Tensor) -> float:
     if value != value:
         warnings.warn("Encountered NaN: loss", stacklevel=3)
     return value
-
-
-@contextmanager
-def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
-    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
-
-    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
-    and put back afterwards.
-    """
-    traces: list[TracePair] = []
-    draw = objective._get_trace
-
-    def recording(*args: Any, **kwargs: Any) -> TracePair:
-        pair = draw(*args, **kwargs)
-        traces.append(pair)
-        return pair
-
-    objective._get_trace = recording
-    try:
-        yield traces
-    finally:
-        del objective._get_trace
 
 
 def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:

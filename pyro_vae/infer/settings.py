@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.beta import BetaSchedule, check_beta
+from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -107,14 +107,6 @@ class FitSettings:
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
-
-    def beta_schedule(self, steps_per_epoch: int) -> BetaSchedule:
-        """Return the weight of the latent terms, step by step."""
-        return BetaSchedule(self.beta, self.warmup_epochs * steps_per_epoch)
-
-    def learning_rates(self, steps_per_epoch: int) -> LearningRate:
-        """Return Adam's step size, step by step."""
-        return LearningRate(self.learning_rate, self.schedule, self.epochs * steps_per_epoch)
 
 
 def check_callables(**functions: object) -> None:

@@ -15,11 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.beta import scale_pair
+from pyro_vae.beta import BetaSchedule, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
-from pyro_vae.infer.settings import FitSettings, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate, multiply_in
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -160,8 +160,9 @@ class Trainer:
         self.objective, self.settings, self.device = objective, settings, device
         self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
         steps_per_epoch = settings.steps_per_epoch(pair.num_data)
-        self.beta = settings.beta_schedule(steps_per_epoch)
-        self.learning_rate = settings.learning_rates(steps_per_epoch)
+        self.beta = BetaSchedule(settings.beta, settings.warmup_epochs * steps_per_epoch)
+        num_steps = settings.epochs * steps_per_epoch
+        self.learning_rate = LearningRate(settings.learning_rate, settings.schedule, num_steps)
         self.parameters: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.shown: Inputs = ()
