@@ -86,7 +86,12 @@ class Bound(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> TracePair:
         nesting = self.max_plate_nesting
         model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, args, kwargs)
-        _refuse_enumeration(model_trace, guide_trace)
+        for name, site in _samples(model_trace) + _samples(guide_trace):
+            if site["infer"].get("enumerate"):  # summed out: there is no single draw to score
+                raise InputError(
+                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
+                    "TraceEnum_ELBO, or draw it"
+                )
         return model_trace, guide_trace
 
 
@@ -145,17 +150,6 @@ def _surrogate(model_trace: Any, guide_trace: Any) -> Tensor:
 
 def _samples(trace: Any) -> list[tuple[str, Any]]:
     return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
-
-
-def _refuse_enumeration(*traces: Any) -> None:
-    """Refuse sites that are summed out: there is no single draw to score."""
-    for trace in traces:
-        for name, site in _samples(trace):
-            if site["infer"].get("enumerate"):
-                raise InputError(
-                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
-                    "TraceEnum_ELBO, or draw it"
-                )
 
 
 def _read(loss: Tensor) -> float:

@@ -119,11 +119,8 @@ class Checkpoints:
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold.
 
-        Args:
-            settings: plain values that decide the run; those of the checkpoint must be the same.
-            trainer: takes the gradient steps.
-            best: early stopping.
-            rows: metrics of the epochs that have ended.
+        The settings are plain values that decide the run, and must be those of the checkpoint; the
+        rows are metrics of the epochs that have ended.
         """
         if self.folder is None:
             return

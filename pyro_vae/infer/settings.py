@@ -96,10 +96,7 @@ class FitSettings:
         return self.nonfinite_limit if self.on_nonfinite == "skip" else None
 
     def record(self) -> dict[str, Any]:
-        """Return the options as plain values, by which a checkpoint knows its run again.
-
-        Objective and compilation, which are not plain, are left to who knows what became of them.
-        """
+        """Return the plain options (not objective and compilation), by which a run is known again."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
@@ -129,10 +126,6 @@ def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
 
     That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
     than half of it.
-
-    Args:
-        epochs: epochs of the whole run.
-        num_steps_per_epoch: steps of each, at least 1.
     """
     enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
     return max(epochs // 10, min(epochs // 2, enough))
@@ -154,11 +147,7 @@ class LearningRate:
         self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
 
     def at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0.
-
-        Raises:
-            InputError: a multiplier below 0 or not finite.
-        """
+        """Return the learning rate of a step, counted from 0."""
         fraction = min(step / max(self.num_steps, 1), 1.0)
         multiplier = float(self._multiplier(fraction))
         if not 0 <= multiplier < math.inf:

@@ -75,7 +75,7 @@ class TrainingObjective:
         is_share: bool = False,
     ) -> None:
         self.bound, self.settings, self.transform = bound, settings, transform
-        self.gradient_clip = None if is_share else settings.gradient_clip
+        self.is_share = is_share
 
     def transform_batch(self, batch: Inputs) -> Inputs:
         """Return what the pair is given for a batch."""
@@ -97,25 +97,19 @@ class TrainingObjective:
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
 
     def finish(
-        self, terms: BoundTerms, gradients: Sequence[Tensor]
+        self, terms: BoundTerms, gradients: Sequence[Tensor], *, are_summed: bool = False
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the summary of a step and its gradients, clipped if asked for."""
-        return finish_step(terms, gradients, self.gradient_clip)
-
-
-def finish_step(
-    terms: BoundTerms, gradients: Sequence[Tensor], gradient_clip: float | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a global norm."""
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
-    if gradient_clip is not None:
-        # A gradient of exactly 0 divides to infinity, and is left as it is.
-        factor = (gradient_clip / norm).clamp(max=1.0)
-        gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
-    loss = wide(terms.loss)
-    flag = wide(~(loss.isfinite() & norm.isfinite()))
-    return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
+        """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a norm."""
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
+        clip = self.settings.gradient_clip
+        if clip is not None and (are_summed or not self.is_share):
+            # A gradient of exactly 0 divides to infinity, and is left as it is.
+            factor = (clip / norm).clamp(max=1.0)
+            gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
+        loss = wide(terms.loss)
+        flag = wide(~(loss.isfinite() & norm.isfinite()))
+        return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
 
 
 # --- steps and epochs ------------------------------------------------------------------------
@@ -290,7 +284,7 @@ class Trainer:
             summary = torch.zeros_like(summary)
         *pieces, failed = self.processes.sum_(flat).split([*(leaf.numel() for leaf in leaves), 1])
         terms = BoundTerms(summary[0], summary[0], summary[1], summary[2])
-        whole, gradients = finish_step(terms, pieces, self.settings.gradient_clip)
+        whole, gradients = self.objective.finish(terms, pieces, are_summed=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient.view(leaf.shape).to(leaf.dtype)
         whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
@@ -373,9 +367,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the coming steps depend on, random generators aside.
 
-        Parameters stand in the order of their names: a module's name in Pyro's store may count its
-        instances, and so differ from process to process. Under ``own`` stands what differs between
-        the processes that share the steps, on the CPU.
+        Parameters stand in the order of their names, which may count instances of a module and so
+        differ between runs. Under ``own`` stands what differs between processes, on the CPU.
         """
         adam = {} if self.optimizer is None else self.optimizer.state
         moments = [adam.get(leaf, {}) for leaf in self._leaves()]
