@@ -195,7 +195,7 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
         )
 
 
-class Compiled(_Stepping, Bound):
+class Compiled(_Stepping, ELBO):
     """Any :class:`~pyro_vae.infer.bounds.Bound` with the whole step captured once and compiled.
 
     What :class:`CompiledTrace_ELBO` says of steps, refusals and what is baked in holds here too.
@@ -227,21 +227,26 @@ class Compiled(_Stepping, Bound):
         mode: str | None = None,
         verify_every: int | None = None,
     ) -> None:
-        if not isinstance(objective, Bound) or isinstance(objective, Compiled):
+        if not isinstance(objective, Bound):
             raise InputError(
                 f"expected an objective of pyro_vae.infer, got {type(objective).__name__}: for "
                 "Pyro's Trace_ELBO use CompiledTrace_ELBO"
             )
-        ELBO.__init__(
-            self, num_particles=objective.num_particles, retain_graph=objective.retain_graph
-        )
+        ELBO.__init__(self, num_particles=objective.num_particles)
         name = f"Compiled({type(objective).__name__})"
         Engine.__init__(self, name, backend=backend, mode=mode, verify_every=verify_every)
         self.objective, self.beta = objective, beta
 
-    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
-        """Draw once and return the bound's terms, with ``beta`` applied."""
-        return self.objective.terms(*self._scaled(model, guide), args, kwargs)
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.objective._get_trace(*self._scaled(model, guide), args, kwargs)
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative bound, summed over the batch, in nats."""
+        return self.objective.loss(*self._scaled(model, guide), *args, **kwargs)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a tensor with the value of the loss and the gradient of the surrogate."""
+        return self.objective.differentiable_loss(*self._scaled(model, guide), *args, **kwargs)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Estimate the negative bound and add the gradient to the parameters' ``grad``.
@@ -250,9 +255,11 @@ class Compiled(_Stepping, Bound):
             The negative bound in nats, summed over the batch (a float on the CPU, a 0-dim tensor on
             an accelerator).
         """
-        step = super().loss_and_grads
-        call = Call(model, guide, args, kwargs)
-        return self.take(call, lambda: step(model, guide, *args, **kwargs))
+
+        def eager() -> float:
+            return self.objective.loss_and_grads(*self._scaled(model, guide), *args, **kwargs)
+
+        return self.take(Call(model, guide, args, kwargs), eager)
 
 
 # --- the steps of fit ------------------------------------------------------------------------

@@ -120,13 +120,13 @@ class IWAE(Bound):
         refuse_handler(guide)
         with pair.put_back(), poutine.block(), torch.no_grad():
             pair.knowledge.structure = structure = pair.inspect()
+            particles = Particles(pair)
             for name, latent in structure.latents.items():
                 if not latent.is_reparameterized:
                     raise InputError(
                         f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "
                         "not: use Trace_ELBO or TraceBound"
                     )
-            particles = Particles(pair)
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)

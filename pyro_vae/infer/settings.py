@@ -67,11 +67,8 @@ class FitSettings:
                 raise InputError(f"expected a seed from 0 to 2**32 - 1, got {checked['seed']}")
         check_beta(self.beta)
         checked["beta"] = float(self.beta)
-        self._check_choices()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def _check_choices(self) -> None:
         schedule, compile = self.schedule, self.compile
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
             raise InputError(

@@ -42,21 +42,16 @@ class NotFiniteError(InputError):
 
 
 class DataPlate(Messenger):
-    """Notes how many data points the data plate stands for, those it does not draw included."""
+    """Notes how many data points the data plate stands for: without one, the rows of a batch."""
 
-    def __init__(self, plate: str) -> None:
+    def __init__(self, plate: str, num_rows: int) -> None:
         super().__init__()
-        self.plate = plate
-        self._full_size: int | None = None
-
-    def full_size(self, num_rows: int) -> int:
-        """Return the number of data points; of a pair without that plate, the rows it was given."""
-        return num_rows if self._full_size is None else self._full_size
+        self.plate, self.full_size = plate, num_rows
 
     def _pyro_sample(self, message: Any) -> None:
         for frame in message["cond_indep_stack"]:
             if frame.name == self.plate and frame.full_size and frame.full_size > 0:
-                self._full_size = frame.full_size
+                self.full_size = frame.full_size
 
 
 class TrainingObjective:
@@ -88,12 +83,11 @@ class TrainingObjective:
         they are more than were drawn, whether the pair draws rows of the batch itself or the batch
         is itself a part of them.
         """
-        data = DataPlate(self.settings.plate)
+        data = DataPlate(self.settings.plate, len(batch[0]))
         with data, multiply_in(self.settings.precision):
-            terms = self.bound.terms(model, guide, batch, {})
-        number = data.full_size(len(batch[0]))
+            loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        number = data.full_size
         share = len(batch[0]) / number
-        loss, surrogate, rate, distortion = terms
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
 
     def finish(
