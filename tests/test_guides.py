@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_vae import guides
 from pyro_vae.distributions.flows import gated_affine, rational_quadratic_spline
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError
 from pyro_vae.networks import MLPEncoder
 

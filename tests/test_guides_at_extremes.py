@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_vae import guides
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import CholeskyNormal, DiagonalNormalMixture
 from pyro_vae.networks import MLPEncoder
 
 LATENT_DIM = 8
@@ -58,7 +58,7 @@ def steep_factor(diagonal):
 @pytest.mark.parametrize("diagonal", [0.5, 0.03, 1e-4])
 def test_full_rank_normal_scores_its_draws_to_the_last_digit_at_any_condition(diagonal):
     factor = steep_factor(diagonal).expand(20_000, LATENT_DIM, LATENT_DIM).clone().requires_grad_()
-    q = guides.normal.CholeskyNormal(torch.ones(20_000, LATENT_DIM), scale_tril=factor)
+    q = CholeskyNormal(torch.ones(20_000, LATENT_DIM), scale_tril=factor)
     log_prob = q.log_prob(q.rsample()).double()
     standard_error = log_prob.std() / math.sqrt(len(log_prob))
     exact = -LATENT_DIM * (0.5 * math.log(2 * math.pi * math.e) + math.log(diagonal))
@@ -72,7 +72,7 @@ def test_full_rank_normal_scores_its_draws_to_the_last_digit_at_any_condition(di
 def test_full_rank_normal_scores_other_points_too():
     torch.manual_seed(0)
     factor = steep_factor(0.5).double()
-    q = guides.normal.CholeskyNormal(torch.ones(5, LATENT_DIM).double(), scale_tril=factor)
+    q = CholeskyNormal(torch.ones(5, LATENT_DIM).double(), scale_tril=factor)
     z = q.rsample((3,))
     torch.testing.assert_close(q.log_prob(z.clone()), q.log_prob(z))
     again = q.rsample((3,))

@@ -12,7 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.distributions.cholesky_normal import lower_cholesky, raw_cholesky
+from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky
 from pyro_vae.errors import InputError
 from pyro_vae.networks import MLPDecoder, MLPEncoder
 from pyro_vae.vae import VAE

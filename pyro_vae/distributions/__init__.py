@@ -1,8 +1,7 @@
 """Distributions on the unit sphere that Pyro lacks, with their closed-form KL divergences."""
 
 from . import kl  # noqa: F401  (registers the divergences with torch.distributions)
-from .hyperspherical_uniform import HypersphericalUniform
-from .sphere import unit_sphere
+from .sphere import HypersphericalUniform, unit_sphere
 from .von_mises_fisher import VonMisesFisher
 
 __all__ = ["HypersphericalUniform", "VonMisesFisher", "unit_sphere"]

@@ -9,19 +9,12 @@ from __future__ import annotations
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    Independent,
-    MultivariateNormal,
-    Normal,
-    kl_divergence,
-)
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence
 from torch.distributions.kl import register_kl
 
 from pyro_vae.errors import InputError
 
-from .hyperspherical_uniform import HypersphericalUniform
-from .sphere import SphereDistribution
+from .sphere import HypersphericalUniform, SphereDistribution
 from .von_mises_fisher import VonMisesFisher
 
 
@@ -49,35 +42,34 @@ def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
         return None
 
 
-def _check_same_sphere(p: SphereDistribution, q: SphereDistribution) -> None:
+def _joint_batch_shape(p: SphereDistribution, q: SphereDistribution) -> torch.Size:
     if p.event_shape != q.event_shape:
         raise InputError(
             f"expected two distributions on one sphere, got ambient dimensions "
             f"{p.event_shape[0]} and {q.event_shape[0]}: give both the same m"
         )
+    return torch.broadcast_shapes(p.batch_shape, q.batch_shape)
 
 
 @register_kl(VonMisesFisher, HypersphericalUniform)
 def _kl_von_mises_fisher_uniform(p: VonMisesFisher, q: HypersphericalUniform) -> Tensor:
     """Expected log density ratio k A(k) - log M(k): the areas cancel."""
-    _check_same_sphere(p, q)
+    shape = _joint_batch_shape(p, q)
     k, log_partition, mean = p.cosine_moments()
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     return (k * mean - log_partition).to(p.loc.dtype).expand(shape)
 
 
 @register_kl(HypersphericalUniform, VonMisesFisher)
 def _kl_uniform_von_mises_fisher(p: HypersphericalUniform, q: VonMisesFisher) -> Tensor:
     """Return log M(k): under the uniform law the cosine has mean zero."""
-    _check_same_sphere(p, q)
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    return q.cosine_moments().log_partition.to(p.mean.dtype).expand(shape)
+    shape = _joint_batch_shape(p, q)
+    _, log_partition, _ = q.cosine_moments()
+    return log_partition.to(p.mean.dtype).expand(shape)
 
 
 @register_kl(HypersphericalUniform, HypersphericalUniform)
 def _kl_uniform_uniform(p: HypersphericalUniform, q: HypersphericalUniform) -> Tensor:
-    _check_same_sphere(p, q)
-    return p.mean.new_zeros(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return p.mean.new_zeros(_joint_batch_shape(p, q))
 
 
 @register_kl(VonMisesFisher, VonMisesFisher)
@@ -86,12 +78,12 @@ def _kl_von_mises_fisher_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) 
 
     1 - mu_p.mu_q is |mu_p - mu_q|^2 / 2 on the sphere, which doesn't cancel for close modes.
     """
-    _check_same_sphere(p, q)
+    shape = _joint_batch_shape(p, q)
     k_p, log_partition_p, mean = p.cosine_moments()
     k_q, log_partition_q, _ = q.cosine_moments()
     chord = (p.loc.double() - q.loc.double()).square().sum(-1)
     concentration_part = (k_p - k_q) * mean - (log_partition_p - log_partition_q)
-    return (concentration_part + 0.5 * k_q * mean * chord).to(p.loc.dtype)
+    return (concentration_part + 0.5 * k_q * mean * chord).to(p.loc.dtype).expand(shape)
 
 
 @register_kl(MultivariateNormal, Independent)

@@ -19,10 +19,11 @@ import functools
 import math
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.polynomial.polynomial import polyadd, polyder, polymul
 from torch import Tensor
 
 # The asymptotic series below is in powers of 1/sqrt(order^2 + k^2). From order 20 on, eight terms
@@ -39,7 +40,7 @@ _NUM_TERMS = 8
 _LOG_DENSITY_FALL = 60.0
 _NUM_NODES = 24
 
-_Polynomial = list[Fraction]  # coefficients, constant first
+_Polynomial = Any  # coefficients as an array, constant first; exact fractions unless it is said
 
 
 class CosineCumulants(NamedTuple):
@@ -122,48 +123,42 @@ def _polynomial_table(m: int) -> list[list[float]]:
     order = 0.5 * m - 1.0
     steps = max(0, math.ceil(_SMALLEST_ORDER - order))
     large_order = Fraction(m - 2 + 2 * steps, 2)
-    slope = [Fraction(0)]
+    slope = _fractions(0)
     for power, polynomial in enumerate(_log_debye_slopes(_NUM_TERMS), start=1):
-        slope = _add(slope, [coefficient / large_order**power for coefficient in polynomial])
+        slope = polyadd(slope, polynomial / large_order**power)
     series = [coefficient / (degree + 1) for degree, coefficient in enumerate(slope)]
     # (t^i - 1)/(t - 1) = 1 + t + ... + t^(i-1): a sum of the coefficients from the top.
     remainder = list(accumulate(reversed(series)))[::-1]
     f = [Fraction(1, 2), *slope]
-    ratio_part = _multiply(_fractions(0, -1, -1), f)
-    slope_part = _add(
-        _multiply(_fractions(0, 0, 1, 0, -1), _derivative(f)), _multiply(_fractions(0, 0, 0, -2), f)
+    ratio_part = polymul(_fractions(0, -1, -1), f)
+    slope_part = polyadd(
+        polymul(_fractions(0, 0, 1, 0, -1), polyder(f)), polymul(_fractions(0, 0, 0, -2), f)
     )
-    in_t = [
-        remainder,
-        *(_add(_fractions(1), [c / large_order for c in row]) for row in (ratio_part, slope_part)),
-    ]
+    in_t = [remainder, *(polyadd([1], row / large_order) for row in (ratio_part, slope_part))]
 
     p_lower, q_lower = _shift_order([1.0], [0.0], order, steps)
     p_upper, q_upper = _shift_order([0.0], [1.0], order, steps)
     p_lower_slope, p_upper_slope, q_lower_slope, q_upper_slope = (
-        [degree * c for degree, c in enumerate(row)] for row in (p_lower, p_upper, q_lower, q_upper)
+        np.arange(len(row)) * row for row in (p_lower, p_upper, q_lower, q_upper)
     )
     in_y = [
         *([0.0, *p_lower[1:]], p_upper, p_lower_slope, p_upper_slope),
         *(q_lower, q_upper, q_lower_slope, q_upper_slope),
     ]
-    rows = [[float(c) for c in row] for row in in_t] + in_y
+    rows = [[float(c) for c in row] for row in (*in_t, *in_y)]
     length = max(len(row) for row in rows)
     return [row + [0.0] * (length - len(row)) for row in rows]
 
 
 def _shift_order(
     p: list[float], q: list[float], order: float, steps: int
-) -> tuple[list[float], list[float]]:
-    """Rewrite p M_a + q M_(a+1) at a = order as the same form at a = order + steps."""
+) -> tuple[_Polynomial, _Polynomial]:
+    """Rewrite p M_a + q M_(a+1) at a = order as the same form at a = order + steps, in floats."""
+    lower, upper = np.array(p), np.array(q)
     for a in (order + step for step in range(steps)):
-        length = max(len(p), len(q))
-        p, q = (row + [0.0] * (length - len(row)) for row in (p, q))
-        p, q = (
-            [x + y for x, y in zip(p, q, strict=True)],
-            [0.0, *(x / (4.0 * (a + 1.0) * (a + 2.0)) for x in p)],
-        )
-    return p, q
+        shifted = lower / (4.0 * (a + 1.0) * (a + 2.0))
+        lower, upper = polyadd(lower, upper), np.concatenate([[0.0], shifted])
+    return lower, upper
 
 
 @functools.cache
@@ -175,38 +170,18 @@ def _log_debye_slopes(count: int) -> list[_Polynomial]:
     with the sum written as e^D, this reads N D' = (r D')' + r D'^2 + (1 - 5 t^2)/8. The powers of
     1/N give W_1 = (1 - 5 t^2)/8 and W_(j+1) = (r W_j)' + r sum_(a+b=j) W_a W_b.
     """
-    r = [c / 2 for c in _fractions(0, 0, 1, 0, -1)]
-    slopes = [[c / 8 for c in _fractions(1, 0, -5)]]
+    r = _fractions(0, 0, 1, 0, -1) / 2
+    slopes: list[_Polynomial] = [_fractions(1, 0, -5) / 8]
     while len(slopes) < count:
-        total = _derivative(_multiply(r, slopes[-1]))
+        total = polyder(polymul(r, slopes[-1]))
         for left, right in zip(slopes[:-1], reversed(slopes[:-1]), strict=True):
-            total = _add(total, _multiply(r, _multiply(left, right)))
+            total = polyadd(total, polymul(r, polymul(left, right)))
         slopes.append(total)
     return slopes
 
 
 def _fractions(*coefficients: int) -> _Polynomial:
-    return [Fraction(c) for c in coefficients]
-
-
-def _derivative(polynomial: _Polynomial) -> _Polynomial:
-    return [degree * c for degree, c in enumerate(polynomial)][1:]
-
-
-def _multiply(left: _Polynomial, right: _Polynomial) -> _Polynomial:
-    product = [Fraction(0)] * (len(left) + len(right) - 1)
-    for i, x in enumerate(left):
-        for j, y in enumerate(right):
-            product[i + j] += x * y
-    return product
-
-
-def _add(left: _Polynomial, right: _Polynomial) -> _Polynomial:
-    total = [Fraction(0)] * max(len(left), len(right))
-    for row in (left, right):
-        for degree, coefficient in enumerate(row):
-            total[degree] += coefficient
-    return total
+    return np.array([Fraction(c) for c in coefficients])
 
 
 def angle_derivative(angle: Tensor, concentration: Tensor, mean_cosine: Tensor, m: int) -> Tensor:

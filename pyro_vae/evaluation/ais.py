@@ -282,9 +282,9 @@ def _anneal_block(
         "cost": torch.full_like(acceptance, math.ceil(evaluations) + tuning.cost, dtype=torch.long),
     }
     latents, _ = path.latents(state.position)
-    log_likelihood, _ = path.scorer.score(latents)
+    log_likelihood, _ = path.particles.score(latents)
     draws = PosteriorDraws(
-        {name: value.cpu() for name, value in path.scorer.data_first(latents).items()},
+        {name: value.cpu() for name, value in path.particles.data_first(latents).items()},
         log_likelihood.cpu(),
         log_weights.cpu(),
     )

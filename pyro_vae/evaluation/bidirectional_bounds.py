@@ -148,11 +148,11 @@ def bidirectional(
         pair, latents = simulate(template, num_data)
         size = annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
+            path = AnnealingPath(Particles(part), start)
             drawn = {
-                name: value.movedim(axis, 0)[rows].movedim(0, axis)
-                for name, (value, axis) in latents.items()
+                n: value[rows].movedim(0, path.particles.axes[n]) for n, value in latents.items()
             }
-            both, accepted = _both_ways(AnnealingPath(Particles(part), start), options, drawn)
+            both, accepted = _both_ways(path, options, drawn)
             bounds.append(both)
             acceptance.append(accepted)
     lower, upper = torch.cat(bounds, dim=1)

@@ -179,5 +179,5 @@ def _record(
             raise CannotCaptureError("its particles can't be scored at once")
         aliases = [tensor.detach() for tensor in given]
         inputs = tuple(tensor.detach() for tensor in pair.inputs)
-        other = Particles(pair.bind(pair.model, pair.guide, inputs, {}))
+        other = Particles(pair.on(inputs))
         return Program(signature, state, lambda: compute(other, aliases), [*aliases, *inputs])

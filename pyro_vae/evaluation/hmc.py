@@ -80,7 +80,7 @@ class AnnealingPath:
     All are densities of unconstrained coordinates u, the Jacobian of z(u) included.
 
     Args:
-        scorer: the pair bound to its data.
+        particles: the particles of the opened pair.
         start: ``"guide"`` or ``"prior"``.
 
     Attributes:
@@ -92,15 +92,15 @@ class AnnealingPath:
             any point.
     """
 
-    def __init__(self, scorer: Particles, start: str) -> None:
-        self.scorer, self.start = scorer, start
+    def __init__(self, particles: Particles, start: str) -> None:
+        self.particles, self.start = particles, start
         model_sites, guide_sites = self._stable_sites()
         if start == "guide":
             check_density_known(guide_sites.values(), 'use start="prior"')
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
-            axis = scorer.axes[name]
+            axis = particles.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}
@@ -110,20 +110,20 @@ class AnnealingPath:
         ).shape[-1]
 
     def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
-        """Draw positions ``(C, N, D)`` from the start; with their scores where it is the guide."""
+        """Draw positions ``(C, N, D)`` from the start; with their densities where it is the guide."""
         if self.start == "prior":
-            return self.position(self.scorer.propose_from_prior(num_chains)), None
-        latents, log_proposal = self.scorer.propose(num_chains)
-        scores = LogDensities(*self.scorer.score(latents), log_proposal)
-        check_weights(scores)
-        return self.position(latents), scores
+            return self.position(self.particles.propose_from_prior(num_chains)), None
+        latents, log_proposal = self.particles.propose(num_chains)
+        densities = LogDensities(*self.particles.score(latents), log_proposal)
+        check_weights(densities)
+        return self.position(latents), densities
 
     def scales(self) -> Tensor:
         """Return the coordinates' standard deviations at the start, ``(N, D)``."""
         if self.start == "prior":
-            positions = self.position(self.scorer.propose_from_prior(_SCALE_DRAWS))
+            positions = self.position(self.particles.propose_from_prior(_SCALE_DRAWS))
         else:
-            positions = self.position(self.scorer.propose(_SCALE_DRAWS)[0])
+            positions = self.position(self.particles.propose(_SCALE_DRAWS)[0])
         return positions.std(0).clamp(min=torch.finfo(positions.dtype).tiny ** 0.5)
 
     def latents(self, position: Tensor) -> tuple[Latents, Tensor]:
@@ -148,7 +148,7 @@ class AnnealingPath:
         graph = self._graphs.get(position.shape)
         if graph is not None:
             return State(position, *graph([position.contiguous()]))
-        return State(position, *self._ends(position, self.scorer))
+        return State(position, *self._ends(position, self.particles))
 
     def capture(self, position: Tensor) -> None:
         """Record the operations of :meth:`evaluate` for positions of this shape.
@@ -159,31 +159,34 @@ class AnnealingPath:
         """
         if position.shape in self._graphs:
             return
-        functions, key = (self.scorer.pair.model, self.scorer.pair.guide), ("annealing", self.start)
+        functions, key = (
+            (self.particles.pair.model, self.particles.pair.guide),
+            ("annealing", self.start),
+        )
         captured = capture_values(
-            self.scorer,
+            self.particles,
             functions,
             key,
             [position.contiguous()],
-            lambda scorer, given: self._ends(given[0], scorer),
+            lambda particles, given: self._ends(given[0], particles),
             # A branch on values that was baked in shows elsewhere than at capture.
             elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
         )
         if captured is not None:
             self._graphs[position.shape], _ = captured
 
-    def _ends(self, position: Tensor, scorer: Particles) -> Values:
+    def _ends(self, position: Tensor, particles: Particles) -> Values:
         # The pair was checked when it was first run.
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = position.detach().requires_grad_()
             latents, log_jacobian = self.latents(position)
-            log_likelihood, log_prior = scorer.score(latents)
+            log_likelihood, log_prior = particles.score(latents)
             if self.start == "prior":
                 base, increment = log_prior + log_jacobian, log_likelihood
                 base_gradient = _gradient(base, position)
                 increment_gradient = _gradient(increment, position)
             else:
-                base = scorer.score_proposal(latents) + log_jacobian
+                base = particles.score_proposal(latents) + log_jacobian
                 joint = log_likelihood + log_prior + log_jacobian
                 increment = joint - base
                 base_gradient = _gradient(base, position)
@@ -209,7 +212,7 @@ class AnnealingPath:
         """Run the pair a few times; refuse latents that change in name, shape or support."""
         runs = []
         for _ in range(_STRUCTURE_RUNS):
-            traces = self.scorer.traces()
+            traces = self.particles.traces()
             runs.append([{site["name"]: site for site in latent_sites(trace)} for trace in traces])
         pairs = [pair for run in runs[1:] for pair in zip(runs[0], run, strict=True)]
         for first, other in pairs:

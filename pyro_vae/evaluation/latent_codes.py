@@ -60,6 +60,15 @@ def choose_site(sites: dict[str, Any], site: str | None) -> str:
     return site
 
 
+def label_dimensions(columns: dict[str, Tensor]) -> list[str]:
+    """Return a name for each column of some sites' matrices ``(N, D)``."""
+    return [
+        name if matrix.shape[1] == 1 else f"{name}[{index}]"
+        for name, matrix in columns.items()
+        for index in range(matrix.shape[1])
+    ]
+
+
 def draw_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Tensor]:
     """Draw each latent ``num_draws`` times, ``(num_draws, N, *shape of one latent)``.
 

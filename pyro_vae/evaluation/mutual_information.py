@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Independent
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites

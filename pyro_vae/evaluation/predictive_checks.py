@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import open_pair
 from pyro_vae.pair.sites import observed_site, value_axis
@@ -230,13 +231,10 @@ def aggregate_posterior(
             particles = Particles(part)
             prior = particles.data_first(particles.propose_from_prior(num_draws))
             draws = particles.data_first(particles.propose(num_draws)[0])
-            names = [name for name in draws if name in prior]  # auxiliary sites have no prior
             for rows, latents in zip(found, (draws, prior), strict=True):
-                flat = [latents[name].flatten(0, 1).unsqueeze(-1).flatten(1) for name in names]
-                rows.append(torch.cat([value.double() for value in flat], dim=1).cpu())
-    labels = [
-        name if value.shape[1] == 1 else f"{name}[{index}]"
-        for name, value in zip(names, flat, strict=True)
-        for index in range(value.shape[1])
-    ]
+                flat = {  # auxiliary sites have no prior
+                    n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in draws if n in prior
+                }
+                rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
+    labels = label_dimensions(flat)
     return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)

@@ -25,7 +25,7 @@ from pyro_vae.pair.sites import (
 )
 
 
-def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, dict[str, tuple[Tensor, int]]]:
+def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
     """Draw data and their latents from the model of a pair that is open.
 
     Args:
@@ -33,13 +33,13 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, dict[str,
         num_data: how many data points to draw.
 
     Returns:
-        the pair of the drawn data, and each latent with the (negative) axis that counts the data.
+        the pair of the drawn data, and the latents they were drawn with, ``(num_data, ...)`` each.
 
     Raises:
         InputError: a pair that can't be weighed, or not with so many data; an observed site that is
             not one of the inputs as it is, or a model that uses such an input elsewhere too.
     """
-    model, plate = template.model, template.plate
+    model = template.model
     observed = sample_sites(poutine.trace(model).get_trace(*template.inputs))
     sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
     _check_one_site_each(sources)
@@ -52,11 +52,11 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, dict[str,
             site["value"] = inputs[index].reshape(site["value"].shape)
         drawn = [site for site in latent_sites(trace) if site["name"] not in sources]
         _check_sources(model, tuple(inputs), trace, {site["name"]: site["value"] for site in drawn})
-        pair = template.bind(model, template.guide, tuple(inputs), {})
+        pair = template.on(tuple(inputs))
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
-    return pair, {site["name"]: (site["value"], value_axis(site, plate)) for site in drawn}
+    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in drawn}
 
 
 def changed_site(first: Trace, other: Trace) -> str | None:

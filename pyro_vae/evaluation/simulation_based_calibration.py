@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
@@ -45,11 +46,7 @@ class Calibration:
     @property
     def labels(self) -> list[str]:
         """A name for each dimension, in the order of the rows of :attr:`counts`."""
-        return [
-            name if ranks.shape[1] == 1 else f"{name}[{index}]"
-            for name, ranks in self.ranks.items()
-            for index in range(ranks.shape[1])
-        ]
+        return label_dimensions(self.ranks)
 
     @property
     def counts(self) -> Tensor:
@@ -166,11 +163,12 @@ def calibration(
     with template.evaluating(seed):
         pair, latents = simulate(template, num_data)
         for rows, part in pair.blocks(progress=progress):
-            drawn, _ = Particles(part).propose(num_draws)
-            for name, (value, axis) in latents.items():
-                true = value.movedim(axis, 0)[rows].unsqueeze(-1).flatten(1)
-                draws = drawn[name].movedim(axis, 1).unsqueeze(-1).flatten(2)
-                ranks.setdefault(name, []).append(_ranks(true, draws).cpu())
+            particles = Particles(part)
+            drawn = particles.data_first(particles.propose(num_draws)[0])
+            for name, value in latents.items():
+                true = value[rows].unsqueeze(-1).flatten(1)
+                found = _ranks(true, drawn[name].unsqueeze(-1).flatten(2))
+                ranks.setdefault(name, []).append(found.cpu())
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
     return Calibration(joined, num_draws, num_bins, pair.inputs)
 

@@ -18,7 +18,7 @@ import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, first_line, real_number, whole_number
-from pyro_vae.files import checksum_of, folder_at, refuse_to_write
+from pyro_vae.files import checksum_of, expand_path, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
@@ -76,7 +76,7 @@ class Checkpoints:
                 raise InputError(f"expected checkpoint_minutes of at least 0, got {minutes}")
         if folder is None and resume:
             raise InputError("expected the folder of the checkpoints to resume from: checkpoint=")
-        self.folder = None if folder is None else folder_at(folder)
+        self.folder = None if folder is None else expand_path(folder)
         self.every, self.minutes, self.resume = every, minutes, resume
         self.processes = processes
         self._signal: int | None = None

@@ -21,7 +21,13 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, compute_in
+from pyro_vae.infer.settings import (
+    FitSettings,
+    Schedule,
+    check_callables,
+    compute_in,
+    default_warmup_epochs,
+)
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
@@ -101,7 +107,7 @@ def fit(
     learning_rate: float = 1e-3,
     objective: ELBO | None = None,
     beta: float = 1.0,
-    warmup_epochs: int = 0,
+    warmup_epochs: int | None = 0,
     validation: Tensor | Sequence[Tensor] | None = None,
     patience: int | None = None,
     schedule: Schedule = "constant",
@@ -151,6 +157,8 @@ def fit(
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
             Without it a pair on few data can settle on ignoring its latents (posterior collapse).
+            None: a tenth of the epochs and more in short runs, as ``pyro-vae train`` and
+            :class:`pyro_vae.VAETransformer` have it by default.
         validation: data to evaluate after every epoch, as the model sees them.
         patience: stop after this many epochs without a better validation ELBO (after the warm-up) and
             put the best parameters back. None trains to the end and keeps the last ones.
@@ -217,7 +225,7 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    given = locals()
+    given = locals() | {"warmup_epochs": warmup_epochs or 0}
     settings = FitSettings(**{option.name: given[option.name] for option in fields(FitSettings)})
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
@@ -228,7 +236,17 @@ def fit(
         resume=resume,
         processes=processes,
     )
-    run = _open(model, guide, data, validation, transform, device, settings, processes)
+    run = _open(
+        model,
+        guide,
+        data,
+        validation,
+        transform,
+        device,
+        settings,
+        processes,
+        default_warmup=warmup_epochs is None,
+    )
     settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
         data=run.pair.inputs,
@@ -310,6 +328,8 @@ def _open(
     device: str | torch.device,
     settings: FitSettings,
     processes: Processes,
+    *,
+    default_warmup: bool,
 ) -> _Run:
     """Check the data, move the pair to its device and the data into its types, once for the run."""
     is_given = transform is None  # what a transform returns is checked in the first step
@@ -336,6 +356,9 @@ def _open(
         to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
     plain_objective, own_beta = uncompiled(settings.objective)
     settings = replace(settings, beta=settings.beta * own_beta)
+    if default_warmup:
+        warmup = default_warmup_epochs(settings.epochs, settings.steps_per_epoch(pair.num_data))
+        settings = replace(settings, warmup_epochs=warmup)
     objective = TrainingObjective(
         bound_of(plain_objective), settings, transform=transform, is_share=processes.are_several
     )

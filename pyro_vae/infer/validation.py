@@ -59,7 +59,7 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # read once: a sum on the device
     if processes.are_several:
         own = tuple(processes.share(value) for value in pair.inputs)
-        pair = pair.bind(pair.model, pair.guide, own, {})
+        pair = pair.on(own)
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(pair.model, pair.guide):
         is_whole = pair.num_data > _BLOCK and not pair.is_divisible()
         size = pair.num_data if is_whole else _BLOCK

@@ -18,7 +18,13 @@ from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import check_guide_rows, check_pair, check_rest, why_unweighable
+from pyro_vae.pair.contract import (
+    check_guide_rows,
+    check_pair,
+    check_rest,
+    check_rows,
+    why_unweighable,
+)
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -35,6 +41,7 @@ from pyro_vae.pair.sites import (
     Given,
     TracePair,
     is_delta,
+    is_inside,
     latent_sites,
     sample_sites,
     subsamples,
@@ -289,6 +296,10 @@ class OpenedPair:
             model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
         )
 
+    def on(self, inputs: Inputs) -> OpenedPair:
+        """Return the pair with other inputs in place of its own: it is not looked at again."""
+        return self.bind(self.model, self.guide, inputs, {})
+
     def alone(self, function: PairFunction) -> OpenedFunction:
         """Return one of the two functions with the pair's inputs."""
         return OpenedFunction(function, self.inputs, self.plate)
@@ -395,8 +406,15 @@ class OpenedPair:
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        with Given(drawn):
-            model_trace, in_model = self._look_at(self.model)
+        try:
+            with Given(drawn):
+                model_trace, in_model = self._look_at(self.model)
+        except CALLING_ERRORS:
+            if num_data is not None:  # of another number of data points than the guide's?
+                for site in sample_sites(poutine.trace(self.model).get_trace(*self.arguments)):
+                    if is_inside(site, self.plate):
+                        check_rows("model", site, self.plate, num_data)
+            raise
         check_pair(model_trace, guide_trace, self.plate, num_data)
         check_rest(model_trace, self.arguments, rest or self.arguments)
         sites = sample_sites(guide_trace) + sample_sites(model_trace)

@@ -40,8 +40,7 @@ class Problem(NamedTuple):
 
     def fill(self, x: Tensor) -> Problem:
         """Return the problem with other values in the hidden places."""
-        inputs = self.pair.inputs
-        return self._on((*inputs[: self.position], x, *inputs[self.position + 1 :]), self.missing)
+        return self._replace(pair=replace_input(self.pair, self.position, x))
 
     def rows(self, rows: slice) -> Problem:
         """Return the problem of some of the data."""
@@ -52,7 +51,7 @@ class Problem(NamedTuple):
         if count == 1:
             return self
         *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
-        return self._on(tuple(inputs), missing)
+        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
 
     def trace_model(self, latents: Latents) -> Any:
         """Run the model on given latents."""
@@ -63,9 +62,10 @@ class Problem(NamedTuple):
         """Sum the sites' log-probabilities per datum, ``(N,)``, float64."""
         return total(sites, self.pair.plate, self.pair.inputs)
 
-    def _on(self, inputs: tuple[Tensor, ...], missing: Tensor) -> Problem:
-        pair = self.pair.bind(self.pair.model, self.pair.guide, inputs, {})
-        return self._replace(pair=pair, missing=missing)
+
+def replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
+    """Return the pair with another tensor as its input at a position."""
+    return pair.on((*pair.inputs[:position], x, *pair.inputs[position + 1 :]))
 
 
 class Chains(NamedTuple):

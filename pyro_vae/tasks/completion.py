@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
@@ -15,10 +14,10 @@ from pyro_vae.evaluation.simulate import changed_site
 from pyro_vae.pair.agreement import CALLING_ERRORS
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs, as_inputs
-from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedFunction, OpenedPair
+from pyro_vae.pair.inputs import as_inputs
+from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites, observed_site
-from pyro_vae.tasks.chains import Problem, draw_hidden, run_chains, value_moments
+from pyro_vae.tasks.chains import Problem, draw_hidden, replace_input, run_chains, value_moments
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -136,23 +135,31 @@ def complete(
     missing = missing.to(given.device)
     if given[~missing].isnan().any():
         raise InputError("expected no NaN among the observed values: mark them as missing")
-    # What is hidden may be no data: the pair is opened once it is filled.
-    with OpenedFunction(model, inputs, plate).evaluating(seed, guide):
-        start = _fill_first(model, inputs, missing, position, initial, observed)
-        pair = OpenedPair(model, guide, start, plate=plate)
-        problem = _bind(pair, missing, position, observed)
+    # What is hidden may be no data: the pair is opened with an observed value in its place.
+    pair = OpenedPair(model, guide, inputs, plate=plate)
+    seen = given[~missing]
+    if len(seen):
+        fill = seen[seen.double().abs().argmin()]
+        pair = replace_input(pair, position, torch.where(missing, fill, given))
+    with pair.alone(model).evaluating(seed, guide):
+        if len(seen):
+            pair.structure  # noqa: B018
+        pair = _fill_first(pair, missing, position, initial, observed)
+        problem, divisible = _bind(pair, missing, position, observed)
         if method == "metropolis":
             sites = latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
-        divisible = _is_divisible(problem)
+        weighed = _weigh_observed(problem, divisible)
         budget = pair.memory(max_memory)
         rows = max(1, budget // problem.pair.structure.bytes_per_datum)
         parts = []
         size = min(BLOCK, rows) if divisible else len(given)
         for first in range(0, len(given), size):
-            part = problem.rows(slice(first, first + size))
+            block = slice(first, first + size)
+            part = problem.rows(block)
             if method == "importance":
-                parts.append(_by_importance(part, num_draws, num_samples or _NUM_SAMPLES, budget))
+                particles, count = Particles(weighed.part(block)), num_samples or _NUM_SAMPLES
+                parts.append(_by_importance(part, particles, num_draws, count, budget))
             else:
                 together = max(1, rows // len(part.missing)) if divisible else 1
                 steps = num_steps or _NUM_STEPS
@@ -189,18 +196,23 @@ def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
     return ((length - 1) / length + means.var(0) / within).sqrt()
 
 
-def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: int) -> Completion:
-    """Weigh draws from the guide by the density of the observed part, and resample."""
+def _weigh_observed(problem: Problem, divisible: bool) -> OpenedPair:
+    """Return the pair that weighs draws by the density of the observed part."""
     pair = problem.pair
     masked = on_observed_part(pair.model, observed=problem.site, position=problem.position)
-    weighed = OpenedPair(
-        masked,
-        lambda *given: pair.guide(*given[:-1]),
-        (*pair.inputs, problem.missing),
-        plate=pair.plate,
+    inputs = (*pair.inputs, problem.missing)
+    knowledge = Knowledge(is_divisible=divisible)
+    guide = pair.guide
+    return OpenedPair(
+        masked, lambda *given: guide(*given[:-1]), inputs, plate=pair.plate, knowledge=knowledge
     )
-    particles = Particles(weighed)
-    chunk = max(1, budget // (particles.bytes_per_datum * pair.num_data))
+
+
+def _by_importance(
+    problem: Problem, particles: Particles, num_draws: int, num_samples: int, budget: int
+) -> Completion:
+    """Weigh draws from the guide by the density of the observed part, and resample."""
+    chunk = max(1, budget // (particles.bytes_per_datum * particles.num_data))
     drawn: list[Latents] = []
     weights = []
     for done in range(0, num_samples, chunk):
@@ -216,7 +228,7 @@ def _by_importance(problem: Problem, num_draws: int, num_samples: int, budget: i
             f"{int(shares.isnan().any(0).sum())} data: raise num_samples, or use metropolis"
         )
     picked = torch.multinomial(shares.T, num_draws, replacement=True).T
-    rows = torch.arange(pair.num_data, device=picked.device)
+    rows = torch.arange(particles.num_data, device=picked.device)
     chosen = {
         name: torch.cat([latents[name] for latents in drawn])[picked, rows].movedim(1, axis)
         for name, axis in particles.axes.items()
@@ -257,19 +269,17 @@ def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
 
 
 def _fill_first(
-    model: PairFunction,
-    inputs: Inputs,
+    pair: OpenedPair,
     missing: Tensor,
     position: int,
     initial: float | Tensor | None,
     observed: str | None,
-) -> Inputs:
-    """Return the inputs with the hidden places filled as asked, or by the model's own mean."""
-    x = inputs[position]
+) -> OpenedPair:
+    """Return the pair with the hidden places filled as asked, or by the model's own mean."""
+    x = pair.inputs[position]
 
-    def with_fill(fill: Tensor) -> Inputs:
-        filled = torch.where(missing, fill.to(x), x)
-        return (*inputs[:position], filled, *inputs[position + 1 :])
+    def with_fill(fill: Tensor) -> OpenedPair:
+        return replace_input(pair, position, torch.where(missing, fill.to(x), x))
 
     if initial is not None:
         if not isinstance(initial, int | float | Tensor):
@@ -286,9 +296,10 @@ def _fill_first(
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
     blank = with_fill(x.new_zeros(()))
+    model = blank.alone(blank.model)
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for _ in range(_PRIOR_DRAWS):
-        trace = poutine.trace(model).get_trace(*blank)
+        trace = model.trace()
         site = trace.nodes[observed_site(trace, observed)]
         if site["value"].shape != x.shape:
             raise _not_observed(site["name"], x, site["value"])
@@ -296,8 +307,14 @@ def _fill_first(
     return with_fill(total / _PRIOR_DRAWS)
 
 
-def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None) -> Problem:
-    """Bind a pair of filled data to what is missing; refuse what can't be completed."""
+def _bind(
+    pair: OpenedPair, missing: Tensor, position: int, observed: str | None
+) -> tuple[Problem, bool]:
+    """Bind a pair of filled data to what is missing; refuse what can't be completed.
+
+    Returns:
+        the problem, and whether its pair accepts fewer data than these, and more.
+    """
     trace, guide_trace = pair.trace()
     name = observed_site(trace, observed)
     site, x = trace.nodes[name], pair.inputs[position]
@@ -311,7 +328,7 @@ def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None
     drawn = problem.fill(draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
     drawn.pair.structure  # noqa: B018
-    return problem
+    return problem, _is_divisible(drawn)
 
 
 def _is_divisible(problem: Problem) -> bool:

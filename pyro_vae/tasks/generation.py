@@ -13,12 +13,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, distributions
 
 from pyro_vae.distributions.flows import FlowDistribution
-from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, real_number
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_function, open_pair
-from pyro_vae.pair.sites import Given, Latents, Site, is_delta, is_inside, latent_sites, observed_site
+from pyro_vae.pair.opened import OpenedPair, open_function, open_pair
+from pyro_vae.pair.sites import Given, Latents, is_delta, is_inside, observed_site
 from pyro_vae.tasks.encoding import mean_of
 
 # Families with a location and a scale: the temperature multiplies the scale.
@@ -92,7 +92,9 @@ def generate(
             latents = _draw_aggregate_posterior(pair, opened.num_data, temperature)
         with _Freed(name), _AtTemperature(temperature), Given(latents):
             trace = opened.trace()
-    site = _check_size(trace.nodes[name], opened)
+    site = trace.nodes[name]
+    if is_inside(site, plate):  # of a plate that subsamples, which data were drawn is not known
+        check_rows("model", site, plate, opened.num_data)
     return mean_of(site) if mean else site["value"]
 
 
@@ -125,24 +127,10 @@ def reconstruct(
             a latent that the guide misses, or a plate that subsamples the data.
     """
     pair = open_pair(model, guide, x, plate=plate)
-    opened = pair.alone(model)
-    with opened.evaluating(seed, guide):  # what can't be weighed can be reconstructed
-        trace, drawn = pair.trace()
-        missing = sorted({each["name"] for each in latent_sites(trace)} - set(drawn.nodes))
-        if missing:
-            raise InputError(
-                f"expected a guide that draws every latent, {missing[0]!r} is missing: add "
-                "pyro.sample for it"
-            )
-        site = _check_size(trace.nodes[observed_site(trace, observed)], opened)
+    with pair.evaluating(seed):
+        trace, _ = pair.trace()
+        site = trace.nodes[observed_site(trace, observed)]
         return mean_of(site) if mean else site["fn"].sample()
-
-
-def _check_size(site: Site, opened: OpenedFunction) -> Site:
-    """Return a site that does not subsample its data: which were drawn is not known afterwards."""
-    if is_inside(site, opened.plate):
-        check_rows("model", site, opened.plate, opened.num_data)
-    return site
 
 
 class _Freed(Messenger):

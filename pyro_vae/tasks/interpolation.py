@@ -102,7 +102,7 @@ def interpolate(
             f"expected as many data to end at as to start from, got {len(ends[0])} for "
             f"{pair.num_data}"
         )
-    with pair.alone(model).evaluating(seed, guide):
+    with pair.evaluating(seed):
         encoder = pair.alone(guide)
         first = mean_codes(encoder, _CODE_DRAWS)
         last = mean_codes(encoder._replace(inputs=ends), _CODE_DRAWS)
@@ -153,7 +153,7 @@ def traverse(
     """
     pair = open_pair(model, guide, x, plate=plate)
     check_counts(num_steps=num_steps, least=2)
-    with pair.alone(model).evaluating(seed, guide):
+    with pair.evaluating(seed):
         walker = _Walker(pair, site, observed)
         moved = tuple(range(walker.size)) if dimensions is None else _as_whole(dimensions)
         walker.check_dimensions(moved)
@@ -204,7 +204,7 @@ def manifold(
     """
     pair = open_pair(model, guide, x, plate=plate)
     check_counts(num_steps=num_steps, least=2)
-    with pair.alone(model).evaluating(seed, guide):
+    with pair.evaluating(seed):
         walker = _Walker(pair, site, observed)
         chosen = _as_whole(dimensions)
         walker.check_dimensions(chosen)

@@ -547,7 +547,7 @@ def _tile_pair(pair: OpenedPair, count: int) -> OpenedPair:
     values = pair.arguments
     if pair.keywords or not all(isinstance(value, Tensor) and value.dim() for value in values):
         raise ValueError("only tensors that count the data can be repeated")
-    return pair.bind(pair.model, pair.guide, tile_inputs(values, count), {})
+    return pair.on(tile_inputs(values, count))
 
 
 def _untile(value: Tensor, axis: int, count: int) -> Tensor:

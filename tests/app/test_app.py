@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from command_line import ESTIMATE_KEYS, WARNED, run
 
 from pyro_vae.app.cli import app
@@ -37,6 +38,7 @@ def test_a_real_process_prints_json_alone(here):
     assert all(line.startswith("pyro-vae: warning: ") for line in err.splitlines())
 
 
+@pytest.mark.slow
 def test_a_real_process_says_what_is_wrong(tmp_path):
     process = start("train", "--latent-dim", 0, cwd=tmp_path)
     out, err = process.communicate(timeout=120)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pyro_vae.distributions import VonMisesFisher, sampling, unit_sphere
+from pyro_vae.distributions import VonMisesFisher, unit_sphere, von_mises_fisher
 
 SAMPLED_PAIRS = [
     *[(2, 1e-3), (2, 5.0), (2, 1e5), (3, 1.0), (3, 1e5), (5, 2.0), (11, 11.0), (21, 20.0)],
@@ -99,19 +99,19 @@ def test_rejection_accepts_as_often_as_claimed(m):
     torch.manual_seed(5)
     a = 0.5 * (m - 1)
     limit = math.exp(a * (1 - math.log(4 * a)) + math.lgamma(2 * a) - math.lgamma(a))
-    assert (1 - limit) ** 4 < sampling._FIRST_ROUND_MISS
+    assert (1 - limit) ** 4 < von_mises_fisher._FIRST_ROUND_MISS
     k = torch.full((40_000,), 1e3 * m, dtype=torch.float64)
-    accepted = ~sampling._first_accepted(k, 1, m).isnan()
+    accepted = ~von_mises_fisher._first_accepted(k, 1, m).isnan()
     assert_within_standard_errors(accepted.double(), limit)
     for smaller in (1e-3, 0.1 * m, 1.0 * m):
-        accepted = ~sampling._first_accepted(torch.full_like(k, smaller), 1, m).isnan()
+        accepted = ~von_mises_fisher._first_accepted(torch.full_like(k, smaller), 1, m).isnan()
         assert accepted.double().mean() > limit
 
 
 def test_what_finds_no_place_in_the_buffer_is_nan(monkeypatch):
     torch.manual_seed(6)
-    monkeypatch.setattr(sampling, "_FIRST_ROUND_MISS", 0.0)  # makes the buffer 30 places long
-    angle = sampling.sample_angle(torch.full((20_000,), 1e5), 2)
+    monkeypatch.setattr(von_mises_fisher, "_FIRST_ROUND_MISS", 0.0)  # makes the buffer 30 places long
+    angle = von_mises_fisher.sample_angle(torch.full((20_000,), 1e5), 2)
     missing = angle.isnan()
     assert 100 < missing.sum() < 500
     # The first 30 misses were refilled, so all NaN lie behind them.
@@ -120,7 +120,7 @@ def test_what_finds_no_place_in_the_buffer_is_nan(monkeypatch):
 
 def test_no_draw_is_lost():
     torch.manual_seed(7)
-    assert torch.isfinite(sampling.sample_angle(torch.full((500_000,), 1e5), 2)).all()
+    assert torch.isfinite(von_mises_fisher.sample_angle(torch.full((500_000,), 1e5), 2)).all()
 
 
 def test_sampling_is_reproducible_and_fresh():
@@ -253,10 +253,10 @@ def test_on_the_device(m, k, dtype, exact):
 def test_sampling_does_not_wait_for_the_device():
     loc = random_loc(8, dtype=torch.float32).cuda()
     concentration = torch.full((1_000,), 5.0, device="cuda")
-    sampling.sample_angle(concentration, 8)
+    von_mises_fisher.sample_angle(concentration, 8)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampling.sample_angle(concentration, 8)
-        sampling.tangent(loc, loc[1:])
+        von_mises_fisher.sample_angle(concentration, 8)
+        von_mises_fisher.tangent(loc, loc[1:])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -82,6 +82,15 @@ def test_a_guide_too_narrow_does_not_matter(exact, num_data, num_latents, option
     assert error < 5 * estimate.standard_error.square().mean().sqrt()
 
 
+def test_weights_of_too_few_steps_are_warned_of(exact):
+    problem = exact["probabilistic_pca"](6, covariance_scale=0.05, shift=0.6)
+    with pytest.warns(
+        UserWarning, match=r"of 6 data have Pareto k .* more steps or chains"
+    ) as caught:
+        anneal(problem, num_steps=5, num_chains=64)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.slow
 def test_calibration(exact):
     """Over many data the exact value lies within 2 standard errors as often as it should."""
@@ -118,7 +127,7 @@ def test_transitions_leave_the_density_invariant():
     with torch.no_grad():
         path = AnnealingPath(Particles(OpenedPair(model, guide, (x,))), "prior")
         tuning = tune(path, AnnealingOptions(num_steps=20))
-        latents, _ = path.scorer.propose(4000)
+        latents, _ = path.particles.propose(4000)
         state = path.evaluate(path.position(latents))
         for _ in range(10):
             state, _ = transition(path, state, 1.0, tuning.step_sizes[-1], tuning.scales, 3)
@@ -133,15 +142,15 @@ def test_transitions_leave_the_density_invariant():
 def test_densities_and_gradients_along_the_path(exact):
     """The path's log densities match Pyro's in constrained space plus the Jacobian."""
     problem = exact["beta_bernoulli"](num_data=4)
-    scorer = Particles(OpenedPair(problem.model, problem.guide, (problem.x,)))
-    path = AnnealingPath(scorer, "guide")
+    particles = Particles(OpenedPair(problem.model, problem.guide, (problem.x,)))
+    path = AnnealingPath(particles, "guide")
     position = torch.randn(3, 4, 1, dtype=torch.float64)
     state = path.evaluate(position)
     z = position[..., 0].sigmoid()
     jacobian = (z * (1 - z)).log()
-    joint = sum(scorer.score({"z": z}))
-    torch.testing.assert_close(state.base, scorer.score_proposal({"z": z}) + jacobian)
-    torch.testing.assert_close(state.increment, joint - scorer.score_proposal({"z": z}))
+    joint = sum(particles.score({"z": z}))
+    torch.testing.assert_close(state.base, particles.score_proposal({"z": z}) + jacobian)
+    torch.testing.assert_close(state.increment, joint - particles.score_proposal({"z": z}))
     step = 1e-6
     for beta in (0.0, 0.3, 1.0):
         ahead = path.evaluate(position + step).log_density(beta)
@@ -150,6 +159,7 @@ def test_densities_and_gradients_along_the_path(exact):
         torch.testing.assert_close(state.gradient(beta)[..., 0], slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k")
 def test_several_latents_of_several_shapes():
     """A simplex (whose unconstrained space is smaller), a vector per pixel and a scalar."""
 
@@ -170,7 +180,7 @@ def test_several_latents_of_several_shapes():
 
     x = 1 + torch.randn(6, 4).double()
     annealed = pv.log_marginal(
-        model, guide, x, method="annealed", num_steps=30, num_chains=32, num_leapfrog_steps=2, seed=0
+        model, guide, x, method="annealed", num_steps=60, num_chains=32, num_leapfrog_steps=3, seed=0
     )
     sampled = pv.log_marginal(model, guide, x, num_samples=20_000, seed=0)
     error = (annealed.standard_error.square() + sampled.standard_error.square()).sqrt()

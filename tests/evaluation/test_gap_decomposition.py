@@ -144,6 +144,7 @@ def test_the_split_adds_up(problem, mean_field):
     assert within_error(mean_field.total, problem.log_prob - elbo.detach(), error)
 
 
+@pytest.mark.slow
 def test_a_spoiled_encoder_costs_amortization_only(problem, mean_field):
     family = problem.family(diagonal=True)
     weights = family.mean.weight.data.view(-1)

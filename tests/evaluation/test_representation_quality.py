@@ -170,7 +170,7 @@ def test_dependent_coordinates_keep_what_is_known():
 
 
 def test_a_mixture_family_has_the_marginals_of_its_components():
-    from pyro_vae.distributions.normal_mixture import DiagonalNormalMixture
+    from pyro_vae.distributions.normal import DiagonalNormalMixture
 
     offsets = torch.tensor([[1.0, 0.0], [-1.0, 0.5]], dtype=F64)
     logits = torch.tensor([0.3, 0.7], dtype=F64).log()

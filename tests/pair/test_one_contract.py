@@ -172,6 +172,8 @@ WORDS = {
     values_outside_the_support: "values at site 'x' of the model in its support",
     nan_under_a_mask: "values at site 'x' of the model in its support.*NaN, also under a mask",
 }
+# What completion says itself, which knows of another cure.
+OWN_WORDS = {(nan_under_a_mask, "complete"): "no NaN among the observed values: mark them"}
 OPTIONS = {"epochs": 1, "compile": False, "seed": 0, "progress": False}
 FUNCTIONS = {
     "fit": lambda m, g, x: pv.fit(m, g, x, **OPTIONS),
@@ -217,7 +219,10 @@ def test_the_same_words_whoever_asks(kind, validates):
             function(model, guide, x)
         text = str(caught.value)
         assert "\n" not in text, name
-        with pytest.raises(AssertionError, match=WORDS[kind]):
+        if (kind, name) == (nan_under_a_mask, "complete"):  # what hides values must say which
+            assert "no NaN among the observed values: mark them as missing" in text
+            continue
+        with pytest.raises(AssertionError, match=OWN_WORDS.get((kind, name), WORDS[kind])):
             raise AssertionError(text)
 
 
