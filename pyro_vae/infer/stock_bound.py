@@ -18,10 +18,7 @@ from pyro_vae.pair.sites import TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
 # Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
-_BOUNDS: dict[type[ELBO], type[Bound]] = {
-    infer.Trace_ELBO: TraceBound,
-    infer.TraceMeanField_ELBO: AnalyticKL,
-}
+_BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
 
 _JIT = (
     infer.JitTrace_ELBO,
