@@ -51,20 +51,10 @@ GRADIENT_MEMORY = 3
 
 @dataclass(frozen=True)
 class AnnealingOptions:
-    """How to anneal.
+    """How to anneal: the options of :func:`pyro_vae.log_marginal` of the same names.
 
-    Args:
-        num_chains: independent chains per datum, C.
-        num_steps: intermediate distributions, T.
-        num_leapfrog_steps: most gradient evaluations of a transition, L; their number is drawn
-            from 1 to L anew for each.
-        num_transitions: transitions at each intermediate distribution. More steps are the better use
-            of more transitions; several bring each step closer to an exact draw.
-        start: ``"guide"`` or ``"prior"``.
-        schedule: ``"sigmoid"`` or ``"linear"``.
-
-    Raises:
-        InputError: a number below 1 or not whole, or an unknown word.
+    More steps are the better use of more transitions; several transitions at each step bring it
+    closer to an exact draw.
     """
 
     num_chains: int = 16
@@ -96,12 +86,9 @@ class AnnealingOptions:
 
 
 class Tuning(NamedTuple):
-    """What the pilot found; frozen before the first chain that counts starts.
+    """What the pilot found, frozen before the first chain that counts starts.
 
-    Attributes:
-        step_sizes: per step and datum, ``(T, N)``, in units of the scales.
-        scales: per datum and coordinate, ``(N, D)``.
-        cost: gradient evaluations per datum.
+    Step sizes ``(T, N)`` in units of the scales ``(N, D)``, and gradient evaluations per datum.
     """
 
     step_sizes: Tensor
@@ -123,14 +110,6 @@ def anneal(
         [\log p(x, z_{t-1}) - \log f_0(z_{t-1})], \quad p(x) = E[w]
 
     A pilot run, thrown away, adapts the step size per datum and step.
-
-    Args:
-        pair: the opened pair.
-        options: how to anneal.
-        max_memory: bytes that the chains of one block may need; by default 128 MiB on a CPU, 4 GiB on
-            a GPU.
-        report: who is told how far the work has come.
-        keep_draws: chains per datum whose ends are kept for ArviZ; by default all of them.
 
     Source:
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
@@ -209,19 +188,11 @@ def annealed_weights(
     reverse: bool = False,
     tell: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    """Move chains along the path and add up their log weights.
+    """Move chains along the path; return log weights ``(C, N)``, last state and acceptance ``(N,)``.
 
-    Args:
-        path: the annealing path.
-        state: chains at its start; with ``reverse`` at its end, drawn from the posterior.
-        options: how to anneal.
-        tuning: step sizes and scales.
-        reverse: walk from the posterior to the start with the same transitions in reverse order.
-        tell: called with the fraction done.
-
-    Returns:
-        log weights ``(C, N)``: of the forward chains, whose mean weight is p(x); or of the reverse
-        ones, whose mean inverse weight is 1 / p(x). The last state; the acceptance ``(N,)``.
+    The mean weight of forward chains is p(x). With ``reverse`` they start at draws of the posterior
+    and take the same transitions in reverse order: the mean inverse weight is then 1 / p(x).
+    ``tell`` is called with the fraction done.
     """
     betas = options.betas()
     log_weights = torch.zeros_like(state.base)

@@ -66,11 +66,6 @@ def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) ->
 
     ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
     (below about -700 nats) use ``method="pseudo-BMA"``.
-
-    Args:
-        log_prob: log p(x) per datum, ``(N,)``, nats.
-        pareto_k: tail index of each datum's weights, ``(N,)``.
-        num_samples: draws that ``log_prob`` rests on.
     """
     import arviz
     import xarray
@@ -104,11 +99,7 @@ def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) ->
 
 
 def calibration_groups(ranks: dict[str, Any]) -> Any:
-    """Return normalised ranks in ArviZ's group for simulation-based calibration, ``prior_sbc``.
-
-    Args:
-        ranks: by latent site, ``(M, D)`` in (0, 1).
-    """
+    """Return normalised ranks ``(M, D)`` by site in ArviZ's group for calibration, ``prior_sbc``."""
     import xarray
 
     variables = {

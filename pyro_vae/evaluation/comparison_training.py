@@ -23,12 +23,7 @@ TrainingData = Dataset | Tensor | Sequence[Tensor]
 
 
 class Trained(NamedTuple):
-    """What trains of a pair: its parameters by their identity.
-
-    Attributes:
-        parameters: all that train.
-        of_guide: those of the guide.
-    """
+    """What trains of a pair, and what of that is its guide's: parameters by their identity."""
 
     parameters: dict[int, Tensor]
     of_guide: dict[int, Tensor]
@@ -69,12 +64,7 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
 def check_training(
     pairs: Iterable[Pair], train: TrainingData, options: Mapping[str, Any], plate: str
 ) -> None:
-    """Refuse training data that one of the pairs does not take.
-
-    Raises:
-        InputError: another number of tensors, values outside a likelihood's support, or parameters
-            per datum for another number of data.
-    """
+    """Refuse training data that one of the pairs does not take: all before anything is trained."""
     drawn_anew = isinstance(train, Dataset) and train.binarize == "dynamic"
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)
     batch_size = whole_number("a batch size", options.get("batch_size", 128), least=1)  # fit's own

@@ -40,15 +40,7 @@ class PerDatum(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What the draws of a guide say of the pair.
-
-    Attributes:
-        elbo: evidence lower bound, the mean log weight; it is minus rate minus distortion.
-        iwae: importance-weighted bound of ``num_importance`` draws.
-        rate: KL(q(z|x) || p(z)).
-        distortion: -E_q[log p(x|z)].
-        exact_kl: whether the rate is in closed form; otherwise it is Monte Carlo.
-    """
+    """What the draws of a guide say of the pair: its quantities as at :class:`Measured`."""
 
     elbo: PerDatum
     iwae: PerDatum
@@ -65,17 +57,10 @@ def measure_bounds(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Bounds:
-    """Measure the bounds of a pair that is open from draws of its guide.
+    """Measure the bounds of an open pair; draws are rounded up to a multiple of ``num_importance``.
 
     Where the KL has a closed form the distortion is minus the mean log weight minus that KL: the mean
     log weight varies least, not at all where q is the posterior.
-
-    Args:
-        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
-        num_samples: draws per datum, rounded up to a multiple of ``num_importance``.
-        num_importance: draws in one importance-weighted bound, k.
-        max_memory: bytes that a chunk may need.
-        progress: called with (data points done, N).
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 8.

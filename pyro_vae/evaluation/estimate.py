@@ -217,12 +217,7 @@ class Report:
         self.done, self.total = 0, 0.0
 
     def tell(self, in_block: float = 0, so_far: Callable[[], Tensor] | None = None) -> None:
-        """Tell of the finished blocks and one that is under way.
-
-        Args:
-            in_block: how many of its data points count as done.
-            so_far: returns its estimates so far.
-        """
+        """Tell of the finished blocks and the one under way: its data that count as done, its estimates."""
         if self.progress is not None:
             self.progress(self.done + int(in_block), self.num_data)
         if self.running_mean is not None:
@@ -237,14 +232,7 @@ class Report:
 
 
 class Block(NamedTuple):
-    """What a block of the data gave, on the CPU.
-
-    Attributes:
-        positions: which data points these are, ``(n,)``.
-        per_datum: fields of :class:`LogMarginal` by name, ``(n,)`` each.
-        draws: weighted draws that were kept.
-        convergence: estimates after fewer samples.
-    """
+    """What a block of the data gave, on the CPU: fields of :class:`LogMarginal`, ``(n,)`` each."""
 
     positions: Tensor
     per_datum: dict[str, Tensor]
@@ -255,13 +243,9 @@ class Block(NamedTuple):
 def join_blocks(
     blocks: list[Block], *, keep_draws: int | None = None, convergence: bool = False, **fields: Any
 ) -> LogMarginal:
-    """Put the blocks' data points back in their order.
+    """Put the blocks' data points back in their order, with ``keep_draws`` draws of each at most.
 
-    Args:
-        blocks: of all data points.
-        keep_draws: the most draws kept of each, besides as many as every block has.
-        convergence: whether the blocks' convergence is of the same numbers of samples.
-        fields: further fields of the estimate.
+    ``convergence`` says whether that of all blocks is of the same numbers of samples.
     """
     order = torch.cat([block.positions for block in blocks]).argsort()
 

@@ -29,17 +29,11 @@ def frozen_model(
     inputs: Inputs,
     device: torch.device,
 ) -> Iterator[PairFunction]:
-    """Yield the model with nothing in it that trains, in eval mode.
+    """Yield the model with nothing in it that trains, in eval mode, on a device.
 
     A module, or the owner of a method, is copied and the original left alone: what the model takes
     from the guide's side (the family under a VampPrior) is copied with it, and stays as it was. The
     parameters of a plain function are frozen in place and given back afterwards.
-
-    Args:
-        model: the generative function.
-        guides: the guides to be trained against it, by name.
-        inputs: data to trace the functions with, on the device.
-        device: where an owned module's copy is to be.
 
     Raises:
         InputError: a guide that draws other latents, or that shares parameters with the model in a

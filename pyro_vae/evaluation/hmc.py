@@ -26,14 +26,9 @@ _STRUCTURE_RUNS = 4
 
 
 class State(NamedTuple):
-    """Positions of all chains and what is known there.
+    """Positions ``(C, N, D)`` of all chains and the log densities there, ``(C, N)``, nats, float64.
 
-    Attributes:
-        position: unconstrained coordinates, ``(C, N, D)``.
-        base: log density of the path's start, ``(C, N)``, nats, float64.
-        increment: log density of the path's end minus that of its start, ``(C, N)``.
-        base_gradient: gradient of ``base``, ``(C, N, D)``.
-        increment_gradient: gradient of ``increment``, ``(C, N, D)``.
+    ``base`` is that of the path's start, ``increment`` that of its end minus it.
     """
 
     position: Tensor
@@ -72,19 +67,12 @@ class _Coordinates(NamedTuple):
 
 
 class AnnealingPath:
-    r"""Densities between a start and the posterior of each datum, up to constants.
+    r"""Densities between a start, ``"guide"`` or ``"prior"``, and the posterior, up to constants.
 
     .. math:: \log f_\beta = (1 - \beta) \log f_0 + \beta \log p(x, z),
         \quad f_0 = q(z | x) \text{ or } p(z)
 
     All are densities of unconstrained coordinates u, the Jacobian of z(u) included.
-
-    Args:
-        particles: the particles of the opened pair.
-        start: ``"guide"`` or ``"prior"``.
-
-    Attributes:
-        num_coordinates: D, of one datum.
 
     Raises:
         InputError: latents without a bijection from unconstrained space (discrete ones, spheres),
@@ -238,19 +226,10 @@ def transition(
     """Move every chain by one Hamiltonian transition that leaves the density at ``beta`` invariant.
 
     One gradient evaluation per leapfrog step: the state carries the gradients of the path's two
-    ends, which give that of any density between them.
-
-    Args:
-        path: the annealing path.
-        state: where the chains are.
-        beta: position on the path.
-        step_size: per datum, ``(N,)``, in units of the scales.
-        scales: per datum and coordinate, ``(N, D)``.
-        num_leapfrog_steps: L, the most steps of a trajectory. Their number is drawn from 1 to L anew
-            each time: a trajectory of fixed length may close on itself, and then moves nothing.
-
-    Returns:
-        the new state, and the acceptance probabilities ``(C, N)``.
+    ends, which give that of any density between them. Step sizes are per datum, ``(N,)``, in units
+    of the scales ``(N, D)``. The number of steps is drawn from 1 to ``num_leapfrog_steps`` anew each
+    time: a trajectory of fixed length may close on itself, and then moves nothing. Returns the new
+    state, and the acceptance probabilities ``(C, N)``.
 
     Source:
         Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2 and 4.2.

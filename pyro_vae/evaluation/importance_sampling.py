@@ -46,11 +46,7 @@ _FEWEST_SAMPLES = 200
 
 @dataclass(frozen=True)
 class ImportanceOptions:
-    """How to sample: the options of :func:`log_marginal` of the same names.
-
-    Raises:
-        InputError: an option out of range or without effect.
-    """
+    """How to sample: the options of :func:`log_marginal` of the same names."""
 
     num_samples: int = 5000
     target_standard_error: float | None = None
@@ -189,16 +185,7 @@ def estimate_log_prob(
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> LogMarginal:
-    """Estimate log p(x) of a pair that is open; warn of nothing.
-
-    Args:
-        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
-        options: how to estimate, which says by which method.
-        max_memory: bytes that a chunk may need.
-        keep_draws: weighted draws per datum to keep.
-        progress: called with (data points done, N).
-        report: who is told besides; in place of ``progress``.
-    """
+    """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
@@ -286,11 +273,7 @@ class _Stream:
         self.drawn_at_once = min(num_samples, chunks * self.scored_at_once)
 
     def run(self, compile: bool | None) -> Iterator[float]:
-        """Draw and score; yields the fraction done after every pass of the guide.
-
-        Args:
-            compile: whether to compile the model's score; None where that is repaid.
-        """
+        """Draw and score; yields the fraction done after every pass of the guide."""
         particles, size = self.particles, self.scored_at_once
         score: Callable[[Latents], Terms] = particles.score
         terms: Terms | None = None

@@ -47,13 +47,7 @@ class _Coordinates(NamedTuple):
 def information(
     pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
 ) -> dict[str, Any]:
-    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name.
-
-    Args:
-        pair: a pair that is open.
-        num_samples: draws of each datum's posterior.
-        max_memory: bytes that a block of scores may need.
-    """
+    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name."""
     particles = Particles(pair.part())
     model_trace, guide_trace = particles.traces()
     check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
@@ -142,8 +136,8 @@ def _aggregate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Score one draw per datum under the mixture of all data's posteriors.
 
-    Returns:
-        log q(z) ``(N,)``; the same without the draw's own datum; log q(z_d) ``(N, D)`` if known.
+    Returns log q(z) ``(N,)``, the same without the draw's own datum, and log q(z_d) ``(N, D)`` if
+    known.
     """
     num_data = particles.num_data
     elements = sum(value[0].numel() for value in rows.values())
@@ -229,14 +223,7 @@ def _standard_error(terms: Tensor) -> Tensor:
 
 
 def _independent_coordinates(distribution: Distribution) -> Distribution | None:
-    """Return the distribution of the coordinates if they are independent, else None.
-
-    Args:
-        distribution: batch shape ``batch``, event shape ``(D,)``.
-
-    Returns:
-        batch shape ``(*batch, D)``, event shape ``()``.
-    """
+    """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
     if isinstance(distribution, ExpandedDistribution):
         inner = _independent_coordinates(distribution.base_dist)
         if inner is None:

@@ -15,12 +15,10 @@ from pyro_vae.pair.sites import TracePair, data_dim, sample_sites
 
 
 class Observed(NamedTuple):
-    """One observed site of a pair.
+    """One observed site: the kind of its likelihood, and its values, data first, float64, on the CPU.
 
-    Attributes:
-        kind: ``"density"``, ``"density on the sphere"``, ``"probability"`` (of discrete values), or
-            ``"pseudo-likelihood"`` (a discrete distribution given values that it can't take).
-        values: what is observed, the data first, float64, on the CPU.
+    It is a ``"density"``, a ``"density on the sphere"``, a ``"probability"`` (of discrete values), or
+    a ``"pseudo-likelihood"`` (a discrete distribution given values that it can't take).
     """
 
     kind: str
@@ -28,11 +26,7 @@ class Observed(NamedTuple):
 
 
 def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
-    """Run a pair once over its data; the caller has it evaluating.
-
-    Returns:
-        what the model observes, by site name (factors left out), and the traces of the first block.
-    """
+    """Return what an open pair observes by site (factors left out), and its first block's traces."""
     found: dict[str, list[Observed]] = {}
     first: TracePair | None = None
     for _, part in pair.blocks():
@@ -46,14 +40,7 @@ def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
 
 
 def check_comparable(observed: dict[str, dict[str, Observed]]) -> str:
-    """Refuse pairs whose log-likelihoods can't be subtracted; return their kind.
-
-    Args:
-        observed: by pair, what :func:`observed_sites` found.
-
-    Raises:
-        InputError: observed sites that differ in number, values or kind of likelihood.
-    """
+    """Refuse pairs, by name, whose log-likelihoods can't be subtracted; return their kind."""
     (first, reference), *others = observed.items()
     for name, sites in others:
         if len(sites) != len(reference):

@@ -45,7 +45,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> Difference:
-    r"""Subtract one pair's values from another's, datum by datum and run by run.
+    """Subtract one pair's values from another's, datum by datum and run by run.
 
     Half the width of the interval of the mean over N data points and R runs is
 
@@ -56,10 +56,6 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
     Student's distribution: runs are few, and their spread is itself uncertain. With one run the
     second term is left out, and with a single data point nothing is known. What varies with data
     point and run together counts in both terms, which errs on the wide side.
-
-    Args:
-        mine: the pair's quantity in each run.
-        theirs: the other pair's in the same runs.
 
     Source:
         Half-widths of independent effects add in squares: Howe 1974, "Approximate Confidence Limits

@@ -31,12 +31,9 @@ def tail_length(num_samples: int) -> int:
 
 
 class TailWeights:
-    """The largest log weights of each datum, kept while all of them stream by.
+    """The largest log weights of each datum, kept while ``num_samples`` of them stream by.
 
     Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``.
-
-    Args:
-        num_samples: the number of weights per datum that will come, S.
     """
 
     def __init__(self, num_samples: int) -> None:
@@ -93,18 +90,12 @@ def _pareto_k(largest_first: Tensor) -> Tensor:
 
 
 def generalized_pareto_shape(exceedances: Tensor) -> Tensor:
-    r"""Estimate the shape k of generalized Pareto distributions, one per row.
+    r"""Estimate the shape k of generalized Pareto distributions from ascending values ``(rows, n)``.
 
     .. math:: p(y | k, \sigma) = (1 + k y / \sigma)^{-1/k - 1} / \sigma
 
     The profile parameter :math:`b = -k / \sigma` gets its posterior mean over a grid of quasi-prior
     quantiles; k follows from it and is shrunk towards 0.5 by a prior worth ten observations.
-
-    Args:
-        exceedances: positive values in ascending order, ``(rows, n)``, float64.
-
-    Returns:
-        k, ``(rows,)``.
 
     Source:
         Zhang, Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto

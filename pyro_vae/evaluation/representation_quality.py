@@ -209,15 +209,6 @@ def unit_variances(
 
     As in :func:`representation`, without the rest of its measures: a coordinate is active where it is
     above 0.01.
-
-    Args:
-        guide: the variational function of a pair.
-        x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``guide(*x)``.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
-
-    Raises:
-        InputError: no latent, or one outside the data plate.
     """
     opened = open_function(guide, x, plate=plate)
     with opened.evaluating(seed):
@@ -237,12 +228,7 @@ def _side_by_side(values: list[Tensor]) -> Tensor:
 
 
 def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: int) -> np.ndarray:
-    """Return labels as an array ``(N,)``.
-
-    Raises:
-        InputError: labels of another length, a single class, a class of one member, or options out
-            of range.
-    """
+    """Return labels as an array ``(N,)``; refuse what no classifier can be fitted to."""
     values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if values.shape != (num_data,):
         raise InputError(f"expected labels of shape ({num_data},), got {values.shape}")
@@ -269,13 +255,6 @@ def _probe(
 
     Each datum is predicted by a classifier that was fitted to the other folds, on features
     standardised there; the folds hold the classes in equal shares.
-
-    Args:
-        features: ``(N, D)``.
-        labels: ``(N,)``.
-        num_neighbours: k.
-        num_folds: folds, less where a class has fewer members.
-        seed: seed of the folds.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict

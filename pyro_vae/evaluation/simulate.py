@@ -26,14 +26,7 @@ from pyro_vae.pair.sites import (
 
 
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
-    """Draw data and their latents from the model of a pair that is open.
-
-    Args:
-        template: the pair; those of its inputs that the model observes are replaced.
-        num_data: how many data points to draw.
-
-    Returns:
-        the pair of the drawn data, and the latents they were drawn with, ``(num_data, ...)`` each.
+    """Draw data from the model of an open pair; return their pair, and their latents, data first.
 
     Raises:
         InputError: a pair that can't be weighed, or not with so many data; an observed site that is
