@@ -7,15 +7,16 @@ from pyro_vae.evaluation.estimate import LogMarginal, to_arviz
 from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.mutual_information import Estimate
-from pyro_vae.evaluation.predictive_checks import (
-    AggregatePosterior,
-    PosteriorPredictive,
-    aggregate_posterior,
-    posterior_predictive,
-)
 from pyro_vae.evaluation.quadrature import PosteriorDivergence, posterior_divergence
 from pyro_vae.evaluation.representation_quality import Representation, representation
-from pyro_vae.evaluation.simulation_based_calibration import Calibration, calibration
+from pyro_vae.evaluation.simulation_checks import (
+    AggregatePosterior,
+    Calibration,
+    PosteriorPredictive,
+    aggregate_posterior,
+    calibration,
+    posterior_predictive,
+)
 
 __all__ = [
     "AggregatePosterior",

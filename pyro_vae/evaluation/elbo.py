@@ -101,13 +101,11 @@ def _measure_block(particles: Particles, num_groups: int, num_importance: int, b
         moments["rate"].add(densities.log_proposal - densities.log_prior)
         moments["distortion"].add(-densities.log_likelihood)
     measured = {
-        name: PerDatum(each.mean().cpu(), each.standard_error().cpu())
-        for name, each in moments.items()
+        n: PerDatum(each.mean().cpu(), each.standard_error().cpu()) for n, each in moments.items()
     }
     kl = _exact_kl(particles.traces(), particles.pair.plate)
     if kl is not None:
-        kl = kl.cpu()
-        elbo = measured["elbo"]
+        kl, elbo = kl.cpu(), measured["elbo"]
         measured["rate"] = PerDatum(kl, torch.zeros_like(kl))
         measured["distortion"] = PerDatum(-elbo.value - kl, elbo.standard_error)
     return Bounds(**measured, exact_kl=kl is not None)
@@ -152,8 +150,7 @@ def _exact_kl(traces: TracePair, plate: str) -> Tensor | None:
 
     Only for a pair with one latent: with several, the prior of one depends on draws of another.
     """
-    model_trace, guide_trace = traces
-    prior, posterior = single_latent(model_trace), single_latent(guide_trace)
+    (prior, posterior), guide_trace = map(single_latent, traces), traces[1]
     if prior is None or posterior is None or len(sample_sites(guide_trace)) > 1:
         return None
     if prior["mask"] is not None or posterior["mask"] is not None:

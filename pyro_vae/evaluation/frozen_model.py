@@ -34,18 +34,11 @@ def frozen_model(
     A module, or the owner of a method, is copied and the original left alone: what the model takes
     from the guide's side (the family under a VampPrior) is copied with it, and stays as it was. The
     parameters of a plain function are frozen in place and given back afterwards.
-
-    Raises:
-        InputError: a guide that draws other latents, or that shares parameters with the model in a
-            way that can't be frozen, or tensors of the model that train unknown to Pyro.
     """
     owners = owned_modules(model)
     if owners:
-        twin = copy.deepcopy(owners[0]).to(device)
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
+        twin = copy.deepcopy(owners[0]).to(device).eval().requires_grad_(False)
         fixed = _wrap(_rebind(model, twin))
-        twin.eval()
         _check_frozen(fixed, guides, inputs)
         yield fixed
         return
@@ -69,10 +62,8 @@ def frozen_model(
 
 def parameters_in(trace: Trace) -> dict[int, Tensor]:
     """Return the parameters that a traced function names to Pyro, unconstrained, by identity."""
-    leaves = [
-        site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"
-    ]
-    return {id(leaf): leaf for leaf in leaves}
+    sites = [site for site in trace.nodes.values() if site["type"] == "param"]
+    return {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites)}
 
 
 def _parameters_of(function: PairFunction, inputs: Inputs) -> dict[int, Tensor]:

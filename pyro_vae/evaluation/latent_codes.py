@@ -15,9 +15,6 @@ from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.opened import OpenedFunction
 from pyro_vae.pair.sites import Site, latent_sites, value_axis
 
-# Draws held at once for a mean that has no closed form.
-_CHUNK = 100
-
 
 class Code(NamedTuple):
     """The posterior of one latent site.
@@ -133,7 +130,7 @@ def _moments_of_draws(guide: OpenedFunction, num_draws: int) -> dict[str, Moment
     if num_draws < 2:
         raise InputError(f"expected at least 2 draws for a mean without closed form, got {num_draws}")
     moments: dict[str, Moments] = {}
-    for start in range(0, num_draws, _CHUNK):
-        for name, value in draw_codes(guide, min(_CHUNK, num_draws - start)).items():
+    for start in range(0, num_draws, 100):  # a hundred are held at once
+        for name, value in draw_codes(guide, min(100, num_draws - start)).items():
             moments.setdefault(name, Moments()).add(value)
     return moments

@@ -18,12 +18,6 @@ _SMALLEST_TAIL = 5
 # rounding of float32 sums (64 units in the last place): no tail, k = 0 by definition.
 _ROUNDING = 64 * torch.finfo(torch.float32).eps
 
-# Strength and shape of the prior on k: ten observations of k = 0.5 (Vehtari et al., appendix G).
-_PRIOR_COUNT, _PRIOR_SHAPE = 10.0, 0.5
-
-# Scale of the quasi-prior on the profile parameter (Zhang, Stephens 2009, section 3).
-_PRIOR_SCALE = 3.0
-
 
 def tail_length(num_samples: int) -> int:
     """Return how many of the largest weights make the tail, ceil(min(S / 5, 3 sqrt(S)))."""
@@ -105,13 +99,13 @@ def generalized_pareto_shape(exceedances: Tensor) -> Tensor:
     grid_size = 30 + int(math.sqrt(count))
     quartile = exceedances[:, int(count / 4 + 0.5) - 1, None]
     index = torch.arange(1, grid_size + 1, dtype=exceedances.dtype, device=exceedances.device)
-    spread = (1 - (grid_size / (index - 0.5)).sqrt()) / (_PRIOR_SCALE * quartile)
+    spread = (1 - (grid_size / (index - 0.5)).sqrt()) / (3 * quartile)
     grid = 1 / exceedances[:, -1:] + spread
     shapes = torch.stack([_shape_given(b, exceedances) for b in grid.unbind(1)], dim=1)
     profile = count * ((-grid / shapes).log() - shapes - 1)
     weights = profile.nan_to_num(nan=-math.inf).softmax(dim=1)
     shape = _shape_given((weights * grid).sum(1), exceedances)
-    return (count * shape + _PRIOR_COUNT * _PRIOR_SHAPE) / (count + _PRIOR_COUNT)
+    return (count * shape + 10 * 0.5) / (count + 10)
 
 
 def _shape_given(b: Tensor, exceedances: Tensor) -> Tensor:

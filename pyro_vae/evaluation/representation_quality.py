@@ -34,10 +34,6 @@ ACTIVE_VARIANCE = 0.01
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 1000
 
-# Iterations of the linear probe: enough for the solver to converge on standardised codes; it stops
-# when it has.
-_MOST_ITERATIONS = 2000
-
 
 @dataclass(frozen=True)
 class Representation:
@@ -117,11 +113,8 @@ class Representation:
             "linear-probe accuracy": self.linear_accuracy,
         }
         units = f"{self.active_units} of {self.latent_dim} units active"
-        rows = [f"{self.num_data} data, {units}, nats per datum"]
-        for name, estimate in said.items():
-            if estimate is not None:
-                rows.append(f"{name:28}{estimate.value:9.4f} +- {estimate.standard_error:.4f}")
-        return "\n".join(rows)
+        rows = [f"{n:28}{e.value:9.4f} +- {e.standard_error:.4f}" for n, e in said.items() if e]
+        return "\n".join([f"{self.num_data} data, {units}, nats per datum", *rows])
 
 
 def representation(
@@ -184,9 +177,7 @@ def representation(
     variances = _variances(codes)
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
-        measures |= _probe(
-            features, labels, num_neighbours=num_neighbours, num_folds=num_folds, seed=seed or 0
-        )
+        measures |= _probe(features, labels, num_neighbours, num_folds, seed=seed or 0)
     return Representation(
         sites=tuple(codes),
         latent_dim=len(variances),
@@ -249,7 +240,7 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
 
 
 def _probe(
-    features: np.ndarray, labels: np.ndarray, *, num_neighbours: int, num_folds: int, seed: int
+    features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
 ) -> dict[str, Any]:
     """Return the accuracies of nearest neighbours and logistic regression, and the folds used.
 
@@ -267,7 +258,8 @@ def _probe(
     found: dict[str, Any] = {"num_folds": folds}
     for name, classifier in (
         ("nearest_neighbour_accuracy", KNeighborsClassifier(num_neighbours)),
-        ("linear_accuracy", LogisticRegression(max_iter=_MOST_ITERATIONS)),
+        # Enough iterations to converge on standardised codes; the solver stops when it has.
+        ("linear_accuracy", LogisticRegression(max_iter=2000)),
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
         accuracy = float((cross_val_predict(pipeline, features, labels, cv=split) == labels).mean())
