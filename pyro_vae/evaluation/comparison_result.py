@@ -34,23 +34,14 @@ if TYPE_CHECKING:
 class Measured:
     """What was measured of one pair; quantities per datum in nats.
 
-    Attributes:
-        elbo: evidence lower bound.
-        iwae: importance-weighted bound.
-        log_prob: log p(x) by importance sampling.
-        annealed: log p(x) by annealing; None where it was not asked for or does not apply.
-        rate: KL(q(z|x) || p(z)).
-        distortion: -E_q[log p(x|z)].
-        exact_kl: whether the rate is in closed form.
-        posterior_divergence: KL(q(z|x) || p(z|x)) by quadrature, with its numerical error; None where
-            it was not asked for.
-        estimate: the importance estimate, with Pareto k and effective sample size per datum; of
-            several runs those of all their data points, one run after the other.
-        num_parameters: parameters of model and guide that train.
-        num_guide_parameters: those of the guide.
-        seconds_per_1000: seconds of importance sampling for 1,000 data points.
-        fit: the training, where it was done here; of several runs the first one's.
-        seconds_per_epoch: mean seconds of a training epoch; NaN where nothing was trained here.
+    The rate is KL(q(z|x) || p(z)), in closed form where ``exact_kl``, the distortion -E_q[log p(x|z)]
+    and the posterior divergence KL(q(z|x) || p(z|x)) by quadrature, with its numerical error. It and
+    log p(x) by annealing are None where they were not asked for or do not apply.
+
+    The importance ``estimate`` has the Pareto k and effective sample size of each datum; of several
+    runs those of all their data points, one run after the other, and ``fit`` is the first one's.
+    Parameters are those that train; seconds are of importance sampling for 1,000 data points and,
+    NaN where nothing was trained here, of a training epoch.
     """
 
     elbo: PerDatum

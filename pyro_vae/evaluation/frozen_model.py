@@ -24,10 +24,7 @@ from pyro_vae.pair.state import accumulating_leaves
 
 @contextmanager
 def frozen_model(
-    model: PairFunction,
-    guides: Mapping[str, PairFunction],
-    inputs: Inputs,
-    device: torch.device,
+    model: PairFunction, guides: Mapping[str, PairFunction], inputs: Inputs, device: torch.device
 ) -> Iterator[PairFunction]:
     """Yield the model with nothing in it that trains, in eval mode, on a device.
 

@@ -36,10 +36,6 @@ Terms = tuple[Tensor, Tensor]
 # beside any budget, so that the draws of a seed don't depend on how much memory happens to be free.
 _KEPT_BYTES, _DRAWN_BYTES = 1 << 23, 1 << 24
 
-# The target's variance is estimated from the pilot; so many fresh samples at least make the delta
-# method and the tail index meaningful for the data that need hardly any.
-_FEWEST_SAMPLES = 200
-
 
 @dataclass(frozen=True)
 class ImportanceOptions:
@@ -193,7 +189,8 @@ def estimate_log_prob(
     wanted = num_pilot * (pilot.standard_error / target).square()
     # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
     steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
-    counts = (1.25**steps).ceil().long().clamp(min(_FEWEST_SAMPLES, most), most)
+    # 200 fresh ones at least make the delta method and the tail index meaningful for all data.
+    counts = (1.25**steps).ceil().long().clamp(min(200, most), most)
     if not pair.is_divisible():
         counts = counts.max().expand(pair.num_data)
     blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)

@@ -32,7 +32,7 @@ class _Coordinates(NamedTuple):
 
     of_posterior: Distribution | None
     of_prior: Distribution | None
-    both_independent: bool
+    independent: tuple[Distribution, Distribution] | None  # both, where both are independent
     unavailable: dict[str, str]
 
 
@@ -80,13 +80,14 @@ def _coordinates(
         if of_posterior is None:
             unknown = f"{type(posterior).__name__} gives no density of one coordinate"
             unavailable |= {"total_correlation": unknown, "dimension_wise_kl": unknown}
-        if _independent_coordinates(posterior) is None:
+        independent = _independent_coordinates(posterior)
+        if independent is None:
             dependent = f"the coordinates of {type(posterior).__name__} are not independent"
             unavailable["kl_per_dimension"] = dependent
-        both = "kl_per_dimension" not in unavailable
+        both = None if independent is None or of_prior is None else (independent, of_prior)
         return _Coordinates(of_posterior, of_prior, both, unavailable)
     names = ("total_correlation", "dimension_wise_kl", "kl_per_dimension")
-    return _Coordinates(None, None, False, dict.fromkeys(names, reason))
+    return _Coordinates(None, None, None, dict.fromkeys(names, reason))
 
 
 def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
@@ -109,19 +110,14 @@ def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> d
         if coordinates.of_prior is not None:
             log_prior_each = coordinates.of_prior.log_prob(value).double()
             terms["dimension_wise_kl"] = (of_coordinates - log_prior_each).sum(1)
-            if coordinates.both_independent:
-                assert coordinates.of_posterior is not None
-                log_own = coordinates.of_posterior.log_prob(value).double()
-                terms["kl_per_dimension"] = log_own - log_prior_each
+        if coordinates.independent is not None:
+            log_own = coordinates.independent[0].log_prob(value).double()
+            terms["kl_per_dimension"] = log_own - log_prior_each
     return terms
 
 
 def _aggregate(
-    particles: Particles,
-    coordinates: _Coordinates,
-    rows: Latents,
-    own: Tensor,
-    budget: int,
+    particles: Particles, coordinates: _Coordinates, rows: Latents, own: Tensor, budget: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Score one draw per datum under the mixture of all data's posteriors.
 
@@ -161,25 +157,19 @@ def _rates(
     prior: Distribution | None,
 ) -> dict[str, Any]:
     """Return the rate and its share of each coordinate, in closed form where there is one."""
-    each = total = None
-    if coordinates.both_independent:
-        assert coordinates.of_posterior is not None
-        assert coordinates.of_prior is not None
-        each = closed_form_kl(coordinates.of_posterior, coordinates.of_prior)
+    each = total = per_dimension = error = None
+    if coordinates.independent is not None:
+        each = closed_form_kl(*coordinates.independent)
+        per_dimension = terms["kl_per_dimension"].mean((0, 1)).cpu()
+        error = _standard_error(terms["kl_per_dimension"]).cpu()
     if each is not None:
-        total = each.sum(-1)
+        total, per_dimension = each.sum(-1), each.double().mean(0).cpu()
+        error = torch.zeros_like(per_dimension)
     elif posterior is not None and prior is not None:
         total = closed_form_kl(posterior, prior)
     rate = _estimate(terms["rate"])
     if total is not None:
         rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)
-    per_dimension = error = None
-    if each is not None:
-        per_dimension = each.double().mean(0).cpu()
-        error = torch.zeros_like(per_dimension)
-    elif "kl_per_dimension" in terms:
-        per_dimension = terms["kl_per_dimension"].mean((0, 1)).cpu()
-        error = _standard_error(terms["kl_per_dimension"]).cpu()
     return {
         "rate": rate,
         "rate_method": "Monte Carlo" if total is None else "analytic",
@@ -206,7 +196,9 @@ def _independent_coordinates(distribution: Distribution) -> Distribution | None:
     """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
     if isinstance(distribution, ExpandedDistribution):
         inner = _independent_coordinates(distribution.base_dist)
-        return inner and inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
+        if inner is None:
+            return None
+        return inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
     if not isinstance(distribution, Independent) or len(distribution.event_shape) != 1:
         return None
     base = distribution.base_dist
