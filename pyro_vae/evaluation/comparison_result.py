@@ -224,10 +224,9 @@ class Comparison:
         rows = {name: self._row(name) for name in self.pairs}
         if per_datum:
             for name, row in rows.items():
-                row["per_datum"] = {
-                    quantity: self.per_datum(name, quantity).value.tolist()
-                    for quantity in self.quantities
-                } | {"pareto_k": self._pareto_k(name).tolist()}
+                values = {each: self.per_datum(name, each).value for each in self.quantities}
+                values["pareto_k"] = self._pareto_k(name)
+                row["per_datum"] = {each: value.tolist() for each, value in values.items()}
         about = ("likelihood", "num_importance", "num_samples", "hold", "seed", "ranked_by")
         settings = {name: getattr(self, name) for name in (*about, "num_data", "num_runs")}
         return finite_or_none({**settings, "pairs": rows})

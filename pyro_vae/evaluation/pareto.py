@@ -71,12 +71,10 @@ def _pareto_k(largest_first: Tensor) -> Tensor:
     smallest = math.log(torch.finfo(torch.float64).tiny)
     relative = largest_first - torch.where(possible, largest, 0.0)[:, None]
     relative_cutoff = relative[:, -1].clamp(min=smallest)
-    in_tail = relative > relative_cutoff[:, None]
-    lengths = in_tail.sum(1)
-    for length in lengths[possible & ~equal].unique().tolist():
-        if length < _SMALLEST_TAIL:
-            continue
-        rows = possible & ~equal & (lengths == length)
+    lengths = (relative > relative_cutoff[:, None]).sum(1)
+    has_tail = possible & ~equal & (lengths >= _SMALLEST_TAIL)
+    for length in lengths[has_tail].unique().tolist():
+        rows = has_tail & (lengths == length)
         base = relative_cutoff[rows, None]
         exceedances = base.exp() * (relative[rows, :length] - base).expm1()
         pareto_k[rows] = generalized_pareto_shape(exceedances.flip(1))
