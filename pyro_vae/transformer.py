@@ -166,12 +166,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
             estimate = log_marginal(
-                vae.model,
-                vae.guide,
-                x,
-                num_samples=self.num_samples,
-                keep_draws=0,
-                seed=self.seed,
+                vae.model, vae.guide, x, num_samples=self.num_samples, keep_draws=0, seed=self.seed
             )
         return estimate.log_prob.numpy()
 

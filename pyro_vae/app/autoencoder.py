@@ -18,13 +18,7 @@ from pyro_vae.app.pages import add_origin, write_page
 from pyro_vae.app.pictures import limits_of, save_picture
 from pyro_vae.app.report import Page
 from pyro_vae.app.run import RUNS, describe_origin, load_data
-from pyro_vae.app.settings import (
-    as_record,
-    build_vae,
-    check_settings,
-    fit_options,
-    tell_defaults,
-)
+from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
@@ -43,11 +37,7 @@ _CAPTION = "Test data: root-mean-square errors per value, median distances"
 
 
 def autoencoder(
-    settings: TrainSettings,
-    loss: str | None,
-    *,
-    output: Path,
-    progress: bool | None = None,
+    settings: TrainSettings, loss: str | None, *, output: Path, progress: bool | None = None
 ) -> dict[str, Any]:
     """Train an autoencoder and a VAE on the same data and compare them.
 

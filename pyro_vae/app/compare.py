@@ -234,11 +234,7 @@ def _combine(
     settings: TrainSettings, guides: str, priors: str, likelihoods: str, seeds: int, hold: str | None
 ) -> dict[str, list[TrainSettings]]:
     """Return the settings of every combination's runs, checked before anything is trained."""
-    axes = {
-        "prior": _split(priors),
-        "likelihood": _split(likelihoods),
-        "guide": _split(guides),
-    }
+    axes = {"prior": _split(priors), "likelihood": _split(likelihoods), "guide": _split(guides)}
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")

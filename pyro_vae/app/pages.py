@@ -42,10 +42,7 @@ _CAPTIONS = {
 
 
 def write_run_page(
-    folder: Path,
-    run: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    pictures: Mapping[str, Figure],
+    folder: Path, run: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, Figure]
 ) -> None:
     """Write a training run's page into its folder.
 

@@ -35,12 +35,7 @@ class Study:
         self.folder, self.dataset = folder, dataset
 
     def run(
-        self,
-        name: str,
-        settings: TrainSettings,
-        *,
-        start: VAE | None = None,
-        held: VAE | None = None,
+        self, name: str, settings: TrainSettings, *, start: VAE | None = None, held: VAE | None = None
     ) -> tuple[VAE, dict[str, Any]]:
         """Return a finished run of this name, or train it; a half-done one is trained anew.
 

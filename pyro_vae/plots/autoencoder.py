@@ -15,12 +15,7 @@ _SHOWN = 12  # data and random latents per row
 
 
 def autoencoder_and_vae(
-    data: Array,
-    autoencoder: Any,
-    vae: Any,
-    *,
-    title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
 ) -> Figure:
     """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
 

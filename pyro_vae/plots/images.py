@@ -182,10 +182,7 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
     bits = _are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
-    for values, colour, label, shift in (
-        (data, BLUE, "data", -0.12),
-        (drawn, ORANGE, "drawn", 0.12),
-    ):
+    for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
             low = middle = high = values.mean(0)

@@ -124,12 +124,7 @@ def traversals(
 
 
 def interpolations(
-    start: Array,
-    way: Array,
-    end: Array,
-    *,
-    title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    start: Array, way: Array, end: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
