@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyro_vae.plots.images import is_image
-from pyro_vae.plots.style import BLUE, ORANGE, Array
+from pyro_vae.plots.images import flat_image, is_image
+from pyro_vae.plots.style import INK, Array, show_histograms
 
 _SHOWN = 12  # data and random latents per row
 
@@ -47,8 +47,7 @@ def autoencoder_and_vae(
         _show_rows(figure.add_subplot(cells[0, :]), rows, labels, limits)
         for column, (name, side) in enumerate(sides):
             axes = figure.add_subplot(cells[1, column])
-            grid = np.asarray(side.grid)
-            _show_rows(axes, list(grid), (), limits)
+            _show_rows(axes, list(np.asarray(side.grid)), (), limits)
             axes.set_title(f"{name}: between the codes of the first four", fontsize=9)
     for column, (name, side) in enumerate(sides):
         _show_distances(figure.add_subplot(cells[-1, column]), name, side)
@@ -60,16 +59,17 @@ def _show_rows(
 ) -> None:
     """Show rows of images as one picture with thin lines between them."""
     low, high = limits
-    line = low + 0.2 * (high - low)
     strips = []
     for row in rows:
-        tiles = [np.pad(_channels_last(image), _MARGIN, constant_values=line) for image in row]
+        images = [flat_image(image, limits) for image in row]
+        if images[0].ndim == 3:
+            tiles = [np.pad(each, ((0, 1), (0, 1), (0, 0)), constant_values=0.2) for each in images]
+        else:
+            line = low + 0.2 * (high - low)
+            tiles = [np.pad(each, (0, 1), constant_values=line) for each in images]
         strips.append(np.concatenate(tiles, axis=1))
     picture = np.concatenate(strips, axis=0)
-    if picture.shape[2] == 1:
-        axes.imshow(picture[:, :, 0], cmap="gray_r", vmin=low, vmax=high)
-    else:
-        axes.imshow(np.clip((picture - low) / (high - low or 1), 0, 1))
+    axes.imshow(picture, cmap=INK, vmin=low, vmax=high)
     height = picture.shape[0] / len(rows)
     axes.set_xticks([])
     axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
@@ -77,23 +77,10 @@ def _show_rows(
     axes.spines[:].set_visible(False)
 
 
-# One more pixel below and right of an image; none along the channels.
-_MARGIN = ((0, 1), (0, 1), (0, 0))
-
-
-def _channels_last(image: Array) -> Array:
-    """Return an image as ``(H, W, channels)``."""
-    if image.ndim == 2:
-        return image[:, :, None]
-    return np.moveaxis(image, 0, 2) if image.shape[0] in (1, 3) else image
-
-
 def _show_distances(axes: Axes, name: str, side: Any) -> None:
     held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
-    both = np.concatenate([held_out, random])
-    bins = np.linspace(0, np.quantile(both, 0.995), 40).tolist()
-    axes.hist(held_out, bins, density=True, color=BLUE, alpha=0.5, label="held-out codes")
-    axes.hist(random, bins, density=True, color=ORANGE, histtype="step", label="random latents")
+    bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
+    show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
     ratio = np.median(random) / np.median(held_out)
     axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)
     axes.set(xlabel="distance", ylabel="density")

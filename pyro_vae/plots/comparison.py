@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, one_panel
+from pyro_vae.plots.style import BLUE, ORANGE, Array, one_panel, panels, show_histograms
 
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
@@ -31,8 +31,8 @@ def paired_differences(
         differences: mean paired difference of each, at most 0, nats.
         errors: half the width of each one's bar; NaN where unknown.
         best: the name that the others are compared to.
-        title: a line above the picture.
         by_run: differences of the single runs of each pair, as small dots.
+        title: a line above the picture.
     """
     figure, axes = one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
@@ -67,17 +67,14 @@ def families_and_runs(
         labels: names of the quantities.
         title: a line above the picture.
     """
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(names)), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
-    for index, axes in enumerate(panels):
+    figure, places = panels(title, (9, 1.5 + 0.42 * len(names)), columns=len(labels), sharey=True)
+    for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
         _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    places[0].set_yticks(range(len(names)), names)
+    places[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
@@ -102,15 +99,8 @@ def datum_against_datum(
         axes.set(xlim=limits, ylim=limits)
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.scatter(first, second, s=7, color=BLUE, alpha=0.5, linewidths=0)
-        share = float((second > first).mean())
-        axes.text(
-            0.03,
-            0.97,
-            f"{labels[1]} higher for {share:.0%}",
-            transform=axes.transAxes,
-            va="top",
-            size=9,
-        )
+        told = f"{labels[1]} higher for {(second > first).mean():.0%}"
+        axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", size=9)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.set_aspect("equal")
     return figure
@@ -127,13 +117,12 @@ def rank_histograms(
         labels: a line above each panel, D of them.
         title: a line above the picture.
     """
-    figure, panels = _panels(len(counts), title)
-    for axes, row, label in zip(panels, counts, labels, strict=False):
+    figure, places = _labelled_panels(labels, title)
+    for axes, row in zip(places, counts, strict=False):
         edges = np.linspace(0, 1, len(row) + 1)
         axes.bar(edges[:-1], row, width=1 / len(row), align="edge", color=BLUE, alpha=0.6)
         for end in band:
             axes.axhline(end, color=ORANGE, linewidth=1)
-        axes.set_title(label, fontsize=8)
         axes.set_xlim(0, 1)
     figure.supxlabel("rank of the true latent among the guide's draws", fontsize=9)
     return figure
@@ -154,13 +143,9 @@ def observed_and_replicated(
         labels: a line above each panel.
         title: a line above the picture.
     """
-    figure, panels = _panels(len(observed), title)
-    for axes, name, label in zip(panels, observed, labels, strict=False):
-        _two_histograms(
-            axes, (observed[name], "data"), (replicated[name].reshape(-1), "posterior predictive")
-        )
-        axes.set_title(label, fontsize=8)
-    _legend_beside_title(figure, panels[0])
+    figure, places = _labelled_panels(labels, title)
+    pairs = [(observed[name], replicated[name].reshape(-1)) for name in observed]
+    _show_pairs(figure, places, pairs, ("data", "posterior predictive"))
     return figure
 
 
@@ -175,13 +160,11 @@ def prior_and_aggregate(
         labels: a line above each panel, D of them.
         title: a line above the picture.
     """
-    figure, panels = _panels(aggregate.shape[1], title)
-    for index, (axes, label) in enumerate(zip(panels, labels, strict=False)):
-        _two_histograms(axes, (prior[:, index], "prior"), (aggregate[:, index], "aggregate"))
-        axes.set_title(label, fontsize=8)
+    figure, places = _labelled_panels(labels, title)
+    pairs = list(zip(prior.T, aggregate.T, strict=True))
+    _show_pairs(figure, places, pairs, ("prior", "aggregate"))
     figure.supxlabel("value of the coordinate", fontsize=9)
     figure.supylabel("draws", fontsize=9)
-    _legend_beside_title(figure, panels[0])
     return figure
 
 
@@ -203,35 +186,32 @@ def _draw_differences(
         )
 
 
-def _two_histograms(axes: Axes, filled: tuple[Array, str], outlined: tuple[Array, str]) -> None:
-    together = np.concatenate([filled[0], outlined[0]])
-    bins = np.histogram_bin_edges(together[np.isfinite(together)], bins=30).tolist()
-    axes.hist(filled[0], bins, density=True, color=BLUE, alpha=0.5, label=filled[1])
-    axes.hist(outlined[0], bins, density=True, histtype="step", color=ORANGE, label=outlined[1])
-    axes.set_yticks([])
+def _show_pairs(
+    figure: Figure,
+    places: Sequence[Axes],
+    pairs: Sequence[tuple[Array, Array]],
+    labels: tuple[str, str],
+) -> None:
+    """Show a pair of distributions in each panel, their legend at the right of the title."""
+    for axes, (filled, outlined) in zip(places, pairs, strict=False):
+        together = np.concatenate([filled, outlined])
+        bins = np.histogram_bin_edges(together[np.isfinite(together)], bins=30)
+        show_histograms(axes, filled, outlined, bins, labels)
+        axes.set_yticks([])
+    entries = places[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
 
 
-def _legend_beside_title(figure: Figure, axes: Axes) -> None:
-    """Put the legend of one panel at the right of the figure's title."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
-
-
-def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many panels in rows of four, as many as a page holds."""
-    shown = min(count, _MOST_PANELS)
+def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
+    """Return a panel for each label in rows of four, as many as a page holds."""
+    shown = min(len(labels), _MOST_PANELS)
     columns = min(shown, 4)
     rows = -(-shown // columns)
-    figure = Figure(
-        figsize=(max(4.6, 2.3 * columns), 0.7 + 1.7 * rows), dpi=150, layout="constrained"
-    )
-    rest = "" if shown == count else f" (first {shown} of {count})"
-    figure.suptitle(title + rest, fontsize=10, x=0.01, ha="left")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[shown:]:
-        axes.set_visible(False)
-    for axes in panels[:shown]:
+    size = max(4.6, 2.3 * columns), 0.7 + 1.7 * rows
+    rest = "" if shown == len(labels) else f" (first {shown} of {len(labels)})"
+    figure, places = panels(title + rest, size, rows, columns, shown=shown)
+    for axes, label in zip(places, labels, strict=False):
+        axes.set_title(label, fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    return figure, panels[:shown]
+    return figure, places

@@ -1,9 +1,10 @@
-"""Pictures of data: grids of images, draws and reconstructions."""
+"""Pictures of data: grids of images, draws, reconstructions and completions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, INK, ORANGE, TINT, Array, legend_above, one_panel
+from pyro_vae.plots.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    TINT,
+    Array,
+    are_bits,
+    legend_above,
+    one_panel,
+    show_bits,
+    show_histograms,
+)  # fmt: skip
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -37,9 +49,9 @@ def image_grid(
 
     Args:
         rows: arrays of images ``(columns, *data_shape)`` (see :func:`is_image`).
-        title: a line above the grid.
         row_labels: one label per row.
         column_labels: one label per column, above the first row.
+        title: a line above the picture.
         limits: the values shown as white and as black.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
@@ -57,7 +69,9 @@ def image_grid(
         bottom = (len(rows) - 1 - row_index) * (cell_height + gap) + gap
         for column, image in enumerate(row):
             at = left + column * (cell_width + gap)
-            _show(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
+            show_image(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
+            frame = Rectangle((at, bottom), cell_width, cell_height, fill=False, ec="0.8")
+            axes.add_patch(frame).set_linewidth(0.6)
         if row_labels:
             middle = bottom + cell_height / 2
             axes.text(left - 0.1, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
@@ -87,15 +101,13 @@ def samples(
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     figure, axes = one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
-        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40).tolist()
-        axes.hist(data[:, 0], bins, density=True, color=BLUE, alpha=0.5, label="data")
-        axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=ORANGE, label="drawn")
+        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
+        show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
         for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
-            axes.scatter(
-                values[:, 0], values[:, 1], s=6, color=colour, alpha=0.5, label=label, linewidths=0
-            )
+            first, second = values.T
+            axes.scatter(first, second, s=6, color=colour, alpha=0.5, label=label, linewidths=0)
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
@@ -119,23 +131,59 @@ def reconstructions(
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
     figure, axes = one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
-    if _are_bits(data):
-        bins = np.linspace(0, 1, 26).tolist()
-        axes.hist(got[true == 0], bins, color=BLUE, alpha=0.5, label="data 0")
-        axes.hist(got[true == 1], bins, color=ORANGE, histtype="step", label="data 1")
+    if are_bits(data):
+        show_bits(axes, true, got, "data")
         axes.set(xlabel="reconstruction", ylabel="values")
-        legend_above(axes)
-        return figure
-    ends = [min(true.min(), got.min()), max(true.max(), got.max())]
-    axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
-    axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
-    axes.set(xlabel="data", ylabel="reconstruction")
+    else:
+        ends = [min(true.min(), got.min()), max(true.max(), got.max())]
+        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+        axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
+        axes.set(xlabel="data", ylabel="reconstruction")
     legend_above(axes)
     return figure
 
 
-def _are_bits(data: Array) -> bool:
-    return bool(((data == 0) | (data == 1)).all())
+def completions(
+    truth: Array,
+    missing: Array,
+    mean: Array,
+    standard_deviation: Array,
+    draws: Array,
+    *,
+    title: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Show completed data: images as panels, vectors value against value.
+
+    Args:
+        truth: the whole data ``(N, *data_shape)``.
+        missing: which values were hidden, boolean, of the same shape.
+        mean: mean of the completions, of the same shape.
+        standard_deviation: their standard deviation, of the same shape.
+        draws: completions ``(num_draws, N, *data_shape)``.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    if is_image(truth.shape[1:]):
+        observed = np.where(missing, np.nan, truth)
+        rows = [np.stack([observed[n], mean[n], *draws[:, n], truth[n]]) for n in range(len(truth))]
+        labels = ["observed", "mean", *("draw" for _ in draws), "truth"]
+        return image_grid(rows, title=title, column_labels=labels, limits=limits)
+    figure, axes = one_panel(title, (8.4, 4.4))
+    true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
+    if are_bits(true):
+        show_bits(axes, true, got, "truth")
+        axes.set(xlabel="mean of the completions", ylabel="missing values")
+    else:
+        ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
+        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+        axes.errorbar(
+            true, got, spread, fmt="o", markersize=2.5, color=BLUE, elinewidth=0.5, alpha=0.5,
+            label="mean, one deviation",
+        )  # fmt: skip
+        axes.set(xlabel="truth", ylabel="completion of a missing value")
+    legend_above(axes)
+    return figure
 
 
 def flat_image(image: Array, limits: tuple[float, float]) -> Array:
@@ -165,37 +213,24 @@ def _channel_axis(shape: Sequence[int]) -> int | None:
     return 0 if shape[0] in (1, 3) else 2
 
 
-def _show(
+def show_image(
     axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
 ) -> None:
-    low, high = limits
-    axes.imshow(
-        flat_image(image, limits), cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto"
-    )
-    left, right, bottom, top = extent
-    axes.add_patch(
-        Rectangle((left, bottom), right - left, top - bottom, fill=False, ec="0.8", linewidth=0.6)
-    )
+    """Show an image between left, right, bottom and top, whatever its proportions are."""
+    shown, (low, high) = flat_image(image, limits), limits
+    axes.imshow(shown, cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
-    bits = _are_bits(data)
+    bits = are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
             low = middle = high = values.mean(0)
         errors = np.stack([middle - low, high - middle])
-        axes.errorbar(
-            position + shift,
-            middle,
-            errors,
-            fmt="o",
-            markersize=3,
-            color=colour,
-            label=label,
-            linewidth=1,
-        )
+        how: dict[str, Any] = {"fmt": "o", "markersize": 3, "linewidth": 1}
+        axes.errorbar(position + shift, middle, errors, color=colour, label=label, **how)
     axes.set(xlabel="coordinate", ylabel="share of ones" if bits else "median, middle 90 %")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
