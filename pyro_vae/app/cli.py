@@ -12,7 +12,13 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from pyro_vae.app.names import EvaluateSettings, Picture, PictureSettings, TrainSettings
+from pyro_vae.app.names import (
+    CompareSettings,
+    EvaluateSettings,
+    Picture,
+    PictureSettings,
+    TrainSettings,
+)
 from pyro_vae.app.options import CommandFunction, as_command, is_given
 from pyro_vae.errors import InputError
 
@@ -26,9 +32,6 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
 StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
-
-# Decided when a run begins; --resume takes them from its folder.
-_OF_THE_BEGINNING = ("output", "checkpoint_every", "checkpoint_minutes")
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def train(
             with join_processes(settings.device):
                 work.train(settings, output, checkpointing=when)
             return
-        for name in _OF_THE_BEGINNING:
+        for name in ("output", "checkpoint_every", "checkpoint_minutes"):
             if is_given(context, name):
                 flag = name.replace("_", "-")
                 raise InputError(f"expected --resume without --{flag}: the run folder knows it")
@@ -132,41 +135,12 @@ def evaluate(
     defaults={EvaluateSettings: {"num_samples": 1000}, TrainSettings: {"epochs": 60}},
 )
 def compare(
-    *,
-    output: StudyFolder,
-    guides: Annotated[
-        str,
-        typer.Option(
-            help="Variational families between commas, as `train --guide` names them; default: "
-            "mean-field, full-rank, iaf, spline and mixture.",
-            show_default=False,
-        ),
-    ] = "mean-field,full-rank,iaf,spline,mixture",
-    priors: Annotated[str, typer.Option(help="Priors between commas.")] = "standard-normal",
-    likelihoods: Annotated[str, typer.Option(help="Likelihoods between commas.")] = "bernoulli",
-    seeds: Annotated[
-        int, typer.Option(help="Runs of each combination, from --seed on; all see the same data.")
-    ] = 3,
-    hold: Annotated[
-        str | None,
-        typer.Option(help="model: train every guide against the first one's frozen model."),
-    ] = None,
-    settings: TrainSettings,
-    how: EvaluateSettings,
+    *, output: StudyFolder, combined: CompareSettings, settings: TrainSettings, how: EvaluateSettings
 ) -> None:
     """Train every combination with several seeds; write tables, figures and a page to compare."""
     from pyro_vae.app.compare import compare_families
 
-    compare_families(
-        settings,
-        how,
-        guides=guides,
-        priors=priors,
-        likelihoods=likelihoods,
-        seeds=seeds,
-        hold=hold,
-        output=output,
-    )
+    compare_families(settings, how, combined, output)
 
 
 @command(without={TrainSettings: ("beta",)})
@@ -187,11 +161,17 @@ def sweep(
     work.sweep(settings, betas, warm_start=warm_start, output=output)
 
 
+# The autoencoder's training has no schedule, no clipping and no precision.
 @command(
     without={
         TrainSettings: (
-            *("prior", "num_components", "guide", "beta"),
-            *("schedule", "gradient_clip", "precision"),  # the autoencoder's training has none
+            "prior",
+            "num_components",
+            "guide",
+            "beta",
+            "schedule",
+            "gradient_clip",
+            "precision",
         )
     }
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app.pages import MANY_UNRELIABLE, PSEUDO, add_origin, log_prob_name, write_page
+from pyro_vae.app.pages import MANY_UNRELIABLE, PSEUDO, log_prob_name, write_page
 from pyro_vae.app.report import Page, plus_minus
 from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
@@ -33,16 +33,7 @@ def write_comparison_page(
     figures: Mapping[str, Figure],
     made: Mapping[str, Any],
 ) -> None:
-    """Write the page of a comparison into its folder.
-
-    Args:
-        folder: the comparison's folder.
-        comparison: what was measured.
-        rows: numbers of each family.
-        singles: numbers of each run.
-        figures: by name.
-        made: settings, checksums, versions and command line.
-    """
+    """Write the page of a comparison into its folder."""
     settings = made["settings"]
     page = Page(
         "Comparison of " + ", ".join(rows),
@@ -62,8 +53,7 @@ def write_comparison_page(
     _add_cost(page, rows)
     page.section("Single runs")
     _add_runs(page, comparison.ranked_by, singles)
-    add_origin(page, made)
-    write_page(page, folder)
+    write_page(page, folder, made)
 
 
 def conclude(comparison: Comparison) -> str:

@@ -43,11 +43,7 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
 
 
 def load_measured(folder: Path) -> tuple[Measured, str]:
-    """Read the numbers and the likelihood's kind that :func:`save_measured` wrote.
-
-    Raises:
-        InputError: a file that can't be read.
-    """
+    """Read the numbers and the likelihood's kind that :func:`save_measured` wrote."""
     path = folder / MEASURED
     try:
         with safe_open(path, framework="pt") as file:

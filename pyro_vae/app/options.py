@@ -37,13 +37,9 @@ def as_command(
 
     A parameter that is annotated with a settings class, a dataclass of
     :func:`pyro_vae.app.names.option`, becomes one option per field, and the function is handed the
-    settings as one object. An option without effect is refused before the function is called.
-
-    Args:
-        function: what the command does; its name, help and other options are the command's.
-        unless: an option that decides itself which others it goes with: given, nothing is refused.
-        without: fields of a settings class that are no options here and keep their defaults.
-        defaults: defaults that differ from the class's.
+    settings as one object. An option without effect is refused before the function is called, unless
+    the option named by ``unless`` is given, which decides itself which others it goes with. Fields in
+    ``without`` are no options and keep their defaults; ``defaults`` differ from the class's.
     """
     without, defaults = without or {}, defaults or {}
     own = inspect.signature(function, eval_str=True).parameters

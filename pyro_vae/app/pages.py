@@ -21,6 +21,9 @@ MANY_UNRELIABLE = 0.05
 # Characters of a command line that fit into the width of a page.
 _LINE = 80
 
+# Of the ELBO, as tables name them.
+TERMS = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
+
 PSEUDO = (
     "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which can't be compared with a "
     "density or with a likelihood of binary data."
@@ -44,14 +47,9 @@ _CAPTIONS = {
 def write_run_page(
     folder: Path, run: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, Figure]
 ) -> None:
-    """Write a training run's page into its folder.
+    """Write a training run's page: of what ``config.json`` and ``metrics.json`` hold, with figures.
 
-    Args:
-        folder: the run folder.
-        run: what its ``config.json`` holds under ``"run"``.
-        metrics: what its ``metrics.json`` holds.
-        pictures: figures by name: ``samples``, ``reconstructions``, ``diagnostics`` and, after at
-            least one epoch, ``training``.
+    There is none named ``training`` after no epochs.
     """
     settings = run["settings"]
     page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
@@ -74,8 +72,7 @@ def write_run_page(
         "start": run["start"],
         "data points": run["num_data"],
     }
-    add_origin(page, {**run, "settings": settings | resolved})
-    write_page(page, folder)
+    write_page(page, folder, {**run, "settings": settings | resolved})
 
 
 def log_prob_name(pseudo: bool) -> str:
@@ -117,18 +114,14 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     )
 
 
-def add_origin(page: Page, run: Mapping[str, Any]) -> None:
-    """Say how to get the same again: command line, settings, data and versions."""
+def write_page(page: Page, folder: Path, made: Mapping[str, Any]) -> None:
+    """Write a page whole or not at all, with how to get the same again at its end."""
     page.section("How it was made")
-    page.code(in_lines(run["command"]))
-    used = {name: value for name, value in run["settings"].items() if value is not None}
+    page.code(in_lines(made["command"]))
+    used = {name: value for name, value in made["settings"].items() if value is not None}
     page.facts(used, caption="Settings")
-    page.facts(run["checksums"], caption="SHA-256 of the data")
-    page.facts(run["versions"], caption="Versions")
-
-
-def write_page(page: Page, folder: Path) -> None:
-    """Write a page into a folder, whole or not at all."""
+    page.facts(made["checksums"], caption="SHA-256 of the data")
+    page.facts(made["versions"], caption="Versions")
     text = page.html()
     write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -151,14 +144,12 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
         page.warning(PSEUDO)
     name = log_prob_name(metrics["pseudo_likelihood"])
     monte_carlo = f"{estimate['standard_error']:.4f}"
-    rows: list[list[object]] = [
-        [name, estimate["log_marginal"], monte_carlo, estimate["data_standard_error"]]
-    ]
-    for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        rows.append([label, estimate[key], None, errors[key]])
     page.table(
         ["quantity", "mean", "error, Monte Carlo", "error, over data"],
-        rows,
+        [
+            [name, estimate["log_marginal"], monte_carlo, estimate["data_standard_error"]],
+            *([label, estimate[key], None, errors[key]] for key, label in TERMS.items()),
+        ],
         caption=f"First {estimate['num_data']:,} test data points, {estimate['num_samples']:,} draws "
         "per datum: means per datum in nats, with standard errors where they are known. Rate and "
         "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",

@@ -38,11 +38,7 @@ STUDY, RUNS = "study.json", "runs"
 
 
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
-    """Load a run's VAE, its settings, and the values shown as white and as black.
-
-    Raises:
-        InputError: no run there, or one that ``pyro-vae train`` has not written.
-    """
+    """Load a run's VAE, its settings, and the values shown as white and as black."""
     check_single(run)
     config = read_config(run)
     if not (run / WEIGHTS).exists():
@@ -72,12 +68,7 @@ def check_single(folder: Path) -> None:
 
 
 def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
-    """Load the data that the settings name.
-
-    Args:
-        settings: what to load, and whether to download what is missing.
-        data_root: where the data are now; None: where the settings say.
-    """
+    """Load the data that the settings name, which may have moved to ``data_root`` since."""
     source = Path(settings.dataset)
     if data_root is not None and source.suffix in datasets.FILE_TYPES:
         source = Path(data_root) / source.name
@@ -92,16 +83,7 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
 
 
 def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
-    """Load the data that a run was trained on.
-
-    Args:
-        run: the run folder, which knows the data's checksums.
-        settings: the run's.
-        data_root: where the data are now; None: where they were.
-
-    Raises:
-        InputError: data that are missing, or others.
-    """
+    """Load the data that a run was trained on."""
     dataset = load_data(settings, data_root)
     if dataset.checksums != read_config(run)["run"].get("checksums"):
         raise InputError(
@@ -129,11 +111,7 @@ def describe_origin() -> dict[str, Any]:
 
 
 def check_picture(path: Path) -> Path:
-    """Return the file to write a picture to.
-
-    Raises:
-        InputError: a file of another kind, or one that can't be written.
-    """
+    """Return the file to write a picture to; refuse another kind, or one that can't be written."""
     path = path.expanduser()
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
@@ -144,11 +122,7 @@ def check_picture(path: Path) -> Path:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that is not new or empty, or that can't be made.
-
-    Raises:
-        InputError: such a folder.
-    """
+    """Refuse a folder that is not new or empty, or that can't be made."""
     check_free(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")

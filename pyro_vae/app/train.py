@@ -22,7 +22,7 @@ from pyro_vae.app.evaluate import (
     is_pseudo,
 )
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
-from pyro_vae.app.pages import log_prob_name, write_run_page
+from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.pictures import (
     Subject,
     draw_diagnostics,
@@ -58,6 +58,7 @@ from pyro_vae.vae import VAE
 
 # The estimate at the end of a training run is a first look: at most so many data and samples.
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
+_PARTS = ("train", "validation", "test")
 _SEED = 0  # of what is drawn from the trained model
 
 
@@ -79,11 +80,7 @@ def train(
     """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
-
-    Raises:
-        InputError: settings or data out of range, or a folder that is in use.
-        OSError: a folder that can't be written.
-        Interrupted: SIGINT or SIGTERM ended the training; :func:`resume` goes on with it.
+    After an ``Interrupted``, :func:`resume` goes on with it.
     """
     settings = check_settings(settings)
     processes = Processes.current()
@@ -101,11 +98,6 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
     """Go on with a run that was interrupted or killed, to the end that it would have had.
 
     Settings that are given once more must be the run's own.
-
-    Raises:
-        InputError: no run there, other settings, data or processes than it was begun with, or a
-            checkpoint that can't be read.
-        Interrupted: SIGINT or SIGTERM ended it again.
     """
     processes, folder = Processes.current(), folder.expanduser()
     check_single(folder)
@@ -149,21 +141,12 @@ def train_run(
     resumed: bool = False,
     progress: bool | None = None,
 ) -> tuple[VAE, dict[str, Any]]:
-    """Train into a new run folder; nothing is left of a run that fails before its first checkpoint.
+    """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
-    Args:
-        settings: those that :func:`check_settings` returned.
-        dataset: the data they name.
-        folder: the run folder to create.
-        start: a VAE of the same shape whose weights are the starting point.
-        held: a VAE whose prior and likelihood are taken over and stay as they are; the guide alone is
-            trained.
-        checkpointing: when to write the run's state; None: never.
-        resumed: go on with the run that the folder holds.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the trained VAE and what ``metrics.json`` holds.
+    Nothing is left of a run that fails before its first checkpoint, or without checkpointing. The
+    weights begin as those of ``start``, of the same shape; prior and likelihood of ``held`` are taken
+    over and stay as they are while the guide alone is trained. The settings are those that
+    :func:`check_settings` returned, and name the data.
     """
     device, processes = resolve_device(settings.device), Processes.current()
     settings = tell_defaults(settings, len(dataset.train))
@@ -178,12 +161,25 @@ def train_run(
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
             "start": start_of if held is None else f"{start_of}; prior and likelihood held",
             "device": str(device),
-            **_describe(settings, dataset),
+            # What a run must know about itself from its first second on.
+            "settings": as_record(settings),
+            "num_data": {part: len(getattr(dataset, part)) for part in _PARTS},
+            "checksums": dataset.checksums,
+            "limits": limits_of(dataset),
+            "processes": processes.size,
+            **describe_origin(),
         }
         with ExitStack() as stack:
             config = describe(vae, record)
             processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
-            state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
+            state: dict[str, Any] = {}
+            if checkpointing is not None:
+                state = {
+                    "checkpoint": folder / CHECKPOINTS,
+                    "checkpoint_every": checkpointing.every,
+                    "checkpoint_minutes": checkpointing.minutes,
+                    "resume": resumed,
+                }
             vae.to(device)
             model: PairFunction = vae.model
             if held is not None:
@@ -218,19 +214,6 @@ def train_run(
         write_json(folder / METRICS, metrics)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
-
-
-def _describe(settings: TrainSettings, dataset: Dataset) -> dict[str, Any]:
-    """Return what a run must know about itself from its first second on."""
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    return {
-        "settings": as_record(settings),
-        "num_data": {name: len(part) for name, part in parts.items()},
-        "checksums": dataset.checksums,
-        "limits": limits_of(dataset),
-        "processes": Processes.current().size,
-        **describe_origin(),
-    }
 
 
 def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
@@ -271,15 +254,6 @@ def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractC
     return locked(folder)
 
 
-def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any]:
-    return {
-        "checkpoint": folder / CHECKPOINTS,
-        "checkpoint_every": when.every,
-        "checkpoint_minutes": when.minutes,
-        "resume": resumed,
-    }
-
-
 def _take_over_model(vae: VAE, held: VAE) -> None:
     """Give a VAE the weights of another one's prior and likelihood."""
     for part in ("prior", "likelihood"):
@@ -291,14 +265,11 @@ def _take_over_model(vae: VAE, held: VAE) -> None:
 def _metrics(
     result: FitResult, bound: dict[str, float], estimate: LogMarginal, num_test: int
 ) -> dict[str, Any]:
+    told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
     return {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
-        "best_epoch": result.best_epoch,
+        **{name: getattr(result, name) for name in told},
         "training_seconds": result.seconds,
-        "device": result.device,
-        "num_parameters": result.num_parameters,
-        "compiled": result.compiled,
-        "compile_choice": result.compile_choice,
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": num_test},
@@ -324,15 +295,9 @@ def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path)
 
 def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     bound, estimate = metrics["test"], metrics["test_log_marginal"]
-    rows = [
-        [
-            log_prob_name(metrics["pseudo_likelihood"]),
-            f"{estimate['log_marginal']:.2f}",
-            f"{estimate['num_data']:,} x {estimate['num_samples']}",
-        ]
-    ]
-    for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        rows.append([label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1"])
+    draws = f"{estimate['num_data']:,} x {estimate['num_samples']}"
+    rows = [[log_prob_name(metrics["pseudo_likelihood"]), estimate["log_marginal"], draws]]
+    rows += [[label, bound[key], f"{bound['num_data']:,} x 1"] for key, label in TERMS.items()]
     print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
     for line in (
