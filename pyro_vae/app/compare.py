@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app.comparison_page import write_comparison_page
-from pyro_vae.app.measured import MEASURED, load_measured, save_measured
 from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
-from pyro_vae.app.pages import log_prob_name
+from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
 from pyro_vae.app.run import RUNS
@@ -30,8 +32,15 @@ from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
+from pyro_vae.evaluation.elbo import PerDatum
+from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.files import write_whole
 from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
+
+_MEASURED = "measured.safetensors"
+_ESTIMATE = "estimate."  # begins the names of its tensors in there
+_QUANTITIES = ("elbo", "iwae", "log_prob", "annealed", "rate", "distortion")
 
 _SEED = 0  # of the draws that measure, the same for every run
 
@@ -95,7 +104,7 @@ def _run(
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
     folder = study.folder / RUNS / name
-    if not (folder / MEASURED).is_file():
+    if not (folder / _MEASURED).is_file():
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         comparison = compare(
             {name: (vae.model, vae.guide)},
@@ -247,3 +256,54 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _folder_name(settings: TrainSettings) -> str:
     return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
+
+
+# --- what was measured of a run, kept beside it: to go on need not repeat it ---------------------
+
+
+def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
+    """Write numbers per datum, plain numbers and the likelihood's kind into a run folder."""
+    tensors: dict[str, Tensor] = {}
+    for name in _QUANTITIES:
+        quantity: PerDatum | None = getattr(measured, name)
+        if quantity is not None:
+            tensors[name], tensors[f"{name}_standard_error"] = quantity.value, quantity.standard_error
+    for part in fields(LogMarginal):
+        value = getattr(measured.estimate, part.name)
+        if isinstance(value, Tensor):
+            tensors[_ESTIMATE + part.name] = value
+    plain = ("exact_kl", "num_parameters", "num_guide_parameters", "seconds_per_1000")
+    numbers = json.dumps({name: getattr(measured, name) for name in plain})
+    notes = {"plain": numbers, "likelihood": likelihood}
+    # Contiguous copies: safetensors refuses views that share memory.
+    content = serialised({name: value.clone() for name, value in tensors.items()}, notes)
+    write_whole(folder / _MEASURED, lambda path: path.write_bytes(content))
+
+
+def load_measured(folder: Path) -> tuple[Measured, str]:
+    """Read what :func:`save_measured` wrote."""
+    path = folder / _MEASURED
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = file.metadata()
+        estimate = {
+            name.removeprefix(_ESTIMATE): value
+            for name, value in tensors.items()
+            if name.startswith(_ESTIMATE)
+        }
+        quantities: dict[str, Any] = {
+            name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
+            for name in _QUANTITIES
+            if name in tensors
+        }
+        measured = Measured(
+            **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
+            **json.loads(notes["plain"]),
+            estimate=LogMarginal(**estimate),
+        )
+        return measured, notes["likelihood"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected the numbers of a comparison in {path}, got none that can be read: delete it"
+        ) from error

@@ -263,18 +263,17 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
 
 def _picture(figure: Figure) -> tuple[str, bytes]:
     """Return a figure's MIME subtype and bytes, which depend on what it shows alone."""
-    vector = _saved(figure, format="svg", metadata={"Date": None})
-    if len(vector) <= _LARGEST_SVG:
-        return "svg+xml", vector
-    pixels = _saved(figure, format="png", metadata={"Software": None})
-    return ("png", pixels) if len(pixels) < len(vector) else ("svg+xml", vector)
-
-
-def _saved(figure: Figure, **options: Any) -> bytes:
     import matplotlib
 
-    content = io.BytesIO()
-    # The salt takes the place of a random one in the names inside an SVG.
-    with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
-        figure.savefig(content, **options)
-    return content.getvalue()
+    def save(**options: Any) -> bytes:
+        content = io.BytesIO()
+        # The salt takes the place of a random one in the names inside an SVG.
+        with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
+            figure.savefig(content, **options)
+        return content.getvalue()
+
+    vector = save(format="svg", metadata={"Date": None})
+    if len(vector) <= _LARGEST_SVG:
+        return "svg+xml", vector
+    pixels = save(format="png", metadata={"Software": None})
+    return ("png", pixels) if len(pixels) < len(vector) else ("svg+xml", vector)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def check_single(folder: Path) -> None:
             f"expected a run folder, {folder} holds several runs: give one in {folder / RUNS}, or "
             "repeat the command that began them to go on"
         )
+
+
+def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> None:
+    """Refuse settings that are not those that a folder was begun with."""
+    for name in {**now, **begun}:
+        if name not in FREE and now.get(name) != begun.get(name):
+            raise InputError(
+                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
+                f"got {now.get(name)!r}: {advice}"
+            )
 
 
 def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:

@@ -18,7 +18,7 @@ import torch
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY, describe_origin, load_data
+from pyro_vae.app.run import METRICS, RUNS, STUDY, check_same, describe_origin, load_data
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
@@ -116,12 +116,7 @@ def _check(folder: Path, record: Mapping[str, Any]) -> None:
             f"expected a study's settings in {path}, got none that can be read"
         ) from error
     asked = json.loads(json.dumps(record["asked"]))  # as they look after being read
-    for name in asked | begun:
-        if name not in FREE and asked.get(name) != begun.get(name):
-            raise InputError(
-                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
-                f"got {asked.get(name)!r}: repeat it or choose another folder"
-            )
+    check_same(begun, asked, folder, "repeat it or choose another folder")
     if checksums != record["checksums"]:
         raise InputError(
             f"expected the data that {folder} was begun with, got others by the checksum: restore "

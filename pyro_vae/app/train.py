@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from pyro_vae.app.pictures import (
 )
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
-    FREE,
     METRICS,
     check_new_folder,
+    check_same,
     check_single,
     describe_origin,
     load_data,
@@ -232,13 +232,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
 def _tell_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
     """Return a run's settings with what may change; refuse what would make it another run."""
     told = check_settings(replace(settings, **given))
-    for field in fields(settings):
-        begun, now = getattr(settings, field.name), getattr(told, field.name)
-        if field.name not in FREE and begun != now:
-            raise InputError(
-                f"expected {field.name.replace('_', ' ')} {begun!r} as {folder} was begun with, got "
-                f"{now!r}: leave it out, or train anew"
-            )
+    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     return told
 
 

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pyro_vae.plots.images import flat_image, is_image
-from pyro_vae.plots.style import INK, Array, show_histograms
+from pyro_vae.plots.style import INK, Array, Limits, show_histograms
 
 _SHOWN = 12  # data and random latents per row
 
 
 def autoencoder_and_vae(
-    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
 
@@ -54,9 +54,7 @@ def autoencoder_and_vae(
     return figure
 
 
-def _show_rows(
-    axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: tuple[float, float]
-) -> None:
+def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
     """Show rows of images as one picture with thin lines between them."""
     low, high = limits
     strips = []

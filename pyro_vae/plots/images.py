@@ -19,6 +19,7 @@ from pyro_vae.plots.style import (
     ORANGE,
     TINT,
     Array,
+    Limits,
     are_bits,
     legend_above,
     one_panel,
@@ -43,7 +44,7 @@ def image_grid(
     title: str,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: Limits = (0.0, 1.0),
 ) -> Figure:
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
@@ -82,9 +83,7 @@ def image_grid(
     return figure
 
 
-def samples(
-    drawn: Array, data: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
-) -> Figure:
+def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0)) -> Figure:
     """Show drawn data: images as a square grid, vectors beside the data's own distribution.
 
     Args:
@@ -116,7 +115,7 @@ def samples(
 
 
 def reconstructions(
-    data: Array, rebuilt: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
+    data: Array, rebuilt: Array, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show data beside their reconstructions: images in two rows, vectors value against value.
 
@@ -151,7 +150,7 @@ def completions(
     draws: Array,
     *,
     title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: Limits = (0.0, 1.0),
 ) -> Figure:
     """Show completed data: images as panels, vectors value against value.
 
@@ -186,7 +185,7 @@ def completions(
     return figure
 
 
-def flat_image(image: Array, limits: tuple[float, float]) -> Array:
+def flat_image(image: Array, limits: Limits) -> Array:
     """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
     channel_axis = _channel_axis(image.shape)
     if channel_axis is None:
@@ -214,7 +213,7 @@ def _channel_axis(shape: Sequence[int]) -> int | None:
 
 
 def show_image(
-    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
+    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: Limits
 ) -> None:
     """Show an image between left, right, bottom and top, whatever its proportions are."""
     shown, (low, high) = flat_image(image, limits), limits

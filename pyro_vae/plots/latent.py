@@ -12,7 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
-from pyro_vae.plots.style import BLUE, MAP, Array, class_colours, legend_beside, one_panel, panels
+from pyro_vae.plots.style import (
+    BLUE,
+    MAP,
+    Array,
+    Limits,
+    class_colours,
+    legend_beside,
+    one_panel,
+    panels,
+)
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -67,7 +76,7 @@ def manifold(
     *,
     title: str,
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: Limits = (0.0, 1.0),
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
@@ -98,12 +107,7 @@ def manifold(
 
 
 def traversals(
-    data: Array,
-    values: Array,
-    names: Sequence[str],
-    *,
-    title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    data: Array, values: Array, names: Sequence[str], *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show what one latent after the other does to a datum.
 
@@ -120,7 +124,7 @@ def traversals(
 
 
 def interpolations(
-    start: Array, way: Array, end: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
+    start: Array, way: Array, end: Array, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
@@ -159,12 +163,7 @@ def _histograms(
 
 
 def _image_manifold(
-    data: Array,
-    first: Array,
-    second: Array,
-    title: str,
-    axis_labels: tuple[str, str],
-    limits: tuple[float, float],
+    data: Array, first: Array, second: Array, title: str, axis_labels: tuple[str, str], limits: Limits
 ) -> Figure:
     rows, columns = data.shape[:2]
     image_height, image_width = flat_image(data[0, 0], limits).shape[:2]

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Array = np.ndarray
+Limits = tuple[float, float]  # the values shown as white and as black
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"
 # Behind values that are not there.

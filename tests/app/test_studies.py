@@ -18,7 +18,7 @@ from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
 from pyro_vae.app import study as studies
 from pyro_vae.app import train as training
-from pyro_vae.app.measured import load_measured
+from pyro_vae.app.compare import load_measured
 
 pytestmark = WARNED
 
