@@ -41,9 +41,7 @@ _HEADER = ["quantity", "autoencoder", "VAE"]
 _CAPTION = "Test data: root-mean-square errors per value, median distances"
 
 
-def autoencoder(
-    settings: TrainSettings, loss: str | None, *, output: Path, progress: bool | None = None
-) -> dict[str, Any]:
+def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> dict[str, Any]:
     """Train an autoencoder and a VAE on the same data and compare them; return what the JSON holds.
 
     Both start from the same weights of encoder and decoder. Writes ``autoencoder.png``,
@@ -55,7 +53,7 @@ def autoencoder(
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset
         settings = tell_defaults(settings, len(dataset.train))
-        comparison, fits = _train(settings, loss, dataset, study.folder / RUNS, progress)
+        comparison, fits = _train(settings, loss, dataset, study.folder / RUNS)
         result = {
             "table": comparison.table(),
             "loss": loss,
@@ -84,12 +82,12 @@ def autoencoder(
 
 
 def _train(
-    settings: TrainSettings, loss: str, dataset: Dataset, states: Path, progress: bool | None
+    settings: TrainSettings, loss: str, dataset: Dataset, states: Path
 ) -> tuple[AutoencoderComparison, dict[str, AutoencoderFit | FitResult]]:
     """Train both on the same data, each from the state that is kept of it, and measure them."""
     options = fit_options(settings)
     shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
-    how: dict[str, Any] = {"device": settings.device, "resume": True, "progress": progress}
+    how: dict[str, Any] = {"device": settings.device, "resume": True}
     with seeded(settings.seed):
         vae = build_vae(settings, dataset)
         baseline = _autoencoder_like(vae)

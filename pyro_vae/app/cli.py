@@ -12,13 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from pyro_vae.app.names import (
-    CompareSettings,
-    EvaluateSettings,
-    Picture,
-    PictureSettings,
-    TrainSettings,
-)
+from pyro_vae.app import names
 from pyro_vae.app.options import CommandFunction, as_command, is_given
 from pyro_vae.errors import InputError
 
@@ -61,7 +55,7 @@ def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
 @command(unless="resume")
 def train(
     context: typer.Context,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
     ] = None,
@@ -104,10 +98,10 @@ def train(
 @command()
 def evaluate(
     run: Run,
-    how: EvaluateSettings,
+    how: names.EvaluateSettings,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
+        typer.Option(help="names.Picture of Pareto k per datum and of the estimate's convergence."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
@@ -129,13 +123,17 @@ def evaluate(
 
 @command(
     without={
-        EvaluateSettings: ("seed", "target_standard_error"),
-        TrainSettings: ("prior", "likelihood", "guide"),
+        names.EvaluateSettings: ("seed", "target_standard_error"),
+        names.TrainSettings: ("prior", "likelihood", "guide"),
     },
-    defaults={EvaluateSettings: {"num_samples": 1000}, TrainSettings: {"epochs": 60}},
+    defaults={names.EvaluateSettings: {"num_samples": 1000}, names.TrainSettings: {"epochs": 60}},
 )
 def compare(
-    *, output: StudyFolder, combined: CompareSettings, settings: TrainSettings, how: EvaluateSettings
+    *,
+    output: StudyFolder,
+    combined: names.CompareSettings,
+    settings: names.TrainSettings,
+    how: names.EvaluateSettings,
 ) -> None:
     """Train every combination with several seeds; write tables, figures and a page to compare."""
     from pyro_vae.app.compare import compare_families
@@ -143,7 +141,7 @@ def compare(
     compare_families(settings, how, combined, output)
 
 
-@command(without={TrainSettings: ("beta",)})
+@command(without={names.TrainSettings: ("beta",)})
 def sweep(
     *,
     output: StudyFolder,
@@ -153,7 +151,7 @@ def sweep(
     warm_start: Annotated[
         bool, typer.Option(help="Start each run from the weights of the one before.")
     ] = False,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
 ) -> None:
     """Train a series of runs over beta; write its rate-distortion table, picture and page."""
     from pyro_vae.app import sweep as work
@@ -164,7 +162,7 @@ def sweep(
 # The autoencoder's training has no schedule, no clipping and no precision.
 @command(
     without={
-        TrainSettings: (
+        names.TrainSettings: (
             "prior",
             "num_components",
             "guide",
@@ -182,7 +180,7 @@ def autoencoder(
         str | None,
         typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
     ] = None,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
 ) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae.app import autoencoder as work
@@ -193,7 +191,7 @@ def autoencoder(
 def _add_picture(kind: type) -> None:
     """Add the command that draws one kind of picture, with its class's name, help and options."""
 
-    def draw(run: Run, *, what: Any, settings: PictureSettings) -> None:
+    def draw(run: Run, *, what: Any, settings: names.PictureSettings) -> None:
         from pyro_vae.app import pictures as work
 
         typer.echo(work.draw(run, what, settings))
@@ -203,7 +201,7 @@ def _add_picture(kind: type) -> None:
     command()(draw)
 
 
-for _kind in get_args(Picture):
+for _kind in get_args(names.Picture):
     _add_picture(_kind)
 
 

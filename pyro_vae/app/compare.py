@@ -93,7 +93,6 @@ def compare_families(
         used |= {name: value for name, value in varied.items() if value is not None}
         used |= {name: value for name, value in as_record(how).items() if name in measuring}
         _write(study, comparison, seconds, used)
-        _print(study.folder, comparison)
     return comparison
 
 
@@ -150,6 +149,7 @@ def _write(
     write_comparison_page(folder, comparison, rows, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
+    _print(folder, comparison, rows)
 
 
 def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
@@ -192,24 +192,17 @@ def _single_runs(
     ]
 
 
-def _print(folder: Path, comparison: Comparison) -> None:
+def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
     quantity = comparison.ranked_by
     label = log_prob_name(comparison.likelihood == "pseudo-likelihood")
-    rows = []
-    for name, pair in comparison.pairs.items():
-        difference = comparison.difference(name, quantity)
-        rows.append(
-            [
-                name,
-                comparison.per_datum(name, quantity).mean,
-                comparison.run_deviation(name, quantity),
-                plus_minus(difference.mean, difference.half_width, 3),
-                pair.elbo.mean,
-                comparison.verdict(name),
-            ]
-        )
+    shown = []
+    for name, row in rows.items():
+        difference, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
+        to_best = plus_minus(difference, half_width, 3)
+        deviation = row[f"{quantity}_run_deviation"]
+        shown.append([name, row[quantity], deviation, to_best, row["elbo"], row["verdict"]])
     header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
-    print_table("Test part, nats per datum", header, rows, decimals=3)
+    print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")
 
 

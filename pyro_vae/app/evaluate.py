@@ -47,12 +47,7 @@ _LABELS = {
 
 
 def evaluate(
-    run: Path,
-    how: EvaluateSettings,
-    *,
-    data_root: str | None,
-    device: str,
-    picture: Path | None = None,
+    run: Path, how: EvaluateSettings, *, data_root: str | None, device: str, picture: Path | None
 ) -> dict[str, Any]:
     """Return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 

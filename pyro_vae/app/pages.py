@@ -261,26 +261,17 @@ def _add_warnings(page: Page, comparison: Comparison) -> None:
 def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
     quantity = comparison.ranked_by
     method = "annealing" if quantity == "annealed" else "importance sampling"
+    parts = ("", "_standard_error", "_data_standard_error", "_run_deviation")
+    header = ["", log_prob_name(comparison.likelihood == "pseudo-likelihood")]
+    header += ["error, Monte Carlo", "error, over data", "deviation between runs"]
+    difference = f"{quantity}_difference"
     page.table(
-        [
-            "",
-            log_prob_name(comparison.likelihood == "pseudo-likelihood"),
-            "error, Monte Carlo",
-            "error, over data",
-            "deviation between runs",
-            "difference to the best (95%)",
-            "verdict",
-        ],
+        [*header, "difference to the best (95%)", "verdict"],
         [
             [
                 name,
-                row[quantity],
-                row[f"{quantity}_standard_error"],
-                row[f"{quantity}_data_standard_error"],
-                row[f"{quantity}_run_deviation"],
-                plus_minus(
-                    row[f"{quantity}_difference"], row[f"{quantity}_difference_half_width"], 3
-                ),
+                *(row[quantity + part] for part in parts),
+                plus_minus(row[difference], row[f"{difference}_half_width"], 3),
                 row["verdict"],
             ]
             for name, row in rows.items()

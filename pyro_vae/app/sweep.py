@@ -99,15 +99,11 @@ def _restore_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
-    def column(name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows], dtype=float)
-
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     return plots.rate_distortion(
-        column("beta"),
-        column("rate"),
-        column("distortion"),
-        rate_error=column("rate_standard_error"),
-        distortion_error=column("distortion_standard_error"),
+        *(columns[name] for name in ("beta", "rate", "distortion")),
+        rate_error=columns["rate_standard_error"],
+        distortion_error=columns["distortion_standard_error"],
         active_units=[row["active_units"] for row in rows],
         title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
     )

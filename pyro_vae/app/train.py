@@ -14,23 +14,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from pyro_vae import plots
-from pyro_vae.app.evaluate import (
-    active_units,
-    as_dict,
-    data_standard_errors,
-    estimate_log_marginal,
-    is_pseudo,
-)
+from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
-from pyro_vae.app.pictures import (
-    Subject,
-    draw_diagnostics,
-    draw_reconstructions,
-    draw_samples,
-    limits_of,
-    save_picture,
-)
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
     METRICS,
@@ -58,7 +44,6 @@ from pyro_vae.vae import VAE
 
 # The estimate at the end of a training run is a first look: at most so many data and samples.
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
-_PARTS = ("train", "validation", "test")
 _SEED = 0  # of what is drawn from the trained model
 
 
@@ -94,7 +79,7 @@ def train(
     return folder
 
 
-def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = None) -> Path:
+def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     """Go on with a run that was interrupted or killed, to the end that it would have had.
 
     Settings that are given once more must be the run's own.
@@ -108,7 +93,8 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
         raise InputError(
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
-    settings = _tell_again(settings, given, folder)
+    told = check_settings(replace(settings, **given))
+    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -121,11 +107,9 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             "start as many by torchrun, or one without it"
         )
     dataset = processes.first_before_others(
-        lambda: load_data_of_run(folder, settings, given.get("data_root"))
+        lambda: load_data_of_run(folder, told, given.get("data_root"))
     )
-    _, metrics = train_run(
-        settings, dataset, folder, checkpointing=when, resumed=True, progress=progress
-    )
+    _, metrics = train_run(told, dataset, folder, checkpointing=when, resumed=True)
     _print_summary(folder, metrics)
     return folder
 
@@ -163,54 +147,47 @@ def train_run(
             "device": str(device),
             # What a run must know about itself from its first second on.
             "settings": as_record(settings),
-            "num_data": {part: len(getattr(dataset, part)) for part in _PARTS},
+            "num_data": {
+                part: len(getattr(dataset, part)) for part in ("train", "validation", "test")
+            },
             "checksums": dataset.checksums,
-            "limits": limits_of(dataset),
+            "limits": pictures.limits_of(dataset),
             "processes": processes.size,
             **describe_origin(),
         }
         with ExitStack() as stack:
             config = describe(vae, record)
             processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
-            state: dict[str, Any] = {}
+            how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
             if checkpointing is not None:
-                state = {
+                how |= {
                     "checkpoint": folder / CHECKPOINTS,
                     "checkpoint_every": checkpointing.every,
                     "checkpoint_minutes": checkpointing.minutes,
-                    "resume": resumed,
                 }
             vae.to(device)
             model: PairFunction = vae.model
             if held is not None:
                 first = (dataset.test[:1].to(device),)
                 model = stack.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
-            result = fit(
-                model,
-                vae.guide,
-                dataset,
-                **fit_options(settings),
-                device=device,
-                progress=progress,
-                **state,
-            )
+            result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
             if processes.is_first:
                 save_weights(vae, folder)
     test = dataset.test.to(device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
-    how = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
-    estimate = estimate_log_marginal(vae, test[:_QUICK_DATA], how)
+    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     metrics = _metrics(result, bound, estimate, len(test)) | {
-        "active_units": active_units(vae, test[:_QUICK_DATA]),
-        "pseudo_likelihood": is_pseudo(vae, dataset),
+        "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
+        "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
     }
     if processes.is_first:
-        pictures = _write_pictures(vae, dataset, result, folder)
-        pictures["diagnostics"] = draw_diagnostics(estimate)
+        drawn = _write_pictures(vae, dataset, result, folder)
+        drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
         # What began the run is in its folder; a version that knew less of itself may have done so.
         begun = read_config(folder)["run"]
-        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, pictures)
+        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, drawn)
         write_json(folder / METRICS, metrics)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
@@ -227,13 +204,6 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     output = output.expanduser()
     check_new_folder(output)
     return output
-
-
-def _tell_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
-    """Return a run's settings with what may change; refuse what would make it another run."""
-    told = check_settings(replace(settings, **given))
-    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
-    return told
 
 
 def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractContextManager[None]:
@@ -267,24 +237,24 @@ def _metrics(
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": num_test},
-        "test_log_marginal": as_dict(estimate),
-        "test_data_standard_errors": data_standard_errors(estimate),
+        "test_log_marginal": evaluate.as_dict(estimate),
+        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
     }
 
 
 def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
-    subject = Subject(vae, lambda: dataset, limits_of(dataset), _SEED)
-    pictures = {
-        "samples": draw_samples(subject, Sample()),
-        "reconstructions": draw_reconstructions(subject, Reconstruct()),
+    subject = pictures.Subject(vae, lambda: dataset, pictures.limits_of(dataset), _SEED)
+    drawn = {
+        "samples": pictures.draw_samples(subject, Sample()),
+        "reconstructions": pictures.draw_reconstructions(subject, Reconstruct()),
     }
     if len(result.history["train_elbo"]):
         title = f"Training: {Path(dataset.name).name}, {result.num_parameters:,} parameters"
-        pictures["training"] = plots.training_curves(result.history, title=title)
-    for name, figure in pictures.items():
-        save_picture(figure, folder / f"{name}.png")
-    return pictures
+        drawn["training"] = plots.training_curves(result.history, title=title)
+    for name, figure in drawn.items():
+        pictures.save_picture(figure, folder / f"{name}.png")
+    return drawn
 
 
 def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:

@@ -13,19 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    TINT,
-    Array,
-    Limits,
-    are_bits,
-    legend_above,
-    one_panel,
-    show_bits,
-    show_histograms,
-)  # fmt: skip
+from pyro_vae.plots import style
+from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -98,10 +87,10 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
-    figure, axes = one_panel(title, (6.4, 4))
+    figure, axes = style.one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
-        show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
+        style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
         for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
@@ -110,7 +99,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
@@ -128,17 +117,17 @@ def reconstructions(
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
-    figure, axes = one_panel(title, (6.4, 4.4))
+    figure, axes = style.one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
-    if are_bits(data):
-        show_bits(axes, true, got, "data")
+    if style.are_bits(data):
+        style.show_bits(axes, true, got, "data")
         axes.set(xlabel="reconstruction", ylabel="values")
     else:
         ends = [min(true.min(), got.min()), max(true.max(), got.max())]
         axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
         axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
         axes.set(xlabel="data", ylabel="reconstruction")
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
@@ -168,10 +157,10 @@ def completions(
         rows = [np.stack([observed[n], mean[n], *draws[:, n], truth[n]]) for n in range(len(truth))]
         labels = ["observed", "mean", *("draw" for _ in draws), "truth"]
         return image_grid(rows, title=title, column_labels=labels, limits=limits)
-    figure, axes = one_panel(title, (8.4, 4.4))
+    figure, axes = style.one_panel(title, (8.4, 4.4))
     true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
-    if are_bits(true):
-        show_bits(axes, true, got, "truth")
+    if style.are_bits(true):
+        style.show_bits(axes, true, got, "truth")
         axes.set(xlabel="mean of the completions", ylabel="missing values")
     else:
         ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
@@ -181,7 +170,7 @@ def completions(
             label="mean, one deviation",
         )  # fmt: skip
         axes.set(xlabel="truth", ylabel="completion of a missing value")
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
@@ -195,7 +184,7 @@ def flat_image(image: Array, limits: Limits) -> Array:
         return image[:, :, 0]
     low, high = limits
     scaled = np.clip((image - low) / (high - low or 1), 0, 1)
-    return np.where(np.isnan(image), to_rgb(TINT), scaled)
+    return np.where(np.isnan(image), to_rgb(style.TINT), scaled)
 
 
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
@@ -217,12 +206,12 @@ def show_image(
 ) -> None:
     """Show an image between left, right, bottom and top, whatever its proportions are."""
     shown, (low, high) = flat_image(image, limits), limits
-    axes.imshow(shown, cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto")
+    axes.imshow(shown, cmap=style.INK, vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
-    bits = are_bits(data)
+    bits = style.are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
