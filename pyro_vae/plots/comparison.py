@@ -1,18 +1,22 @@
-"""Pictures of pairs compared, run by run, and of a guide held against what it should be."""
+"""Pictures of pairs compared, of a guide beside what it should be, of an autoencoder and a VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, one_panel, panels, show_histograms
+from pyro_vae.plots.images import flat_image, is_image
+from pyro_vae.plots.style import BLUE, INK, ORANGE, Array, Limits, one_panel, panels, show_histograms
 
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
+
+_SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
 
 
 def paired_differences(
@@ -168,6 +172,46 @@ def prior_and_aggregate(
     return figure
 
 
+def autoencoder_and_vae(
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = (0.0, 1.0)
+) -> Figure:
+    """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
+
+    Args:
+        data: held-out data ``(N, *data_shape)``.
+        autoencoder: arrays of the autoencoder, as attributes: held-out data encoded and decoded
+            ``reconstructions`` ``(N, *data_shape)``, decoded random latents ``random``
+            ``(S, *data_shape)``, decoded latents between four codes ``grid``
+            ``(G, G, *data_shape)``, and nearest-code distances of held-out codes
+            ``held_out_distance`` ``(N,)`` and of random latents ``random_distance`` ``(S,)``; see
+            :class:`pyro_vae.tasks.autoencoder_comparison.Side`.
+        vae: those of the VAE.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    image = is_image(data.shape[1:])
+    figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    heights = [1.9, 1.5, 1] if image else [1]
+    cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    sides = (("autoencoder", autoencoder), ("VAE", vae))
+    if image:
+        rows = [np.asarray(data)]
+        for part in ("reconstructions", "random"):
+            rows += [np.asarray(getattr(side, part)) for _, side in sides]
+        shown = min(_SHOWN, *(len(row) for row in rows))
+        rows = [row[:shown] for row in rows]
+        labels = ("data", "autoencoder", "VAE", "autoencoder,\nrandom code", "VAE,\nrandom latent")
+        _show_rows(figure.add_subplot(cells[0, :]), rows, labels, limits)
+        for column, (name, side) in enumerate(sides):
+            axes = figure.add_subplot(cells[1, column])
+            _show_rows(axes, list(np.asarray(side.grid)), (), limits)
+            axes.set_title(f"{name}: between the codes of the first four", fontsize=9)
+    for column, (name, side) in enumerate(sides):
+        _show_distances(figure.add_subplot(cells[-1, column]), name, side)
+    return figure
+
+
 def _draw_differences(
     axes: Axes,
     best: int,
@@ -215,3 +259,35 @@ def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Ax
         axes.tick_params(labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     return figure, places
+
+
+def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
+    """Show rows of images as one picture with thin lines between them."""
+    low, high = limits
+    strips = []
+    for row in rows:
+        images = [flat_image(image, limits) for image in row]
+        if images[0].ndim == 3:
+            tiles = [np.pad(each, ((0, 1), (0, 1), (0, 0)), constant_values=0.2) for each in images]
+        else:
+            line = low + 0.2 * (high - low)
+            tiles = [np.pad(each, (0, 1), constant_values=line) for each in images]
+        strips.append(np.concatenate(tiles, axis=1))
+    picture = np.concatenate(strips, axis=0)
+    axes.imshow(picture, cmap=INK, vmin=low, vmax=high)
+    height = picture.shape[0] / len(rows)
+    axes.set_xticks([])
+    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _show_distances(axes: Axes, name: str, side: Any) -> None:
+    held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
+    bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
+    show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
+    ratio = np.median(random) / np.median(held_out)
+    axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)
+    axes.set(xlabel="distance", ylabel="density")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
