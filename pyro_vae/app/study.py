@@ -18,7 +18,15 @@ import torch
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import METRICS, RUNS, STUDY, check_same, describe_origin, load_data
+from pyro_vae.app.run import (
+    METRICS,
+    RUNS,
+    STUDY,
+    check_same,
+    check_writable,
+    describe_origin,
+    load_data,
+)
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
@@ -70,10 +78,15 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     A study that ends before its first run is whole leaves nothing behind. What is asked is everything
     that decides its result, as plain values; the settings name data and device of all its runs.
     """
-    device, dataset = resolve_device(settings.device), load_data(settings)
-    folder = folder.expanduser()
+    device, folder = resolve_device(settings.device), folder.expanduser()
+    begun = _check_folder(folder, asked)
+    dataset = load_data(settings)
+    if begun not in (None, dataset.checksums):
+        raise InputError(
+            f"expected the data that {folder} was begun with, got others by the checksum: restore "
+            "them or choose another folder"
+        )
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
-    _check(folder, record)
     with new_folder(folder), locked(folder):
         try:
             if not (folder / STUDY).exists():
@@ -97,7 +110,8 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_whole(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
-def _check(folder: Path, record: Mapping[str, Any]) -> None:
+def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
+    """Refuse a folder that can't be this study's; return the checksums of one that is begun."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
@@ -107,18 +121,15 @@ def _check(folder: Path, record: Mapping[str, Any]) -> None:
                 f"expected a new folder or one to continue, {folder} has other files in it: choose "
                 "another"
             )
-        return
+        check_writable(path)
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        begun, checksums = dict(found["asked"]), found["checksums"]
+        begun, checksums = dict(found["asked"]), dict(found["checksums"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"expected a study's settings in {path}, got none that can be read"
         ) from error
-    asked = json.loads(json.dumps(record["asked"]))  # as they look after being read
-    check_same(begun, asked, folder, "repeat it or choose another folder")
-    if checksums != record["checksums"]:
-        raise InputError(
-            f"expected the data that {folder} was begun with, got others by the checksum: restore "
-            "them or choose another folder"
-        )
+    as_read = json.loads(json.dumps(asked))
+    check_same(begun, as_read, folder, "repeat it or choose another folder")
+    return checksums
