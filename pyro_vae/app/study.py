@@ -115,13 +115,13 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
+    check_writable(path)
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
             raise InputError(
                 f"expected a new folder or one to continue, {folder} has other files in it: choose "
                 "another"
             )
-        check_writable(path)
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -39,6 +39,12 @@ _PER_TENSOR = 256
 # count that some weight has as well.
 _LARGEST_SIZE = 1 << 20
 
+# What constructors raise that are given something else than they expect.
+_UNBUILDABLE = (
+    *(LookupError, TypeError, AttributeError, ValueError, RuntimeError),
+    *(ArithmeticError, AssertionError, MemoryError),
+)
+
 
 def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the plain values that a VAE can be built from again.
@@ -56,12 +62,7 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
         component = getattr(vae, part)
         model[part] = _describe(component, shared)
         shared[id(component)] = part
-    return {
-        "format": FORMAT,
-        "pyro_vae": __version__,
-        "model": model,
-        "run": dict(settings or {}),
-    }
+    return {"format": FORMAT, "pyro_vae": __version__, "model": model, "run": dict(settings or {})}
 
 
 def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
@@ -91,19 +92,6 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
             f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-
-
-# What constructors raise that are given something else than they expect.
-_UNBUILDABLE = (
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-)
 
 
 class _Bounded(TorchFunctionMode):
@@ -176,7 +164,14 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
             settings[name] = _describe(getattr(component, name), shared)
         return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
     if isinstance(component, Tensor) and str(component.dtype).removeprefix("torch.") in _DTYPES:
-        return {"tensor": _describe_tensor(component.detach())}
+        tensor = component.detach()
+        return {
+            "tensor": {  # its values are read back to the bit
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
+            }
+        }
     if isinstance(component, float) and not math.isfinite(component):
         return {"float": str(float(component))}  # JSON has no number for it
     if component is None or isinstance(component, bool | int | float | str):
@@ -189,15 +184,6 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
     )
 
 
-def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
-    """Describe a tensor with its type, its shape and values that are read back to the bit."""
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
-    }
-
-
 def _build(description: Any, components: Components, parts: dict[str, Any], bound: _Bounded) -> Any:
     """Build what :func:`_describe` described."""
     if isinstance(description, list):
@@ -207,7 +193,9 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     if "shared" in description:
         return parts[description["shared"]]
     if "tensor" in description:
-        return _build_tensor(description["tensor"])
+        tensor = description["tensor"]
+        values = _build(tensor["values"], components, parts, bound)
+        return torch.tensor(values, dtype=_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
     if "float" in description:
         return float(description["float"])
     name = description["class"]
@@ -232,11 +220,3 @@ def _unknown(name: str) -> InputError:
     return InputError(
         f"expected the class of component {own!r}: pass it, components={{{own!r}: {own}}}"
     )
-
-
-def _build_tensor(description: dict[str, Any]) -> Tensor:
-    values = [
-        float(value["float"]) if isinstance(value, dict) else value for value in description["values"]
-    ]
-    tensor = torch.tensor(values, dtype=_DTYPES[description["dtype"]])
-    return tensor.reshape(description["shape"])
