@@ -1,7 +1,7 @@
 """Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
 
-from pyro_vae.plots.autoencoder import autoencoder_and_vae
 from pyro_vae.plots.comparison import (
+    autoencoder_and_vae,
     datum_against_datum,
     families_and_runs,
     observed_and_replicated,
