@@ -40,12 +40,8 @@ def agree(
 
     A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
     normal knows from drawing while a plain call must find it from the point. By how much is seen from
-    plain calls at latents moved in their last digits; it is nothing where a density is tame.
-
-    Args:
-        batched: results at these latents.
-        plain: the plain calls, as a function of the latents.
-        latents: by site name; one that holds nothing but whole numbers is taken for a discrete one.
+    plain calls at latents moved in their last digits; it is nothing where a density is tame. A latent
+    that holds nothing but whole numbers is taken for a discrete one.
     """
     expected = plain(latents)
     if all_close(batched, expected):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor
@@ -21,9 +22,12 @@ from pyro_vae.pair.sites import (
     is_delta,
     is_inside,
     latent_sites,
+    nothing_observed,
+    observed_names,
     plate_scale,
     sample_sites,
     site_log_prob,
+    vectorized_frames,
 )
 from pyro_vae.pair.supports import check_guide_support
 
@@ -33,18 +37,11 @@ def check_pair(
 ) -> None:
     """Refuse a traced pair that has no densities per data point.
 
-    Args:
-        model_trace: of the model, given the guide's draws.
-        guide_trace: of the guide.
-        plate: name of the data plate.
-        num_data: number of data points that the plate must hold; None: what it says itself.
-
-    Raises:
-        InputError: no latent, none observed, functions that are swapped, a latent of one side only, a
-            site outside the data plate or without one value per data point there, a factor in the
-            guide, or a guide whose support is a part of the prior's.
+    That is no latent, none observed, functions that are swapped, a latent of one side only, a site
+    outside the data plate or without one value there for each of ``num_data`` points (None: as many
+    as it says), a factor in the guide, or a guide whose support is a part of the prior's.
     """
-    observed = _observed(guide_trace)
+    observed = observed_names(guide_trace)
     if observed:
         raise InputError(
             f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
@@ -57,10 +54,7 @@ def check_pair(
         for site in sample_sites(trace):
             _check_site(function, site, plate, num_data)
     if not any(site["is_observed"] for site in sample_sites(model_trace)):
-        raise InputError(
-            "expected a model that observes data, got none observed: pass obs= to pyro.sample, and "
-            "the model before the guide"
-        )
+        raise nothing_observed()
     for site in sample_sites(guide_trace):
         if site_is_factor(site):
             raise InputError(
@@ -89,13 +83,7 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str |
 
 
 def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
-    """Refuse values beyond those that were looked at that an observed site can't take.
-
-    Args:
-        trace: of the model on ``looked_at``, the first rows of ``inputs``.
-        looked_at: the inputs that the model was run on.
-        inputs: all of them.
-    """
+    """Refuse values that an observed site can't take beyond the first rows, which were looked at."""
     for site in sample_sites(trace):
         for seen, whole in zip(looked_at, inputs, strict=True):
             if site["is_observed"] and site["value"] is seen and _is_checked(site["fn"]):
@@ -109,23 +97,20 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                         raise _outside("model", {**site, "value": whole})
 
 
-def check_guide_rows(guide_trace: Trace, plate: str, num_data: int) -> None:
-    """Refuse a guide that draws for another number of data points: no model can be given these."""
-    for site in latent_sites(guide_trace):
+def check_rows_inside(function: str, sites: list[Site], plate: str, num_data: int) -> None:
+    """Refuse sites inside the data plate that are of another number of data points."""
+    for site in sites:
         if is_inside(site, plate):
-            check_rows("guide", site, plate, num_data)
+            check_rows(function, site, plate, num_data)
 
 
 def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
-    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled.
+    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
+    _check_size(function, site, plate, site["fn"].batch_shape, num_data)
 
-    Args:
-        function: "model" or "guide", for the message.
-        site: a traced sample site.
-        plate: name of the data plate.
-        num_data: number of data, N.
-    """
-    shape, dim = site["fn"].batch_shape, data_dim(site, plate)
+
+def _check_size(function: str, site: Site, plate: str, shape: torch.Size, num_data: int) -> None:
+    dim = data_dim(site, plate)
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         raise InputError(
@@ -153,13 +138,8 @@ def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> 
     if not is_inside_support:
         raise _outside(function, site)
     wanted = frames[0].size if num_data is None else num_data
-    size = log_prob.shape[frames[0].dim] if log_prob.dim() >= -frames[0].dim else 1
-    if size != wanted:
-        raise InputError(
-            f"expected site {name!r} of the {function} to have {wanted} data along "
-            f"plate {plate!r}, got {size}: use pyro.plate({plate!r}, len(x))"
-        )
-    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    _check_size(function, site, plate, log_prob.shape, wanted)
+    plates = {frame.dim for frame in vectorized_frames(site)}
     stray = [
         dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
     ]
@@ -171,10 +151,7 @@ def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> 
 
 
 def _values_are_inside(site: Site) -> bool:
-    """Tell whether a site's values are in its support, unless its maker has switched that check off.
-
-    Pyro's validation may be off for speed; what it would refuse is refused all the same.
-    """
+    """Tell whether a site's values are in its support, also while Pyro's validation is off."""
     if not _is_checked(site["fn"]):
         return True
     try:
@@ -227,13 +204,8 @@ def _refuse_summed_out(site: Site, plate: str) -> None:
             )
 
 
-def _observed(trace: Trace) -> list[str]:
-    sites = (site for site in sample_sites(trace) if site["is_observed"])
-    return [site["name"] for site in sites if not site_is_factor(site)]
-
-
 def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
-    """Refuse latents that only one of model and guide draws, and a guide that hides its density."""
+    """Refuse latents that only one of the two draws, and a guide that hides its density."""
     _check_latents(model_trace, guide_trace)
     _check_auxiliary(model_trace, guide_trace)
 

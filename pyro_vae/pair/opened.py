@@ -19,10 +19,9 @@ from torch.distributions import Distribution
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.agreement import CALLING_ERRORS
 from pyro_vae.pair.contract import (
-    check_guide_rows,
     check_pair,
     check_rest,
-    check_rows,
+    check_rows_inside,
     why_unweighable,
 )
 from pyro_vae.pair.functions import (
@@ -35,20 +34,20 @@ from pyro_vae.pair.functions import (
     seeded,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, tile_inputs
-from pyro_vae.pair.observer import RunObserver
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.sites import (
     Given,
+    Site,
     TracePair,
+    draw_traces,
     is_delta,
-    is_inside,
     latent_sites,
     sample_sites,
     subsamples,
     value_axis,
     vectorized_frames,
 )
-from pyro_vae.pair.state import Snapshot, with_submodules
+from pyro_vae.pair.state import RunObserver, Snapshot, with_submodules
 from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
@@ -63,21 +62,20 @@ Progress = Callable[[int, int], None]
 
 
 class Latent(NamedTuple):
-    """What is known of a latent site.
+    """What is known of a latent site."""
 
-    Attributes:
-        axis: the (negative) axis of its value that counts the data.
-        shape: shape of one draw for the data points that were inspected.
-        family: name of the distribution that the guide draws it from.
-        is_point_mass: whether the guide places it by the other sites.
-        is_reparameterized: whether its draws carry a gradient.
-    """
+    axis: int  # the (negative) axis of its value that counts the data
+    shape: torch.Size  # of one draw for the data points that were inspected
+    family: str  # name of the distribution that the guide draws it from
+    is_point_mass: bool  # whether the guide places it by the other sites
+    is_reparameterized: bool  # whether its draws carry a gradient
 
-    axis: int
-    shape: torch.Size
-    family: str
-    is_point_mass: bool
-    is_reparameterized: bool
+    @classmethod
+    def of(cls, site: Site, plate: str) -> Latent:
+        """Describe a traced site of the guide."""
+        fn = site["fn"]
+        family, can_follow = type(fn).__name__, bool(fn.has_rsample)
+        return cls(value_axis(site, plate), site["value"].shape, family, is_delta(fn), can_follow)
 
     def shape_for(self, num_data: int) -> torch.Size:
         """Return the shape of one draw for so many data points."""
@@ -90,10 +88,10 @@ class Structure(NamedTuple):
     """What one look at a pair shows; it holds for any of its data.
 
     Attributes:
-        latents: by name, the guide's latents in its order.
+        latents: the guide's, by name, in its order.
         nesting: depth of the plates.
-        bytes_per_datum: memory that one particle of a data point allocates under the model, at most.
-        guide_bytes_per_datum: likewise under the guide.
+        bytes_per_datum, guide_bytes_per_datum: memory that one particle of a data point allocates
+            under the model and under the guide, at most.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
         why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
@@ -109,35 +107,18 @@ class Structure(NamedTuple):
 
 @dataclass
 class Knowledge:
-    """What has been found out about a pair; shared by its parts, and holds none of its data.
-
-    Attributes:
-        structure: what one look shows.
-        ways: which way of drawing and of scoring many particles has been shown to hold.
-        is_divisible: whether it takes any part of its data.
-        whole: how many data points there are where the pair was opened on a part of them.
-    """
+    """What has been found out about a pair; shared by its parts, and holds none of its data."""
 
     structure: Structure | None = None
-    ways: dict[str, str] = field(default_factory=dict)
-    is_divisible: bool | None = None
-    whole: int | None = None
+    ways: dict[str, str] = field(default_factory=dict)  # of drawing and scoring many particles
+    is_divisible: bool | None = None  # whether it takes any part of its data
+    whole: int | None = None  # data points of the whole set, where it was opened on a part
 
 
 def open_pair(
     model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedPair:
-    """Open a pair: its inputs on its device and in its type, checked; nothing runs yet.
-
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
-        plate: name of the data plate.
-
-    Raises:
-        InputError: what is no data, or data that the likelihood is not defined for.
-    """
+    """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
     inputs = as_inputs(x, model, guide)
     check_data(model, inputs)
     return OpenedPair(model, guide, inputs, plate=plate)
@@ -146,16 +127,7 @@ def open_pair(
 def open_function(
     function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedFunction:
-    """Open a model or a guide alone: its inputs on its device and in its type; nothing runs yet.
-
-    Args:
-        function: the model or the guide.
-        x: inputs ``(N, ...)``, or a tuple of tensors passed as ``function(*x)``.
-        plate: name of the data plate.
-
-    Raises:
-        InputError: what is no data.
-    """
+    """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
     return OpenedFunction(function, as_inputs(x, function), plate)
 
 
@@ -173,23 +145,13 @@ class OpenedFunction(NamedTuple):
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
-        """Hold the lock, in eval mode, without gradients, under a seed of its own.
-
-        Args:
-            seed: of everything drawn inside; None draws from the global state.
-            others: further functions whose modules are put in eval mode; None is no function.
-        """
+        """Hold the lock, in eval mode (also the others), without gradients, under a seed."""
         modes = evaluation_mode(self.function, *(other for other in others if other is not None))
         with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
             yield
 
     def trace(self, *, explain: str | None = None) -> Any:
-        """Run the function.
-
-        Args:
-            explain: "model" or "guide" where it is run on another number of data points than its user
-                gave (see :func:`any_number_of_data`).
-        """
+        """Run the function; ``explain`` names it where N is not what its user gave it."""
         with any_number_of_data(explain, self.num_data) if explain else nullcontext():
             return poutine.trace(self.function).get_trace(*self.inputs)
 
@@ -208,12 +170,7 @@ class OpenedPair:
     What is found out about the pair is kept with it and shared by its parts.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        arguments: what both are called with; for all but training tensors that share their first
-            dimension, N.
-        keywords: keyword arguments of both.
-        plate: name of the data plate.
+        arguments: for all but training tensors that share their first dimension, N.
         knowledge: what is known of the pair already.
     """
 
@@ -263,17 +220,12 @@ class OpenedPair:
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction) -> Iterator[None]:
-        """Hold the lock, in eval mode, without gradients, under a seed of its own; inspect the pair.
+        """Hold the lock, in eval mode (also the others), without gradients, under a seed.
 
-        Args:
-            seed: of everything drawn inside; None draws from the global state.
-            others: further functions whose modules are put in eval mode.
-
-        Raises:
-            InputError: a pair that breaks the contract.
+        The pair is inspected first: one that breaks the contract is refused before anything is drawn.
         """
         with self.alone(self.model).evaluating(seed, self.guide, *others):
-            self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
+            self.structure  # noqa: B018
             yield
 
     @contextmanager
@@ -284,9 +236,7 @@ class OpenedPair:
 
     def trace(self) -> TracePair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        guide_trace = poutine.trace(self.guide).get_trace(*self.arguments, **self.keywords)
-        replayed = poutine.replay(self.model, trace=guide_trace)
-        return poutine.trace(replayed).get_trace(*self.arguments, **self.keywords), guide_trace
+        return draw_traces(self.model, self.guide, self.arguments, self.keywords)
 
     # --- parts ---
 
@@ -306,9 +256,7 @@ class OpenedPair:
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
-        device = self.device
-        rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in self.inputs)
-        inputs = tuple(v[at].to(device) for v, at in zip(self.inputs, rows_at, strict=True))
+        inputs = take_rows(self.inputs, rows, self.device)
         return self.bind(self.model, self.guide, inputs, self.keywords)
 
     def with_guide(self, guide: PairFunction) -> OpenedPair:
@@ -372,11 +320,7 @@ class OpenedPair:
 
     @property
     def structure(self) -> Structure:
-        """What one look at the pair shows; found at the first use.
-
-        Raises:
-            InputError: a pair that breaks the contract.
-        """
+        """What one look at the pair shows; found at the first use, which may refuse the pair."""
         if self.knowledge.structure is None:
             with self._aside():
                 looked_at = self.few(BLOCK)
@@ -392,15 +336,12 @@ class OpenedPair:
             num_data: how many data points the data plate must hold; None: as many as it says.
             may_subsample: whether the data plate may draw some of its data points by itself.
             rest: all the data, if these are their first rows only.
-
-        Raises:
-            InputError: the name of the site, and the cure.
         """
         guide_trace, in_guide = self._look_at(self.guide)
         if may_subsample and subsamples(guide_trace, self.plate):
             num_data = None
         if num_data is not None:
-            check_guide_rows(guide_trace, self.plate, num_data)
+            check_rows_inside("guide", latent_sites(guide_trace), self.plate, num_data)
         drawn = {
             name: site["value"]
             for name, site in guide_trace.nodes.items()
@@ -411,36 +352,23 @@ class OpenedPair:
                 model_trace, in_model = self._look_at(self.model)
         except CALLING_ERRORS:
             if num_data is not None:  # of another number of data points than the guide's?
-                for site in sample_sites(poutine.trace(self.model).get_trace(*self.arguments)):
-                    if is_inside(site, self.plate):
-                        check_rows("model", site, self.plate, num_data)
+                alone = self.alone(self.model).trace()
+                check_rows_inside("model", sample_sites(alone), self.plate, num_data)
             raise
         check_pair(model_trace, guide_trace, self.plate, num_data)
         check_rest(model_trace, self.arguments, rest or self.arguments)
-        sites = sample_sites(guide_trace) + sample_sites(model_trace)
         latents = latent_sites(guide_trace)
-        frames = vectorized_frames(latents[0])
+        sites = sample_sites(guide_trace) + sample_sites(model_trace)
+        frames = [frame for site in sites for frame in vectorized_frames(site)]
         rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
+        observers = {"guide": in_guide, "model": in_model}
         return Structure(
-            {
-                site["name"]: Latent(
-                    value_axis(site, self.plate),
-                    site["value"].shape,
-                    type(site["fn"]).__name__,
-                    is_delta(site["fn"]),
-                    bool(site["fn"].has_rsample),
-                )
-                for site in latents
-            },
-            max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=1),
-            max(1, in_model.bytes // rows),
-            max(1, in_guide.bytes // rows),
-            frozenset(
-                kind
-                for kind, observer in (("guide", in_guide), ("model", in_model))
-                if observer.reads_values
-            ),
-            why_unweighable(model_trace, guide_trace, self.plate),
+            latents={site["name"]: Latent.of(site, self.plate) for site in latents},
+            nesting=max(-frame.dim for frame in frames),
+            bytes_per_datum=max(1, in_model.bytes // rows),
+            guide_bytes_per_datum=max(1, in_guide.bytes // rows),
+            reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
+            why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
         )
 
     def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
@@ -481,12 +409,7 @@ class OpenedPair:
 def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
     """Explain what a function raises that is given another number of data than its user gave.
 
-    Args:
-        kind: "model", "guide" or "pair", for the message.
-        num_data: how many data points it is given inside.
-
-    Raises:
-        InputError: in place of what torch or Pyro raise.
+    ``kind`` is "model", "guide" or "pair".
     """
     try:
         yield

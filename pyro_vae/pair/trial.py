@@ -13,16 +13,17 @@ from torch import Tensor
 
 from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
 from pyro_vae.pair.functions import PairFunction, modules_of, tensors_of
-from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.inputs import Inputs, take_rows
 from pyro_vae.pair.sites import (
     Given,
     Latents,
-    data_dim,
+    draw_traces,
     is_delta,
     is_inside,
     latent_sites,
     sample_sites,
     total,
+    value_axis,
 )
 
 # Data points of a trial: few, and enough for statistics over them to differ from those of a half.
@@ -46,8 +47,7 @@ class Trial(NamedTuple):
 
     def part(self, rows: slice | Tensor) -> Inputs:
         """Return some rows of the inputs on the device."""
-        rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in self.inputs)
-        return tuple(v[at].to(self.device) for v, at in zip(self.inputs, rows_at, strict=True))
+        return take_rows(self.inputs, rows, self.device)
 
 
 def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> bool:
@@ -72,12 +72,12 @@ def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> 
             if not _holds_for(pair, count, rows):
                 return False
             if not in_any_company:
-                _run(pair, pair.part(later))
+                draw_traces(pair.model, pair.guide, pair.part(later))
             made = _made_for(pair, new_names(), {count, len(later)})
             if made:  # for a part of the data: what are they made like for all of them?
                 for name in made:
                     del pyro.get_param_store()[name]
-                _run(pair, pair.part(slice(None)))
+                draw_traces(pair.model, pair.guide, pair.part(slice(None)))
             suspects = list(_tables_of(pair))
             if not suspects:
                 return True
@@ -89,20 +89,10 @@ def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> 
 
 def _made_for(pair: Trial, names: list[str], numbers: set[int]) -> list[str]:
     """Return which new parameters, no module's, have as many rows as a part of the data."""
-    store = pyro.get_param_store()
     modules = modules_of(pair.model, pair.guide)
     known = {id(parameter) for module in modules for parameter in module.parameters()}
-    tensors = {name: store._params[name] for name in names}
-    return [
-        name
-        for name, tensor in tensors.items()
-        if id(tensor) not in known and numbers & set(tensor.shape)
-    ]
-
-
-def _run(pair: Trial, inputs: Inputs) -> None:
-    guide_trace = poutine.trace(pair.guide).get_trace(*inputs)
-    poutine.replay(pair.model, trace=guide_trace)(*inputs)
+    tensors = {name: pyro.get_param_store()._params[name] for name in names}
+    return [n for n, v in tensors.items() if id(v) not in known and numbers & set(v.shape)]
 
 
 def _holds_for(pair: Trial, count: int, rows: Tensor) -> bool:
@@ -111,7 +101,7 @@ def _holds_for(pair: Trial, count: int, rows: Tensor) -> bool:
     rows = rows.to(pair.device)
     guide_trace = poutine.trace(pair.guide).get_trace(*whole)
     sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
-    axes = {site["name"]: data_dim(site, pair.plate) - site["fn"].event_dim for site in sites}
+    axes = {site["name"]: value_axis(site, pair.plate) for site in sites}
     # A point mass follows from the other sites.
     random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
     expected = _densities(pair, whole, random)
@@ -166,15 +156,12 @@ def _new_names_forgotten() -> Iterator[Callable[[], list[str]]]:
 
 def _tables_of(pair: Trial) -> Iterator[Tensor]:
     """Yield what the pair can reach with a dimension of the data's number, its inputs left out."""
-    store = pyro.get_param_store()
     given = {value.data_ptr() for value in pair.inputs}
-    found: dict[int, Tensor] = {id(value): value for value in store._params.values()}
+    values = list(pyro.get_param_store()._params.values())
     for module in modules_of(pair.model, pair.guide):
-        for value in (*module.parameters(), *module.buffers()):
-            found[id(value)] = value
-    for value in tensors_of(pair.model, pair.guide):
-        found[id(value)] = value
-    for value in found.values():
+        values += [*module.parameters(), *module.buffers()]
+    values += tensors_of(pair.model, pair.guide)
+    for value in {id(value): value for value in values}.values():
         if {pair.num_data, pair.whole} & set(value.shape) and value.data_ptr() not in given:
             yield value
 
