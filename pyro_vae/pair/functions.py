@@ -102,7 +102,7 @@ def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
     So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
     model that was ever evaluated would be kept alive.
     """
-    with eval_mode(*functions) as parts, _names_restored(parts):
+    with eval_mode(*functions) as parts, new_names_forgotten(parts):
         yield
 
 
@@ -138,15 +138,23 @@ def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def _names_restored(parts: list[nn.Module]) -> Iterator[None]:
+def new_names_forgotten(parts: list[nn.Module] | None = None) -> Iterator[Callable[[], list[str]]]:
+    """Take out of Pyro's store what is put there inside; give a function that names it.
+
+    With some modules given, only what are parameters of these very ones.
+    """
     store = pyro.get_param_store()
     before = set(store.keys())
+
+    def new_names() -> list[str]:
+        return [name for name in store.keys() if name not in before]  # noqa: SIM118
+
     try:
-        yield
+        yield new_names
     finally:
-        own = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
-        for name in [name for name in store.keys() if name not in before]:  # noqa: SIM118
-            if id(store._params[name]) in own:
+        own = {id(p) for part in parts or () for p in part.parameters(recurse=False)}
+        for name in new_names():
+            if parts is None or id(store._params[name]) in own:
                 del store[name]
 
 

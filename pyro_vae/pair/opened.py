@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -164,29 +164,24 @@ class OpenedFunction(NamedTuple):
         return self._replace(inputs=tuple(value[:1] for value in self.inputs))
 
 
+@dataclass(eq=False)
 class OpenedPair:
     """A model and a guide with the arguments that both are called with.
 
     What is found out about the pair is kept with it and shared by its parts.
 
-    Args:
+    Attributes:
         arguments: for all but training tensors that share their first dimension, N.
         knowledge: what is known of the pair already.
     """
 
-    def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any] | None = None,
-        *,
-        plate: str = "data",
-        knowledge: Knowledge | None = None,
-    ) -> None:
-        self.model, self.guide, self.plate = model, guide, plate
-        self.arguments, self.keywords = arguments, keywords or {}
-        self.knowledge = knowledge or Knowledge()
+    model: PairFunction
+    guide: PairFunction
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    plate: str = "data"
+    knowledge: Knowledge = field(default_factory=Knowledge)
 
     @property
     def inputs(self) -> Inputs:
@@ -238,17 +233,16 @@ class OpenedPair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
         return draw_traces(self.model, self.guide, self.arguments, self.keywords)
 
-    # --- parts ---
+    @property
+    def axes(self) -> dict[str, int]:
+        """For each latent, the (negative) axis of its value that counts the data points."""
+        return {name: latent.axis for name, latent in self.structure.latents.items()}
 
-    def bind(self, model: Any, guide: Any, arguments: tuple[Any, ...], keywords: Any) -> OpenedPair:
-        """Return the pair under other arguments or a handler: it is not looked at again."""
-        return OpenedPair(
-            model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
-        )
+    # --- parts ---
 
     def on(self, inputs: Inputs) -> OpenedPair:
         """Return the pair with other inputs in place of its own: it is not looked at again."""
-        return self.bind(self.model, self.guide, inputs, {})
+        return replace(self, arguments=inputs, keywords={})
 
     def alone(self, function: PairFunction) -> OpenedFunction:
         """Return one of the two functions with the pair's inputs."""
@@ -256,12 +250,11 @@ class OpenedPair:
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
-        inputs = take_rows(self.inputs, rows, self.device)
-        return self.bind(self.model, self.guide, inputs, self.keywords)
+        return replace(self, arguments=take_rows(self.inputs, rows, self.device))
 
     def with_guide(self, guide: PairFunction) -> OpenedPair:
         """Return the model with another guide, which is to be inspected by itself."""
-        return OpenedPair(self.model, guide, self.arguments, self.keywords, plate=self.plate)
+        return replace(self, guide=guide, knowledge=Knowledge())
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), or not at all.
@@ -311,10 +304,10 @@ class OpenedPair:
     def _try_out(self, *, in_any_company: bool = True) -> bool:
         whole = self.knowledge.whole or self.num_data
         trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
+        if self.num_data < 3:
+            return False
         with self._aside():
-            return self.num_data >= 3 and gives_data_their_own_values(
-                trial, in_any_company=in_any_company
-            )
+            return gives_data_their_own_values(trial, in_any_company=in_any_company)
 
     # --- what is known of it ---
 

@@ -76,36 +76,32 @@ def accumulating_leaves(*roots: Tensor) -> list[Tensor]:
     return list(leaves.values())
 
 
-class RunObserver:
+class RunObserver(TorchDispatchMode):
     """Watches the operations that run inside."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.bytes = 0  # of every operation's results: an upper bound of the memory they need
         self.reads_values = False  # did code outside torch and Pyro (``.item()``, ``if``)?
-        self._operations, self._functions = _Operations(self), _Functions(self)
+        self._functions = _Functions(self)
 
     def __enter__(self) -> RunObserver:
-        self._operations.__enter__()
+        super().__enter__()
         self._functions.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._functions.__exit__(*error)
-        self._operations.__exit__(*error)
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self, observer: RunObserver) -> None:
-        super().__init__()
-        self.observer = observer
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the bytes of what an operation returns."""
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, list | tuple) else (result,):
             if isinstance(value, Tensor):
-                self.observer.bytes += value.numel() * value.element_size()
+                self.bytes += value.numel() * value.element_size()
         if func is ops.aten._local_scalar_dense.default and _is_read_by_user():
-            self.observer.reads_values = True
+            self.reads_values = True
         return result
 
 

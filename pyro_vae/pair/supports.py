@@ -32,9 +32,6 @@ def check_guide_support(guide_site: dict[str, Any], model_site: dict[str, Any]) 
     """Refuse a guide that can't draw where the prior has mass: what it misses leaves no trace.
 
     Both supports are known as boxes of coordinates; of others nothing is said.
-
-    Raises:
-        InputError: the latent's name and both supports.
     """
     own, prior = _bounds_at(guide_site), _bounds_at(model_site)
     if own is None or prior is None or (prior.is_discrete and not own.is_discrete):
@@ -67,24 +64,16 @@ def _bounds(support: Any) -> _Bounds | None:
         return _joined(support)
     if support in _BOUNDED_VECTORS:
         return _box(*_BOUNDED_VECTORS[support], False)
-    if support.is_discrete:
-        return _discrete_bounds(support)
-    if support is constraints.real:
-        return _box(-math.inf, math.inf, False)
-    lower = getattr(support, "lower_bound", None)
-    upper = getattr(support, "upper_bound", None)
-    if lower is None and upper is None:
-        return None
-    return _box(-math.inf if lower is None else lower, math.inf if upper is None else upper, False)
-
-
-def _discrete_bounds(support: Any) -> _Bounds | None:
     if support is constraints.boolean:
         return _box(0, 1, True)
-    lower = getattr(support, "lower_bound", None)
-    if lower is None:
+    if support is constraints.real:
+        return _box(-math.inf, math.inf, False)
+    lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+    is_discrete = bool(support.is_discrete)
+    if lower is None and (upper is None or is_discrete):
         return None
-    return _box(lower, getattr(support, "upper_bound", math.inf), True)
+    ends = (-math.inf if lower is None else lower, math.inf if upper is None else upper)
+    return _box(*ends, is_discrete)
 
 
 def _joined(support: Any) -> _Bounds | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
-from pyro_vae.pair.functions import PairFunction, modules_of, tensors_of
+from pyro_vae.pair.functions import PairFunction, modules_of, new_names_forgotten, tensors_of
 from pyro_vae.pair.inputs import Inputs, take_rows
 from pyro_vae.pair.sites import (
     Given,
@@ -67,7 +67,7 @@ def gives_data_their_own_values(pair: Trial, *, in_any_company: bool = True) -> 
     # At least two: one alone would broadcast against parameters of any number of data.
     later = torch.arange(min(count // 2, count - 2), count)
     rows = later if in_any_company else torch.arange(count).flip(0)
-    with _new_names_forgotten() as new_names:
+    with new_names_forgotten() as new_names:
         try:
             if not _holds_for(pair, count, rows):
                 return False
@@ -136,22 +136,6 @@ def _densities(pair: Trial, inputs: Inputs, latents: Latents) -> tuple[Tensor, .
         [site for site in sites if not site["is_observed"]],
     )
     return tuple(total(group, pair.plate, inputs) for group in groups)
-
-
-@contextmanager
-def _new_names_forgotten() -> Iterator[Callable[[], list[str]]]:
-    """Take out of Pyro's store what a trial has put there; give a function that names it."""
-    store = pyro.get_param_store()
-    before = set(store.keys())
-
-    def new_names() -> list[str]:
-        return [name for name in store.keys() if name not in before]  # noqa: SIM118
-
-    try:
-        yield new_names
-    finally:
-        for name in new_names():
-            del store[name]
 
 
 def _tables_of(pair: Trial) -> Iterator[Tensor]:

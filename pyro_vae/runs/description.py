@@ -41,40 +41,21 @@ _LARGEST_SIZE = 1 << 20
 
 
 def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the plain values that a VAE can be built from again.
-
-    Args:
-        vae: the model.
-        settings: more plain values to keep under ``"run"``.
-
-    Raises:
-        InputError: a component that can't be described.
-    """
+    """Return the plain values that a VAE can be built from again, with ``settings`` as its run's."""
     shared: dict[int, str] = {}
     model: dict[str, Any] = {}
     for part in _PARTS:
         component = getattr(vae, part)
         model[part] = _describe(component, shared)
         shared[id(component)] = part
-    return {
-        "format": FORMAT,
-        "pyro_vae": __version__,
-        "model": model,
-        "run": dict(settings or {}),
-    }
+    run = dict(settings or {})
+    return {"format": FORMAT, "pyro_vae": __version__, "model": model, "run": run}
 
 
 def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
-    """Build a VAE from its description.
+    """Build a VAE from what :func:`describe` returned, and the caller's own classes by name.
 
-    Args:
-        config: the settings that :func:`describe` returned.
-        components: classes of the caller's own by name.
-        num_weights: elements of the weights that the VAE is to take; what would need far more is
-            refused before it is made.
-
-    Raises:
-        InputError: an unknown component, or no description of a VAE.
+    What would need far more than the weights' number of elements is refused before it is made.
     """
     parts: dict[str, Any] = {}
     try:
@@ -95,14 +76,8 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
 
 # What constructors raise that are given something else than they expect.
 _UNBUILDABLE = (
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
+    *(LookupError, TypeError, AttributeError, ValueError),
+    *(RuntimeError, ArithmeticError, AssertionError, MemoryError),
 )
 
 
@@ -162,8 +137,7 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
     if id(component) in shared:
         return {"shared": shared[id(component)]}
     if isinstance(component, nn.Module):
-        names = {member: name for name, member in _registry().items()}
-        kind = type(component)
+        names, kind = {member: name for name, member in _registry().items()}, type(component)
         settings = {}
         for name, parameter in inspect.signature(kind).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -176,7 +150,10 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
             settings[name] = _describe(getattr(component, name), shared)
         return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
     if isinstance(component, Tensor) and str(component.dtype).removeprefix("torch.") in _DTYPES:
-        return {"tensor": _describe_tensor(component.detach())}
+        # Its values are read back to the bit.
+        values = [_describe(value, {}) for value in component.detach().flatten().tolist()]
+        dtype = str(component.dtype).removeprefix("torch.")
+        return {"tensor": {"dtype": dtype, "shape": list(component.shape), "values": values}}
     if isinstance(component, float) and not math.isfinite(component):
         return {"float": str(float(component))}  # JSON has no number for it
     if component is None or isinstance(component, bool | int | float | str):
@@ -189,15 +166,6 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
     )
 
 
-def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
-    """Describe a tensor with its type, its shape and values that are read back to the bit."""
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
-    }
-
-
 def _build(description: Any, components: Components, parts: dict[str, Any], bound: _Bounded) -> Any:
     """Build what :func:`_describe` described."""
     if isinstance(description, list):
@@ -207,7 +175,10 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     if "shared" in description:
         return parts[description["shared"]]
     if "tensor" in description:
-        return _build_tensor(description["tensor"])
+        values, kind = description["tensor"]["values"], _DTYPES[description["tensor"]["dtype"]]
+        # What is not finite is described in an object of its own.
+        built = [float(value["float"]) if isinstance(value, dict) else value for value in values]
+        return torch.tensor(built, dtype=kind).reshape(description["tensor"]["shape"])
     if "float" in description:
         return float(description["float"])
     name = description["class"]
@@ -232,11 +203,3 @@ def _unknown(name: str) -> InputError:
     return InputError(
         f"expected the class of component {own!r}: pass it, components={{{own!r}: {own}}}"
     )
-
-
-def _build_tensor(description: dict[str, Any]) -> Tensor:
-    values = [
-        float(value["float"]) if isinstance(value, dict) else value for value in description["values"]
-    ]
-    tensor = torch.tensor(values, dtype=_DTYPES[description["dtype"]])
-    return tensor.reshape(description["shape"])

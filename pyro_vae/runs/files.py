@@ -20,11 +20,7 @@ _MOST_CONFIG_BYTES = 1 << 26
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a run's settings.
-
-    Raises:
-        InputError: no run there, or settings that are no JSON object of a known format.
-    """
+    """Read a run's settings; refuse what is no JSON object of a known format."""
     path = own_file(folder, CONFIG)
     if path is None:
         raise InputError(
@@ -39,11 +35,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = _parse(path.read_text(encoding="utf-8"))
     # A RecursionError: lists in lists without end.
     except (
-        json.JSONDecodeError,
         UnicodeDecodeError,
+        json.JSONDecodeError,
+        _NotJSONError,
         OSError,
         RecursionError,
-        _NotJSONError,
     ) as error:
         raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
     _check_format(config, path)
@@ -51,11 +47,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def own_file(folder: str | Path, name: str) -> Path | None:
-    """Return the path of a regular file of a run folder, or None where there is none.
-
-    Raises:
-        InputError: a link to a file elsewhere, or a path that is none.
-    """
+    """Return the path of a regular file of a run folder, or None; refuse a link out of it."""
     path = Path(folder) / name
     try:
         if not path.is_file():

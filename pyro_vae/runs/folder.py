@@ -78,11 +78,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that can't become a run folder without overwriting something.
-
-    Raises:
-        InputError: a file of that name, or a folder that holds a run, finished or not.
-    """
+    """Refuse a file of that name, or a folder that holds a run, finished or not."""
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"expected a folder, {folder} is a file: choose another")
@@ -99,9 +95,6 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Create a run folder with its settings and hold its lock; take it away if the body fails.
 
     One that holds a checkpoint by then stays, to be gone on with.
-
-    Raises:
-        InputError: a folder that holds a run, is in use or can't be written.
     """
     with new_folder(folder), locked(folder):
         check_free(folder)
@@ -117,11 +110,7 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and those above it; take away what is empty of them if the body fails.
-
-    Raises:
-        InputError: a folder that can't be made.
-    """
+    """Create a folder and those above it; take away what is empty of them if the body fails."""
     made: list[Path] = []
     try:
         try:
@@ -143,12 +132,6 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock ends with the process that holds it, however that ends; its file, which says whose it
     is, is then taken over by the next run.
-
-    Args:
-        folder: an existing folder.
-
-    Raises:
-        InputError: a folder in use, or one that can't be written.
     """
     path = folder / _LOCK
     try:

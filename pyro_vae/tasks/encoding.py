@@ -134,11 +134,7 @@ def decode_latents(
 
 
 def mean_of(site: Site) -> Tensor:
-    """Return the mean of a site's distribution.
-
-    Raises:
-        InputError: a distribution without one (categories, a Cauchy), or NaN.
-    """
+    """Return the mean of a site's distribution; refuse one without (categories, a Cauchy), or NaN."""
     try:
         mean: Tensor = site["fn"].mean
     except NotImplementedError:

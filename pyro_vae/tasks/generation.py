@@ -80,11 +80,9 @@ def generate(
         raise InputError(f"expected a finite temperature above 0, got {temperature}")
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
-    pair = (
-        None
-        if guide is None
-        else open_pair(model, guide, like if data is None else data, plate=plate)
-    )
+    pair = None
+    if guide is not None:
+        pair = open_pair(model, guide, like if data is None else data, plate=plate)
     with opened.evaluating(seed, guide):
         name = observed_site(opened.trace(), observed)
         latents: Latents = {}
@@ -147,12 +145,11 @@ class _Freed(Messenger):
 
 def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float) -> Latents:
     """Draw latents of so many data, each from the posterior of a datum picked at random."""
-    axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
 
     def draw(part: OpenedPair) -> Latents:
         with _AtTemperature(temperature):
             trace = part.alone(part.guide).trace()
-        return {name: trace.nodes[name]["value"] for name in axes}
+        return {name: trace.nodes[name]["value"] for name in pair.axes}
 
     picked = torch.randint(pair.num_data, (number,), device=pair.device)
     if pair.is_divisible():
@@ -161,12 +158,11 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
     # gets the k-th draw.
     turn = _occurrence(picked)
     draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
-    return {
-        name: torch.stack([each[name].movedim(axis, 0) for each in draws])[turn, picked].movedim(
-            0, axis
-        )
-        for name, axis in axes.items()
-    }
+    latents = {}
+    for name, axis in pair.axes.items():
+        rows = torch.stack([each[name].movedim(axis, 0) for each in draws])
+        latents[name] = rows[turn, picked].movedim(0, axis)
+    return latents
 
 
 def _occurrence(picked: Tensor) -> Tensor:
@@ -181,12 +177,8 @@ def _occurrence(picked: Tensor) -> Tensor:
 class _AtTemperature(Messenger):
     """Multiply the spread of every latent's distribution by the temperature.
 
-    A location-scale family and a multivariate normal have their scale multiplied; a mixture has each
-    component's, its weights unchanged; a flow has its base's (as in Kingma, Dhariwal 2018, "Glow",
-    section 6). Whatever else is drawn is refused by name.
-
-    Args:
-        temperature: factor of the standard deviation; 1 changes nothing.
+    A flow has its base's multiplied (as in Kingma, Dhariwal 2018, "Glow", section 6), a mixture each
+    component's. Whatever else is drawn is refused by name; a temperature of 1 changes nothing.
     """
 
     def __init__(self, temperature: float) -> None:

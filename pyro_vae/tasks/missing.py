@@ -92,10 +92,7 @@ def observed_pair(
 def on_observed_part(
     model: PairFunction, *, observed: str | None = None, position: int = 0
 ) -> PairFunction:
-    """Return the model of the observed part; its last input is ``missing``.
-
-    Arguments and errors as for :func:`observed_pair`.
-    """
+    """Return the model of the observed part; arguments and errors as for :func:`observed_pair`."""
 
     def masked(*inputs: Tensor) -> Any:
         *given, missing = inputs
@@ -106,11 +103,7 @@ def on_observed_part(
 
 
 def elementwise_base(name: str, distribution: Any) -> tuple[Any, int]:
-    """Return the distribution of single values behind a site, and how many dimensions are an event.
-
-    Raises:
-        InputError: values that are not independent given the latents, or an unknown kind.
-    """
+    """Return a site's distribution of single values, and how many dimensions are its event."""
     base, event_dim = distribution, 0
     while isinstance(base, distributions.Independent):
         event_dim += base.reinterpreted_batch_ndims
