@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import validation_enabled
@@ -17,13 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import (
-    check_pair,
-    check_rest,
-    check_rows_inside,
-    why_unweighable,
-)
+from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
+from pyro_vae.pair.contract import check_pair, check_rest, check_rows_inside, why_unweighable
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -31,24 +27,28 @@ from pyro_vae.pair.functions import (
     eval_mode,
     evaluation_mode,
     modules_of,
+    new_names_forgotten,
     seeded,
+    tensors_of,
     training_mode,
 )
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.sites import (
     Given,
+    Latents,
     Site,
     TracePair,
     draw_traces,
     is_delta,
+    is_inside,
     latent_sites,
     sample_sites,
     subsamples,
+    total,
     value_axis,
     vectorized_frames,
 )
 from pyro_vae.pair.state import RunObserver, Snapshot, with_submodules
-from pyro_vae.pair.trial import Trial, gives_data_their_own_values
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
@@ -57,6 +57,9 @@ BLOCK = 1024
 # Bytes of a chunk on a CPU. Larger tensors than this leads to (32 MiB) are mapped anew by the C
 # library for every operation, which costs more than their arithmetic.
 _CPU_MEMORY = 1 << 27
+
+# Data points of a trial: few, and enough for statistics over them to differ from those of a half.
+_TRIED = 64
 
 Progress = Callable[[int, int], None]
 
@@ -302,12 +305,10 @@ class OpenedPair:
         return self.is_divisible() or self._try_out(in_any_company=False)
 
     def _try_out(self, *, in_any_company: bool = True) -> bool:
-        whole = self.knowledge.whole or self.num_data
-        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
         if self.num_data < 3:
             return False
         with self._aside():
-            return gives_data_their_own_values(trial, in_any_company=in_any_company)
+            return _gives_own_values(self, in_any_company=in_any_company)
 
     # --- what is known of it ---
 
@@ -413,3 +414,126 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
             f"expected a {kind} that takes any number of data, as one without parameters per datum "
             f"does, got an error for {num_data}: {first_line(error)}"
         ) from error
+
+
+# --- whether a data point gets the same values whatever other ones stand beside it ---
+
+
+def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
+    """Run a pair on some of its data and on these in another way: the densities must agree.
+
+    The other way is the later half of them alone or, where the company may matter (statistics over
+    the batch), all of them in reverse.
+
+    A table with a row for each data point that is sliced by their number gives them the rows of
+    others; parameters per data point do not fit at all. Where such a table is constant so far (as
+    parameters often start) the other way would not show: whatever tensor has as many rows as there
+    are data is therefore moved for a second trial, and put back.
+
+    The caller holds the lock, without gradients, in eval mode.
+    """
+    count = min(pair.num_data, _TRIED)
+    # At least two: one alone would broadcast against parameters of any number of data.
+    later = torch.arange(min(count // 2, count - 2), count)
+    rows = later if in_any_company else torch.arange(count).flip(0)
+    with new_names_forgotten() as new_names:
+        try:
+            if not _holds_for(pair, count, rows):
+                return False
+            if not in_any_company:
+                pair.part(later).trace()
+            made = _made_for(pair, new_names(), {count, len(later)})
+            if made:  # for a part of the data: what are they made like for all of them?
+                for name in made:
+                    del pyro.get_param_store()[name]
+                pair.part().trace()
+            suspects = list(_tables_of(pair))
+            if not suspects:
+                return True
+            with _move_tables(suspects):
+                return _holds_for(pair, count, rows)
+        except CALLING_ERRORS:
+            return False
+
+
+def _made_for(pair: OpenedPair, names: list[str], numbers: set[int]) -> list[str]:
+    """Return which new parameters, no module's, have as many rows as a part of the data."""
+    modules = modules_of(pair.model, pair.guide)
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    tensors = {name: pyro.get_param_store()._params[name] for name in names}
+    return [n for n, v in tensors.items() if id(v) not in known and numbers & set(v.shape)]
+
+
+def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
+    """Compare the densities of some rows of the first data points with those of all of these."""
+    whole, others = pair.part(slice(count)), pair.part(rows)
+    rows = rows.to(pair.device)
+    guide_trace = whole.alone(pair.guide).trace()
+    sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
+    axes = {site["name"]: value_axis(site, pair.plate) for site in sites}
+    # A point mass follows from the other sites.
+    random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
+    expected = _densities(whole, random)
+    shown = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in random.items()}
+    found = _densities(others, shown)
+
+    def plain(latents: Latents) -> tuple[Tensor, ...]:
+        filled = {}
+        for name, value in latents.items():
+            values = random[name].movedim(axes[name], 0).clone()
+            values[rows] = value.movedim(axes[name], 0)
+            filled[name] = values.movedim(0, axes[name])
+        return tuple(term[rows] for term in _densities(whole, filled))
+
+    if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
+        return False
+    # What is drawn outside the sites (noise on the data) says nothing about a data point's place.
+    return agree(found, plain, shown) or not all_close(_densities(whole, random), expected)
+
+
+def _densities(pair: OpenedPair, latents: Latents) -> tuple[Tensor, ...]:
+    """Return log q, log p(x|z) and log p(z) of given latents per data point, each ``(N,)``."""
+    with Given(latents):
+        guide_trace = pair.alone(pair.guide).trace()
+    drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    with Given(drawn):
+        model_trace = pair.alone(pair.model).trace()
+    sites = sample_sites(model_trace)
+    groups = (
+        sample_sites(guide_trace),
+        [site for site in sites if site["is_observed"]],
+        [site for site in sites if not site["is_observed"]],
+    )
+    return tuple(total(group, pair.plate, pair.inputs) for group in groups)
+
+
+def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
+    """Yield what the pair can reach with a dimension of the data's number, its inputs left out."""
+    given = {value.data_ptr() for value in pair.inputs}
+    numbers = {pair.num_data, pair.knowledge.whole or pair.num_data}
+    values = list(pyro.get_param_store()._params.values())
+    for module in modules_of(pair.model, pair.guide):
+        values += [*module.parameters(), *module.buffers()]
+    values += tensors_of(pair.model, pair.guide)
+    for value in {id(value): value for value in values}.values():
+        if numbers & set(value.shape) and value.data_ptr() not in given:
+            yield value
+
+
+@contextmanager
+def _move_tables(tables: list[Tensor]) -> Iterator[None]:
+    """Move the entries of tables, each by another amount, and put them back."""
+    kept = [table.detach().clone() for table in tables]
+    try:
+        for table in tables:
+            if table.is_floating_point():
+                share = torch.rand(table.shape, device=table.device).to(table.dtype)
+                # Towards 0, so that what is in a range stays so; zeros are parameters' starts.
+                table.data.copy_(torch.where(table == 0, 0.1 * share, table * (1 - 0.1 * share)))
+            else:
+                for dim, size in enumerate(table.shape):
+                    table.data.copy_(table.index_select(dim, torch.randperm(size).to(table.device)))
+        yield
+    finally:
+        for table, value in zip(tables, kept, strict=True):
+            table.data.copy_(value)

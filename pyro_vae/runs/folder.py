@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +156,18 @@ def _acquire(path: Path) -> int:
 
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, named = os.fstat(descriptor), os.stat(path)
-            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
-                return descriptor
-        except FileNotFoundError:
-            pass  # its last holder took it away in between: try again with a new one
-        except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
-            os.close(descriptor)
-            raise InputError(
-                f"expected a folder that no other run uses, {path.parent} is in use by {owner}: wait "
-                "for it or choose another folder"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
+                raise InputError(
+                    f"expected a folder that no other run uses, {path.parent} is in use by {owner}: "
+                    "wait for it or choose another folder"
+                ) from None
+            # Its last holder may have taken it away in between: then try again with a new one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    unless_held.pop_all()
+                    return descriptor

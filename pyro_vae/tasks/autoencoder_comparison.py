@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs
-from pyro_vae.pair.opened import open_function
+from pyro_vae.pair.opened import OpenedFunction
 from pyro_vae.pair.sites import latent_sites
-from pyro_vae.tasks.encoding import decode, encode
+from pyro_vae.tasks.generation import decode, encode
 
 # Rows whose distances to all codes are held at once.
 _BLOCK = 1024
@@ -135,12 +135,9 @@ def compare_autoencoder(
             f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
             f"{len(held_out)}"
         )
-    with HANDLER_LOCK, torch.no_grad(), seeded(seed), evaluation_mode(autoencoder, model, guide):
-        codes = autoencoder.encode(train)
-        measured, held = (
-            _Measured(train, held_out, num_random, grid_size),
-            autoencoder.encode(held_out),
-        )
+    with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
+        measured = _Measured(train, held_out, num_random, grid_size)
+        codes, held = autoencoder.encode(train), autoencoder.encode(held_out)
         random = _fitted_normal(codes, num_random)
         deterministic = measured.side(autoencoder.decode, codes, held, held, random)
 
@@ -156,7 +153,7 @@ def compare_autoencoder(
                 "expected a pair with one latent, a vector, got one of shape "
                 f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
             )
-        alone = open_function(model, blank(num_random), plate=plate)
+        alone = OpenedFunction(model, (blank(num_random),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]
         variational = measured.side(
             decoded,

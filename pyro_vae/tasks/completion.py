@@ -16,15 +16,7 @@ from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    Site,
-    latent_sites,
-    observed_site,
-    sample_sites,
-    total,
-)
+from pyro_vae.pair.sites import Given, Latents, Site, latent_sites, observed_site, sample_sites, total
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -518,14 +510,12 @@ def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
 def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    check_optional_counts(num_samples=num_samples, num_steps=num_steps)
-    own, other, surplus = (
-        ("num_samples", "num_steps", num_steps)
-        if method == "importance"
-        else ("num_steps", "num_samples", num_samples)
-    )
-    if surplus is not None:
-        raise InputError(
-            f"expected no {other} with method {method!r}, which has {own}, got {surplus}: leave "
-            "it out"
-        )
+    given: dict[str, Any] = {"num_samples": num_samples, "num_steps": num_steps}
+    check_optional_counts(**given)
+    own = "num_samples" if method == "importance" else "num_steps"
+    for other, value in given.items():
+        if other != own and value is not None:
+            raise InputError(
+                f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it "
+                "out"
+            )

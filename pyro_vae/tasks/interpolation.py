@@ -16,7 +16,7 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
 from pyro_vae.pair.sites import value_axis
-from pyro_vae.tasks.encoding import decode_latents
+from pyro_vae.tasks.generation import decode_latents
 
 # Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
 # known to 0.03.
@@ -281,10 +281,8 @@ class _Walker:
         moved = (self.flat if flat is None else flat).clone()
         if self.support == "sphere":
             moved[:, dimension] = 0
-            moved = (
-                _unit(moved, self.axis((dimension + 1) % self.size))
-                * (1 - value.square()).clamp(min=0).sqrt()
-            )
+            others = _unit(moved, self.axis((dimension + 1) % self.size))
+            moved = others * (1 - value.square()).clamp(min=0).sqrt()
         moved[:, dimension] = value
         return moved
 

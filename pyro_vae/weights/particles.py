@@ -237,8 +237,7 @@ class Particles:
 
     def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
         dim = -self.pair.structure.nesting - 1
-        plate = pyro.plate("_particles", num_particles, dim=dim)
-        batched = plate(self.pair.guide)  # inside the gates
+        batched = pyro.plate("_particles", num_particles, dim=dim)(self.pair.guide)
         with pyro.validation_enabled(False):
             trace, found = self._run_guide(batched, self.pair, gates)
         latents = {}
@@ -294,18 +293,11 @@ class Particles:
         particle_dim: int | None = None,
     ) -> Draws:
         sites = sample_sites(trace)
-        subsample = {
-            name: site["value"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and site_is_subsample(site)
-            and len(site["value"]) < site["fn"].size
-        }
+        drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and site_is_subsample(s)]
+        subsample = {s["name"]: s["value"] for s in drawn if len(s["value"]) < s["fn"].size}
         plain, scaled = self._sum(sites, particle_dim)
-        scale = latent_scale_of(sites[0])
-        return Draws(
-            latents, shape(plain), shape(scaled), groups, subsample, plate_scale(sites[0]), scale
-        )
+        scales = plate_scale(sites[0]), latent_scale_of(sites[0])
+        return Draws(latents, shape(plain), shape(scaled), groups, subsample, *scales)
 
     def _draws_hold(self, draws: Draws, count: int) -> bool:
         """Compare batched draws with plain calls that are given the same random values."""
@@ -313,17 +305,17 @@ class Particles:
         first = {name: value[:count].detach() for name, value in draws.latents.items()}
         # A point mass follows from the other sites; given a value that was rounded differently it
         # would report a density of 0.
-        latents = self.pair.structure.latents
-        random = {name: v for name, v in first.items() if not latents[name].is_point_mass}
+        known = self.pair.structure.latents
+        random = {name: v for name, v in first.items() if not known[name].is_point_mass}
 
         def plain(given: Latents) -> tuple[Tensor, ...]:
             rows = []
             for index in range(count):
                 values = {name: value[index] for name, value in given.items()}
                 with Given({**values, **draws.subsample}):
-                    rows.append(self._draw_plain(1, False))
-            log_proposal = torch.cat([row.log_proposal for row in rows])
-            return log_proposal, *(torch.cat([r.latents[n] for r in rows]) for n in self.axes)
+                    row = self._draw_plain(1, False)
+                rows.append((row.log_proposal, *row.latents.values()))
+            return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
         return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
@@ -352,10 +344,10 @@ class Particles:
         )
 
     def _score_plain(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
-        rows = [
-            self._score_one(function, self.pair, {n: v[index] for n, v in latents.items()}, subsample)
-            for index in range(_count(latents))
-        ]
+        rows = []
+        for index in range(_count(latents)):
+            one = {name: value[index] for name, value in latents.items()}
+            rows.append(self._score_one(function, self.pair, one, subsample))
         return Scored(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _score_under_vmap(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
