@@ -17,9 +17,8 @@ from torch.distributions import constraints
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
-from pyro_vae.infer.progress import EpochProgress
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.infer.training import fit
+from pyro_vae.infer.training import EpochProgress, fit
 from pyro_vae.networks import Head, check_shape, feature_shape
 from pyro_vae.pair.functions import HANDLER_LOCK
 from pyro_vae.pair.inputs import as_inputs
@@ -187,19 +186,22 @@ class Autoencoder(nn.Module):
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         for part in (data, validation):
-            if part is not None and not isinstance(part, Dataset):
-                _check_single(part)
+            if part is not None and not isinstance(part, Dataset) and len(as_inputs(part)) != 1:
+                raise InputError(
+                    f"expected one tensor of data, got {len(as_inputs(part))}: an autoencoder has "
+                    "no more"
+                )
         pair = _PointMassPair(self, loss)
 
         def note(epoch: int, row: dict[str, float]) -> None:
             losses = pair.losses(row)
-            bar.show(epoch, losses)
+            bar.show(epoch, _describe(losses))
             if on_epoch is not None:
                 on_epoch(epoch, losses)
 
         # A store of its own: no other pair's names are in the way, and none is left there.
         store = pyro.get_param_store()
-        with HANDLER_LOCK, store.scope(), _LossProgress(epochs, progress) as bar:
+        with HANDLER_LOCK, store.scope(), EpochProgress(epochs, progress) as bar:
             result = fit(
                 pair.model,
                 pair.guide,
@@ -219,14 +221,11 @@ class Autoencoder(nn.Module):
                 on_epoch=note,
                 progress=False,
             )
+        names = ("best_epoch", "stopped_early", "device", "batch_size", "learning_rate")
         return AutoencoderFit(
+            **{name: getattr(result, name) for name in names},
             history=pair.losses(result.history),
-            best_epoch=result.best_epoch,
-            stopped_early=result.stopped_early,
-            device=result.device,
             loss=loss,
-            batch_size=result.batch_size,
-            learning_rate=result.learning_rate,
             num_parameters=sum(parameter.numel() for parameter in self.parameters()),
         )
 
@@ -295,22 +294,11 @@ class _PointMassPair(nn.Module):
             )
 
 
-class _LossProgress(EpochProgress):
-    """The bar of a training run, with the loss of both parts."""
-
-    def describe(self, row: dict[str, float]) -> str:
-        text = f"loss {row['train_loss']:.4g}"
-        if not math.isnan(row["validation_loss"]):
-            text += f" (validation {row['validation_loss']:.4g})"
-        return text
-
-
-def _check_single(data: Any) -> None:
-    inputs = as_inputs(data)
-    if len(inputs) != 1:
-        raise InputError(
-            f"expected one tensor of data, got {len(inputs)}: an autoencoder has no more"
-        )
+def _describe(row: dict[str, float]) -> str:
+    text = f"loss {row['train_loss']:.4g}"
+    if not math.isnan(row["validation_loss"]):
+        text += f" (validation {row['validation_loss']:.4g})"
+    return text
 
 
 def _ask_size(network: nn.Module, name: str, given: Any) -> Any:

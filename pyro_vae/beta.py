@@ -64,6 +64,11 @@ def scale_latents(
     return scaled
 
 
+def scale_pair(model: Any, guide: Any, scale: float | Tensor) -> tuple[Any, Any]:
+    """Scale the latent terms of both functions of a pair."""
+    return scale_latents(model, scale), scale_latents(guide, scale, is_guide=True)
+
+
 def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that :func:`scale_latents` was given, however often it was applied."""
     while _FUNCTION in getattr(function, "__dict__", ()):

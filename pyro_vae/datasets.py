@@ -9,7 +9,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
+from pyro_vae.files import expand_path
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz")
+
+_PARTS = ("train", "validation", "test")
 
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
@@ -126,35 +129,19 @@ def load(
         validation_size = whole_number("a validation size", validation_size, most=_LARGEST)
     generator = torch.Generator().manual_seed(seed)
     if str(name_or_path) in NAMES:
-        parts = _load_named(str(name_or_path), root_of(root), download)
+        loaded = _load_named(str(name_or_path), root_of(root), download)
     else:
-        parts = _load_file(Path(name_or_path))
-    tensors = {name: _as_tensor(name, value) for name, value in parts.items()}
-    tensors = _split(tensors, validation_size, generator)
-    dataset = Dataset(
-        name=str(name_or_path),
-        train=tensors["train"],
-        validation=tensors["validation"],
-        test=tensors["test"],
-        train_labels=tensors.get("train_labels"),
-        validation_labels=tensors.get("validation_labels"),
-        test_labels=tensors.get("test_labels"),
-        binarize=binarize,
-    )
-    return _with_checksums(_binarized(dataset, generator))
+        loaded = _load_file(Path(name_or_path))
+    tensors = {name: _as_tensor(name, value) for name, value in loaded.items()}
+    parts = _binarize(_split(tensors, validation_size, generator), binarize, generator)
+    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in _PARTS}
+    return Dataset(name=str(name_or_path), binarize=binarize, checksums=checksums, **parts)
 
 
 def root_of(root: str | Path | None) -> Path:
     """Return the folder of the named sets: as given, from the variable, or the default one."""
     chosen = root or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
-    return _expanded(Path(chosen)).absolute()
-
-
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"expected a path, got {str(path)!r}: {first_line(error)}") from error
+    return expand_path(chosen).absolute()
 
 
 def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
@@ -168,37 +155,24 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
     try:
         if name == "omniglot":
             return _load_omniglot(sets, root, download)
-        load_part = {
-            "mnist": sets.MNIST,
-            "fashion-mnist": sets.FashionMNIST,
-            "kmnist": sets.KMNIST,
-        }[name]
-        train = load_part(root, train=True, download=download)
-        test = load_part(root, train=False, download=download)
+        classes = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "kmnist": sets.KMNIST}
+        train, test = (classes[name](root, train=part, download=download) for part in (True, False))
     except _UNREADABLE as error:
-        raise InputError(_missing_message(name, root, download, error)) from error
-    for part in (train, test):
-        if tuple(part.data.shape[1:]) != _IDX_SHAPE:
+        advice = "give the right root or allow the download"
+        if download:
+            advice = "check the network or put the files there"
+        raise InputError(
+            f"expected data set {name!r} below {root}, got: {first_line(error)}; {advice}"
+        ) from error
+    parts: dict[str, Any] = {}
+    for part, images in (("train", train), ("test", test)):
+        if tuple(images.data.shape[1:]) != _IDX_SHAPE:
             raise InputError(
                 f"expected images of {_IDX_SHAPE} pixels for {name!r} below {root}, got "
-                f"{tuple(part.data.shape[1:])}: the files are damaged or of another set"
+                f"{tuple(images.data.shape[1:])}: the files are damaged or of another set"
             )
-    return {
-        "train": train.data[:, None] / 255,
-        "train_labels": train.targets,
-        "test": test.data[:, None] / 255,
-        "test_labels": test.targets,
-    }
-
-
-def _missing_message(name: str, root: Path, download: bool, error: Exception) -> str:
-    reason = first_line(error)
-    advice = (
-        "check the network or put the files there"
-        if download
-        else "give the right root or allow the download"
-    )
-    return f"expected data set {name!r} below {root}, got: {reason}; {advice}"
+        parts[part], parts[f"{part}_labels"] = images.data[:, None] / 255, images.targets
+    return parts
 
 
 def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
@@ -217,7 +191,7 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
 def _load_file(path: Path) -> dict[str, Any]:
     if path.suffix not in FILE_TYPES:
         raise unknown_name("data set (and no .npy or .npz file)", str(path), NAMES)
-    path = _expanded(path)
+    path = expand_path(path, kind="data file")
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, found none: check the path")
     try:
@@ -243,9 +217,6 @@ def _load_file(path: Path) -> dict[str, Any]:
             f"got {', '.join(sorted(arrays)) or 'nothing'}: rename them"
         )
     return arrays
-
-
-_PARTS = ("train", "validation", "test")
 
 
 def _bytes_of(path: Path) -> int:
@@ -305,8 +276,8 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 
 
 def _split(
-    parts: dict[str, Tensor], validation_size: int | None, generator: torch.Generator
-) -> dict[str, Tensor]:
+    parts: dict[str, Any], validation_size: int | None, generator: torch.Generator
+) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test."""
     for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
         if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
@@ -333,18 +304,17 @@ def _split(
     return _cut(parts, "validation", size, generator)
 
 
-def _cut(
-    parts: dict[str, Any], name: str, size: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Move ``size`` random data from the training part to a new part."""
+def _cut(parts: dict[str, Any], name: str, size: int, generator: torch.Generator) -> dict[str, Any]:
+    """Move ``size`` random data points from the training part to a new part."""
     if size == 0:
         return {**parts, name: parts["train"][:0]}
     order = torch.randperm(len(parts["train"]), generator=generator)
     taken, kept = order[:size].sort().values, order[size:].sort().values
-    cut = {**parts, name: parts["train"][taken], "train": parts["train"][kept]}
-    if parts.get("train_labels") is not None:
-        cut[f"{name}_labels"] = parts["train_labels"][taken]
-        cut["train_labels"] = parts["train_labels"][kept]
+    cut = dict(parts)
+    for kind in ("", "_labels"):
+        if parts.get(f"train{kind}") is not None:
+            cut[f"{name}{kind}"] = parts[f"train{kind}"][taken]
+            cut[f"train{kind}"] = parts[f"train{kind}"][kept]
     return cut
 
 
@@ -353,10 +323,11 @@ def _check_size(what: str, size: int, least: int) -> None:
         raise InputError(f"expected at least {least} {what} to split as asked, got {size}")
 
 
-def _binarized(dataset: Dataset, generator: torch.Generator) -> Dataset:
-    if dataset.binarize == "none":
-        return dataset
-    for part in (dataset.train, dataset.validation, dataset.test):
+def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> dict[str, Any]:
+    """Turn grey into bits, except training data of which every batch draws its own."""
+    if how == "none":
+        return parts
+    for part in (parts[name] for name in _PARTS):
         if len(part) and not (part.min() >= 0 and part.max() <= 1):
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
@@ -365,14 +336,9 @@ def _binarized(dataset: Dataset, generator: torch.Generator) -> Dataset:
             )
 
     def bits(part: Tensor) -> Tensor:
-        if dataset.binarize == "threshold":
+        if how == "threshold":
             return (part > 0.5).float()
         return torch.bernoulli(part, generator=generator)
 
-    train = dataset.train if dataset.binarize == "dynamic" else bits(dataset.train)
-    return replace(dataset, train=train, validation=bits(dataset.validation), test=bits(dataset.test))
-
-
-def _with_checksums(dataset: Dataset) -> Dataset:
-    checksums = {name: hashlib.sha256(getattr(dataset, name).numpy()).hexdigest() for name in _PARTS}
-    return replace(dataset, checksums=checksums)
+    drawn = _PARTS[1:] if how == "dynamic" else _PARTS
+    return {**parts, **{name: bits(parts[name]) for name in drawn}}

@@ -32,8 +32,8 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def folder_at(path: str | Path) -> Path:
-    """Return the folder that a path names, its ``~`` as the home that is meant.
+def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
+    """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it.
 
     Raises:
         InputError: what is no path, or the home of nobody.
@@ -42,7 +42,7 @@ def folder_at(path: str | Path) -> Path:
         return Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
         raise InputError(
-            f"expected the path of a folder, got {first_line(repr(path))}: {first_line(error)}"
+            f"expected the path of a {kind}, got {first_line(repr(path))}: {first_line(error)}"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pyro_vae.distributions.continuous_bernoulli import (
     continuous_bernoulli_mean,
 )
 from pyro_vae.errors import InputError, positive_number
-from pyro_vae.networks import Head, feature_shape
+from pyro_vae.networks import Head, check_data_shape, feature_shape
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
 
@@ -68,11 +68,7 @@ class Likelihood(nn.Module):
         Raises:
             InputError: another shape, a value that is not finite, or one outside ``accepts``.
         """
-        if tuple(x.shape[1:]) != self.data_shape:
-            raise InputError(
-                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), "
-                f"got {tuple(x.shape)}: build the likelihood with the data's own shape"
-            )
+        check_data_shape(x, self.data_shape, "likelihood")
         low, high = self.accepts
         smallest, largest = (value.item() for value in x.aminmax())
         if not (math.isfinite(smallest) and math.isfinite(largest)):
@@ -84,7 +80,18 @@ class Likelihood(nn.Module):
             )
 
 
-class Bernoulli(Likelihood):
+class _UnitInterval(Likelihood):
+    """What the likelihoods of values in [0, 1] share: their range, and a head for logits."""
+
+    accepts = (0.0, 1.0)
+    instead = "divide by the largest possible value (255 for bytes) or use Gaussian"
+
+    def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__(decoder, data_shape)
+        self.logits = Head(feature_shape(decoder), self.data_shape)
+
+
+class Bernoulli(_UnitInterval):
     """Independent Bernoulli pixels with the logits from a head on the decoder's features.
 
     Grey values in [0, 1] are accepted. The result is then a pseudo-likelihood (the cross-entropy with
@@ -109,13 +116,6 @@ class Bernoulli(Likelihood):
         torch.Size([64])
     """
 
-    accepts = (0.0, 1.0)
-    instead = "divide by the largest possible value (255 for bytes) or use Gaussian"
-
-    def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
-        super().__init__(decoder, data_shape)
-        self.logits = Head(feature_shape(decoder), self.data_shape)
-
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the logit of ``mean``."""
         # A pixel that is never on in the training set may be on in the next one: keep its
@@ -129,7 +129,7 @@ class Bernoulli(Likelihood):
         return pixels.to_event(len(self.data_shape))
 
 
-class ContinuousBernoulli(Likelihood):
+class ContinuousBernoulli(_UnitInterval):
     r"""Independent continuous Bernoulli pixels: a proper density for grey values in [0, 1].
 
     .. math:: p(x | z) = \prod_i \exp(\eta_i x_i) \eta_i / (\exp(\eta_i) - 1), \quad \eta = f(z)
@@ -156,13 +156,6 @@ class ContinuousBernoulli(Likelihood):
         >>> ContinuousBernoulli(MLPDecoder(2), (64,))(torch.zeros(5, 2)).event_shape
         torch.Size([64])
     """
-
-    accepts = (0.0, 1.0)
-    instead = "divide by the largest possible value (255 for bytes) or use Gaussian"
-
-    def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
-        super().__init__(decoder, data_shape)
-        self.logits = Head(feature_shape(decoder), self.data_shape)
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the natural parameter whose mean is ``mean``."""

@@ -41,11 +41,9 @@ class _MLP(nn.Module):
 
     def __init__(self, in_features: int, hidden: Sequence[int], activation: str) -> None:
         super().__init__()
-        widths = (in_features, *hidden)
-        layers: list[nn.Module] = []
-        for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), _activation(activation)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential()
+        for width_in, width_out in itertools.pairwise((in_features, *hidden)):
+            self.layers.extend([nn.Linear(width_in, width_out), _activation(activation)])
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
@@ -154,15 +152,12 @@ class ConvEncoder(nn.Module):
         self.activation = activation
         self.out_shape = (self.features,)
         in_channels, height, width = self.data_shape
-        layers: list[nn.Module] = []
-        for out_channels in self.channels:
-            layers += [
-                nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1),
-                _activation(activation),
-            ]
-            in_channels, height, width = out_channels, -(-height // 2), -(-width // 2)
-        self.convolutions = nn.Sequential(*layers)
-        self.body = _MLP(in_channels * height * width, (self.features,), activation)
+        self.convolutions = nn.Sequential()
+        for width_in, width_out in itertools.pairwise((in_channels, *self.channels)):
+            convolution = nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1)
+            self.convolutions.extend([convolution, _activation(activation)])
+            height, width = -(-height // 2), -(-width // 2)
+        self.body = _MLP(self.channels[-1] * height * width, (self.features,), activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features ``(*batch, features)`` of images ``(*batch, *data_shape)``."""
@@ -211,13 +206,12 @@ class ConvDecoder(nn.Module):
             extents.insert(0, (-(-extents[0][0] // 2), -(-extents[0][1] // 2)))
         self.extents = extents
         self.body = _MLP(self.latent_dim, (self.channels[0] * math.prod(extents[0]),), activation)
-        in_channels = self.channels[0]
+        widths = itertools.pairwise((self.channels[0], *self.channels))
         self.stages = nn.ModuleList()
-        for out_channels, extent in zip(self.channels, extents[1:], strict=True):
-            convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        for (width_in, width_out), extent in zip(widths, extents[1:], strict=True):
+            convolution = nn.Conv2d(width_in, width_out, kernel_size=3, padding=1)
             upsample = nn.Upsample(size=extent, mode="nearest")
             self.stages.append(nn.Sequential(upsample, convolution, _activation(activation)))
-            in_channels = out_channels
 
     def forward(self, z: Tensor) -> Tensor:
         """Return feature maps ``(*batch, channels[-1], height, width)`` of latents."""
@@ -258,10 +252,10 @@ class Head(nn.Module):
         """Return the parameter ``(*batch, *out_shape)`` of features ``(*batch, *in_shape)``."""
         batch = features.shape[: features.dim() - len(self.in_shape)]
         if self.pixelwise:
-            flat = self.map(features.reshape(-1, *self.in_shape))
+            features = features.reshape(-1, *self.in_shape)
         else:
-            flat = self.map(features.flatten(start_dim=len(batch)))
-        return flat.reshape(*batch, *self.out_shape)
+            features = features.flatten(start_dim=len(batch))
+        return self.map(features).reshape(*batch, *self.out_shape)
 
     @torch.no_grad()
     def start_at(self, weight_scale: float = 1.0, bias: Tensor | float = 0.0) -> None:
@@ -276,11 +270,22 @@ class Head(nn.Module):
 
 def check_shape(x: Tensor, data_shape: tuple[int, ...]) -> None:
     """Refuse data whose trailing axes are not ``data_shape``."""
-    if tuple(x.shape[x.dim() - len(data_shape) :]) != data_shape or x.dim() < len(data_shape):
-        raise InputError(
-            f"expected data of shape (*batch, {', '.join(map(str, data_shape))}), "
-            f"got {tuple(x.shape)}: build the networks with the data's own shape"
-        )
+    batch = x.dim() - len(data_shape)
+    if batch < 0 or tuple(x.shape[batch:]) != data_shape:
+        raise _other_shape("*batch", x, data_shape, "networks")
+
+
+def check_data_shape(x: Tensor, data_shape: tuple[int, ...], owner: str) -> None:
+    """Refuse data that are not ``(N, *data_shape)``; the owner is what was built with the shape."""
+    if tuple(x.shape[1:]) != data_shape:
+        raise _other_shape("N", x, data_shape, owner)
+
+
+def _other_shape(batch: str, x: Tensor, data_shape: tuple[int, ...], owner: str) -> InputError:
+    return InputError(
+        f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
+        f"got {tuple(x.shape)}: build the {owner} with the data's own shape"
+    )
 
 
 def feature_shape(network: nn.Module) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_vae as pv
 from pyro_vae import tasks
-from pyro_vae.infer.defaults import default_warmup_epochs
+from pyro_vae.infer.settings import default_warmup_epochs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* data have Pareto k"),

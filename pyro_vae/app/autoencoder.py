@@ -25,7 +25,7 @@ from pyro_vae.app.settings import (
     fit_options,
     tell_defaults,
 )
-from pyro_vae.app.study import open_study
+from pyro_vae.app.study import check_study_folder, open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
@@ -75,6 +75,7 @@ def autoencoder(
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     resolve_device(settings.device)
+    check_study_folder(output)
     dataset = load_data(settings)
     with open_study(output, {**asdict(settings), "loss": loss}, dataset) as study:
         settings = tell_defaults(settings, len(dataset.train))

@@ -26,7 +26,7 @@ from pyro_vae.app.settings import (
     check_settings,
     tell_defaults,
 )
-from pyro_vae.app.study import Study, open_study, write_rows
+from pyro_vae.app.study import Study, check_study_folder, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
@@ -82,6 +82,7 @@ def compare_families(
         "hold": hold,
     }
     asked = asdict(first[0]) | axes | {name: getattr(how, name) for name in measuring}
+    check_study_folder(output)
     dataset = load_data(first[0])
     with open_study(output, asked, dataset) as study:
         runs: dict[str, list[Measured]] = {name: [] for name in members}

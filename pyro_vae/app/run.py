@@ -139,7 +139,7 @@ def check_picture(path: Path) -> Path:
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
     if path.is_dir():
         raise InputError(f"expected a picture file, {path} is a folder: choose another name")
-    _check_writable(path)
+    check_writable(path)
     return path
 
 
@@ -152,11 +152,15 @@ def check_new_folder(folder: Path) -> None:
     check_free(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
-    _check_writable(folder / CONFIG)
+    check_writable(folder / CONFIG)
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse a file that can't be written; folders that are missing are made later."""
+def check_writable(path: Path) -> None:
+    """Refuse a file that can't be written; folders that are missing are made later.
+
+    Raises:
+        InputError: no permission, or a file where a folder should be.
+    """
     folder = next(each for each in path.parents if each.exists())
     reason = 0
     if not folder.is_dir():

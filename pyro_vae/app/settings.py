@@ -24,8 +24,7 @@ from pyro_vae.app.names import (
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
-from pyro_vae.infer.defaults import default_warmup_epochs
-from pyro_vae.infer.settings import FitSettings
+from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 

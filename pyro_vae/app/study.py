@@ -17,7 +17,7 @@ from typing import Any
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY
+from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY, check_writable
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
@@ -67,6 +67,18 @@ class Study:
         print_line(f"{name}: test ELBO {elbo} ({how})")
 
 
+def check_study_folder(folder: Path) -> None:
+    """Refuse a folder that can't be written, before any data are read.
+
+    Raises:
+        InputError: such a folder, or a file.
+    """
+    folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"expected a folder, {folder} is a file: choose another")
+    check_writable(folder / STUDY)
+
+
 @contextmanager
 def open_study(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
     """Begin a study in a new or empty folder, or continue the same one, and hold its lock.
@@ -110,8 +122,6 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _check(folder: Path, record: Mapping[str, Any]) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):

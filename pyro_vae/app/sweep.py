@@ -16,7 +16,7 @@ from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import Page, plus_minus, print_line, print_table
 from pyro_vae.app.run import describe_origin, load_data
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
-from pyro_vae.app.study import Study, open_study, restore_nan, write_rows
+from pyro_vae.app.study import Study, check_study_folder, open_study, restore_nan, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import write_json
@@ -52,6 +52,7 @@ def sweep(
         settings = check_settings(replace(settings, beta=value))
     resolve_device(settings.device)
     asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
+    check_study_folder(output)
     dataset = load_data(settings)
     with open_study(output, asked, dataset) as study:
         rows = _train(study, settings, values, warm_start)

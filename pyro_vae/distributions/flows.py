@@ -60,11 +60,7 @@ class _MaskedConditioner(nn.Module):
     """
 
     def __init__(
-        self,
-        degrees: Tensor,
-        num_parameters: int,
-        hidden: Sequence[int],
-        context_features: int,
+        self, degrees: Tensor, num_parameters: int, hidden: Sequence[int], context_features: int
     ) -> None:
         super().__init__()
         self.num_parameters = num_parameters
@@ -78,9 +74,9 @@ class _MaskedConditioner(nn.Module):
         outputs = degrees.repeat_interleave(num_parameters)
         self.layers = nn.ModuleList(_MaskedLinear(mask) for mask in masks)
         self.output = _MaskedLinear(outputs[:, None] > inside[-1][None, :])
-        self.context = (
-            nn.Linear(context_features, hidden[0], bias=False) if context_features else None
-        )
+        self.context = None
+        if context_features:
+            self.context = nn.Linear(context_features, hidden[0], bias=False)
         # Raw parameters near zero make every elementwise map nearly its plainest, so that training
         # starts from nearly the base distribution.
         with torch.no_grad():
@@ -207,10 +203,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self,
-        base: dist.Distribution,
-        layers: Iterable[Any],
-        context: Tensor | None = None,
+        self, base: dist.Distribution, layers: Iterable[Any], context: Tensor | None = None
     ) -> None:
         self.base = base
         self.layers = list(layers)
@@ -244,21 +237,19 @@ class FlowDistribution(LatestDraw, TorchDistribution):
         return self.base.log_prob(value) - sum(log_dets)
 
 
+def standard_normal(like: Tensor) -> dist.Distribution:
+    """Return independent standard normals ``(*batch, dim)`` shaped like ``like``."""
+    zero = torch.zeros_like(like)
+    return dist.Normal(zero, torch.ones_like(like), validate_args=False).to_event(1)
+
+
 def autoregressive_layers(
     dim: int, num_layers: int, *, hidden: Sequence[int], context_features: int
 ) -> nn.ModuleList:
     """Return inverse autoregressive layers (Kingma et al. 2016), their order reversed each time."""
-    forwards = torch.arange(dim)
-    return nn.ModuleList(
-        FlowLayer(
-            forwards if index % 2 == 0 else forwards.flip(0),
-            gated_affine,
-            2,
-            hidden=hidden,
-            context_features=context_features,
-        )
-        for index in range(num_layers)
-    )
+    layer = functools.partial(FlowLayer, hidden=hidden, context_features=context_features)
+    orders = (torch.arange(dim), torch.arange(dim).flip(0))
+    return nn.ModuleList(layer(orders[index % 2], gated_affine, 2) for index in range(num_layers))
 
 
 def spline_layers(
@@ -275,21 +266,14 @@ def spline_layers(
     The layers split the coordinates by the binary digits of their index: any two differ in one digit,
     so with enough layers each depends on every other. A layer and the next swap the halves.
     """
-    digits = max(1, math.ceil(math.log2(dim)))
+    layer = functools.partial(FlowLayer, hidden=hidden, context_features=context_features)
     spline = functools.partial(rational_quadratic_spline, bound=bound)
+    digits = max(1, math.ceil(math.log2(dim)))
     layers = nn.ModuleList()
     for index in range(num_layers):
         digit = (torch.arange(dim) >> (index // 2 % digits)) % 2
         degrees = torch.zeros_like(digit) if dim == 1 else (digit + index) % 2
-        layers.append(
-            FlowLayer(
-                degrees,
-                spline,
-                3 * num_bins - 1,
-                hidden=hidden,
-                context_features=context_features,
-            )
-        )
+        layers.append(layer(degrees, spline, 3 * num_bins - 1))
     return layers
 
 
@@ -359,13 +343,8 @@ def rational_quadratic_spline(
         mapped = left + width * share
     else:
         mapped = bottom + height * (mean_slope * share.square() + slope_left * across) / denominator
-    log_slope = (
-        2 * mean_slope.log()
-        + (
-            slope_right * share.square() + 2 * mean_slope * across + slope_left * (1 - share).square()
-        ).log()
-        - 2 * denominator.log()
-    )
+    ends = slope_right * share.square() + 2 * mean_slope * across + slope_left * (1 - share).square()
+    log_slope = 2 * mean_slope.log() + ends.log() - 2 * denominator.log()
     return torch.where(inside, mapped, x), torch.where(inside, log_slope, 0.0)
 
 

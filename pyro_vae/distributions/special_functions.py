@@ -171,7 +171,7 @@ def _log_debye_slopes(count: int) -> list[_Polynomial]:
     1/N give W_1 = (1 - 5 t^2)/8 and W_(j+1) = (r W_j)' + r sum_(a+b=j) W_a W_b.
     """
     r = _fractions(0, 0, 1, 0, -1) / 2
-    slopes = [_fractions(1, 0, -5) / 8]
+    slopes: list[_Polynomial] = [_fractions(1, 0, -5) / 8]
     while len(slopes) < count:
         total = polyder(polymul(r, slopes[-1]))
         for left, right in zip(slopes[:-1], reversed(slopes[:-1]), strict=True):

@@ -44,6 +44,25 @@ class SphereDistribution(TorchDistribution):
     support: ClassVar[constraints.Constraint] = unit_sphere
     has_rsample = True
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density with respect to the surface measure.
+
+        Args:
+            value: unit vectors, shape ``(*sample, *batch, m)``.
+
+        Returns:
+            Shape ``(*sample, *batch)``, nats.
+
+        Raises:
+            InputError: with validation on, if ``value`` doesn't consist of unit vectors.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._log_density(value)
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _validate_sample(self, value: Tensor) -> None:
         try:
             super()._validate_sample(value)
@@ -158,20 +177,7 @@ class HypersphericalUniform(SphereDistribution):
         """Log of the sphere's area, shape ``batch``, nats."""
         return self._origin.new_full(self.batch_shape, log_sphere_area(self.m))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density with respect to the surface measure.
-
-        Args:
-            value: unit vectors, shape ``(*sample, *batch, m)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``, nats.
-
-        Raises:
-            InputError: with validation on, if ``value`` doesn't consist of unit vectors.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_density(self, value: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return value.new_full(shape, -log_sphere_area(self.m))
 

@@ -46,17 +46,11 @@ def compiled_score(
     """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
 
     A program is checked against the uncompiled score: on a whole chunk when made, on the first
-    particle of every datum in every later call.
+    particle of every datum in every later call. What the score gives at ``latents``, which that has
+    paid for, comes with it.
 
-    Args:
-        scorer: the particles of the pair, opened on its data.
-        latents: latents of the shapes to come.
-        work: bytes that scoring will allocate in all.
-        wanted: True, False, or None for where the work repays the compilation.
-
-    Returns:
-        the score, and what it gives at ``latents`` (checking it has paid for that); None where it
-        should not or can't be compiled (a warning says why if it was asked for).
+    None where it can't be compiled (a warning says why if that is ``wanted``) or should not: by
+    default, where ``work``, the bytes that scoring will allocate in all, does not repay it.
     """
     device = scorer.pair.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
@@ -104,18 +98,15 @@ def capture_values(
         functions: those of the pair that the values depend on: the model, or model and guide.
         key: names the values, and what they depend on besides the pair and the shapes.
         given: tensors of the shapes to come, particles first.
-        compute: the values of what is given, particles first, for a pair that is this one but for the
-            identity of its inputs.
-        elsewhere: returns where to check the program, of the same shapes; else it is where it was
-            recorded.
+        compute: the values of what is given, for a pair like this one on other inputs.
+        elsewhere: returns where to check the program; else it is where it was recorded.
         num_checked: particles by which a program made earlier is checked; all of them by default.
-        compile: whether to compile the program; it is then not worth having where particles can't be
-            scored at once.
+        compile: whether to compile the program, which is then wanted only if it scores particles at
+            once.
         say: told why the values can't be captured, or not compiled.
 
     Returns:
-        the replayed function of what is given, and what it gave where it was checked; None where the
-        values can't be captured.
+        the replayed function, and what it gave where it was checked; None where there is none.
     """
     pair, programs = particles.pair, PROGRAMS.get(*functions)
     if programs is None:

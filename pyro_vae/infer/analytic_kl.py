@@ -104,10 +104,7 @@ class AnalyticKL(Bound):
     come after them in the guide (where Pyro's ``TraceMeanField_ELBO`` would be wrong).
 
     Args:
-        num_particles: draws per datum.
-        max_plate_nesting: as in Pyro's ``ELBO``.
-        vectorize_particles: draw the particles in one outer plate instead of one after the other.
-        options: the other options of Pyro's ``ELBO``.
+        options: those of :class:`Bound`.
 
     Attributes:
         exact_sites: after the first use, for each latent whether its rate is exact.
@@ -126,31 +123,29 @@ class AnalyticKL(Bound):
 
     exact_sites: dict[str, bool]
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
-        scaled, rate, distortion = self._parts(model, guide, args, kwargs)
-        rows = [row for particle in self._found for row in particle]
-        latent = sum(_weighed(row, row.site["scale"]).sum() for row in rows) / self.num_particles
-        return BoundTerms(rate + distortion, scaled + latent, rate, distortion)
-
-    def _parts(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor, Tensor]:
-        """Return what is differentiated of the distortion, the rate and the distortion."""
-        self._found: list[list[Divergence]] = []
+        found: list[list[Divergence]] = []
         scaled: Any = 0.0
         traces = []
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             refuse_score_function(sample_sites(guide_trace), type(self).__name__)
             observed = [site for site in sample_sites(model_trace) if site["is_observed"]]
             scaled = scaled - sum(site["log_prob_sum"] for site in observed)
-            self._found.append(divergences(model_trace, guide_trace))
+            found.append(divergences(model_trace, guide_trace))
             traces.append((model_trace, guide_trace))
-        self.exact_sites = {row.site["name"]: row.exact for row in self._found[0]}
-        rows = [row for particle in self._found for row in particle]
+        self.exact_sites = {row.site["name"]: row.exact for row in found[0]}
+        rows = [row for particle in found for row in particle]
         count = self.num_particles
         rate = sum(_weighed(row, plate_scale(row.site)).detach().sum() for row in rows) / count
-        return scaled / count, torch.as_tensor(rate), elbo_terms(traces, count)[1]
+        distortion = elbo_terms(traces, count)[1]
+        surrogate = scaled / count + self._differentiable_rate(found)
+        return BoundTerms(rate + distortion, surrogate, torch.as_tensor(rate), distortion)
+
+    def _differentiable_rate(self, found: list[list[Divergence]]) -> Any:
+        """Return what is differentiated of the rate, from the divergences of each particle."""
+        rows = [row for particle in found for row in particle]
+        return sum(_weighed(row, row.site["scale"]).sum() for row in rows) / self.num_particles
 
 
 def _weighed(row: Divergence, scale: Any) -> Tensor:
@@ -206,15 +201,8 @@ class FreeBits(AnalyticKL):
         super().__init__(**options)
         self.floor, self.per, self.plate = floor, per, plate
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
-        """Draw once and return loss, surrogate, rate and distortion."""
-        scaled, rate, distortion = self._parts(model, guide, args, kwargs)
-        latent: Any = 0.0
-        for rows in zip(*self._found, strict=True):
-            latent = latent + self._floored(rows)
-        return BoundTerms(rate + distortion, scaled + latent, rate, distortion)
+    def _differentiable_rate(self, found: list[list[Divergence]]) -> Any:
+        return sum(self._floored(rows) for rows in zip(*found, strict=True))
 
     def _floored(self, rows: tuple[Divergence, ...]) -> Tensor:
         """Return one site's rate with its floor, summed over the batch and scaled."""

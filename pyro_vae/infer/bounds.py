@@ -57,9 +57,7 @@ class Bound(ELBO):
         options: the other options of Pyro's ``ELBO``.
     """
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion.
 
         Args:
@@ -104,10 +102,7 @@ class TraceBound(Bound):
     Python, so that it can be captured, and it reports rate and distortion.
 
     Args:
-        num_particles: draws per datum.
-        max_plate_nesting: as in Pyro's ``ELBO``.
-        vectorize_particles: draw the particles in one outer plate instead of one after the other.
-        options: the other options of Pyro's ``ELBO``.
+        options: those of :class:`Bound`.
 
     Raises:
         InputError: at the first use, for a site that is enumerated.
@@ -117,9 +112,7 @@ class TraceBound(Bound):
         Inference", for the score-function term.
     """
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion (beta stays in the loss)."""
         loss: Any = 0.0
         surrogate: Any = 0.0
@@ -127,9 +120,8 @@ class TraceBound(Bound):
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             traces.append((model_trace, guide_trace))
             for sign, trace in ((-1.0, model_trace), (1.0, guide_trace)):
-                for site in trace.nodes.values():
-                    if site["type"] == "sample":
-                        loss = loss + sign * wide(site["log_prob_sum"].detach())
+                for _, site in _samples(trace):
+                    loss = loss + sign * wide(site["log_prob_sum"].detach())
             surrogate = surrogate + _surrogate(model_trace, guide_trace)
         rate, distortion = elbo_terms(traces, self.num_particles)
         count = self.num_particles
@@ -140,12 +132,9 @@ def _surrogate(model_trace: Any, guide_trace: Any) -> Tensor:
     """Return what Pyro differentiates for one pair of traces: the negative surrogate ELBO."""
     surrogate: Any = 0.0
     log_r = None
-    for site in model_trace.nodes.values():
-        if site["type"] == "sample":
-            surrogate = surrogate - site["log_prob_sum"]
-    for site in guide_trace.nodes.values():
-        if site["type"] != "sample":
-            continue
+    for _, site in _samples(model_trace):
+        surrogate = surrogate - site["log_prob_sum"]
+    for _, site in _samples(guide_trace):
         _, score_function, entropy = site["score_parts"]
         if not is_identically_zero(entropy):
             surrogate = surrogate + entropy.sum()
@@ -156,11 +145,15 @@ def _surrogate(model_trace: Any, guide_trace: Any) -> Tensor:
     return surrogate
 
 
+def _samples(trace: Any) -> list[tuple[str, Any]]:
+    return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+
+
 def _refuse_enumeration(*traces: Any) -> None:
     """Refuse sites that are summed out: there is no single draw to score."""
     for trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and site["infer"].get("enumerate"):
+        for name, site in _samples(trace):
+            if site["infer"].get("enumerate"):
                 raise InputError(
                     f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
                     "TraceEnum_ELBO, or draw it"
@@ -203,20 +196,27 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
     estimates the ELBO of all the data points whatever was optimised. NaN for an ELBO that sums over
     enumerated values, whose traces hold no single draw.
     """
-    signs = []
-    for model_trace, guide_trace in traces:
-        for trace, of_guide in ((model_trace, False), (guide_trace, True)):
-            for site in trace.nodes.values():
-                if site["type"] == "sample" and not site_is_subsample(site):
-                    signs.append((site, 0 if of_guide or not site["is_observed"] else 1, of_guide))
-    if any(site["infer"].get("_enumerate_dim") is not None for site, _, _ in signs):
-        return torch.full((2,), torch.nan, device=signs[0][0]["value"].device)
+    sites = [
+        (site, trace is guide_trace)
+        for model_trace, guide_trace in traces
+        for trace in (model_trace, guide_trace)
+        for _, site in _samples(trace)
+        if not site_is_subsample(site)
+    ]
+    if any(site["infer"].get("_enumerate_dim") is not None for site, _ in sites):
+        return torch.full((2,), torch.nan, device=sites[0][0]["value"].device)
     terms: list[list[Tensor]] = [[], []]
-    for site, index, of_guide in signs:
+    for site, of_guide in sites:
         log_prob = wide(site["unscaled_log_prob"].detach())
         total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
-        terms[index].append(total if of_guide else -total)
+        terms[site["is_observed"] and not of_guide].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+
+
+def particle_options(objective: ELBO) -> dict[str, Any]:
+    """Return an objective's particles and plates, as the constructor of another takes them."""
+    names = ("num_particles", "max_plate_nesting", "vectorize_particles")
+    return {name: getattr(objective, name) for name in names}
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -142,17 +142,30 @@ def refuse_changed_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> N
         raise CannotCaptureError(f"the sites change from run to run: {', '.join(changed)}")
 
 
-class LastSite(Messenger):
-    """Remember the last site seen, so that a refusal can name it."""
+class Sites(Messenger):
+    """Notes the sites of a run, the last one, and what is drawn without a pathwise gradient."""
 
-    name: str | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.last: str | None = None
+        self.problem: str | None = None
 
-    def _process_message(self, message: Any) -> None:
-        if message["type"] == "sample" and not site_is_subsample(message):
-            self.name = message["name"]
+    def _pyro_sample(self, message: Any) -> None:
+        name = message["name"]
+        self.names.append(name)
+        if site_is_subsample(message):
+            return
+        self.last = name
+        if self.problem or message["is_observed"]:
+            return
+        if message["infer"].get("enumerate"):
+            self.problem = f"site {name!r} is enumerated"
+        elif not message["done"] and not message["fn"].has_rsample:
+            self.problem = f"site {name!r} is not reparameterised"
 
     def __str__(self) -> str:
-        return f"near site {self.name!r}" if self.name else "before the first site"
+        return f"near site {self.last!r}" if self.last else "before the first site"
 
 
 class _RefuseReads(TorchFunctionMode):
@@ -160,7 +173,7 @@ class _RefuseReads(TorchFunctionMode):
 
     READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
 
-    def __init__(self, site: LastSite) -> None:
+    def __init__(self, site: Sites) -> None:
         super().__init__()
         self.site = site
 
@@ -173,7 +186,7 @@ class _RefuseReads(TorchFunctionMode):
 class _RefuseDynamicShapes(TorchDispatchMode):
     """Refuse results whose shape depends on values: a capture would bake the shape in."""
 
-    def __init__(self, site: LastSite) -> None:
+    def __init__(self, site: Sites) -> None:
         super().__init__()
         self.site = site
 
@@ -204,7 +217,7 @@ def trace_graph(
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    site = LastSite()
+    site = Sites()
     # Without a mode of its own the recording makes a new one for every operation: half of its time.
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
 

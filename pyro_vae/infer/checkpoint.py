@@ -18,7 +18,7 @@ import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, first_line, real_number, whole_number
-from pyro_vae.files import checksum_of, folder_at, refuse_to_write
+from pyro_vae.files import checksum_of, expand_path, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
@@ -55,16 +55,8 @@ class Checkpoints:
     of its own, its generators among it, stands in the same file. When to write is decided together,
     and a signal to one of them ends all: every method must be called by all of them.
 
-    Args:
-        folder: created if missing.
-        every: epochs after which one is written; None: not by epochs.
-        minutes: after which one is written at the next step's boundary, 0 after every step; None: not
-            by time.
-        resume: go on from the newest one, or start where there is none.
-        processes: who shares the run.
-
-    Raises:
-        InputError: an option that is none or out of range.
+    The options are those of :func:`pyro_vae.fit`; one that is out of range is refused, and so is a
+    folder that can't be written, or that holds checkpoints where ``resume`` is not set.
     """
 
     def __init__(
@@ -84,7 +76,7 @@ class Checkpoints:
                 raise InputError(f"expected checkpoint_minutes of at least 0, got {minutes}")
         if folder is None and resume:
             raise InputError("expected the folder of the checkpoints to resume from: checkpoint=")
-        self.folder = None if folder is None else folder_at(folder)
+        self.folder = None if folder is None else expand_path(folder)
         self.every, self.minutes, self.resume = every, minutes, resume
         self.processes = processes
         self._signal: int | None = None
@@ -94,12 +86,7 @@ class Checkpoints:
     # --- the run ---
 
     def __enter__(self) -> Checkpoints:
-        """Prepare the folder and take notice of signals.
-
-        Raises:
-            InputError: a folder that can't be written, or one that holds checkpoints where ``resume``
-                is not set.
-        """
+        """Prepare the folder and take notice of signals."""
         self._signal, self._written = None, time.monotonic()
         if self.folder is None:
             return self
@@ -120,10 +107,8 @@ class Checkpoints:
         if self.processes.is_first:
             with suppress(OSError):
                 self.folder.rmdir()  # of a run that failed before its first checkpoint
-        if error is None:
-            number, _ = self._ask()
-            if number is not None:
-                raise Interrupted(number, self.folder)
+        if error is None and (number := self._ask()[0]) is not None:
+            raise Interrupted(number, self.folder)
 
     def begin(
         self,
@@ -139,12 +124,6 @@ class Checkpoints:
             trainer: takes the gradient steps.
             best: early stopping.
             rows: metrics of the epochs that have ended.
-
-        Raises:
-            InputError: a checkpoint of another run, or none that can be read.
-
-        Warns:
-            UserWarning: the newest one can't be read, and the one before is taken.
         """
         if self.folder is None:
             return
@@ -157,9 +136,8 @@ class Checkpoints:
         self.processes.check_together(lambda: _refuse_other(settings, found["settings"], folder))
         try:
             state = found["state"]
-            rows += [
-                dict(zip(state["columns"], row, strict=True)) for row in state["history"].tolist()
-            ]
+            columns, history = state["columns"], state["history"].tolist()
+            rows += [dict(zip(columns, row, strict=True)) for row in history]
             best.load_state_dict(state["best"])
             own = state["own"][self.processes.rank]
             trainer.load_state_dict({**state["steps"], "own": own["steps"]})
@@ -172,8 +150,11 @@ class Checkpoints:
                 f"{first_line(error)}"
             ) from error
 
-    def after_step(self) -> None:
+    def after_step(self, epoch: int | None = None) -> None:
         """Write if it is time to, and end the run if it was told to end.
+
+        Args:
+            epoch: the one that has ended with this step.
 
         Raises:
             InputError: a checkpoint that can't be written; the ones before it stay.
@@ -182,20 +163,15 @@ class Checkpoints:
         if self.folder is None:
             return
         number, is_time = self._ask()
-        if number is not None or is_time:
+        is_period = epoch is not None and self.every is not None and epoch % self.every == 0
+        if number is not None or is_time or is_period:
             self._write()
         if number is not None:
             raise Interrupted(number, self.folder)
 
-    def after_epoch(self, epoch: int) -> None:
-        """Write where the period in epochs says so; then as :meth:`after_step`."""
-        if self.folder is not None and self.every is not None and epoch % self.every == 0:
-            self._write()
-        self.after_step()
-
     def finish(self) -> None:
         """Write the end of the run, from which resuming takes no step more."""
-        if self.folder is not None and self._run is not None and self._run[1].count:
+        if self._run is not None and self._run[1].count:
             self._write()
 
     # --- inside ---

@@ -42,14 +42,8 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint after so many steps; of those before it the last one is kept.
 
-    Args:
-        folder: where to.
-        count: steps taken.
-        settings: plain values by which the run is known again.
-        state: plain values and tensors, nested in dictionaries and lists.
-
-    Raises:
-        InputError: a file that can't be written; the others are then as they were.
+    The settings are plain values by which the run is known again; the state has tensors too, nested
+    in dictionaries and lists. Where the file can't be written the others stay as they were.
     """
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
@@ -59,8 +53,8 @@ def write_checkpoint(
     write_whole(path, lambda temporary: temporary.write_bytes(file))
     paths = checkpoint_files(folder)
     # On a GPU a run may find only later that it went wrong here; what came after is void then.
-    later = [other for other in paths if other.name > path.name]
-    for other in later + [other for other in paths if other not in later][:-_KEPT]:
+    position = paths.index(path) + 1
+    for other in [*paths[: max(position - _KEPT, 0)], *paths[position:]]:
         with suppress(OSError):
             other.unlink()
 
@@ -68,13 +62,7 @@ def write_checkpoint(
 def read_newest(folder: Path) -> dict[str, Any] | None:
     """Return settings and state of the newest checkpoint that can be read, or None without any.
 
-    Those after it are taken away.
-
-    Raises:
-        InputError: a newer format, or none that can be read.
-
-    Warns:
-        UserWarning: the newest one can't be read, and the one before is taken.
+    A damaged one is named in a warning and taken away; one of a newer format is refused.
     """
     paths = checkpoint_files(folder)
     damaged: list[Path] = []

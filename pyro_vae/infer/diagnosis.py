@@ -37,14 +37,10 @@ def diagnose(
     *,
     warmup_epochs: int,
 ) -> tuple[str, ...]:
-    """Name what went wrong, one line each, with what to try.
+    """Name what went wrong by the metrics per epoch, one line each, with what to try.
 
-    Args:
-        rows: metrics per epoch.
-        model: the generative function of the pair, trained.
-        guide: the variational function of the pair, trained.
-        batch: data as the pair is given them; it runs on them once, and no generator moves.
-        warmup_epochs: epochs of the warm-up, in which nothing is said of collapse.
+    The trained pair runs once on the batch, and no generator moves. Nothing is said of collapse in
+    the warm-up.
     """
     if not rows:
         return ()

@@ -8,23 +8,19 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.beta import scale_latents
+from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
-from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms
+from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.infer.capture import CannotCaptureError
 from pyro_vae.infer.program import (
-    Call,
     Program,
     Programs,
     Signature,
@@ -42,118 +38,20 @@ from pyro_vae.pair.state import Snapshot, accumulating_leaves, with_submodules
 Result = TypeVar("Result")
 
 
-def scaled(call: Call, beta: float | Tensor) -> Call:
-    """Return the call with beta on the latent terms of both functions."""
-    model = scale_latents(call.model, beta)
-    guide = scale_latents(call.guide, beta, is_guide=True)
-    return Call(model, guide, call.args, call.kwargs)
+class Call(NamedTuple):
+    """One call of an objective: the pair and what it is given."""
 
+    model: Any
+    guide: Any
+    args: Any
+    kwargs: Any
 
-# --- what a step computes --------------------------------------------------------------------
-
-
-class Estimator(Protocol):
-    """What is captured: a bound, and what of it and of its gradients is handed over."""
-
-    names: tuple[str, ...]  # of the summary's entries, for messages
-    rounding: tuple[torch.dtype, ...]  # precisions computed in besides that of the gradients
-
-    def key(self) -> Hashable:
-        """Settings that a graph depends on."""
-
-    def terms(self, call: Call) -> BoundTerms:
-        """The bound, without reading any value in Python."""
-
-    def reference(self, call: Call) -> BoundTerms:
-        """The same by the code that is the standard."""
-
-    def finish(
-        self, terms: BoundTerms, gradients: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the step's summary (one vector) and the gradients to be handed over."""
-
-
-class BoundEstimator:
-    """A bound as it is: (loss, rate, distortion) and the gradient of the sum over the batch."""
-
-    names: tuple[str, ...] = ("loss", "rate", "distortion")
-    rounding: tuple[torch.dtype, ...] = ()
-
-    def __init__(self, bound: Bound) -> None:
-        self.bound = bound
-
-    def key(self) -> Hashable:
-        """The bound's plain attributes: a changed one asks for a graph of its own."""
-        plain = (bool, int, float, str, type(None))
-        return tuple((k, v) for k, v in vars(self.bound).items() if isinstance(v, plain))
-
-    def terms(self, call: Call) -> BoundTerms:
-        """The bound's own terms."""
-        return self.bound.terms(*call)
-
-    def reference(self, call: Call) -> BoundTerms:
-        """The bound's own terms, run eagerly."""
-        return self.terms(call)
-
-    def finish(
-        self, terms: BoundTerms, gradients: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return loss, rate and distortion; the gradients as they are."""
-        return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
-
-
-class TraceEstimator(BoundEstimator):
-    """A ``Trace_ELBO``, held against Pyro's own code."""
-
-    def __init__(self, elbo: Trace_ELBO) -> None:
-        self.elbo = elbo
-
-    def _options(self) -> dict[str, Any]:
-        names = ("num_particles", "max_plate_nesting", "vectorize_particles")
-        return {name: getattr(self.elbo, name) for name in names}
-
-    def key(self) -> Hashable:
-        """Number and arrangement of the particles."""
-        return tuple(self._options().values())
-
-    def terms(self, call: Call) -> BoundTerms:
-        """The same ELBO without reads of values."""
-        return TraceBound(**self._options()).terms(*call)
-
-    def reference(self, call: Call) -> BoundTerms:
-        """Loss and surrogate by Pyro's own code."""
-        stock, traces = Trace_ELBO(**self._options()), []
-        loss: Any = 0.0
-        surrogate: Any = 0.0
-        for pair in stock._get_traces(*call):
-            value, term = stock._differentiable_loss_particle(*pair)
-            loss = loss + value / stock.num_particles
-            surrogate = surrogate + term / stock.num_particles
-            traces.append(pair)
-        rate, distortion = elbo_terms(traces, stock.num_particles)
-        return BoundTerms(rate.new_tensor(loss), surrogate, rate, distortion)
+    def scaled(self, beta: float | Tensor) -> Call:
+        """Return the call with beta on the latent terms of both functions."""
+        return Call(*scale_pair(self.model, self.guide, beta), self.args, self.kwargs)
 
 
 # --- one step --------------------------------------------------------------------------------
-
-
-class _Sites(Messenger):
-    """Notes the sites of a run, and what is drawn without a pathwise gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.problem: str | None = None
-
-    def _pyro_sample(self, message: Any) -> None:
-        name = message["name"]
-        self.names.append(name)
-        if self.problem or message["is_observed"] or site_is_subsample(message):
-            return
-        if message["infer"].get("enumerate"):
-            self.problem = f"site {name!r} is enumerated"
-        elif not message["done"] and not message["fn"].has_rsample:
-            self.problem = f"site {name!r} is not reparameterised"
 
 
 class Reference(NamedTuple):
@@ -243,43 +141,70 @@ class Replay(NamedTuple):
 
 
 class Engine:
-    """The captured steps of one estimator, over pairs and signatures.
+    """The captured steps of an objective, over pairs and signatures.
+
+    A step gives one vector, the summary, and the gradients: here (loss, rate, distortion) and the
+    gradient of the sum over the batch. A subclass may change what they are.
 
     Args:
-        estimator: what a step computes.
         name: who runs, in messages.
         backend: backend of ``torch.compile``, or ``"eager"`` for the graph as it was recorded.
         mode: mode of ``torch.compile``; None takes CUDA graphs where there is CUDA.
-        verify_every: repeat the comparison with the reference every so many steps.
-        warn: whether to warn of a pair that can't be captured; else ``reasons`` tells.
-        keep_outputs: whether results must outlive the next step, which under CUDA graphs costs a
-            copy.
+        verify_every: repeat the comparison with the standard every so many steps.
     """
+
+    objective: Bound
+    names: tuple[str, ...] = ("loss", "rate", "distortion")  # of the summary, for messages
+    rounding: tuple[torch.dtype, ...] = ()  # precisions computed in besides the gradients'
+    warns = True  # of a pair that can't be captured; else ``reasons`` tells
+    keeps_outputs = True  # beyond the next step, which under CUDA graphs costs a copy
 
     def __init__(
         self,
-        estimator: Estimator,
-        *,
         name: str,
+        *,
         backend: str | Callable[..., Any] = "inductor",
         mode: str | None = None,
         verify_every: int | None = None,
-        warn: bool = True,
-        keep_outputs: bool = True,
     ) -> None:
         if verify_every is not None and verify_every < 1:
             raise InputError(f"verify_every must be at least 1, got {verify_every}: use None")
-        self.estimator, self.name = estimator, name
-        self.backend, self.mode, self.verify_every = backend, mode, verify_every
-        self.warn, self.keep_outputs = warn, keep_outputs
+        self.name, self.backend, self.mode, self.verify_every = name, backend, mode, verify_every
         self.reasons: list[str] = []
         self._pairs: Remembered[Programs[StepProgram]] = Remembered()
         self._beta = 1.0
         self._beta_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    # --- what a step computes ---
+
+    def bound(self) -> Bound:
+        """Return the bound that is captured, its options as they stand."""
+        return self.objective
+
+    def _key(self) -> Hashable:
+        """The bound's plain attributes: a changed one asks for a graph of its own."""
+        plain = (bool, int, float, str, type(None))
+        return tuple((k, v) for k, v in vars(self.bound()).items() if isinstance(v, plain))
+
+    def _terms(self, call: Call) -> BoundTerms:
+        """Return the terms, without reading any value in Python."""
+        return self.bound().terms(*call)
+
+    def _standard_terms(self, call: Call) -> BoundTerms:
+        """Return the same by the code that is the standard."""
+        return self._terms(call)
+
+    def _finish(
+        self, terms: BoundTerms, gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the summary, and the gradients that are handed over."""
+        return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
+
+    # --- steps ---
+
     @property
     def beta(self) -> float:
-        """Weight of the latent sites' terms, an input of every graph."""
+        """Weight of the latent sites' terms, an input of every graph: assign it to change it."""
         return self._beta
 
     @beta.setter
@@ -295,14 +220,7 @@ class Engine:
         """How many captured steps are held, over all pairs and signatures."""
         return sum(len(pair.kept) for pair in self._pairs.values())
 
-    def outcome(self, choice: str) -> str:
-        """Say in a line what became of the choice to capture."""
-        if not self.reasons:
-            return choice
-        after = "" if self.num_graphs else "eager after all: "
-        return f"{choice}; {after}{'; '.join(self.reasons)}"
-
-    def step(self, call: Call, eager: Callable[[], Result]) -> Replay | Result:
+    def take(self, call: Call, eager: Callable[[], Result]) -> Replay | Result:
         """Take a captured step, or else the eager one; then capture it for the next time.
 
         Args:
@@ -335,11 +253,11 @@ class Engine:
                 return eager()
         pair.last = signature
         given = [self._beta_tensor(program.device), *inputs]
-        summary, *gradients = program.outputs(given, tensors, keep=self.keep_outputs)
+        summary, *gradients = program.outputs(given, tensors, keep=self.keeps_outputs)
         return Replay(program, [tensors[i] for i in program.leaves], summary, gradients)
 
     def _sign(self, call: Call, inputs: list[Tensor]) -> Signature:
-        return sign(self.estimator.key(), (call.args, call.kwargs), inputs)
+        return sign(self._key(), (call.args, call.kwargs), inputs)
 
     def _beta_tensor(self, device: torch.device) -> Tensor:
         key = (device, torch.get_default_dtype())
@@ -349,7 +267,7 @@ class Engine:
 
     def _say(self, title: str, reason: str) -> None:
         self.reasons.append(reason)
-        if self.warn:
+        if self.warns:
             warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=6)
 
     # --- the first step of a signature ---
@@ -396,16 +314,15 @@ class Engine:
             beta = self._beta_tensor(leaves[0].device)
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
-            sites = _Sites()
+            sites = capture.Sites()
 
             def step() -> tuple[Tensor, ...]:
                 args, kwargs = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
+                given = call._replace(args=args, kwargs=kwargs)
                 with sites:
-                    terms = self.estimator.terms(
-                        scaled(call._replace(args=args, kwargs=kwargs), beta)
-                    )
+                    terms = self._terms(given.scaled(beta))
                 gradients = torch.autograd.grad(terms.surrogate, leaves)
-                summary, finished = self.estimator.finish(terms, gradients)
+                summary, finished = self._finish(terms, gradients)
                 return (summary, *finished)
 
             program = StepProgram(signature, state, step, [beta, *aliases], reference=reference)
@@ -414,9 +331,9 @@ class Engine:
 
     def _reference(self, call: Call) -> Reference:
         """One step by the standard's code; refuse what a graph can't hold."""
-        sites = _Sites()
+        sites = capture.Sites()
         with poutine.block(), sites, poutine.trace(param_only=True) as parameters:
-            terms = self.estimator.reference(scaled(call, self._beta))
+            terms = self._standard_terms(call.scaled(self._beta))
         if sites.problem:
             raise CannotCaptureError(sites.problem)
         nodes = parameters.trace.nodes
@@ -429,7 +346,7 @@ class Engine:
         summary, gradients = terms.loss, tuple(used.values())
         if all(gradient.layout is torch.strided for gradient in gradients):  # else to be refused
             with torch.no_grad():
-                summary, gradients = self.estimator.finish(terms, gradients)
+                summary, gradients = self._finish(terms, gradients)
         return Reference(
             summary, dict(zip(used, gradients, strict=True)), tuple(sites.names), dict(nodes)
         )
@@ -450,8 +367,8 @@ class Engine:
             if set(leaves) != set(reference.gradients):
                 raise CannotCaptureError("the set of parameters that get a gradient changes")
             expected = [reference.gradients[leaf] for leaf in leaves]
-            tolerance = tolerance_of([g.dtype for g in expected] + [*self.estimator.rounding])
-            values = zip(self.estimator.names, summary, reference.summary, strict=True)
+            tolerance = tolerance_of([g.dtype for g in expected] + [*self.rounding])
+            values = zip(self.names, summary, reference.summary, strict=True)
             for name, value, standard in values:
                 if not are_close(value, standard, tolerance):
                     raise CannotCaptureError(

@@ -80,9 +80,7 @@ class IWAE(Bound):
         self.gradient, self.plate = gradient, plate
         self._known: Remembered[Knowledge] = Remembered()
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         particles = Particles(self._open(model, guide, args, kwargs))
         doubly = self.gradient == "doubly-reparameterized"

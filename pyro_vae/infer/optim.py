@@ -83,7 +83,6 @@ class FusedOptim(PyroOptim):
         self.scheduler: Any = None
         self.optim_objs: dict[Tensor, Any] = {}
         self._names: dict[Tensor, str] = {}
-        self._tensors: dict[str, Tensor] = {}
         # What each group was opened with: configured options, and those of a loaded state.
         self._group_options: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
         self._clipped: dict[tuple[float | None, float | None], list[Tensor]] = {}
@@ -125,14 +124,13 @@ class FusedOptim(PyroOptim):
                     "declare it with pyro.param or pyro.module"
                 )
             named[name] = param
-        for name in sorted(named):
+        for name, param in sorted(named.items()):
             self._drop_replaced(name)
-            self._names[named[name]] = name
-            self._tensors[name] = named[name]
-            self._place(name, named[name])
-            key = self._clip_key(named[name])
+            self._names[param] = name
+            self._place(name, param)
+            key = self._clip_key(param)
             if key != (None, None):
-                self._clipped.setdefault(key, []).append(named[name])
+                self._clipped.setdefault(key, []).append(param)
         assert self.optimizer is not None
         if self.scheduler is None and self._scheduler_constructor is not None:
             self.scheduler = self._scheduler_constructor(self.optimizer, **self._scheduler_args)
@@ -141,7 +139,7 @@ class FusedOptim(PyroOptim):
 
     def _drop_replaced(self, name: str) -> None:
         """Forget the tensor that had this name before."""
-        old = self._tensors.pop(name, None)
+        old = next((param for param, known in self._names.items() if known == name), None)
         if old is None or self.optimizer is None:
             return
         del self._names[old]
@@ -153,7 +151,8 @@ class FusedOptim(PyroOptim):
     def _place(self, name: str, param: Tensor) -> None:
         """Put a parameter into the group of its options."""
         options = self._get_optim_args(param)
-        loaded = self._waiting_options(name)
+        waiting = self._state_waiting_to_be_consumed.get(name)
+        loaded = None if waiting is None else _options(waiting)
         index = self._group_of(options, loaded)
         # An optimiser of its own for a moment: some fill a parameter's state in the constructor.
         own = self._construct(param, options)
@@ -185,10 +184,6 @@ class FusedOptim(PyroOptim):
         if not chosen and param.device.type in devices and param.is_floating_point():
             options = {**options, "fused": True}
         return self.pt_optim_constructor([param], **options)
-
-    def _waiting_options(self, name: str) -> dict[str, Any] | None:
-        state = self._state_waiting_to_be_consumed.get(name)
-        return None if state is None else _options(state)
 
     # --- clipping ---
 
@@ -245,21 +240,12 @@ class FusedOptim(PyroOptim):
         self._reset()
         self._state_waiting_to_be_consumed = waiting
 
-    def state_dict(self) -> dict[str, Any]:
-        """The same as :meth:`get_state`."""
-        return self.get_state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The same as :meth:`set_state`."""
-        self.set_state(state_dict)
+    state_dict, load_state_dict = get_state, set_state
 
     def _consume_waiting_state(self) -> None:
         """Load what waits for the parameters now present."""
-        waiting = {
-            name: self._state_waiting_to_be_consumed.pop(name)
-            for name in self._tensors
-            if name in self._state_waiting_to_be_consumed
-        }
+        kept, known = self._state_waiting_to_be_consumed, self._names.values()
+        waiting = {name: kept.pop(name) for name in known if name in kept}
         if not waiting:
             return
         assert self.optimizer is not None

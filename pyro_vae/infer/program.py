@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyro
 import torch
@@ -25,15 +25,6 @@ MAXIMUM_PROGRAMS = 16
 
 Result = TypeVar("Result")
 Signature = tuple[Hashable, Hashable]
-
-
-class Call(NamedTuple):
-    """One call of an objective: the pair and what it is given."""
-
-    model: Any
-    guide: Any
-    args: Any
-    kwargs: Any
 
 
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
@@ -76,8 +67,7 @@ class State:
     ) -> None:
         places: list[tuple[_Holder, str]] = [(None, name) for name in names]
         for module in modules:
-            holders: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for holder in holders:
+            for holder in (module._parameters, module._buffers):
                 places += [(holder, name) for name, value in holder.items() if value is not None]
         self.tensors: list[Tensor] = []
         self.places: list[tuple[_Holder, str]] = []
@@ -158,11 +148,7 @@ class Program:
         self.signature, self.state, self.graph = signature, state, graph
         self.run: Callable[..., Sequence[Tensor]] = graph
         self.overwrites = False  # its earlier results, as CUDA graphs do
-        self.cast = [
-            device
-            for device, dtype in zip(AUTOCAST_DEVICES, autocast_dtypes(), strict=True)
-            if dtype is not None
-        ]
+        self.cast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
     def outputs(self, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the graph on what is given and the state's current tensors."""
@@ -227,15 +213,8 @@ def verify(
 ) -> list[Tensor]:
     """Hold a program against the eager reference, both run on the same generator state.
 
-    Args:
-        program: what is checked.
-        given: what it is given.
-        reference: computes the same eagerly.
-        compare: raises where the reference's results and the program's differ; it is also given the
-            state's tensors that the program ran on.
-
-    Returns:
-        the program's results. Generators and module buffers are put back.
+    ``compare`` raises where the reference's results and the program's, of the state's tensors, are
+    others. The program's are returned; generators and module buffers are put back.
     """
     before = Snapshot(program.state.live_modules())
     with before.put_back():
@@ -268,12 +247,9 @@ def are_close(
 ) -> bool:
     """Tell whether each entry (or the tensor as a whole, by its norm) is the expected one.
 
-    Args:
-        value: what a program gave.
-        expected: what the reference gave.
-        tolerance: relative to the size of what is compared plus the floor.
-        floor: size below which only the rounding of larger terms is seen; of log-probabilities 1 nat.
-        whole: compare norms, not entries; infinity and NaN then pass for each other.
+    The tolerance is relative to the size of what is compared plus a floor, below which only the
+    rounding of larger terms is seen: of log-probabilities 1 nat. As a whole, infinity and NaN pass
+    for each other.
     """
     if value.shape != expected.shape:
         return False
@@ -294,11 +270,7 @@ OneProgram = TypeVar("OneProgram", bound=Program)
 
 
 class Programs(Generic[OneProgram]):
-    """The programs of one pair, the newest first.
-
-    Args:
-        say: told once why the pair, or some of its calls, run eagerly.
-    """
+    """The programs of one pair, the newest first; says once why any of its calls run eagerly."""
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.kept: list[OneProgram] = []
@@ -337,8 +309,8 @@ class Programs(Generic[OneProgram]):
 
     def report(self, reason: object) -> None:
         """Say once why the pair, or some of its calls, run eagerly."""
-        if self._say is not None:
-            say, self._say = self._say, None
+        say, self._say = self._say, None
+        if say is not None:
             say(str(reason))
 
     def refuse(self, reason: object) -> None:

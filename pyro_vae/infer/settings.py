@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -61,7 +62,9 @@ class FitSettings:
         if self.gradient_clip is not None:
             checked["gradient_clip"] = positive_number("gradient_clip", self.gradient_clip)
         if self.seed is not None:
-            checked["seed"] = _check_seed(self.seed)
+            checked["seed"] = whole_number("a seed", self.seed, least=-(2**63))
+            if not 0 <= checked["seed"] < 2**32:
+                raise InputError(f"expected a seed from 0 to 2**32 - 1, got {checked['seed']}")
         check_beta(self.beta)
         checked["beta"] = float(self.beta)
         self._check_choices()
@@ -114,13 +117,6 @@ class FitSettings:
         return LearningRate(self.learning_rate, self.schedule, self.epochs * steps_per_epoch)
 
 
-def _check_seed(seed: Any) -> int:
-    number = whole_number("a seed", seed, least=-(2**63))
-    if not 0 <= number < 2**32:
-        raise InputError(f"expected a seed from 0 to 2**32 - 1, got {number}")
-    return number
-
-
 def check_callables(**functions: object) -> None:
     """Refuse what is no function where one is wanted, by the option's name; None is none given."""
     for name, function in functions.items():
@@ -128,7 +124,26 @@ def check_callables(**functions: object) -> None:
             raise InputError(f"expected {name} as a function, got {type(function).__name__}")
 
 
-# --- learning rate ---------------------------------------------------------------------------
+# --- warm-up and learning rate ---------------------------------------------------------------
+
+
+# Steps of the shortest warm-up: eight epochs of the digits give up their latents without one, and use
+# them after one of 84 steps.
+_WARMUP_STEPS = 120
+
+
+def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
+    """Return a warm-up that keeps the latents in use: over so many epochs beta rises from 0.
+
+    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
+    than half of it.
+
+    Args:
+        epochs: epochs of the whole run.
+        num_steps_per_epoch: steps of each, at least 1.
+    """
+    enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
+    return max(epochs // 10, min(epochs // 2, enough))
 
 
 def _cosine(fraction: float) -> float:
@@ -140,14 +155,7 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "c
 
 
 class LearningRate:
-    """The learning rate over the steps of a run.
-
-    Args:
-        base: what the schedule multiplies.
-        schedule: ``constant``, ``cosine``, or a function from the fraction of the run that is done,
-            in [0, 1), to a multiplier of at least 0.
-        num_steps: steps of the whole run.
-    """
+    """The learning rate over the steps of a run: a base, multiplied by what the schedule says."""
 
     def __init__(self, base: float, schedule: Schedule, num_steps: int) -> None:
         self.base, self.num_steps = base, num_steps
@@ -173,18 +181,8 @@ class LearningRate:
 
 # What layers multiply by their weights. Products of tensors that are none of a layer's (a
 # Cholesky factor times noise, a density's quadratic form) are not among them.
-_PRODUCTS = frozenset(
-    {
-        torch.nn.functional.linear,
-        torch.nn.functional.bilinear,
-        torch.nn.functional.conv1d,
-        torch.nn.functional.conv2d,
-        torch.nn.functional.conv3d,
-        torch.nn.functional.conv_transpose1d,
-        torch.nn.functional.conv_transpose2d,
-        torch.nn.functional.conv_transpose3d,
-    }
-)
+_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_PRODUCTS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED
 
 
 class _BFloat16Products(TorchFunctionMode):
@@ -207,14 +205,9 @@ def _narrow(value: Any) -> Any:
     return value.to(torch.bfloat16) if is_float32 else value
 
 
-@contextmanager
-def multiply_in(precision: str) -> Iterator[None]:
+def multiply_in(precision: str) -> AbstractContextManager[Any]:
     """Let the layers that run inside multiply in bfloat16 if that is the precision."""
-    if precision != "bfloat16":
-        yield
-        return
-    with _BFloat16Products():
-        yield
+    return _BFloat16Products() if precision == "bfloat16" else nullcontext()
 
 
 @contextmanager

@@ -26,10 +26,7 @@ class StickingTheLanding(Bound):
     gradient are scaled; the loss is the ELBO without it.
 
     Args:
-        num_particles: draws per datum.
-        max_plate_nesting: as in Pyro's ``ELBO``.
-        vectorize_particles: draw the particles in one outer plate instead of one after the other.
-        options: the other options of Pyro's ``ELBO``.
+        options: those of :class:`Bound`.
 
     Raises:
         InputError: at the first use, for a latent that is not reparameterised or is enumerated.
@@ -44,9 +41,7 @@ class StickingTheLanding(Bound):
         >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         surrogate: Any = 0.0
         traces: list[TracePair] = []

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.analytic_kl import AnalyticKL
-from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, recorded_traces, wide
+from pyro_vae.infer.bounds import (
+    Bound,
+    BoundTerms,
+    TraceBound,
+    elbo_terms,
+    particle_options,
+    recorded_traces,
+    wide,
+)
 from pyro_vae.pair.sites import TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
@@ -36,9 +44,7 @@ class StockBound(Bound):
         super().__init__(num_particles=objective.num_particles)
         self.objective = objective
 
-    def terms(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundTerms:
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
         with recorded_traces(self.objective) as traces:
             if hasattr(self.objective, "differentiable_loss"):
@@ -85,11 +91,7 @@ def bound_of(objective: ELBO | None) -> Bound:
             f"{type(objective).__bases__[0].__name__}"
         )
     if type(objective) in _BOUNDS:
-        return _BOUNDS[type(objective)](
-            num_particles=objective.num_particles,
-            max_plate_nesting=objective.max_plate_nesting,
-            vectorize_particles=objective.vectorize_particles,
-        )
+        return _BOUNDS[type(objective)](**particle_options(objective))
     return StockBound(objective)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.beta import scale_latents
+from pyro_vae.beta import scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
@@ -61,12 +62,8 @@ class DataPlate(Messenger):
 class TrainingObjective:
     """A bound's mean per data point of a batch, as one training step needs it.
 
-    Args:
-        bound: what is optimised.
-        settings: data plate, precision of the layers, and clipping.
-        transform: called with the batch; what it returns is given to both functions.
-        is_share: whether a batch is one process's share of it: the gradients are then left as they
-            are, for only those of the whole batch can be clipped.
+    What ``transform`` returns of a batch is given to both functions. Where a batch is one process's
+    share of it (``is_share``), its gradients are not clipped: only those of the whole batch can be.
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class TrainingObjective:
         is_share: bool = False,
     ) -> None:
         self.bound, self.settings, self.transform = bound, settings, transform
-        self.is_share = is_share
+        self.gradient_clip = None if is_share else settings.gradient_clip
 
     def transform_batch(self, batch: Inputs) -> Inputs:
         """Return what the pair is given for a batch."""
@@ -96,18 +93,14 @@ class TrainingObjective:
             terms = self.bound.terms(model, guide, batch, {})
         number = data.full_size(len(batch[0]))
         share = len(batch[0]) / number
-        return BoundTerms(
-            terms.loss * share,
-            terms.surrogate / number,
-            terms.rate * share,
-            terms.distortion * share,
-        )
+        loss, surrogate, rate, distortion = terms
+        return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
 
     def finish(
         self, terms: BoundTerms, gradients: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summary of a step and its gradients, clipped if asked for."""
-        return finish_step(terms, gradients, None if self.is_share else self.settings.gradient_clip)
+        return finish_step(terms, gradients, self.gradient_clip)
 
 
 def finish_step(
@@ -140,9 +133,8 @@ class Trainer:
         settings: the options of the run.
         device: where the pair computes.
         shuffle: whether the data are taken in a new order in every epoch, or in their own.
-        captured_step: called with model, guide, batch, beta and the eager step as a function; takes
-            the step by a graph that it holds of it, or lets the eager one take it. None: every step
-            is eager.
+        captured_step: called with model, guide, batch, beta and the eager step, which it may replace
+            by a graph.
         processes: who shares the batches; each takes the steps, on the sum of all gradients.
 
     Attributes:
@@ -182,14 +174,10 @@ class Trainer:
     def run_epoch(
         self, number: int, *, after_step: Callable[[], None] | None = None
     ) -> dict[str, float]:
-        """Take one pass over the data, or what is left of it, and return the epoch's metrics.
+        """Take pass ``number``, from 1, or what a resumed state left of it, and return its metrics.
 
-        Args:
-            number: which pass, from 1; one that a resumed state was in the middle of goes on there.
-            after_step: called between two steps, when :meth:`state_dict` is whole.
-
-        Raises:
-            NotFiniteError: a step that is not finite, or more of them than may be skipped.
+        ``after_step`` is called between two steps, when :meth:`state_dict` is whole. A step that is
+        not finite, or more of them than may be skipped, raise :class:`NotFiniteError`.
         """
         if self._epoch is None or self._epoch.number != number:
             self._epoch = self._begin_epoch(number)
@@ -221,11 +209,8 @@ class Trainer:
 
     def _begin_epoch(self, number: int) -> _Epoch:
         size, place = len(self.train[0]), self.train[0].device
-        if self.shuffle:
-            order = torch.randperm(size, device=place)
-            self.processes.take_first([order])
-        else:
-            order = torch.arange(size, device=place)
+        order = (torch.randperm if self.shuffle else torch.arange)(size, device=place)
+        self.processes.take_first([order])
         shape = self.settings.steps_per_epoch(size), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
@@ -255,9 +240,8 @@ class Trainer:
         if self.captured_step is None:
             summary = self._differentiate(batch)
         else:
-            summary = self.captured_step(
-                self.model, self.guide, batch, self.beta.current, lambda: self._differentiate(batch)
-            )
+            pair, eager = (self.model, self.guide), partial(self._differentiate, batch)
+            summary = self.captured_step(*pair, batch, self.beta.current, eager)
         if self.processes.are_several:
             summary = self._sum_shares(summary, share)
         flag = self._apply(summary)
@@ -269,8 +253,7 @@ class Trainer:
     def _differentiate(self, batch: Inputs) -> Tensor:
         """Run the pair, leave the gradients with the parameters, and return the summary."""
         batch, beta = self.objective.transform_batch(batch), self.beta.current
-        model = scale_latents(self.model, beta)
-        guide = scale_latents(self.guide, beta, is_guide=True)
+        model, guide = scale_pair(self.model, self.guide, beta)
         if len(pyro.get_param_store()) == self._store_size:
             terms = self.objective.terms(model, guide, batch)
         else:
@@ -285,10 +268,9 @@ class Trainer:
             leaf.grad = None
         terms.surrogate.backward()
         with torch.no_grad():
-            leaves = [leaf for leaf in self.parameters.values() if leaf.grad is not None]
-            found = [leaf.grad for leaf in leaves if leaf.grad is not None]
-            summary, gradients = self.objective.finish(terms, found)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+            found = [(leaf, leaf.grad) for leaf in self.parameters.values() if leaf.grad is not None]
+            summary, gradients = self.objective.finish(terms, [gradient for _, gradient in found])
+        for (leaf, _), gradient in zip(found, gradients, strict=True):
             leaf.grad = gradient
         return summary
 
@@ -358,10 +340,10 @@ class Trainer:
         if new:
             # A state that is taken up later has buffers of its own for each process.
             self.processes.take_first([*new.values(), *self._buffers()])
-        if self.optimizer is None and new:
-            self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
-        elif self.optimizer is not None and new:
-            self.optimizer.add_param_group({"params": list(new.values())})
+            if self.optimizer is None:
+                self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
+            else:
+                self.optimizer.add_param_group({"params": list(new.values())})
         self._store_size = len(pyro.get_param_store())
 
     def _leaves(self) -> list[Tensor]:
@@ -383,11 +365,8 @@ class Trainer:
     @torch.no_grad()
     def put_back(self, values: dict[str, list[Tensor]]) -> None:
         """Put values of :meth:`values` back in place."""
-        for tensor, value in zip(
-            [*self._leaves(), *self._buffers()],
-            [*values["parameters"], *values["buffers"]],
-            strict=True,
-        ):
+        kept = [*values["parameters"], *values["buffers"]]
+        for tensor, value in zip([*self._leaves(), *self._buffers()], kept, strict=True):
             tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,8 +381,8 @@ class Trainer:
         values, position = self.values(), None
         own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
         if self._epoch is not None:
-            position = self._epoch.state_dict()
-            own["summaries"] = position.pop("summaries").cpu()
+            position = self._epoch.position()
+            own["summaries"] = self._epoch.summaries.cpu().clone()
         return {
             "parameters": values["parameters"],
             "adam": [{k: v.clone() for k, v in moment.items()} for moment in moments],
@@ -414,24 +393,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`.
-
-        Where the parameters are not known yet the pair is run once to find them.
-
-        Raises:
-            InputError: a state of another pair.
-        """
+        """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""
         self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
         self.beta.steps = self.count
         if position is not None:
             summaries = state["own"]["summaries"].to(self.device)
-            self._epoch = _Epoch(
-                position["epoch"],
-                position["order"],
-                summaries,
-                taken=position["taken"],
-                seconds=position["seconds"],
-            )
+            self._epoch = _Epoch(**position, summaries=summaries)
         if self.optimizer is None:
             first = (value[: self.settings.batch_size].to(self.device) for value in self.train)
             self._inspect(self.objective.transform_batch(tuple(first)))
@@ -450,20 +417,15 @@ class Trainer:
 
 
 class _Epoch:
-    """A pass over the data that can be left and taken up again between two steps.
+    """A pass over the data, from 1, that can be left and taken up again between two steps.
 
-    Args:
-        number: which pass, from 1.
-        order: indices of the data points in the order they are taken.
-        summaries: one row per step of the pass, of those taken so far; the others are 0.
-        taken: steps taken.
-        seconds: spent on them.
+    The data points are taken in ``order``; ``summaries`` has one row per step, 0 of those to come.
     """
 
     def __init__(
-        self, number: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
+        self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
     ) -> None:
-        self.number, self.order, self.summaries, self.taken = number, order, summaries, taken
+        self.number, self.order, self.summaries, self.taken = epoch, order, summaries, taken
         self._start = time.perf_counter() - seconds
 
     @property
@@ -482,24 +444,14 @@ class _Epoch:
         self.summaries[step:] = 0
         return forgotten
 
-    def state_dict(self) -> dict[str, Any]:
-        """All of it, the start of the clock as the seconds spent."""
-        return {
-            "epoch": self.number,
-            "order": self.order.clone(),
-            "summaries": self.summaries.clone(),
-            "taken": self.taken,
-            "seconds": self.seconds,
-        }
+    def position(self) -> dict[str, Any]:
+        """Return all but the summaries."""
+        order = self.order.clone()
+        return {"epoch": self.number, "order": order, "taken": self.taken, "seconds": self.seconds}
 
 
 def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
-    """Return the means of a pass per data point, over the steps that were applied.
-
-    Args:
-        summaries: one row per step (see ``SUMMARY``), summed over the step's data points.
-        sizes: data points of each step.
-    """
+    """Return the means of a pass per data point, over the steps (of so many) that were applied."""
     applied = summaries[:, -1] == 0
     count = max(int(sizes[applied].sum()), 1)
     loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
@@ -532,12 +484,7 @@ def _check_transformed(pair: OpenedPair) -> None:
 
 
 def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Refuse a pair without parameters, or with a trainable tensor that Pyro does not know.
-
-    Args:
-        surrogate: what is differentiated.
-        parameters: unconstrained parameters by their name in Pyro's store.
-    """
+    """Refuse a pair without parameters, or with a trainable tensor that Pyro does not know."""
     if not surrogate.requires_grad:
         raise InputError(
             "expected parameters to train, the pair has none: name them by pyro.module or pyro.param"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +18,16 @@ from torch import Tensor
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
-from pyro_vae.infer.captured_steps import StepCapture, uncompiled
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
-from pyro_vae.infer.defaults import default_warmup_epochs
+from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.progress import EpochProgress
-from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, compute_in
+from pyro_vae.infer.settings import (
+    FitSettings,
+    Schedule,
+    check_callables,
+    compute_in,
+    default_warmup_epochs,
+)
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
@@ -218,23 +225,8 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    settings = FitSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        objective=objective,
-        beta=beta,
-        warmup_epochs=0 if warmup_epochs is None else warmup_epochs,
-        patience=patience,
-        schedule=schedule,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        compile=compile,
-        on_nonfinite=on_nonfinite,
-        nonfinite_limit=nonfinite_limit,
-        seed=seed,
-        plate=plate,
-    )
+    given = locals() | {"warmup_epochs": warmup_epochs or 0}
+    settings = FitSettings(**{option.name: given[option.name] for option in fields(FitSettings)})
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
     checkpoints = Checkpoints(
@@ -293,10 +285,10 @@ def fit(
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
                 bar.note(run.capture.outcome)
-            bar.show(epoch, row)
+            bar.show(epoch, _describe(row))
             if on_epoch is not None:
                 on_epoch(epoch, row)
-            checkpoints.after_epoch(epoch)
+            checkpoints.after_step(epoch)
         checkpoints.finish()
         best.restore(trainer)
         found = diagnose(rows, model, guide, trainer.shown, warmup_epochs=settings.warmup_epochs)
@@ -308,7 +300,7 @@ def fit(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
-        compiled=run.capture.is_compiled,
+        compiled=run.capture.num_graphs > 0,
         compile_choice=run.capture.outcome,
         skipped_steps=trainer.skipped,
         warnings=found,
@@ -316,25 +308,15 @@ def fit(
 
 
 class _Run(NamedTuple):
-    """A run that is about to begin: its pairs opened on their data, and what is known of it.
+    """A run that is about to begin: its pairs opened on their data, and what is known of it."""
 
-    Attributes:
-        pair: opened on the training data, before any transform.
-        validation: opened on the validation data; None without any.
-        objective: what a step minimises.
-        capture: whether and how steps are captured.
-        settings: those of the caller; beta and warm-up are those of the whole run.
-        device: where the pair computes.
-        record: plain values that decide the run, by which a checkpoint knows it again.
-    """
-
-    pair: OpenedPair
+    pair: OpenedPair  # on the training data, before any transform
     validation: OpenedPair | None
     objective: TrainingObjective
     capture: StepCapture
-    settings: FitSettings
+    settings: FitSettings  # those of the caller; beta is that of the whole run
     device: torch.device
-    record: dict[str, Any]
+    record: dict[str, Any]  # plain values that decide the run, by which a checkpoint knows it again
 
 
 def _open(
@@ -416,3 +398,58 @@ def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Calla
     if transform is None:
         return data.draw
     return lambda batch: transform(data.draw(batch))
+
+
+# --- the progress bar ---
+
+
+class EpochProgress:
+    """A bar on standard error with epoch, time left and metrics; by default only on a terminal."""
+
+    def __init__(self, epochs: int, show: bool | None) -> None:
+        self._progress: Any = None
+        if sys.stderr.isatty() if show is None else show:
+            state = random.getstate()  # rich draws from it, already when imported
+            self._progress = _bar()
+            self._task = self._progress.add_task("", total=epochs)
+            random.setstate(state)
+
+    def __enter__(self) -> EpochProgress:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+
+    def show(self, epoch: int, metrics: str) -> None:
+        """Show the metrics of an epoch that has ended."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=epoch, description=metrics)
+
+
+def _describe(row: dict[str, float]) -> str:
+    text = f"ELBO {row['train_elbo']:.2f}"
+    if not math.isnan(row["validation_elbo"]):
+        text += f" (validation {row['validation_elbo']:.2f})"
+    return f"{text}  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
+    return Progress(
+        TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
+        TimeRemainingColumn(compact=True, table_column=left),
+        TextColumn("{task.description}", table_column=metrics),
+        console=Console(stderr=True),
+    )

@@ -77,12 +77,11 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
 
 def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str, float]:
     """Return the validation columns of an epoch; NaN without validation data."""
-    names = ("elbo", "rate", "distortion")
-    if pair is None:
-        return {f"validation_{name}": math.nan for name in names}
-    with seeded(processes.own_seed(_VALIDATION_SEED)):
-        terms = evaluate_bound(pair, processes)
-    return {f"validation_{name}": terms[name] for name in names}
+    terms = dict.fromkeys(("elbo", "rate", "distortion"), math.nan)
+    if pair is not None:
+        with seeded(processes.own_seed(_VALIDATION_SEED)):
+            terms = evaluate_bound(pair, processes)
+    return {f"validation_{name}": value for name, value in terms.items()}
 
 
 class EarlyStopping:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pyro_vae.plots.images import is_image
-from pyro_vae.plots.style import BLUE, ORANGE, Array
+from pyro_vae.plots.style import Array, new_figure, open_frame, two_histograms
 
 _SHOWN = 12  # data and random latents per row
 
@@ -37,8 +37,7 @@ def autoencoder_and_vae(
         limits: the values shown as white and as black.
     """
     image = is_image(data.shape[1:])
-    figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure = new_figure(title, (9, 8.4 if image else 3.2))
     heights = [1.9, 1.5, 1] if image else [1]
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     sides = (("autoencoder", autoencoder), ("VAE", vae))
@@ -52,8 +51,7 @@ def autoencoder_and_vae(
         _show_rows(figure.add_subplot(cells[0, :]), rows, labels, limits)
         for column, (name, side) in enumerate(sides):
             axes = figure.add_subplot(cells[1, column])
-            grid = np.asarray(side.grid)
-            _show_rows(axes, list(grid), (), limits)
+            _show_rows(axes, list(np.asarray(side.grid)), (), limits)
             axes.set_title(f"{name}: between the codes of the first four", fontsize=9)
     for column, (name, side) in enumerate(sides):
         _show_distances(figure.add_subplot(cells[-1, column]), name, side)
@@ -95,12 +93,10 @@ def _channels_last(image: Array) -> Array:
 
 def _show_distances(axes: Axes, name: str, side: Any) -> None:
     held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
-    both = np.concatenate([held_out, random])
-    bins = np.linspace(0, np.quantile(both, 0.995), 40).tolist()
-    axes.hist(held_out, bins, density=True, color=BLUE, alpha=0.5, label="held-out codes")
-    axes.hist(random, bins, density=True, color=ORANGE, histtype="step", label="random latents")
+    bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
+    two_histograms(axes, (held_out, "held-out codes"), (random, "random latents"), bins, density=True)
     ratio = np.median(random) / np.median(held_out)
     axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)
     axes.set(xlabel="distance", ylabel="density")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)

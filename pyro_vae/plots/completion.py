@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pyro_vae.plots.images import image_grid, is_image
-from pyro_vae.plots.style import BLUE, ORANGE, Array, legend_above, one_panel
+from pyro_vae.plots.style import BLUE, Array, legend_above, one_panel, two_histograms
 
 
 def completions(
@@ -38,9 +38,8 @@ def completions(
     figure, axes = one_panel(title, (8.4, 4.4))
     true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
     if ((true == 0) | (true == 1)).all():
-        bins = np.linspace(0, 1, 26).tolist()
-        axes.hist(got[true == 0], bins, color=BLUE, alpha=0.5, label="truth 0")
-        axes.hist(got[true == 1], bins, color=ORANGE, histtype="step", label="truth 1")
+        zeros, ones = (got[true == 0], "truth 0"), (got[true == 1], "truth 1")
+        two_histograms(axes, zeros, ones, np.linspace(0, 1, 26))
         axes.set(xlabel="mean of the completions", ylabel="missing values")
     else:
         ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, fit_vertically
+from pyro_vae.plots.style import BLUE, ORANGE, Array, fit_vertically, new_figure, open_frame
 
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
@@ -19,10 +18,10 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
         history: arrays ``(epochs,)`` as :class:`pyro_vae.FitResult` holds them.
         title: a line above the picture.
     """
-    figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure = new_figure(title, (9, 3.4))
     panels = figure.subplots(1, 3)
-    for axes, name in zip(panels, ("elbo", "rate", "distortion"), strict=True):
+    labels = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
         shown = []
         for part, colour in (("train", BLUE), ("validation", ORANGE)):
             curve = np.asarray(history[f"{part}_{name}"], dtype=float)
@@ -30,22 +29,13 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
             if finite.any():
                 epochs = np.arange(1, len(curve) + 1)
                 marker = "o" if len(curve) <= 20 else None  # a line needs two epochs to be seen
-                axes.plot(
-                    epochs,
-                    curve,
-                    color=colour,
-                    label=part,
-                    linewidth=1.3,
-                    marker=marker,
-                    markersize=3,
-                )
+                axes.plot(epochs, curve, color=colour, label=part, linewidth=1.3, marker=marker, ms=3)
                 # The fall of the first epochs would flatten everything that follows.
                 start = len(curve) // 20
                 shown.append(curve[start:][finite[start:]])
-        label = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}[name]
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("epoch")
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         fit_vertically(axes, np.concatenate([*shown, []]))
     panels[0].set_ylabel("nats per datum")
@@ -65,21 +55,20 @@ def weight_diagnostics(
         title: a line above the picture.
     """
     alone = num_samples is None or estimates is None
-    figure = Figure(figsize=(4.6 if alone else 9, 3.4), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure = new_figure(title, (4.6 if alone else 9, 3.4))
     panels = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
-    axes: Axes = panels[0]
+    axes = panels[0]
     axes.scatter(np.arange(1, len(pareto_k) + 1), pareto_k, s=6, color=BLUE, linewidths=0)
     axes.axhline(0.7, color=ORANGE, linewidth=1.2)
     axes.text(1.0, 0.7, " 0.7", color=ORANGE, fontsize=9, transform=axes.get_yaxis_transform())
     above = int((pareto_k > 0.7).sum())
-    axes.set(xlabel="datum", ylabel="Pareto k", title=f"{above} of {len(pareto_k)} above 0.7")
-    axes.title.set_fontsize(9)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="datum", ylabel="Pareto k")
+    axes.set_title(f"{above} of {len(pareto_k)} above 0.7", fontsize=9)
+    open_frame(axes)
     if num_samples is not None and estimates is not None:
         axes = panels[1]
         axes.plot(num_samples, estimates, color=BLUE, marker="o", markersize=3, linewidth=1.3)
         axes.set(xscale="log", xlabel="samples per datum", ylabel="mean log p(x) (nats)")
         axes.set_title("mean estimate by samples; flat does not mean right", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes)
     return figure

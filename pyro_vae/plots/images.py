@@ -12,7 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, INK, ORANGE, TINT, Array, legend_above, one_panel
+from pyro_vae.plots.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    TINT,
+    Array,
+    legend_above,
+    one_panel,
+    two_histograms,
+)
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -57,7 +66,10 @@ def image_grid(
         bottom = (len(rows) - 1 - row_index) * (cell_height + gap) + gap
         for column, image in enumerate(row):
             at = left + column * (cell_width + gap)
-            _show(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
+            show_image(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
+            axes.add_patch(
+                Rectangle((at, bottom), cell_width, cell_height, fill=False, ec="0.8", linewidth=0.6)
+            )
         if row_labels:
             middle = bottom + cell_height / 2
             axes.text(left - 0.1, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
@@ -87,9 +99,8 @@ def samples(
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     figure, axes = one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
-        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40).tolist()
-        axes.hist(data[:, 0], bins, density=True, color=BLUE, alpha=0.5, label="data")
-        axes.hist(drawn[:, 0], bins, density=True, histtype="step", color=ORANGE, label="drawn")
+        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
+        two_histograms(axes, (data[:, 0], "data"), (drawn[:, 0], "drawn"), bins, density=True)
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
         for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
@@ -120,16 +131,14 @@ def reconstructions(
     figure, axes = one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
     if _are_bits(data):
-        bins = np.linspace(0, 1, 26).tolist()
-        axes.hist(got[true == 0], bins, color=BLUE, alpha=0.5, label="data 0")
-        axes.hist(got[true == 1], bins, color=ORANGE, histtype="step", label="data 1")
+        zeros, ones = (got[true == 0], "data 0"), (got[true == 1], "data 1")
+        two_histograms(axes, zeros, ones, np.linspace(0, 1, 26))
         axes.set(xlabel="reconstruction", ylabel="values")
-        legend_above(axes)
-        return figure
-    ends = [min(true.min(), got.min()), max(true.max(), got.max())]
-    axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
-    axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
-    axes.set(xlabel="data", ylabel="reconstruction")
+    else:
+        ends = [min(true.min(), got.min()), max(true.max(), got.max())]
+        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+        axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
+        axes.set(xlabel="data", ylabel="reconstruction")
     legend_above(axes)
     return figure
 
@@ -165,16 +174,13 @@ def _channel_axis(shape: Sequence[int]) -> int | None:
     return 0 if shape[0] in (1, 3) else 2
 
 
-def _show(
+def show_image(
     axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
 ) -> None:
+    """Show an image between ``extent``'s left, right, bottom and top, as ink on paper."""
     low, high = limits
     axes.imshow(
         flat_image(image, limits), cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto"
-    )
-    left, right, bottom, top = extent
-    axes.add_patch(
-        Rectangle((left, bottom), right - left, top - bottom, fill=False, ec="0.8", linewidth=0.6)
     )
 
 
@@ -182,23 +188,14 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
     bits = _are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
-    for values, colour, label, shift in (
-        (data, BLUE, "data", -0.12),
-        (drawn, ORANGE, "drawn", 0.12),
-    ):
+    for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
             low = middle = high = values.mean(0)
         errors = np.stack([middle - low, high - middle])
+        at = position + shift
         axes.errorbar(
-            position + shift,
-            middle,
-            errors,
-            fmt="o",
-            markersize=3,
-            color=colour,
-            label=label,
-            linewidth=1,
+            at, middle, errors, fmt="o", markersize=3, color=colour, label=label, linewidth=1
         )
     axes.set(xlabel="coordinate", ylabel="share of ones" if bits else "median, middle 90 %")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

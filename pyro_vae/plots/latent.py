@@ -11,8 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from pyro_vae.plots.images import flat_image, image_grid, is_image
-from pyro_vae.plots.style import BLUE, INK, MAP, Array, class_colours, legend_beside, one_panel
+from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
+from pyro_vae.plots.style import (
+    BLUE,
+    MAP,
+    Array,
+    class_colours,
+    legend_beside,
+    new_figure,
+    one_panel,
+    open_frame,
+)
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -86,14 +95,13 @@ def manifold(
     rows, columns = data.shape[:2]
     values = data.reshape(rows, columns, -1)
     shown = _most_varying(values.reshape(rows * columns, -1))
-    figure = Figure(figsize=_panels_size(len(shown)), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    for axes, coordinate in zip(_panels(figure, len(shown)), shown, strict=True):
+    figure, panels = _panels(len(shown), title)
+    for axes, coordinate in zip(panels, shown, strict=True):
         axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
         if rows == 1:
             axes.plot(first, values[0, :, coordinate], color=BLUE, linewidth=1.3)
             axes.set_xlabel(axis_labels[0])
-            axes.spines[["top", "right"]].set_visible(False)
+            open_frame(axes)
             continue
         mesh = axes.pcolormesh(first, second, values[:, :, coordinate], cmap=MAP, shading="gouraud")
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
@@ -184,14 +192,8 @@ def _image_manifold(
     gap = 0.03  # of a cell: neighbours are told apart
     for row in range(rows):
         for column in range(columns):
-            axes.imshow(
-                flat_image(data[row, column], limits),
-                cmap=INK,
-                vmin=limits[0],
-                vmax=limits[1],
-                extent=(column + gap, column + 1 - gap, row + gap, row + 1 - gap),
-                aspect="auto",
-            )
+            place = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
+            show_image(axes, data[row, column], place, limits)
     axes.set(xlim=(0, columns), ylim=(0, rows), aspect=image_height / image_width)
     axes.set_xlabel(axis_labels[0])
     axes.set_xticks(*_ticks(first))
@@ -215,21 +217,14 @@ def _vector_walks(
 ) -> Figure:
     """Show vectors along ways ``(ways, steps, *data_shape)``: as lines, or many as a map."""
     data = data.reshape(*data.shape[:2], -1)[:_MOST_PANELS]
-    figure = Figure(figsize=_panels_size(len(data)), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    panels = _panels(figure, len(data))
+    figure, panels = _panels(len(data), title)
     coordinates = np.arange(1, data.shape[2] + 1)
     for axes, way, position, name in zip(panels, data, positions, names, strict=False):
         axes.set_xlabel(name)
         if data.shape[2] > _MOST_LINES:
+            low, high = data.min(), data.max()
             mesh = axes.pcolormesh(
-                position,
-                coordinates,
-                way.T,
-                cmap=MAP,
-                shading="nearest",
-                vmin=data.min(),
-                vmax=data.max(),
+                position, coordinates, way.T, cmap=MAP, shading="nearest", vmin=low, vmax=high
             )
             axes.set_ylabel("coordinate")
             continue
@@ -237,7 +232,7 @@ def _vector_walks(
             label = f"coordinate {coordinate}"
             axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
         axes.set_ylabel("decoded mean")
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes)
     if data.shape[2] > _MOST_LINES:
         figure.colorbar(mesh, ax=panels, label="decoded mean")
     else:
@@ -252,14 +247,12 @@ def _most_varying(values: Array) -> list[int]:
     return sorted(int(index) for index in order[:_MOST_PANELS])
 
 
-def _panels_size(number: int) -> tuple[float, float]:
+def _panels(number: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many panels, three in a row."""
     columns = min(3, number)
-    return 3.2 * columns + 1.3, 2.6 * math.ceil(number / columns) + 0.4
-
-
-def _panels(figure: Figure, number: int) -> list[Axes]:
-    columns = min(3, number)
-    grid = figure.subplots(math.ceil(number / columns), columns, squeeze=False)
+    rows = math.ceil(number / columns)
+    figure = new_figure(title, (3.2 * columns + 1.3, 2.6 * rows + 0.4))
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[number:]:
         axes.set_axis_off()
-    return list(grid.flat[:number])
+    return figure, list(grid.flat[:number])

@@ -17,13 +17,39 @@ INK = colormaps["gray_r"].with_extremes(bad=TINT)
 MAP = colormaps["viridis"]
 
 
+def new_figure(title: str, size: tuple[float, float]) -> Figure:
+    """Return an empty figure with its title at the left."""
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
 def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """Return a figure of one panel with its title at the left."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
     return figure, axes
+
+
+def open_frame(axes: Axes) -> None:
+    """Leave the frame's upper and right line out."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def two_histograms(
+    axes: Axes,
+    filled: tuple[Array, str],
+    outlined: tuple[Array, str],
+    bins: Array,
+    *,
+    density: bool = False,
+) -> None:
+    """Show two sets of values with their labels: one filled, one as an outline above it."""
+    edges = bins.tolist()
+    axes.hist(filled[0], edges, density=density, color=BLUE, alpha=0.5, label=filled[1])
+    axes.hist(outlined[0], edges, density=density, color=ORANGE, histtype="step", label=outlined[1])
 
 
 def legend_above(axes: Axes) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array
+from pyro_vae.plots.style import BLUE, ORANGE, Array, new_figure, open_frame
 
 
 def rate_distortion(
@@ -38,22 +38,13 @@ def rate_distortion(
     """
     beta, rate, distortion = (np.asarray(values, dtype=float) for values in (beta, rate, distortion))
     alone = active_units is None
-    figure = Figure(figsize=(5.4 if alone else 9, 4.2), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure = new_figure(title, (5.4 if alone else 9, 4.2))
     widths = [1.0] if alone else [1.6, 1.0]
     panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    axes: Axes = panels[0]
+    axes = panels[0]
+    errors = (distortion_error, rate_error)
     axes.errorbar(
-        rate,
-        distortion,
-        distortion_error,
-        rate_error,
-        fmt="o",
-        color=BLUE,
-        markersize=4,
-        linewidth=0,
-        elinewidth=1,
-        zorder=3,
+        rate, distortion, *errors, fmt="o", color=BLUE, ms=4, linewidth=0, elinewidth=1, zorder=3
     )
     order = np.argsort(rate)
     axes.plot(rate[order], distortion[order], color=BLUE, linewidth=1, alpha=0.6, zorder=2)
@@ -65,7 +56,7 @@ def rate_distortion(
     if active_units is not None:
         _units(panels[1], beta, active_units)
     for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
+        open_frame(panel)
     return figure
 
 

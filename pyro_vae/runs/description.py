@@ -39,6 +39,12 @@ _PER_TENSOR = 256
 # count that some weight has as well.
 _LARGEST_SIZE = 1 << 20
 
+# What constructors raise that are given something else than they expect.
+_UNBUILDABLE = (
+    *(LookupError, TypeError, AttributeError, ValueError, RuntimeError),
+    *(ArithmeticError, AssertionError, MemoryError),
+)
+
 
 def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the plain values that a VAE can be built from again, with ``settings`` as its run's."""
@@ -48,8 +54,7 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
         component = getattr(vae, part)
         model[part] = _describe(component, shared)
         shared[id(component)] = part
-    run = dict(settings or {})
-    return {"format": FORMAT, "pyro_vae": __version__, "model": model, "run": run}
+    return {"format": FORMAT, "pyro_vae": __version__, "model": model, "run": dict(settings or {})}
 
 
 def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
@@ -72,13 +77,6 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
             f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-
-
-# What constructors raise that are given something else than they expect.
-_UNBUILDABLE = (
-    *(LookupError, TypeError, AttributeError, ValueError),
-    *(RuntimeError, ArithmeticError, AssertionError, MemoryError),
-)
 
 
 class _Bounded(TorchFunctionMode):
@@ -150,10 +148,14 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
             settings[name] = _describe(getattr(component, name), shared)
         return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
     if isinstance(component, Tensor) and str(component.dtype).removeprefix("torch.") in _DTYPES:
-        # Its values are read back to the bit.
-        values = [_describe(value, {}) for value in component.detach().flatten().tolist()]
-        dtype = str(component.dtype).removeprefix("torch.")
-        return {"tensor": {"dtype": dtype, "shape": list(component.shape), "values": values}}
+        tensor = component.detach()
+        return {
+            "tensor": {  # its values are read back to the bit
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
+            }
+        }
     if isinstance(component, float) and not math.isfinite(component):
         return {"float": str(float(component))}  # JSON has no number for it
     if component is None or isinstance(component, bool | int | float | str):
@@ -175,10 +177,9 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     if "shared" in description:
         return parts[description["shared"]]
     if "tensor" in description:
-        values, kind = description["tensor"]["values"], _DTYPES[description["tensor"]["dtype"]]
-        # What is not finite is described in an object of its own.
-        built = [float(value["float"]) if isinstance(value, dict) else value for value in values]
-        return torch.tensor(built, dtype=kind).reshape(description["tensor"]["shape"])
+        tensor = description["tensor"]
+        values = _build(tensor["values"], components, parts, bound)
+        return torch.tensor(values, dtype=_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
     if "float" in description:
         return float(description["float"])
     name = description["class"]

@@ -91,12 +91,9 @@ def _parse(text: str) -> Any:
         raise ValueError(f"{name}, which JSON has not")
 
     return json.loads(
-        text,
-        object_pairs_hook=no_twice,
-        parse_float=number,
-        parse_int=whole_number,
+        text, object_pairs_hook=no_twice, parse_float=number, parse_int=whole_number,
         parse_constant=no_constant,
-    )
+    )  # fmt: skip
 
 
 def _check_format(config: Any, path: Path) -> None:

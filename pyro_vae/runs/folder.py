@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
-from pyro_vae.files import folder_at, refuse_to_write
+from pyro_vae.files import expand_path, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files
 from pyro_vae.pair.functions import resolve_device, seeded
 from pyro_vae.runs.description import Components, build, describe
@@ -39,7 +39,7 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
         InputError: a folder that holds a run, is in use or can't be written, or a component that
             can't be described. Nothing is left behind.
     """
-    folder = folder_at(folder)
+    folder = expand_path(folder)
     check_free(folder)
     with new_run(folder, describe(vae, settings)):
         save_weights(vae, folder)
@@ -68,7 +68,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
             "expected components as classes by their names, such as {'MyPrior': MyPrior}, got "
             f"{type(components).__name__}"
         )
-    folder, place = folder_at(folder), resolve_device(device)
+    folder, place = expand_path(folder), resolve_device(device)
     config = read_config(folder)
     weights, checksum = read_weights(folder)
     with seeded(0):  # constructors draw starting values

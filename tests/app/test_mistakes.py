@@ -276,7 +276,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_computed
 def test_an_output_that_cannot_be_written_is_refused_before_training(here, monkeypatch):
     monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
     monkeypatch.setattr(os, "access", lambda _, mode: mode == os.R_OK)
-    for command in ("train", "autoencoder"):
+    for command in ("train", "autoencoder", "sweep", "compare"):
         refused(here, command, *SMALL, "--output", "new", message="Permission denied")
 
 

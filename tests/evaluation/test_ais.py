@@ -84,7 +84,9 @@ def test_a_guide_too_narrow_does_not_matter(exact, num_data, num_latents, option
 
 def test_weights_of_too_few_steps_are_warned_of(exact):
     problem = exact["probabilistic_pca"](6, covariance_scale=0.05, shift=0.6)
-    with pytest.warns(UserWarning, match=r"of 6 data have Pareto k .* more steps or chains") as caught:
+    with pytest.warns(
+        UserWarning, match=r"of 6 data have Pareto k .* more steps or chains"
+    ) as caught:
         anneal(problem, num_steps=5, num_chains=64)
     assert caught[0].filename == __file__
 
@@ -178,7 +180,7 @@ def test_several_latents_of_several_shapes():
 
     x = 1 + torch.randn(6, 4).double()
     annealed = pv.log_marginal(
-        model, guide, x, method="annealed", num_steps=30, num_chains=32, num_leapfrog_steps=2, seed=0
+        model, guide, x, method="annealed", num_steps=60, num_chains=32, num_leapfrog_steps=3, seed=0
     )
     sampled = pv.log_marginal(model, guide, x, num_samples=20_000, seed=0)
     error = (annealed.standard_error.square() + sampled.standard_error.square()).sqrt()

@@ -230,7 +230,7 @@ def test_short_runs_on_the_cpu_are_eager_by_themselves(x):
 
 
 def test_long_runs_are_compiled_by_themselves_or_say_silently_why_not(x, monkeypatch):
-    monkeypatch.setattr("pyro_vae.infer.captured_steps.COMPILED_FROM_STEPS", 9)
+    monkeypatch.setattr("pyro_vae.infer.compiled.COMPILED_FROM_STEPS", 9)
     result, _ = run(Discrete, x)
     assert not result.compiled
     assert result.compile_choice == (
