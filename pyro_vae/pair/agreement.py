@@ -58,15 +58,12 @@ def agree(
                 torch.maximum(most, (left - right).abs())
                 for most, left, right in zip(slack, moved, expected, strict=True)
             ]
+    # A latent that was moved over an edge says nothing of how steep the density is before it.
+    slack = [most.where(most.isfinite(), 0.0) for most in slack]
     return all(
         bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
-        for left, right, extra in zip(batched, expected, map(_finite, slack), strict=True)
+        for left, right, extra in zip(batched, expected, slack, strict=True)
     )
-
-
-def _finite(slack: Tensor) -> Tensor:
-    """A latent that was moved over an edge says nothing of how steep the density is before it."""
-    return slack.where(slack.isfinite(), 0.0)
 
 
 def _moved(value: Tensor, period: int) -> Tensor:

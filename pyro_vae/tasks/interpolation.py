@@ -109,11 +109,13 @@ def interpolate(
         ways = {}
         for name, code in first.items():
             _refuse_discrete(name, code)
-            walk = _great_circle if code.support == "sphere" else _straight
             start, end = code.decodable(), last[name].decodable()
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
-            ways[name] = walk(start, end, shares).flatten(0, 1)
+            way = start + shares * (end - start)
+            if code.support == "sphere":
+                way = _great_circle(start, end, shares)
+            ways[name] = way.flatten(0, 1)
         return _decode_repeated(pair.alone(model), num_steps, ways, observed)
 
 
@@ -322,10 +324,6 @@ def _decode_repeated(
     """Decode ``count`` latents of each data point, ``(count, N, *data_shape)``."""
     data = decode_latents(model.repeat(count), latents, observed=observed)
     return data.unflatten(0, (count, model.num_data))
-
-
-def _straight(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    return start + share * (end - start)
 
 
 def _great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:

@@ -139,7 +139,9 @@ class _ObservedPart(Messenger):
         self.found = False
 
     def _pyro_sample(self, message: Any) -> None:
-        if not message["is_observed"] or site_is_factor(message) or not self._is_meant(message):
+        by_name = self.name is not None
+        meant = message["name"] == self.name if by_name else message["value"] is self.x
+        if not message["is_observed"] or site_is_factor(message) or not meant:
             return
         self.found = True
         name, value = message["name"], message["value"]
@@ -153,11 +155,6 @@ class _ObservedPart(Messenger):
         # NaN under a mask would still make NaN gradients, and a value outside the support an error.
         message["value"] = torch.where(self.missing, _inside(base, value), value)
         message["fn"] = base.mask(~self.missing).to_event(event_dim)
-
-    def _is_meant(self, message: Any) -> bool:
-        if self.name is not None:
-            return bool(message["name"] == self.name)
-        return message["value"] is self.x
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

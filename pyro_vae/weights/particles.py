@@ -252,7 +252,8 @@ class Particles:
         trace, found = self._run_guide(self.pair.guide, _tile_pair(self.pair, num_particles), gates)
 
         def untile(values: Latents) -> Latents:  # as views
-            return {n: _untile(v, self.axes[n], num_particles) for n, v in values.items()}
+            split = {n: v.unflatten(self.axes[n], (num_particles, -1)) for n, v in values.items()}
+            return {name: value.movedim(self.axes[name] - 1, 0) for name, value in split.items()}
 
         latents = untile({name: trace.nodes[name]["value"] for name in self.axes})
         groups = [(slice(None), *map(untile, one)) for one in found]
@@ -469,11 +470,6 @@ def _tile_pair(pair: OpenedPair, count: int) -> OpenedPair:
     if pair.keywords or not all(isinstance(value, Tensor) and value.dim() for value in values):
         raise ValueError("only tensors that count the data can be repeated")
     return pair.on(tile_inputs(values, count))
-
-
-def _untile(value: Tensor, axis: int, count: int) -> Tensor:
-    """Bring a latent drawn from tiled inputs to ``(count, *shape of one draw)``, as a view."""
-    return value.unflatten(axis, (count, -1)).movedim(axis - 1, 0)
 
 
 def _refuse_subsample(subsample: dict[str, Any]) -> None:
