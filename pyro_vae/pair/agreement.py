@@ -40,12 +40,8 @@ def agree(
 
     A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
     normal knows from drawing while a plain call must find it from the point. By how much is seen from
-    plain calls at latents moved in their last digits; it is nothing where a density is tame.
-
-    Args:
-        batched: results at these latents.
-        plain: the plain calls, as a function of the latents.
-        latents: by site name; one that holds nothing but whole numbers is taken for a discrete one.
+    plain calls at latents moved in their last digits; it is nothing where a density is tame. A latent
+    that holds nothing but whole numbers is taken for a discrete one.
     """
     expected = plain(latents)
     if all_close(batched, expected):
@@ -62,15 +58,12 @@ def agree(
                 torch.maximum(most, (left - right).abs())
                 for most, left, right in zip(slack, moved, expected, strict=True)
             ]
+    # A latent that was moved over an edge says nothing of how steep the density is before it.
+    slack = [most.where(most.isfinite(), 0.0) for most in slack]
     return all(
         bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
-        for left, right, extra in zip(batched, expected, map(_finite, slack), strict=True)
+        for left, right, extra in zip(batched, expected, slack, strict=True)
     )
-
-
-def _finite(slack: Tensor) -> Tensor:
-    """A latent that was moved over an edge says nothing of how steep the density is before it."""
-    return slack.where(slack.isfinite(), 0.0)
 
 
 def _moved(value: Tensor, period: int) -> Tensor:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from pyro.distributions import constraints
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
+from torch.distributions.constraints import _Cat, _Stack
 
 from pyro_vae.beta import latent_scale_of
+from pyro_vae.distributions.sphere import unit_sphere
 from pyro_vae.errors import InputError
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
@@ -21,11 +25,13 @@ from pyro_vae.pair.sites import (
     is_delta,
     is_inside,
     latent_sites,
+    nothing_observed,
+    observed_names,
     plate_scale,
     sample_sites,
     site_log_prob,
+    vectorized_frames,
 )
-from pyro_vae.pair.supports import check_guide_support
 
 
 def check_pair(
@@ -33,18 +39,11 @@ def check_pair(
 ) -> None:
     """Refuse a traced pair that has no densities per data point.
 
-    Args:
-        model_trace: of the model, given the guide's draws.
-        guide_trace: of the guide.
-        plate: name of the data plate.
-        num_data: number of data points that the plate must hold; None: what it says itself.
-
-    Raises:
-        InputError: no latent, none observed, functions that are swapped, a latent of one side only, a
-            site outside the data plate or without one value per data point there, a factor in the
-            guide, or a guide whose support is a part of the prior's.
+    That is no latent, none observed, functions that are swapped, a latent of one side only, a site
+    outside the data plate or without one value there for each of ``num_data`` points (None: as many
+    as it says), a factor in the guide, or a guide whose support is a part of the prior's.
     """
-    observed = _observed(guide_trace)
+    observed = observed_names(guide_trace)
     if observed:
         raise InputError(
             f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
@@ -57,10 +56,7 @@ def check_pair(
         for site in sample_sites(trace):
             _check_site(function, site, plate, num_data)
     if not any(site["is_observed"] for site in sample_sites(model_trace)):
-        raise InputError(
-            "expected a model that observes data, got none observed: pass obs= to pyro.sample, and "
-            "the model before the guide"
-        )
+        raise nothing_observed()
     for site in sample_sites(guide_trace):
         if site_is_factor(site):
             raise InputError(
@@ -89,43 +85,29 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str |
 
 
 def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
-    """Refuse values beyond those that were looked at that an observed site can't take.
-
-    Args:
-        trace: of the model on ``looked_at``, the first rows of ``inputs``.
-        looked_at: the inputs that the model was run on.
-        inputs: all of them.
-    """
+    """Refuse values that an observed site can't take beyond the first rows, which were looked at."""
     for site in sample_sites(trace):
         for seen, whole in zip(looked_at, inputs, strict=True):
-            if site["is_observed"] and site["value"] is seen and _is_checked(site["fn"]):
-                rest = whole[len(seen) :]
-                for block in rest.split(len(seen)):
-                    try:
-                        inside = site["fn"].support.check(block.to(seen.device))
-                    except (NotImplementedError, AttributeError, RuntimeError):
-                        break  # nothing is known of its support, or it differs from row to row
-                    if not inside.all():
-                        raise _outside("model", {**site, "value": whole})
+            if site["is_observed"] and site["value"] is seen:
+                blocks = whole[len(seen) :].split(len(seen))
+                if not all(_takes(site["fn"], block.to(seen.device)) for block in blocks):
+                    raise _outside("model", {**site, "value": whole})
 
 
-def check_guide_rows(guide_trace: Trace, plate: str, num_data: int) -> None:
-    """Refuse a guide that draws for another number of data points: no model can be given these."""
-    for site in latent_sites(guide_trace):
+def check_rows_inside(function: str, sites: list[Site], plate: str, num_data: int) -> None:
+    """Refuse sites inside the data plate that are of another number of data points."""
+    for site in sites:
         if is_inside(site, plate):
-            check_rows("guide", site, plate, num_data)
+            check_rows(function, site, plate, num_data)
 
 
 def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
-    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled.
+    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
+    _check_size(function, site, plate, site["fn"].batch_shape, num_data)
 
-    Args:
-        function: "model" or "guide", for the message.
-        site: a traced sample site.
-        plate: name of the data plate.
-        num_data: number of data, N.
-    """
-    shape, dim = site["fn"].batch_shape, data_dim(site, plate)
+
+def _check_size(function: str, site: Site, plate: str, shape: torch.Size, num_data: int) -> None:
+    dim = data_dim(site, plate)
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         raise InputError(
@@ -146,20 +128,14 @@ def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> 
             "your plate by plate="
         )
     try:
-        log_prob = site_log_prob(site)
-        is_inside_support = _values_are_inside(site)
+        log_prob, takes = site_log_prob(site), _takes(site["fn"], site["value"])
     except ValueError as error:  # of torch's validation
         raise _outside(function, site) from error
-    if not is_inside_support:
+    if not takes:
         raise _outside(function, site)
     wanted = frames[0].size if num_data is None else num_data
-    size = log_prob.shape[frames[0].dim] if log_prob.dim() >= -frames[0].dim else 1
-    if size != wanted:
-        raise InputError(
-            f"expected site {name!r} of the {function} to have {wanted} data along "
-            f"plate {plate!r}, got {size}: use pyro.plate({plate!r}, len(x))"
-        )
-    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    _check_size(function, site, plate, log_prob.shape, wanted)
+    plates = {frame.dim for frame in vectorized_frames(site)}
     stray = [
         dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
     ]
@@ -170,25 +146,17 @@ def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> 
         )
 
 
-def _values_are_inside(site: Site) -> bool:
-    """Tell whether a site's values are in its support, unless its maker has switched that check off.
+def _takes(distribution: Any, values: Tensor) -> bool:
+    """Tell whether values are in a distribution's support, or nothing is known against them.
 
-    Pyro's validation may be off for speed; what it would refuse is refused all the same.
+    The pair is looked at with validation on: where it is off it was switched off for this very one.
     """
-    if not _is_checked(site["fn"]):
+    if innermost(distribution)._validate_args is False:
         return True
     try:
-        return bool(site["fn"].support.check(site["value"]).all())
-    except (NotImplementedError, AttributeError):  # nothing is known of its support
-        return True
-
-
-def _is_checked(distribution: Any) -> bool:
-    """Tell whether a distribution's maker has left the check of its values on.
-
-    The pair is looked at with validation on, so that what is off was switched off for this very one.
-    """
-    return innermost(distribution)._validate_args is not False
+        return bool(distribution.support.check(values).all())
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return True  # nothing is known of its support, or it differs from row to row
 
 
 def _outside(function: str, site: Site) -> InputError:
@@ -227,13 +195,8 @@ def _refuse_summed_out(site: Site, plate: str) -> None:
             )
 
 
-def _observed(trace: Trace) -> list[str]:
-    sites = (site for site in sample_sites(trace) if site["is_observed"])
-    return [site["name"] for site in sites if not site_is_factor(site)]
-
-
 def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
-    """Refuse latents that only one of model and guide draws, and a guide that hides its density."""
+    """Refuse latents that only one of the two draws, and a guide that hides its density."""
     _check_latents(model_trace, guide_trace)
     _check_auxiliary(model_trace, guide_trace)
 
@@ -305,3 +268,89 @@ def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> No
                 f"expected reparameterised latents for {objective}, {site['name']!r} "
                 f"({type(site['fn']).__name__}) is not: use Trace_ELBO or TraceBound"
             )
+
+
+# --- where a guide draws, and where the prior has its mass ---
+
+_BOUNDED_VECTORS = {
+    constraints.simplex: (0.0, 1.0),
+    constraints.sphere: (-1.0, 1.0),
+    unit_sphere: (-1.0, 1.0),
+}
+
+
+class _Bounds(NamedTuple):
+    """The smallest box that holds a support; open and closed ends are not told apart."""
+
+    lower: Tensor
+    upper: Tensor
+    is_discrete: bool
+
+
+def check_guide_support(guide_site: Site, model_site: Site) -> None:
+    """Refuse a guide that can't draw where the prior has mass: what it misses leaves no trace.
+
+    Both supports are known as boxes of coordinates; of others nothing is said.
+    """
+    try:
+        own, prior = (_bounds(site["fn"].support) for site in (guide_site, model_site))
+    except (NotImplementedError, AttributeError):
+        return
+    if own is None or prior is None or (prior.is_discrete and not own.is_discrete):
+        return
+    try:
+        misses = (own.lower > prior.lower) | (own.upper < prior.upper)
+    except RuntimeError:  # shapes that do not broadcast are refused elsewhere
+        return
+    if bool(misses.any()) or (own.is_discrete and not prior.is_discrete):
+        name = guide_site["name"]
+        raise InputError(
+            f"expected a guide that draws {name!r} wherever the prior has mass, got "
+            f"{_describe(own)} in the guide and {_describe(prior)} in the model: log p(x) would be "
+            "too low without a sign; widen the guide, or truncate the prior alike"
+        )
+
+
+def _bounds(support: Any) -> _Bounds | None:
+    """Return a support's box with one entry per coordinate where they differ; None: unknown."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if isinstance(support, _Stack | _Cat):
+        return _joined(support)
+    if support in _BOUNDED_VECTORS:
+        return _box(*_BOUNDED_VECTORS[support], False)
+    if support is constraints.boolean:
+        return _box(0, 1, True)
+    if support is constraints.real:
+        return _box(-math.inf, math.inf, False)
+    lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+    is_discrete = bool(support.is_discrete)
+    if lower is None and (upper is None or is_discrete):
+        return None
+    ends = (-math.inf if lower is None else lower, math.inf if upper is None else upper)
+    return _box(*ends, is_discrete)
+
+
+def _joined(support: Any) -> _Bounds | None:
+    """Join the boxes of stacked or concatenated supports along their dimension."""
+    parts = [_bounds(part) for part in support.cseq]
+    known = [part for part in parts if part is not None]
+    scalars = all(part.lower.dim() == 0 and part.upper.dim() == 0 for part in known)
+    if len(known) < len(parts) or not scalars or support.dim not in (-1, 0):
+        return None
+    lengths = getattr(support, "lengths", [1] * len(parts))
+    ends = [
+        torch.cat([getattr(part, name).expand(n) for part, n in zip(known, lengths, strict=True)])
+        for name in ("lower", "upper")
+    ]
+    return _Bounds(ends[0], ends[1], any(part.is_discrete for part in known))
+
+
+def _box(lower: Any, upper: Any, is_discrete: bool) -> _Bounds:
+    low, high = (torch.as_tensor(end).detach().double().cpu() for end in (lower, upper))
+    return _Bounds(low, high, is_discrete)
+
+
+def _describe(bounds: _Bounds) -> str:
+    kind = "whole numbers" if bounds.is_discrete else "numbers"
+    return f"{kind} from {bounds.lower.min():g} to {bounds.upper.max():g}"

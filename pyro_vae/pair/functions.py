@@ -63,24 +63,23 @@ HANDLER_LOCK = _HandlerLock()
 
 def owned_modules(*functions: PairFunction) -> list[nn.Module]:
     """Return the modules the functions belong to: a module itself, or the owner of its method."""
-    owners = (_owner(function) for function in functions)
-    return _unique(owner for owner in owners if isinstance(owner, nn.Module))
+    return _unique_modules(_owner(function) for function in functions)
 
 
 def modules_of(*functions: PairFunction) -> list[nn.Module]:
     """Return every module the functions can reach: owners, closures and the globals they name."""
-    return _unique(value for value in _reached(functions) if isinstance(value, nn.Module))
+    return _unique_modules(_reach_all(functions))
 
 
 def tensors_of(*functions: PairFunction) -> list[Tensor]:
     """Return every tensor the functions can reach in the same way that is no module's parameter."""
-    found = list(_reached(functions))
-    for module in [value for value in found if isinstance(value, nn.Module)]:
+    found: list[Any] = _reach_all(functions)
+    for module in _unique_modules(found):
         found += [value for part in module.modules() for value in vars(part).values()]
     return [value for value in found if isinstance(value, Tensor)]
 
 
-def _reached(functions: Iterable[PairFunction]) -> list[nn.Module | Tensor]:
+def _reach_all(functions: Iterable[PairFunction]) -> list[nn.Module | Tensor]:
     found: list[nn.Module | Tensor] = []
     seen: set[int] = set()
     for function in functions:
@@ -103,7 +102,7 @@ def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
     So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
     model that was ever evaluated would be kept alive.
     """
-    with eval_mode(*functions) as parts, _names_restored(parts):
+    with eval_mode(*functions) as parts, new_names_forgotten(parts):
         yield
 
 
@@ -139,15 +138,23 @@ def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def _names_restored(parts: list[nn.Module]) -> Iterator[None]:
+def new_names_forgotten(parts: list[nn.Module] | None = None) -> Iterator[Callable[[], list[str]]]:
+    """Take out of Pyro's store what is put there inside; give a function that names it.
+
+    With some modules given, only what are parameters of these very ones.
+    """
     store = pyro.get_param_store()
     before = set(store.keys())
+
+    def new_names() -> list[str]:
+        return [name for name in store.keys() if name not in before]  # noqa: SIM118
+
     try:
-        yield
+        yield new_names
     finally:
-        own = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
-        for name in [name for name in store.keys() if name not in before]:  # noqa: SIM118
-            if id(store._params[name]) in own:
+        own = {id(p) for part in parts or () for p in part.parameters(recurse=False)}
+        for name in new_names():
+            if parts is None or id(store._params[name]) in own:
                 del store[name]
 
 
@@ -204,19 +211,16 @@ def _reach(value: Any, found: list[nn.Module | Tensor], seen: set[int]) -> None:
         # One by one: a list made here would leave its id to the next one, which would pass for seen.
         for inner in [*names.nonlocals.values(), *named, *defaults]:
             _reach(inner, found, seen)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _reach(inner, found, seen)
-    elif isinstance(value, dict):
-        for inner in value.values():
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
             _reach(inner, found, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
         for inner in list(vars(value).values()):
             _reach(inner, found, seen)
 
 
-def _unique(modules: Iterator[nn.Module] | list[nn.Module]) -> list[nn.Module]:
-    return list({id(module): module for module in modules}.values())
+def _unique_modules(values: Iterable[Any]) -> list[nn.Module]:
+    return list({id(value): value for value in values if isinstance(value, nn.Module)}.values())
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -242,14 +246,7 @@ def place_pair(
 ) -> torch.device:
     """Move what may be moved and return the device the pair computes on.
 
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        device: where it is wanted; ``auto`` takes CUDA where there is one.
-        given: where plain functions without parameters compute: the data's device.
-
-    Raises:
-        InputError: plain functions whose parameters are elsewhere.
+    Plain functions without parameters compute on the ``given`` device, the data's.
     """
     owned = owned_modules(model, guide)
     if owned:

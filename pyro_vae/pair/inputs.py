@@ -36,14 +36,8 @@ def as_inputs(
     the model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
     labels and stay what they are.
 
-    Args:
-        x: one tensor ``(N, ...)`` or several; several are passed as ``model(*x)``.
-        functions: model and guide.
-        are_given: whether the functions are given these tensors, and not what is made of them.
-
-    Raises:
-        InputError: no tensor, no real numbers, no data, first dimensions that differ, or another
-            number of inputs than the functions take.
+    ``are_given`` says that the functions are given these tensors, and not what is made of them: their
+    number is then checked.
     """
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
@@ -70,13 +64,7 @@ def as_inputs(
 
 
 def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
-    """Move inputs to a device, or leave them where they are if they would fill it.
-
-    What is left is to be moved block by block, by ``block.to(device)``.
-
-    Warns:
-        UserWarning: the data stay where they are, and why.
-    """
+    """Move inputs to a device, or warn and leave them to be moved in blocks if they would fill it."""
     if device.type == "cuda" and any(value.device != device for value in inputs):
         needed = sum(value.nbytes for value in inputs)
         free, _ = torch.cuda.mem_get_info(device)
@@ -95,11 +83,14 @@ def tile_inputs(inputs: Inputs, count: int) -> Inputs:
     return tuple(value.expand(count, *value.shape).flatten(0, 1) for value in inputs)
 
 
-def check_data(model: PairFunction, inputs: Inputs) -> None:
-    """Let the owner of a model refuse data its likelihood is not defined for.
+def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inputs:
+    """Return some rows of inputs on a device."""
+    rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in inputs)
+    return tuple(v[at].to(device) for v, at in zip(inputs, rows_at, strict=True))
 
-    The owner of a method that has a ``check_data`` (as :class:`pyro_vae.VAE` does) is asked.
-    """
+
+def check_data(model: PairFunction, inputs: Inputs) -> None:
+    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has."""
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
         if check is not None and len(inputs) == 1:
@@ -161,23 +152,16 @@ def _check_tensor(value: Tensor) -> None:
 def check_number(inputs: Inputs, *functions: PairFunction) -> None:
     """Refuse another number of tensors than the functions take."""
     for function in functions:
-        _check_number(function, inputs)
-
-
-def _check_number(function: PairFunction, inputs: Inputs) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # not every callable has one
-        return
-    try:
-        signature.bind(*inputs)
-    except TypeError:
-        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
-        raise InputError(
-            f"expected as many tensors as {_name_of(function)}{signature} takes, got {len(inputs)} "
-            f"of shapes {shapes}: pass one for each argument, labels only where they are an argument"
-        ) from None
-
-
-def _name_of(function: PairFunction) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # not every callable has one
+            continue
+        try:
+            signature.bind(*inputs)
+        except TypeError:
+            name = getattr(function, "__name__", type(function).__name__)
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            raise InputError(
+                f"expected as many tensors as {name}{signature} takes, got {len(inputs)} of shapes "
+                f"{shapes}: pass one for each argument, labels only where they are an argument"
+            ) from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import validation_enabled
@@ -17,14 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.pair.agreement import CALLING_ERRORS
-from pyro_vae.pair.contract import (
-    check_guide_rows,
-    check_pair,
-    check_rest,
-    check_rows,
-    why_unweighable,
-)
+from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
+from pyro_vae.pair.contract import check_pair, check_rest, check_rows_inside, why_unweighable
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -32,24 +27,28 @@ from pyro_vae.pair.functions import (
     eval_mode,
     evaluation_mode,
     modules_of,
+    new_names_forgotten,
     seeded,
+    tensors_of,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, tile_inputs
-from pyro_vae.pair.observer import RunObserver
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.sites import (
     Given,
+    Latents,
+    Site,
     TracePair,
+    draw_traces,
     is_delta,
     is_inside,
     latent_sites,
     sample_sites,
     subsamples,
+    total,
     value_axis,
     vectorized_frames,
 )
-from pyro_vae.pair.state import Snapshot, with_submodules
-from pyro_vae.pair.trial import Trial, gives_data_their_own_values
+from pyro_vae.pair.state import RunObserver, Snapshot, with_submodules
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
@@ -59,25 +58,27 @@ BLOCK = 1024
 # library for every operation, which costs more than their arithmetic.
 _CPU_MEMORY = 1 << 27
 
+# Data points of a trial: few, and enough for statistics over them to differ from those of a half.
+_TRIED = 64
+
 Progress = Callable[[int, int], None]
 
 
 class Latent(NamedTuple):
-    """What is known of a latent site.
+    """What is known of a latent site."""
 
-    Attributes:
-        axis: the (negative) axis of its value that counts the data.
-        shape: shape of one draw for the data points that were inspected.
-        family: name of the distribution that the guide draws it from.
-        is_point_mass: whether the guide places it by the other sites.
-        is_reparameterized: whether its draws carry a gradient.
-    """
+    axis: int  # the (negative) axis of its value that counts the data
+    shape: torch.Size  # of one draw for the data points that were inspected
+    family: str  # name of the distribution that the guide draws it from
+    is_point_mass: bool  # whether the guide places it by the other sites
+    is_reparameterized: bool  # whether its draws carry a gradient
 
-    axis: int
-    shape: torch.Size
-    family: str
-    is_point_mass: bool
-    is_reparameterized: bool
+    @classmethod
+    def of(cls, site: Site, plate: str) -> Latent:
+        """Describe a traced site of the guide."""
+        fn = site["fn"]
+        family, can_follow = type(fn).__name__, bool(fn.has_rsample)
+        return cls(value_axis(site, plate), site["value"].shape, family, is_delta(fn), can_follow)
 
     def shape_for(self, num_data: int) -> torch.Size:
         """Return the shape of one draw for so many data points."""
@@ -90,10 +91,10 @@ class Structure(NamedTuple):
     """What one look at a pair shows; it holds for any of its data.
 
     Attributes:
-        latents: by name, the guide's latents in its order.
+        latents: the guide's, by name, in its order.
         nesting: depth of the plates.
-        bytes_per_datum: memory that one particle of a data point allocates under the model, at most.
-        guide_bytes_per_datum: likewise under the guide.
+        bytes_per_datum, guide_bytes_per_datum: memory that one particle of a data point allocates
+            under the model and under the guide, at most.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
         why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
@@ -109,35 +110,18 @@ class Structure(NamedTuple):
 
 @dataclass
 class Knowledge:
-    """What has been found out about a pair; shared by its parts, and holds none of its data.
-
-    Attributes:
-        structure: what one look shows.
-        ways: which way of drawing and of scoring many particles has been shown to hold.
-        is_divisible: whether it takes any part of its data.
-        whole: how many data points there are where the pair was opened on a part of them.
-    """
+    """What has been found out about a pair; shared by its parts, and holds none of its data."""
 
     structure: Structure | None = None
-    ways: dict[str, str] = field(default_factory=dict)
-    is_divisible: bool | None = None
-    whole: int | None = None
+    ways: dict[str, str] = field(default_factory=dict)  # of drawing and scoring many particles
+    is_divisible: bool | None = None  # whether it takes any part of its data
+    whole: int | None = None  # data points of the whole set, where it was opened on a part
 
 
 def open_pair(
     model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedPair:
-    """Open a pair: its inputs on its device and in its type, checked; nothing runs yet.
-
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
-        plate: name of the data plate.
-
-    Raises:
-        InputError: what is no data, or data that the likelihood is not defined for.
-    """
+    """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
     inputs = as_inputs(x, model, guide)
     check_data(model, inputs)
     return OpenedPair(model, guide, inputs, plate=plate)
@@ -146,16 +130,7 @@ def open_pair(
 def open_function(
     function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedFunction:
-    """Open a model or a guide alone: its inputs on its device and in its type; nothing runs yet.
-
-    Args:
-        function: the model or the guide.
-        x: inputs ``(N, ...)``, or a tuple of tensors passed as ``function(*x)``.
-        plate: name of the data plate.
-
-    Raises:
-        InputError: what is no data.
-    """
+    """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
     return OpenedFunction(function, as_inputs(x, function), plate)
 
 
@@ -173,23 +148,13 @@ class OpenedFunction(NamedTuple):
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
-        """Hold the lock, in eval mode, without gradients, under a seed of its own.
-
-        Args:
-            seed: of everything drawn inside; None draws from the global state.
-            others: further functions whose modules are put in eval mode; None is no function.
-        """
+        """Hold the lock, in eval mode (also the others), without gradients, under a seed."""
         modes = evaluation_mode(self.function, *(other for other in others if other is not None))
         with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
             yield
 
     def trace(self, *, explain: str | None = None) -> Any:
-        """Run the function.
-
-        Args:
-            explain: "model" or "guide" where it is run on another number of data points than its user
-                gave (see :func:`any_number_of_data`).
-        """
+        """Run the function; ``explain`` names it where N is not what its user gave it."""
         with any_number_of_data(explain, self.num_data) if explain else nullcontext():
             return poutine.trace(self.function).get_trace(*self.inputs)
 
@@ -202,34 +167,24 @@ class OpenedFunction(NamedTuple):
         return self._replace(inputs=tuple(value[:1] for value in self.inputs))
 
 
+@dataclass(eq=False)
 class OpenedPair:
     """A model and a guide with the arguments that both are called with.
 
     What is found out about the pair is kept with it and shared by its parts.
 
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        arguments: what both are called with; for all but training tensors that share their first
-            dimension, N.
-        keywords: keyword arguments of both.
-        plate: name of the data plate.
+    Attributes:
+        arguments: for all but training tensors that share their first dimension, N.
         knowledge: what is known of the pair already.
     """
 
-    def __init__(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any] | None = None,
-        *,
-        plate: str = "data",
-        knowledge: Knowledge | None = None,
-    ) -> None:
-        self.model, self.guide, self.plate = model, guide, plate
-        self.arguments, self.keywords = arguments, keywords or {}
-        self.knowledge = knowledge or Knowledge()
+    model: PairFunction
+    guide: PairFunction
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    plate: str = "data"
+    knowledge: Knowledge = field(default_factory=Knowledge)
 
     @property
     def inputs(self) -> Inputs:
@@ -263,17 +218,12 @@ class OpenedPair:
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction) -> Iterator[None]:
-        """Hold the lock, in eval mode, without gradients, under a seed of its own; inspect the pair.
+        """Hold the lock, in eval mode (also the others), without gradients, under a seed.
 
-        Args:
-            seed: of everything drawn inside; None draws from the global state.
-            others: further functions whose modules are put in eval mode.
-
-        Raises:
-            InputError: a pair that breaks the contract.
+        The pair is inspected first: one that breaks the contract is refused before anything is drawn.
         """
         with self.alone(self.model).evaluating(seed, self.guide, *others):
-            self.structure  # noqa: B018 (inspects the pair, and refuses it, before anything is drawn)
+            self.structure  # noqa: B018
             yield
 
     @contextmanager
@@ -284,21 +234,18 @@ class OpenedPair:
 
     def trace(self) -> TracePair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        guide_trace = poutine.trace(self.guide).get_trace(*self.arguments, **self.keywords)
-        replayed = poutine.replay(self.model, trace=guide_trace)
-        return poutine.trace(replayed).get_trace(*self.arguments, **self.keywords), guide_trace
+        return draw_traces(self.model, self.guide, self.arguments, self.keywords)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """For each latent, the (negative) axis of its value that counts the data points."""
+        return {name: latent.axis for name, latent in self.structure.latents.items()}
 
     # --- parts ---
 
-    def bind(self, model: Any, guide: Any, arguments: tuple[Any, ...], keywords: Any) -> OpenedPair:
-        """Return the pair under other arguments or a handler: it is not looked at again."""
-        return OpenedPair(
-            model, guide, arguments, keywords, plate=self.plate, knowledge=self.knowledge
-        )
-
     def on(self, inputs: Inputs) -> OpenedPair:
         """Return the pair with other inputs in place of its own: it is not looked at again."""
-        return self.bind(self.model, self.guide, inputs, {})
+        return replace(self, arguments=inputs, keywords={})
 
     def alone(self, function: PairFunction) -> OpenedFunction:
         """Return one of the two functions with the pair's inputs."""
@@ -306,14 +253,11 @@ class OpenedPair:
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
-        device = self.device
-        rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in self.inputs)
-        inputs = tuple(v[at].to(device) for v, at in zip(self.inputs, rows_at, strict=True))
-        return self.bind(self.model, self.guide, inputs, self.keywords)
+        return replace(self, arguments=take_rows(self.inputs, rows, self.device))
 
     def with_guide(self, guide: PairFunction) -> OpenedPair:
         """Return the model with another guide, which is to be inspected by itself."""
-        return OpenedPair(self.model, guide, self.arguments, self.keywords, plate=self.plate)
+        return replace(self, guide=guide, knowledge=Knowledge())
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), or not at all.
@@ -361,22 +305,16 @@ class OpenedPair:
         return self.is_divisible() or self._try_out(in_any_company=False)
 
     def _try_out(self, *, in_any_company: bool = True) -> bool:
-        whole = self.knowledge.whole or self.num_data
-        trial = Trial(self.model, self.guide, self.inputs, self.plate, self.device, whole)
+        if self.num_data < 3:
+            return False
         with self._aside():
-            return self.num_data >= 3 and gives_data_their_own_values(
-                trial, in_any_company=in_any_company
-            )
+            return _gives_own_values(self, in_any_company=in_any_company)
 
     # --- what is known of it ---
 
     @property
     def structure(self) -> Structure:
-        """What one look at the pair shows; found at the first use.
-
-        Raises:
-            InputError: a pair that breaks the contract.
-        """
+        """What one look at the pair shows; found at the first use, which may refuse the pair."""
         if self.knowledge.structure is None:
             with self._aside():
                 looked_at = self.few(BLOCK)
@@ -392,15 +330,12 @@ class OpenedPair:
             num_data: how many data points the data plate must hold; None: as many as it says.
             may_subsample: whether the data plate may draw some of its data points by itself.
             rest: all the data, if these are their first rows only.
-
-        Raises:
-            InputError: the name of the site, and the cure.
         """
         guide_trace, in_guide = self._look_at(self.guide)
         if may_subsample and subsamples(guide_trace, self.plate):
             num_data = None
         if num_data is not None:
-            check_guide_rows(guide_trace, self.plate, num_data)
+            check_rows_inside("guide", latent_sites(guide_trace), self.plate, num_data)
         drawn = {
             name: site["value"]
             for name, site in guide_trace.nodes.items()
@@ -411,36 +346,23 @@ class OpenedPair:
                 model_trace, in_model = self._look_at(self.model)
         except CALLING_ERRORS:
             if num_data is not None:  # of another number of data points than the guide's?
-                for site in sample_sites(poutine.trace(self.model).get_trace(*self.arguments)):
-                    if is_inside(site, self.plate):
-                        check_rows("model", site, self.plate, num_data)
+                alone = self.alone(self.model).trace()
+                check_rows_inside("model", sample_sites(alone), self.plate, num_data)
             raise
         check_pair(model_trace, guide_trace, self.plate, num_data)
         check_rest(model_trace, self.arguments, rest or self.arguments)
-        sites = sample_sites(guide_trace) + sample_sites(model_trace)
         latents = latent_sites(guide_trace)
-        frames = vectorized_frames(latents[0])
+        sites = sample_sites(guide_trace) + sample_sites(model_trace)
+        frames = [frame for site in sites for frame in vectorized_frames(site)]
         rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
+        observers = {"guide": in_guide, "model": in_model}
         return Structure(
-            {
-                site["name"]: Latent(
-                    value_axis(site, self.plate),
-                    site["value"].shape,
-                    type(site["fn"]).__name__,
-                    is_delta(site["fn"]),
-                    bool(site["fn"].has_rsample),
-                )
-                for site in latents
-            },
-            max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=1),
-            max(1, in_model.bytes // rows),
-            max(1, in_guide.bytes // rows),
-            frozenset(
-                kind
-                for kind, observer in (("guide", in_guide), ("model", in_model))
-                if observer.reads_values
-            ),
-            why_unweighable(model_trace, guide_trace, self.plate),
+            latents={site["name"]: Latent.of(site, self.plate) for site in latents},
+            nesting=max(-frame.dim for frame in frames),
+            bytes_per_datum=max(1, in_model.bytes // rows),
+            guide_bytes_per_datum=max(1, in_guide.bytes // rows),
+            reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
+            why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
         )
 
     def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
@@ -481,12 +403,7 @@ class OpenedPair:
 def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
     """Explain what a function raises that is given another number of data than its user gave.
 
-    Args:
-        kind: "model", "guide" or "pair", for the message.
-        num_data: how many data points it is given inside.
-
-    Raises:
-        InputError: in place of what torch or Pyro raise.
+    ``kind`` is "model", "guide" or "pair".
     """
     try:
         yield
@@ -497,3 +414,126 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
             f"expected a {kind} that takes any number of data, as one without parameters per datum "
             f"does, got an error for {num_data}: {first_line(error)}"
         ) from error
+
+
+# --- whether a data point gets the same values whatever other ones stand beside it ---
+
+
+def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
+    """Run a pair on some of its data and on these in another way: the densities must agree.
+
+    The other way is the later half of them alone or, where the company may matter (statistics over
+    the batch), all of them in reverse.
+
+    A table with a row for each data point that is sliced by their number gives them the rows of
+    others; parameters per data point do not fit at all. Where such a table is constant so far (as
+    parameters often start) the other way would not show: whatever tensor has as many rows as there
+    are data is therefore moved for a second trial, and put back.
+
+    The caller holds the lock, without gradients, in eval mode.
+    """
+    count = min(pair.num_data, _TRIED)
+    # At least two: one alone would broadcast against parameters of any number of data.
+    later = torch.arange(min(count // 2, count - 2), count)
+    rows = later if in_any_company else torch.arange(count).flip(0)
+    with new_names_forgotten() as new_names:
+        try:
+            if not _holds_for(pair, count, rows):
+                return False
+            if not in_any_company:
+                pair.part(later).trace()
+            made = _made_for(pair, new_names(), {count, len(later)})
+            if made:  # for a part of the data: what are they made like for all of them?
+                for name in made:
+                    del pyro.get_param_store()[name]
+                pair.part().trace()
+            suspects = list(_tables_of(pair))
+            if not suspects:
+                return True
+            with _move_tables(suspects):
+                return _holds_for(pair, count, rows)
+        except CALLING_ERRORS:
+            return False
+
+
+def _made_for(pair: OpenedPair, names: list[str], numbers: set[int]) -> list[str]:
+    """Return which new parameters, no module's, have as many rows as a part of the data."""
+    modules = modules_of(pair.model, pair.guide)
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    tensors = {name: pyro.get_param_store()._params[name] for name in names}
+    return [n for n, v in tensors.items() if id(v) not in known and numbers & set(v.shape)]
+
+
+def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
+    """Compare the densities of some rows of the first data points with those of all of these."""
+    whole, others = pair.part(slice(count)), pair.part(rows)
+    rows = rows.to(pair.device)
+    guide_trace = whole.alone(pair.guide).trace()
+    sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
+    axes = {site["name"]: value_axis(site, pair.plate) for site in sites}
+    # A point mass follows from the other sites.
+    random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
+    expected = _densities(whole, random)
+    shown = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in random.items()}
+    found = _densities(others, shown)
+
+    def plain(latents: Latents) -> tuple[Tensor, ...]:
+        filled = {}
+        for name, value in latents.items():
+            values = random[name].movedim(axes[name], 0).clone()
+            values[rows] = value.movedim(axes[name], 0)
+            filled[name] = values.movedim(0, axes[name])
+        return tuple(term[rows] for term in _densities(whole, filled))
+
+    if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
+        return False
+    # What is drawn outside the sites (noise on the data) says nothing about a data point's place.
+    return agree(found, plain, shown) or not all_close(_densities(whole, random), expected)
+
+
+def _densities(pair: OpenedPair, latents: Latents) -> tuple[Tensor, ...]:
+    """Return log q, log p(x|z) and log p(z) of given latents per data point, each ``(N,)``."""
+    with Given(latents):
+        guide_trace = pair.alone(pair.guide).trace()
+    drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    with Given(drawn):
+        model_trace = pair.alone(pair.model).trace()
+    sites = sample_sites(model_trace)
+    groups = (
+        sample_sites(guide_trace),
+        [site for site in sites if site["is_observed"]],
+        [site for site in sites if not site["is_observed"]],
+    )
+    return tuple(total(group, pair.plate, pair.inputs) for group in groups)
+
+
+def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
+    """Yield what the pair can reach with a dimension of the data's number, its inputs left out."""
+    given = {value.data_ptr() for value in pair.inputs}
+    numbers = {pair.num_data, pair.knowledge.whole or pair.num_data}
+    values = list(pyro.get_param_store()._params.values())
+    for module in modules_of(pair.model, pair.guide):
+        values += [*module.parameters(), *module.buffers()]
+    values += tensors_of(pair.model, pair.guide)
+    for value in {id(value): value for value in values}.values():
+        if numbers & set(value.shape) and value.data_ptr() not in given:
+            yield value
+
+
+@contextmanager
+def _move_tables(tables: list[Tensor]) -> Iterator[None]:
+    """Move the entries of tables, each by another amount, and put them back."""
+    kept = [table.detach().clone() for table in tables]
+    try:
+        for table in tables:
+            if table.is_floating_point():
+                share = torch.rand(table.shape, device=table.device).to(table.dtype)
+                # Towards 0, so that what is in a range stays so; zeros are parameters' starts.
+                table.data.copy_(torch.where(table == 0, 0.1 * share, table * (1 - 0.1 * share)))
+            else:
+                for dim, size in enumerate(table.shape):
+                    table.data.copy_(table.index_select(dim, torch.randperm(size).to(table.device)))
+        yield
+    finally:
+        for table, value in zip(tables, kept, strict=True):
+            table.data.copy_(value)

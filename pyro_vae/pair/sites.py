@@ -1,4 +1,4 @@
-"""Sample sites of a traced pair: their log-probabilities, their latents, and what is refused."""
+"""Sample sites of a traced pair: their log-probabilities, plates and latents."""
 
 from __future__ import annotations
 
@@ -53,26 +53,27 @@ def latent_sites(trace: Trace) -> list[Site]:
     return [site for site in sample_sites(trace) if not site["is_observed"]]
 
 
+def observed_names(trace: Trace) -> list[str]:
+    """Return the names of the observed sites; factors observe nothing."""
+    sites = (site for site in sample_sites(trace) if site["is_observed"])
+    return [site["name"] for site in sites if not site_is_factor(site)]
+
+
+def nothing_observed() -> InputError:
+    """Return the refusal of a model without an observed site."""
+    return InputError(
+        "expected a model that observes data, got none observed: pass obs= to pyro.sample, and the "
+        "model before the guide"
+    )
+
+
 def observed_site(trace: Trace, name: str | None) -> str:
-    """Return the name of the site that observes the data: the one asked for, or the only one.
-
-    Factors observe nothing.
-
-    Raises:
-        InputError: no observed site, several and no name, or a name that is not there.
-    """
-    sites = [
-        site["name"]
-        for site in sample_sites(trace)
-        if site["is_observed"] and not site_is_factor(site)
-    ]
+    """Return the name of the site that observes the data: the one asked for, or the only one."""
+    sites = observed_names(trace)
     if name is None and len(sites) == 1:
         return sites[0]
     if not sites:
-        raise InputError(
-            "expected a model that observes data, got none observed: pass obs= to pyro.sample, and "
-            "the model before the guide"
-        )
+        raise nothing_observed()
     if name is None or name not in sites:
         wanted = "one observed site" if name is None else f"an observed site {name!r}"
         there = ", ".join(sites)
@@ -94,13 +95,9 @@ def sum_to(log_prob: Tensor, kept: tuple[int, ...]) -> Tensor:
 
 
 def data_dim(site: Site, plate: str) -> int:
-    """Return the (negative) batch dimension of the data plate at a site.
-
-    Raises:
-        InputError: a site outside that plate.
-    """
-    for frame in site["cond_indep_stack"]:
-        if frame.name == plate and frame.vectorized:
+    """Return the (negative) batch dimension of the data plate at a site; refuse one outside it."""
+    for frame in vectorized_frames(site):
+        if frame.name == plate:
             dim: int = frame.dim
             return dim
     raise InputError(
@@ -117,26 +114,25 @@ def value_axis(site: Site, plate: str) -> int:
 
 def is_inside(site: Site, plate: str) -> bool:
     """Tell whether a site is inside the data plate."""
-    return any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])
+    return any(frame.name == plate for frame in vectorized_frames(site))
 
 
 def is_delta(distribution: Any) -> bool:
     """Tell whether a distribution is a point mass, whatever it is wrapped in."""
-    while not isinstance(distribution, Delta) and hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return isinstance(distribution, Delta)
+    return isinstance(innermost(distribution), Delta)
 
 
 TracePair = tuple[Any, Any]  # a model trace and the guide trace it was replayed against
 
 
 def draw_traces(
-    model: Callable[..., Any], guide: Callable[..., Any], inputs: tuple[Tensor, ...]
+    model: Callable[..., Any], guide: Callable[..., Any], arguments: Any, keywords: Any = None
 ) -> TracePair:
     """Trace the guide, then the model with the guide's draws."""
-    guide_trace = poutine.trace(guide).get_trace(*inputs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*inputs)
-    return model_trace, guide_trace
+    keywords = keywords or {}
+    guide_trace = poutine.trace(guide).get_trace(*arguments, **keywords)
+    replayed = poutine.replay(model, trace=guide_trace)
+    return poutine.trace(replayed).get_trace(*arguments, **keywords), guide_trace
 
 
 def plate_scale(site: dict[str, Any]) -> float:
@@ -146,11 +142,7 @@ def plate_scale(site: dict[str, Any]) -> float:
 
 
 def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
-    """Return a scored site's log-probability with its mask and without its scale.
-
-    The value is the one of :func:`pyro_vae.pair.sites.site_log_prob`, taken from what Pyro has
-    computed already.
-    """
+    """Return what :func:`site_log_prob` would, from what Pyro has computed already."""
     return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
 
 

@@ -47,15 +47,7 @@ _UNBUILDABLE = (
 
 
 def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the plain values that a VAE can be built from again.
-
-    Args:
-        vae: the model.
-        settings: more plain values to keep under ``"run"``.
-
-    Raises:
-        InputError: a component that can't be described.
-    """
+    """Return the plain values that a VAE can be built from again, with ``settings`` as its run's."""
     shared: dict[int, str] = {}
     model: dict[str, Any] = {}
     for part in _PARTS:
@@ -66,16 +58,9 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
-    """Build a VAE from its description.
+    """Build a VAE from what :func:`describe` returned, and the caller's own classes by name.
 
-    Args:
-        config: the settings that :func:`describe` returned.
-        components: classes of the caller's own by name.
-        num_weights: elements of the weights that the VAE is to take; what would need far more is
-            refused before it is made.
-
-    Raises:
-        InputError: an unknown component, or no description of a VAE.
+    What would need far more than the weights' number of elements is refused before it is made.
     """
     parts: dict[str, Any] = {}
     try:
@@ -150,8 +135,7 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
     if id(component) in shared:
         return {"shared": shared[id(component)]}
     if isinstance(component, nn.Module):
-        names = {member: name for name, member in _registry().items()}
-        kind = type(component)
+        names, kind = {member: name for name, member in _registry().items()}, type(component)
         settings = {}
         for name, parameter in inspect.signature(kind).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -20,11 +20,7 @@ _MOST_CONFIG_BYTES = 1 << 26
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a run's settings.
-
-    Raises:
-        InputError: no run there, or settings that are no JSON object of a known format.
-    """
+    """Read a run's settings; refuse what is no JSON object of a known format."""
     path = own_file(folder, CONFIG)
     if path is None:
         raise InputError(
@@ -37,25 +33,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"expected at most {_MOST_CONFIG_BYTES:,} bytes of settings in {path}, got {size:,}"
             )
         config = _parse(path.read_text(encoding="utf-8"))
-    # A RecursionError: lists in lists without end.
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        OSError,
-        RecursionError,
-        _NotJSONError,
-    ) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:  # lists in lists without end
         raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
     _check_format(config, path)
     return config
 
 
 def own_file(folder: str | Path, name: str) -> Path | None:
-    """Return the path of a regular file of a run folder, or None where there is none.
-
-    Raises:
-        InputError: a link to a file elsewhere, or a path that is none.
-    """
+    """Return the path of a regular file of a run folder, or None; refuse a link out of it."""
     path = Path(folder) / name
     try:
         if not path.is_file():
@@ -79,31 +66,29 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-class _NotJSONError(ValueError):
-    """What Python's reader accepts although it isn't JSON, or says the same thing twice."""
-
-
 def _parse(text: str) -> Any:
+    """Read JSON; refuse what Python's reader accepts although it isn't, or what is said twice."""
+
     def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) < len(pairs):
-            raise _NotJSONError("an object with a name twice")
+            raise ValueError("an object with a name twice")
         return members
 
     def number(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise _NotJSONError(f"a number that no float holds ({digits[:20]})")
+            raise ValueError(f"a number that no float holds ({digits[:20]})")
         return value
 
     def whole_number(digits: str) -> int:
         # No size, seed or count is longer; Python takes ever longer to read such numbers.
         if len(digits) > 20:
-            raise _NotJSONError(f"a whole number of {len(digits)} digits")
+            raise ValueError(f"a whole number of {len(digits)} digits")
         return int(digits)
 
     def no_constant(name: str) -> None:
-        raise _NotJSONError(f"{name}, which JSON has not")
+        raise ValueError(f"{name}, which JSON has not")
 
     return json.loads(
         text, object_pairs_hook=no_twice, parse_float=number, parse_int=whole_number,

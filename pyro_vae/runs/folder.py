@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that can't become a run folder without overwriting something.
-
-    Raises:
-        InputError: a file of that name, or a folder that holds a run, finished or not.
-    """
+    """Refuse a file of that name, or a folder that holds a run, finished or not."""
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"expected a folder, {folder} is a file: choose another")
@@ -99,9 +95,6 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Create a run folder with its settings and hold its lock; take it away if the body fails.
 
     One that holds a checkpoint by then stays, to be gone on with.
-
-    Raises:
-        InputError: a folder that holds a run, is in use or can't be written.
     """
     with new_folder(folder), locked(folder):
         check_free(folder)
@@ -117,11 +110,7 @@ def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and those above it; take away what is empty of them if the body fails.
-
-    Raises:
-        InputError: a folder that can't be made.
-    """
+    """Create a folder and those above it; take away what is empty of them if the body fails."""
     made: list[Path] = []
     try:
         try:
@@ -143,12 +132,6 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock ends with the process that holds it, however that ends; its file, which says whose it
     is, is then taken over by the next run.
-
-    Args:
-        folder: an existing folder.
-
-    Raises:
-        InputError: a folder in use, or one that can't be written.
     """
     path = folder / _LOCK
     try:
@@ -173,21 +156,18 @@ def _acquire(path: Path) -> int:
 
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, named = os.fstat(descriptor), os.stat(path)
-            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
-                return descriptor
-        except FileNotFoundError:
-            pass  # its last holder took it away in between: try again with a new one
-        except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
-            os.close(descriptor)
-            raise InputError(
-                f"expected a folder that no other run uses, {path.parent} is in use by {owner}: wait "
-                "for it or choose another folder"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
+                raise InputError(
+                    f"expected a folder that no other run uses, {path.parent} is in use by {owner}: "
+                    "wait for it or choose another folder"
+                ) from None
+            # Its last holder may have taken it away in between: then try again with a new one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    unless_held.pop_all()
+                    return descriptor

@@ -23,11 +23,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_weights(vae: VAE, folder: Path) -> None:
-    """Write the weights; the file's bytes depend on the description, the names and values alone.
-
-    Raises:
-        InputError: a file that can't be written, or a component that can't be described.
-    """
+    """Write the weights; the file's bytes depend on the description, the names and values alone."""
     state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
     metadata = {_CHECKSUM: checksum_of(describe(vae)["model"], state)}
     content = serialised(state, metadata=metadata)
@@ -35,11 +31,7 @@ def save_weights(vae: VAE, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read the weights of a run and the checksum written with them.
-
-    Raises:
-        InputError: no weights, or bytes that are none.
-    """
+    """Read the weights of a run and the checksum written with them."""
     path = own_file(folder, WEIGHTS)
     if path is None:
         raise InputError(
@@ -60,15 +52,8 @@ def assign(
 ) -> None:
     """Check every tensor, then assign all of them; the VAE takes on their floating-point type.
 
-    Args:
-        vae: a VAE as the settings describe it.
-        weights: tensors by name.
-        checksum: what was written with the weights.
-        model: the description under ``"model"`` in the settings.
-
-    Raises:
-        InputError: missing or surplus names, another shape or type, NaN or infinity, or another
-            checksum; the VAE is then as it was.
+    What is refused leaves the VAE as it was. The checksum, written with the weights, is also over
+    the ``model`` of the settings.
     """
     _check(_state(vae), weights)
     if checksum != checksum_of(model, weights):

@@ -6,16 +6,15 @@ import math
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs
-from pyro_vae.pair.opened import any_number_of_data
+from pyro_vae.pair.opened import OpenedFunction
 from pyro_vae.pair.sites import latent_sites
-from pyro_vae.tasks.encoding import decode, encode
+from pyro_vae.tasks.generation import decode, encode
 
 # Rows whose distances to all codes are held at once.
 _BLOCK = 1024
@@ -136,30 +135,26 @@ def compare_autoencoder(
             f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
             f"{len(held_out)}"
         )
-    with HANDLER_LOCK, torch.no_grad(), seeded(seed), evaluation_mode(autoencoder, model, guide):
-        codes = autoencoder.encode(train)
+    with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
         measured = _Measured(train, held_out, num_random, grid_size)
-        deterministic = measured.side(
-            autoencoder.decode,
-            codes,
-            autoencoder.encode(held_out),
-            autoencoder.encode(held_out),
-            _fitted_normal(codes, num_random),
-        )
+        codes, held = autoencoder.encode(train), autoencoder.encode(held_out)
+        random = _fitted_normal(codes, num_random)
+        deterministic = measured.side(autoencoder.decode, codes, held, held, random)
+
+        def blank(number: int) -> Tensor:
+            return train.new_zeros(number, *train.shape[1:])
 
         def decoded(z: Tensor) -> Tensor:
-            like = train.new_zeros(len(z), *train.shape[1:])
-            return decode(model, z, like, observed=observed, plate=plate)
+            return decode(model, z, blank(len(z)), observed=observed, plate=plate)
 
-        like = train.new_zeros(num_random, *train.shape[1:])
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
             raise InputError(
                 "expected a pair with one latent, a vector, got one of shape "
                 f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
             )
-        with any_number_of_data("model", num_random):
-            prior = latent_sites(poutine.trace(model).get_trace(like))[0]["value"]
+        alone = OpenedFunction(model, (blank(num_random),), plate)
+        prior = latent_sites(alone.trace(explain="model"))[0]["value"]
         variational = measured.side(
             decoded,
             encode(guide, train, mean=False, plate=plate)[0],
@@ -167,7 +162,7 @@ def compare_autoencoder(
             encode(guide, held_out, mean=False, plate=plate)[0],
             prior,
         )
-        reference = _nearest(measured.flat(held_out[:num_random]), measured.flat(train))
+        reference = _nearest(held_out[:num_random].flatten(1), train.flatten(1))
     reference = reference / math.sqrt(train[0].numel())
     return AutoencoderComparison(
         Side(*(value.cpu() for value in deterministic)),
@@ -186,12 +181,7 @@ class _Measured(NamedTuple):
     grid_size: int
 
     def side(
-        self,
-        decoded: PairFunction,
-        codes: Tensor,
-        means: Tensor,
-        draws: Tensor,
-        random: Tensor,
+        self, decoded: PairFunction, codes: Tensor, means: Tensor, draws: Tensor, random: Tensor
     ) -> Side:
         """Measure one side, given its decoder, its codes and its random latents."""
         rebuilt, images = decoded(means), decoded(random)
@@ -205,17 +195,13 @@ class _Measured(NamedTuple):
             _nearest(draws[: self.num_random], codes),
             _nearest(random, codes),
             images,
-            _nearest(self.flat(images), self.flat(self.train)) / size,
+            _nearest(images.flatten(1), self.train.flatten(1)) / size,
             corners,
             _nearest(grid.flatten(0, 1), codes).view(self.grid_size, self.grid_size),
         )
 
-    def flat(self, x: Tensor) -> Tensor:
-        """Return data as vectors."""
-        return x.flatten(1)
-
     def _error(self, rebuilt: Tensor) -> Tensor:
-        return self.flat(rebuilt - self.held_out).square().mean(1).sqrt()
+        return (rebuilt - self.held_out).flatten(1).square().mean(1).sqrt()
 
 
 def _one_tensor(data: Tensor, model: PairFunction) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from pyro_vae.evaluation.simulate import changed_site
 from pyro_vae.pair.agreement import CALLING_ERRORS
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import as_inputs
+from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
-from pyro_vae.pair.sites import Latents, latent_sites, observed_site
-from pyro_vae.tasks.chains import Problem, draw_hidden, replace_input, run_chains, value_moments
+from pyro_vae.pair.sites import Given, Latents, Site, latent_sites, observed_site, sample_sites, total
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -125,7 +124,9 @@ def complete(
         models", algorithm 2; importance: Mattei, Frellsen 2019, "MIWAE", section 4; pseudo-gibbs:
         Rezende, Mohamed, Wierstra 2014, appendix F.
     """
-    _check_options(method, num_draws, num_samples, num_steps, position)
+    _check_options(method, num_samples, num_steps)
+    check_counts(num_draws=num_draws)
+    check_counts(position=position, least=0)
     check_optional_counts(max_memory=max_memory)
     inputs = as_inputs(x, model, guide)
     if not 0 <= position < len(inputs):
@@ -140,7 +141,7 @@ def complete(
     seen = given[~missing]
     if len(seen):
         fill = seen[seen.double().abs().argmin()]
-        pair = replace_input(pair, position, torch.where(missing, fill, given))
+        pair = _replace_input(pair, position, torch.where(missing, fill, given))
     with pair.alone(model).evaluating(seed, guide):
         if len(seen):
             pair.structure  # noqa: B018
@@ -167,23 +168,63 @@ def complete(
     return _join(parts, given, missing)
 
 
+class _Problem(NamedTuple):
+    """A pair opened on data with filled hidden places."""
+
+    pair: OpenedPair  # of its inputs, ``(N, ...)`` each, the incomplete one is filled
+    missing: Tensor  # what is hidden of that one
+    position: int  # which one it is
+    site: str  # name of the site that observes it
+
+    @property
+    def x(self) -> Tensor:
+        """The incomplete input as filled, ``(N, *data_shape)``."""
+        return self.pair.inputs[self.position]
+
+    def fill(self, x: Tensor) -> _Problem:
+        """Return the problem with other values in the hidden places."""
+        return self._replace(pair=_replace_input(self.pair, self.position, x))
+
+    def rows(self, rows: slice) -> _Problem:
+        """Return the problem of some of the data points."""
+        return self._replace(pair=self.pair.part(rows), missing=self.missing[rows])
+
+    def tile(self, count: int) -> _Problem:
+        """Return the problem with all data points repeated, repetitions outermost."""
+        if count == 1:
+            return self
+        *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
+        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
+
+    def trace(self, function: PairFunction, latents: Latents) -> Any:
+        """Run the model or the guide on given latents."""
+        with Given(latents):
+            return self.pair.alone(function).trace()
+
+    def log_prob(self, sites: list[Site]) -> Tensor:
+        """Sum the sites' log-probabilities per data point, ``(N,)``, float64."""
+        return total(sites, self.pair.plate, self.pair.inputs)
+
+
+def _replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
+    return pair.on((*pair.inputs[:position], x, *pair.inputs[position + 1 :]))
+
+
 def _by_chains(
-    problem: Problem, method: str, num_draws: int, num_steps: int, together: int
+    problem: _Problem, method: str, num_draws: int, num_steps: int, together: int
 ) -> Completion:
     """Run a chain per draw, as many at once as the memory allows."""
     accept_all = method == "pseudo-gibbs"
     runs = [
-        run_chains(problem, min(together, num_draws - done), num_steps, accept_all=accept_all)
+        _run_chains(problem, min(together, num_draws - done), num_steps, accept_all=accept_all)
         for done in range(0, num_draws, together)
     ]
-    x, mean, square, acceptance, log_joint, variance = (
-        torch.cat(values) for values in zip(*runs, strict=True)
-    )
+    columns = zip(*runs, strict=True)
+    x, mean, square, acceptance, log_joint, variance = (torch.cat(column) for column in columns)
     kept = num_steps - num_steps // 2
     r_hat = None if accept_all or num_draws < 2 else _r_hat(log_joint, variance, kept)
     share = None if accept_all else acceptance.mean(0)
-    mean, square = mean.mean(0), square.mean(0)
-    return Completion(x, mean, _deviation(mean, square), method, share, r_hat)
+    return Completion(x, *_spread(mean.mean(0), square.mean(0)), method, share, r_hat)
 
 
 def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
@@ -196,20 +237,121 @@ def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
     return ((length - 1) / length + means.var(0) / within).sqrt()
 
 
-def _weigh_observed(problem: Problem, divisible: bool) -> OpenedPair:
+class _State(NamedTuple):
+    """Where chains are: latents, fill, log p(x, z) ``(N,)``, mean and mean square of x given z."""
+
+    latents: Latents
+    problem: _Problem
+    log_joint: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+def _run_chains(
+    problem: _Problem, num_chains: int, num_steps: int, *, accept_all: bool
+) -> tuple[Tensor, ...]:
+    """Run C chains at once from the fill of the problem; the first proposal is always accepted.
+
+    Returns the last fill ``(C, N, *data_shape)``; the means over the second half of the steps of
+    E[x | z] and E[x^2 | z], likewise, float64; and, each ``(C, N)``, the share of accepted proposals
+    over all steps, mean and variance of log p(x, z) over the second half.
+    """
+    count = len(problem.missing)
+    problem = problem.tile(num_chains)
+    state = _redraw(problem, _propose(problem)[0])
+    accepted = torch.zeros(len(problem.missing), device=problem.x.device)
+    moments = [Moments() for _ in range(3)]
+    for step in range(num_steps):
+        state, moved = _step(state, accept_all)
+        accepted += moved
+        if step >= num_steps // 2:
+            _add(moments, state.mean, state.square, state.log_joint)
+    mean, square, log_joint = (each.mean() for each in moments)
+    variance = moments[2].variance()
+    results = (state.problem.x, mean, square, accepted / num_steps, log_joint, variance)
+    return tuple(value.unflatten(0, (num_chains, count)) for value in results)
+
+
+def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Site]:
+    """Draw the hidden values given the latents.
+
+    Returns the data with the new fill ``(N, *data_shape)``, the model's sample sites with it in place
+    and the observed site among them.
+    """
+    trace = problem.trace(problem.pair.model, latents)
+    site = trace.nodes[problem.site]
+    drawn = site["fn"].sample().to(problem.x.dtype)
+    x = torch.where(problem.missing, drawn, problem.x)
+    site["value"] = x
+    return x, sample_sites(trace), site
+
+
+def _value_moments(site: Site) -> tuple[Tensor, Tensor]:
+    """Return mean and mean square of a site's values, float64; where not known, of its draw."""
+    drawn = site["value"].double()
+    try:
+        mean, variance = site["fn"].mean.double(), site["fn"].variance.double()
+    except NotImplementedError:
+        return drawn, drawn.square()
+    known = mean.isfinite() & variance.isfinite()
+    return torch.where(known, mean, drawn), torch.where(known, variance + mean**2, drawn.square())
+
+
+def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
+    """Propose latents, accept or not, redraw the hidden values: one step of every chain."""
+    problem = state.problem
+    proposal, sites = _propose(problem)
+    if accept_all:
+        return _redraw(problem, proposal), torch.ones_like(state.log_joint)
+    log_joint = problem.log_prob(sample_sites(problem.trace(problem.pair.model, proposal)))
+    log_ratio = log_joint - problem.log_prob(sites) - state.log_joint + _log_reverse(state, sites)
+    # NaN: neither point has a density; stay.
+    accepted = torch.rand_like(log_ratio).log() < log_ratio
+    latents = {
+        # One truth value for each place along the axis that counts the data points.
+        name: torch.where(
+            accepted.view(-1, *[1] * (-problem.pair.axes[name] - 1)), value, state.latents[name]
+        )
+        for name, value in proposal.items()
+    }
+    return _redraw(problem, latents), accepted.to(log_ratio.dtype)
+
+
+def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
+    trace = problem.pair.alone(problem.pair.guide).trace()
+    return {name: trace.nodes[name]["value"] for name in problem.pair.axes}, sample_sites(trace)
+
+
+def _log_reverse(state: _State, sites: list[Site]) -> Tensor:
+    """Return log q of the latents the chains are at, given the data as filled now, ``(N,)``."""
+    if len(sites) == 1:
+        # The site's distribution is there: the guide need not run again.
+        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
+    else:
+        sites = sample_sites(state.problem.trace(state.problem.pair.guide, state.latents))
+    return state.problem.log_prob(sites)
+
+
+def _redraw(problem: _Problem, latents: Latents) -> _State:
+    x, sites, site = _draw_hidden(problem, latents)
+    problem = problem.fill(x)
+    return _State(latents, problem, problem.log_prob(sites), *_value_moments(site))
+
+
+def _weigh_observed(problem: _Problem, divisible: bool) -> OpenedPair:
     """Return the pair that weighs draws by the density of the observed part."""
-    pair = problem.pair
-    masked = on_observed_part(pair.model, observed=problem.site, position=problem.position)
-    inputs = (*pair.inputs, problem.missing)
-    knowledge = Knowledge(is_divisible=divisible)
-    guide = pair.guide
+    pair, guide = problem.pair, problem.pair.guide
     return OpenedPair(
-        masked, lambda *given: guide(*given[:-1]), inputs, plate=pair.plate, knowledge=knowledge
+        on_observed_part(pair.model, observed=problem.site, position=problem.position),
+        lambda *given: guide(*given[:-1]),
+        (*pair.inputs, problem.missing),
+        plate=pair.plate,
+        knowledge=Knowledge(is_divisible=divisible),
     )
 
 
 def _by_importance(
-    problem: Problem, particles: Particles, num_draws: int, num_samples: int, budget: int
+    problem: _Problem, particles: Particles, num_draws: int, num_samples: int, budget: int
 ) -> Completion:
     """Weigh draws from the guide by the density of the observed part, and resample."""
     chunk = max(1, budget // (particles.bytes_per_datum * particles.num_data))
@@ -235,36 +377,38 @@ def _by_importance(
     }
     draws, moments = [], [Moments(), Moments()]
     for index in range(num_draws):
-        x, _, site = draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
+        x, _, site = _draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
         draws.append(x)
-        for each, value in zip(moments, value_moments(site), strict=True):
-            each.add(value[None])
-    mean, square = (each.mean() for each in moments)
+        _add(moments, *_value_moments(site))
     ess = 1 / shares.square().sum(0)
-    return Completion(torch.stack(draws), mean, _deviation(mean, square), "importance", ess=ess)
+    moved = _spread(*(each.mean() for each in moments))
+    return Completion(torch.stack(draws), *moved, "importance", ess=ess)
 
 
-def _deviation(mean: Tensor, square: Tensor) -> Tensor:
-    return (square - mean.square()).clamp(min=0).sqrt()
+def _add(moments: list[Moments], *values: Tensor) -> None:
+    for each, value in zip(moments, values, strict=True):
+        each.add(value[None])
+
+
+def _spread(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of what has this mean and mean square."""
+    return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
 def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     """Join blocks of data, and put the observed values back as they came."""
     draws = torch.cat([part.draws for part in parts], dim=1)
-    mean = torch.cat([part.mean for part in parts]).to(draws.dtype)
-    deviation = torch.cat([part.standard_deviation for part in parts]).to(draws.dtype)
 
-    diagnostics = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("acceptance", "r_hat", "ess")
-        if getattr(parts[0], name) is not None
-    }
+    def join(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
     return Completion(
         torch.where(missing, draws, x),
-        torch.where(missing, mean, x),
-        deviation.masked_fill(~missing, 0.0),
+        torch.where(missing, join("mean").to(draws.dtype), x),
+        join("standard_deviation").to(draws.dtype).masked_fill(~missing, 0.0),
         parts[0].method,
-        **diagnostics,
+        *map(join, ("acceptance", "r_hat", "ess")),
     )
 
 
@@ -279,42 +423,38 @@ def _fill_first(
     x = pair.inputs[position]
 
     def with_fill(fill: Tensor) -> OpenedPair:
-        return replace_input(pair, position, torch.where(missing, fill.to(x), x))
+        return _replace_input(pair, position, torch.where(missing, fill.to(x), x))
 
     if initial is not None:
         if not isinstance(initial, int | float | Tensor):
             raise InputError(f"expected initial as a number or a tensor, got {initial!r}")
         fill = torch.as_tensor(initial)
-        # More dimensions than the data's would add data; sizes count from the last.
-        sizes = zip(reversed(fill.shape), reversed(x.shape), strict=False)
-        if fill.dim() > x.dim() or any(size not in (1, wanted) for size, wanted in sizes):
+        try:
+            fill.expand(x.shape)
+        except RuntimeError:
             raise InputError(
                 f"expected initial to broadcast to the data's shape {tuple(x.shape)}, got "
                 f"{tuple(fill.shape)}"
-            )
+            ) from None
         if not fill.isfinite().all():
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
     blank = with_fill(x.new_zeros(()))
     model = blank.alone(blank.model)
-    total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    means = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for _ in range(_PRIOR_DRAWS):
         trace = model.trace()
         site = trace.nodes[observed_site(trace, observed)]
         if site["value"].shape != x.shape:
             raise _not_observed(site["name"], x, site["value"])
-        total += value_moments({**site, "value": site["fn"].sample()})[0]
-    return with_fill(total / _PRIOR_DRAWS)
+        means += _value_moments({**site, "value": site["fn"].sample()})[0]
+    return with_fill(means / _PRIOR_DRAWS)
 
 
 def _bind(
     pair: OpenedPair, missing: Tensor, position: int, observed: str | None
-) -> tuple[Problem, bool]:
-    """Bind a pair of filled data to what is missing; refuse what can't be completed.
-
-    Returns:
-        the problem, and whether its pair accepts fewer data than these, and more.
-    """
+) -> tuple[_Problem, bool]:
+    """Bind a pair of filled data to what is missing, or refuse it; is its pair divisible?"""
     trace, guide_trace = pair.trace()
     name = observed_site(trace, observed)
     site, x = trace.nodes[name], pair.inputs[position]
@@ -323,15 +463,15 @@ def _bind(
     elementwise_base(name, site["fn"])
     check_latents_match(trace, guide_trace)
     latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-    problem = Problem(pair, missing, position, name)
+    problem = _Problem(pair, missing, position, name)
     # Inspected with hidden values in the support of the likelihood: the first fill need not be there.
-    drawn = problem.fill(draw_hidden(problem, latents)[0])
+    drawn = problem.fill(_draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
     drawn.pair.structure  # noqa: B018
     return problem, _is_divisible(drawn)
 
 
-def _is_divisible(problem: Problem) -> bool:
+def _is_divisible(problem: _Problem) -> bool:
     """Tell whether the pair accepts fewer data than these, and more."""
     if len(problem.missing) >= 3:
         return problem.pair.is_divisible()
@@ -344,12 +484,12 @@ def _is_divisible(problem: Problem) -> bool:
     return True
 
 
-def _check_conditional_independence(problem: Problem, latents: Latents) -> None:
+def _check_conditional_independence(problem: _Problem, latents: Latents) -> None:
     """Refuse a model in which anything but the observed site itself depends on the hidden values."""
-    other, *_ = draw_hidden(problem, latents)
+    other, *_ = _draw_hidden(problem, latents)
     traces = []
     for x in (problem.x, other):
-        trace = problem.fill(x).trace_model(latents)
+        trace = problem.fill(x).trace(problem.pair.model, latents)
         trace.nodes[problem.site]["value"] = problem.x
         traces.append(trace)
     name = changed_site(*traces)
@@ -367,19 +507,15 @@ def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
     )
 
 
-def _check_options(
-    method: str, num_draws: int, num_samples: int | None, num_steps: int | None, position: int
-) -> None:
+def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    check_counts(num_draws=num_draws)
-    check_counts(position=position, least=0)
-    check_optional_counts(num_samples=num_samples, num_steps=num_steps)
-    own, other, surplus = "num_steps", "num_samples", num_samples
-    if method == "importance":
-        own, other, surplus = "num_samples", "num_steps", num_steps
-    if surplus is not None:
-        raise InputError(
-            f"expected no {other} with method {method!r}, which has {own}, got {surplus}: leave "
-            "it out"
-        )
+    given: dict[str, Any] = {"num_samples": num_samples, "num_steps": num_steps}
+    check_optional_counts(**given)
+    own = "num_samples" if method == "importance" else "num_steps"
+    for other, value in given.items():
+        if other != own and value is not None:
+            raise InputError(
+                f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it "
+                "out"
+            )

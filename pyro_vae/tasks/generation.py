@@ -1,9 +1,10 @@
-"""Generate new data from a pair, and reconstruct given ones."""
+"""From data to latents and back: encode, decode, reconstruct given data, generate new ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,12 +15,21 @@ from torch import Tensor, distributions
 
 from pyro_vae.distributions.flows import FlowDistribution
 from pyro_vae.distributions.normal import DiagonalNormalMixture
-from pyro_vae.errors import InputError, real_number
+from pyro_vae.errors import InputError, check_optional_counts, real_number
+from pyro_vae.evaluation.latent_codes import choose_site, draw_codes, mean_codes
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.opened import OpenedPair, open_function, open_pair
-from pyro_vae.pair.sites import Given, Latents, is_delta, is_inside, observed_site
-from pyro_vae.tasks.encoding import mean_of
+from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_function, open_pair
+from pyro_vae.pair.sites import (
+    Given,
+    Latents,
+    Site,
+    is_delta,
+    is_inside,
+    latent_sites,
+    observed_site,
+    value_axis,
+)
 
 # Families with a location and a scale: the temperature multiplies the scale.
 _LOCATION_SCALE = (
@@ -28,6 +38,124 @@ _LOCATION_SCALE = (
     distributions.Cauchy,
     distributions.StudentT,
 )
+
+
+# Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
+_MEAN_DRAWS = 1000
+
+
+def encode(
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    mean: bool = True,
+    num_draws: int | None = None,
+    site: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> Tensor:
+    """Return the latent codes of data: posterior means, or draws of the guide.
+
+    Args:
+        guide: the variational function of a pair.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
+        mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
+        num_draws: draws returned (by default 1), or those that a mean rests on which the distribution
+            does not have in closed form (by default 1,000).
+        site: name of the latent; needed where the guide has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        means ``(N, *shape of one latent)``, or draws ``(num_draws, N, *shape of one latent)``.
+
+    Raises:
+        InputError: no latent, several without a name, one of another name or outside the data plate.
+
+    Warns:
+        UserWarning: the mean has no closed form and comes from draws.
+    """
+    check_optional_counts(num_draws=num_draws)
+    opened = open_function(guide, x, plate=plate)
+    with opened.evaluating(seed):
+        if not mean:
+            drawn = draw_codes(opened, num_draws or 1)
+            return drawn[choose_site(drawn, site)].detach()
+        codes = mean_codes(opened, num_draws or _MEAN_DRAWS)
+    name = choose_site(codes, site)
+    code = codes[name]
+    if not code.exact:
+        warnings.warn(
+            f"the mean of latent {name!r} has no closed form: it is that of "
+            f"{num_draws or _MEAN_DRAWS:,} draws",
+            stacklevel=2,
+        )
+    return code.mean
+
+
+def decode(
+    model: PairFunction,
+    z: Tensor | Mapping[str, Tensor],
+    like: Tensor | Sequence[Tensor],
+    *,
+    mean: bool = True,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> Tensor:
+    """Return the data that latents stand for: the likelihood's mean or a draw from it.
+
+    Args:
+        model: the generative function of a pair.
+        z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
+            name. Sites that are not named are drawn from the prior.
+        like: inputs ``(N, ...)`` that give shape and conditions of the data; the values of the
+            observed site are not looked at.
+        mean: return the likelihood's mean instead of a draw from it.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Returns:
+        ``(N, *data_shape)``.
+
+    Raises:
+        InputError: latents of another name, number or shape, an observed site that can't be told or
+            has no mean, or a model that does not run on any number of data.
+    """
+    opened = open_function(model, like, plate=plate)
+    with opened.evaluating(seed):
+        return decode_latents(opened, z, mean=mean, observed=observed)
+
+
+def decode_latents(
+    model: OpenedFunction,
+    z: Tensor | Mapping[str, Tensor],
+    *,
+    mean: bool = True,
+    observed: str | None = None,
+) -> Tensor:
+    """Do the work of :func:`decode` for a model that is open."""
+    trace = model.first().trace(explain="model")
+    sites = {site["name"]: site for site in latent_sites(trace)}
+    named = dict(z) if isinstance(z, Mapping) else {choose_site(sites, None): z}
+    given = {}
+    for name, value in named.items():
+        site = sites[choose_site(sites, name)]
+        axis, like = value_axis(site, model.plate), site["value"]
+        value = torch.as_tensor(value).to(like)
+        wanted = (model.num_data, *like.movedim(axis, 0).shape[1:])
+        if value.shape != wanted:
+            raise InputError(
+                f"expected latents {name!r} of shape {wanted}, one for each datum, got "
+                f"{tuple(value.shape)}"
+            )
+        given[name] = value.movedim(0, axis)
+    with Given(given):
+        trace = model.trace(explain="model")
+    site = trace.nodes[observed_site(trace, observed)]
+    check_rows("model", site, model.plate, model.num_data)
+    return mean_of(site) if mean else site["fn"].sample()
 
 
 def generate(
@@ -80,11 +208,9 @@ def generate(
         raise InputError(f"expected a finite temperature above 0, got {temperature}")
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
-    pair = (
-        None
-        if guide is None
-        else open_pair(model, guide, like if data is None else data, plate=plate)
-    )
+    pair = None
+    if guide is not None:
+        pair = open_pair(model, guide, like if data is None else data, plate=plate)
     with opened.evaluating(seed, guide):
         name = observed_site(opened.trace(), observed)
         latents: Latents = {}
@@ -133,6 +259,20 @@ def reconstruct(
         return mean_of(site) if mean else site["fn"].sample()
 
 
+def mean_of(site: Site) -> Tensor:
+    """Return the mean of a site's distribution; refuse one without (categories, a Cauchy), or NaN."""
+    try:
+        mean: Tensor = site["fn"].mean
+    except NotImplementedError:
+        mean = torch.tensor(torch.nan)
+    if mean.isnan().any():
+        raise InputError(
+            f"expected {type(site['fn']).__name__} at {site['name']!r} to have a mean, got NaN: draw "
+            "from it by mean=False, or look for NaN in data and parameters"
+        )
+    return mean.detach().clone()  # not the parameter that a model may hand on
+
+
 class _Freed(Messenger):
     """Draw one observed site anew; the others keep what they observed, as conditions."""
 
@@ -147,12 +287,11 @@ class _Freed(Messenger):
 
 def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float) -> Latents:
     """Draw latents of so many data, each from the posterior of a datum picked at random."""
-    axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
 
     def draw(part: OpenedPair) -> Latents:
         with _AtTemperature(temperature):
             trace = part.alone(part.guide).trace()
-        return {name: trace.nodes[name]["value"] for name in axes}
+        return {name: trace.nodes[name]["value"] for name in pair.axes}
 
     picked = torch.randint(pair.num_data, (number,), device=pair.device)
     if pair.is_divisible():
@@ -161,12 +300,11 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
     # gets the k-th draw.
     turn = _occurrence(picked)
     draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
-    return {
-        name: torch.stack([each[name].movedim(axis, 0) for each in draws])[turn, picked].movedim(
-            0, axis
-        )
-        for name, axis in axes.items()
-    }
+    latents = {}
+    for name, axis in pair.axes.items():
+        rows = torch.stack([each[name].movedim(axis, 0) for each in draws])
+        latents[name] = rows[turn, picked].movedim(0, axis)
+    return latents
 
 
 def _occurrence(picked: Tensor) -> Tensor:
@@ -181,12 +319,8 @@ def _occurrence(picked: Tensor) -> Tensor:
 class _AtTemperature(Messenger):
     """Multiply the spread of every latent's distribution by the temperature.
 
-    A location-scale family and a multivariate normal have their scale multiplied; a mixture has each
-    component's, its weights unchanged; a flow has its base's (as in Kingma, Dhariwal 2018, "Glow",
-    section 6). Whatever else is drawn is refused by name.
-
-    Args:
-        temperature: factor of the standard deviation; 1 changes nothing.
+    A flow has its base's multiplied (as in Kingma, Dhariwal 2018, "Glow", section 6), a mixture each
+    component's. Whatever else is drawn is refused by name; a temperature of 1 changes nothing.
     """
 
     def __init__(self, temperature: float) -> None:

@@ -14,9 +14,9 @@ from pyro_vae.evaluation.latent_codes import Code, choose_site, mean_codes
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
-from pyro_vae.pair.opened import OpenedPair, open_pair
+from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
 from pyro_vae.pair.sites import value_axis
-from pyro_vae.tasks.encoding import decode_latents
+from pyro_vae.tasks.generation import decode_latents
 
 # Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
 # known to 0.03.
@@ -109,13 +109,14 @@ def interpolate(
         ways = {}
         for name, code in first.items():
             _refuse_discrete(name, code)
-            walk = _great_circle if code.support == "sphere" else _straight
             start, end = code.decodable(), last[name].decodable()
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
-            ways[name] = walk(start, end, shares).flatten(0, 1)
-        data = decode_latents(pair.alone(model).repeat(num_steps), ways, observed=observed)
-    return data.unflatten(0, (num_steps, pair.num_data))
+            way = start + shares * (end - start)
+            if code.support == "sphere":
+                way = _great_circle(start, end, shares)
+            ways[name] = way.flatten(0, 1)
+        return _decode_repeated(pair.alone(model), num_steps, ways, observed)
 
 
 def traverse(
@@ -155,8 +156,7 @@ def traverse(
     check_counts(num_steps=num_steps, least=2)
     with pair.evaluating(seed):
         walker = _Walker(pair, site, observed)
-        moved = tuple(range(walker.size)) if dimensions is None else _as_whole(dimensions)
-        walker.check_dimensions(moved)
+        moved = walker.choose(range(walker.size) if dimensions is None else dimensions)
         values = walker.quantiles(num_steps, coverage)[list(moved)]
         data = [
             walker.decode([walker.with_coordinate(dimension, value) for value in row])
@@ -206,8 +206,7 @@ def manifold(
     check_counts(num_steps=num_steps, least=2)
     with pair.evaluating(seed):
         walker = _Walker(pair, site, observed)
-        chosen = _as_whole(dimensions)
-        walker.check_dimensions(chosen)
+        chosen = walker.choose(dimensions)
         if len(chosen) != 2 or chosen[0] == chosen[1]:
             raise InputError(f"expected two different dimensions, got {dimensions}")
         right, up = chosen
@@ -240,25 +239,32 @@ class _Walker:
         self.flat = self.codes[self.site].reshape(pair.num_data, -1)
         self.size = self.flat.shape[1]
 
-    def check_dimensions(self, dimensions: Sequence[int]) -> None:
-        """Refuse coordinates that the latent doesn't have, and none at all."""
-        if not dimensions:
+    def choose(self, dimensions: Iterable[int]) -> tuple[int, ...]:
+        """Return coordinates as whole numbers; refuse none, and what the latent doesn't have."""
+        if isinstance(dimensions, str) or not isinstance(dimensions, Iterable):
+            raise InputError(f"expected dimensions as whole numbers, e.g. (0, 1), got {dimensions!r}")
+        chosen = tuple(whole_number("each of the dimensions", each) for each in dimensions)
+        if not chosen:
             raise InputError("expected at least one of the latent's dimensions, got none")
-        for dimension in dimensions:
-            if dimension >= self.size:
-                raise InputError(
-                    f"expected dimensions from 0 to {self.size - 1} of latent {self.site!r}, got "
-                    f"{dimension}"
-                )
+        if max(chosen) >= self.size:
+            raise InputError(
+                f"expected dimensions from 0 to {self.size - 1} of latent {self.site!r}, got "
+                f"{next(each for each in chosen if each >= self.size)}"
+            )
+        return chosen
 
     def stay_at_mean(self) -> None:
         """Go on with one code, the mean over the data, under the first datum's conditions."""
         mean = self.flat.mean(0, keepdim=True)
         if self.support == "sphere":
-            mean = _unit(mean, torch.eye(self.size, dtype=mean.dtype, device=mean.device)[:1])
+            mean = _unit(mean, self.axis(0))
         self.flat = mean
         self.codes = {name: value[:1] for name, value in self.codes.items()}
         self.model = self.model.first()
+
+    def axis(self, dimension: int) -> Tensor:
+        """Return the unit vector along a coordinate, ``(size,)``."""
+        return torch.eye(self.size, dtype=self.flat.dtype, device=self.flat.device)[dimension]
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
         """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
@@ -277,9 +283,8 @@ class _Walker:
         moved = (self.flat if flat is None else flat).clone()
         if self.support == "sphere":
             moved[:, dimension] = 0
-            other = torch.zeros_like(moved)
-            other[:, (dimension + 1) % self.size] = 1
-            moved = _unit(moved, other) * (1 - value.square()).clamp(min=0).sqrt()
+            others = _unit(moved, self.axis((dimension + 1) % self.size))
+            moved = others * (1 - value.square()).clamp(min=0).sqrt()
         moved[:, dimension] = value
         return moved
 
@@ -287,18 +292,15 @@ class _Walker:
         """Return longitudes, latitudes and the codes at each pair of them."""
         up = self.flat.clone()
         up[:, [first, second]] = 0
-        fallback = torch.zeros_like(up)
         others = [axis for axis in range(self.size) if axis not in (first, second)]
-        if others:
-            fallback[:, others[0]] = 1
         # Evenly spaced in longitude without meeting itself, and in the sine of the latitude, which
         # is evenly spaced in area on the ordinary sphere.
         height = (torch.arange(num_steps).to(up) + 0.5) / num_steps * 2 - 1
         longitude = math.pi * height
-        if not others:
-            height = height.new_zeros(1)
+        if others:
+            up = _unit(up, self.axis(others[0]))
         else:
-            up = _unit(up, fallback)
+            height = height.new_zeros(1)
         codes = []
         for sine in height:
             for angle in longitude:
@@ -310,16 +312,18 @@ class _Walker:
 
     def decode(self, flat: Sequence[Tensor]) -> Tensor:
         """Decode several codes of each datum, ``(len(flat), N, *data_shape)``."""
-        latents = dict(
-            zip(self.codes, tile_inputs(tuple(self.codes.values()), len(flat)), strict=True)
-        )
+        tiled = tile_inputs(tuple(self.codes.values()), len(flat))
+        latents = dict(zip(self.codes, tiled, strict=True))
         latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
-        data = decode_latents(self.model.repeat(len(flat)), latents, observed=self.observed)
-        return data.unflatten(0, (len(flat), self.model.num_data))
+        return _decode_repeated(self.model, len(flat), latents, self.observed)
 
 
-def _straight(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    return start + share * (end - start)
+def _decode_repeated(
+    model: OpenedFunction, count: int, latents: dict[str, Tensor], observed: str | None
+) -> Tensor:
+    """Decode ``count`` latents of each data point, ``(count, N, *data_shape)``."""
+    data = decode_latents(model.repeat(count), latents, observed=observed)
+    return data.unflatten(0, (count, model.num_data))
 
 
 def _great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
@@ -339,13 +343,6 @@ def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
     length = vector.norm(dim=-1, keepdim=True)
     tiny = length < 10 * torch.finfo(vector.dtype).eps
     return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
-
-
-def _as_whole(dimensions: Iterable[int]) -> tuple[int, ...]:
-    """Return coordinates as whole numbers from 0 on, or refuse what is none."""
-    if isinstance(dimensions, str) or not isinstance(dimensions, Iterable):
-        raise InputError(f"expected dimensions as whole numbers, e.g. (0, 1), got {dimensions!r}")
-    return tuple(whole_number("each of the dimensions", each) for each in dimensions)
 
 
 def _refuse_discrete(name: str, code: Code) -> None:

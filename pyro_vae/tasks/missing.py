@@ -92,10 +92,7 @@ def observed_pair(
 def on_observed_part(
     model: PairFunction, *, observed: str | None = None, position: int = 0
 ) -> PairFunction:
-    """Return the model of the observed part; its last input is ``missing``.
-
-    Arguments and errors as for :func:`observed_pair`.
-    """
+    """Return the model of the observed part; arguments and errors as for :func:`observed_pair`."""
 
     def masked(*inputs: Tensor) -> Any:
         *given, missing = inputs
@@ -106,11 +103,7 @@ def on_observed_part(
 
 
 def elementwise_base(name: str, distribution: Any) -> tuple[Any, int]:
-    """Return the distribution of single values behind a site, and how many dimensions are an event.
-
-    Raises:
-        InputError: values that are not independent given the latents, or an unknown kind.
-    """
+    """Return a site's distribution of single values, and how many dimensions are its event."""
     base, event_dim = distribution, 0
     while isinstance(base, distributions.Independent):
         event_dim += base.reinterpreted_batch_ndims
@@ -146,7 +139,9 @@ class _ObservedPart(Messenger):
         self.found = False
 
     def _pyro_sample(self, message: Any) -> None:
-        if not message["is_observed"] or site_is_factor(message) or not self._is_meant(message):
+        by_name = self.name is not None
+        meant = message["name"] == self.name if by_name else message["value"] is self.x
+        if not message["is_observed"] or site_is_factor(message) or not meant:
             return
         self.found = True
         name, value = message["name"], message["value"]
@@ -160,11 +155,6 @@ class _ObservedPart(Messenger):
         # NaN under a mask would still make NaN gradients, and a value outside the support an error.
         message["value"] = torch.where(self.missing, _inside(base, value), value)
         message["fn"] = base.mask(~self.missing).to_event(event_dim)
-
-    def _is_meant(self, message: Any) -> bool:
-        if self.name is not None:
-            return bool(message["name"] == self.name)
-        return message["value"] is self.x
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

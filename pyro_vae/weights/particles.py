@@ -59,40 +59,27 @@ class LogDensities(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log densities of given latents under one function, each ``(num_samples, N)``, float64, nats.
+    """Log densities of given latents under one function, each ``(num_samples, N)``, float64, nats."""
 
-    Attributes:
-        observed: of what is observed.
-        latent: of the latents.
-        scaled_latent: the same with the beta handler's scale.
-    """
-
-    observed: Tensor
+    observed: Tensor  # of what is observed
     latent: Tensor
-    scaled_latent: Tensor
+    scaled_latent: Tensor  # with the beta handler's scale
 
 
 class Draws(NamedTuple):
     """Latents of all particles, and the guide's density of them.
 
-    Attributes:
-        latents: by site name, ``(num_particles, *shape of one draw)``.
-        log_proposal: log q, ``(num_particles, N)``, float64, nats.
-        scaled_log_proposal: the same with the beta handler's scale.
-        gates: groups of the draws before their gates (see :class:`PathwiseDraws`) with the slopes of
-            the scaled log q; each group holds the particles named by a slice. Empty if not gated.
-        subsample: the indices drawn by subsampling plates; the model must see the same.
-        plate_scale: full size over drawn size of the data plate.
-        proposal_scale: the beta handler's scale on the guide's latents.
+    Each of the ``gates`` holds, for the particles named by a slice, the draws before their gates (see
+    :class:`PathwiseDraws`) and the slopes of the scaled log q; there is none if not gated.
     """
 
-    latents: Latents
-    log_proposal: Tensor
-    scaled_log_proposal: Tensor
+    latents: Latents  # each (num_particles, *shape of one draw)
+    log_proposal: Tensor  # log q, (num_particles, N), float64, nats
+    scaled_log_proposal: Tensor  # with the beta handler's scale
     gates: list[tuple[slice, dict[str, Tensor], dict[str, Tensor]]]
-    subsample: dict[str, Any]
-    plate_scale: float
-    proposal_scale: Any
+    subsample: dict[str, Any]  # indices drawn by subsampling plates; the model must see the same
+    plate_scale: float  # full size over drawn size of the data plate
+    proposal_scale: Any  # the beta handler's, on the guide's latents
 
 
 def log_weights(
@@ -147,17 +134,15 @@ class Particles:
     warning.
 
     Args:
-        pair: a pair on its device (see :meth:`OpenedPair.part`); inspected if it has not been.
-
-    Raises:
-        InputError: a pair that can't be weighed rightly.
+        pair: a pair on its device (see :meth:`OpenedPair.part`); inspected if it has not been, and
+            refused if it can't be weighed rightly.
     """
 
     def __init__(self, pair: OpenedPair) -> None:
         if pair.structure.why_unweighable is not None:
             raise InputError(pair.structure.why_unweighable)
         self.pair = pair
-        self.axes = {name: latent.axis for name, latent in pair.structure.latents.items()}
+        self.axes = pair.axes
 
     # --- what an estimator asks for ---
 
@@ -167,30 +152,21 @@ class Particles:
         return LogDensities(*self.score(latents), log_proposal)
 
     def propose(self, num_samples: int) -> tuple[Latents, Tensor]:
-        """Draw latents from the guide.
-
-        Returns:
-            the latents by site name, each ``(num_samples, *shape of one draw)``, and log q
-            ``(num_samples, N)``.
-        """
+        """Draw latents ``(num_samples, *shape of one draw)``, with log q ``(num_samples, N)``."""
         draws = self.draw_from_guide(num_samples)
         return draws.latents, draws.log_proposal
 
     def propose_from_prior(self, num_samples: int) -> Latents:
         """Draw latents from the model's prior, each ``(num_samples, *shape of one draw)``."""
+        model = poutine.trace(self.pair.model)
         rows = []
         for _ in range(num_samples):
-            trace = self._trace(self.pair.model)
-            rows.append({site["name"]: site["value"] for site in latent_sites(trace)})
-        latents: Latents = _stack(rows)
-        return latents
+            sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
+            rows.append({site["name"]: site["value"] for site in sites})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
-        """Score latents ``(num_samples, ...)`` under the model.
-
-        Returns:
-            log p(x given z) and log p(z), each ``(num_samples, N)``.
-        """
+        """Score latents ``(num_samples, ...)``: log p(x|z), log p(z), each ``(num_samples, N)``."""
         scored = self.score_under("model", latents)
         return scored.observed, scored.latent
 
@@ -232,25 +208,13 @@ class Particles:
     # --- drawing from the guide ---
 
     def draw_from_guide(self, num_particles: int, *, gates: bool = False) -> Draws:
-        """Draw from the guide.
-
-        Args:
-            num_particles: draws per data point.
-            gates: keep the draws apart from what is computed of them, with the slopes of log q.
-        """
-        if num_particles == 1:
-            return self._draw_plain(1, gates)
-        way = self.pair.knowledge.ways.get("draws")
-        if way is not None:
-            draws: Draws = getattr(self, way)(num_particles, gates)
-            return draws
-        held = _HELD_IF_READ if "guide" in self.pair.structure.reads_values else _HELD
-        return self._find(
+        """Draw from the guide; ``gates`` keeps the draws apart from what is computed of them."""
+        return self._run_first_that_holds(
             "draws",
-            {self._draw_under_plate: held, self._draw_tiled: _HELD_IF_TILED},
+            num_particles,
+            (self._draw_plain, self._draw_under_plate, self._draw_tiled),
             lambda draw: draw(num_particles, gates),
             self._draws_hold,
-            self._draw_plain,
         )
 
     def _draw_plain(self, num_particles: int, gates: bool) -> Draws:
@@ -273,9 +237,7 @@ class Particles:
 
     def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
         dim = -self.pair.structure.nesting - 1
-        batched = pyro.plate("_particles", num_particles, dim=dim)(
-            self.pair.guide
-        )  # inside the gates
+        batched = pyro.plate("_particles", num_particles, dim=dim)(self.pair.guide)
         with pyro.validation_enabled(False):
             trace, found = self._run_guide(batched, self.pair, gates)
         latents = {}
@@ -290,7 +252,8 @@ class Particles:
         trace, found = self._run_guide(self.pair.guide, _tile_pair(self.pair, num_particles), gates)
 
         def untile(values: Latents) -> Latents:  # as views
-            return {n: _untile(v, self.axes[n], num_particles) for n, v in values.items()}
+            split = {n: v.unflatten(self.axes[n], (num_particles, -1)) for n, v in values.items()}
+            return {name: value.movedim(self.axes[name] - 1, 0) for name, value in split.items()}
 
         latents = untile({name: trace.nodes[name]["value"] for name in self.axes})
         groups = [(slice(None), *map(untile, one)) for one in found]
@@ -331,18 +294,11 @@ class Particles:
         particle_dim: int | None = None,
     ) -> Draws:
         sites = sample_sites(trace)
-        subsample = {
-            name: site["value"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and site_is_subsample(site)
-            and len(site["value"]) < site["fn"].size
-        }
+        drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and site_is_subsample(s)]
+        subsample = {s["name"]: s["value"] for s in drawn if len(s["value"]) < s["fn"].size}
         plain, scaled = self._sum(sites, particle_dim)
-        scale = latent_scale_of(sites[0])
-        return Draws(
-            latents, shape(plain), shape(scaled), groups, subsample, plate_scale(sites[0]), scale
-        )
+        scales = plate_scale(sites[0]), latent_scale_of(sites[0])
+        return Draws(latents, shape(plain), shape(scaled), groups, subsample, *scales)
 
     def _draws_hold(self, draws: Draws, count: int) -> bool:
         """Compare batched draws with plain calls that are given the same random values."""
@@ -350,17 +306,17 @@ class Particles:
         first = {name: value[:count].detach() for name, value in draws.latents.items()}
         # A point mass follows from the other sites; given a value that was rounded differently it
         # would report a density of 0.
-        latents = self.pair.structure.latents
-        random = {name: v for name, v in first.items() if not latents[name].is_point_mass}
+        known = self.pair.structure.latents
+        random = {name: v for name, v in first.items() if not known[name].is_point_mass}
 
         def plain(given: Latents) -> tuple[Tensor, ...]:
             rows = []
             for index in range(count):
                 values = {name: value[index] for name, value in given.items()}
                 with Given({**values, **draws.subsample}):
-                    rows.append(self._draw_plain(1, False))
-            log_proposal = torch.cat([row.log_proposal for row in rows])
-            return log_proposal, *(torch.cat([r.latents[n] for r in rows]) for n in self.axes)
+                    row = self._draw_plain(1, False)
+                rows.append((row.log_proposal, *row.latents.values()))
+            return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
         return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
@@ -371,38 +327,28 @@ class Particles:
     ) -> Scored:
         """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``.
 
-        Args:
-            function: which of the two.
-            latents: by site name.
-            subsample: indices that subsampling plates are to take.
+        Subsampling plates take the indices in ``subsample``.
         """
         given = subsample or {}
-        if _count(latents) == 1:
-            return self.score_by("_score_plain", function, latents, given)
-        way = self.pair.knowledge.ways.get(function)
-        if way is not None:
-            return self.score_by(way, function, latents, given)
-        held = _HELD_IF_READ if function in self.pair.structure.reads_values else _HELD
-        return self._find(
+
+        def hold(scored: Scored, count: int) -> bool:
+            first = {name: value[:count].detach() for name, value in latents.items()}
+            found = tuple(term[:count].detach() for term in scored)
+            return agree(found, lambda some: self._score_plain(function, some, given), first)
+
+        return self._run_first_that_holds(
             function,
-            {self._score_under_vmap: held, self._score_tiled: _HELD_IF_TILED},
+            _count(latents),
+            (self._score_plain, self._score_under_vmap, self._score_tiled),
             lambda score: score(function, latents, given),
-            lambda scored, count: self._scores_hold(function, latents, given, scored, count),
-            lambda *_: self._score_plain(function, latents, given),
+            hold,
         )
 
-    def score_by(
-        self, way: str, function: str, latents: Latents, subsample: dict[str, Any] | None = None
-    ) -> Scored:
-        """Score latents by a way that was found to hold (see ``Knowledge.ways``)."""
-        scored: Scored = getattr(self, way)(function, latents, subsample or {})
-        return scored
-
     def _score_plain(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
-        rows = [
-            self._score_one(function, self.pair, {n: v[index] for n, v in latents.items()}, subsample)
-            for index in range(_count(latents))
-        ]
+        rows = []
+        for index in range(_count(latents)):
+            one = {name: value[index] for name, value in latents.items()}
+            rows.append(self._score_one(function, self.pair, one, subsample))
         return Scored(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _score_under_vmap(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
@@ -432,33 +378,16 @@ class Particles:
         observed, _ = self._sum([site for site in sites if site["is_observed"]])
         latent, scaled = self._sum([site for site in sites if not site["is_observed"]])
         # The guide observes nothing, and a model of conditions alone has no latent of its own.
-        known = observed if latent is None else latent
-        nothing = torch.zeros_like(known)
-        return Scored(
-            nothing if observed is None else observed,
-            nothing if latent is None else latent,
-            nothing if scaled is None else scaled,
-        )
-
-    def _scores_hold(
-        self, function: str, latents: Latents, subsample: dict[str, Any], scored: Scored, count: int
-    ) -> bool:
-        count = min(count, _count(latents))
-        first = {name: value[:count].detach() for name, value in latents.items()}
-        found = tuple(term[:count].detach() for term in scored)
-        return agree(found, lambda given: self._score_plain(function, given, subsample), first)
+        nothing = torch.zeros_like(observed if latent is None else latent)
+        terms = (observed, latent, scaled)
+        return Scored(*(nothing if term is None else term for term in terms))
 
     def _sum(self, sites: list[Site], particle_dim: int | None = None) -> Any:
-        """Sum over all but data (and particles): without scales, and with the beta handler's.
-
-        None, twice, of no sites.
-        """
+        """Sum over all but data and particles, plainly and with the beta handler's scale; or None."""
         if not sites:
             return None, None
-        plain = [
-            sum_to(site_log_prob(site), (data_dim(site, self.pair.plate), particle_dim or 0))
-            for site in sites
-        ]
+        kept = [(data_dim(site, self.pair.plate), particle_dim or 0) for site in sites]
+        plain = [sum_to(site_log_prob(site), dims) for site, dims in zip(sites, kept, strict=True)]
         total = torch.stack(torch.broadcast_tensors(*plain)).sum(0)
         scales = [latent_scale_of(site) for site in sites]
         if all(not isinstance(scale, Tensor) and scale == 1 for scale in scales):
@@ -466,60 +395,53 @@ class Particles:
         scaled = [term * scale for term, scale in zip(plain, scales, strict=True)]
         return total, torch.stack(torch.broadcast_tensors(*scaled)).sum(0)
 
-    def _trace(self, function: PairFunction) -> Trace:
-        return poutine.trace(function).get_trace(*self.pair.arguments, **self.pair.keywords)
-
     # --- finding the way ---
 
-    def _find(
+    def _run_first_that_holds(
         self,
         what: str,
-        ways: dict[Callable[..., Any], int],
-        run: Callable[[Any], Any],
+        num_particles: int,
+        ways: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+        run: Callable[[Callable[..., Any]], Any],
         holds: Callable[[Any, int], bool],
-        plain: Callable[..., Any],
     ) -> Any:
         """Run the first way that agrees with plain calls, remember it, and return its result.
 
         Args:
             what: under which name to remember it: "draws", "model" or "guide".
-            ways: candidates, and on how many particles each is held against plain calls.
-            run: takes a candidate; it runs in the modules' own mode.
-            holds: compares a result, found in eval mode, with plain calls.
-            plain: the particle by particle call.
+            num_particles: one alone is run plainly.
+            ways: the particle by particle call, all at once, and particles as if they were data.
+            run: takes one of the ways; it runs in the modules' own mode.
+            holds: compares so many particles of a result, found in eval mode, with plain calls.
         """
-        function = self.pair.guide if what in ("draws", "guide") else self.pair.model
-        for way, count in ways.items():
+        known, (plain, batched, tiled) = self.pair.knowledge.ways, ways
+        if num_particles == 1:
+            return run(plain)
+        if what in known:
+            return run(getattr(self, known[what]))
+        kind = "model" if what == "model" else "guide"
+        function = self.pair.model if kind == "model" else self.pair.guide
+        training = any(module.training for module in self.pair.modules())
+        held = _HELD_IF_READ if kind in self.pair.structure.reads_values else _HELD
+        for way, count in ((batched, held), (tiled, _HELD_IF_TILED)):
             try:
                 result = run(way)
-                if self._agrees(function, result, run, way, holds, count):
-                    self.pair.knowledge.ways[what] = way.__name__
+                # Held against plain calls where nothing is random but what is given.
+                mode = eval_mode(function) if training else nullcontext()
+                with torch.no_grad(), mode, self.pair.put_back():
+                    agrees = holds(run(way) if training else result, count)
+                if agrees:
+                    known[what] = way.__name__
                     return result
             except CALLING_ERRORS:
                 continue
-        kind = "model" if what == "model" else "guide"
         warnings.warn(
             f"the {kind} of this pair gives other values when its particles are batched; "
             "it is called once per particle instead, which is exact and slow",
             stacklevel=6,
         )
-        self.pair.knowledge.ways[what] = "_draw_plain" if what == "draws" else "_score_plain"
+        known[what] = plain.__name__
         return run(plain)
-
-    def _agrees(
-        self,
-        function: PairFunction,
-        result: Any,
-        run: Callable[[Any], Any],
-        way: Any,
-        holds: Callable[[Any, int], bool],
-        count: int,
-    ) -> bool:
-        """Hold a way against plain calls where nothing is random but what is given."""
-        training = any(module.training for module in self.pair.modules())
-        mode = eval_mode(function) if training else nullcontext()
-        with torch.no_grad(), mode, self.pair.put_back():
-            return holds(run(way) if training else result, count)
 
 
 def check_weights(densities: LogDensities) -> None:
@@ -550,11 +472,6 @@ def _tile_pair(pair: OpenedPair, count: int) -> OpenedPair:
     return pair.on(tile_inputs(values, count))
 
 
-def _untile(value: Tensor, axis: int, count: int) -> Tensor:
-    """Bring a latent drawn from tiled inputs to ``(count, *shape of one draw)``, as a view."""
-    return value.unflatten(axis, (count, -1)).movedim(axis - 1, 0)
-
-
 def _refuse_subsample(subsample: dict[str, Any]) -> None:
     if subsample:
         raise ValueError("a subsample's indices count the data, not the particles")
@@ -563,7 +480,3 @@ def _refuse_subsample(subsample: dict[str, Any]) -> None:
 def _count(latents: Latents) -> int:
     """Return the number of particles of a batch of latents."""
     return len(next(iter(latents.values())))
-
-
-def _stack(rows: list[Latents]) -> Latents:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

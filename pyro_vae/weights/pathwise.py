@@ -22,17 +22,13 @@ class PathwiseDraws(Messenger):
     log q with respect to one latent holds the others and the parameters still: of a guide
     q(z1) q(z2 given z1) the derivative by z1 then has no part that runs through the draw of z2.
     Point masses pass through: they have no density to be held still.
-
-    Attributes:
-        drawn: each draw before its gate, by site name.
-        passed: what came out, by site name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.closed = False
-        self.drawn: dict[str, Tensor] = {}
-        self.passed: dict[str, Tensor] = {}
+        self.drawn: dict[str, Tensor] = {}  # each draw before its gate, by site name
+        self.passed: dict[str, Tensor] = {}  # what came out
 
     def _pyro_sample(self, message: Any) -> None:
         if message["done"] or message["is_observed"] or message["value"] is not None:
@@ -47,20 +43,17 @@ class PathwiseDraws(Messenger):
 
     def slopes(self, log_proposal: Tensor) -> dict[str, Tensor]:
         """Return the derivative of ``log_proposal`` by each draw, parameters held still."""
-        names = list(self.passed)
-        if not names or not log_proposal.requires_grad:
+        if not self.passed or not log_proposal.requires_grad:
             return {}
         self.closed = True
         try:
-            slopes = torch.autograd.grad(
-                log_proposal,
-                [self.passed[name] for name in names],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            passed = list(self.passed.values())
+            slopes = torch.autograd.grad(log_proposal, passed, retain_graph=True, allow_unused=True)
         finally:
             self.closed = False
-        return {name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None}
+        return {
+            name: slope for name, slope in zip(self.passed, slopes, strict=True) if slope is not None
+        }
 
 
 class _Gate(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch.distributions import transforms
 
 from pyro_vae import distributions
 from pyro_vae.errors import InputError
-from pyro_vae.pair.supports import check_guide_support
+from pyro_vae.pair.contract import check_guide_support
 
 ONE, TWO = torch.ones(()), torch.ones(2)
 
