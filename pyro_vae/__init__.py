@@ -10,20 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_vae.version import __version__ as __version__
 
-_MODULES = (
-    "datasets",
-    "distributions",
-    "errors",
-    "evaluation",
-    "guides",
-    "infer",
-    "likelihoods",
-    "networks",
-    "plots",
-    "priors",
-    "runs",
-    "tasks",
-)
 _NAMES = {
     "VAE": "pyro_vae.vae",
     "Autoencoder": "pyro_vae.autoencoder",
@@ -97,13 +83,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name not in __all__:
+        raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+    if name not in _NAMES:
         return importlib.import_module(f"pyro_vae.{name}")
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
