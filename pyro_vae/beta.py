@@ -1,4 +1,4 @@
-"""Objectives over a pair: the beta handler, and rate and distortion read from an ELBO's traces."""
+"""Beta, the weight of the rate: the handler on the latent sites of a pair, and the warm-up."""
 
 from __future__ import annotations
 

@@ -214,7 +214,11 @@ class Gaussian(Likelihood):
         floor: float = 0.5 / 255,
     ) -> None:
         super().__init__(decoder, data_shape)
-        self.sigma = _check_sigma(sigma)
+        if isinstance(sigma, str) and sigma not in ("learned", "per-pixel"):
+            raise InputError(
+                f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
+            )
+        self.sigma = sigma if isinstance(sigma, str) else positive_number("sigma", sigma)
         self.floor = positive_number("floor", floor)
         self.mean = Head(feature_shape(decoder), self.data_shape)
         # sigma = floor + softplus(raw); raw = 0 starts sigma near 0.7.
@@ -241,13 +245,3 @@ class Gaussian(Likelihood):
         if self.sigma == "per-pixel":
             return self.floor + F.softplus(self.raw_sigma_head(features))
         return features.new_full((), float(self.sigma))
-
-
-def _check_sigma(sigma: float | str) -> float | str:
-    if isinstance(sigma, str):
-        if sigma not in ("learned", "per-pixel"):
-            raise InputError(
-                f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
-            )
-        return sigma
-    return positive_number("sigma", sigma)

@@ -112,8 +112,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             InputError: an option out of range, or data the likelihood is not defined for.
         """
         check_counts(epochs=self.epochs, least=0)
-        check_counts(batch_size=self.batch_size)
-        check_counts(num_samples=self.num_samples)  # of the scores, which come after training
+        # The samples are of the scores, which come after training.
+        check_counts(batch_size=self.batch_size, num_samples=self.num_samples)
         x = self._validate(X, reset=True)
         own = self.get_params(deep=False)
         own["hidden"] = ",".join(map(str, np.atleast_1d(self.hidden).tolist()))
@@ -166,12 +166,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
             estimate = log_marginal(
-                vae.model,
-                vae.guide,
-                x,
-                num_samples=self.num_samples,
-                keep_draws=0,
-                seed=self.seed,
+                vae.model, vae.guide, x, num_samples=self.num_samples, keep_draws=0, seed=self.seed
             )
         return estimate.log_prob.numpy()
 

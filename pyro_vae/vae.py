@@ -107,13 +107,16 @@ class VAE(nn.Module):
         """
         x = _training_data(x)
         self.check_data(x)
-        start_at_mean = getattr(self.likelihood, "start_at_mean", None)
-        if start_at_mean is None:
-            raise _no_first_mean(self.likelihood)
         try:
-            start_at_mean(x.mean(0))
-        except NotImplementedError:  # a likelihood of the user's own that leaves it out
-            raise _no_first_mean(self.likelihood) from None
+            if not hasattr(self.likelihood, "start_at_mean"):
+                raise NotImplementedError
+            self.likelihood.start_at_mean(x.mean(0))
+        except NotImplementedError:  # a likelihood of the user's own may leave it out
+            raise InputError(
+                "expected a likelihood with a first mean to set, got "
+                f"{type(self.likelihood).__name__}: give it start_at_mean (see "
+                "pyro_vae.likelihoods.Likelihood), or train without start_at_data"
+            ) from None
         start_at_data = getattr(self.prior, "start_at_data", None)
         if start_at_data is not None:
             start_at_data(x)
@@ -157,13 +160,6 @@ def _training_data(x: Any) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
-def _no_first_mean(likelihood: object) -> InputError:
-    return InputError(
-        f"expected a likelihood with a first mean to set, got {type(likelihood).__name__}: give it "
-        "start_at_mean (see pyro_vae.likelihoods.Likelihood), or train without start_at_data"
-    )
-
-
 def _check_components(prior: object, likelihood: object, guide: object) -> None:
     """Refuse what is no component, and latents that differ as far as the components say."""
     for part, given in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
@@ -175,12 +171,8 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
             )
     wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
     if wanted is not None and got is not None and wanted != got:
-        families = (getattr(guides, name) for name in guides.__all__)
-        matching = [
-            family.__name__
-            for family in families
-            if family is not guides.VariationalFamily and family.latent_support == wanted
-        ]
+        names = sorted(set(guides.__all__) - {"VariationalFamily"})
+        matching = [name for name in names if getattr(guides, name).latent_support == wanted]
         raise InputError(
             f"expected a family with latents on the {wanted} for {type(prior).__name__}, got "
             f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
@@ -190,10 +182,8 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
             f"expected {type(prior).__name__} to be built on the family of the same VAE, got another "
             "one, which nobody trains: pass it the family that is the VAE's guide"
         )
-    sizes = {
-        type(part).__name__: getattr(part, "latent_dim", None) for part in (prior, likelihood, guide)
-    }
-    sizes = {name: size for name, size in sizes.items() if size is not None}
+    parts = [part for part in (prior, likelihood, guide) if hasattr(part, "latent_dim")]
+    sizes = {type(part).__name__: part.latent_dim for part in parts if part.latent_dim is not None}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"expected one latent dimension, got {said}: give each the same")

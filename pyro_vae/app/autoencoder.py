@@ -3,83 +3,57 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from pyro_vae import plots
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.pages import add_origin, write_page
+from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
-from pyro_vae.app.report import Page
-from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.report import Page, print_line, print_table
+from pyro_vae.app.run import RUNS
 from pyro_vae.app.settings import (
     as_record,
     build_vae,
+    check_choice,
     check_settings,
     fit_options,
     tell_defaults,
 )
-from pyro_vae.app.study import check_study_folder, open_study
+from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import unknown_name
 from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pair.functions import resolve_device, seeded
+from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.files import write_json
 from pyro_vae.tasks.autoencoder_comparison import AutoencoderComparison, compare_autoencoder
 from pyro_vae.vae import VAE
 
 _SEED = 0  # of what is drawn from the trained models
 
+_HEADER = ["quantity", "autoencoder", "VAE"]
 _CAPTION = "Test data: root-mean-square errors per value, median distances"
 
 
-def autoencoder(
-    settings: TrainSettings,
-    loss: str | None,
-    *,
-    output: Path,
-    progress: bool | None = None,
-) -> dict[str, Any]:
-    """Train an autoencoder and a VAE on the same data and compare them.
+def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> dict[str, Any]:
+    """Train an autoencoder and a VAE on the same data and compare them; return what the JSON holds.
 
     Both start from the same weights of encoder and decoder. Writes ``autoencoder.png``,
     ``autoencoder.json`` and a page; the state of both trainings is kept below ``runs``.
-
-    Args:
-        settings: what to train on what, and how; schedule, gradient clipping and precision, which the
-            autoencoder's training does not have, are not used, nor is beta.
-        loss: of the autoencoder; by default ``mse`` beside a Gaussian likelihood, else ``bce``.
-        output: the folder; the same comparison that was begun there is continued.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        what the JSON holds: ``table`` (row by row, for ``autoencoder`` and ``vae``), both histories,
-        the settings and their origin.
-
-    Raises:
-        InputError: settings or data out of range, or a folder that holds something else.
-        OSError: a folder that can't be written.
-        Interrupted: SIGINT or SIGTERM ended a training; the same call goes on with it.
     """
     settings = check_settings(settings)
     loss = loss or ("mse" if settings.likelihood == "gaussian" else "bce")
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
-    resolve_device(settings.device)
-    check_study_folder(output)
-    dataset = load_data(settings)
-    with open_study(output, {**asdict(settings), "loss": loss}, dataset) as study:
+    check_choice("loss", loss, LOSSES)
+    with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
+        dataset = study.dataset
         settings = tell_defaults(settings, len(dataset.train))
-        comparison, fits = _train(settings, loss, dataset, study.folder / RUNS, progress)
+        comparison, fits = _train(settings, loss, dataset, study.folder / RUNS)
         result = {
             "table": comparison.table(),
             "loss": loss,
@@ -89,9 +63,7 @@ def autoencoder(
             },
             "training_seconds": {side: made.seconds for side, made in fits.items()},
             "num_parameters": {side: made.num_parameters for side, made in fits.items()},
-            "settings": as_record(settings),
-            "checksums": dataset.checksums,
-            **describe_origin(),
+            **study.describe(as_record(settings)),
         }
         figure = plots.autoencoder_and_vae(
             comparison.held_out.numpy(),
@@ -100,19 +72,22 @@ def autoencoder(
             limits=limits_of(dataset),
         )
         save_picture(figure, study.folder / "autoencoder.png")
-        _write_page(study.folder, result, figure)
+        rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
+        rows.append(("training seconds", *result["training_seconds"].values()))
+        _write_page(study.folder, result, rows, figure)
         write_json(study.folder / "autoencoder.json", result)
-        _print(result, study.folder)
+        print_table(_CAPTION, _HEADER, rows, decimals=3)
+        print_line(f"written: {study.folder}")
     return result
 
 
 def _train(
-    settings: TrainSettings, loss: str, dataset: Dataset, states: Path, progress: bool | None
+    settings: TrainSettings, loss: str, dataset: Dataset, states: Path
 ) -> tuple[AutoencoderComparison, dict[str, AutoencoderFit | FitResult]]:
     """Train both on the same data, each from the state that is kept of it, and measure them."""
     options = fit_options(settings)
     shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
-    how: dict[str, Any] = {"device": settings.device, "resume": True, "progress": progress}
+    how: dict[str, Any] = {"device": settings.device, "resume": True}
     with seeded(settings.seed):
         vae = build_vae(settings, dataset)
         baseline = _autoencoder_like(vae)
@@ -142,16 +117,12 @@ def _as_arrays(side: Any) -> Any:
     return side._replace(**{name: value.numpy() for name, value in side._asdict().items()})
 
 
-def _rows(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
-    seconds = result["training_seconds"]
-    return [*rows, ("training seconds", seconds["autoencoder"], seconds["vae"])]
-
-
-def _write_page(folder: Path, result: Mapping[str, Any], figure: Figure) -> None:
+def _write_page(
+    folder: Path, result: Mapping[str, Any], rows: Sequence[Sequence[object]], figure: Figure
+) -> None:
     page = Page(f"Autoencoder and VAE {folder.name}", subtitle=f"autoencoder's loss {result['loss']}")
     page.section("Result")
-    page.table(["quantity", "autoencoder", "VAE"], _rows(result), caption=_CAPTION, decimals=3)
+    page.table(_HEADER, rows, caption=_CAPTION, decimals=3)
     page.figure(
         figure,
         caption=(
@@ -159,17 +130,4 @@ def _write_page(folder: Path, result: Mapping[str, Any], figure: Figure) -> None
             "and how far random latents are from the training codes."
         ),
     )
-    add_origin(page, result)
-    write_page(page, folder)
-
-
-def _print(result: Mapping[str, Any], folder: Path) -> None:
-    table = Table(title=_CAPTION, title_justify="left")
-    table.add_column("quantity")
-    for side in ("autoencoder", "VAE"):
-        table.add_column(side, justify="right")
-    for name, *values in _rows(result):
-        table.add_row(name, *(f"{value:.3f}" for value in values))
-    console = Console()
-    console.print(table)
-    console.print(f"written: {folder}", soft_wrap=True, highlight=False)
+    write_page(page, folder, result)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from pyro_vae.app.names import EvaluateSettings, Picture, PictureSettings, TrainSettings
+from pyro_vae.app import names
 from pyro_vae.app.options import CommandFunction, as_command, is_given
 from pyro_vae.errors import InputError
 
@@ -26,9 +26,6 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
 StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
-
-# Decided when a run begins; --resume takes them from its folder.
-_OF_THE_BEGINNING = ("output", "checkpoint_every", "checkpoint_minutes")
 
 
 def main() -> None:
@@ -58,7 +55,7 @@ def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
 @command(unless="resume")
 def train(
     context: typer.Context,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
     ] = None,
@@ -84,7 +81,7 @@ def train(
             with join_processes(settings.device):
                 work.train(settings, output, checkpointing=when)
             return
-        for name in _OF_THE_BEGINNING:
+        for name in ("output", "checkpoint_every", "checkpoint_minutes"):
             if is_given(context, name):
                 flag = name.replace("_", "-")
                 raise InputError(f"expected --resume without --{flag}: the run folder knows it")
@@ -101,10 +98,10 @@ def train(
 @command()
 def evaluate(
     run: Run,
-    how: EvaluateSettings,
+    how: names.EvaluateSettings,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
+        typer.Option(help="names.Picture of Pareto k per datum and of the estimate's convergence."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
@@ -126,50 +123,25 @@ def evaluate(
 
 @command(
     without={
-        EvaluateSettings: ("seed", "target_standard_error"),
-        TrainSettings: ("prior", "likelihood", "guide"),
+        names.EvaluateSettings: ("seed", "target_standard_error"),
+        names.TrainSettings: ("prior", "likelihood", "guide"),
     },
-    defaults={EvaluateSettings: {"num_samples": 1000}, TrainSettings: {"epochs": 60}},
+    defaults={names.EvaluateSettings: {"num_samples": 1000}, names.TrainSettings: {"epochs": 60}},
 )
 def compare(
     *,
     output: StudyFolder,
-    guides: Annotated[
-        str,
-        typer.Option(
-            help="Variational families between commas, as `train --guide` names them; default: "
-            "mean-field, full-rank, iaf, spline and mixture.",
-            show_default=False,
-        ),
-    ] = "mean-field,full-rank,iaf,spline,mixture",
-    priors: Annotated[str, typer.Option(help="Priors between commas.")] = "standard-normal",
-    likelihoods: Annotated[str, typer.Option(help="Likelihoods between commas.")] = "bernoulli",
-    seeds: Annotated[
-        int, typer.Option(help="Runs of each combination, from --seed on; all see the same data.")
-    ] = 3,
-    hold: Annotated[
-        str | None,
-        typer.Option(help="model: train every guide against the first one's frozen model."),
-    ] = None,
-    settings: TrainSettings,
-    how: EvaluateSettings,
+    combined: names.CompareSettings,
+    settings: names.TrainSettings,
+    how: names.EvaluateSettings,
 ) -> None:
     """Train every combination with several seeds; write tables, figures and a page to compare."""
     from pyro_vae.app.compare import compare_families
 
-    compare_families(
-        settings,
-        how,
-        guides=guides,
-        priors=priors,
-        likelihoods=likelihoods,
-        seeds=seeds,
-        hold=hold,
-        output=output,
-    )
+    compare_families(settings, how, combined, output)
 
 
-@command(without={TrainSettings: ("beta",)})
+@command(without={names.TrainSettings: ("beta",)})
 def sweep(
     *,
     output: StudyFolder,
@@ -179,7 +151,7 @@ def sweep(
     warm_start: Annotated[
         bool, typer.Option(help="Start each run from the weights of the one before.")
     ] = False,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
 ) -> None:
     """Train a series of runs over beta; write its rate-distortion table, picture and page."""
     from pyro_vae.app import sweep as work
@@ -187,11 +159,17 @@ def sweep(
     work.sweep(settings, betas, warm_start=warm_start, output=output)
 
 
+# The autoencoder's training has no schedule, no clipping and no precision.
 @command(
     without={
-        TrainSettings: (
-            *("prior", "num_components", "guide", "beta"),
-            *("schedule", "gradient_clip", "precision"),  # the autoencoder's training has none
+        names.TrainSettings: (
+            "prior",
+            "num_components",
+            "guide",
+            "beta",
+            "schedule",
+            "gradient_clip",
+            "precision",
         )
     }
 )
@@ -202,7 +180,7 @@ def autoencoder(
         str | None,
         typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
     ] = None,
-    settings: TrainSettings,
+    settings: names.TrainSettings,
 ) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae.app import autoencoder as work
@@ -213,7 +191,7 @@ def autoencoder(
 def _add_picture(kind: type) -> None:
     """Add the command that draws one kind of picture, with its class's name, help and options."""
 
-    def draw(run: Run, *, what: Any, settings: PictureSettings) -> None:
+    def draw(run: Run, *, what: Any, settings: names.PictureSettings) -> None:
         from pyro_vae.app import pictures as work
 
         typer.echo(work.draw(run, what, settings))
@@ -223,7 +201,7 @@ def _add_picture(kind: type) -> None:
     command()(draw)
 
 
-for _kind in get_args(Picture):
+for _kind in get_args(names.Picture):
     _add_picture(_kind)
 
 

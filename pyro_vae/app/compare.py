@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.app.comparison_page import write_comparison_page
-from pyro_vae.app.measured import MEASURED, load_measured, save_measured
-from pyro_vae.app.names import EvaluateSettings, TrainSettings
-from pyro_vae.app.pages import log_prob_name
+from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
+from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
-from pyro_vae.app.run import RUNS, describe_origin, load_data
+from pyro_vae.app.run import RUNS
 from pyro_vae.app.settings import (
     as_record,
     check_counts,
@@ -26,13 +28,19 @@ from pyro_vae.app.settings import (
     check_settings,
     tell_defaults,
 )
-from pyro_vae.app.study import Study, check_study_folder, open_study, write_rows
+from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.pair.functions import resolve_device
+from pyro_vae.evaluation.elbo import PerDatum
+from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.files import write_whole
 from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
+
+_MEASURED = "measured.safetensors"
+_ESTIMATE = "estimate."  # begins the names of its tensors in there
+_QUANTITIES = ("elbo", "iwae", "log_prob", "annealed", "rate", "distortion")
 
 _SEED = 0  # of the draws that measure, the same for every run
 
@@ -42,86 +50,64 @@ _IMPORTANCE = 50
 
 
 def compare_families(
-    settings: TrainSettings,
-    how: EvaluateSettings,
-    *,
-    guides: str,
-    priors: str,
-    likelihoods: str,
-    seeds: int,
-    hold: str | None,
-    output: Path,
+    settings: TrainSettings, how: EvaluateSettings, combined: CompareSettings, output: Path
 ) -> Comparison:
     """Train every combination with every seed, measure all on the same data, write what was found.
 
-    Args:
-        settings: what to train on what, and how; prior, likelihood and guide are not used.
-        how: how log p(x) is estimated; ``both`` adds annealing.
-        guides: names of variational families between commas.
-        priors: names of priors between commas.
-        likelihoods: names of likelihoods between commas.
-        seeds: runs of each combination; they differ in initial weights and training, not in data.
-        hold: ``"model"`` trains the first guide's VAE and then every guide against its frozen model.
-        output: the folder; a comparison of the same settings that was begun there is continued.
-
-    Raises:
-        InputError: names, numbers or combinations out of range, or a folder that holds something
-            else.
+    Of the settings, prior, likelihood and guide are not used. Runs differ in initial weights and
+    training, not in data. With ``hold="model"`` the first guide's VAE is trained, and then every
+    guide against its frozen model.
     """
     check_evaluation(how)
-    _check_how(how, seeds)
-    members = _combine(settings, guides, priors, likelihoods, seeds, hold)
-    resolve_device(settings.device)
+    check_counts({"seeds": combined.seeds})
+    if how.method == "annealed":
+        raise InputError("expected the method importance or both, got annealed: both has it")
+    seeds, hold = combined.seeds, combined.hold
+    axes = {
+        "prior": _split(combined.priors),
+        "likelihood": _split(combined.likelihoods),
+        "guide": _split(combined.guides),
+    }
+    _check_axes(axes, hold)
+    members = _combine(settings, axes, seeds)
     first = next(iter(members.values()))
     measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
-    axes = {
-        "guide": _split(guides),
-        "prior": _split(priors),
-        "likelihood": _split(likelihoods),
-        "seeds": seeds,
-        "hold": hold,
-    }
-    asked = asdict(first[0]) | axes | {name: getattr(how, name) for name in measuring}
-    check_study_folder(output)
-    dataset = load_data(first[0])
-    with open_study(output, asked, dataset) as study:
+    varied = axes | {"seeds": seeds, "hold": hold}
+    asked = asdict(first[0]) | varied | {name: getattr(how, name) for name in measuring}
+    with open_study(output, asked, first[0]) as study:
         runs: dict[str, list[Measured]] = {name: [] for name in members}
         seconds: dict[str, list[float]] = {name: [] for name in members}
         likelihood = ""
         for index in range(seeds):
-            held = _train_held(study, first[index]) if hold == "model" else None
+            held = None
+            if hold == "model":
+                held = study.run(f"model-{_folder_name(first[index])}", first[index])[0]
             for name, own in members.items():
                 found, likelihood, training_seconds = _run(study, own[index], how, held)
                 runs[name].append(found)
                 seconds[name].append(training_seconds)
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
-        told = [tell_defaults(own[0], len(dataset.train)) for own in members.values()]
+        told = [tell_defaults(own[0], len(study.dataset.train)) for own in members.values()]
         used = _merge([as_record(each) for each in told])
-        used["device"] = str(resolve_device(settings.device))
-        used |= {name: value for name, value in axes.items() if value is not None}
+        used["device"] = str(study.device)
+        used |= {name: value for name, value in varied.items() if value is not None}
         used |= {name: value for name, value in as_record(how).items() if name in measuring}
         _write(study, comparison, seconds, used)
-        _print(study.folder, comparison)
     return comparison
 
 
 def _run(
     study: Study, settings: TrainSettings, how: EvaluateSettings, held: VAE | None
 ) -> tuple[Measured, str, float]:
-    """Train and measure one run, or read what an earlier call found.
-
-    Returns:
-        what was measured, the kind of the likelihood, and the seconds of the training.
-    """
+    """Train and measure one run, or read what an earlier call found; return its seconds too."""
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
     folder = study.folder / RUNS / name
-    if not (folder / MEASURED).is_file():
-        device = resolve_device(settings.device)
+    if not (folder / _MEASURED).is_file():
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         comparison = compare(
             {name: (vae.model, vae.guide)},
-            study.dataset.test[: how.num_data].to(device),
+            study.dataset.test[: how.num_data].to(study.device),
             num_samples=how.num_samples,
             num_elbo_samples=_ELBO_SAMPLES,
             num_importance=_IMPORTANCE,
@@ -135,11 +121,6 @@ def _run(
     seconds, epochs = metrics["training_seconds"], len(metrics["history"]["train_elbo"])
     per_epoch = seconds / epochs if epochs else math.nan
     return replace(measured, seconds_per_epoch=per_epoch), likelihood, seconds
-
-
-def _train_held(study: Study, settings: TrainSettings) -> VAE:
-    """Return the VAE whose model is held in the runs of this seed: that of the first guide."""
-    return study.run(f"model-{_folder_name(settings)}", settings)[0]
 
 
 def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -164,10 +145,11 @@ def _write(
         save_picture(figure, folder / f"{name}.png")
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
     write_rows(singles, folder / "runs.csv")
-    made = {"settings": settings, "checksums": study.dataset.checksums, **describe_origin()}
+    made = study.describe(settings)
     write_comparison_page(folder, comparison, rows, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
+    _print(folder, comparison, rows)
 
 
 def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
@@ -210,40 +192,24 @@ def _single_runs(
     ]
 
 
-def _print(folder: Path, comparison: Comparison) -> None:
+def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
     quantity = comparison.ranked_by
     label = log_prob_name(comparison.likelihood == "pseudo-likelihood")
-    rows = []
-    for name, pair in comparison.pairs.items():
-        difference = comparison.difference(name, quantity)
-        rows.append(
-            [
-                name,
-                f"{comparison.per_datum(name, quantity).mean:.3f}",
-                plus_minus(comparison.run_deviation(name, quantity), None, 3),
-                plus_minus(difference.mean, difference.half_width, 3),
-                f"{pair.elbo.mean:.3f}",
-                comparison.verdict(name),
-            ]
-        )
+    shown = []
+    for name, row in rows.items():
+        difference, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
+        to_best = plus_minus(difference, half_width, 3)
+        deviation = row[f"{quantity}_run_deviation"]
+        shown.append([name, row[quantity], deviation, to_best, row["elbo"], row["verdict"]])
     header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
-    print_table("Test part, nats per datum", header, rows)
+    print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")
 
 
 def _combine(
-    settings: TrainSettings, guides: str, priors: str, likelihoods: str, seeds: int, hold: str | None
+    settings: TrainSettings, axes: Mapping[str, Sequence[str]], seeds: int
 ) -> dict[str, list[TrainSettings]]:
     """Return the settings of every combination's runs, checked before anything is trained."""
-    axes = {
-        "prior": _split(priors),
-        "likelihood": _split(likelihoods),
-        "guide": _split(guides),
-    }
-    for axis, names in axes.items():
-        if len(set(names)) < len(names) or "" in names:
-            raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
-    _check_axes(axes, hold)
     varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
     members = {}
     for chosen in itertools.product(*axes.values()):
@@ -255,6 +221,9 @@ def _combine(
 
 
 def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
+    for axis, names in axes.items():
+        if len(set(names)) < len(names) or "" in names:
+            raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
     if hold not in (None, "model"):
         raise InputError(f"expected --hold model, got {hold!r}")
     if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
@@ -274,15 +243,60 @@ def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
             )
 
 
-def _check_how(how: EvaluateSettings, seeds: int) -> None:
-    check_counts({"seeds": seeds})
-    if how.method == "annealed":
-        raise InputError("expected the method importance or both, got annealed: both has it")
-
-
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
 def _folder_name(settings: TrainSettings) -> str:
     return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
+
+
+# --- what was measured of a run, kept beside it: to go on need not repeat it ---------------------
+
+
+def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
+    """Write numbers per datum, plain numbers and the likelihood's kind into a run folder."""
+    tensors: dict[str, Tensor] = {}
+    for name in _QUANTITIES:
+        quantity: PerDatum | None = getattr(measured, name)
+        if quantity is not None:
+            tensors[name], tensors[f"{name}_standard_error"] = quantity.value, quantity.standard_error
+    for part in fields(LogMarginal):
+        value = getattr(measured.estimate, part.name)
+        if isinstance(value, Tensor):
+            tensors[_ESTIMATE + part.name] = value
+    plain = ("exact_kl", "num_parameters", "num_guide_parameters", "seconds_per_1000")
+    numbers = json.dumps({name: getattr(measured, name) for name in plain})
+    notes = {"plain": numbers, "likelihood": likelihood}
+    # Contiguous copies: safetensors refuses views that share memory.
+    content = serialised({name: value.clone() for name, value in tensors.items()}, notes)
+    write_whole(folder / _MEASURED, lambda path: path.write_bytes(content))
+
+
+def load_measured(folder: Path) -> tuple[Measured, str]:
+    """Read what :func:`save_measured` wrote."""
+    path = folder / _MEASURED
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = file.metadata()
+        estimate = {
+            name.removeprefix(_ESTIMATE): value
+            for name, value in tensors.items()
+            if name.startswith(_ESTIMATE)
+        }
+        quantities: dict[str, Any] = {
+            name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
+            for name in _QUANTITIES
+            if name in tensors
+        }
+        measured = Measured(
+            **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
+            **json.loads(notes["plain"]),
+            estimate=LogMarginal(**estimate),
+        )
+        return measured, notes["likelihood"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected the numbers of a comparison in {path}, got none that can be read: delete it"
+        ) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
+from pyro_vae.app.pages import TERMS
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
@@ -36,9 +37,7 @@ _LABELS = {
     "log_marginal": "log p(x)",
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
-    "elbo": "ELBO",
-    "rate": "rate (KL)",
-    "distortion": "distortion",
+    **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
     "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
@@ -48,20 +47,12 @@ _LABELS = {
 
 
 def evaluate(
-    run: Path,
-    how: EvaluateSettings,
-    *,
-    data_root: str | None,
-    device: str,
-    picture: Path | None = None,
+    run: Path, how: EvaluateSettings, *, data_root: str | None, device: str, picture: Path | None
 ) -> dict[str, Any]:
     """Return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
     importance weights.
-
-    Raises:
-        InputError: no run there, data that changed since, or options out of range.
 
     Warns:
         UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
@@ -98,14 +89,8 @@ def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
-    rows = [[label, *(_cell(column[name]) for column in columns)] for name, label in _LABELS.items()]
-    print_table("Test part, nats per datum", header, rows, min_width=52)
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None or value != value:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    rows = [[label, *(column[name] for column in columns)] for name, label in _LABELS.items()]
+    print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
 def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarginal:
@@ -171,9 +156,7 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,
-        "elbo": estimate.elbo.mean().item(),
-        "rate": estimate.rate.mean().item(),
-        "distortion": estimate.distortion.mean().item(),
+        **{name: getattr(estimate, name).mean().item() for name in TERMS},
         "num_samples": int(estimate.num_samples.max()),
         "num_data": len(estimate.log_prob),
         # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
@@ -186,10 +169,10 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
 
 def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
     """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    count, names = len(estimate.log_prob), ("elbo", "rate", "distortion")
+    count = len(estimate.log_prob)
     if count < 2:
-        return dict.fromkeys(names, math.nan)
-    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in names}
+        return dict.fromkeys(TERMS, math.nan)
+    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in TERMS}
 
 
 def active_units(vae: VAE, x: Tensor) -> int:

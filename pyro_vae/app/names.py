@@ -59,11 +59,8 @@ def option(
 ) -> _Value:
     """Declare a setting that is an option of the command line.
 
-    Args:
-        default: its default.
-        text: its help.
-        flags: how it is written, where that is not its name.
-        only_with: what it needs to have an effect; by default nothing.
+    ``flags`` is how it is written, where that is not its name; ``only_with`` what it needs to have an
+    effect.
     """
     return field(default=default, metadata={"help": text, "flags": flags, "only_with": only_with})
 
@@ -153,6 +150,20 @@ class EvaluateSettings:
     num_steps: int = option(1000, "Annealing: steps.", only_with=_ANNEALING)
     num_data: int | None = option(None, "Only the first so many test data.")
     seed: int = option(0, "Seed of the draws.")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What ``pyro-vae compare`` combines, names between commas, and how often it trains each."""
+
+    guides: str = option(
+        "mean-field,full-rank,iaf,spline,mixture",
+        "Variational families between commas, as `train --guide` names them.",
+    )
+    priors: str = option("standard-normal", "Priors between commas.")
+    likelihoods: str = option("bernoulli", "Likelihoods between commas.")
+    seeds: int = option(3, "Runs of each combination, from --seed on; all see the same data.")
+    hold: str | None = option(None, "model: train every guide against the first one's frozen model.")
 
 
 @dataclass(frozen=True)

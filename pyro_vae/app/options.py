@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields, is_dataclass
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -14,16 +14,6 @@ from pyro_vae.app.names import OnlyWith
 from pyro_vae.errors import InputError
 
 CommandFunction = Callable[..., None]
-
-_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-_DEBUG = inspect.Parameter(
-    "debug",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[
-        bool, typer.Option("--debug", help="Show where in the code an error was raised.")
-    ],
-)
 
 
 def as_command(
@@ -37,17 +27,13 @@ def as_command(
 
     A parameter that is annotated with a settings class, a dataclass of
     :func:`pyro_vae.app.names.option`, becomes one option per field, and the function is handed the
-    settings as one object. An option without effect is refused before the function is called.
-
-    Args:
-        function: what the command does; its name, help and other options are the command's.
-        unless: an option that decides itself which others it goes with: given, nothing is refused.
-        without: fields of a settings class that are no options here and keep their defaults.
-        defaults: defaults that differ from the class's.
+    settings as one object. An option without effect is refused before the function is called, unless
+    the option named by ``unless`` is given, which decides itself which others it goes with. Fields in
+    ``without`` are no options and keep their defaults; ``defaults`` differ from the class's.
     """
     without, defaults = without or {}, defaults or {}
-    own = inspect.signature(function, eval_str=True).parameters
-    options: dict[str, inspect.Parameter] = {"context": _CONTEXT}
+    own = signature(function, eval_str=True).parameters
+    options: dict[str, Parameter] = {"context": _as_keyword("context", typer.Context)}
     gathered: dict[str, list[Field[Any]]] = {}
     for parameter in own.values():
         kind = parameter.annotation
@@ -59,7 +45,8 @@ def as_command(
         hints, changed = get_type_hints(kind), defaults.get(kind, {})
         for each in chosen:
             default = changed.get(each.name, each.default)
-            options[each.name] = _as_parameter(each, hints[each.name], default)
+            annotation = _annotate(each, hints[each.name])
+            options[each.name] = _as_keyword(each.name, annotation, default)
         gathered[parameter.name] = chosen
     declared = [each for part in gathered.values() for each in part]
 
@@ -78,9 +65,10 @@ def as_command(
             raise
 
     # By keyword their order is free: options with a default may stand before those without.
-    options["debug"] = _DEBUG
-    shown = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
-    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    debugging = typer.Option("--debug", help="Show where in the code an error was raised.")
+    options["debug"] = _as_keyword("debug", Annotated[bool, debugging], False)
+    shown = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in options.values()]
+    command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in shown}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     return command
@@ -112,17 +100,17 @@ def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -
         )
 
 
-def _as_parameter(declared: Field[Any], hint: Any, default: Any) -> inspect.Parameter:
+def _annotate(declared: Field[Any], hint: Any) -> Any:
+    """Return the annotation by which Typer makes an option of a field."""
     flags = declared.metadata["flags"]
     if flags is None and hint is bool:
         flags = _flag(declared.name)  # a flag has no negation: it is left out instead
     option = typer.Option(*([] if flags is None else [flags]), help=declared.metadata["help"])
-    return inspect.Parameter(
-        declared.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[hint, option],
-    )
+    return Annotated[hint, option]
+
+
+def _as_keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _flag(name: str) -> str:

@@ -1,15 +1,16 @@
-"""The pages that commands write: a run's own, and what every page says about its origin."""
+"""The pages that commands write: a run's, a comparison's, and what every page says of its origin."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app.report import Page
+from pyro_vae.app.report import Page, plus_minus
+from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.files import write_whole
 
@@ -20,6 +21,9 @@ MANY_UNRELIABLE = 0.05
 
 # Characters of a command line that fit into the width of a page.
 _LINE = 80
+
+# Of the ELBO, as tables name them.
+TERMS = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
 
 PSEUDO = (
     "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which can't be compared with a "
@@ -38,23 +42,21 @@ _CAPTIONS = {
     ),
     "samples": "New data drawn from the trained model.",
     "reconstructions": "Test data and what the model makes of their latents.",
+    "differences": (
+        "Paired differences to the best family. Bars: 95% intervals from the spread over the data "
+        "points and the spread between runs together; small dots: single runs, each beside the best "
+        "family's run of the same seed."
+    ),
+    "per-datum": "Log p(x) of each datum under two of the families, averaged over the runs.",
 }
 
 
 def write_run_page(
-    folder: Path,
-    run: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    pictures: Mapping[str, Figure],
+    folder: Path, run: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, Figure]
 ) -> None:
-    """Write a training run's page into its folder.
+    """Write a training run's page: of what ``config.json`` and ``metrics.json`` hold, with figures.
 
-    Args:
-        folder: the run folder.
-        run: what its ``config.json`` holds under ``"run"``.
-        metrics: what its ``metrics.json`` holds.
-        pictures: figures by name: ``samples``, ``reconstructions``, ``diagnostics`` and, after at
-            least one epoch, ``training``.
+    There is none named ``training`` after no epochs.
     """
     settings = run["settings"]
     page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
@@ -77,8 +79,7 @@ def write_run_page(
         "start": run["start"],
         "data points": run["num_data"],
     }
-    add_origin(page, {**run, "settings": settings | resolved})
-    write_page(page, folder)
+    write_page(page, folder, {**run, "settings": settings | resolved})
 
 
 def log_prob_name(pseudo: bool) -> str:
@@ -120,18 +121,14 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     )
 
 
-def add_origin(page: Page, run: Mapping[str, Any]) -> None:
-    """Say how to get the same again: command line, settings, data and versions."""
+def write_page(page: Page, folder: Path, made: Mapping[str, Any]) -> None:
+    """Write a page whole or not at all, with how to get the same again at its end."""
     page.section("How it was made")
-    page.code(in_lines(run["command"]))
-    used = {name: value for name, value in run["settings"].items() if value is not None}
+    page.code(in_lines(made["command"]))
+    used = {name: value for name, value in made["settings"].items() if value is not None}
     page.facts(used, caption="Settings")
-    page.facts(run["checksums"], caption="SHA-256 of the data")
-    page.facts(run["versions"], caption="Versions")
-
-
-def write_page(page: Page, folder: Path) -> None:
-    """Write a page into a folder, whole or not at all."""
+    page.facts(made["checksums"], caption="SHA-256 of the data")
+    page.facts(made["versions"], caption="Versions")
     text = page.html()
     write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -154,14 +151,12 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
         page.warning(PSEUDO)
     name = log_prob_name(metrics["pseudo_likelihood"])
     monte_carlo = f"{estimate['standard_error']:.4f}"
-    rows: list[list[object]] = [
-        [name, estimate["log_marginal"], monte_carlo, estimate["data_standard_error"]]
-    ]
-    for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        rows.append([label, estimate[key], None, errors[key]])
     page.table(
         ["quantity", "mean", "error, Monte Carlo", "error, over data"],
-        rows,
+        [
+            [name, estimate["log_marginal"], monte_carlo, estimate["data_standard_error"]],
+            *([label, estimate[key], None, errors[key]] for key, label in TERMS.items()),
+        ],
         caption=f"First {estimate['num_data']:,} test data points, {estimate['num_samples']:,} draws "
         "per datum: means per datum in nats, with standard errors where they are known. Rate and "
         "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
@@ -191,4 +186,161 @@ def _parts(settings: Mapping[str, Any], num_parameters: int) -> str:
     return (
         f"{Path(settings['dataset']).name}: {prior} prior, {likelihood} likelihood, {guide} guide, "
         f"{num_parameters:,} parameters"
+    )
+
+
+# --- a comparison --------------------------------------------------------------------------
+
+
+def write_comparison_page(
+    folder: Path,
+    comparison: Comparison,
+    rows: Mapping[str, Mapping[str, Any]],
+    singles: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Figure],
+    made: Mapping[str, Any],
+) -> None:
+    """Write the page of a comparison into its folder."""
+    settings = made["settings"]
+    page = Page(
+        "Comparison of " + ", ".join(rows),
+        subtitle=f"{Path(settings['dataset']).name}, {settings['epochs']} epochs, seeds "
+        f"{settings['seed']} to {settings['seed'] + settings['seeds'] - 1}",
+    )
+    page.section("Result")
+    page.text(conclude(comparison))
+    _add_warnings(page, comparison)
+    _add_ranking(page, comparison, rows)
+    page.figure(figures["differences"], caption=_CAPTIONS["differences"])
+    page.section("Where the bound goes")
+    _add_bounds(page, comparison, rows)
+    if "per-datum" in figures:
+        page.figure(figures["per-datum"], caption=_CAPTIONS["per-datum"])
+    page.section("Reliability and cost")
+    _add_cost(page, rows)
+    page.section("Single runs")
+    _add_runs(page, comparison.ranked_by, singles)
+    write_page(page, folder, made)
+
+
+def conclude(comparison: Comparison) -> str:
+    """Say in words what the numbers support, and nothing more."""
+    quantity, best = comparison.ranked_by, comparison.best()
+    value = comparison.per_datum(best, quantity)
+    said = [f"The highest log p(x) is that of {best}, {value.mean:.2f} nats per datum."]
+    verdicts = {name: comparison.verdict(name) for name in comparison.pairs if name != best}
+    tied = [name for name, verdict in verdicts.items() if verdict == "tied"]
+    if tied:
+        verb = "is" if len(tied) == 1 else "are"
+        said.append(f"{', '.join(tied)} {verb} not told apart from it by these data and runs.")
+    for name in (name for name in verdicts if name not in tied):
+        difference = comparison.difference(name, quantity)
+        said.append(f"{name} is behind by {plus_minus(-difference.mean, difference.half_width, 3)}.")
+    said.append("Intervals cover 95%.")
+    if comparison.num_runs < 2:
+        said.append("With one run each nothing is known of the spread between runs.")
+    return " ".join(said)
+
+
+def _add_warnings(page: Page, comparison: Comparison) -> None:
+    if comparison.likelihood == "pseudo-likelihood":
+        page.warning(PSEUDO)
+    heavy = [
+        name
+        for name, pair in comparison.pairs.items()
+        if pair.unreliable_share > MANY_UNRELIABLE and comparison.ranked_by == "log_prob"
+    ]
+    if heavy:
+        page.warning(
+            f"More than {MANY_UNRELIABLE:.0%} of the data points have Pareto k above "
+            f"{PARETO_K_LIMIT} under {', '.join(heavy)}: log p(x) there is probably too low and its "
+            "Monte Carlo error too small. Annealing checks it: --method both."
+        )
+
+
+def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    quantity = comparison.ranked_by
+    method = "annealing" if quantity == "annealed" else "importance sampling"
+    parts = ("", "_standard_error", "_data_standard_error", "_run_deviation")
+    header = ["", log_prob_name(comparison.likelihood == "pseudo-likelihood")]
+    header += ["error, Monte Carlo", "error, over data", "deviation between runs"]
+    difference = f"{quantity}_difference"
+    page.table(
+        [*header, "difference to the best (95%)", "verdict"],
+        [
+            [
+                name,
+                *(row[quantity + part] for part in parts),
+                plus_minus(row[difference], row[f"{difference}_half_width"], 3),
+                row["verdict"],
+            ]
+            for name, row in rows.items()
+        ],
+        caption=f"Test part, nats per datum, by {method} with {comparison.num_samples:,} "
+        f"draws, averaged over {comparison.num_runs} runs each. The error over data is shared by all "
+        "families, as they saw the same data; differences are paired, so it drops out of them. "
+        "Tied: the interval has 0 in it.",
+        decimals=3,
+    )
+
+
+def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    ranked_by, bound = comparison.ranked_by, f"IWAE-{comparison.num_importance}"
+    page.table(
+        ["", "ELBO", bound, "log p(x)", "log p(x) - ELBO", "rate (KL)", "KL", "distortion"],
+        [
+            [
+                name,
+                *(
+                    plus_minus(row[each], row[f"{each}_run_deviation"], 3)
+                    for each in ("elbo", "iwae", ranked_by)
+                ),
+                comparison.per_datum(name, ranked_by).mean - comparison.pairs[name].elbo.mean,
+                row["rate"],
+                "exact" if row["exact_kl"] else "Monte Carlo",
+                row["distortion"],
+            ]
+            for name, row in rows.items()
+        ],
+        caption="Test part, nats per datum; \N{PLUS-MINUS SIGN} is the deviation between runs. The "
+        "gap between log p(x) and the ELBO is what the guide loses.",
+        decimals=3,
+    )
+
+
+def _add_cost(page: Page, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    numbers = {
+        "median_ess": "median effective sample size",
+        "num_parameters": "parameters trained",
+        "seconds_per_epoch": "seconds per epoch",
+        "seconds_per_1000": "seconds per 1,000 log p(x)",
+    }
+    page.table(
+        ["", f"data points with k > {PARETO_K_LIMIT}", *numbers.values()],
+        [
+            [name, f"{row['unreliable_share']:.1%}", *(row[number] for number in numbers)]
+            for name, row in rows.items()
+        ],
+        caption="Importance weights of all runs, and what training and measuring cost on the machine "
+        "that ran them.",
+    )
+
+
+def _add_runs(page: Page, quantity: str, singles: Sequence[Mapping[str, Any]]) -> None:
+    page.table(
+        ["", "seed", "log p(x)", "ELBO", "rate (KL)", "distortion", "k > 0.7", "seconds"],
+        [
+            [
+                row["name"],
+                str(row["seed"]),
+                plus_minus(row[quantity], row[f"{quantity}_standard_error"], 3),
+                plus_minus(row["elbo"], row["elbo_standard_error"], 3),
+                row["rate"],
+                row["distortion"],
+                f"{row['unreliable_share']:.1%}",
+                row["training_seconds"],
+            ]
+            for row in singles
+        ],
+        caption="Test part, nats per datum, with Monte Carlo standard errors.",
     )

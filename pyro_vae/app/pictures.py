@@ -14,23 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae import likelihoods, plots, tasks
-from pyro_vae.app.names import (
-    COMPLETIONS,
-    PLANES,
-    VIEWS,
-    Complete,
-    Interpolate,
-    Latent,
-    Picture,
-    PictureSettings,
-    Reconstruct,
-    Sample,
-    Traverse,
-)
+from pyro_vae.app import names
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
-from pyro_vae.app.settings import check_counts, check_seed
+from pyro_vae.app.settings import check_choice, check_counts, check_seed
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.vae import VAE
@@ -43,14 +31,7 @@ _MEAN_DRAWS = 100
 
 
 class Subject:
-    """A trained VAE as the subject of a picture.
-
-    Args:
-        vae: a trained model.
-        load: returns its data set, and is called when one is wanted.
-        limits: the values shown as white and as black.
-        seed: seed of what has to be drawn.
-    """
+    """A trained VAE as the subject of a picture; ``load`` is called when the data are wanted."""
 
     def __init__(
         self, vae: VAE, load: Callable[[], Dataset], limits: tuple[float, float], seed: int
@@ -76,6 +57,10 @@ class Subject:
         """Return the first test data, by default all, where the VAE is."""
         return self.dataset.test[:number].to(self.device)
 
+    def run(self, task: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Return what a task does with model, guide and what is given."""
+        return task(self.vae.model, self.vae.guide, *given, seed=self.seed, **options)
+
     def means(self, x: Tensor) -> Tensor:
         """Return E[z given x], ``(N, latent_dim)``; a picture bears what draws leave uncertain."""
         with warnings.catch_warnings():
@@ -87,20 +72,8 @@ class Subject:
         return for_images if self.is_image else for_vectors
 
 
-def draw(run: Path, what: Picture, settings: PictureSettings) -> Path:
-    """Draw a picture of a finished run and write it.
-
-    Args:
-        run: the run folder.
-        what: what is drawn, and how.
-        settings: where to, by default into the run folder; where the data are; the seed.
-
-    Returns:
-        the file.
-
-    Raises:
-        InputError: no run there, data that changed since, or options out of range.
-    """
+def draw(run: Path, what: names.Picture, settings: names.PictureSettings) -> Path:
+    """Draw a picture of a finished run, write it, by default into its folder, and return the file."""
     _check(what)
     check_seed(settings.seed)
     vae, trained, limits = open_run(run, torch.device("cpu"))
@@ -127,7 +100,7 @@ def limits_of(dataset: Dataset) -> tuple[float, float]:
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
-def draw_samples(subject: Subject, what: Sample) -> Figure:
+def draw_samples(subject: Subject, what: names.Sample) -> Figure:
     """Draw new data: as a grid of images, or beside the test data if they are vectors."""
     mean = what.mean
     if mean is None:
@@ -141,10 +114,10 @@ def draw_samples(subject: Subject, what: Sample) -> Figure:
     return plots.samples(_array(drawn), _array(beside), title=title, limits=subject.limits)
 
 
-def draw_reconstructions(subject: Subject, what: Reconstruct) -> Figure:
+def draw_reconstructions(subject: Subject, what: names.Reconstruct) -> Figure:
     """Show the first test data points beside their reconstructions."""
     x = subject.test(what.num or subject.either(12, 500))
-    rebuilt = tasks.reconstruct(subject.vae.model, subject.vae.guide, x, seed=subject.seed)
+    rebuilt = subject.run(tasks.reconstruct, x)
     title = f"{len(x)} test data points and their reconstructions" + (
         " (z from the guide, mean of p(x|z))" if subject.is_image else ""
     )
@@ -162,7 +135,7 @@ def draw_diagnostics(estimate: LogMarginal) -> Figure:
     )
 
 
-def _draw_latent(subject: Subject, what: Latent) -> Figure:
+def _draw_latent(subject: Subject, what: names.Latent) -> Figure:
     x = subject.test(what.num or 5000)
     means = subject.means(x)
     if what.view == "manifold":
@@ -175,62 +148,55 @@ def _draw_latent(subject: Subject, what: Latent) -> Figure:
         _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)
         shares = lengths.square() / lengths.square().sum()
         points = centred @ axes[:2].T
-        names = [f"principal component {i + 1} ({100 * shares[i]:.0f}%)" for i in range(2)]
+        axis_labels = [f"principal component {i + 1} ({100 * shares[i]:.0f}%)" for i in range(2)]
         title += f": two principal components of {means.shape[1]} latents"
     else:
         chosen = _most_active(means, 2)
         points = means[:, list(chosen)]
-        names = [_name(dimension) for dimension in chosen]
+        axis_labels = [_name(dimension) for dimension in chosen]
         if means.shape[1] > 2:
             title += f": the two most active of {means.shape[1]} latents"
     return plots.latent_scatter(
         _array(points),
         None if labels is None else labels[: len(x)].numpy(),
         title=title,
-        axis_labels=names,
+        axis_labels=axis_labels,
         unit_circle=subject.is_on_sphere and not pca,
     )
 
 
 def _draw_manifold(subject: Subject, x: Tensor, means: Tensor, num_steps: int) -> Figure:
     """Show what a grid over the two most active latents decodes to."""
-    vae, seed, latent_dim = subject.vae, subject.seed, means.shape[1]
+    latent_dim = means.shape[1]
     title = "Mean of p(x|z) at the prior's quantiles"
     if latent_dim == 1:
-        walk = tasks.traverse(vae.model, vae.guide, x[:1], num_steps=num_steps, seed=seed)
+        walk = subject.run(tasks.traverse, x[:1], num_steps=num_steps)
         decoded = walk.data[:, :, 0], walk.values[0], walk.values[0, :1]
-        names = _name(0), ""
+        axis_labels = _name(0), ""
     else:
-        first, second = _most_active(means, 2)
-        sheet = tasks.manifold(
-            vae.model, vae.guide, x, dimensions=(first, second), num_steps=num_steps, seed=seed
-        )
+        chosen = _most_active(means, 2)
+        sheet = subject.run(tasks.manifold, x, dimensions=chosen, num_steps=num_steps)
         decoded = sheet.data, sheet.first, sheet.second
-        names = _name(first), _name(second)
+        axis_labels = _name(chosen[0]), _name(chosen[1])
         if sheet.on_sphere:
             title = "Mean of p(x|z) around the sphere"
-            names = f"longitude from {names[0]} to {names[1]} (degrees)", "latitude (degrees)"
+            ends = " to ".join(axis_labels)
+            axis_labels = f"longitude from {ends} (degrees)", "latitude (degrees)"
         if latent_dim > 2 + sheet.on_sphere:
             title += f": the two most active of {latent_dim} latents, others at the mean"
     return plots.manifold(
-        *map(_array, decoded), title=title, axis_labels=names, limits=subject.limits
+        *map(_array, decoded), title=title, axis_labels=axis_labels, limits=subject.limits
     )
 
 
-def _draw_traversal(subject: Subject, what: Traverse) -> Figure:
+def _draw_traversal(subject: Subject, what: names.Traverse) -> Figure:
     x = subject.test()
     if not 1 <= what.datum <= len(x):
         raise InputError(f"expected a test datum from 1 to {len(x)}, got {what.datum}")
     means = subject.means(x)
     chosen = _most_active(means, what.num)
-    walk = tasks.traverse(
-        subject.vae.model,
-        subject.vae.guide,
-        x[what.datum - 1 : what.datum],
-        dimensions=chosen,
-        num_steps=what.num_steps,
-        seed=subject.seed,
-    )
+    datum = x[what.datum - 1 : what.datum]
+    walk = subject.run(tasks.traverse, datum, dimensions=chosen, num_steps=what.num_steps)
     many = len(chosen) < means.shape[1]
     which = f"the {len(chosen)} most active latents" if many else "each latent"
     return plots.traversals(
@@ -242,36 +208,32 @@ def _draw_traversal(subject: Subject, what: Traverse) -> Figure:
     )
 
 
-def _draw_interpolations(subject: Subject, what: Interpolate) -> Figure:
+def _draw_interpolations(subject: Subject, what: names.Interpolate) -> Figure:
     """Show the way from each of the first test data to the datum ``num`` further on."""
     x = subject.test(2 * what.num)
     if len(x) < 2:
         raise InputError("expected at least 2 test data points to walk between, got 1")
     start, end = x[: len(x) // 2], x[len(x) // 2 :][: len(x) // 2]
-    way = tasks.interpolate(
-        subject.vae.model, subject.vae.guide, start, end, num_steps=what.num_steps, seed=subject.seed
-    )
+    way = subject.run(tasks.interpolate, start, end, num_steps=what.num_steps)
     line = "great circle" if subject.is_on_sphere else "straight line"
     title = f"Mean of p(x|z) along the {line} between the codes of test data"
     return plots.interpolations(*map(_array, (start, way, end)), title=title, limits=subject.limits)
 
 
-def _draw_completions(subject: Subject, what: Complete) -> Figure:
+def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     """Show test data with a part hidden, their completions, and the truth."""
     hide_part(what.missing, subject.data_shape, 1, seed=subject.seed)  # refused before data are read
     x = subject.test(what.num or subject.either(8, 200))
     hidden = hide_part(what.missing, subject.data_shape, len(x), seed=subject.seed)
     by_importance = what.method == "importance"
-    completed = tasks.complete(
-        subject.vae.model,
-        subject.vae.guide,
+    completed = subject.run(
+        tasks.complete,
         x,
         hidden,
         method=what.method,
         num_draws=what.num_draws,
         num_steps=None if by_importance else what.num_steps,
         num_samples=what.num_samples if by_importance else None,
-        seed=subject.seed,
     )
     share = 100 * hidden.double().mean()
     told = [f"{len(x)} test data points, {share:.0f}% hidden", completed.method]
@@ -287,28 +249,20 @@ def _draw_completions(subject: Subject, what: Complete) -> Figure:
 
 # How each picture is drawn, and of what its file's default name is made.
 _PICTURES: dict[type, tuple[Callable[[Subject, Any], Figure], str]] = {
-    Sample: (draw_samples, "samples"),
-    Reconstruct: (draw_reconstructions, "reconstructions"),
-    Complete: (_draw_completions, "completions-{missing}"),
-    Latent: (_draw_latent, "latent-{view}"),
-    Traverse: (_draw_traversal, "traversal-{datum}"),
-    Interpolate: (_draw_interpolations, "interpolations"),
+    names.Sample: (draw_samples, "samples"),
+    names.Reconstruct: (draw_reconstructions, "reconstructions"),
+    names.Complete: (_draw_completions, "completions-{missing}"),
+    names.Latent: (_draw_latent, "latent-{view}"),
+    names.Traverse: (_draw_traversal, "traversal-{datum}"),
+    names.Interpolate: (_draw_interpolations, "interpolations"),
 }
 
 
 def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int) -> Tensor:
     """Return what is hidden of so many data, boolean ``(number, *data_shape)``.
 
-    Args:
-        missing: ``lower``, ``upper``, ``left`` or ``right`` half of an image, of a vector ``left``
-            (its first half) or ``right``; or ``random:SHARE``, each pixel by itself with that
-            probability, all its channels together.
-        data_shape: shape of one datum.
-        number: how many data.
-        seed: seed of what is hidden at random.
-
-    Raises:
-        InputError: another word, a share that is not between 0 and 1, or data without that half.
+    A half of an image, of a vector ``left`` (its first half) or ``right``; or ``random:SHARE``, each
+    pixel by itself with that probability, all its channels together.
     """
     image = plots.is_image(data_shape)
     channel = None
@@ -347,16 +301,16 @@ def _share(text: str) -> float:
     return share
 
 
-def _check(what: Picture) -> None:
+def _check(what: names.Picture) -> None:
     """Refuse names and numbers out of range, before the run is opened."""
     given = vars(what)
-    for name, known in (("view", VIEWS), ("plane", PLANES), ("method", COMPLETIONS)):
-        if name in given and given[name] not in known:
-            raise unknown_name(name, given[name], known)
+    known = {"view": names.VIEWS, "plane": names.PLANES, "method": names.COMPLETIONS}
+    for name in known.keys() & given.keys():
+        check_choice(name, given[name], known[name])
     number, num_steps = what.num, given.get("num_steps")
     if number is not None and not 1 <= number <= _MOST_PICTURED:
         raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
-    if isinstance(what, Complete):
+    if isinstance(what, names.Complete):
         check_counts({name: given[name] for name in ("num_draws", "num_steps", "num_samples")})
     elif num_steps is not None and not 2 <= num_steps <= _MOST_STEPS:
         raise InputError(f"expected from 2 to {_MOST_STEPS} steps, got {num_steps}")

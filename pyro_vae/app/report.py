@@ -89,11 +89,6 @@ class Page:
     bytes. The page holds no code, names no other resource, follows the reader's light or dark scheme,
     and prints without breaking a figure or a row.
 
-    Args:
-        title: the page's name and first heading.
-        subtitle: a line below it.
-        language: of the text, for screen readers and hyphenation.
-
     Example:
         >>> page = Page("Run 1")
         >>> page.section("Result")
@@ -136,11 +131,7 @@ class Page:
     ) -> None:
         """Add a table whose first column names the rows; columns of numbers stand right.
 
-        Args:
-            header: a name for each column.
-            rows: cells, as many as names: text, numbers, or None for what is not known.
-            caption: what the table shows, units included.
-            decimals: digits after the point of a float.
+        Cells are text, numbers, floats with so many decimals, or None for what is not known.
         """
         cells = [[_cell(value, decimals) for value in row] for row in rows]
         numeric = [
@@ -173,10 +164,7 @@ class Page:
     def figure(self, figure: Figure, *, caption: str, description: str | None = None) -> None:
         """Add a figure: as SVG, or as PNG where that is much smaller.
 
-        Args:
-            figure: a matplotlib figure.
-            caption: what it shows, below it.
-            description: what a reader who can't see it should know; by default the caption.
+        The description is for a reader who can't see it; by default it is the caption.
         """
         kind, content = _picture(figure)
         width, height = (round(_PIXELS_PER_INCH * inches) for inches in figure.get_size_inches())
@@ -208,14 +196,19 @@ class Page:
 
 
 def print_table(
-    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, min_width: int | None = None
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    decimals: int = 2,
+    min_width: int | None = None,
 ) -> None:
-    """Print a table on the terminal, its first column to the left and numbers to the right."""
+    """Print a table with the cells of :meth:`Page.table`, numbers to the right."""
     table = Table(title=title, title_justify="left", min_width=min_width)
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(_cell(value, decimals) for value in row))
     Console().print(table)
 
 
@@ -270,18 +263,17 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
 
 def _picture(figure: Figure) -> tuple[str, bytes]:
     """Return a figure's MIME subtype and bytes, which depend on what it shows alone."""
-    vector = _saved(figure, format="svg", metadata={"Date": None})
-    if len(vector) <= _LARGEST_SVG:
-        return "svg+xml", vector
-    pixels = _saved(figure, format="png", metadata={"Software": None})
-    return ("png", pixels) if len(pixels) < len(vector) else ("svg+xml", vector)
-
-
-def _saved(figure: Figure, **options: Any) -> bytes:
     import matplotlib
 
-    content = io.BytesIO()
-    # The salt takes the place of a random one in the names inside an SVG.
-    with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
-        figure.savefig(content, **options)
-    return content.getvalue()
+    def save(**options: Any) -> bytes:
+        content = io.BytesIO()
+        # The salt takes the place of a random one in the names inside an SVG.
+        with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
+            figure.savefig(content, **options)
+        return content.getvalue()
+
+    vector = save(format="svg", metadata={"Date": None})
+    if len(vector) <= _LARGEST_SVG:
+        return "svg+xml", vector
+    pixels = save(format="png", metadata={"Software": None})
+    return ("png", pixels) if len(pixels) < len(vector) else ("svg+xml", vector)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,7 @@ STUDY, RUNS = "study.json", "runs"
 
 
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
-    """Load a run's VAE, its settings, and the values shown as white and as black.
-
-    Raises:
-        InputError: no run there, or one that ``pyro-vae train`` has not written.
-    """
+    """Load a run's VAE, its settings, and the values shown as white and as black."""
     check_single(run)
     config = read_config(run)
     if not (run / WEIGHTS).exists():
@@ -71,13 +68,18 @@ def check_single(folder: Path) -> None:
         )
 
 
-def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
-    """Load the data that the settings name.
+def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> None:
+    """Refuse settings that are not those that a folder was begun with."""
+    for name in {**now, **begun}:
+        if name not in FREE and now.get(name) != begun.get(name):
+            raise InputError(
+                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
+                f"got {now.get(name)!r}: {advice}"
+            )
 
-    Args:
-        settings: what to load, and whether to download what is missing.
-        data_root: where the data are now; None: where the settings say.
-    """
+
+def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
+    """Load the data that the settings name, which may have moved to ``data_root`` since."""
     source = Path(settings.dataset)
     if data_root is not None and source.suffix in datasets.FILE_TYPES:
         source = Path(data_root) / source.name
@@ -92,16 +94,7 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
 
 
 def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:
-    """Load the data that a run was trained on.
-
-    Args:
-        run: the run folder, which knows the data's checksums.
-        settings: the run's.
-        data_root: where the data are now; None: where they were.
-
-    Raises:
-        InputError: data that are missing, or others.
-    """
+    """Load the data that a run was trained on."""
     dataset = load_data(settings, data_root)
     if dataset.checksums != read_config(run)["run"].get("checksums"):
         raise InputError(
@@ -129,11 +122,7 @@ def describe_origin() -> dict[str, Any]:
 
 
 def check_picture(path: Path) -> Path:
-    """Return the file to write a picture to.
-
-    Raises:
-        InputError: a file of another kind, or one that can't be written.
-    """
+    """Return the file to write a picture to; refuse another kind, or one that can't be written."""
     path = path.expanduser()
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
@@ -144,11 +133,7 @@ def check_picture(path: Path) -> Path:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that is not new or empty, or that can't be made.
-
-    Raises:
-        InputError: such a folder.
-    """
+    """Refuse a folder that is not new or empty, or that can't be made."""
     check_free(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
@@ -156,11 +141,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that can't be written; folders that are missing are made later.
-
-    Raises:
-        InputError: no permission, or a file where a folder should be.
-    """
+    """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
     reason = 0
     if not folder.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,8 @@ from typing import Any
 from torch import nn
 
 from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
-from pyro_vae.app.names import (
-    ACTIVATIONS,
-    COMPILE,
-    FAMILIES,
-    LIKELIHOODS,
-    METHODS,
-    OBJECTIVES,
-    PRIORS,
-    EvaluateSettings,
-    TrainSettings,
-)
+from pyro_vae.app import names
+from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.bounds import Bound
@@ -28,21 +19,11 @@ from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.vae import VAE
 
-# What `fit` is told under the names of the command line.
-_OF_FIT = (
-    *("epochs", "batch_size", "learning_rate", "beta", "warmup_epochs", "patience"),
-    *("schedule", "gradient_clip", "precision"),
-)
-
 # --- what a VAE is made of -------------------------------------------------------------------
 
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
-    """Build the VAE that the settings name, started at the data set that it is to be trained on.
-
-    Raises:
-        InputError: sizes out of range, or data the likelihood is not defined for.
-    """
+    """Build the VAE that the settings name, started at the data set that it is to be trained on."""
     vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
@@ -52,36 +33,20 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
 
 
 def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
-    """Put the VAE that the settings name together, its weights drawn from the global random state.
-
-    Args:
-        settings: names and sizes.
-        data_shape: shape of one datum.
-        num_data: number of training data.
-
-    Raises:
-        InputError: an unknown name, or sizes out of range.
-    """
-    for kind, known in (
-        ("prior", PRIORS),
-        ("likelihood", LIKELIHOODS),
-        ("guide", FAMILIES),
-        ("activation", ACTIVATIONS),
-    ):
-        if getattr(settings, kind) not in known:
-            raise unknown_name(kind, getattr(settings, kind), known)
-    hidden, latent_dim, activation = (
-        _hidden(settings.hidden),
-        settings.latent_dim,
-        settings.activation,
-    )
+    """Put the VAE that the settings name together, its weights drawn from the global random state."""
+    check_choice("prior", settings.prior, names.PRIORS)
+    check_choice("likelihood", settings.likelihood, names.LIKELIHOODS)
+    check_choice("guide", settings.guide, names.FAMILIES)
+    check_choice("activation", settings.activation, names.ACTIVATIONS)
+    hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
+    how = {"activation": settings.activation}
     options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
     try:
-        encoder = networks.MLPEncoder(data_shape, hidden, activation=activation)
-        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], activation=activation)
-        guide = getattr(guides, FAMILIES[settings.guide])(encoder, latent_dim)
+        encoder = networks.MLPEncoder(data_shape, hidden, **how)
+        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
+        guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
-        likelihood = getattr(likelihoods, LIKELIHOODS[settings.likelihood])
+        likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
     except RuntimeError as error:  # torch's word for memory that is not there
         raise InputError(
@@ -101,7 +66,7 @@ def _prior(
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
     if settings.prior == "gaussian-mixture":
         return priors.GaussianMixture(settings.latent_dim, number)
-    return getattr(priors, PRIORS[settings.prior])(settings.latent_dim)
+    return getattr(priors, names.PRIORS[settings.prior])(settings.latent_dim)
 
 
 def _default_components(prior: str, num_data: int) -> int:
@@ -139,14 +104,11 @@ def _sigma(text: str) -> float | str:
 def check_settings(settings: TrainSettings) -> TrainSettings:
     """Refuse names and numbers out of range before anything heavy happens.
 
-    Returns:
-        the settings with what the data are told: the binarisation, and where they are found from any
-        other folder.
+    What is returned tells the data's binarisation, and where they are found from any other folder.
     """
-    if settings.binarize is not None and settings.binarize not in datasets.BINARIZATIONS:
-        raise unknown_name("binarisation", settings.binarize, datasets.BINARIZATIONS)
-    if settings.compile not in COMPILE:
-        raise unknown_name("choice of compile", settings.compile, COMPILE)
+    if settings.binarize is not None:
+        check_choice("binarisation", settings.binarize, datasets.BINARIZATIONS)
+    check_choice("choice of compile", settings.compile, names.COMPILE)
     check_seed(settings.seed)
     check_seed(settings.split_seed)
     FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
@@ -188,27 +150,17 @@ def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
 
 
 def fit_options(settings: TrainSettings) -> dict[str, Any]:
-    """Return what :func:`pyro_vae.fit` is to be told.
-
-    Raises:
-        InputError: an unknown objective, or options out of range or of another objective.
-    """
-    return {
-        **{name: getattr(settings, name) for name in _OF_FIT},
-        "objective": objective_of(settings),
-        "compile": COMPILE[settings.compile],
-    }
+    """Return what :func:`pyro_vae.fit` is to be told."""
+    same = {each.name for each in fields(FitSettings)} & vars(settings).keys() - {"seed"}
+    options = {name: getattr(settings, name) for name in sorted(same)}
+    objective, compile = _objective_of(settings), names.COMPILE[settings.compile]
+    return options | {"objective": objective, "compile": compile}
 
 
-def objective_of(settings: TrainSettings) -> Bound | None:
-    """Return the objective that the settings name; None for the plain ELBO.
-
-    Raises:
-        InputError: an unknown name, or options out of range or of another objective.
-    """
+def _objective_of(settings: TrainSettings) -> Bound | None:
+    """Return the objective that the settings name; None for the plain ELBO."""
     name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
-    if name not in OBJECTIVES:
-        raise unknown_name("objective", name, OBJECTIVES)
+    check_choice("objective", name, names.OBJECTIVES)
     check_counts({"num_particles": particles})
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
@@ -218,7 +170,7 @@ def objective_of(settings: TrainSettings) -> Bound | None:
     particles = particles or _default_particles(name)
     if name == "elbo" and particles == 1:
         return None
-    kind: Callable[..., Bound] = getattr(infer, OBJECTIVES[name])
+    kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
 
 
@@ -231,11 +183,16 @@ def _default_particles(objective: str) -> int:
 
 def check_evaluation(how: EvaluateSettings) -> None:
     """Refuse options of an evaluation that are out of range, before anything is read."""
-    if how.method not in METHODS:
-        raise unknown_name("method", how.method, METHODS)
-    names = ("num_samples", "num_chains", "num_steps", "num_data")
-    check_counts({name: getattr(how, name) for name in names})
+    check_choice("method", how.method, names.METHODS)
+    counts = ("num_samples", "num_chains", "num_steps", "num_data")
+    check_counts({name: getattr(how, name) for name in counts})
     check_seed(how.seed)
+
+
+def check_choice(kind: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that is not known."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
 
 
 def check_counts(counts: Mapping[str, int | None]) -> None:

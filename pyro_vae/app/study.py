@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import shutil
 import sys
 import warnings
@@ -14,10 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import FREE, METRICS, RUNS, STUDY, check_writable
+from pyro_vae.app.run import (
+    METRICS,
+    RUNS,
+    STUDY,
+    check_same,
+    check_writable,
+    describe_origin,
+    load_data,
+)
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
@@ -31,84 +40,64 @@ from pyro_vae.vae import VAE
 class Study:
     """A study's folder, its data, and the runs below it."""
 
-    def __init__(self, folder: Path, dataset: Dataset) -> None:
-        self.folder, self.dataset = folder, dataset
+    def __init__(self, folder: Path, dataset: Dataset, device: torch.device) -> None:
+        self.folder, self.dataset, self.device = folder, dataset, device
 
     def run(
-        self,
-        name: str,
-        settings: TrainSettings,
-        *,
-        start: VAE | None = None,
-        held: VAE | None = None,
+        self, name: str, settings: TrainSettings, *, start: VAE | None = None, held: VAE | None = None
     ) -> tuple[VAE, dict[str, Any]]:
         """Return a finished run of this name, or train it; a half-done one is trained anew.
 
-        Arguments are those of :func:`train_run`. The VAE is on the device of the settings; beside it
-        are the run's metrics.
+        Arguments are those of :func:`train_run`; the run's metrics are returned beside the VAE.
         """
         folder = self.folder / RUNS / name
         if (folder / METRICS).is_file():
-            vae = runs.load(folder, device=str(resolve_device(settings.device)))
+            vae = runs.load(folder, device=str(self.device))
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            self._say(name, metrics, "finished before")
-            return vae, metrics
-        if folder.exists():
-            shutil.rmtree(folder)
-        with warnings.catch_warnings():
-            # The study's own table says how many have k > 0.7.
-            warnings.filterwarnings("ignore", r"\d+ of \d+ data")
-            vae, metrics = train_run(settings, self.dataset, folder, start=start, held=held)
-        self._say(name, metrics, f"{metrics['training_seconds']:.1f} s")
+            how = "finished before"
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)
+            with warnings.catch_warnings():
+                # The study's own table says how many have k > 0.7.
+                warnings.filterwarnings("ignore", r"\d+ of \d+ data")
+                vae, metrics = train_run(settings, self.dataset, folder, start=start, held=held)
+            how = f"{metrics['training_seconds']:.1f} s"
+        print_line(f"{name}: test ELBO {plus_minus(metrics['test']['elbo'], None)} ({how})")
         return vae.eval(), metrics
 
-    def _say(self, name: str, metrics: Mapping[str, Any], how: str) -> None:
-        elbo = plus_minus(metrics["test"]["elbo"], None)
-        print_line(f"{name}: test ELBO {elbo} ({how})")
-
-
-def check_study_folder(folder: Path) -> None:
-    """Refuse a folder that can't be written, before any data are read.
-
-    Raises:
-        InputError: such a folder, or a file.
-    """
-    folder = folder.expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"expected a folder, {folder} is a file: choose another")
-    check_writable(folder / STUDY)
+    def describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a page and a JSON file say of how their numbers were made."""
+        return {"settings": settings, "checksums": self.dataset.checksums, **describe_origin()}
 
 
 @contextmanager
-def open_study(folder: Path, asked: Mapping[str, Any], dataset: Dataset) -> Iterator[Study]:
+def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) -> Iterator[Study]:
     """Begin a study in a new or empty folder, or continue the same one, and hold its lock.
 
     A study that ends before its first run is whole leaves nothing behind. What is asked is everything
-    that decides its result, as plain values.
-
-    Raises:
-        InputError: a folder that holds something else, a study of other settings or of other data,
-            or one that another process works on.
+    that decides its result, as plain values; the settings name data and device of all its runs.
     """
-    folder = folder.expanduser()
+    device, folder = resolve_device(settings.device), folder.expanduser()
+    begun = _check_folder(folder, asked)
+    dataset = load_data(settings)
+    if begun not in (None, dataset.checksums):
+        raise InputError(
+            f"expected the data that {folder} was begun with, got others by the checksum: restore "
+            "them or choose another folder"
+        )
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
-    _check(folder, record)
     with new_folder(folder), locked(folder):
         try:
             if not (folder / STUDY).exists():
                 write_json(folder / STUDY, record)
-            yield Study(folder, dataset)
+            yield Study(folder, dataset, device)
         except BaseException as error:
             if not (folder / RUNS).exists():
                 (folder / STUDY).unlink(missing_ok=True)
             elif isinstance(error, KeyboardInterrupt):
                 sys.stderr.write("pyro-vae: interrupted: go on by the same command\n")
             raise
-
-
-def restore_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return numbers as they were before JSON made null of those that are not finite."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -121,31 +110,26 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_whole(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
-def _check(folder: Path, record: Mapping[str, Any]) -> None:
+def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
+    """Refuse a folder that can't be this study's; return the checksums of one that is begun."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
+    check_writable(path)
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
             raise InputError(
                 f"expected a new folder or one to continue, {folder} has other files in it: choose "
                 "another"
             )
-        return
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        begun, checksums = dict(found["asked"]), found["checksums"]
+        begun, checksums = dict(found["asked"]), dict(found["checksums"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"expected a study's settings in {path}, got none that can be read"
         ) from error
-    asked = json.loads(json.dumps(record["asked"]))  # as they look after being read
-    for name in asked | begun:
-        if name not in FREE and asked.get(name) != begun.get(name):
-            raise InputError(
-                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
-                f"got {asked.get(name)!r}: repeat it or choose another folder"
-            )
-    if checksums != record["checksums"]:
-        raise InputError(
-            f"expected the data that {folder} was begun with, got others by the checksum: restore "
-            "them or choose another folder"
-        )
+    as_read = json.loads(json.dumps(asked))
+    check_same(begun, as_read, folder, "repeat it or choose another folder")
+    return checksums

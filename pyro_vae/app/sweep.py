@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,12 @@ from matplotlib.figure import Figure
 
 from pyro_vae import plots
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.pages import PSEUDO, add_origin, log_prob_name, write_page
+from pyro_vae.app.pages import PSEUDO, log_prob_name, write_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import Page, plus_minus, print_line, print_table
-from pyro_vae.app.run import describe_origin, load_data
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
-from pyro_vae.app.study import Study, check_study_folder, open_study, restore_nan, write_rows
+from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
-from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import write_json
 from pyro_vae.vae import VAE
 
@@ -30,17 +29,10 @@ _MEANS = ("rate", "distortion", "elbo", "log_marginal")
 def sweep(
     settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
 ) -> list[dict[str, Any]]:
-    """Train one run per beta, and write table, rate-distortion picture and page.
+    """Train one run per beta, and write table, rate-distortion picture and page; return the rows.
 
     A series of the same settings that was begun in the folder is continued. With a warm start, each
     run but the first starts from the one before, without a warm-up of its own.
-
-    Returns:
-        one row per beta, nats per datum of the test part: ``rate``, ``distortion``, ``elbo`` and
-        ``log_marginal``, each with ``_standard_error`` (over data), ``active_units`` and more.
-
-    Raises:
-        InputError: settings or betas out of range, or a folder that holds something else.
 
     Source:
         Higgins et al. 2017 (beta); Alemi et al. 2018, "Fixing a Broken ELBO" (rate and distortion).
@@ -50,21 +42,18 @@ def sweep(
         raise InputError("expected --warm-start with several --betas, got one: leave it out")
     for value in values:
         settings = check_settings(replace(settings, beta=value))
-    resolve_device(settings.device)
     asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
-    check_study_folder(output)
-    dataset = load_data(settings)
-    with open_study(output, asked, dataset) as study:
+    with open_study(output, asked, settings) as study:
         rows = _train(study, settings, values, warm_start)
         figure = _figure(rows, settings)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
-        told = tell_defaults(settings, len(dataset.train))
+        told = tell_defaults(settings, len(study.dataset.train))
         used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
-        used["device"] = str(resolve_device(settings.device))
+        used["device"] = str(study.device)
         if warm_start and settings.warmup_epochs is None:
             used["warmup_epochs"] = [told.warmup_epochs, *(0 for _ in values[1:])]
-        made = {"settings": used, "checksums": dataset.checksums, **describe_origin()}
+        made = study.describe(used)
         _write_page(study.folder, rows, figure, made)
         write_json(study.folder / "sweep.json", {"rows": rows, **made})
         _print(study.folder, rows)
@@ -88,8 +77,8 @@ def _train(
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate = restore_nan(metrics["test_log_marginal"])
-    errors = restore_nan(metrics["test_data_standard_errors"])
+    estimate = _restore_nan(metrics["test_log_marginal"])
+    errors = _restore_nan(metrics["test_data_standard_errors"])
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}
@@ -98,25 +87,23 @@ def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
         "log_marginal_standard_error": estimate["data_standard_error"],
         "log_marginal_monte_carlo_error": estimate["standard_error"],
         "pseudo_likelihood": metrics["pseudo_likelihood"],
-        "num_unreliable": estimate["num_unreliable"],
-        "num_data": estimate["num_data"],
-        "num_samples": estimate["num_samples"],
-        "active_units": metrics["active_units"],
-        "training_seconds": metrics["training_seconds"],
+        **{name: estimate[name] for name in ("num_unreliable", "num_data", "num_samples")},
+        **{name: metrics[name] for name in ("active_units", "training_seconds")},
         "epochs": len(metrics["history"]["train_elbo"]),
     }
 
 
-def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
-    def column(name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows], dtype=float)
+def _restore_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Return numbers as they were before JSON made null of those that are not finite."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
+
+def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     return plots.rate_distortion(
-        column("beta"),
-        column("rate"),
-        column("distortion"),
-        rate_error=column("rate_standard_error"),
-        distortion_error=column("distortion_standard_error"),
+        *(columns[name] for name in ("beta", "rate", "distortion")),
+        rate_error=columns["rate_standard_error"],
+        distortion_error=columns["distortion_standard_error"],
         active_units=[row["active_units"] for row in rows],
         title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
     )
@@ -161,15 +148,13 @@ def _write_page(
         "share of data points whose log p(x) can't be trusted. Active units: variance over data of "
         "the posterior mean above 0.01 (Burda et al. 2016).",
     )
-    add_origin(page, made)
-    write_page(page, folder)
+    write_page(page, folder, made)
 
 
 def _print(folder: Path, rows: list[dict[str, Any]]) -> None:
     label = log_prob_name(rows[0]["pseudo_likelihood"])
     shown = [
-        [f"{row['beta']:g}", *(f"{row[name]:.2f}" for name in _MEANS), str(row["active_units"])]
-        for row in rows
+        [f"{row['beta']:g}", *(row[name] for name in _MEANS), row["active_units"]] for row in rows
     ]
     header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
     print_table("Test part, nats per datum", header, shown)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from pyro_vae import plots
-from pyro_vae.app.evaluate import (
-    active_units,
-    as_dict,
-    data_standard_errors,
-    estimate_log_marginal,
-    is_pseudo,
-)
+from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
-from pyro_vae.app.pages import log_prob_name, write_run_page
-from pyro_vae.app.pictures import (
-    Subject,
-    draw_diagnostics,
-    draw_reconstructions,
-    draw_samples,
-    limits_of,
-    save_picture,
-)
+from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
-    FREE,
     METRICS,
     check_new_folder,
+    check_same,
     check_single,
     describe_origin,
     load_data,
@@ -79,11 +65,7 @@ def train(
     """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
-
-    Raises:
-        InputError: settings or data out of range, or a folder that is in use.
-        OSError: a folder that can't be written.
-        Interrupted: SIGINT or SIGTERM ended the training; :func:`resume` goes on with it.
+    After an ``Interrupted``, :func:`resume` goes on with it.
     """
     settings = check_settings(settings)
     processes = Processes.current()
@@ -97,15 +79,10 @@ def train(
     return folder
 
 
-def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = None) -> Path:
+def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     """Go on with a run that was interrupted or killed, to the end that it would have had.
 
     Settings that are given once more must be the run's own.
-
-    Raises:
-        InputError: no run there, other settings, data or processes than it was begun with, or a
-            checkpoint that can't be read.
-        Interrupted: SIGINT or SIGTERM ended it again.
     """
     processes, folder = Processes.current(), folder.expanduser()
     check_single(folder)
@@ -116,7 +93,8 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
         raise InputError(
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
         ) from error
-    settings = _tell_again(settings, given, folder)
+    told = check_settings(replace(settings, **given))
+    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if processes.decide((folder / METRICS).exists):
         if processes.is_first:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -129,11 +107,9 @@ def resume(folder: Path, given: Mapping[str, Any], *, progress: bool | None = No
             "start as many by torchrun, or one without it"
         )
     dataset = processes.first_before_others(
-        lambda: load_data_of_run(folder, settings, given.get("data_root"))
+        lambda: load_data_of_run(folder, told, given.get("data_root"))
     )
-    _, metrics = train_run(
-        settings, dataset, folder, checkpointing=when, resumed=True, progress=progress
-    )
+    _, metrics = train_run(told, dataset, folder, checkpointing=when, resumed=True)
     _print_summary(folder, metrics)
     return folder
 
@@ -149,21 +125,12 @@ def train_run(
     resumed: bool = False,
     progress: bool | None = None,
 ) -> tuple[VAE, dict[str, Any]]:
-    """Train into a new run folder; nothing is left of a run that fails before its first checkpoint.
+    """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
-    Args:
-        settings: those that :func:`check_settings` returned.
-        dataset: the data they name.
-        folder: the run folder to create.
-        start: a VAE of the same shape whose weights are the starting point.
-        held: a VAE whose prior and likelihood are taken over and stay as they are; the guide alone is
-            trained.
-        checkpointing: when to write the run's state; None: never.
-        resumed: go on with the run that the folder holds.
-        progress: show a progress bar; by default on a terminal.
-
-    Returns:
-        the trained VAE and what ``metrics.json`` holds.
+    Nothing is left of a run that fails before its first checkpoint, or without checkpointing. The
+    weights begin as those of ``start``, of the same shape; prior and likelihood of ``held`` are taken
+    over and stay as they are while the guide alone is trained. The settings are those that
+    :func:`check_settings` returned, and name the data.
     """
     device, processes = resolve_device(settings.device), Processes.current()
     settings = tell_defaults(settings, len(dataset.train))
@@ -178,59 +145,52 @@ def train_run(
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
             "start": start_of if held is None else f"{start_of}; prior and likelihood held",
             "device": str(device),
-            **_describe(settings, dataset),
+            # What a run must know about itself from its first second on.
+            "settings": as_record(settings),
+            "num_data": {
+                part: len(getattr(dataset, part)) for part in ("train", "validation", "test")
+            },
+            "checksums": dataset.checksums,
+            "limits": pictures.limits_of(dataset),
+            "processes": processes.size,
+            **describe_origin(),
         }
         with ExitStack() as stack:
             config = describe(vae, record)
             processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
-            state = {} if checkpointing is None else _state_at(folder, checkpointing, resumed)
+            how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
+            if checkpointing is not None:
+                how |= {
+                    "checkpoint": folder / CHECKPOINTS,
+                    "checkpoint_every": checkpointing.every,
+                    "checkpoint_minutes": checkpointing.minutes,
+                }
             vae.to(device)
             model: PairFunction = vae.model
             if held is not None:
                 first = (dataset.test[:1].to(device),)
                 model = stack.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
-            result = fit(
-                model,
-                vae.guide,
-                dataset,
-                **fit_options(settings),
-                device=device,
-                progress=progress,
-                **state,
-            )
+            result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
             if processes.is_first:
                 save_weights(vae, folder)
     test = dataset.test.to(device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
-    how = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
-    estimate = estimate_log_marginal(vae, test[:_QUICK_DATA], how)
+    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     metrics = _metrics(result, bound, estimate, len(test)) | {
-        "active_units": active_units(vae, test[:_QUICK_DATA]),
-        "pseudo_likelihood": is_pseudo(vae, dataset),
+        "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
+        "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
     }
     if processes.is_first:
-        pictures = _write_pictures(vae, dataset, result, folder)
-        pictures["diagnostics"] = draw_diagnostics(estimate)
+        drawn = _write_pictures(vae, dataset, result, folder)
+        drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
         # What began the run is in its folder; a version that knew less of itself may have done so.
         begun = read_config(folder)["run"]
-        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, pictures)
+        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, drawn)
         write_json(folder / METRICS, metrics)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
-
-
-def _describe(settings: TrainSettings, dataset: Dataset) -> dict[str, Any]:
-    """Return what a run must know about itself from its first second on."""
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    return {
-        "settings": as_record(settings),
-        "num_data": {name: len(part) for name, part in parts.items()},
-        "checksums": dataset.checksums,
-        "limits": limits_of(dataset),
-        "processes": Processes.current().size,
-        **describe_origin(),
-    }
 
 
 def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
@@ -246,19 +206,6 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     return output
 
 
-def _tell_again(settings: TrainSettings, given: Mapping[str, Any], folder: Path) -> TrainSettings:
-    """Return a run's settings with what may change; refuse what would make it another run."""
-    told = check_settings(replace(settings, **given))
-    for field in fields(settings):
-        begun, now = getattr(settings, field.name), getattr(told, field.name)
-        if field.name not in FREE and begun != now:
-            raise InputError(
-                f"expected {field.name.replace('_', ' ')} {begun!r} as {folder} was begun with, got "
-                f"{now!r}: leave it out, or train anew"
-            )
-    return told
-
-
 def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractContextManager[None]:
     """Begin a run, or go on with the same one."""
     if not resumed:
@@ -269,15 +216,6 @@ def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractC
             f"{CONFIG} was changed, or another version wrote it"
         )
     return locked(folder)
-
-
-def _state_at(folder: Path, when: Checkpointing, resumed: bool) -> dict[str, Any]:
-    return {
-        "checkpoint": folder / CHECKPOINTS,
-        "checkpoint_every": when.every,
-        "checkpoint_minutes": when.minutes,
-        "resume": resumed,
-    }
 
 
 def _take_over_model(vae: VAE, held: VAE) -> None:
@@ -291,48 +229,39 @@ def _take_over_model(vae: VAE, held: VAE) -> None:
 def _metrics(
     result: FitResult, bound: dict[str, float], estimate: LogMarginal, num_test: int
 ) -> dict[str, Any]:
+    told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
     return {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
-        "best_epoch": result.best_epoch,
+        **{name: getattr(result, name) for name in told},
         "training_seconds": result.seconds,
-        "device": result.device,
-        "num_parameters": result.num_parameters,
-        "compiled": result.compiled,
-        "compile_choice": result.compile_choice,
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": num_test},
-        "test_log_marginal": as_dict(estimate),
-        "test_data_standard_errors": data_standard_errors(estimate),
+        "test_log_marginal": evaluate.as_dict(estimate),
+        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
     }
 
 
 def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
-    subject = Subject(vae, lambda: dataset, limits_of(dataset), _SEED)
-    pictures = {
-        "samples": draw_samples(subject, Sample()),
-        "reconstructions": draw_reconstructions(subject, Reconstruct()),
+    subject = pictures.Subject(vae, lambda: dataset, pictures.limits_of(dataset), _SEED)
+    drawn = {
+        "samples": pictures.draw_samples(subject, Sample()),
+        "reconstructions": pictures.draw_reconstructions(subject, Reconstruct()),
     }
     if len(result.history["train_elbo"]):
         title = f"Training: {Path(dataset.name).name}, {result.num_parameters:,} parameters"
-        pictures["training"] = plots.training_curves(result.history, title=title)
-    for name, figure in pictures.items():
-        save_picture(figure, folder / f"{name}.png")
-    return pictures
+        drawn["training"] = plots.training_curves(result.history, title=title)
+    for name, figure in drawn.items():
+        pictures.save_picture(figure, folder / f"{name}.png")
+    return drawn
 
 
 def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     bound, estimate = metrics["test"], metrics["test_log_marginal"]
-    rows = [
-        [
-            log_prob_name(metrics["pseudo_likelihood"]),
-            f"{estimate['log_marginal']:.2f}",
-            f"{estimate['num_data']:,} x {estimate['num_samples']}",
-        ]
-    ]
-    for label, key in (("ELBO", "elbo"), ("rate (KL)", "rate"), ("distortion", "distortion")):
-        rows.append([label, f"{bound[key]:.2f}", f"{bound['num_data']:,} x 1"])
+    draws = f"{estimate['num_data']:,} x {estimate['num_samples']}"
+    rows = [[log_prob_name(metrics["pseudo_likelihood"]), estimate["log_marginal"], draws]]
+    rows += [[label, bound[key], f"{bound['num_data']:,} x 1"] for key, label in TERMS.items()]
     print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
     for line in (

@@ -29,21 +29,13 @@ from pyro_vae.weights.particles import Particles
 # section 4.4), as a rejected trajectory costs a low-dimensional chain more.
 _TARGET_ACCEPTANCE = 0.8
 
-# Chains of the pilot: their mean acceptance is what a step of the adaptation sees.
-_PILOT_CHAINS = 4
+# Chains of the pilot, and the gain by which their mean acceptance moves the step: a time constant of
+# a few transitions, so that it keeps up with a posterior that narrows fast.
+_PILOT_CHAINS, _PILOT_GAIN = 4, 0.3
 
-# Gain of the adaptation: a time constant of a few transitions, so that it keeps up with a posterior
-# that narrows fast.
-_PILOT_GAIN = 0.3
-
-# Most stops of the pilot on the path, transitions at each, and before it leaves the start.
-_PILOT_STOPS, _PILOT_REPEATS, _PILOT_WARM_UP = 100, 4, 30
-
-# The recorded step sizes are averaged over so many stops on either side, against their noise.
-_PILOT_SMOOTHING = 2
-
-# Range of the logistic curve of the sigmoid schedule (Grosse, Ancha, Roy 2016, section 6.1).
-_SIGMOID_RANGE = 4.0
+# Most stops of the pilot on the path, transitions at each, and before it leaves the start; step sizes
+# are averaged over so many stops on either side, against their noise.
+_PILOT_STOPS, _PILOT_REPEATS, _PILOT_WARM_UP, _PILOT_SMOOTHING = 100, 4, 30, 2
 
 # Scoring forward and backward keeps and makes about three times what scoring forward makes.
 GRADIENT_MEMORY = 3
@@ -51,20 +43,10 @@ GRADIENT_MEMORY = 3
 
 @dataclass(frozen=True)
 class AnnealingOptions:
-    """How to anneal.
+    """How to anneal: the options of :func:`pyro_vae.log_marginal` of the same names.
 
-    Args:
-        num_chains: independent chains per datum, C.
-        num_steps: intermediate distributions, T.
-        num_leapfrog_steps: most gradient evaluations of a transition, L; their number is drawn
-            from 1 to L anew for each.
-        num_transitions: transitions at each intermediate distribution. More steps are the better use
-            of more transitions; several bring each step closer to an exact draw.
-        start: ``"guide"`` or ``"prior"``.
-        schedule: ``"sigmoid"`` or ``"linear"``.
-
-    Raises:
-        InputError: a number below 1 or not whole, or an unknown word.
+    More steps are the better use of more transitions; several transitions at each step bring it
+    closer to an exact draw.
     """
 
     num_chains: int = 16
@@ -75,12 +57,7 @@ class AnnealingOptions:
     schedule: str = "sigmoid"
 
     def __post_init__(self) -> None:
-        check_counts(
-            num_chains=self.num_chains,
-            num_steps=self.num_steps,
-            num_leapfrog_steps=self.num_leapfrog_steps,
-            num_transitions=self.num_transitions,
-        )
+        check_counts(**{n: value for n, value in vars(self).items() if n.startswith("num_")})
         if self.start not in ("guide", "prior"):
             raise InputError(f"expected start 'guide' or 'prior', got {self.start!r}")
         if self.schedule not in ("sigmoid", "linear"):
@@ -90,18 +67,21 @@ class AnnealingOptions:
         """Return the positions on the path, T + 1 numbers from 0 to 1."""
         line = torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64)
         if self.schedule == "sigmoid":
-            curve = torch.sigmoid(_SIGMOID_RANGE * (2 * line - 1))
+            # The range is that of Grosse, Ancha, Roy 2016, section 6.1.
+            curve = torch.sigmoid(4 * (2 * line - 1))
             line = (curve - curve[0]) / (curve[-1] - curve[0])
-        return [float(beta) for beta in line]
+        return line.tolist()
+
+    @property
+    def mean_length(self) -> float:
+        """Expected number of gradient evaluations per transition."""
+        return (1 + self.num_leapfrog_steps) / 2
 
 
 class Tuning(NamedTuple):
-    """What the pilot found; frozen before the first chain that counts starts.
+    """What the pilot found, frozen before the first chain that counts starts.
 
-    Attributes:
-        step_sizes: per step and datum, ``(T, N)``, in units of the scales.
-        scales: per datum and coordinate, ``(N, D)``.
-        cost: gradient evaluations per datum.
+    Step sizes ``(T, N)`` in units of the scales ``(N, D)``, and gradient evaluations per datum.
     """
 
     step_sizes: Tensor
@@ -124,36 +104,25 @@ def anneal(
 
     A pilot run, thrown away, adapts the step size per datum and step.
 
-    Args:
-        pair: the opened pair.
-        options: how to anneal.
-        max_memory: bytes that the chains of one block may need; by default 128 MiB on a CPU, 4 GiB on
-            a GPU.
-        report: who is told how far the work has come.
-        keep_draws: chains per datum whose ends are kept for ArviZ; by default all of them.
-
     Source:
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
         2017, "On the Quantitative Analysis of Decoder-Based Generative Models".
     """
     blocks = []
-    positions = torch.arange(pair.num_data)
+    positions, num_samples = torch.arange(pair.num_data), torch.tensor(options.num_chains)
     for rows, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
         path = AnnealingPath(Particles(part), options.start)
         blocks.append(_anneal_block(path, options, positions[rows], report))
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
-    return join_blocks(
-        blocks,
-        keep_draws=keep_draws,
-        num_samples=torch.full((pair.num_data,), options.num_chains),
-        method="annealed",
-    )
+    counts = num_samples.repeat(pair.num_data)
+    return join_blocks(blocks, keep_draws=keep_draws, num_samples=counts, method="annealed")
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
     """Return how many data points may be annealed together for their chains to fit the memory."""
-    # Constants, not what happens to be free: the blocks decide which draws a seed gives.
+    # Constants (4 GiB on a GPU, 128 MiB on a CPU), not what happens to be free: the blocks decide
+    # which draws a seed gives.
     budget = max_memory or (1 << 32 if pair.device.type == "cuda" else 1 << 27)
     size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
     return max(2, min(BLOCK, size))
@@ -180,24 +149,12 @@ def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:
         log_step = log_step + _PILOT_GAIN * (probability.mean(0).to(log_step) - _TARGET_ACCEPTANCE)
         recorded.append(log_step)
     settled = torch.stack(recorded[_PILOT_WARM_UP + _PILOT_REPEATS - 1 :: _PILOT_REPEATS])
+    padded = F.pad(settled.T[:, None], (_PILOT_SMOOTHING,) * 2, mode="replicate")
+    smooth = F.avg_pool1d(padded, 2 * _PILOT_SMOOTHING + 1, stride=1)[:, 0].T
     # Steps between two stops interpolate the logarithm.
-    log_steps = F.interpolate(
-        _smoothed(settled).T[None], size=len(betas), mode="linear", align_corners=True
-    )[0].T
-    cost = _PILOT_CHAINS * (1 + len(recorded) * _mean_length(options))
+    log_steps = F.interpolate(smooth.T[None], len(betas), mode="linear", align_corners=True)[0].T
+    cost = _PILOT_CHAINS * (1 + len(recorded) * options.mean_length)
     return Tuning(log_steps.exp(), scales, math.ceil(cost))
-
-
-def _smoothed(values: Tensor) -> Tensor:
-    """Average ``(T, N)`` over neighbouring rows."""
-    width = _PILOT_SMOOTHING
-    padded = F.pad(values.T[:, None], (width, width), mode="replicate")
-    return F.avg_pool1d(padded, 2 * width + 1, stride=1)[:, 0].T
-
-
-def _mean_length(options: AnnealingOptions) -> float:
-    """Return the expected number of gradient evaluations per transition."""
-    return (1 + options.num_leapfrog_steps) / 2
 
 
 def annealed_weights(
@@ -209,36 +166,24 @@ def annealed_weights(
     reverse: bool = False,
     tell: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    """Move chains along the path and add up their log weights.
+    """Move chains along the path; return log weights ``(C, N)``, last state and acceptance ``(N,)``.
 
-    Args:
-        path: the annealing path.
-        state: chains at its start; with ``reverse`` at its end, drawn from the posterior.
-        options: how to anneal.
-        tuning: step sizes and scales.
-        reverse: walk from the posterior to the start with the same transitions in reverse order.
-        tell: called with the fraction done.
-
-    Returns:
-        log weights ``(C, N)``: of the forward chains, whose mean weight is p(x); or of the reverse
-        ones, whose mean inverse weight is 1 / p(x). The last state; the acceptance ``(N,)``.
+    The mean weight of forward chains is p(x). With ``reverse`` they start at draws of the posterior
+    and take the same transitions in reverse order: the mean inverse weight is then 1 / p(x).
+    ``tell`` is called with the fraction done.
     """
     betas = options.betas()
     log_weights = torch.zeros_like(state.base)
     acceptance = torch.zeros_like(state.base[0])
     steps = range(options.num_steps)
     for count, index in enumerate(reversed(steps) if reverse else steps, start=1):
-        rise = betas[index + 1] - betas[index]
+        beta, step_size = betas[index + 1], tuning.step_sizes[index]
+        rise = beta - betas[index]
         if not reverse:
             log_weights = log_weights + rise * state.increment
         for _ in range(options.num_transitions):
             state, probability = transition(
-                path,
-                state,
-                betas[index + 1],
-                tuning.step_sizes[index],
-                tuning.scales,
-                options.num_leapfrog_steps,
+                path, state, beta, step_size, tuning.scales, options.num_leapfrog_steps
             )
             acceptance = acceptance + probability.mean(0)
         if reverse:
@@ -254,7 +199,12 @@ def _anneal_block(
     tuning = tune(path, options)
     position, densities = path.draw(options.num_chains)
     state = path.evaluate(position)
-    _check_start(state)
+    bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
+    if bad.any():
+        raise InputError(
+            f"expected finite log-probabilities where the chains start, got NaN or infinity for "
+            f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
+        )
     path.capture(position)
     log_weights, state, acceptance = annealed_weights(
         path,
@@ -266,13 +216,12 @@ def _anneal_block(
     )
     tail = TailWeights(options.num_chains)
     tail.add(log_weights)
-    unknown = torch.full_like(acceptance, torch.nan)
-    rate, distortion = unknown, unknown
+    rate = distortion = torch.full_like(acceptance, torch.nan)
     if densities is not None:
         rate = (densities.log_proposal - densities.log_prior).mean(0)
         distortion = -densities.log_likelihood.mean(0)
     num_transitions = options.num_steps * options.num_transitions
-    evaluations = options.num_chains * (1 + num_transitions * _mean_length(options))
+    evaluations = options.num_chains * (1 + num_transitions * options.mean_length)
     per_datum = {
         **log_mean_weights(log_weights),
         "pareto_k": tail.pareto_k(),
@@ -283,18 +232,9 @@ def _anneal_block(
     }
     latents, _ = path.latents(state.position)
     log_likelihood, _ = path.particles.score(latents)
-    draws = PosteriorDraws(
-        {name: value.cpu() for name, value in path.particles.data_first(latents).items()},
-        log_likelihood.cpu(),
-        log_weights.cpu(),
+    draws = {name: value.cpu() for name, value in path.particles.data_first(latents).items()}
+    return Block(
+        positions,
+        {name: value.cpu() for name, value in per_datum.items()},
+        PosteriorDraws(draws, log_likelihood.cpu(), log_weights.cpu()),
     )
-    return Block(positions, {name: value.cpu() for name, value in per_datum.items()}, draws)
-
-
-def _check_start(state: State) -> None:
-    bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
-    if bad.any():
-        raise InputError(
-            f"expected finite log-probabilities where the chains start, got NaN or infinity for "
-            f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pyro_vae.errors import check_counts, check_optional_counts
 from pyro_vae.evaluation.ais import AnnealingOptions, annealed_weights, annealing_block_size, tune
+from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.simulate import simulate
@@ -68,9 +68,7 @@ class Bidirectional:
     @property
     def mean_gap_standard_error(self) -> float:
         """Standard error of :attr:`mean_gap` over simulated data; NaN for a single one."""
-        if len(self.gap) < 2:
-            return math.nan
-        return self.gap.std().item() / math.sqrt(len(self.gap))
+        return PerDatum(self.gap, torch.zeros_like(self.gap)).data_standard_error
 
     def __str__(self) -> str:
         return (
@@ -142,8 +140,7 @@ def bidirectional(
     check_counts(num_data=num_data)
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
-    bounds: list[Tensor] = []
-    acceptance: list[Tensor] = []
+    blocks = []
     with template.evaluating(seed):
         pair, latents = simulate(template, num_data)
         size = annealing_block_size(pair, num_chains, max_memory)
@@ -152,19 +149,13 @@ def bidirectional(
             drawn = {
                 n: value[rows].movedim(0, path.particles.axes[n]) for n, value in latents.items()
             }
-            both, accepted = _both_ways(path, options, drawn)
-            bounds.append(both)
-            acceptance.append(accepted)
-    lower, upper = torch.cat(bounds, dim=1)
-    return Bidirectional(
-        lower, upper, pair.inputs, num_chains, num_steps, torch.cat(acceptance, dim=1)
-    )
+            blocks.append(_both_ways(path, options, drawn))
+    lower, upper, *acceptance = torch.cat(blocks, dim=1)
+    return Bidirectional(lower, upper, pair.inputs, num_chains, num_steps, torch.stack(acceptance))
 
 
-def _both_ways(
-    path: AnnealingPath, options: AnnealingOptions, drawn: Latents
-) -> tuple[Tensor, Tensor]:
-    """Return the bounds ``(2, N)`` and the acceptances ``(2, N)`` of one block."""
+def _both_ways(path: AnnealingPath, options: AnnealingOptions, drawn: Latents) -> Tensor:
+    """Return the bounds and the acceptances of one block, ``(4, N)``."""
     tuning = tune(path, options)
     position, _ = path.draw(options.num_chains)
     path.evaluate(position)
@@ -177,4 +168,4 @@ def _both_ways(
     )
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
-    return torch.stack([lower, upper]).cpu(), torch.stack([accepted, accepted_back]).cpu()
+    return torch.stack([lower, upper, accepted, accepted_back]).cpu()

@@ -9,29 +9,29 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import (
+    Observed,
     Pair,
     Report,
     Trained,
     TrainingData,
     as_dict,
     check_apart,
+    check_comparable,
     check_fit_options,
     check_training,
+    observed_sites,
     train_pairs,
 )
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.evaluation.observed_likelihoods import Observed, check_comparable, observed_sites
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.infer.training import FitResult
@@ -39,10 +39,8 @@ from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
     device_of,
-    evaluation_mode,
     owned_modules,
     resolve_device,
-    seeded,
 )
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import BLOCK, OpenedPair
@@ -55,12 +53,10 @@ class _Settings(NamedTuple):
     """How each pair is measured."""
 
     importance: ImportanceOptions
-    num_elbo_samples: int
-    num_importance: int
+    bounds: dict[str, int]  # numbers of draws
     annealing: AnnealingOptions | None
     posterior: str | None
     max_memory: int | None
-    plate: str
     seed: int
 
 
@@ -139,20 +135,21 @@ def compare(
     as_inputs(x)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    settings = _Settings(
-        ImportanceOptions(whole_number("num_samples", num_samples, least=1)),
-        whole_number("num_elbo_samples", num_elbo_samples, least=1),
-        whole_number("num_importance", num_importance, least=1),
-        annealing,
-        posterior,
-        max_memory,
-        plate,
-        seed,
-    )
-    report = progress or _silent
+    num_samples = whole_number("num_samples", num_samples, least=1)
+    num_elbo_samples = whole_number("num_elbo_samples", num_elbo_samples, least=1)
+    num_importance = whole_number("num_importance", num_importance, least=1)
+    draws = {"num_samples": num_elbo_samples, "num_importance": num_importance}
+    importance = ImportanceOptions(num_samples)
+    settings = _Settings(importance, draws, annealing, posterior, max_memory, seed)
+    report = progress or (lambda name, what, share: None)
     options = {"plate": plate, "seed": seed, "progress": False, **fitting}
+
+    def open_all(pairs: Mapping[str, Pair]) -> dict[str, OpenedPair]:
+        # Whether a model is defined for the data is asked where it is used.
+        return {n: OpenedPair(*p, as_inputs(x, *p), plate=plate) for n, p in pairs.items()}
+
     with HANDLER_LOCK:
-        opened = {name: _open(pair, x, settings) for name, pair in pairs.items()}
+        opened = open_all(pairs)
         first = next(iter(opened.values()))
         likelihood, owned = _look_at_all(opened, settings, hold)
         if train is not None:
@@ -166,14 +163,12 @@ def compare(
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
             fits = {} if train is None else train_pairs(chosen, train, options, report)
             if fits or frozen:
-                opened = {name: _open(pair, x, settings) for name, pair in chosen.items()}
+                opened = open_all(chosen)
             runs = {
                 name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
                 for name, pair in opened.items()
             }
-    return Comparison(
-        runs, likelihood, settings.num_importance, settings.importance.num_samples, hold, seed
-    )
+    return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
 
 
 def _check_pairs(pairs: Mapping[str, Pair]) -> None:
@@ -198,8 +193,8 @@ def _check_options(
     hold: str | None,
 ) -> AnnealingOptions | None:
     """Refuse options out of range or without effect; return annealing's where it is asked for."""
-    named = isinstance(methods, Iterable) and not isinstance(methods, str)
-    if not named or set(methods) not in ({"importance"}, {"importance", "annealed"}):
+    named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
+    if named not in ({"importance"}, {"importance", "annealed"}):
         raise InputError(
             f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
         )
@@ -218,11 +213,6 @@ def _check_options(
             "leave them out, or ask for annealing"
         )
     return annealing if "annealed" in methods else None
-
-
-def _open(pair: Pair, x: Data, settings: _Settings) -> OpenedPair:
-    """Open a pair on the data; whether its model is defined for them is asked where it is used."""
-    return OpenedPair(*pair, as_inputs(x, *pair), plate=settings.plate)
 
 
 def _look_at_all(
@@ -245,23 +235,20 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     with pair.evaluating(settings.seed):
         Particles(pair)  # refuses a pair that has no weights
         observed, (model_trace, guide_trace) = observed_sites(pair)
-        _check_grid(guide_trace, min(pair.num_data, pair.split()[0].stop), settings)
+        if settings.posterior == "quadrature":
+            latent_on_grid(guide_trace, pair.few(BLOCK).num_data)
     in_guide = parameters_in(guide_trace)
     return observed, Trained(parameters_in(model_trace) | in_guide, in_guide)
 
 
 def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
     """Do so for a guide alone: its own model is not used."""
-    with torch.no_grad(), seeded(0), evaluation_mode(pair.model, pair.guide):
-        first = pair.part(pair.split()[0])
-        trace = poutine.trace(pair.guide).get_trace(*first.inputs)
-        _check_grid(trace, first.num_data, settings)
+    with pair.alone(pair.guide).evaluating(0, pair.model):
+        first = pair.few(BLOCK)
+        trace = first.alone(pair.guide).trace()
+        if settings.posterior == "quadrature":
+            latent_on_grid(trace, first.num_data)
     return Trained(parameters_in(trace), parameters_in(trace))
-
-
-def _check_grid(guide_trace: Trace, num_data: int, settings: _Settings) -> None:
-    if settings.posterior == "quadrature":
-        latent_on_grid(guide_trace, num_data)
 
 
 def _hold(
@@ -271,7 +258,7 @@ def _hold(
     place = device_of(first.model, default=first.inputs[0].device)
     if trains and owned_modules(first.model):
         place = resolve_device(options.get("device", "auto"))
-    shown = tuple(value.to(place) for value in first.part(first.split()[0]).inputs)
+    shown = tuple(value.to(place) for value in first.few(BLOCK).inputs)
     guides = {name: guide for name, (_, guide) in pairs.items()}
     return frozen_model(first.model, guides, shown, place)
 
@@ -293,13 +280,12 @@ def _measure(
         with pair.evaluating((settings.seed + number) % 2**32):
             return measure(pair, *how, max_memory=settings.max_memory, progress=share, **options)
 
-    draws = {"num_samples": settings.num_elbo_samples, "num_importance": settings.num_importance}
-    bounds = run(measure_bounds, 0, "bounds", **draws)
+    bounds = run(measure_bounds, 0, "bounds", **settings.bounds)
     start = time.perf_counter()
     estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
     annealed = divergence = None
-    if settings.annealing and _can_be_annealed(pair, settings.annealing, settings.seed):
+    if settings.annealing and _can_be_annealed(pair, settings.annealing.start, settings.seed):
         found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
     if settings.posterior == "quadrature":
@@ -320,14 +306,10 @@ def _measure(
     )
 
 
-def _can_be_annealed(pair: OpenedPair, annealing: AnnealingOptions, seed: int) -> bool:
+def _can_be_annealed(pair: OpenedPair, start: str, seed: int) -> bool:
     with pair.evaluating(seed):
         try:
-            AnnealingPath(Particles(pair.few(BLOCK)), annealing.start)
+            AnnealingPath(Particles(pair.few(BLOCK)), start)
         except InputError:
             return False
     return True
-
-
-def _silent(name: str, what: str, share: float) -> None:
-    """Tell nobody."""

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, unknown_name
-from pyro_vae.evaluation.arviz import pointwise_densities
 from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.evaluation.paired_difference import Difference, deviation, paired_difference
+from pyro_vae.evaluation.estimate import LogMarginal, pointwise_densities
+from pyro_vae.evaluation.paired_difference import (
+    Difference,
+    average_runs,
+    deviation,
+    paired_difference,
+)
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.files import finite_or_none
 
@@ -30,23 +34,14 @@ if TYPE_CHECKING:
 class Measured:
     """What was measured of one pair; quantities per datum in nats.
 
-    Attributes:
-        elbo: evidence lower bound.
-        iwae: importance-weighted bound.
-        log_prob: log p(x) by importance sampling.
-        annealed: log p(x) by annealing; None where it was not asked for or does not apply.
-        rate: KL(q(z|x) || p(z)).
-        distortion: -E_q[log p(x|z)].
-        exact_kl: whether the rate is in closed form.
-        posterior_divergence: KL(q(z|x) || p(z|x)) by quadrature, with its numerical error; None where
-            it was not asked for.
-        estimate: the importance estimate, with Pareto k and effective sample size per datum; of
-            several runs those of all their data points, one run after the other.
-        num_parameters: parameters of model and guide that train.
-        num_guide_parameters: those of the guide.
-        seconds_per_1000: seconds of importance sampling for 1,000 data points.
-        fit: the training, where it was done here; of several runs the first one's.
-        seconds_per_epoch: mean seconds of a training epoch; NaN where nothing was trained here.
+    The rate is KL(q(z|x) || p(z)), in closed form where ``exact_kl``, the distortion -E_q[log p(x|z)]
+    and the posterior divergence KL(q(z|x) || p(z|x)) by quadrature, with its numerical error. It and
+    log p(x) by annealing are None where they were not asked for or do not apply.
+
+    The importance ``estimate`` has the Pareto k and effective sample size of each datum; of several
+    runs those of all their data points, one run after the other, and ``fit`` is the first one's.
+    Parameters are those that train; seconds are of importance sampling for 1,000 data points and,
+    NaN where nothing was trained here, of a training epoch.
     """
 
     elbo: PerDatum
@@ -131,9 +126,11 @@ class Comparison:
                 f"expected comparisons alike but for their seed, got {kinds[0]} beside {other}: "
                 "compare the same pairs in each"
             )
-        names = comparisons[0].runs
-        joined = {name: [run for each in comparisons for run in each.runs[name]] for name in names}
-        return replace(comparisons[0], runs=joined)
+        first = comparisons[0]
+        joined = {
+            name: [run for each in comparisons for run in each.runs[name]] for name in first.runs
+        }
+        return replace(first, runs=joined)
 
     @cached_property
     def pairs(self) -> dict[str, Measured]:
@@ -213,9 +210,7 @@ class Comparison:
         the best of many equal ones is partly luck.
         """
         best = self.best()
-        tied = {
-            other for other in self.pairs if self.difference(other, self.ranked_by, to=best).is_tie
-        }
+        tied = {each for each in self.pairs if self.difference(each, self.ranked_by, to=best).is_tie}
         if name == best:
             return "best" if tied == {best} else "tied"
         return "tied" if name in tied else "behind"
@@ -229,10 +224,9 @@ class Comparison:
         rows = {name: self._row(name) for name in self.pairs}
         if per_datum:
             for name, row in rows.items():
-                row["per_datum"] = {
-                    quantity: self.per_datum(name, quantity).value.tolist()
-                    for quantity in self.quantities
-                } | {"pareto_k": self._pareto_k(name).tolist()}
+                values = {each: self.per_datum(name, each).value for each in self.quantities}
+                values["pareto_k"] = self._pareto_k(name)
+                row["per_datum"] = {each: value.tolist() for each, value in values.items()}
         about = ("likelihood", "num_importance", "num_samples", "hold", "seed", "ranked_by")
         settings = {name: getattr(self, name) for name in (*about, "num_data", "num_runs")}
         return finite_or_none({**settings, "pairs": rows})
@@ -247,7 +241,7 @@ class Comparison:
     def to_arviz(self) -> dict[str, Any]:
         """Return the pairs as ArviZ's pointwise densities: ``arviz.compare`` takes them as they are.
 
-        See ``pyro_vae.evaluation.arviz.pointwise_densities``.
+        See ``pyro_vae.evaluation.estimate.pointwise_densities``.
         """
         found = {}
         for name in self.pairs:
@@ -265,11 +259,11 @@ class Comparison:
         differences = [self.difference(name, quantity) for name in self.pairs]
         return paired_differences(
             list(self.pairs),
-            [difference.mean for difference in differences],
-            [difference.half_width for difference in differences],
+            [each.mean for each in differences],
+            [each.half_width for each in differences],
             best=self.best(quantity),
             title=f"{_NAMES[quantity]}: difference to the best, with 95% interval",
-            by_run=[difference.by_run for difference in differences] if self.num_runs > 1 else None,
+            by_run=[each.by_run for each in differences] if self.num_runs > 1 else None,
         )
 
     def scatter(self, first: str, second: str, quantity: str | None = None) -> Figure:
@@ -277,10 +271,9 @@ class Comparison:
         from pyro_vae.plots import datum_against_datum
 
         quantity = quantity or self.ranked_by
-        values = [self.per_datum(name, quantity).value.numpy() for name in (first, second)]
-        return datum_against_datum(
-            *values, labels=(first, second), title=f"{_NAMES[quantity]} of each datum (nats)"
-        )
+        labels, title = (first, second), f"{_NAMES[quantity]} of each datum (nats)"
+        values = [self.per_datum(name, quantity).value.numpy() for name in labels]
+        return datum_against_datum(*values, labels=labels, title=title)
 
     def __rich__(self) -> Any:
         """Return the table, one column per pair, with its notes."""
@@ -324,20 +317,13 @@ class Comparison:
         for quantity in self.quantities:
             difference = self.difference(name, quantity)
             row[f"{quantity}_difference"] = difference.mean
-            row[f"{quantity}_difference_standard_error"] = difference.standard_error
-            row[f"{quantity}_difference_run_standard_error"] = difference.run_standard_error
-            row[f"{quantity}_difference_half_width"] = difference.half_width
+            for part in ("standard_error", "run_standard_error", "half_width"):
+                row[f"{quantity}_difference_{part}"] = getattr(difference, part)
             row[f"{quantity}_run_deviation"] = self.run_deviation(name, quantity)
-        plain = (
-            "exact_kl",
-            "unreliable_share",
-            "median_ess",
-            "num_parameters",
-            "num_guide_parameters",
-            "seconds_per_epoch",
-            "seconds_per_1000",
-        )
-        return row | {column: getattr(pair, column) for column in plain} | {"num_runs": self.num_runs}
+        weights = ("exact_kl", "unreliable_share", "median_ess")
+        costs = ("num_parameters", "num_guide_parameters", "seconds_per_epoch", "seconds_per_1000")
+        plain = {column: getattr(pair, column) for column in (*weights, *costs)}
+        return row | plain | {"num_runs": self.num_runs}
 
 
 _NAMES = {
@@ -350,31 +336,25 @@ _NAMES = {
 
 def _average(runs: Sequence[Measured]) -> Measured:
     """Average what was measured in several runs, datum by datum."""
-    first, *others = runs
-    if not others:
-        return first
+    if len(runs) == 1:
+        return runs[0]
     averaged: dict[str, Any] = {}
     for part in fields(Measured):
         values = [getattr(run, part.name) for run in runs]
         if all(isinstance(value, PerDatum) for value in values):
-            errors = torch.stack([value.standard_error for value in values])
-            mean = torch.stack([value.value for value in values]).mean(0)
-            averaged[part.name] = PerDatum(mean, errors.square().sum(0).sqrt() / len(runs))
+            averaged[part.name] = average_runs(values)
         elif None in values and part.name != "fit":
             averaged[part.name] = None
         elif part.name.startswith("seconds"):
             averaged[part.name] = sum(values) / len(runs)
     # Shares and medians are those of the data points of all runs together.
-    columns = {
-        part.name: [getattr(run.estimate, part.name) for run in runs] for part in fields(LogMarginal)
-    }
-    together: dict[str, Any] = {
-        name: torch.cat(column)
-        for name, column in columns.items()
-        if all(isinstance(value, Tensor) for value in column)
-    }
-    exact = all(run.exact_kl for run in runs)
-    return replace(first, **averaged, estimate=LogMarginal(**together), exact_kl=exact)
+    together: dict[str, Any] = {}
+    for part in fields(LogMarginal):
+        column = [getattr(run.estimate, part.name) for run in runs]
+        if all(isinstance(value, Tensor) for value in column):
+            together[part.name] = torch.cat(column)
+    averaged["exact_kl"] = all(run.exact_kl for run in runs)
+    return replace(runs[0], **averaged, estimate=LogMarginal(**together))
 
 
 def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
@@ -391,8 +371,8 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         if quantity == comparison.ranked_by:
             yield "  verdict", [comparison.verdict(name) for name in pairs]
     measured = list(pairs.values())
-    if comparison.ranked_by != "annealed" and any(pair.annealed for pair in measured):
-        annealed = [pair.annealed for pair in measured]
+    annealed = [pair.annealed for pair in measured]
+    if comparison.ranked_by != "annealed" and any(annealed):
         yield _NAMES["annealed"], [_value(each) if each else "does not apply" for each in annealed]
     yield "rate (KL)", [_value(pair.rate) for pair in measured]
     yield "  KL", ["exact" if pair.exact_kl else "Monte Carlo" for pair in measured]
@@ -402,10 +382,8 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         yield "KL(q || p(z|x)), quadrature", [f"{each.mean:.4f}" for each in divergences]
     shares = [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
     yield f"data points with k > {PARETO_K_LIMIT}", shares
-    yield (
-        f"median ESS of {comparison.num_samples:,}",
-        [f"{pair.median_ess:,.0f}" for pair in measured],
-    )
+    sizes = [f"{pair.median_ess:,.0f}" for pair in measured]
+    yield f"median ESS of {comparison.num_samples:,}", sizes
     yield "parameters trained", [f"{pair.num_parameters:,}" for pair in measured]
     if any(not math.isnan(pair.seconds_per_epoch) for pair in measured):
         yield "seconds per epoch", [f"{pair.seconds_per_epoch:.3g}" for pair in measured]
@@ -434,7 +412,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
 def _value(quantity: PerDatum) -> str:
     over_data = quantity.data_standard_error
     brackets = "" if math.isnan(over_data) else f" ({_error(over_data)})"
-    return f"{_with_error(quantity.mean, quantity.mean_standard_error)}{brackets}"
+    return _with_error(quantity.mean, quantity.mean_standard_error) + brackets
 
 
 def _difference(comparison: Comparison, name: str, quantity: str) -> str:
@@ -446,9 +424,7 @@ def _difference(comparison: Comparison, name: str, quantity: str) -> str:
 
 def _with_error(value: float, error: float) -> str:
     """Show a number to the digits its error leaves, two to four of them after the point."""
-    if error == 0:
-        return f"{value:.3f} ± 0"
-    return f"{value:.{_digits(error)}f} ± {_error(error)}"
+    return f"{value:.{_digits(error)}f} ± {_error(error) if error else 0}"
 
 
 def _error(error: float) -> str:

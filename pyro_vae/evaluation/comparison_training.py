@@ -1,4 +1,4 @@
-"""Training of the pairs of a comparison, and what is refused before the first of them is trained."""
+"""The pairs of a comparison: what is refused before the first of them is trained, and training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from pyro.distributions import constraints
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_vae.datasets import Dataset
@@ -16,6 +19,7 @@ from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair, any_number_of_data
+from pyro_vae.pair.sites import Site, TracePair, sample_sites, value_axis
 
 Pair = tuple[PairFunction, PairFunction]
 Report = Callable[[str, str, float], None]
@@ -23,15 +27,21 @@ TrainingData = Dataset | Tensor | Sequence[Tensor]
 
 
 class Trained(NamedTuple):
-    """What trains of a pair: its parameters by their identity.
-
-    Attributes:
-        parameters: all that train.
-        of_guide: those of the guide.
-    """
+    """What trains of a pair, and what of that is its guide's: parameters by their identity."""
 
     parameters: dict[int, Tensor]
     of_guide: dict[int, Tensor]
+
+
+class Observed(NamedTuple):
+    """One observed site: the kind of its likelihood, and its values, data first, float64, on the CPU.
+
+    It is a ``"density"``, a ``"density on the sphere"``, a ``"probability"`` (of discrete values), or
+    a ``"pseudo-likelihood"`` (a discrete distribution given values that it can't take).
+    """
+
+    kind: str
+    values: Tensor
 
 
 def as_dict(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -69,12 +79,7 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
 def check_training(
     pairs: Iterable[Pair], train: TrainingData, options: Mapping[str, Any], plate: str
 ) -> None:
-    """Refuse training data that one of the pairs does not take.
-
-    Raises:
-        InputError: another number of tensors, values outside a likelihood's support, or parameters
-            per datum for another number of data.
-    """
+    """Refuse training data that one of the pairs does not take: all before anything is trained."""
     drawn_anew = isinstance(train, Dataset) and train.binarize == "dynamic"
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)
     batch_size = whole_number("a batch size", options.get("batch_size", 128), least=1)  # fit's own
@@ -88,6 +93,75 @@ def check_training(
             pass  # its structure has been looked at
 
 
+def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
+    """Return what an open pair observes by site (factors left out), and its first block's traces."""
+    found: dict[str, list[Observed]] = {}
+    first: TracePair | None = None
+    for _, part in pair.blocks():
+        traces = part.trace()
+        first = first or traces
+        for site in sample_sites(traces[0]):
+            if site["is_observed"] and not site_is_factor(site):
+                found.setdefault(site["name"], []).append(_observe(site, pair.plate))
+    assert first is not None  # data are never empty
+    return {name: _join(blocks) for name, blocks in found.items()}, first
+
+
+def check_comparable(observed: dict[str, dict[str, Observed]]) -> str:
+    """Refuse pairs, by name, whose log-likelihoods can't be subtracted; return their kind."""
+    (first, reference), *others = observed.items()
+    for name, sites in others:
+        if len(sites) != len(reference):
+            raise InputError(
+                f"expected pairs that observe the same data, got {len(reference)} observed sites of "
+                f"{first!r} and {len(sites)} of {name!r}: compare models of one data set"
+            )
+        # Names are free; where they differ the sites are taken in the order of the model.
+        matched = set(sites) == set(reference)
+        for index, (site, wanted) in enumerate(reference.items()):
+            got = sites[site] if matched else list(sites.values())[index]
+            _check_site(site, first, wanted, name, got)
+    return " and ".join(sorted({site.kind for site in reference.values()}))
+
+
+def _check_site(site: str, first: str, wanted: Observed, name: str, got: Observed) -> None:
+    # The same number may have been rounded to another type by each pair.
+    what = None
+    if wanted.values.shape != got.values.shape:
+        what = f"shapes {tuple(wanted.values.shape)} and {tuple(got.values.shape)}"
+    elif not torch.allclose(wanted.values, got.values, rtol=1e-6, atol=1e-6, equal_nan=True):
+        what = "other values"
+    if what is not None:
+        raise InputError(
+            f"expected pairs that observe the same values, got {what} at {site!r} of {first!r} and "
+            f"{name!r}: compare models of the same data, scaled and shaped alike"
+        )
+    if wanted.kind != got.kind:
+        raise InputError(
+            f"expected pairs with one kind of likelihood, got a {wanted.kind} of {site!r} from "
+            f"{first!r} and a {got.kind} from {name!r}: their log p(x) can't be subtracted, compare "
+            "them in separate tables"
+        )
+
+
+def _observe(site: Site, plate: str) -> Observed:
+    values = site["value"].detach().movedim(value_axis(site, plate), 0)
+    support = site["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    kind = "density on the sphere" if support is constraints.sphere else "density"
+    if support.is_discrete:
+        whole = not values.is_floating_point() or bool((values == values.round()).all())
+        kind = "probability" if whole else "pseudo-likelihood"
+    return Observed(kind, values.double().cpu())
+
+
+def _join(blocks: list[Observed]) -> Observed:
+    kinds = {block.kind for block in blocks}
+    kind = "pseudo-likelihood" if "pseudo-likelihood" in kinds else blocks[0].kind
+    return Observed(kind, torch.cat([block.values for block in blocks]))
+
+
 def train_pairs(
     pairs: Mapping[str, Pair], train: TrainingData, options: dict[str, Any], report: Report
 ) -> dict[str, FitResult]:
@@ -98,17 +172,11 @@ def train_pairs(
         if same is not None:
             fits[name] = fits[same]
             continue
-        fits[name] = fit(*pair, train, **_with_report(options, name, report))
+
+        def on_epoch(epoch: int, row: dict[str, float], name: str = name) -> None:
+            report(name, "training", epoch / options.get("epochs", 100))
+            if options.get("on_epoch") is not None:
+                options["on_epoch"](epoch, row)
+
+        fits[name] = fit(*pair, train, **{**options, "on_epoch": on_epoch})
     return fits
-
-
-def _with_report(options: dict[str, Any], name: str, report: Report) -> dict[str, Any]:
-    """Tell the progress of a training run at each epoch, beside what the caller wants then."""
-    epochs, given = options.get("epochs", 100), options.get("on_epoch")
-
-    def on_epoch(epoch: int, row: dict[str, float]) -> None:
-        report(name, "training", epoch / epochs)
-        if given is not None:
-            given(epoch, row)
-
-    return {**options, "on_epoch": on_epoch}

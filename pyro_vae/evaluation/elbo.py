@@ -40,15 +40,7 @@ class PerDatum(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What the draws of a guide say of the pair.
-
-    Attributes:
-        elbo: evidence lower bound, the mean log weight; it is minus rate minus distortion.
-        iwae: importance-weighted bound of ``num_importance`` draws.
-        rate: KL(q(z|x) || p(z)).
-        distortion: -E_q[log p(x|z)].
-        exact_kl: whether the rate is in closed form; otherwise it is Monte Carlo.
-    """
+    """What the draws of a guide say of the pair: its quantities as at :class:`Measured`."""
 
     elbo: PerDatum
     iwae: PerDatum
@@ -65,17 +57,10 @@ def measure_bounds(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Bounds:
-    """Measure the bounds of a pair that is open from draws of its guide.
+    """Measure the bounds of an open pair; draws are rounded up to a multiple of ``num_importance``.
 
     Where the KL has a closed form the distortion is minus the mean log weight minus that KL: the mean
     log weight varies least, not at all where q is the posterior.
-
-    Args:
-        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
-        num_samples: draws per datum, rounded up to a multiple of ``num_importance``.
-        num_importance: draws in one importance-weighted bound, k.
-        max_memory: bytes that a chunk may need.
-        progress: called with (data points done, N).
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 8.
@@ -116,13 +101,11 @@ def _measure_block(particles: Particles, num_groups: int, num_importance: int, b
         moments["rate"].add(densities.log_proposal - densities.log_prior)
         moments["distortion"].add(-densities.log_likelihood)
     measured = {
-        name: PerDatum(each.mean().cpu(), each.standard_error().cpu())
-        for name, each in moments.items()
+        n: PerDatum(each.mean().cpu(), each.standard_error().cpu()) for n, each in moments.items()
     }
     kl = _exact_kl(particles.traces(), particles.pair.plate)
     if kl is not None:
-        kl = kl.cpu()
-        elbo = measured["elbo"]
+        kl, elbo = kl.cpu(), measured["elbo"]
         measured["rate"] = PerDatum(kl, torch.zeros_like(kl))
         measured["distortion"] = PerDatum(-elbo.value - kl, elbo.standard_error)
     return Bounds(**measured, exact_kl=kl is not None)
@@ -167,8 +150,7 @@ def _exact_kl(traces: TracePair, plate: str) -> Tensor | None:
 
     Only for a pair with one latent: with several, the prior of one depends on draws of another.
     """
-    model_trace, guide_trace = traces
-    prior, posterior = single_latent(model_trace), single_latent(guide_trace)
+    (prior, posterior), guide_trace = map(single_latent, traces), traces[1]
     if prior is None or posterior is None or len(sample_sites(guide_trace)) > 1:
         return None
     if prior["mask"] is not None or posterior["mask"] is not None:

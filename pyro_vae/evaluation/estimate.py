@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.evaluation.arviz import resampled_posterior
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.pair.opened import Progress
 
 
 class Convergence(NamedTuple):
-    """The estimate after fewer samples, for a figure of estimate against samples.
-
-    Attributes:
-        num_samples: numbers of samples, ``(T,)``.
-        log_prob: estimate from the first so many samples of each datum, ``(T, N)``, nats.
-    """
+    """Estimates ``(T, N)``, nats, from the first ``num_samples`` ``(T,)`` of each datum."""
 
     num_samples: Tensor
     log_prob: Tensor
 
 
 class PosteriorDraws(NamedTuple):
-    """Weighted draws that were kept: the posterior by importance resampling.
-
-    Attributes:
-        latents: by site name, ``(S, N, ...)``.
-        log_likelihood: log p(x given z), ``(S, N)``, nats.
-        log_weights: ``(S, N)``, nats.
-    """
+    """Weighted draws that were kept, ``(S, N, ...)``: the posterior by importance resampling."""
 
     latents: dict[str, Tensor]
     log_likelihood: Tensor
@@ -93,7 +82,7 @@ class LogMarginal:
     @property
     def mean_standard_error(self) -> float:
         """Monte Carlo standard error of :attr:`mean` (the data held fixed)."""
-        return self.standard_error.square().sum().sqrt().item() / len(self.standard_error)
+        return PerDatum(self.log_prob, self.standard_error).mean_standard_error
 
     @property
     def data_standard_error(self) -> float:
@@ -101,9 +90,7 @@ class LogMarginal:
 
         NaN (unknown) for a single datum.
         """
-        if len(self.log_prob) < 2:
-            return math.nan
-        return self.log_prob.std().item() / math.sqrt(len(self.log_prob))
+        return PerDatum(self.log_prob, self.standard_error).data_standard_error
 
     @property
     def num_unreliable(self) -> int:
@@ -150,14 +137,32 @@ def to_arviz(
     """
     if estimate.draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
-    names = ("log_prob", "standard_error", "ess", "pareto_k")
-    return resampled_posterior(
-        *estimate.draws,
-        {name: getattr(estimate, name) for name in names},
-        method=estimate.method,
-        num_draws=num_draws,
-        seed=seed,
-        labels=labels,
+    import xarray
+
+    check_counts(num_draws=num_draws)
+    latents, log_likelihood, log_weights = estimate.draws
+    num_data = log_weights.shape[1]
+    names = list(range(num_data)) if labels is None else list(labels)
+    if len(names) != num_data:
+        raise InputError(f"expected {num_data} labels, one per datum, got {len(names)}")
+    variables: dict[str, Any] = {"log_weight": (("sample", "data"), log_weights.numpy())}
+    for name in ("log_prob", "standard_error", "ess", "pareto_k"):
+        variables[name] = (("data",), getattr(estimate, name).numpy())
+    # A datum whose every weight is 0 has no posterior to resample; its draws are left as they are.
+    weights = log_weights.softmax(0).nan_to_num(nan=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
+    return _structure(
+        {
+            "posterior": _chosen_draws(latents, chosen, names),
+            "log_likelihood": _chosen_draws({"x": log_likelihood}, chosen, names),
+            "sample_stats": _chosen_draws({"log_weight": log_weights}, chosen, names),
+            "importance": xarray.Dataset(
+                variables,
+                coords={"sample": list(range(len(log_weights))), "data": names},
+                attrs={"method": estimate.method, "unit": "nats"},
+            ),
+        }
     )
 
 
@@ -192,8 +197,7 @@ def summarise(
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
     """Warn of data whose weights have too heavy a tail."""
-    count = estimate.num_unreliable
-    advice = 'method="annealed", a wider guide or more samples'
+    count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
     if estimate.method == "annealed":
         advice = "more steps or chains"
     if count:
@@ -204,25 +208,18 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         )
 
 
+@dataclass
 class Report:
     """Tells how far an estimate has come, and its mean over the data points so far."""
 
-    def __init__(
-        self,
-        num_data: int,
-        progress: Progress | None = None,
-        running_mean: Callable[[float], None] | None = None,
-    ) -> None:
-        self.num_data, self.progress, self.running_mean = num_data, progress, running_mean
-        self.done, self.total = 0, 0.0
+    num_data: int
+    progress: Progress | None = None
+    running_mean: Callable[[float], None] | None = None
+    done: int = 0
+    total: float = 0.0
 
     def tell(self, in_block: float = 0, so_far: Callable[[], Tensor] | None = None) -> None:
-        """Tell of the finished blocks and one that is under way.
-
-        Args:
-            in_block: how many of its data points count as done.
-            so_far: returns its estimates so far.
-        """
+        """Tell of the finished blocks, and of the data done and the estimates of one under way."""
         if self.progress is not None:
             self.progress(self.done + int(in_block), self.num_data)
         if self.running_mean is not None:
@@ -237,14 +234,7 @@ class Report:
 
 
 class Block(NamedTuple):
-    """What a block of the data gave, on the CPU.
-
-    Attributes:
-        positions: which data points these are, ``(n,)``.
-        per_datum: fields of :class:`LogMarginal` by name, ``(n,)`` each.
-        draws: weighted draws that were kept.
-        convergence: estimates after fewer samples.
-    """
+    """What a block of the data gave, on the CPU: fields of :class:`LogMarginal`, ``(n,)`` each."""
 
     positions: Tensor
     per_datum: dict[str, Tensor]
@@ -255,38 +245,113 @@ class Block(NamedTuple):
 def join_blocks(
     blocks: list[Block], *, keep_draws: int | None = None, convergence: bool = False, **fields: Any
 ) -> LogMarginal:
-    """Put the blocks' data points back in their order.
+    """Put the blocks' data points back in their order, with ``keep_draws`` draws of each at most.
 
-    Args:
-        blocks: of all data points.
-        keep_draws: the most draws kept of each, besides as many as every block has.
-        convergence: whether the blocks' convergence is of the same numbers of samples.
-        fields: further fields of the estimate.
+    ``convergence`` says whether that of all blocks is of the same numbers of samples.
     """
     order = torch.cat([block.positions for block in blocks]).argsort()
 
-    def join(parts: list[Tensor], dim: int = 0) -> Tensor:
-        return torch.cat(parts, dim).index_select(dim, order)
+    def join(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
+        return torch.cat(list(parts), dim).index_select(dim, order)
 
     joined: dict[str, Any] = {
-        n: join([block.per_datum[n] for block in blocks]) for n in blocks[0].per_datum
+        name: join(block.per_datum[name] for block in blocks) for name in blocks[0].per_datum
     }
     kept = min(len(block.draws.log_weights) for block in blocks)
     kept = kept if keep_draws is None else min(kept, keep_draws)
 
-    def join_draws(parts: list[Tensor]) -> Tensor:
-        return join([part[:kept] for part in parts], 1)
+    def join_draws(parts: Iterable[Tensor]) -> Tensor:
+        return join((part[:kept] for part in parts), 1)
 
     draws = history = None
     if kept:
-        parts = [block.draws for block in blocks]
+        latents, *terms = zip(*(block.draws for block in blocks), strict=True)
         draws = PosteriorDraws(
-            {name: join_draws([part.latents[name] for part in parts]) for name in parts[0].latents},
-            join_draws([part.log_likelihood for part in parts]),
-            join_draws([part.log_weights for part in parts]),
+            {name: join_draws(each[name] for each in latents) for name in latents[0]},
+            *map(join_draws, terms),
         )
     histories = [block.convergence for block in blocks if block.convergence is not None]
     if convergence and histories:
-        log_prob = join([each.log_prob for each in histories], 1)
+        log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
     return LogMarginal(**joined, convergence=history, draws=draws, **fields)
+
+
+def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) -> Any:
+    """Return log p(x) of data outside the training as ArviZ's pointwise predictive density.
+
+    ``arviz.compare({name: densities, ...})`` takes it as it is: it ranks the models by the sum over
+    the data, with differences and their paired standard errors, and ``arviz.plot_compare`` shows
+    them. ArviZ calls such numbers ``elpd_loo``. Nothing is left out here, and nothing needs to be:
+    the model has not seen the data, so log p(x) is their log predictive density. There is no
+    effective number of parameters (``p`` is 0).
+
+    ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
+    (below about -700 nats) use ``method="pseudo-BMA"``.
+    """
+    import arviz
+    import xarray
+
+    count = len(log_prob)
+    per_datum = {
+        name: xarray.DataArray(value.numpy(), dims="data", coords={"data": range(count)}, name=name)
+        for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
+    }
+    numbers = {
+        "elpd": log_prob.sum().item(),
+        "se": math.sqrt(count) * log_prob.std(correction=0).item(),
+        "p": 0.0,
+        "n_samples": num_samples,
+        "n_data_points": count,
+        "warning": bool((pareto_k > PARETO_K_LIMIT).any()),
+        "pareto_k": per_datum["pareto_k"],
+        "scale": "log",
+        "good_k": PARETO_K_LIMIT,
+    }
+    fields = getattr(arviz.ELPDData, "__dataclass_fields__", None)
+    if fields is None:  # a pandas Series in the 0.x line
+        old_names = {"elpd": "elpd_loo", "p": "p_loo"}
+        renamed = {old_names.get(name, name): value for name, value in numbers.items()}
+        renamed["loo_i"] = per_datum["elpd"]
+        return arviz.ELPDData(list(renamed.values()), index=list(renamed))
+    kind = {"kind": "loo"} if "kind" in fields else {}  # asked for until 1.2
+    return arviz.ELPDData(**numbers, **kind, elpd_i=per_datum["elpd"])
+
+
+def calibration_groups(ranks: dict[str, Tensor]) -> Any:
+    """Return normalised ranks ``(M, D)`` by site in ArviZ's group for calibration, ``prior_sbc``."""
+    import xarray
+
+    variables: dict[str, Any] = {}
+    coordinates: dict[str, Any] = {"chain": [0]}
+    for name, value in ranks.items():
+        variables[name] = (("chain", "draw", f"{name}_dim_0"), value[None].numpy())
+        coordinates |= {"draw": range(len(value)), f"{name}_dim_0": range(value.shape[1])}
+    return _structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
+
+
+def _structure(groups: dict[str, Any]) -> Any:
+    """Return groups in the data structure of the installed ArviZ."""
+    import arviz
+
+    # The 1.x line has xarray's DataTree under this name, or answers to it with a warning.
+    old = vars(arviz).get("InferenceData")
+    if old is None or hasattr(old, "from_dict"):
+        from xarray import DataTree
+
+        return DataTree.from_dict(groups)
+    return old(**groups, warn_on_custom_groups=False)
+
+
+def _chosen_draws(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
+    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
+    import xarray
+
+    variables: dict[str, Any] = {}
+    coordinates: dict[str, Any] = {"chain": [0], "draw": list(range(len(chosen))), "data": names}
+    for name, value in values.items():
+        picked = value[chosen, torch.arange(chosen.shape[1])][None]
+        sizes = {f"{name}_dim_{index}": range(size) for index, size in enumerate(picked.shape[3:])}
+        variables[name] = (("chain", "draw", "data", *sizes), picked.numpy())
+        coordinates |= sizes
+    return xarray.Dataset(variables, coords=coordinates)

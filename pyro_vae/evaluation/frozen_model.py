@@ -24,34 +24,18 @@ from pyro_vae.pair.state import accumulating_leaves
 
 @contextmanager
 def frozen_model(
-    model: PairFunction,
-    guides: Mapping[str, PairFunction],
-    inputs: Inputs,
-    device: torch.device,
+    model: PairFunction, guides: Mapping[str, PairFunction], inputs: Inputs, device: torch.device
 ) -> Iterator[PairFunction]:
-    """Yield the model with nothing in it that trains, in eval mode.
+    """Yield the model with nothing in it that trains, in eval mode, on a device.
 
     A module, or the owner of a method, is copied and the original left alone: what the model takes
     from the guide's side (the family under a VampPrior) is copied with it, and stays as it was. The
     parameters of a plain function are frozen in place and given back afterwards.
-
-    Args:
-        model: the generative function.
-        guides: the guides to be trained against it, by name.
-        inputs: data to trace the functions with, on the device.
-        device: where an owned module's copy is to be.
-
-    Raises:
-        InputError: a guide that draws other latents, or that shares parameters with the model in a
-            way that can't be frozen, or tensors of the model that train unknown to Pyro.
     """
     owners = owned_modules(model)
     if owners:
-        twin = copy.deepcopy(owners[0]).to(device)
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
+        twin = copy.deepcopy(owners[0]).to(device).eval().requires_grad_(False)
         fixed = _wrap(_rebind(model, twin))
-        twin.eval()
         _check_frozen(fixed, guides, inputs)
         yield fixed
         return
@@ -75,10 +59,8 @@ def frozen_model(
 
 def parameters_in(trace: Trace) -> dict[int, Tensor]:
     """Return the parameters that a traced function names to Pyro, unconstrained, by identity."""
-    leaves = [
-        site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"
-    ]
-    return {id(leaf): leaf for leaf in leaves}
+    sites = [site for site in trace.nodes.values() if site["type"] == "param"]
+    return {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites)}
 
 
 def _parameters_of(function: PairFunction, inputs: Inputs) -> dict[int, Tensor]:

@@ -1,4 +1,7 @@
-"""The inference gap of a pair, split into what the family and what the encoder loses."""
+"""The inference gap of a pair, split into what the family and what the encoder loses.
+
+The best member of the family is found for each datum by gradient ascent on its bound.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
-from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
+from pyro_vae.evaluation.ais import GRADIENT_MEMORY
+from pyro_vae.evaluation.elbo import Moments, PerDatum, measure_bounds, single_latent
 from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.evaluation.semi_amortized import Refinement, family_of
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.opened import Progress, open_pair
+from pyro_vae.pair.agreement import all_close
+from pyro_vae.pair.functions import PairFunction, owned_modules
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.sites import data_dim
+from pyro_vae.weights.particles import Particles, check_weights
+
+Parameters = dict[str, Tensor]
+
+# Adam's step is about its learning rate whatever the gradient's size: the first rate carries an
+# encoder that is far off, the last leaves a jitter that averaging over a window makes invisible.
+_LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
+
+# Steps between two looks at the objective, windows at the last rate that are averaged, and draws that
+# decide whether a refined q is better than the start.
+_WINDOW, _AVERAGED_WINDOWS, _SELECTION_DRAWS = 50, 5, 400
 
 
 @dataclass(frozen=True)
@@ -80,10 +99,9 @@ class InferenceGaps:
         return torch.hypot(self.best_elbo_standard_error, self.elbo_standard_error)
 
     def __str__(self) -> str:
-        parts = []
-        for name in ("total", "approximation", "amortization"):
-            gap = PerDatum(getattr(self, name), getattr(self, f"{name}_standard_error"))
-            parts.append(f"{name} {gap.mean:.3f} +- {gap.mean_standard_error:.3f}")
+        names = ("total", "approximation", "amortization")
+        gaps = {n: PerDatum(getattr(self, n), getattr(self, f"{n}_standard_error")) for n in names}
+        parts = [f"{n} {gap.mean:.3f} +- {gap.mean_standard_error:.3f}" for n, gap in gaps.items()]
         ended = "converged" if self.converged else "stopped at max_steps, not converged"
         return (
             f"inference gap of {len(self.log_prob)} data, mean in nats with Monte Carlo standard "
@@ -164,8 +182,8 @@ def inference_gaps(
     pair = open_pair(model, guide, x, plate=plate)
     if estimate is not None:
         _check_estimate(estimate, pair.num_data)
-    family = family_of(guide, family)
-    search = Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
+    family = _family_of(guide, family)
+    search = _Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
     with pair.evaluating(seed, family):
         refined, num_steps, converged = search.run(max_memory, progress)
         elbo, best = (
@@ -176,18 +194,8 @@ def inference_gaps(
             options = ImportanceOptions(num_importance_samples)
             estimate = estimate_log_prob(refined, options, max_memory=max_memory)
             warn_if_unreliable(estimate, stacklevel=2)
-    return InferenceGaps(
-        estimate.log_prob,
-        estimate.standard_error,
-        elbo.value,
-        elbo.standard_error,
-        best.value,
-        best.standard_error,
-        refined.guide,
-        estimate,
-        num_steps,
-        converged,
-    )
+    log_prob = (estimate.log_prob, estimate.standard_error)
+    return InferenceGaps(*log_prob, *elbo, *best, refined.guide, estimate, num_steps, converged)
 
 
 def _check_estimate(estimate: Any, num_data: int) -> None:
@@ -201,3 +209,156 @@ def _check_estimate(estimate: Any, num_data: int) -> None:
             f"expected an estimate of the {num_data} data, got one of {len(estimate.log_prob)}: pass "
             "that of the same x"
         )
+
+
+def _family_of(guide: PairFunction, family: Any) -> Any:
+    """Return the object whose ``encode`` and ``distribution`` make the guide's q."""
+    if family is None:
+        owners = owned_modules(guide)
+        family = getattr(owners[0], "variational_family", None) if owners else None
+        if family is None:
+            raise InputError(
+                "expected a guide that is a VAE's, or a family, got a plain guide: pass family=, an "
+                "object whose distribution(encode(x)) the guide draws from"
+            )
+    missing = [n for n in ("encode", "distribution") if not callable(getattr(family, n, None))]
+    if missing:
+        kind = getattr(family, "__name__", type(family).__name__)
+        raise InputError(
+            f"expected a family with encode and distribution, got {kind} without "
+            f"{' and '.join(missing)}: derive it from pyro_vae.guides.VariationalFamily"
+        )
+    return family
+
+
+class _Refinement:
+    """The best member of a family for each datum."""
+
+    def __init__(
+        self, pair: OpenedPair, family: Any, num_samples: int, max_steps: int, tolerance: float
+    ) -> None:
+        self.pair, self.family = pair, family
+        self.num_samples, self.max_steps, self.tolerance = num_samples, max_steps, tolerance
+
+    def run(self, max_memory: int | None, progress: Progress | None) -> tuple[OpenedPair, int, bool]:
+        """Return the pair with the refined guide, the steps taken and whether they sufficed."""
+        bytes_per_datum = GRADIENT_MEMORY * self.pair.structure.bytes_per_datum * self.num_samples
+        size = max(2, min(BLOCK, self.pair.memory(max_memory) // bytes_per_datum))
+        self.site = self._site(self.pair.few(size))
+        blocks = [self._refine(part) for _, part in self.pair.blocks(size, progress)]
+        found, steps, ended = zip(*blocks, strict=True)
+        parameters = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        return self._with(self.pair, parameters), max(steps), all(ended)
+
+    def _site(self, pair: OpenedPair) -> str:
+        """Return the latent's name; refuse a guide whose q the family's is not."""
+        trace = poutine.trace(pair.guide).get_trace(*pair.inputs)
+        site = single_latent(trace)
+        if site is None:
+            raise InputError(
+                "expected a guide with one latent site, got several or none: the best q of each "
+                "datum is searched over one family's parameters"
+            )
+        q = self.family.distribution(self._encode(pair.inputs))
+        if not q.has_rsample:
+            raise InputError(
+                f"expected a family with reparameterised draws, got {type(q).__name__}: its bound "
+                "can't be optimised by gradients through the draws"
+            )
+        name: str = site["name"]
+        same_place = data_dim(site, pair.plate) == -1 and q.batch_shape == (pair.num_data,)
+        value = site["value"].clone()  # neither has just drawn it: both solve for it alike
+        if not same_place or not all_close((q.log_prob(value),), (site["fn"].log_prob(value),)):
+            raise InputError(
+                f"expected the family whose distribution(encode(x)) the guide draws {name!r} from, "
+                "got another density: pass the guide's own family"
+            )
+        return name
+
+    def _encode(self, inputs: Inputs) -> Parameters:
+        """Return the family's parameters of each datum; refuse what has no row for each."""
+        parameters: Any = self.family.encode(*inputs)
+        if not isinstance(parameters, dict) or any(
+            not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]
+            for value in parameters.values()
+        ):
+            raise InputError(
+                f"expected encode(x) of {type(self.family).__name__} as a dict of tensors, each with "
+                f"a row for each of {len(inputs[0])} data, got {type(parameters).__name__}"
+            )
+        return parameters
+
+    def _with(self, pair: OpenedPair, parameters: Parameters) -> OpenedPair:
+        """Return the pair with the guide of these parameters, one row for each data point."""
+        family, site, plate, num_data = self.family, self.site, pair.plate, pair.num_data
+
+        def refined_guide(*inputs: Tensor) -> None:
+            if len(inputs[0]) != num_data:
+                raise InputError(
+                    f"expected the {num_data} data that the guide was refined for, got "
+                    f"{len(inputs[0])}: it has parameters of its own for each"
+                )
+            with pyro.plate(plate, num_data, dim=-1):
+                pyro.sample(site, family.distribution(parameters))
+
+        return pair.with_guide(refined_guide)
+
+    def _refine(self, pair: OpenedPair) -> tuple[Parameters, int, bool]:
+        """Return the better of the encoder's and the refined parameters for each datum."""
+        start = {name: value.detach() for name, value in self._encode(pair.inputs).items()}
+        refined, steps, ended = self._optimise(pair, start)
+        better = self._elbo(pair, refined) > self._elbo(pair, start)
+        for name, value in start.items():
+            rows = better.view(-1, *[1] * (value.dim() - 1))
+            refined[name] = torch.where(rows, refined[name], value)
+        return refined, steps, ended
+
+    def _elbo(self, pair: OpenedPair, parameters: Parameters) -> Tensor:
+        particles, moments = Particles(self._with(pair, parameters)), Moments()
+        while moments.count < _SELECTION_DRAWS:
+            densities = particles.draw(self.num_samples)
+            check_weights(densities)
+            moments.add(densities.log_weights)
+        return moments.mean()
+
+    def _optimise(self, pair: OpenedPair, start: Parameters) -> tuple[Parameters, int, bool]:
+        leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+        particles = Particles(self._with(pair, leaves))
+        optimizer = torch.optim.Adam(leaves.values(), lr=_LEARNING_RATES[0])
+        steps = 0
+        for rate in _LEARNING_RATES:
+            optimizer.param_groups[0]["lr"] = rate
+            bound, error, settled = -math.inf, 0.0, False
+            while not settled and steps < self.max_steps:
+                (now, its_error), _ = self._window(particles, leaves, optimizer)
+                steps += _WINDOW
+                # Where q reaches the posterior the error vanishes with the gap: rounding is left.
+                lost = self.tolerance * math.hypot(error, its_error) + 1e-6 * max(1.0, abs(now))
+                settled = now - bound <= lost
+                bound, error = now, its_error
+        windows = _AVERAGED_WINDOWS if settled else 1
+        averages = [self._window(particles, leaves, optimizer)[1] for _ in range(windows)]
+        mean = {name: torch.stack([part[name] for part in averages]).mean(0) for name in leaves}
+        return mean, steps + windows * _WINDOW, settled
+
+    def _window(
+        self, particles: Particles, leaves: Parameters, optimizer: torch.optim.Optimizer
+    ) -> tuple[tuple[float, float], Parameters]:
+        """Take one window of steps; return the mean bound with its error, and mean parameters."""
+        history = []
+        sums = {name: torch.zeros_like(value) for name, value in leaves.items()}
+        for _ in range(_WINDOW):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                densities = particles.draw(self.num_samples)
+                elbo = densities.log_weights.mean(0)
+                # Data don't meet: the gradient of the sum is every datum's own.
+                (-elbo.sum()).backward(inputs=list(leaves.values()))
+            optimizer.step()
+            history.append(elbo.detach().mean())
+            for name, value in leaves.items():
+                sums[name] += value.detach() / _WINDOW
+        check_weights(densities)
+        bounds = torch.stack(history)
+        error = bounds.std() / math.sqrt(_WINDOW)
+        return (bounds.mean().item(), error.item()), sums

@@ -18,22 +18,15 @@ from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, latent_sites
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
-# Draws of the start from which the coordinates' scales are measured.
-_SCALE_DRAWS = 32
-
-# Runs of the pair that must show the same latents, with the same shapes and supports.
-_STRUCTURE_RUNS = 4
+# Draws of the start from which the coordinates' scales are measured, and runs of the pair that must
+# show the same latents, with the same shapes and supports.
+_SCALE_DRAWS, _STRUCTURE_RUNS = 32, 4
 
 
 class State(NamedTuple):
-    """Positions of all chains and what is known there.
+    """Positions ``(C, N, D)`` of all chains and the log densities there, ``(C, N)``, nats, float64.
 
-    Attributes:
-        position: unconstrained coordinates, ``(C, N, D)``.
-        base: log density of the path's start, ``(C, N)``, nats, float64.
-        increment: log density of the path's end minus that of its start, ``(C, N)``.
-        base_gradient: gradient of ``base``, ``(C, N, D)``.
-        increment_gradient: gradient of ``increment``, ``(C, N, D)``.
+    ``base`` is that of the path's start, ``increment`` that of its end minus it.
     """
 
     position: Tensor
@@ -54,12 +47,9 @@ class State(NamedTuple):
 
     def where(self, condition: Tensor, other: State) -> State:
         """Take this state where ``condition`` ``(C, N)`` holds, the other elsewhere."""
-        return State(
-            *(
-                torch.where(condition if mine.dim() == 2 else condition[..., None], mine, theirs)
-                for mine, theirs in zip(self, other, strict=True)
-            )
-        )
+        of_each = condition[..., None]
+        conditions = (of_each, condition, condition, of_each, of_each)
+        return State(*map(torch.where, conditions, self, other))
 
 
 class _Coordinates(NamedTuple):
@@ -72,24 +62,13 @@ class _Coordinates(NamedTuple):
 
 
 class AnnealingPath:
-    r"""Densities between a start and the posterior of each datum, up to constants.
+    r"""Densities between a start, ``"guide"`` or ``"prior"``, and the posterior, up to constants.
 
     .. math:: \log f_\beta = (1 - \beta) \log f_0 + \beta \log p(x, z),
         \quad f_0 = q(z | x) \text{ or } p(z)
 
-    All are densities of unconstrained coordinates u, the Jacobian of z(u) included.
-
-    Args:
-        particles: the particles of the opened pair.
-        start: ``"guide"`` or ``"prior"``.
-
-    Attributes:
-        num_coordinates: D, of one datum.
-
-    Raises:
-        InputError: latents without a bijection from unconstrained space (discrete ones, spheres),
-            sites or supports that change from run to run, or a guide whose density is not known at
-            any point.
+    All are densities of unconstrained coordinates u, the Jacobian of z(u) included: a latent without
+    such coordinates (discrete, on a sphere) or that changes from run to run is refused.
     """
 
     def __init__(self, particles: Particles, start: str) -> None:
@@ -103,7 +82,7 @@ class AnnealingPath:
             axis = particles.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
-        self._shapes: dict[str, torch.Size] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of one datum
         self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Any]] = {}
         self.num_coordinates = self.position(
             {name: site["value"][None] for name, site in model_sites.items()}
@@ -121,33 +100,30 @@ class AnnealingPath:
     def scales(self) -> Tensor:
         """Return the coordinates' standard deviations at the start, ``(N, D)``."""
         if self.start == "prior":
-            positions = self.position(self.particles.propose_from_prior(_SCALE_DRAWS))
+            latents = self.particles.propose_from_prior(_SCALE_DRAWS)
         else:
-            positions = self.position(self.particles.propose(_SCALE_DRAWS)[0])
+            latents, _ = self.particles.propose(_SCALE_DRAWS)
+        positions = self.position(latents)
         return positions.std(0).clamp(min=torch.finfo(positions.dtype).tiny ** 0.5)
 
     def latents(self, position: Tensor) -> tuple[Latents, Tensor]:
         """Return the latents at positions ``(C, N, D)`` and the log Jacobian ``(C, N)``."""
         latents: Latents = {}
         log_jacobian = torch.zeros(position.shape[:2], dtype=torch.float64, device=position.device)
-        offset = 0
-        for site in self._sites:
-            shape = self._shapes[site.name]  # of one datum
-            size = math.prod(shape)
-            free = position[..., offset : offset + size].reshape(*position.shape[:2], *shape)
+        sizes = [self._shapes[site.name].numel() for site in self._sites]
+        for site, part in zip(self._sites, position.split(sizes, dim=2), strict=True):
+            free = part.reshape(*position.shape[:2], *self._shapes[site.name])
             free = free.movedim(1, site.free_axis)
             latents[site.name] = site.transform(free)
             jacobian = site.transform.log_abs_det_jacobian(free, latents[site.name]).double()
             jacobian = jacobian.movedim(site.axis + site.transform.codomain.event_dim, 1)
             log_jacobian += jacobian.flatten(2).sum(2) if jacobian.dim() > 2 else jacobian
-            offset += size
         return latents, log_jacobian
 
     def evaluate(self, position: Tensor) -> State:
         """Return densities and gradients at positions ``(C, N, D)``: one pass forward, one back."""
-        graph = self._graphs.get(position.shape)
-        if graph is not None:
-            return State(position, *graph([position.contiguous()]))
+        if position.shape in self._graphs:
+            return State(position, *self._graphs[position.shape]([position.contiguous()]))
         return State(position, *self._ends(position, self.particles))
 
     def capture(self, position: Tensor) -> None:
@@ -159,14 +135,11 @@ class AnnealingPath:
         """
         if position.shape in self._graphs:
             return
-        functions, key = (
-            (self.particles.pair.model, self.particles.pair.guide),
-            ("annealing", self.start),
-        )
+        pair = self.particles.pair
         captured = capture_values(
             self.particles,
-            functions,
-            key,
+            (pair.model, pair.guide),
+            ("annealing", self.start),
             [position.contiguous()],
             lambda particles, given: self._ends(given[0], particles),
             # A branch on values that was baked in shows elsewhere than at capture.
@@ -210,12 +183,14 @@ class AnnealingPath:
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair a few times; refuse latents that change in name, shape or support."""
-        runs = []
-        for _ in range(_STRUCTURE_RUNS):
-            traces = self.particles.traces()
-            runs.append([{site["name"]: site for site in latent_sites(trace)} for trace in traces])
-        pairs = [pair for run in runs[1:] for pair in zip(runs[0], run, strict=True)]
-        for first, other in pairs:
+        shown, *others = (
+            [
+                {site["name"]: site for site in latent_sites(trace)}
+                for trace in self.particles.traces()
+            ]
+            for _ in range(_STRUCTURE_RUNS)
+        )
+        for first, other in (both for run in others for both in zip(shown, run, strict=True)):
             changed = sorted(set(first) ^ set(other)) or sorted(
                 name for name in first if _differs(first[name], other[name])
             )
@@ -224,7 +199,7 @@ class AnnealingPath:
                     f"expected the same latents, shapes and supports in every run, {changed[0]!r} "
                     "changes: annealing needs one space to move in; use method='importance'"
                 )
-        return runs[0][0], runs[0][1]
+        return shown[0], shown[1]
 
 
 def transition(
@@ -238,19 +213,10 @@ def transition(
     """Move every chain by one Hamiltonian transition that leaves the density at ``beta`` invariant.
 
     One gradient evaluation per leapfrog step: the state carries the gradients of the path's two
-    ends, which give that of any density between them.
-
-    Args:
-        path: the annealing path.
-        state: where the chains are.
-        beta: position on the path.
-        step_size: per datum, ``(N,)``, in units of the scales.
-        scales: per datum and coordinate, ``(N, D)``.
-        num_leapfrog_steps: L, the most steps of a trajectory. Their number is drawn from 1 to L anew
-            each time: a trajectory of fixed length may close on itself, and then moves nothing.
-
-    Returns:
-        the new state, and the acceptance probabilities ``(C, N)``.
+    ends, which give that of any density between them. Step sizes are per datum, ``(N,)``, in units
+    of the scales ``(N, D)``. The number of steps is drawn from 1 to ``num_leapfrog_steps`` anew each
+    time: a trajectory of fixed length may close on itself, and then moves nothing. Returns the new
+    state, and the acceptance probabilities ``(C, N)``.
 
     Source:
         Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2 and 4.2.
@@ -279,8 +245,8 @@ def _kinetic(momentum: Tensor) -> Tensor:
 def _gradient(value: Tensor, position: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(position)
-    (gradient,) = torch.autograd.grad(value.sum(), position, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(position) if gradient is None else gradient
+    total = value.sum()
+    return torch.autograd.grad(total, position, retain_graph=True, materialize_grads=True)[0]
 
 
 def _transform_of(name: str, model_site: Site, guide_site: Site) -> Any:

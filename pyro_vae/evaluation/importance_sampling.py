@@ -32,25 +32,14 @@ from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
 Terms = tuple[Tensor, Tensor]
 
-# Bytes of the draws kept for ArviZ by default.
-_KEPT_BYTES = 1 << 23
-
-# Bytes of latents drawn in one pass of the guide: small beside any budget, so that the draws of a
-# seed don't depend on how much memory happens to be free.
-_DRAWN_BYTES = 1 << 24
-
-# The target's variance is estimated from the pilot; so many fresh samples at least make the delta
-# method and the tail index meaningful for the data that need hardly any.
-_FEWEST_SAMPLES = 200
+# Bytes of the draws kept for ArviZ by default, and of latents drawn in one pass of the guide: small
+# beside any budget, so that the draws of a seed don't depend on how much memory happens to be free.
+_KEPT_BYTES, _DRAWN_BYTES = 1 << 23, 1 << 24
 
 
 @dataclass(frozen=True)
 class ImportanceOptions:
-    """How to sample: the options of :func:`log_marginal` of the same names.
-
-    Raises:
-        InputError: an option out of range or without effect.
-    """
+    """How to sample: the options of :func:`log_marginal` of the same names."""
 
     num_samples: int = 5000
     target_standard_error: float | None = None
@@ -150,7 +139,15 @@ def log_marginal(
     options: ImportanceOptions | AnnealingOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
     if method == "annealed":
-        _refuse_without_effect(options)
+        if compile:
+            raise InputError(
+                "expected method='importance' with compile=True, got 'annealed': leave it out"
+            )
+        if target_standard_error is not None:
+            raise InputError(
+                "expected method='importance' with target_standard_error, got 'annealed': "
+                "set num_chains and num_steps instead"
+            )
         options = AnnealingOptions(
             num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
         )
@@ -167,19 +164,6 @@ def log_marginal(
     return estimate
 
 
-def _refuse_without_effect(options: ImportanceOptions) -> None:
-    """Refuse options of importance sampling that annealing has no use for."""
-    if options.compile:
-        raise InputError(
-            "expected method='importance' with compile=True, got 'annealed': leave it out"
-        )
-    if options.target_standard_error is not None:
-        raise InputError(
-            "expected method='importance' with target_standard_error, got 'annealed': "
-            "set num_chains and num_steps instead"
-        )
-
-
 def estimate_log_prob(
     pair: OpenedPair,
     options: ImportanceOptions | AnnealingOptions,
@@ -189,16 +173,7 @@ def estimate_log_prob(
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> LogMarginal:
-    """Estimate log p(x) of a pair that is open; warn of nothing.
-
-    Args:
-        pair: the opened pair, inside :meth:`OpenedPair.evaluating`.
-        options: how to estimate, which says by which method.
-        max_memory: bytes that a chunk may need.
-        keep_draws: weighted draws per datum to keep.
-        progress: called with (data points done, N).
-        report: who is told besides; in place of ``progress``.
-    """
+    """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
@@ -208,16 +183,14 @@ def estimate_log_prob(
     if target is None:
         blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
         return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True)
-    pilot = join_blocks(
-        _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data)),
-        num_samples=counts,
-        cost=counts,
-    )
+    blocks = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
+    pilot = join_blocks(blocks, num_samples=counts, cost=counts)
     most = options.max_samples or 20 * num_pilot
     wanted = num_pilot * (pilot.standard_error / target).square()
     # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
     steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
-    counts = (1.25**steps).ceil().long().clamp(min(_FEWEST_SAMPLES, most), most)
+    # 200 fresh ones at least make the delta method and the tail index meaningful for all data.
+    counts = (1.25**steps).ceil().long().clamp(min(200, most), most)
     if not pair.is_divisible():
         counts = counts.max().expand(pair.num_data)
     blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
@@ -237,8 +210,11 @@ def _sample_all(
     fewest = int(counts.min())
     for count in counts.unique().tolist():
         for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
-            particles = Particles(part)
-            most = _most_kept(particles, pair.num_data) if keep_draws is None else keep_draws
+            particles, most = Particles(part), keep_draws
+            if most is None:
+                elements = sum(shape.numel() for shape in particles.latent_shapes.values())
+                bytes_per_draw = (8 * elements + 16 * part.num_data) * pair.num_data
+                most = _KEPT_BYTES * part.num_data // bytes_per_draw
             stream = _Stream(particles, count, budget, min(fewest, most))
             for fraction in stream.run(compile):
                 report.tell(fraction * len(positions), partial(stream.log_prob, len(positions)))
@@ -257,13 +233,6 @@ def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPa
         size = math.ceil(size / math.ceil(size / BLOCK))
     for own in positions.split(size):
         yield own, pair.part(torch.cat([own, own[-1:].expand(size - len(own))]))
-
-
-def _most_kept(particles: Particles, num_data: int) -> int:
-    """Return how many draws of each data point are kept by default."""
-    elements = sum(shape.numel() for shape in particles.latent_shapes.values())
-    bytes_per_draw = (8 * elements + 16 * particles.num_data) * num_data
-    return _KEPT_BYTES * particles.num_data // bytes_per_draw
 
 
 class _Stream:
@@ -286,27 +255,25 @@ class _Stream:
         self.drawn_at_once = min(num_samples, chunks * self.scored_at_once)
 
     def run(self, compile: bool | None) -> Iterator[float]:
-        """Draw and score; yields the fraction done after every pass of the guide.
-
-        Args:
-            compile: whether to compile the model's score; None where that is repaid.
-        """
+        """Draw and score; yields the fraction done after every pass of the guide."""
         particles, size = self.particles, self.scored_at_once
         score: Callable[[Latents], Terms] = particles.score
         terms: Terms | None = None
         for first in range(0, self.num_samples, self.drawn_at_once):
             count = min(self.drawn_at_once, self.num_samples - first)
             latents, log_proposal = particles.propose(count)
+            chunks = [
+                {name: value[start : start + size] for name, value in latents.items()}
+                for start in range(0, count, size)
+            ]
             if first == 0 and size > 1:
                 work = self.num_samples * particles.num_data * particles.bytes_per_datum
-                shown = {name: value[:size] for name, value in latents.items()}
-                compiled = compiled_score(particles, shown, work, compile)
+                compiled = compiled_score(particles, chunks[0], work, compile)
                 if compiled is not None:
                     program, terms = compiled  # the terms of this chunk are there already
                     score = partial(_pad_and_score, program, size)
             scored = []
-            for start in range(0, count, size):
-                chunk = {name: value[start : start + size] for name, value in latents.items()}
+            for chunk in chunks:
                 scored.append(terms or score(chunk))
                 terms = None
             # A chunk's weights are few: taken in by themselves they would cost more calls than sums.
@@ -337,22 +304,20 @@ class _Stream:
         """Return what the block gave for its first data points, which stand at ``positions``."""
         count = len(positions)
         per_datum = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
+        nothing = torch.zeros(0, count, dtype=torch.float64)
+        draws = PosteriorDraws({}, nothing, nothing)
+        if self.draws:
+            rows, *terms = zip(*self.draws, strict=True)
+            latents = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            draws = PosteriorDraws(
+                {n: value[:, :count] for n, value in self.particles.data_first(latents).items()},
+                *(torch.cat(term)[:, :count] for term in terms),
+            )
         return Block(
             positions,
             {name: value[:count].cpu() for name, value in per_datum.items()},
-            self._kept_draws(count),
+            draws,
             Convergence(torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]),
-        )
-
-    def _kept_draws(self, count: int) -> PosteriorDraws:
-        if not self.draws:
-            nothing = torch.zeros(0, count, dtype=torch.float64)
-            return PosteriorDraws({}, nothing, nothing)
-        rows, *terms = zip(*self.draws, strict=True)
-        latents = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        return PosteriorDraws(
-            {n: value[:, :count] for n, value in self.particles.data_first(latents).items()},
-            *(torch.cat(term)[:, :count] for term in terms),
         )
 
 

@@ -15,19 +15,13 @@ from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.opened import OpenedFunction
 from pyro_vae.pair.sites import Site, latent_sites, value_axis
 
-# Draws held at once for a mean that has no closed form.
-_CHUNK = 100
-
 
 class Code(NamedTuple):
     """The posterior of one latent site.
 
-    Attributes:
-        mean: E[z given x], ``(N, *shape of one latent)``.
-        standard_error: Monte Carlo standard error of the same shape; 0 where the mean is exact.
-        exact: whether the mean comes from the distribution, or from draws.
-        draw: one draw, of the same shape.
-        support: where the latent lives: "sphere", "discrete" or "other" (a convex set).
+    Its mean and that one's standard error (0 where it is exact, from the distribution and not from
+    draws), and one draw, each ``(N, *shape of one latent)``; the latent lives on a "sphere", is
+    "discrete" or is something "other" (in a convex set).
     """
 
     mean: Tensor
@@ -47,11 +41,7 @@ class Code(NamedTuple):
 
 
 def choose_site(sites: dict[str, Any], site: str | None) -> str:
-    """Return the name that was asked for, or the only one there is.
-
-    Raises:
-        InputError: several sites and no name, or a name that is not there.
-    """
+    """Return the name that was asked for, or the only one there is."""
     if site is None and len(sites) == 1:
         return next(iter(sites))
     if site is None or site not in sites:
@@ -70,13 +60,7 @@ def label_dimensions(columns: dict[str, Tensor]) -> list[str]:
 
 
 def draw_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Tensor]:
-    """Draw each latent ``num_draws`` times, ``(num_draws, N, *shape of one latent)``.
-
-    Auxiliary latents are left out.
-
-    Raises:
-        InputError: no latent, or one without one row per datum (outside the data plate, subsampled).
-    """
+    """Draw each latent that is not auxiliary, ``(num_draws, N, *shape of one latent)``."""
     sites, stands_alone = _draw_sites(guide)
     if stands_alone:
         drawn = {name: site["fn"].sample((num_draws,)) for name, site in sites.items()}
@@ -91,7 +75,7 @@ def mean_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Code]:
 
     The mean of a site's distribution is that of q(z given x) if it is the same whatever the other
     latents drew; a mean that moves with them, or that the distribution doesn't have, is taken from
-    ``num_draws`` draws. Raises as :func:`draw_codes`.
+    ``num_draws`` draws.
     """
     (sites, _), (again, _) = _draw_sites(guide), _draw_sites(guide)
     codes, moments = {}, None
@@ -146,7 +130,7 @@ def _moments_of_draws(guide: OpenedFunction, num_draws: int) -> dict[str, Moment
     if num_draws < 2:
         raise InputError(f"expected at least 2 draws for a mean without closed form, got {num_draws}")
     moments: dict[str, Moments] = {}
-    for start in range(0, num_draws, _CHUNK):
-        for name, value in draw_codes(guide, min(_CHUNK, num_draws - start)).items():
+    for start in range(0, num_draws, 100):  # a hundred are held at once
+        for name, value in draw_codes(guide, min(100, num_draws - start)).items():
             moments.setdefault(name, Moments()).add(value)
     return moments

@@ -19,14 +19,6 @@ from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites
 from pyro_vae.weights.particles import Particles
 
-_MEASURES = (
-    "mutual_information",
-    "mutual_information_upper",
-    "marginal_kl",
-    "total_correlation",
-    "dimension_wise_kl",
-)
-
 
 class Estimate(NamedTuple):
     """A number and its Monte Carlo standard error (the data held fixed); 0 where it is exact."""
@@ -40,20 +32,14 @@ class _Coordinates(NamedTuple):
 
     of_posterior: Distribution | None
     of_prior: Distribution | None
-    both_independent: bool
+    independent: tuple[Distribution, Distribution] | None  # both, where both are independent
     unavailable: dict[str, str]
 
 
 def information(
     pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
 ) -> dict[str, Any]:
-    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name.
-
-    Args:
-        pair: a pair that is open.
-        num_samples: draws of each datum's posterior.
-        max_memory: bytes that a block of scores may need.
-    """
+    """Return the information measures of :class:`pyro_vae.evaluation.Representation` by name."""
     particles = Particles(pair.part())
     model_trace, guide_trace = particles.traces()
     check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
@@ -67,10 +53,11 @@ def information(
     budget = pair.memory(max_memory)
     rows = [_one_draw(particles, coordinates, budget) for _ in range(num_samples)]
     terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    measured = {name: _estimate(terms[name]) if name in terms else None for name in _MEASURES}
     return {
+        "total_correlation": None,
+        "dimension_wise_kl": None,
+        **{name: _estimate(term) for name, term in terms.items() if name != "kl_per_dimension"},
         **_rates(terms, coordinates, posterior, prior),
-        **measured,
         "unavailable": coordinates.unavailable,
     }
 
@@ -86,24 +73,21 @@ def _coordinates(
     else:
         of_posterior = _coordinate_marginals(posterior)
         of_prior = _independent_coordinates(prior)
-        kinds = type(posterior).__name__, type(prior).__name__
         unavailable = {}
+        if of_prior is None:
+            dependent = f"the coordinates of {type(prior).__name__} are not independent"
+            unavailable = {"dimension_wise_kl": dependent, "kl_per_dimension": dependent}
         if of_posterior is None:
-            unavailable["total_correlation"] = f"{kinds[0]} gives no density of one coordinate"
-        if of_posterior is None or of_prior is None:
-            which = kinds[of_posterior is not None]
-            unavailable["dimension_wise_kl"] = (
-                f"{which} gives no density of one coordinate"
-                if of_posterior is None
-                else f"the coordinates of {which} are not independent"
-            )
-        both = _independent_coordinates(posterior) is not None and of_prior is not None
-        if not both:
-            which = kinds[_independent_coordinates(posterior) is not None]
-            unavailable["kl_per_dimension"] = f"the coordinates of {which} are not independent"
+            unknown = f"{type(posterior).__name__} gives no density of one coordinate"
+            unavailable |= {"total_correlation": unknown, "dimension_wise_kl": unknown}
+        independent = _independent_coordinates(posterior)
+        if independent is None:
+            dependent = f"the coordinates of {type(posterior).__name__} are not independent"
+            unavailable["kl_per_dimension"] = dependent
+        both = None if independent is None or of_prior is None else (independent, of_prior)
         return _Coordinates(of_posterior, of_prior, both, unavailable)
     names = ("total_correlation", "dimension_wise_kl", "kl_per_dimension")
-    return _Coordinates(None, None, False, dict.fromkeys(names, reason))
+    return _Coordinates(None, None, None, dict.fromkeys(names, reason))
 
 
 def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
@@ -126,24 +110,19 @@ def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> d
         if coordinates.of_prior is not None:
             log_prior_each = coordinates.of_prior.log_prob(value).double()
             terms["dimension_wise_kl"] = (of_coordinates - log_prior_each).sum(1)
-            if coordinates.both_independent:
-                assert coordinates.of_posterior is not None
-                log_own = coordinates.of_posterior.log_prob(value).double()
-                terms["kl_per_dimension"] = log_own - log_prior_each
+        if coordinates.independent is not None:
+            log_own = coordinates.independent[0].log_prob(value).double()
+            terms["kl_per_dimension"] = log_own - log_prior_each
     return terms
 
 
 def _aggregate(
-    particles: Particles,
-    coordinates: _Coordinates,
-    rows: Latents,
-    own: Tensor,
-    budget: int,
+    particles: Particles, coordinates: _Coordinates, rows: Latents, own: Tensor, budget: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Score one draw per datum under the mixture of all data's posteriors.
 
-    Returns:
-        log q(z) ``(N,)``; the same without the draw's own datum; log q(z_d) ``(N, D)`` if known.
+    Returns log q(z) ``(N,)``, the same without the draw's own datum, and log q(z_d) ``(N, D)`` if
+    known.
     """
     num_data = particles.num_data
     elements = sum(value[0].numel() for value in rows.values())
@@ -152,10 +131,11 @@ def _aggregate(
     aggregate, others, of_coordinates = [], [], []
     for start in range(0, num_data, size):
         part = slice(start, min(start + size, num_data))
-        block = {name: value[part] for name, value in rows.items()}
-        scores = particles.score_proposal(
-            {name: _shown_to_all(value, particles, name) for name, value in block.items()}
-        )
+        shown = {}  # each draw is a particle that gives every datum the same value
+        for name, value in rows.items():
+            to_all = value[part, None].expand(-1, num_data, *value.shape[1:])
+            shown[name] = to_all.movedim(1, particles.axes[name])
+        scores = particles.score_proposal(shown)
         positions = torch.arange(part.start, part.stop, device=scores.device)
         diagonal = positions - part.start, positions
         scores[diagonal] = own[part]  # scored as it was drawn, which rounds least
@@ -163,20 +143,11 @@ def _aggregate(
         scores[diagonal] = -math.inf
         others.append(scores.logsumexp(1) - math.log(num_data - 1))
         if coordinates.of_posterior is not None:
-            (value,) = block.values()
-            each = coordinates.of_posterior.log_prob(value[:, None]).double()
+            (value,) = rows.values()
+            each = coordinates.of_posterior.log_prob(value[part, None]).double()
             of_coordinates.append(each.logsumexp(1) - math.log(num_data))
     together = torch.cat(of_coordinates) if of_coordinates else None
     return torch.cat(aggregate), torch.cat(others), together
-
-
-def _shown_to_all(value: Tensor, particles: Particles, name: str) -> Tensor:
-    """Return latents ``(M, ...)`` as M particles, each of which gives every datum the same value."""
-    axis = particles.axes[name]
-    spread = value.unsqueeze(1).movedim(1, axis)
-    shape = list(spread.shape)
-    shape[axis] = particles.num_data
-    return spread.expand(shape)
 
 
 def _rates(
@@ -186,26 +157,19 @@ def _rates(
     prior: Distribution | None,
 ) -> dict[str, Any]:
     """Return the rate and its share of each coordinate, in closed form where there is one."""
-    each = total = None
-    if coordinates.both_independent:
-        assert coordinates.of_posterior is not None
-        assert coordinates.of_prior is not None
-        each = closed_form_kl(coordinates.of_posterior, coordinates.of_prior)
-    if each is not None:
-        total = each.sum(-1)
-    elif posterior is not None and prior is not None:
-        total = closed_form_kl(posterior, prior)
-    if total is not None:
-        rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)
-    else:
-        rate = _estimate(terms["rate"])
-    per_dimension = error = None
-    if each is not None:
-        per_dimension = each.double().mean(0).cpu()
-        error = torch.zeros_like(per_dimension)
-    elif "kl_per_dimension" in terms:
+    each = total = per_dimension = error = None
+    if coordinates.independent is not None:
+        each = closed_form_kl(*coordinates.independent)
         per_dimension = terms["kl_per_dimension"].mean((0, 1)).cpu()
         error = _standard_error(terms["kl_per_dimension"]).cpu()
+    if each is not None:
+        total, per_dimension = each.sum(-1), each.double().mean(0).cpu()
+        error = torch.zeros_like(per_dimension)
+    elif posterior is not None and prior is not None:
+        total = closed_form_kl(posterior, prior)
+    rate = _estimate(terms["rate"])
+    if total is not None:
+        rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)
     return {
         "rate": rate,
         "rate_method": "Monte Carlo" if total is None else "analytic",
@@ -229,14 +193,7 @@ def _standard_error(terms: Tensor) -> Tensor:
 
 
 def _independent_coordinates(distribution: Distribution) -> Distribution | None:
-    """Return the distribution of the coordinates if they are independent, else None.
-
-    Args:
-        distribution: batch shape ``batch``, event shape ``(D,)``.
-
-    Returns:
-        batch shape ``(*batch, D)``, event shape ``()``.
-    """
+    """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
     if isinstance(distribution, ExpandedDistribution):
         inner = _independent_coordinates(distribution.base_dist)
         if inner is None:

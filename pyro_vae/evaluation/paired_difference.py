@@ -11,9 +11,6 @@ from torch import Tensor
 
 from pyro_vae.evaluation.elbo import PerDatum
 
-# Of the intervals that verdicts rest on.
-_COVERAGE = 0.95
-
 
 class Difference(NamedTuple):
     """Mean paired difference of one pair to another, nats per datum.
@@ -45,7 +42,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> Difference:
-    r"""Subtract one pair's values from another's, datum by datum and run by run.
+    """Subtract one pair's values from another's, datum by datum and run by run.
 
     Half the width of the interval of the mean over N data points and R runs is
 
@@ -57,10 +54,6 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
     second term is left out, and with a single data point nothing is known. What varies with data
     point and run together counts in both terms, which errs on the wide side.
 
-    Args:
-        mine: the pair's quantity in each run.
-        theirs: the other pair's in the same runs.
-
     Source:
         Half-widths of independent effects add in squares: Howe 1974, "Approximate Confidence Limits
         on the Mean of X + Y Where X and Y are Two Tabled Independent Random Variables". Errors shared
@@ -68,20 +61,24 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
         with Multiway Clustering", section 2, here without the term that is subtracted there.
     """
     runs = [_subtract(*both) for both in zip(mine, theirs, strict=True)]
-    count = len(runs)
-    errors = torch.stack([run.standard_error for run in runs])
-    over_runs = torch.stack([run.value for run in runs]).mean(0)
-    paired = PerDatum(over_runs, errors.square().sum(0).sqrt() / count)
+    count, paired = len(runs), average_runs(runs)
     monte_carlo, spread = paired.mean_standard_error, paired.data_standard_error
     known = [error for error in (monte_carlo, spread) if not math.isnan(error)]
     # With a single datum nothing is known of the spread over the data, and nothing is claimed.
     over_data = max(known) if len(known) == 2 else math.nan
     by_run = tuple(run.mean for run in runs)
     run_error = deviation(by_run) / math.sqrt(count)
-    widths = [_student(len(over_runs) - 1) * over_data]
+    widths = [_student(len(paired.value) - 1) * over_data]
     if count > 1:
         widths.append(_student(count - 1) * run_error)
     return Difference(paired.mean, over_data, monte_carlo, run_error, math.hypot(*widths), by_run)
+
+
+def average_runs(runs: Sequence[PerDatum]) -> PerDatum:
+    """Average a quantity over runs, datum by datum."""
+    errors = torch.stack([run.standard_error for run in runs])
+    mean = torch.stack([run.value for run in runs]).mean(0)
+    return PerDatum(mean, errors.square().sum(0).sqrt() / len(runs))
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -100,7 +97,7 @@ def _subtract(mine: PerDatum, theirs: PerDatum) -> PerDatum:
 
 
 def _student(degrees: int) -> float:
-    """Return how many standard errors half of an interval is wide; NaN without degrees of freedom."""
+    """Return how many standard errors half of a 95% interval is wide; NaN without freedom."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(degrees, (1 + _COVERAGE) / 2)) if degrees else math.nan
+    return float(stdtrit(degrees, 0.975)) if degrees else math.nan

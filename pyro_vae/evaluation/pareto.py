@@ -18,12 +18,6 @@ _SMALLEST_TAIL = 5
 # rounding of float32 sums (64 units in the last place): no tail, k = 0 by definition.
 _ROUNDING = 64 * torch.finfo(torch.float32).eps
 
-# Strength and shape of the prior on k: ten observations of k = 0.5 (Vehtari et al., appendix G).
-_PRIOR_COUNT, _PRIOR_SHAPE = 10.0, 0.5
-
-# Scale of the quasi-prior on the profile parameter (Zhang, Stephens 2009, section 3).
-_PRIOR_SCALE = 3.0
-
 
 def tail_length(num_samples: int) -> int:
     """Return how many of the largest weights make the tail, ceil(min(S / 5, 3 sqrt(S)))."""
@@ -31,12 +25,9 @@ def tail_length(num_samples: int) -> int:
 
 
 class TailWeights:
-    """The largest log weights of each datum, kept while all of them stream by.
+    """The largest log weights of each datum, kept while ``num_samples`` of them stream by.
 
     Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``.
-
-    Args:
-        num_samples: the number of weights per datum that will come, S.
     """
 
     def __init__(self, num_samples: int) -> None:
@@ -80,12 +71,10 @@ def _pareto_k(largest_first: Tensor) -> Tensor:
     smallest = math.log(torch.finfo(torch.float64).tiny)
     relative = largest_first - torch.where(possible, largest, 0.0)[:, None]
     relative_cutoff = relative[:, -1].clamp(min=smallest)
-    in_tail = relative > relative_cutoff[:, None]
-    lengths = in_tail.sum(1)
-    for length in lengths[possible & ~equal].unique().tolist():
-        if length < _SMALLEST_TAIL:
-            continue
-        rows = possible & ~equal & (lengths == length)
+    lengths = (relative > relative_cutoff[:, None]).sum(1)
+    has_tail = possible & ~equal & (lengths >= _SMALLEST_TAIL)
+    for length in lengths[has_tail].unique().tolist():
+        rows = has_tail & (lengths == length)
         base = relative_cutoff[rows, None]
         exceedances = base.exp() * (relative[rows, :length] - base).expm1()
         pareto_k[rows] = generalized_pareto_shape(exceedances.flip(1))
@@ -93,18 +82,12 @@ def _pareto_k(largest_first: Tensor) -> Tensor:
 
 
 def generalized_pareto_shape(exceedances: Tensor) -> Tensor:
-    r"""Estimate the shape k of generalized Pareto distributions, one per row.
+    r"""Estimate the shape k of generalized Pareto distributions from ascending values ``(rows, n)``.
 
     .. math:: p(y | k, \sigma) = (1 + k y / \sigma)^{-1/k - 1} / \sigma
 
     The profile parameter :math:`b = -k / \sigma` gets its posterior mean over a grid of quasi-prior
     quantiles; k follows from it and is shrunk towards 0.5 by a prior worth ten observations.
-
-    Args:
-        exceedances: positive values in ascending order, ``(rows, n)``, float64.
-
-    Returns:
-        k, ``(rows,)``.
 
     Source:
         Zhang, Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
@@ -114,13 +97,13 @@ def generalized_pareto_shape(exceedances: Tensor) -> Tensor:
     grid_size = 30 + int(math.sqrt(count))
     quartile = exceedances[:, int(count / 4 + 0.5) - 1, None]
     index = torch.arange(1, grid_size + 1, dtype=exceedances.dtype, device=exceedances.device)
-    spread = (1 - (grid_size / (index - 0.5)).sqrt()) / (_PRIOR_SCALE * quartile)
+    spread = (1 - (grid_size / (index - 0.5)).sqrt()) / (3 * quartile)
     grid = 1 / exceedances[:, -1:] + spread
     shapes = torch.stack([_shape_given(b, exceedances) for b in grid.unbind(1)], dim=1)
     profile = count * ((-grid / shapes).log() - shapes - 1)
     weights = profile.nan_to_num(nan=-math.inf).softmax(dim=1)
     shape = _shape_given((weights * grid).sum(1), exceedances)
-    return (count * shape + _PRIOR_COUNT * _PRIOR_SHAPE) / (count + _PRIOR_COUNT)
+    return (count * shape + 10 * 0.5) / (count + 10)
 
 
 def _shape_given(b: Tensor, exceedances: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import constraints
@@ -21,13 +21,8 @@ from pyro_vae.weights.particles import Particles
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
 
-# A point whose log density is this much below the highest counts as empty: exp(-40) = 4e-18.
-_EMPTY = 40.0
-
 # Draws that place the first box, and rounds in which it is fitted to where the mass is.
 _PLACING_DRAWS, _ROUNDS = 200, 12
-
-_BLOCK = 256
 
 
 class PosteriorDivergence(NamedTuple):
@@ -85,11 +80,10 @@ def posterior_divergence(
         raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
+    options: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
     pair = open_pair(model, guide, x, plate=plate)
     with pair.evaluating(seed):
-        return measure_divergence(
-            pair, num_points=num_points, max_memory=max_memory, progress=progress
-        )
+        return measure_divergence(pair, num_points=num_points, **options)
 
 
 def measure_divergence(
@@ -101,10 +95,8 @@ def measure_divergence(
 ) -> PosteriorDivergence:
     """Do the work of :func:`posterior_divergence` for a pair that is open."""
     budget = pair.memory(max_memory)
-    parts = [
-        _Grid(Particles(part), num_points, budget).divergence()
-        for _, part in pair.blocks(_BLOCK, progress)
-    ]
+    blocks = (_Grid(Particles(part), num_points, budget) for _, part in pair.blocks(256, progress))
+    parts = [grid.divergence() for grid in blocks]
     return PosteriorDivergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -117,9 +109,8 @@ class _Grid:
         self.points = num_points or _POINTS[self.size]
         self.at_once = max(2, budget // (particles.bytes_per_datum * particles.num_data))
         self.axis = particles.axes[self.name]
-        shape = list(particles.latent_shapes[self.name])
-        del shape[self.axis]
-        self.rest = shape
+        self.rest = list(particles.latent_shapes[self.name])
+        del self.rest[self.axis]
 
     def divergence(self) -> PosteriorDivergence:
         """Fit the boxes, then integrate."""
@@ -131,10 +122,8 @@ class _Grid:
         log_joint, log_q = self._densities(low, high)
         spacing = (high - low) / (self.points - 1)
         kl, log_prob, mass = _integrals(log_joint, log_q, spacing.log().sum(1))
-        every_second = (slice(None, None, 2),) * self.size
-        coarse, *_ = _integrals(
-            log_joint[every_second], log_q[every_second], (2 * spacing).log().sum(1)
-        )
+        half = (slice(None, None, 2),) * self.size
+        coarse, *_ = _integrals(log_joint[half], log_q[half], (2 * spacing).log().sum(1))
         error = (kl - coarse).abs() + (mass - 1).abs()
         return PosteriorDivergence(kl.cpu(), log_prob.cpu(), error.cpu())
 
@@ -143,9 +132,8 @@ class _Grid:
         drawn = self.particles.propose(_PLACING_DRAWS)[0][self.name]
         prior = self.particles.propose_from_prior(_PLACING_DRAWS // 4)[self.name]
         self.dtype = drawn.dtype
-        values = torch.cat([drawn, prior]).movedim(self.axis, 1)
-        flat = values.unsqueeze(-1).flatten(2).double()
-        low, high = flat.amin(0), flat.amax(0)
+        values = torch.cat([drawn, prior]).movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
+        low, high = values.amin(0), values.amax(0)
         room = (high - low).clamp(min=1e-6)
         return low - room, high + room
 
@@ -155,18 +143,16 @@ class _Grid:
         dims = tuple(range(self.size))
         filled = torch.zeros_like(log_q, dtype=torch.bool)
         for density in (log_joint, log_q):
-            filled |= density > density.amax(dims, keepdim=True) - _EMPTY
+            # Elsewhere it is below exp(-40) = 4e-18 of its highest value, which counts as empty.
+            filled |= density > density.amax(dims, keepdim=True) - 40
         spacing = (high - low) / (self.points - 1)
         new_low, new_high = low.clone(), high.clone()
         for dim in dims:
-            others = [other for other in dims if other != dim]
-            along = (filled.any(others[0]) if others else filled).int()  # (points, N)
-            first = along.argmax(0)
-            last = self.points - 1 - along.flip(0).argmax(0)
-            width = high[:, dim] - low[:, dim]
-            new_low[:, dim] += torch.where(first == 0, -0.5 * width, (first - 1) * spacing[:, dim])
-            after = self.points - 2 - last
-            new_high[:, dim] -= torch.where(after < 0, -0.5 * width, after * spacing[:, dim])
+            along = (filled.any(1 - dim) if self.size == 2 else filled).int()  # (points, N)
+            before, after = along.argmax(0) - 1, along.flip(0).argmax(0) - 1  # empty points
+            grow = -0.5 * (high[:, dim] - low[:, dim])
+            new_low[:, dim] += torch.where(before < 0, grow, before * spacing[:, dim])
+            new_high[:, dim] -= torch.where(after < 0, grow, after * spacing[:, dim])
         change = ((new_low - low).abs() + (new_high - high).abs()) / (high - low)
         return new_low, new_high, bool((change > 0.1).any())
 

@@ -34,10 +34,6 @@ ACTIVE_VARIANCE = 0.01
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 1000
 
-# Iterations of the linear probe: enough for the solver to converge on standardised codes; it stops
-# when it has.
-_MOST_ITERATIONS = 2000
-
 
 @dataclass(frozen=True)
 class Representation:
@@ -117,11 +113,8 @@ class Representation:
             "linear-probe accuracy": self.linear_accuracy,
         }
         units = f"{self.active_units} of {self.latent_dim} units active"
-        rows = [f"{self.num_data} data, {units}, nats per datum"]
-        for name, estimate in said.items():
-            if estimate is not None:
-                rows.append(f"{name:28}{estimate.value:9.4f} +- {estimate.standard_error:.4f}")
-        return "\n".join(rows)
+        rows = [f"{n:28}{e.value:9.4f} +- {e.standard_error:.4f}" for n, e in said.items() if e]
+        return "\n".join([f"{self.num_data} data, {units}, nats per datum", *rows])
 
 
 def representation(
@@ -184,9 +177,7 @@ def representation(
     variances = _variances(codes)
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
-        measures |= _probe(
-            features, labels, num_neighbours=num_neighbours, num_folds=num_folds, seed=seed or 0
-        )
+        measures |= _probe(features, labels, num_neighbours, num_folds, seed=seed or 0)
     return Representation(
         sites=tuple(codes),
         latent_dim=len(variances),
@@ -209,15 +200,6 @@ def unit_variances(
 
     As in :func:`representation`, without the rest of its measures: a coordinate is active where it is
     above 0.01.
-
-    Args:
-        guide: the variational function of a pair.
-        x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``guide(*x)``.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
-
-    Raises:
-        InputError: no latent, or one outside the data plate.
     """
     opened = open_function(guide, x, plate=plate)
     with opened.evaluating(seed):
@@ -237,12 +219,7 @@ def _side_by_side(values: list[Tensor]) -> Tensor:
 
 
 def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: int) -> np.ndarray:
-    """Return labels as an array ``(N,)``.
-
-    Raises:
-        InputError: labels of another length, a single class, a class of one member, or options out
-            of range.
-    """
+    """Return labels as an array ``(N,)``; refuse what no classifier can be fitted to."""
     values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if values.shape != (num_data,):
         raise InputError(f"expected labels of shape ({num_data},), got {values.shape}")
@@ -263,19 +240,12 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
 
 
 def _probe(
-    features: np.ndarray, labels: np.ndarray, *, num_neighbours: int, num_folds: int, seed: int
+    features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
 ) -> dict[str, Any]:
     """Return the accuracies of nearest neighbours and logistic regression, and the folds used.
 
     Each datum is predicted by a classifier that was fitted to the other folds, on features
     standardised there; the folds hold the classes in equal shares.
-
-    Args:
-        features: ``(N, D)``.
-        labels: ``(N,)``.
-        num_neighbours: k.
-        num_folds: folds, less where a class has fewer members.
-        seed: seed of the folds.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -288,7 +258,8 @@ def _probe(
     found: dict[str, Any] = {"num_folds": folds}
     for name, classifier in (
         ("nearest_neighbour_accuracy", KNeighborsClassifier(num_neighbours)),
-        ("linear_accuracy", LogisticRegression(max_iter=_MOST_ITERATIONS)),
+        # Enough iterations to converge on standardised codes; the solver stops when it has.
+        ("linear_accuracy", LogisticRegression(max_iter=2000)),
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
         accuracy = float((cross_val_predict(pipeline, features, labels, cv=split) == labels).mean())

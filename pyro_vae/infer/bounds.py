@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +86,12 @@ class Bound(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> TracePair:
         nesting = self.max_plate_nesting
         model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, args, kwargs)
-        _refuse_enumeration(model_trace, guide_trace)
+        for name, site in _samples(model_trace) + _samples(guide_trace):
+            if site["infer"].get("enumerate"):  # summed out: there is no single draw to score
+                raise InputError(
+                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
+                    "TraceEnum_ELBO, or draw it"
+                )
         return model_trace, guide_trace
 
 
@@ -149,44 +152,11 @@ def _samples(trace: Any) -> list[tuple[str, Any]]:
     return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
 
 
-def _refuse_enumeration(*traces: Any) -> None:
-    """Refuse sites that are summed out: there is no single draw to score."""
-    for trace in traces:
-        for name, site in _samples(trace):
-            if site["infer"].get("enumerate"):
-                raise InputError(
-                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
-                    "TraceEnum_ELBO, or draw it"
-                )
-
-
 def _read(loss: Tensor) -> float:
     value = float(loss)
     if value != value:
         warnings.warn("Encountered NaN: loss", stacklevel=3)
     return value
-
-
-@contextmanager
-def recorded_traces(objective: ELBO) -> Iterator[list[TracePair]]:
-    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
-
-    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
-    and put back afterwards.
-    """
-    traces: list[TracePair] = []
-    draw = objective._get_trace
-
-    def recording(*args: Any, **kwargs: Any) -> TracePair:
-        pair = draw(*args, **kwargs)
-        traces.append(pair)
-        return pair
-
-    objective._get_trace = recording
-    try:
-        yield traces
-    finally:
-        del objective._get_trace
 
 
 def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:

@@ -208,10 +208,7 @@ def trace_graph(
     """Record ``function()`` as a graph of plain operators over ``inputs``.
 
     The inputs are recognised by identity, so a pair that closes over its parameters needs no
-    change.  Whatever else the pair read becomes a further input.
-
-    Returns:
-        The graph, and the tensors read beyond ``inputs``, in the order of the added inputs.
+    change.  Whatever else the pair read becomes a further input; these are returned too, in order.
     """
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode

@@ -119,11 +119,8 @@ class Checkpoints:
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold.
 
-        Args:
-            settings: plain values that decide the run; those of the checkpoint must be the same.
-            trainer: takes the gradient steps.
-            best: early stopping.
-            rows: metrics of the epochs that have ended.
+        The settings are plain values that decide the run, and must be those of the checkpoint; the
+        rows are metrics of the epochs that have ended.
         """
         if self.folder is None:
             return
@@ -151,15 +148,7 @@ class Checkpoints:
             ) from error
 
     def after_step(self, epoch: int | None = None) -> None:
-        """Write if it is time to, and end the run if it was told to end.
-
-        Args:
-            epoch: the one that has ended with this step.
-
-        Raises:
-            InputError: a checkpoint that can't be written; the ones before it stay.
-            Interrupted: the run was told to end; its state is on the disk.
-        """
+        """Write if it is time to, by the epoch that has ended too; end the run if told to end it."""
         if self.folder is None:
             return
         number, is_time = self._ask()

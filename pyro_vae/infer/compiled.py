@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options
-from pyro_vae.infer.engine import Call, Engine, Replay
+from pyro_vae.infer.engine import Call, Engine, StepProgram
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.trainer import SUMMARY, TrainingObjective
@@ -49,16 +49,6 @@ class DeviceLoss(Tensor):
         return value
 
 
-def _accumulate(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add gradients to the leaves' ``grad`` as ``backward`` does."""
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        if leaf.grad is None:
-            leaf.grad = gradient
-        else:
-            with torch.no_grad():
-                leaf.grad.add_(gradient)
-
-
 class _Stepping(Engine):
     """The part of a compiled objective that takes steps."""
 
@@ -69,21 +59,23 @@ class _Stepping(Engine):
             raise InputError("beta needs a guide that is a function of its own, got a handler")
         return scale_pair(model, guide, self.beta)
 
-    def _step(self, call: Call, eager: Callable[[], Any]) -> Any:
-        result = self.take(call, eager)
-        return self._replay(result) if isinstance(result, Replay) else result
-
-    def _replay(self, replay: Replay) -> Any:
-        """Hand the gradients over and return the loss, as Pyro's own step does."""
-        _accumulate(replay.leaves, replay.gradients)
+    def _hand_over(
+        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
+    ) -> Any:
+        """Add to the gradients as ``backward`` does and return the loss, as Pyro's own step."""
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                with torch.no_grad():
+                    leaf.grad.add_(gradient)
         if _PYRO_STACK:
-            replay.program.emit([handler.trace for handler in _PYRO_STACK])
-        loss = replay.summary[0]
-        if replay.program.device.type != "cpu":
-            return loss.as_subclass(DeviceLoss)
-        value = loss.item()
-        warn_if_nan(value, "loss")
-        return value
+            program.emit([handler.trace for handler in _PYRO_STACK])
+        if program.device.type != "cpu":
+            return summary[0].as_subclass(DeviceLoss)
+        loss = summary[0].item()
+        warn_if_nan(loss, "loss")
+        return loss
 
 
 class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own naming)
@@ -198,7 +190,7 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
             an accelerator).
         """
         stock = super().loss_and_grads
-        return self._step(
+        return self.take(
             Call(model, guide, args, kwargs), lambda: stock(model, guide, *args, **kwargs)
         )
 
@@ -265,10 +257,9 @@ class Compiled(_Stepping, ELBO):
         """
 
         def eager() -> float:
-            pair = self._scaled(model, guide)
-            return self.objective.loss_and_grads(*pair, *args, **kwargs)
+            return self.objective.loss_and_grads(*self._scaled(model, guide), *args, **kwargs)
 
-        return self._step(Call(model, guide, args, kwargs), eager)
+        return self.take(Call(model, guide, args, kwargs), eager)
 
 
 # --- the steps of fit ------------------------------------------------------------------------
@@ -344,17 +335,20 @@ class StepCapture(Engine):
         call = Call(model, guide, batch, {})
         fresh = self.num_graphs == 0 and not self.reasons
         before = Snapshot(with_submodules(modules_of(model, guide))) if fresh else None
-        result = self.take(call, eager)
+        summary: Tensor = self.take(call, eager)
         if before is not None and self.num_graphs:
             # The step that led to the capture is taken again by the graph, so that a run that is
             # resumed here takes the very steps of one that was never interrupted.
             before.restore()
-            result = self.take(call, eager)
-        if not isinstance(result, Replay):
-            return result
-        for leaf, gradient in zip(result.leaves, result.gradients, strict=True):
+            summary = self.take(call, eager)
+        return summary
+
+    def _hand_over(
+        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
+    ) -> Tensor:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
-        return result.summary
+        return summary
 
     def _key(self) -> Hashable:
         return None  # nothing changes within a run

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -34,8 +34,6 @@ from pyro_vae.infer.program import (
 from pyro_vae.pair.functions import modules_of
 from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.state import Snapshot, accumulating_leaves, with_submodules
-
-Result = TypeVar("Result")
 
 
 class Call(NamedTuple):
@@ -73,18 +71,11 @@ class StepProgram(Program):
         self.leaves = [position[leaf] for leaf in reference.gradients]
         self.device = self.state.tensors[self.leaves[0]].device
         self._copied: list[int] = []
-        self._calls = 0
-        self._messages = [
-            (name, {key: value for key, value in site.items() if key not in ("name", "args")})
-            for name, site in reference.parameters.items()
-        ]
-        values = {name: site["value"] for name, site in reference.parameters.items()}
+        self.calls = 0
+        sites = reference.parameters.items()
+        self._messages = {name: {**site, "args": (name,)} for name, site in sites}
+        values = {name: site["value"] for name, site in self._messages.items()}
         self._constrained = {n for n, value in values.items() if value.unconstrained() is not value}
-
-    def due(self, every: int) -> bool:
-        """Count a call; True at every so many."""
-        self._calls += 1
-        return self._calls % every == 0
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
@@ -119,7 +110,7 @@ class StepProgram(Program):
     def emit(self, traces: Sequence[Any]) -> None:
         """Add the parameter sites to the traces that stand around the step, as the pair would."""
         store = pyro.get_param_store()
-        for name, message in self._messages:
+        for name, message in self._messages.items():
             if name in self._constrained:
                 value = store[name]
             else:
@@ -128,16 +119,7 @@ class StepProgram(Program):
                     value.unconstrained = weakref.ref(value)
             message["value"] = value
             for trace in traces:
-                trace.add_node(name, name=name, args=(name,), **message)
-
-
-class Replay(NamedTuple):
-    """A step taken by a graph: its gradients wait to be handed to the leaves."""
-
-    program: StepProgram
-    leaves: list[Tensor]
-    summary: Tensor
-    gradients: list[Tensor]
+                trace.add_node(name, **message)
 
 
 class Engine:
@@ -200,6 +182,12 @@ class Engine:
         """Return the summary, and the gradients that are handed over."""
         return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
 
+    def _hand_over(
+        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
+    ) -> Any:
+        """Give the gradients to the leaves and return what the eager step returns."""
+        raise NotImplementedError
+
     # --- steps ---
 
     @property
@@ -220,13 +208,8 @@ class Engine:
         """How many captured steps are held, over all pairs and signatures."""
         return sum(len(pair.kept) for pair in self._pairs.values())
 
-    def take(self, call: Call, eager: Callable[[], Result]) -> Replay | Result:
-        """Take a captured step, or else the eager one; then capture it for the next time.
-
-        Args:
-            call: the pair and what it is given.
-            eager: takes the step by itself, gradients included.
-        """
+    def take(self, call: Call, eager: Callable[[], Any]) -> Any:
+        """Take a captured step, or else the eager one; then capture it for the next time."""
         pair = self._pairs.get(call.model, call.guide)
         if pair is None:
             title = f"model {_title(call.model)} with guide {_title(call.guide)}"
@@ -245,7 +228,8 @@ class Engine:
         if found is None:
             return self._take_then_capture(pair, call, eager)
         program, tensors = found
-        if self.verify_every is not None and program.due(self.verify_every):
+        program.calls += 1
+        if self.verify_every is not None and program.calls % self.verify_every == 0:
             try:
                 self._check(program, call, inputs)
             except CannotCaptureError as reason:
@@ -254,7 +238,8 @@ class Engine:
         pair.last = signature
         given = [self._beta_tensor(program.device), *inputs]
         summary, *gradients = program.outputs(given, tensors, keep=self.keeps_outputs)
-        return Replay(program, [tensors[i] for i in program.leaves], summary, gradients)
+        leaves = [tensors[i] for i in program.leaves]
+        return self._hand_over(program, leaves, summary, gradients)
 
     def _sign(self, call: Call, inputs: list[Tensor]) -> Signature:
         return sign(self._key(), (call.args, call.kwargs), inputs)
@@ -268,13 +253,13 @@ class Engine:
     def _say(self, title: str, reason: str) -> None:
         self.reasons.append(reason)
         if self.warns:
-            warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=6)
+            warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=5)
 
     # --- the first step of a signature ---
 
     def _take_then_capture(
-        self, pair: Programs[StepProgram], call: Call, eager: Callable[[], Result]
-    ) -> Result:
+        self, pair: Programs[StepProgram], call: Call, eager: Callable[[], Any]
+    ) -> Any:
         """Take the eager step, which also creates parameters, then capture the next ones."""
         found: dict[nn.Module, None] = {}
         with capture.called_modules(found):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
-from pyro_vae.pair.opened import Knowledge, OpenedPair, Structure
+from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
 from pyro_vae.weights.particles import Draws, Particles
@@ -119,24 +119,19 @@ class IWAE(Bound):
         pair = OpenedPair(model, guide, args, kwargs, plate=self.plate)
         refuse_handler(guide)
         with pair.put_back(), poutine.block(), torch.no_grad():
-            pair.knowledge.structure = pair.inspect()
+            pair.knowledge.structure = structure = pair.inspect()
             particles = Particles(pair)
-            _refuse_score_function(pair.knowledge.structure)
+            for name, latent in structure.latents.items():
+                if not latent.is_reparameterized:
+                    raise InputError(
+                        f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "
+                        "not: use Trace_ELBO or TraceBound"
+                    )
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)
         self._known.keep(pair.knowledge, *functions)
         return pair
-
-
-def _refuse_score_function(structure: Structure) -> None:
-    """Refuse latents whose draws carry no gradient."""
-    for name, latent in structure.latents.items():
-        if not latent.is_reparameterized:
-            raise InputError(
-                f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is not: use "
-                "Trace_ELBO or TraceBound"
-            )
 
 
 def _doubly_reparameterized(

@@ -153,7 +153,10 @@ class FusedOptim(PyroOptim):
         options = self._get_optim_args(param)
         waiting = self._state_waiting_to_be_consumed.get(name)
         loaded = None if waiting is None else _options(waiting)
-        index = self._group_of(options, loaded)
+        groups = enumerate(self._group_options)
+        index = next(
+            (i for i, (own, known) in groups if own == options and loaded in (None, known)), None
+        )
         # An optimiser of its own for a moment: some fill a parameter's state in the constructor.
         own = self._construct(param, options)
         if self.optimizer is None:
@@ -170,13 +173,6 @@ class FusedOptim(PyroOptim):
         if index is None:
             self._group_options.append((options, loaded))
         self.optimizer.state.update(own.state)
-
-    def _group_of(self, options: dict[str, Any], loaded: dict[str, Any] | None) -> int | None:
-        """The group with these options, and with the loaded ones where there are any."""
-        for index, (known, known_loaded) in enumerate(self._group_options):
-            if known == options and loaded in (None, known_loaded):
-                return index
-        return None
 
     def _construct(self, param: Tensor, options: dict[str, Any]) -> torch.optim.Optimizer:
         devices = FUSED_DEVICES.get(self.pt_optim_constructor, ())

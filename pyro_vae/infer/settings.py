@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.beta import BetaSchedule, check_beta
+from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -67,11 +67,8 @@ class FitSettings:
                 raise InputError(f"expected a seed from 0 to 2**32 - 1, got {checked['seed']}")
         check_beta(self.beta)
         checked["beta"] = float(self.beta)
-        self._check_choices()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def _check_choices(self) -> None:
         schedule, compile = self.schedule, self.compile
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
             raise InputError(
@@ -96,10 +93,7 @@ class FitSettings:
         return self.nonfinite_limit if self.on_nonfinite == "skip" else None
 
     def record(self) -> dict[str, Any]:
-        """Return the options as plain values, by which a checkpoint knows its run again.
-
-        Objective and compilation, which are not plain, are left to who knows what became of them.
-        """
+        """Return the plain options (not objective and compilation), by which a run is known again."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
@@ -107,14 +101,6 @@ class FitSettings:
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
-
-    def beta_schedule(self, steps_per_epoch: int) -> BetaSchedule:
-        """Return the weight of the latent terms, step by step."""
-        return BetaSchedule(self.beta, self.warmup_epochs * steps_per_epoch)
-
-    def learning_rates(self, steps_per_epoch: int) -> LearningRate:
-        """Return Adam's step size, step by step."""
-        return LearningRate(self.learning_rate, self.schedule, self.epochs * steps_per_epoch)
 
 
 def check_callables(**functions: object) -> None:
@@ -137,10 +123,6 @@ def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
 
     That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
     than half of it.
-
-    Args:
-        epochs: epochs of the whole run.
-        num_steps_per_epoch: steps of each, at least 1.
     """
     enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
     return max(epochs // 10, min(epochs // 2, enough))
@@ -162,11 +144,7 @@ class LearningRate:
         self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
 
     def at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0.
-
-        Raises:
-            InputError: a multiplier below 0 or not finite.
-        """
+        """Return the learning rate of a step, counted from 0."""
         fraction = min(step / max(self.num_steps, 1), 1.0)
         multiplier = float(self._multiplier(fraction))
         if not 0 <= multiplier < math.inf:

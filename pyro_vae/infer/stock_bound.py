@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.infer import (
-    ELBO,
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    Trace_ELBO,
-    TraceMeanField_ELBO,
-    TraceTailAdaptive_ELBO,
-)
+from pyro import infer
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.errors import InputError
 from pyro_vae.infer.analytic_kl import AnalyticKL
-from pyro_vae.infer.bounds import (
-    Bound,
-    BoundTerms,
-    TraceBound,
-    elbo_terms,
-    particle_options,
-    recorded_traces,
-    wide,
-)
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.sites import TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
 # Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
-_BOUNDS: dict[type[ELBO], type[Bound]] = {Trace_ELBO: TraceBound, TraceMeanField_ELBO: AnalyticKL}
+_BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
 
-_JIT = (JitTrace_ELBO, JitTraceMeanField_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO)
+_JIT = (
+    infer.JitTrace_ELBO,
+    infer.JitTraceMeanField_ELBO,
+    infer.JitTraceGraph_ELBO,
+    infer.JitTraceEnum_ELBO,
+)
 
 
 class StockBound(Bound):
@@ -46,7 +37,7 @@ class StockBound(Bound):
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
-        with recorded_traces(self.objective) as traces:
+        with _record_traces(self.objective) as traces:
             if hasattr(self.objective, "differentiable_loss"):
                 surrogate = self.objective.differentiable_loss(model, guide, *args, **kwargs)
                 loss = surrogate.detach()
@@ -72,6 +63,28 @@ class StockBound(Bound):
         return torch.as_tensor(float(total), dtype=torch.float64, device=surrogate.device), surrogate
 
 
+@contextmanager
+def _record_traces(objective: ELBO) -> Iterator[list[TracePair]]:
+    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
+
+    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
+    and put back afterwards.
+    """
+    traces: list[TracePair] = []
+    draw = objective._get_trace
+
+    def recording(*args: Any, **kwargs: Any) -> TracePair:
+        pair = draw(*args, **kwargs)
+        traces.append(pair)
+        return pair
+
+    objective._get_trace = recording
+    try:
+        yield traces
+    finally:
+        del objective._get_trace
+
+
 def bound_of(objective: ELBO | None) -> Bound:
     """Return the bound that an objective stands for; without one the ELBO.
 
@@ -83,7 +96,7 @@ def bound_of(objective: ELBO | None) -> Bound:
     if isinstance(objective, Bound):
         return objective
     name = type(objective).__name__
-    if isinstance(objective, TraceTailAdaptive_ELBO):
+    if isinstance(objective, infer.TraceTailAdaptive_ELBO):
         raise InputError(f"expected an objective with a loss, got {name}, which has none: use IWAE")
     if isinstance(objective, _JIT):  # their graphs keep the first batch's shape and parameters
         raise InputError(

@@ -15,11 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.beta import scale_pair
+from pyro_vae.beta import BetaSchedule, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
-from pyro_vae.infer.settings import FitSettings, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate, multiply_in
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -42,21 +42,16 @@ class NotFiniteError(InputError):
 
 
 class DataPlate(Messenger):
-    """Notes how many data points the data plate stands for, those it does not draw included."""
+    """Notes how many data points the data plate stands for: without one, the rows of a batch."""
 
-    def __init__(self, plate: str) -> None:
+    def __init__(self, plate: str, num_rows: int) -> None:
         super().__init__()
-        self.plate = plate
-        self._full_size: int | None = None
-
-    def full_size(self, num_rows: int) -> int:
-        """Return the number of data points; of a pair without that plate, the rows it was given."""
-        return num_rows if self._full_size is None else self._full_size
+        self.plate, self.full_size = plate, num_rows
 
     def _pyro_sample(self, message: Any) -> None:
         for frame in message["cond_indep_stack"]:
             if frame.name == self.plate and frame.full_size and frame.full_size > 0:
-                self._full_size = frame.full_size
+                self.full_size = frame.full_size
 
 
 class TrainingObjective:
@@ -75,7 +70,7 @@ class TrainingObjective:
         is_share: bool = False,
     ) -> None:
         self.bound, self.settings, self.transform = bound, settings, transform
-        self.gradient_clip = None if is_share else settings.gradient_clip
+        self.is_share = is_share
 
     def transform_batch(self, batch: Inputs) -> Inputs:
         """Return what the pair is given for a batch."""
@@ -88,34 +83,27 @@ class TrainingObjective:
         they are more than were drawn, whether the pair draws rows of the batch itself or the batch
         is itself a part of them.
         """
-        data = DataPlate(self.settings.plate)
+        data = DataPlate(self.settings.plate, len(batch[0]))
         with data, multiply_in(self.settings.precision):
-            terms = self.bound.terms(model, guide, batch, {})
-        number = data.full_size(len(batch[0]))
+            loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        number = data.full_size
         share = len(batch[0]) / number
-        loss, surrogate, rate, distortion = terms
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
 
     def finish(
-        self, terms: BoundTerms, gradients: Sequence[Tensor]
+        self, terms: BoundTerms, gradients: Sequence[Tensor], *, are_summed: bool = False
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the summary of a step and its gradients, clipped if asked for."""
-        return finish_step(terms, gradients, self.gradient_clip)
-
-
-def finish_step(
-    terms: BoundTerms, gradients: Sequence[Tensor], gradient_clip: float | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a global norm."""
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
-    if gradient_clip is not None:
-        # A gradient of exactly 0 divides to infinity, and is left as it is.
-        factor = (gradient_clip / norm).clamp(max=1.0)
-        gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
-    loss = wide(terms.loss)
-    flag = wide(~(loss.isfinite() & norm.isfinite()))
-    return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
+        """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a norm."""
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
+        clip = self.settings.gradient_clip
+        if clip is not None and (are_summed or not self.is_share):
+            # A gradient of exactly 0 divides to infinity, and is left as it is.
+            factor = (clip / norm).clamp(max=1.0)
+            gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
+        loss = wide(terms.loss)
+        flag = wide(~(loss.isfinite() & norm.isfinite()))
+        return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
 
 
 # --- steps and epochs ------------------------------------------------------------------------
@@ -160,8 +148,9 @@ class Trainer:
         self.objective, self.settings, self.device = objective, settings, device
         self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
         steps_per_epoch = settings.steps_per_epoch(pair.num_data)
-        self.beta = settings.beta_schedule(steps_per_epoch)
-        self.learning_rate = settings.learning_rates(steps_per_epoch)
+        self.beta = BetaSchedule(settings.beta, settings.warmup_epochs * steps_per_epoch)
+        num_steps = settings.epochs * steps_per_epoch
+        self.learning_rate = LearningRate(settings.learning_rate, settings.schedule, num_steps)
         self.parameters: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.shown: Inputs = ()
@@ -289,7 +278,7 @@ class Trainer:
             summary = torch.zeros_like(summary)
         *pieces, failed = self.processes.sum_(flat).split([*(leaf.numel() for leaf in leaves), 1])
         terms = BoundTerms(summary[0], summary[0], summary[1], summary[2])
-        whole, gradients = finish_step(terms, pieces, self.settings.gradient_clip)
+        whole, gradients = self.objective.finish(terms, pieces, are_summed=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient.view(leaf.shape).to(leaf.dtype)
         whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
@@ -372,9 +361,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the coming steps depend on, random generators aside.
 
-        Parameters stand in the order of their names: a module's name in Pyro's store may count its
-        instances, and so differ from process to process. Under ``own`` stands what differs between
-        the processes that share the steps, on the CPU.
+        Parameters stand in the order of their names, which may count instances of a module and so
+        differ between runs. Under ``own`` stands what differs between processes, on the CPU.
         """
         adam = {} if self.optimizer is None else self.optimizer.state
         moments = [adam.get(leaf, {}) for leaf in self._leaves()]

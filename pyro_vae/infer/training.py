@@ -337,7 +337,8 @@ def _open(
         if validation is None and len(data.validation):
             validation = data.validation
         if data.binarize == "dynamic":
-            transform = _after_drawing(data, transform)
+            draw, after = data.draw, transform
+            transform = draw if after is None else lambda batch: after(draw(batch))
         data = data.train
     inputs = as_inputs(data)
     held_out = None if validation is None else as_inputs(validation)
@@ -391,13 +392,6 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
         f"of its own, such as parameters, to each of the {pair.num_data} data points: train it on "
         f"all of them at once {advice}, or let a network make the parameters from x"
     )
-
-
-def _after_drawing(data: Dataset, transform: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Draw the bits of a batch, then apply the user's own transform."""
-    if transform is None:
-        return data.draw
-    return lambda batch: transform(data.draw(batch))
 
 
 # --- the progress bar ---

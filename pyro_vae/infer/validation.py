@@ -65,11 +65,11 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
         size = pair.num_data if is_whole else _BLOCK
         for start in range(0, pair.num_data, size):
             block = pair.part(slice(start, start + size))
-            with DataPlate(pair.plate) as data:
+            with DataPlate(pair.plate, block.num_data) as data:
                 traces = block.trace()
             for trace in traces:
                 trace.compute_log_prob()
-            share = block.num_data / data.full_size(block.num_data)
+            share = block.num_data / data.full_size
             totals = totals + elbo_terms([traces], num_particles=1) * share
     rate, distortion = (processes.sum_(totals) / number).tolist()
     return {"elbo": -(rate + distortion), "rate": rate, "distortion": distortion}

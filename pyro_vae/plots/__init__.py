@@ -1,7 +1,7 @@
 """Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
 
-from pyro_vae.plots.autoencoder import autoencoder_and_vae
 from pyro_vae.plots.comparison import (
+    autoencoder_and_vae,
     datum_against_datum,
     families_and_runs,
     observed_and_replicated,
@@ -9,11 +9,9 @@ from pyro_vae.plots.comparison import (
     prior_and_aggregate,
     rank_histograms,
 )
-from pyro_vae.plots.completion import completions
-from pyro_vae.plots.curves import training_curves, weight_diagnostics
-from pyro_vae.plots.images import image_grid, is_image, reconstructions, samples
+from pyro_vae.plots.curves import rate_distortion, training_curves, weight_diagnostics
+from pyro_vae.plots.images import completions, image_grid, is_image, reconstructions, samples
 from pyro_vae.plots.latent import interpolations, latent_scatter, manifold, traversals
-from pyro_vae.plots.sweep import rate_distortion
 
 __all__ = [
     "autoencoder_and_vae",

@@ -1,18 +1,22 @@
-"""Pictures of pairs compared, run by run, and of a guide held against what it should be."""
+"""Pictures of pairs compared, of a guide beside what it should be, of an autoencoder and a VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, one_panel
+from pyro_vae.plots.images import flat_image, is_image
+from pyro_vae.plots.style import BLUE, INK, ORANGE, Array, Limits, one_panel, panels, show_histograms
 
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
+
+_SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
 
 
 def paired_differences(
@@ -31,8 +35,8 @@ def paired_differences(
         differences: mean paired difference of each, at most 0, nats.
         errors: half the width of each one's bar; NaN where unknown.
         best: the name that the others are compared to.
-        title: a line above the picture.
         by_run: differences of the single runs of each pair, as small dots.
+        title: a line above the picture.
     """
     figure, axes = one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
@@ -67,17 +71,14 @@ def families_and_runs(
         labels: names of the quantities.
         title: a line above the picture.
     """
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(names)), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
-    for index, axes in enumerate(panels):
+    figure, places = panels(title, (9, 1.5 + 0.42 * len(names)), columns=len(labels), sharey=True)
+    for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
         _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    places[0].set_yticks(range(len(names)), names)
+    places[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
@@ -102,15 +103,8 @@ def datum_against_datum(
         axes.set(xlim=limits, ylim=limits)
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.scatter(first, second, s=7, color=BLUE, alpha=0.5, linewidths=0)
-        share = float((second > first).mean())
-        axes.text(
-            0.03,
-            0.97,
-            f"{labels[1]} higher for {share:.0%}",
-            transform=axes.transAxes,
-            va="top",
-            size=9,
-        )
+        told = f"{labels[1]} higher for {(second > first).mean():.0%}"
+        axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", size=9)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.set_aspect("equal")
     return figure
@@ -127,13 +121,12 @@ def rank_histograms(
         labels: a line above each panel, D of them.
         title: a line above the picture.
     """
-    figure, panels = _panels(len(counts), title)
-    for axes, row, label in zip(panels, counts, labels, strict=False):
+    figure, places = _labelled_panels(labels, title)
+    for axes, row in zip(places, counts, strict=False):
         edges = np.linspace(0, 1, len(row) + 1)
         axes.bar(edges[:-1], row, width=1 / len(row), align="edge", color=BLUE, alpha=0.6)
         for end in band:
             axes.axhline(end, color=ORANGE, linewidth=1)
-        axes.set_title(label, fontsize=8)
         axes.set_xlim(0, 1)
     figure.supxlabel("rank of the true latent among the guide's draws", fontsize=9)
     return figure
@@ -154,13 +147,9 @@ def observed_and_replicated(
         labels: a line above each panel.
         title: a line above the picture.
     """
-    figure, panels = _panels(len(observed), title)
-    for axes, name, label in zip(panels, observed, labels, strict=False):
-        _two_histograms(
-            axes, (observed[name], "data"), (replicated[name].reshape(-1), "posterior predictive")
-        )
-        axes.set_title(label, fontsize=8)
-    _legend_beside_title(figure, panels[0])
+    figure, places = _labelled_panels(labels, title)
+    pairs = [(observed[name], replicated[name].reshape(-1)) for name in observed]
+    _show_pairs(figure, places, pairs, ("data", "posterior predictive"))
     return figure
 
 
@@ -175,13 +164,51 @@ def prior_and_aggregate(
         labels: a line above each panel, D of them.
         title: a line above the picture.
     """
-    figure, panels = _panels(aggregate.shape[1], title)
-    for index, (axes, label) in enumerate(zip(panels, labels, strict=False)):
-        _two_histograms(axes, (prior[:, index], "prior"), (aggregate[:, index], "aggregate"))
-        axes.set_title(label, fontsize=8)
+    figure, places = _labelled_panels(labels, title)
+    pairs = list(zip(prior.T, aggregate.T, strict=True))
+    _show_pairs(figure, places, pairs, ("prior", "aggregate"))
     figure.supxlabel("value of the coordinate", fontsize=9)
     figure.supylabel("draws", fontsize=9)
-    _legend_beside_title(figure, panels[0])
+    return figure
+
+
+def autoencoder_and_vae(
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = (0.0, 1.0)
+) -> Figure:
+    """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
+
+    Args:
+        data: held-out data ``(N, *data_shape)``.
+        autoencoder: arrays of the autoencoder, as attributes: held-out data encoded and decoded
+            ``reconstructions`` ``(N, *data_shape)``, decoded random latents ``random``
+            ``(S, *data_shape)``, decoded latents between four codes ``grid``
+            ``(G, G, *data_shape)``, and nearest-code distances of held-out codes
+            ``held_out_distance`` ``(N,)`` and of random latents ``random_distance`` ``(S,)``; see
+            :class:`pyro_vae.tasks.autoencoder_comparison.Side`.
+        vae: those of the VAE.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    image = is_image(data.shape[1:])
+    figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    heights = [1.9, 1.5, 1] if image else [1]
+    cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    sides = (("autoencoder", autoencoder), ("VAE", vae))
+    if image:
+        rows = [np.asarray(data)]
+        for part in ("reconstructions", "random"):
+            rows += [np.asarray(getattr(side, part)) for _, side in sides]
+        shown = min(_SHOWN, *(len(row) for row in rows))
+        rows = [row[:shown] for row in rows]
+        labels = ("data", "autoencoder", "VAE", "autoencoder,\nrandom code", "VAE,\nrandom latent")
+        _show_rows(figure.add_subplot(cells[0, :]), rows, labels, limits)
+        for column, (name, side) in enumerate(sides):
+            axes = figure.add_subplot(cells[1, column])
+            _show_rows(axes, list(np.asarray(side.grid)), (), limits)
+            axes.set_title(f"{name}: between the codes of the first four", fontsize=9)
+    for column, (name, side) in enumerate(sides):
+        _show_distances(figure.add_subplot(cells[-1, column]), name, side)
     return figure
 
 
@@ -203,35 +230,64 @@ def _draw_differences(
         )
 
 
-def _two_histograms(axes: Axes, filled: tuple[Array, str], outlined: tuple[Array, str]) -> None:
-    together = np.concatenate([filled[0], outlined[0]])
-    bins = np.histogram_bin_edges(together[np.isfinite(together)], bins=30).tolist()
-    axes.hist(filled[0], bins, density=True, color=BLUE, alpha=0.5, label=filled[1])
-    axes.hist(outlined[0], bins, density=True, histtype="step", color=ORANGE, label=outlined[1])
-    axes.set_yticks([])
+def _show_pairs(
+    figure: Figure,
+    places: Sequence[Axes],
+    pairs: Sequence[tuple[Array, Array]],
+    labels: tuple[str, str],
+) -> None:
+    """Show a pair of distributions in each panel, their legend at the right of the title."""
+    for axes, (filled, outlined) in zip(places, pairs, strict=False):
+        together = np.concatenate([filled, outlined])
+        bins = np.histogram_bin_edges(together[np.isfinite(together)], bins=30)
+        show_histograms(axes, filled, outlined, bins, labels)
+        axes.set_yticks([])
+    entries = places[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
 
 
-def _legend_beside_title(figure: Figure, axes: Axes) -> None:
-    """Put the legend of one panel at the right of the figure's title."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
-
-
-def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many panels in rows of four, as many as a page holds."""
-    shown = min(count, _MOST_PANELS)
+def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
+    """Return a panel for each label in rows of four, as many as a page holds."""
+    shown = min(len(labels), _MOST_PANELS)
     columns = min(shown, 4)
     rows = -(-shown // columns)
-    figure = Figure(
-        figsize=(max(4.6, 2.3 * columns), 0.7 + 1.7 * rows), dpi=150, layout="constrained"
-    )
-    rest = "" if shown == count else f" (first {shown} of {count})"
-    figure.suptitle(title + rest, fontsize=10, x=0.01, ha="left")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[shown:]:
-        axes.set_visible(False)
-    for axes in panels[:shown]:
+    size = max(4.6, 2.3 * columns), 0.7 + 1.7 * rows
+    rest = "" if shown == len(labels) else f" (first {shown} of {len(labels)})"
+    figure, places = panels(title + rest, size, rows, columns, shown=shown)
+    for axes, label in zip(places, labels, strict=False):
+        axes.set_title(label, fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    return figure, panels[:shown]
+    return figure, places
+
+
+def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
+    """Show rows of images as one picture with thin lines between them."""
+    low, high = limits
+    strips = []
+    for row in rows:
+        images = [flat_image(image, limits) for image in row]
+        if images[0].ndim == 3:
+            tiles = [np.pad(each, ((0, 1), (0, 1), (0, 0)), constant_values=0.2) for each in images]
+        else:
+            line = low + 0.2 * (high - low)
+            tiles = [np.pad(each, (0, 1), constant_values=line) for each in images]
+        strips.append(np.concatenate(tiles, axis=1))
+    picture = np.concatenate(strips, axis=0)
+    axes.imshow(picture, cmap=INK, vmin=low, vmax=high)
+    height = picture.shape[0] / len(rows)
+    axes.set_xticks([])
+    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _show_distances(axes: Axes, name: str, side: Any) -> None:
+    held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
+    bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
+    show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
+    ratio = np.median(random) / np.median(held_out)
+    axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)
+    axes.set(xlabel="distance", ylabel="density")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

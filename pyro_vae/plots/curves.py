@@ -1,14 +1,16 @@
-"""Pictures of numbers: a training run's course, and how far importance weights can be trusted."""
+"""Pictures of numbers: a training's course, trust in importance weights, rate against distortion."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, fit_vertically, new_figure, open_frame
+from pyro_vae.plots.style import BLUE, ORANGE, Array, panels
 
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
@@ -18,10 +20,9 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
         history: arrays ``(epochs,)`` as :class:`pyro_vae.FitResult` holds them.
         title: a line above the picture.
     """
-    figure = new_figure(title, (9, 3.4))
-    panels = figure.subplots(1, 3)
+    figure, places = panels(title, (9, 3.4), columns=3)
     labels = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
-    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+    for axes, (name, label) in zip(places, labels.items(), strict=True):
         shown = []
         for part, colour in (("train", BLUE), ("validation", ORANGE)):
             curve = np.asarray(history[f"{part}_{name}"], dtype=float)
@@ -29,17 +30,20 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
             if finite.any():
                 epochs = np.arange(1, len(curve) + 1)
                 marker = "o" if len(curve) <= 20 else None  # a line needs two epochs to be seen
-                axes.plot(epochs, curve, color=colour, label=part, linewidth=1.3, marker=marker, ms=3)
+                line: dict[str, Any] = {"linewidth": 1.3, "marker": marker, "markersize": 3}
+                axes.plot(epochs, curve, color=colour, label=part, **line)
                 # The fall of the first epochs would flatten everything that follows.
                 start = len(curve) // 20
                 shown.append(curve[start:][finite[start:]])
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("epoch")
-        open_frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        fit_vertically(axes, np.concatenate([*shown, []]))
-    panels[0].set_ylabel("nats per datum")
-    panels[0].legend(frameon=False, fontsize=9)
+        if shown:
+            values = np.concatenate(shown)
+            margin = 0.05 * np.ptp(values) or 0.5
+            axes.set_ylim(values.min() - margin, values.max() + margin)
+    places[0].set_ylabel("nats per datum")
+    places[0].legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -55,20 +59,103 @@ def weight_diagnostics(
         title: a line above the picture.
     """
     alone = num_samples is None or estimates is None
-    figure = new_figure(title, (4.6 if alone else 9, 3.4))
-    panels = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
-    axes = panels[0]
+    figure, (axes, *others) = panels(title, (4.6 if alone else 9, 3.4), columns=1 if alone else 2)
     axes.scatter(np.arange(1, len(pareto_k) + 1), pareto_k, s=6, color=BLUE, linewidths=0)
     axes.axhline(0.7, color=ORANGE, linewidth=1.2)
     axes.text(1.0, 0.7, " 0.7", color=ORANGE, fontsize=9, transform=axes.get_yaxis_transform())
     above = int((pareto_k > 0.7).sum())
-    axes.set(xlabel="datum", ylabel="Pareto k")
-    axes.set_title(f"{above} of {len(pareto_k)} above 0.7", fontsize=9)
-    open_frame(axes)
+    axes.set(xlabel="datum", ylabel="Pareto k", title=f"{above} of {len(pareto_k)} above 0.7")
+    axes.title.set_fontsize(9)
     if num_samples is not None and estimates is not None:
-        axes = panels[1]
+        axes = others[0]
         axes.plot(num_samples, estimates, color=BLUE, marker="o", markersize=3, linewidth=1.3)
         axes.set(xscale="log", xlabel="samples per datum", ylabel="mean log p(x) (nats)")
         axes.set_title("mean estimate by samples; flat does not mean right", fontsize=9)
-        open_frame(axes)
     return figure
+
+
+def rate_distortion(
+    beta: Array,
+    rate: Array,
+    distortion: Array,
+    *,
+    rate_error: Array | None = None,
+    distortion_error: Array | None = None,
+    active_units: Sequence[int] | None = None,
+    title: str,
+) -> Figure:
+    """Show rate against distortion with the lines of constant ELBO, beside the active units.
+
+    Args:
+        beta: weight of the rate in each run, ``(R,)``.
+        rate: mean KL(q(z|x) || p(z)) of each run, ``(R,)``, nats per datum.
+        distortion: mean -E_q[log p(x|z)], ``(R,)``, nats per datum.
+        rate_error: standard errors of the rates, ``(R,)``.
+        distortion_error: standard errors of the distortions, ``(R,)``.
+        active_units: latent coordinates in use in each run; leave out for no second panel.
+        title: a line above the picture.
+
+    Source:
+        Alemi et al. 2018, "Fixing a Broken ELBO", figure 1.
+    """
+    beta, rate, distortion = (np.asarray(values, dtype=float) for values in (beta, rate, distortion))
+    alone = active_units is None
+    widths, size = ([1.0], (5.4, 4.2)) if alone else ([1.6, 1.0], (9, 4.2))
+    figure, (axes, *others) = panels(title, size, columns=len(widths), width_ratios=widths)
+    points: dict[str, Any] = {"fmt": "o", "markersize": 4, "linewidth": 0, "elinewidth": 1}
+    axes.errorbar(rate, distortion, distortion_error, rate_error, color=BLUE, zorder=3, **points)
+    order = np.argsort(rate)
+    axes.plot(rate[order], distortion[order], color=BLUE, linewidth=1, alpha=0.6, zorder=2)
+    for text, place in _place_labels(beta, rate, distortion):
+        axes.annotate(text, place, (5, 4), textcoords="offset points", fontsize=8, color=BLUE)
+    axes.set(xlabel="rate R (nats per datum)", ylabel="distortion D (nats per datum)")
+    axes.set_title("each point is a run, its number is beta", fontsize=9)
+    _draw_constant_elbo(axes, rate, distortion)
+    if active_units is not None:
+        _show_units(others[0], beta, active_units)
+    return figure
+
+
+def _place_labels(
+    beta: Array, rate: Array, distortion: Array
+) -> list[tuple[str, tuple[float, float]]]:
+    """Return the text and place of each label; points that lie on each other share one."""
+    labels: list[tuple[str, tuple[float, float]]] = []
+    near = [0.02 * (np.ptp(values) or 1.0) for values in (rate, distortion)]
+    for value, right, up in zip(beta, rate, distortion, strict=True):
+        for index, (text, (x, y)) in enumerate(labels):
+            if abs(x - right) < near[0] and abs(y - up) < near[1]:
+                labels[index] = (f"{text}, {value:g}", (x, y))
+                break
+        else:
+            labels.append((f"{value:g}", (float(right), float(up))))
+    return labels
+
+
+def _draw_constant_elbo(axes: Axes, rate: Array, distortion: Array) -> None:
+    """Draw lines on which R + D, which is -ELBO, stays the same; the best run's stands out."""
+    margins = [0.12 * (np.ptp(values) or 1.0) for values in (rate, distortion)]
+    left, right = rate.min() - margins[0], rate.max() + margins[0]
+    if rate.min() >= 0:  # as every true rate is
+        left = max(left, 0.0)
+    bottom, top = distortion.min() - margins[1], distortion.max() + margins[1]
+    best = (rate + distortion).min()
+    ends = np.array([left, right])
+    for level in MaxNLocator(nbins=7).tick_values(left + bottom, right + top):
+        axes.plot(ends, level - ends, color="0.85", linewidth=0.8, zorder=1)
+    label = f"R + D = -ELBO = {best:.2f}, the best"
+    axes.plot(ends, best - ends, color=ORANGE, linewidth=1.2, linestyle="--", label=label, zorder=1)
+    axes.plot([], [], color="0.75", linewidth=0.8, label="other lines of constant R + D")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _show_units(axes: Axes, beta: Array, active_units: Sequence[int]) -> None:
+    # Positions instead of values: a series of betas is neither evenly spaced nor free of 0.
+    order = np.argsort(beta)
+    places = np.arange(len(beta))
+    axes.bar(places, np.asarray(active_units)[order], color=BLUE, width=0.6)
+    axes.set_xticks(places, [f"{value:g}" for value in beta[order]])
+    axes.set(xlabel="beta", ylabel="active units")
+    axes.set_title("active: variance of the code's mean over data > 0.01", fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

@@ -1,9 +1,10 @@
-"""Pictures of data: grids of images, draws and reconstructions."""
+"""Pictures of data: grids of images, draws, reconstructions and completions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,16 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    TINT,
-    Array,
-    legend_above,
-    one_panel,
-    two_histograms,
-)
+from pyro_vae.plots import style
+from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -40,15 +33,15 @@ def image_grid(
     title: str,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: Limits = (0.0, 1.0),
 ) -> Figure:
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
     Args:
         rows: arrays of images ``(columns, *data_shape)`` (see :func:`is_image`).
-        title: a line above the grid.
         row_labels: one label per row.
         column_labels: one label per column, above the first row.
+        title: a line above the picture.
         limits: the values shown as white and as black.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
@@ -67,9 +60,8 @@ def image_grid(
         for column, image in enumerate(row):
             at = left + column * (cell_width + gap)
             show_image(axes, image, (at, at + cell_width, bottom, bottom + cell_height), limits)
-            axes.add_patch(
-                Rectangle((at, bottom), cell_width, cell_height, fill=False, ec="0.8", linewidth=0.6)
-            )
+            frame = Rectangle((at, bottom), cell_width, cell_height, fill=False, ec="0.8")
+            axes.add_patch(frame).set_linewidth(0.6)
         if row_labels:
             middle = bottom + cell_height / 2
             axes.text(left - 0.1, middle, row_labels[row_index], fontsize=9, ha="right", va="center")
@@ -80,9 +72,7 @@ def image_grid(
     return figure
 
 
-def samples(
-    drawn: Array, data: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
-) -> Figure:
+def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0)) -> Figure:
     """Show drawn data: images as a square grid, vectors beside the data's own distribution.
 
     Args:
@@ -97,25 +87,24 @@ def samples(
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
-    figure, axes = one_panel(title, (6.4, 4))
+    figure, axes = style.one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
-        two_histograms(axes, (data[:, 0], "data"), (drawn[:, 0], "drawn"), bins, density=True)
+        style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
         for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
-            axes.scatter(
-                values[:, 0], values[:, 1], s=6, color=colour, alpha=0.5, label=label, linewidths=0
-            )
+            first, second = values.T
+            axes.scatter(first, second, s=6, color=colour, alpha=0.5, label=label, linewidths=0)
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
         _bands(axes, data, drawn)
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
 def reconstructions(
-    data: Array, rebuilt: Array, *, title: str, limits: tuple[float, float] = (0.0, 1.0)
+    data: Array, rebuilt: Array, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show data beside their reconstructions: images in two rows, vectors value against value.
 
@@ -128,26 +117,64 @@ def reconstructions(
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
-    figure, axes = one_panel(title, (6.4, 4.4))
+    figure, axes = style.one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
-    if _are_bits(data):
-        zeros, ones = (got[true == 0], "data 0"), (got[true == 1], "data 1")
-        two_histograms(axes, zeros, ones, np.linspace(0, 1, 26))
+    if style.are_bits(data):
+        style.show_bits(axes, true, got, "data")
         axes.set(xlabel="reconstruction", ylabel="values")
     else:
         ends = [min(true.min(), got.min()), max(true.max(), got.max())]
         axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
         axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
         axes.set(xlabel="data", ylabel="reconstruction")
-    legend_above(axes)
+    style.legend_above(axes)
     return figure
 
 
-def _are_bits(data: Array) -> bool:
-    return bool(((data == 0) | (data == 1)).all())
+def completions(
+    truth: Array,
+    missing: Array,
+    mean: Array,
+    standard_deviation: Array,
+    draws: Array,
+    *,
+    title: str,
+    limits: Limits = (0.0, 1.0),
+) -> Figure:
+    """Show completed data: images as panels, vectors value against value.
+
+    Args:
+        truth: the whole data ``(N, *data_shape)``.
+        missing: which values were hidden, boolean, of the same shape.
+        mean: mean of the completions, of the same shape.
+        standard_deviation: their standard deviation, of the same shape.
+        draws: completions ``(num_draws, N, *data_shape)``.
+        title: a line above the picture.
+        limits: the values shown as white and as black.
+    """
+    if is_image(truth.shape[1:]):
+        observed = np.where(missing, np.nan, truth)
+        rows = [np.stack([observed[n], mean[n], *draws[:, n], truth[n]]) for n in range(len(truth))]
+        labels = ["observed", "mean", *("draw" for _ in draws), "truth"]
+        return image_grid(rows, title=title, column_labels=labels, limits=limits)
+    figure, axes = style.one_panel(title, (8.4, 4.4))
+    true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
+    if style.are_bits(true):
+        style.show_bits(axes, true, got, "truth")
+        axes.set(xlabel="mean of the completions", ylabel="missing values")
+    else:
+        ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
+        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+        axes.errorbar(
+            true, got, spread, fmt="o", markersize=2.5, color=BLUE, elinewidth=0.5, alpha=0.5,
+            label="mean, one deviation",
+        )  # fmt: skip
+        axes.set(xlabel="truth", ylabel="completion of a missing value")
+    style.legend_above(axes)
+    return figure
 
 
-def flat_image(image: Array, limits: tuple[float, float]) -> Array:
+def flat_image(image: Array, limits: Limits) -> Array:
     """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
     channel_axis = _channel_axis(image.shape)
     if channel_axis is None:
@@ -157,7 +184,7 @@ def flat_image(image: Array, limits: tuple[float, float]) -> Array:
         return image[:, :, 0]
     low, high = limits
     scaled = np.clip((image - low) / (high - low or 1), 0, 1)
-    return np.where(np.isnan(image), to_rgb(TINT), scaled)
+    return np.where(np.isnan(image), to_rgb(style.TINT), scaled)
 
 
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
@@ -175,27 +202,23 @@ def _channel_axis(shape: Sequence[int]) -> int | None:
 
 
 def show_image(
-    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: tuple[float, float]
+    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: Limits
 ) -> None:
-    """Show an image between ``extent``'s left, right, bottom and top, as ink on paper."""
-    low, high = limits
-    axes.imshow(
-        flat_image(image, limits), cmap=INK, vmin=low, vmax=high, extent=extent, aspect="auto"
-    )
+    """Show an image between left, right, bottom and top, whatever its proportions are."""
+    shown, (low, high) = flat_image(image, limits), limits
+    axes.imshow(shown, cmap=style.INK, vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the median and the middle 90 % of each coordinate; for bits the share of ones."""
-    bits = _are_bits(data)
+    bits = style.are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
         low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
             low = middle = high = values.mean(0)
         errors = np.stack([middle - low, high - middle])
-        at = position + shift
-        axes.errorbar(
-            at, middle, errors, fmt="o", markersize=3, color=colour, label=label, linewidth=1
-        )
+        how: dict[str, Any] = {"fmt": "o", "markersize": 3, "linewidth": 1}
+        axes.errorbar(position + shift, middle, errors, color=colour, label=label, **how)
     axes.set(xlabel="coordinate", ylabel="share of ones" if bits else "median, middle 90 %")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

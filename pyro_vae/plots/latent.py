@@ -16,11 +16,11 @@ from pyro_vae.plots.style import (
     BLUE,
     MAP,
     Array,
+    Limits,
     class_colours,
     legend_beside,
-    new_figure,
     one_panel,
-    open_frame,
+    panels,
 )
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
@@ -44,9 +44,9 @@ def latent_scatter(
     Args:
         codes: ``(N, 2)`` or ``(N, 1)``.
         labels: classes ``(N,)``, if there are any.
-        title: a line above the picture.
         axis_labels: what the two coordinates are.
         unit_circle: draw the outline of the unit sphere that the codes lie in.
+        title: a line above the picture.
     """
     classes = [] if labels is None else list(np.unique(labels))
     if codes.shape[1] == 1:
@@ -56,10 +56,8 @@ def latent_scatter(
     if 0 < len(classes) <= _MOST_CLASSES:
         assert labels is not None
         for value, colour in zip(classes, class_colours(len(classes)), strict=True):
-            points = codes[labels == value]
-            axes.scatter(
-                points[:, 0], points[:, 1], s=size, color=[colour], label=str(value), linewidths=0
-            )
+            x, y = codes[labels == value].T
+            axes.scatter(x, y, s=size, color=[colour], label=str(value), linewidths=0)
         legend_beside(axes, marker_scale=6 / math.sqrt(size))
     else:
         axes.scatter(codes[:, 0], codes[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
@@ -78,7 +76,7 @@ def manifold(
     *,
     title: str,
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: Limits = (0.0, 1.0),
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
@@ -86,8 +84,8 @@ def manifold(
         data: decoded data ``(rows, columns, *data_shape)``.
         first: value of the first latent in each column, ``(columns,)``.
         second: value of the second latent in each row, ``(rows,)``; increasing values stand higher.
-        title: a line above the picture.
         axis_labels: what the two coordinates are.
+        title: a line above the picture.
         limits: the values shown as white and as black.
     """
     if is_image(data.shape[2:]):
@@ -95,13 +93,12 @@ def manifold(
     rows, columns = data.shape[:2]
     values = data.reshape(rows, columns, -1)
     shown = _most_varying(values.reshape(rows * columns, -1))
-    figure, panels = _panels(len(shown), title)
-    for axes, coordinate in zip(panels, shown, strict=True):
+    figure, places = _panels(title, len(shown), framed=rows > 1)
+    for axes, coordinate in zip(places, shown, strict=True):
         axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
         if rows == 1:
             axes.plot(first, values[0, :, coordinate], color=BLUE, linewidth=1.3)
             axes.set_xlabel(axis_labels[0])
-            open_frame(axes)
             continue
         mesh = axes.pcolormesh(first, second, values[:, :, coordinate], cmap=MAP, shading="gouraud")
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
@@ -110,12 +107,7 @@ def manifold(
 
 
 def traversals(
-    data: Array,
-    values: Array,
-    names: Sequence[str],
-    *,
-    title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    data: Array, values: Array, names: Sequence[str], *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show what one latent after the other does to a datum.
 
@@ -132,12 +124,7 @@ def traversals(
 
 
 def interpolations(
-    start: Array,
-    way: Array,
-    end: Array,
-    *,
-    title: str,
-    limits: tuple[float, float] = (0.0, 1.0),
+    start: Array, way: Array, end: Array, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
@@ -176,12 +163,7 @@ def _histograms(
 
 
 def _image_manifold(
-    data: Array,
-    first: Array,
-    second: Array,
-    title: str,
-    axis_labels: tuple[str, str],
-    limits: tuple[float, float],
+    data: Array, first: Array, second: Array, title: str, axis_labels: tuple[str, str], limits: Limits
 ) -> Figure:
     rows, columns = data.shape[:2]
     image_height, image_width = flat_image(data[0, 0], limits).shape[:2]
@@ -192,8 +174,8 @@ def _image_manifold(
     gap = 0.03  # of a cell: neighbours are told apart
     for row in range(rows):
         for column in range(columns):
-            place = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
-            show_image(axes, data[row, column], place, limits)
+            extent = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
+            show_image(axes, data[row, column], extent, limits)
     axes.set(xlim=(0, columns), ylim=(0, rows), aspect=image_height / image_width)
     axes.set_xlabel(axis_labels[0])
     axes.set_xticks(*_ticks(first))
@@ -217,26 +199,24 @@ def _vector_walks(
 ) -> Figure:
     """Show vectors along ways ``(ways, steps, *data_shape)``: as lines, or many as a map."""
     data = data.reshape(*data.shape[:2], -1)[:_MOST_PANELS]
-    figure, panels = _panels(len(data), title)
+    many = data.shape[2] > _MOST_LINES
+    figure, places = _panels(title, len(data), framed=many)
     coordinates = np.arange(1, data.shape[2] + 1)
-    for axes, way, position, name in zip(panels, data, positions, names, strict=False):
+    for axes, way, position, name in zip(places, data, positions, names, strict=False):
         axes.set_xlabel(name)
-        if data.shape[2] > _MOST_LINES:
-            low, high = data.min(), data.max()
-            mesh = axes.pcolormesh(
-                position, coordinates, way.T, cmap=MAP, shading="nearest", vmin=low, vmax=high
-            )
+        if many:
+            how: dict[str, Any] = {"cmap": MAP, "vmin": data.min(), "vmax": data.max()}
+            mesh = axes.pcolormesh(position, coordinates, way.T, shading="nearest", **how)
             axes.set_ylabel("coordinate")
             continue
         for coordinate, colour in zip(coordinates, class_colours(len(coordinates)), strict=True):
             label = f"coordinate {coordinate}"
             axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
         axes.set_ylabel("decoded mean")
-        open_frame(axes)
-    if data.shape[2] > _MOST_LINES:
-        figure.colorbar(mesh, ax=panels, label="decoded mean")
+    if many:
+        figure.colorbar(mesh, ax=places, label="decoded mean")
     else:
-        entries = panels[0].get_legend_handles_labels()
+        entries = places[0].get_legend_handles_labels()
         figure.legend(*entries, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
@@ -247,12 +227,9 @@ def _most_varying(values: Array) -> list[int]:
     return sorted(int(index) for index in order[:_MOST_PANELS])
 
 
-def _panels(number: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many panels, three in a row."""
+def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes]]:
+    """Return so many panels in rows of three."""
     columns = min(3, number)
     rows = math.ceil(number / columns)
-    figure = new_figure(title, (3.2 * columns + 1.3, 2.6 * rows + 0.4))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[number:]:
-        axes.set_axis_off()
-    return figure, list(grid.flat[:number])
+    size = 3.2 * columns + 1.3, 2.6 * rows + 0.4
+    return panels(title, size, rows, columns, shown=number, framed=framed)

@@ -1,6 +1,8 @@
-"""The common look of the pictures: colours, panels, legends, ranges."""
+"""The common look of the pictures: colours, panels, histograms, legends."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Array = np.ndarray
+Limits = tuple[float, float]  # the values shown as white and as black
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"
 # Behind values that are not there.
@@ -17,11 +20,26 @@ INK = colormaps["gray_r"].with_extremes(bad=TINT)
 MAP = colormaps["viridis"]
 
 
-def new_figure(title: str, size: tuple[float, float]) -> Figure:
-    """Return an empty figure with its title at the left."""
+def panels(
+    title: str,
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    shown: int | None = None,
+    framed: bool = False,
+    **how: Any,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with its title at the left and so many of its panels, the rest left empty."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    places = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
+    shown = len(places) if shown is None else shown
+    for axes in places[shown:]:
+        axes.set_axis_off()
+    for axes in places[:shown]:
+        axes.spines[["top", "right"]].set_visible(framed)
+    return figure, places[:shown]
 
 
 def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -29,54 +47,47 @@ def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left")
-    open_frame(axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def open_frame(axes: Axes) -> None:
-    """Leave the frame's upper and right line out."""
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def two_histograms(
+def show_histograms(
     axes: Axes,
-    filled: tuple[Array, str],
-    outlined: tuple[Array, str],
+    filled: Array,
+    outlined: Array,
     bins: Array,
+    labels: tuple[str, str],
     *,
-    density: bool = False,
+    density: bool = True,
 ) -> None:
-    """Show two sets of values with their labels: one filled, one as an outline above it."""
+    """Show two distributions in the same bins: one as an area, the other as an outline."""
     edges = bins.tolist()
-    axes.hist(filled[0], edges, density=density, color=BLUE, alpha=0.5, label=filled[1])
-    axes.hist(outlined[0], edges, density=density, color=ORANGE, histtype="step", label=outlined[1])
+    axes.hist(filled, edges, density=density, color=BLUE, alpha=0.5, label=labels[0])
+    axes.hist(outlined, edges, density=density, color=ORANGE, histtype="step", label=labels[1])
+
+
+def show_bits(axes: Axes, truth: Array, found: Array, name: str) -> None:
+    """Show what was found in [0, 1] where the truth is 0, and where it is 1."""
+    apart, bins = (found[truth == 0], found[truth == 1]), np.linspace(0, 1, 26)
+    show_histograms(axes, *apart, bins, (f"{name} 0", f"{name} 1"), density=False)
+
+
+def are_bits(data: Array) -> bool:
+    """Say whether there are no other values than 0 and 1."""
+    return bool(((data == 0) | (data == 1)).all())
 
 
 def legend_above(axes: Axes) -> None:
     """Put the legend right of the title, where it hides no data."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        markerscale=2,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderpad=0,
-        columnspacing=1,
-    )
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0}
+    axes.legend(frameon=False, fontsize=9, markerscale=2, ncols=2, columnspacing=1, **place)
 
 
 def legend_beside(axes: Axes, *, marker_scale: float) -> None:
     """Put the legend of classes right of the panel, one line per class."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        markerscale=marker_scale,
-        title="class",
-        title_fontsize=9,
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1),
-    )
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
+    sizes: dict[str, Any] = {"fontsize": 9, "title_fontsize": 9, "markerscale": marker_scale}
+    axes.legend(frameon=False, title="class", **sizes, **place)
 
 
 def class_colours(number: int) -> list[tuple[float, float, float, float]]:
@@ -84,11 +95,3 @@ def class_colours(number: int) -> list[tuple[float, float, float, float]]:
     if number <= 10:
         return [colormaps["tab10"](index) for index in range(number)]
     return [colormaps["turbo"](index / (number - 1)) for index in range(number)]
-
-
-def fit_vertically(axes: Axes, values: Array) -> None:
-    """Set the vertical range to that of the values, with a small margin."""
-    if len(values):
-        low, high = values.min(), values.max()
-        margin = 0.05 * (high - low) or 0.5
-        axes.set_ylim(low - margin, high + margin)

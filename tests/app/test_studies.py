@@ -18,7 +18,7 @@ from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
 from pyro_vae.app import study as studies
 from pyro_vae.app import train as training
-from pyro_vae.app.measured import load_measured
+from pyro_vae.app.compare import load_measured
 
 pytestmark = WARNED
 
@@ -251,9 +251,9 @@ def test_an_interruption_leaves_the_finished_runs(here, monkeypatch, capsys):
                     dataset="bits.npy", hidden="16", latent_dim=2, epochs=1, device="cpu"
                 ),
                 comparing.EvaluateSettings(num_samples=60),
-                guides="mean-field,full-rank", priors="standard-normal", likelihoods="bernoulli",
-                seeds=1, hold=None, output=here / "compared",
-            )  # fmt: skip
+                comparing.CompareSettings(guides="mean-field,full-rank", seeds=1),
+                here / "compared",
+            )
     assert capsys.readouterr().err == "pyro-vae: interrupted: go on by the same command\n"
     name = "standard-normal-bernoulli-mean-field-seed-0"
     assert [path.name for path in (here / "compared" / "runs").iterdir()] == [name]

@@ -7,7 +7,7 @@ import torch
 from compared_pairs import QUICK, bits, comparison_of, measured, pair_of, small_vae
 
 import pyro_vae as pv
-from pyro_vae.app.comparison_page import conclude
+from pyro_vae.app.pages import conclude
 from pyro_vae.errors import InputError
 
 

@@ -1,0 +1,401 @@
+"""Checks by simulation: new data in place of the data, the aggregate posterior, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.estimate import calibration_groups
+from pyro_vae.evaluation.latent_codes import label_dimensions
+from pyro_vae.evaluation.simulate import simulate
+from pyro_vae.infer.settings import check_callables
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.opened import Progress, open_pair
+from pyro_vae.pair.sites import observed_site, value_axis
+from pyro_vae.weights.particles import Particles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Statistic = Callable[[Tensor], Tensor]
+
+_STATISTICS: dict[str, Statistic] = {
+    "mean": lambda values: values.reshape(len(values), -1).mean(1),
+    "standard deviation": lambda values: values.reshape(len(values), -1).std(1, correction=0),
+}
+
+
+@dataclass(frozen=True)
+class PosteriorPredictive:
+    """Statistics of the data beside those of data drawn from the posterior predictive.
+
+    Attributes:
+        observed: by statistic, its value for each datum, ``(N,)``.
+        replicated: by statistic, its values for the data drawn in their place, ``(S, N)``.
+    """
+
+    observed: dict[str, Tensor]
+    replicated: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def p_value(self) -> dict[str, Tensor]:
+        """By statistic, the share of drawn values at or above the datum's, ``(N,)``; ties by half.
+
+        Near 0 or 1 for data that the model can't make. The guide has seen the datum, so for a good
+        model the values crowd around 1/2 rather than being uniform.
+        """
+        shares = {}
+        for name, observed in self.observed.items():
+            above = (self.replicated[name] > observed).double().mean(0)
+            equal = (self.replicated[name] == observed).double().mean(0)
+            shares[name] = above + equal / 2
+        return shares
+
+    @property
+    def overall_p_value(self) -> dict[str, float]:
+        """By statistic, the share of whole drawn data sets whose mean is above the data's."""
+        shares = {}
+        for name, observed in self.observed.items():
+            means = self.replicated[name].mean(1)
+            above = (means > observed.mean()).double() + (means == observed.mean()).double() / 2
+            shares[name] = above.mean().item()
+        return shares
+
+    def plot(self) -> Figure:
+        """Show each statistic over the data and over the data drawn in their place."""
+        from pyro_vae import plots
+
+        return plots.observed_and_replicated(
+            {name: value.numpy() for name, value in self.observed.items()},
+            {name: value.numpy() for name, value in self.replicated.items()},
+            [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()],
+            title="posterior predictive check",
+        )
+
+
+def posterior_predictive(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    statistics: Mapping[str, Statistic] | None = None,
+    num_draws: int = 100,
+    observed: str | None = None,
+    plate: str = "data",
+    seed: int | None = None,
+) -> PosteriorPredictive:
+    """Draw latents given each datum, new data given these, and compare statistics of both.
+
+    Args:
+        model: the generative function of the pair.
+        guide: its variational function, taken for the posterior.
+        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
+        statistics: by name, functions from data ``(N, ...)`` to one number each, ``(N,)``; by default
+            the mean and the standard deviation over the values of a datum.
+        num_draws: data drawn in place of each datum, S.
+        observed: name of the observed site; needed where the model has several.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: several observed sites without a name, no site of that name, no statistic, one of
+            another shape, a number of draws below 1, or a pair that can't be weighed.
+
+    Source:
+        Gelman, Meng, Stern 1996, "Posterior Predictive Assessment of Model Fitness via Realized
+        Discrepancies", section 2.
+    """
+    check_counts(num_draws=num_draws)
+    statistics = _STATISTICS if statistics is None else statistics
+    if not statistics:
+        raise InputError("expected at least one statistic, got none: leave it out for the default")
+    pair = open_pair(model, guide, x, plate=plate)
+    seen: list[dict[str, Tensor]] = []
+    drawn: list[dict[str, Tensor]] = []
+    with pair.evaluating(seed):
+        for _, part in pair.blocks():
+            replicated = []
+            for _ in range(num_draws):
+                trace, _ = part.trace()
+                site = trace.nodes[observed_site(trace, observed)]
+                axis = value_axis(site, plate)
+                replicated.append(_compute(statistics, site["fn"].sample().movedim(axis, 0)))
+            drawn.append({n: torch.stack([each[n] for each in replicated]) for n in statistics})
+            seen.append(_compute(statistics, site["value"].movedim(axis, 0)))
+    return PosteriorPredictive(
+        {n: torch.cat([each[n] for each in seen]) for n in statistics},
+        {n: torch.cat([each[n] for each in drawn], dim=1) for n in statistics},
+    )
+
+
+def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> dict[str, Tensor]:
+    """Return statistics of data ``(N, ...)``, ``(N,)`` each; refuse those of another shape."""
+    values, computed = values.double(), {}
+    for name, statistic in statistics.items():
+        found = statistic(values)
+        if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"expected statistic {name!r} to give one number per datum, shape ({len(values)},), "
+                f"got {got}: leave the first dimension alone"
+            )
+        computed[name] = found.cpu()
+    return computed
+
+
+@dataclass(frozen=True)
+class AggregatePosterior:
+    """Draws of the guide over the data beside draws of the prior.
+
+    Attributes:
+        draws: aggregate posterior, ``(S, D)``, all latent sites side by side.
+        prior: as many draws of the prior, ``(S, D)``.
+        labels: a name for each dimension.
+    """
+
+    draws: Tensor = field(repr=False)
+    prior: Tensor = field(repr=False)
+    labels: list[str]
+
+    @property
+    def statistic(self) -> Tensor:
+        """Kolmogorov-Smirnov distance of each dimension, ``(D,)``: 0 where they agree, at most 1."""
+        return self._tests()[0]
+
+    @property
+    def p_value(self) -> Tensor:
+        """Chance of such a distance between draws of one distribution, ``(D,)``."""
+        return self._tests()[1]
+
+    def _tests(self) -> Tensor:
+        from scipy.stats import ks_2samp
+
+        columns = zip(self.draws.T.numpy(), self.prior.T.numpy(), strict=True)
+        results = [ks_2samp(mine, theirs) for mine, theirs in columns]
+        return torch.tensor([[result.statistic, result.pvalue] for result in results]).T
+
+    def plot(self) -> Figure:
+        """Show both distributions, one panel per dimension."""
+        from pyro_vae import plots
+
+        distances = zip(self.labels, self.statistic.tolist(), strict=True)
+        labels = [f"{label}  KS distance {distance:.2f}" for label, distance in distances]
+        return plots.prior_and_aggregate(
+            self.draws.numpy(), self.prior.numpy(), labels, title="aggregate posterior and prior"
+        )
+
+
+def aggregate_posterior(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    num_draws: int = 1,
+    plate: str = "data",
+    seed: int | None = None,
+) -> AggregatePosterior:
+    """Compare the guide's draws over all data with the prior, dimension by dimension.
+
+    A model generates from its prior; where the aggregate posterior is elsewhere, it generates what it
+    was never trained to decode. Agreement of the dimensions one by one is necessary, not sufficient.
+
+    Args:
+        model: the generative function of the pair.
+        guide: its variational function.
+        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
+        num_draws: draws per datum. Several of one datum are no independent draws of the aggregate,
+            and make the p-values too small.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: a number of draws below 1, or a pair that can't be weighed.
+
+    Source:
+        Hoffman, Johnson 2016, "ELBO surgery: yet another way to carve up the variational evidence
+        lower bound", section 1.
+    """
+    check_counts(num_draws=num_draws)
+    pair = open_pair(model, guide, x, plate=plate)
+    found: list[list[Tensor]] = [[], []]
+    with pair.evaluating(seed):
+        for _, part in pair.blocks():
+            particles = Particles(part)
+            prior = particles.data_first(particles.propose_from_prior(num_draws))
+            draws = particles.data_first(particles.propose(num_draws)[0])
+            for rows, latents in zip(found, (draws, prior), strict=True):
+                flat = {  # auxiliary sites have no prior
+                    n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in draws if n in prior
+                }
+                rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
+    labels = label_dimensions(flat)
+    return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranks of the latents that made simulated data among the guide's draws.
+
+    Attributes:
+        ranks: by latent site, ``(M, D)``: how many draws lie below the true value (among equal ones
+            a place at random), for each of the simulated data and each dimension; uniform on 0, ...,
+            ``num_draws`` where the guide is the posterior.
+        num_draws: draws of the guide per datum.
+        num_bins: bins of the histograms and of the test.
+        x: the simulated data, as the pair takes them.
+    """
+
+    ranks: dict[str, Tensor]
+    num_draws: int
+    num_bins: int
+    x: Inputs = field(repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each dimension, in the order of the rows of :attr:`counts`."""
+        return label_dimensions(self.ranks)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many data have their rank in each bin, ``(dimensions, num_bins)``."""
+        ranks = torch.cat(list(self.ranks.values()), dim=1)
+        bins = ranks * self.num_bins // (self.num_draws + 1)
+        return torch.stack([torch.bincount(column, minlength=self.num_bins) for column in bins.T])
+
+    @property
+    def chi_square(self) -> Tensor:
+        """Chi-square statistic of each dimension against uniform ranks, ``(dimensions,)``.
+
+        Its expectation under uniform ranks is ``num_bins - 1``.
+        """
+        expected = len(self.x[0]) / self.num_bins
+        return (self.counts - expected).square().sum(1) / expected
+
+    @property
+    def p_value(self) -> Tensor:
+        """Chance of a statistic as large under uniform ranks, ``(dimensions,)``.
+
+        Small for a guide that is not the posterior. Over many dimensions one of them is small by
+        chance: compare their minimum with a level divided by their number.
+        """
+        from scipy.stats import chi2
+
+        return torch.as_tensor(chi2.sf(self.chi_square.numpy(), self.num_bins - 1))
+
+    def __str__(self) -> str:
+        p_value = self.p_value
+        lowest = int(p_value.argmin())
+        return (
+            f"ranks of {len(self.x[0])} simulated data among {self.num_draws} draws of the guide: "
+            f"lowest p-value of {len(p_value)} dimensions {p_value[lowest].item():.2g} "
+            f"({self.labels[lowest]}; chi-square {self.chi_square[lowest].item():.1f}, "
+            f"{self.num_bins - 1} expected)"
+        )
+
+    def plot(self) -> Figure:
+        """Show the histogram of ranks of each dimension with the band that 95 % of bins lie in."""
+        from scipy.stats import binom
+
+        from pyro_vae import plots
+
+        low, high = binom.interval(0.95, len(self.x[0]), 1 / self.num_bins)
+        p_values = zip(self.labels, self.p_value.tolist(), strict=True)
+        labels = [f"{label}  p = {p_value:.2g}" for label, p_value in p_values]
+        title = "calibration of the guide: hill = too wide, bowl = too narrow, slope = shifted"
+        band = float(low), float(high)
+        return plots.rank_histograms(self.counts.numpy(), band, labels, title=title)
+
+    def to_arviz(self) -> Any:
+        """Return the ranks as values in (0, 1), in group ``prior_sbc`` of ArviZ's structure.
+
+        ``arviz.plot_ecdf_pit`` (1.x) takes it as it is; with 0.23 pass a variable's values to
+        ``arviz.plot_ecdf(values, cdf=scipy.stats.uniform.cdf, difference=True)``.
+        """
+        middles = {n: (ranks + 0.5) / (self.num_draws + 1) for n, ranks in self.ranks.items()}
+        return calibration_groups(middles)
+
+
+def calibration(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    num_data: int = 1000,
+    num_draws: int = 99,
+    num_bins: int = 20,
+    plate: str = "data",
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Draw latents and data from the model, and rank the latents among the guide's draws.
+
+    Where the guide is the posterior the ranks are uniform. Both are run in eval mode.
+
+    Args:
+        model: the generative function of the pair.
+        guide: its variational function.
+        x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe, which
+            are repeated as often as needed. Its observed values are not used.
+        num_data: data to simulate, M.
+        num_draws: draws of the guide per datum, L; L + 1 is to be a multiple of the bins.
+        num_bins: bins of the test, at most M / 5: each should expect five data.
+        plate: name of the data plate.
+        seed: seed of all draws; the generators' state is restored afterwards.
+        progress: called with (data done, M).
+
+    Raises:
+        InputError: numbers out of range, bins that do not divide the ranks, a pair that can't be
+            weighed, or that no data can be simulated from (see
+            :func:`pyro_vae.evaluation.bidirectional`).
+
+    Source:
+        Talts, Betancourt, Simpson, Vehtari, Gelman 2018, "Validating Bayesian Inference Algorithms
+        with Simulation-Based Calibration", algorithm 1 and section 4.1.
+    """
+    _check_options(num_data, num_draws, num_bins)
+    check_callables(progress=progress)
+    template = open_pair(model, guide, x, plate=plate)
+    ranks: dict[str, list[Tensor]] = {}
+    with template.evaluating(seed):
+        pair, latents = simulate(template, num_data)
+        for rows, part in pair.blocks(progress=progress):
+            particles = Particles(part)
+            drawn = particles.data_first(particles.propose(num_draws)[0])
+            for name, value in latents.items():
+                true = value[rows].unsqueeze(-1).flatten(1)
+                found = _ranks(true, drawn[name].unsqueeze(-1).flatten(2))
+                ranks.setdefault(name, []).append(found.cpu())
+    joined = {name: torch.cat(parts) for name, parts in ranks.items()}
+    return Calibration(joined, num_draws, num_bins, pair.inputs)
+
+
+def _ranks(true: Tensor, draws: Tensor) -> Tensor:
+    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random.
+
+    Among draws that equal the true value, as those of a discrete latent do, every place is as
+    likely: without that the ranks of a posterior would not be uniform.
+    """
+    below, equal = (draws < true).sum(0), (draws == true).sum(0)
+    place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
+    return below + place.long().minimum(equal)
+
+
+def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
+    check_counts(num_data=num_data, num_draws=num_draws, num_bins=num_bins)
+    if num_bins < 2 or (num_draws + 1) % num_bins:
+        fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
+        raise InputError(
+            f"expected num_bins of at least 2 that divide num_draws + 1, got {num_bins} for "
+            f"{num_draws} draws: use e.g. num_draws={fitting}"
+        )
+    if num_data < 5 * num_bins:
+        raise InputError(
+            f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
+            "test needs five data in each"
+        )
