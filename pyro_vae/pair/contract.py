@@ -316,7 +316,7 @@ def _bounds(support: Any) -> _Bounds | None:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if isinstance(support, _Stack | _Cat):
-        return _joined(support)
+        return _join(support)
     if support in _BOUNDED_VECTORS:
         return _box(*_BOUNDED_VECTORS[support], False)
     if support is constraints.boolean:
@@ -331,7 +331,7 @@ def _bounds(support: Any) -> _Bounds | None:
     return _box(*ends, is_discrete)
 
 
-def _joined(support: Any) -> _Bounds | None:
+def _join(support: Any) -> _Bounds | None:
     """Join the boxes of stacked or concatenated supports along their dimension."""
     parts = [_bounds(part) for part in support.cseq]
     known = [part for part in parts if part is not None]

@@ -81,9 +81,7 @@ def tensors_of(*functions: PairFunction) -> list[Tensor]:
 
 def _reach_all(functions: Iterable[PairFunction]) -> list[nn.Module | Tensor]:
     found: list[nn.Module | Tensor] = []
-    seen: set[int] = set()
-    for function in functions:
-        _reach(function, found, seen)
+    _reach(functions, found, set())
     return found
 
 
@@ -102,14 +100,14 @@ def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
     So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
     model that was ever evaluated would be kept alive.
     """
-    with eval_mode(*functions) as parts, new_names_forgotten(parts):
+    with eval_mode(*functions) as parts, forget_new_names(parts):
         yield
 
 
 @contextmanager
 def eval_mode(*functions: PairFunction) -> Iterator[list[nn.Module]]:
     """Put every module the functions reach in eval mode and give them; names in Pyro's store stay."""
-    with _modes_restored(*functions) as parts:
+    with _restore_modes(*functions) as parts:
         for part in parts:
             part.training = False
         yield parts
@@ -121,14 +119,14 @@ def training_mode(*functions: PairFunction) -> Iterator[None]:
 
     Gradients are on inside, whatever the caller's mode is.
     """
-    with _modes_restored(*functions), torch.inference_mode(False), torch.enable_grad():
+    with _restore_modes(*functions), torch.inference_mode(False), torch.enable_grad():
         for module in owned_modules(*functions):
             module.train()
         yield
 
 
 @contextmanager
-def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
+def _restore_modes(*functions: PairFunction) -> Iterator[list[nn.Module]]:
     modes = {part: part.training for module in modules_of(*functions) for part in module.modules()}
     try:
         yield list(modes)
@@ -138,7 +136,7 @@ def _modes_restored(*functions: PairFunction) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def new_names_forgotten(parts: list[nn.Module] | None = None) -> Iterator[Callable[[], list[str]]]:
+def forget_new_names(parts: list[nn.Module] | None = None) -> Iterator[Callable[[], list[str]]]:
     """Take out of Pyro's store what is put there inside; give a function that names it.
 
     With some modules given, only what are parameters of these very ones.

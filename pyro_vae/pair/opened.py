@@ -26,8 +26,8 @@ from pyro_vae.pair.functions import (
     device_of,
     eval_mode,
     evaluation_mode,
+    forget_new_names,
     modules_of,
-    new_names_forgotten,
     seeded,
     tensors_of,
     training_mode,
@@ -436,7 +436,7 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
     # At least two: one alone would broadcast against parameters of any number of data.
     later = torch.arange(min(count // 2, count - 2), count)
     rows = later if in_any_company else torch.arange(count).flip(0)
-    with new_names_forgotten() as new_names:
+    with forget_new_names() as new_names:
         try:
             if not _holds_for(pair, count, rows):
                 return False

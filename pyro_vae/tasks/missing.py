@@ -77,10 +77,10 @@ def observed_pair(
     masked = on_observed_part(model, observed=observed, position=position)
 
     def observed_model(*inputs: Tensor) -> Any:
-        return masked(*_filled(inputs, position, fill))
+        return masked(*_fill_hidden(inputs, position, fill))
 
     def observed_guide(*inputs: Tensor) -> Any:
-        return guide(*_filled(inputs, position, fill)[:-1])
+        return guide(*_fill_hidden(inputs, position, fill)[:-1])
 
     owners = owned_modules(model, guide)
     if not owners:
@@ -183,7 +183,7 @@ class _Owner(nn.Module):
         return self._guide(*inputs)
 
 
-def _filled(inputs: Inputs, position: int, fill: float | Tensor) -> Inputs:
+def _fill_hidden(inputs: Inputs, position: int, fill: float | Tensor) -> Inputs:
     """Return the inputs with ``fill`` in the hidden places; ``missing`` stays the last."""
     if not 0 <= position < len(inputs) - 1:
         raise InputError(
