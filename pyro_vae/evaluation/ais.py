@@ -43,11 +43,7 @@ GRADIENT_MEMORY = 3
 
 @dataclass(frozen=True)
 class AnnealingOptions:
-    """How to anneal: the options of :func:`pyro_vae.log_marginal` of the same names.
-
-    More steps are the better use of more transitions; several transitions at each step bring it
-    closer to an exact draw.
-    """
+    """How to anneal: the options of :func:`pyro_vae.log_marginal` of the same names."""
 
     num_chains: int = 16
     num_steps: int = 1000
@@ -79,14 +75,11 @@ class AnnealingOptions:
 
 
 class Tuning(NamedTuple):
-    """What the pilot found, frozen before the first chain that counts starts.
+    """What the pilot found, frozen before the first chain that counts starts."""
 
-    Step sizes ``(T, N)`` in units of the scales ``(N, D)``, and gradient evaluations per datum.
-    """
-
-    step_sizes: Tensor
-    scales: Tensor
-    cost: int
+    step_sizes: Tensor  # (T, N), in units of the scales
+    scales: Tensor  # (N, D)
+    cost: int  # gradient evaluations per datum
 
 
 def anneal(
@@ -97,25 +90,19 @@ def anneal(
     report: Report,
     keep_draws: int | None = None,
 ) -> LogMarginal:
-    r"""Estimate log p(x) per datum by annealed importance sampling.
-
-    .. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
-        [\log p(x, z_{t-1}) - \log f_0(z_{t-1})], \quad p(x) = E[w]
-
-    A pilot run, thrown away, adapts the step size per datum and step.
+    """Estimate log p(x) per datum by annealed importance sampling.
 
     Source:
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
         2017, "On the Quantitative Analysis of Decoder-Based Generative Models".
     """
-    blocks = []
-    positions, num_samples = torch.arange(pair.num_data), torch.tensor(options.num_chains)
+    blocks, positions = [], torch.arange(pair.num_data)
     for rows, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
         path = AnnealingPath(Particles(part), options.start)
         blocks.append(_anneal_block(path, options, positions[rows], report))
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
-    counts = num_samples.repeat(pair.num_data)
+    counts = torch.full((pair.num_data,), options.num_chains)
     return join_blocks(blocks, keep_draws=keep_draws, num_samples=counts, method="annealed")
 
 
@@ -139,13 +126,11 @@ def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:
     path.capture(position)
     betas = options.betas()[1:]
     stops = torch.linspace(0, len(betas) - 1, min(_PILOT_STOPS, len(betas))).round().long().tolist()
-    beta_at = [0.0] * _PILOT_WARM_UP
+    longest, beta_at = options.num_leapfrog_steps, [0.0] * _PILOT_WARM_UP
     beta_at += [betas[stop] for stop in stops for _ in range(_PILOT_REPEATS)]
     recorded = []
     for beta in beta_at:
-        state, probability = transition(
-            path, state, beta, log_step.exp(), scales, options.num_leapfrog_steps
-        )
+        state, probability = transition(path, state, beta, log_step.exp(), scales, longest)
         log_step = log_step + _PILOT_GAIN * (probability.mean(0).to(log_step) - _TARGET_ACCEPTANCE)
         recorded.append(log_step)
     settled = torch.stack(recorded[_PILOT_WARM_UP + _PILOT_REPEATS - 1 :: _PILOT_REPEATS])
@@ -168,13 +153,10 @@ def annealed_weights(
 ) -> tuple[Tensor, State, Tensor]:
     """Move chains along the path; return log weights ``(C, N)``, last state and acceptance ``(N,)``.
 
-    The mean weight of forward chains is p(x). With ``reverse`` they start at draws of the posterior
-    and take the same transitions in reverse order: the mean inverse weight is then 1 / p(x).
-    ``tell`` is called with the fraction done.
+    Their mean weight is p(x); with ``reverse``, from posterior draws, their mean inverse 1 / p(x).
     """
-    betas = options.betas()
-    log_weights = torch.zeros_like(state.base)
-    acceptance = torch.zeros_like(state.base[0])
+    betas, longest = options.betas(), options.num_leapfrog_steps
+    log_weights, acceptance = torch.zeros_like(state.base), torch.zeros_like(state.base[0])
     steps = range(options.num_steps)
     for count, index in enumerate(reversed(steps) if reverse else steps, start=1):
         beta, step_size = betas[index + 1], tuning.step_sizes[index]
@@ -182,9 +164,7 @@ def annealed_weights(
         if not reverse:
             log_weights = log_weights + rise * state.increment
         for _ in range(options.num_transitions):
-            state, probability = transition(
-                path, state, beta, step_size, tuning.scales, options.num_leapfrog_steps
-            )
+            state, probability = transition(path, state, beta, step_size, tuning.scales, longest)
             acceptance = acceptance + probability.mean(0)
         if reverse:
             log_weights = log_weights + rise * state.increment
@@ -233,8 +213,5 @@ def _anneal_block(
     latents, _ = path.latents(state.position)
     log_likelihood, _ = path.particles.score(latents)
     draws = {name: value.cpu() for name, value in path.particles.data_first(latents).items()}
-    return Block(
-        positions,
-        {name: value.cpu() for name, value in per_datum.items()},
-        PosteriorDraws(draws, log_likelihood.cpu(), log_weights.cpu()),
-    )
+    kept = PosteriorDraws(draws, log_likelihood.cpu(), log_weights.cpu())
+    return Block(positions, {name: value.cpu() for name, value in per_datum.items()}, kept)

@@ -146,9 +146,8 @@ def bidirectional(
         size = annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
             path = AnnealingPath(Particles(part), start)
-            drawn = {
-                n: value[rows].movedim(0, path.particles.axes[n]) for n, value in latents.items()
-            }
+            axes = path.particles.axes
+            drawn = {n: value[rows].movedim(0, axes[n]) for n, value in latents.items()}
             blocks.append(_both_ways(path, options, drawn))
     lower, upper, *acceptance = torch.cat(blocks, dim=1)
     return Bidirectional(lower, upper, pair.inputs, num_chains, num_steps, torch.stack(acceptance))
@@ -163,9 +162,8 @@ def _both_ways(path: AnnealingPath, options: AnnealingOptions, drawn: Latents) -
     forward, _, accepted = annealed_weights(path, path.evaluate(position), options, tuning)
     exact = path.position({name: value[None] for name, value in drawn.items()})
     exact = exact.expand(options.num_chains, *exact.shape[1:])
-    reverse, _, accepted_back = annealed_weights(
-        path, path.evaluate(exact), options, tuning, reverse=True
-    )
+    state = path.evaluate(exact)
+    reverse, _, accepted_back = annealed_weights(path, state, options, tuning, reverse=True)
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
     return torch.stack([lower, upper, accepted, accepted_back]).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -43,15 +44,7 @@ PROGRAMS: Remembered[Programs[Program]] = Remembered()
 def compiled_score(
     scorer: Particles, latents: Latents, work: int, wanted: bool | None
 ) -> tuple[Callable[[Latents], Terms], Terms] | None:
-    """Return a compiled ``scorer.score`` for as many particles as ``latents`` has.
-
-    A program is checked against the uncompiled score: on a whole chunk when made, on the first
-    particle of every datum in every later call. What the score gives at ``latents``, which that has
-    paid for, comes with it.
-
-    None where it can't be compiled (a warning says why if that is ``wanted``) or should not: by
-    default, where ``work``, the bytes that scoring will allocate in all, does not repay it.
-    """
+    """Return a compiled ``scorer.score`` and its values at ``latents``; None if that can't pay."""
     device = scorer.pair.inputs[0].device.type
     repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
     if wanted is False or not (wanted or repaid):
@@ -65,9 +58,9 @@ def compiled_score(
         if wanted:
             warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
 
-    functions, key, given = (scorer.pair.model,), ("score", *names), list(latents.values())
+    key, given = ("score", *names), list(latents.values())
     captured = capture_values(
-        scorer, functions, key, given, score, num_checked=1, compile=True, say=say
+        scorer, (scorer.pair.model,), key, given, score, num_checked=1, compile=True, say=say
     )
     if captured is None:
         return None
@@ -87,47 +80,23 @@ def capture_values(
     compile: bool = False,
     say: Callable[[str], None] = lambda reason: None,
 ) -> Captured | None:
-    """Find the program that computes some values of a pair, or record one; check it before its use.
-
-    Programs are kept per pair and shapes: later calls, on other data too, pay for a check alone. They
-    follow parameters that are trained or replaced meanwhile. What no signature can show may have
-    changed, such as a plain attribute: a program that fails its check is recorded anew.
-
-    Args:
-        particles: the pair, opened on its data.
-        functions: those of the pair that the values depend on: the model, or model and guide.
-        key: names the values, and what they depend on besides the pair and the shapes.
-        given: tensors of the shapes to come, particles first.
-        compute: the values of what is given, for a pair like this one on other inputs.
-        elsewhere: returns where to check the program; else it is where it was recorded.
-        num_checked: particles by which a program made earlier is checked; all of them by default.
-        compile: whether to compile the program, which is then wanted only if it scores particles at
-            once.
-        say: told why the values can't be captured, or not compiled.
-
-    Returns:
-        the replayed function, and what it gave where it was checked; None where there is none.
-    """
+    """Find or record the program of some values of a pair; return it and what its check gave."""
     pair, programs = particles.pair, PROGRAMS.get(*functions)
     if programs is None:
         programs = Programs()
         PROGRAMS.keep(programs, *functions)
     signature = sign((key, pair.plate), [*given, *pair.inputs], [])
-    drawn: list[Sequence[Tensor]] = []
+    where = functools.cache(elsewhere or (lambda: given))  # drawn where first needed, and once
 
     def check(program: Program, num_checked: int | None) -> list[Tensor]:
-        if not drawn:
-            drawn.append(given if elsewhere is None else elsewhere())
-        (where,) = drawn
-
         def compare(expected: Values, found: list[Tensor], tensors: list[Tensor]) -> None:
-            tolerance = tolerance_of(value.dtype for value in (*where, *tensors, *found))
+            tolerance = tolerance_of(value.dtype for value in (*where(), *tensors, *found))
             for own, standard in zip(found, expected, strict=True):
                 if not are_close(own[: len(standard)], standard, tolerance):
                     raise CannotCaptureError("it gives other values than the model")
 
-        few = [value[:num_checked] for value in where]
-        return verify(program, [*where, *pair.inputs], lambda: compute(particles, few), compare)
+        few = [value[:num_checked] for value in where()]
+        return verify(program, [*where(), *pair.inputs], lambda: compute(particles, few), compare)
 
     def ready(program: Program, shown: list[Tensor]) -> Captured:
         tensors, inputs = program.state.current(), pair.inputs
@@ -136,13 +105,14 @@ def capture_values(
 
     known = programs.find(signature)
     if known is not None:
+        # What no signature shows, such as a plain attribute, may have changed: then record anew.
         try:
             return ready(known[0], check(known[0], num_checked))
         except CannotCaptureError:
             programs.kept.remove(known[0])
     if signature in programs.impossible:
-        if elsewhere is not None and programs.impossible[signature] and not drawn:
-            elsewhere()  # as at the first time: a seed gives the same numbers
+        if programs.impossible[signature]:
+            where()  # as at the first time: a seed gives the same numbers
         return None
     program = None
     try:

@@ -24,14 +24,11 @@ _SCALE_DRAWS, _STRUCTURE_RUNS = 32, 4
 
 
 class State(NamedTuple):
-    """Positions ``(C, N, D)`` of all chains and the log densities there, ``(C, N)``, nats, float64.
-
-    ``base`` is that of the path's start, ``increment`` that of its end minus it.
-    """
+    """Positions ``(C, N, D)`` of chains and the log densities there, ``(C, N)``, nats, float64."""
 
     position: Tensor
-    base: Tensor
-    increment: Tensor
+    base: Tensor  # at the path's start
+    increment: Tensor  # at its end, minus that
     base_gradient: Tensor
     increment_gradient: Tensor
 
@@ -62,14 +59,7 @@ class _Coordinates(NamedTuple):
 
 
 class AnnealingPath:
-    r"""Densities between a start, ``"guide"`` or ``"prior"``, and the posterior, up to constants.
-
-    .. math:: \log f_\beta = (1 - \beta) \log f_0 + \beta \log p(x, z),
-        \quad f_0 = q(z | x) \text{ or } p(z)
-
-    All are densities of unconstrained coordinates u, the Jacobian of z(u) included: a latent without
-    such coordinates (discrete, on a sphere) or that changes from run to run is refused.
-    """
+    r"""Densities :math:`f_0^{1 - \beta} p(x, z)^\beta` of the latents' unconstrained coordinates."""
 
     def __init__(self, particles: Particles, start: str) -> None:
         self.particles, self.start = particles, start
@@ -127,12 +117,7 @@ class AnnealingPath:
         return State(position, *self._ends(position, self.particles))
 
     def capture(self, position: Tensor) -> None:
-        """Record the operations of :meth:`evaluate` for positions of this shape.
-
-        Replaying them spares the handlers of Pyro and of ``torch.vmap``, which cost more than the
-        arithmetic of a small model. A pair that can't be captured is evaluated as it is. What is
-        recorded serves other blocks of data and later calls too.
-        """
+        """Record :meth:`evaluate` for this shape: handlers cost more than a small model itself."""
         if position.shape in self._graphs:
             return
         pair = self.particles.pair
@@ -156,15 +141,13 @@ class AnnealingPath:
             log_likelihood, log_prior = particles.score(latents)
             if self.start == "prior":
                 base, increment = log_prior + log_jacobian, log_likelihood
-                base_gradient = _gradient(base, position)
-                increment_gradient = _gradient(increment, position)
+                gradients = _gradient(base, position), _gradient(increment, position)
             else:
                 base = particles.score_proposal(latents) + log_jacobian
                 joint = log_likelihood + log_prior + log_jacobian
-                increment = joint - base
-                base_gradient = _gradient(base, position)
-                increment_gradient = _gradient(joint, position) - base_gradient
-        return base.detach(), increment.detach(), base_gradient.detach(), increment_gradient.detach()
+                increment, base_gradient = joint - base, _gradient(base, position)
+                gradients = base_gradient, _gradient(joint, position) - base_gradient
+        return tuple(value.detach() for value in (base, increment, *gradients))
 
     def position(self, latents: Latents) -> Tensor:
         """Return the unconstrained positions ``(C, N, D)`` of latents ``(C, ...)``."""
@@ -183,12 +166,9 @@ class AnnealingPath:
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair a few times; refuse latents that change in name, shape or support."""
+        runs = (self.particles.traces() for _ in range(_STRUCTURE_RUNS))
         shown, *others = (
-            [
-                {site["name"]: site for site in latent_sites(trace)}
-                for trace in self.particles.traces()
-            ]
-            for _ in range(_STRUCTURE_RUNS)
+            [{site["name"]: site for site in latent_sites(trace)} for trace in run] for run in runs
         )
         for first, other in (both for run in others for both in zip(shown, run, strict=True)):
             changed = sorted(set(first) ^ set(other)) or sorted(
@@ -210,13 +190,9 @@ def transition(
     scales: Tensor,
     num_leapfrog_steps: int,
 ) -> tuple[State, Tensor]:
-    """Move every chain by one Hamiltonian transition that leaves the density at ``beta`` invariant.
+    """Move every chain once at ``beta``; return state and acceptance probabilities ``(C, N)``.
 
-    One gradient evaluation per leapfrog step: the state carries the gradients of the path's two
-    ends, which give that of any density between them. Step sizes are per datum, ``(N,)``, in units
-    of the scales ``(N, D)``. The number of steps is drawn from 1 to ``num_leapfrog_steps`` anew each
-    time: a trajectory of fixed length may close on itself, and then moves nothing. Returns the new
-    state, and the acceptance probabilities ``(C, N)``.
+    Step sizes are per datum, ``(N,)``, in units of the scales ``(N, D)``.
 
     Source:
         Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2 and 4.2.
@@ -224,6 +200,7 @@ def transition(
     momentum = torch.randn_like(state.position)
     jitter = 0.8 + 0.4 * torch.rand_like(state.position[..., :1])
     steps = jitter * step_size.to(scales.dtype)[:, None] * scales
+    # Drawn anew each time: a trajectory of fixed length may close on itself, and then moves nothing.
     length = int(torch.randint(1, num_leapfrog_steps + 1, ()))
     before = state.log_density(beta) - _kinetic(momentum)
     proposal = state

@@ -26,9 +26,6 @@ class CannotCaptureError(Exception):
     """Why a pair can't be captured faithfully; its text completes "runs eagerly: ..."."""
 
 
-# --- arguments -------------------------------------------------------------------------------
-
-
 def describe(value: Any, tensors: list[Tensor], path: str = "argument") -> Hashable:
     """Key of an argument up to its tensors' shapes; its tensors are appended to ``tensors``."""
     if isinstance(value, Tensor):
@@ -64,23 +61,6 @@ def replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
-# --- modules and generators ------------------------------------------------------------------
-
-
-@contextmanager
-def called_modules(found: dict[nn.Module, None]) -> Iterator[None]:
-    """Collect every module whose forward runs inside."""
-
-    def note(module: nn.Module, _: Any) -> None:
-        found[module] = None
-
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def refuse_untraceable(before: Snapshot) -> None:
     """Refuse a run that did what a graph can't repeat."""
     for holder, name, buffer, _ in before.buffers:
@@ -112,9 +92,6 @@ def autocast_dtypes() -> tuple[torch.dtype | None, ...]:
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for device in AUTOCAST_DEVICES
     )
-
-
-# --- what a capture must not let pass --------------------------------------------------------
 
 
 def refuse_handlers() -> None:
@@ -173,43 +150,28 @@ class _RefuseReads(TorchFunctionMode):
 
     READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
 
-    def __init__(self, site: Sites) -> None:
-        super().__init__()
-        self.site = site
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.READS:
-            raise CannotCaptureError(f"a tensor's values are read in Python {self.site}")
+            raise CannotCaptureError("a tensor's values are read in Python")
         return func(*args, **(kwargs or {}))
 
 
 class _RefuseDynamicShapes(TorchDispatchMode):
     """Refuse results whose shape depends on values: a capture would bake the shape in."""
 
-    def __init__(self, site: Sites) -> None:
-        super().__init__()
-        self.site = site
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.dynamic_output_shape in func.tags and (
             func is not torch.ops.aten.index.Tensor
             or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         ):
-            raise CannotCaptureError(f"a shape depends on tensor values ({func}) {self.site}")
+            raise CannotCaptureError(f"a shape depends on tensor values ({func})")
         return func(*args, **(kwargs or {}))
-
-
-# --- the graph -------------------------------------------------------------------------------
 
 
 def trace_graph(
     function: Callable[[], tuple[Tensor, ...]], inputs: Sequence[Tensor]
 ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-    """Record ``function()`` as a graph of plain operators over ``inputs``.
-
-    The inputs are recognised by identity, so a pair that closes over its parameters needs no
-    change.  Whatever else the pair read becomes a further input; these are returned too, in order.
-    """
+    """Record ``function()`` as a graph over ``inputs`` and whatever else it read; return both."""
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -219,16 +181,16 @@ def trace_graph(
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
 
     def guarded(*_: Tensor) -> tuple[Tensor, ...]:
-        with poutine.block(), site, _RefuseDynamicShapes(site), _RefuseReads(site):
+        with poutine.block(), site, _RefuseDynamicShapes(), _RefuseReads():
             return function()
 
     try:
         with tracing(context):
             module = make_fx(guarded)(*inputs)
-    except CannotCaptureError:
-        raise
     except Exception as error:
-        if "get value out of a tracing tensor" in str(error):
+        if isinstance(error, CannotCaptureError):
+            text = f"{error} {site}"
+        elif "get value out of a tracing tensor" in str(error):
             text = f"Python reads a tensor's value (.item(), bool, if) {site}"
         else:
             text = f"{type(error).__name__} {site}: {str(error).strip().splitlines()[:1]}"

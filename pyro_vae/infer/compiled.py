@@ -26,10 +26,8 @@ from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.state import Snapshot, with_submodules
 
 # Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
-# 26 seconds of one core; a step saves 4 to 7 milliseconds of it, as much for a small net (8.0 to 3.8,
-# 784-64-20, batch 128) as for a larger one (20 to 13.7, 784-512-256-20): 20 s / 5 ms = 4,000 steps,
-# and a margin. The choice hangs on nothing measured in the run itself, so that the same call takes
-# the same steps, bit for bit.
+# 26 s of one core; a step saves 4 to 7 ms of it, of a small net (784-64-20, batch 128) as of a larger
+# one (784-512-256-20): 20 s / 5 ms = 4,000 steps, and a margin. A constant: calls repeat bit for bit.
 COMPILED_FROM_STEPS = 5_000
 
 # What layers multiply in besides float32, and round differently from kernel to kernel: TF32 has the
@@ -189,10 +187,8 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
             The negative ELBO in nats, summed over the batch (a float on the CPU, a 0-dim tensor on
             an accelerator).
         """
-        stock = super().loss_and_grads
-        return self.take(
-            Call(model, guide, args, kwargs), lambda: stock(model, guide, *args, **kwargs)
-        )
+        stock, call = super().loss_and_grads, Call(model, guide, args, kwargs)
+        return self.take(call, lambda: stock(model, guide, *args, **kwargs))
 
 
 class Compiled(_Stepping, ELBO):
@@ -255,14 +251,8 @@ class Compiled(_Stepping, ELBO):
             The negative bound in nats, summed over the batch (a float on the CPU, a 0-dim tensor on
             an accelerator).
         """
-
-        def eager() -> float:
-            return self.objective.loss_and_grads(*self._scaled(model, guide), *args, **kwargs)
-
-        return self.take(Call(model, guide, args, kwargs), eager)
-
-
-# --- the steps of fit ------------------------------------------------------------------------
+        eager, call = self.objective.loss_and_grads, Call(model, guide, args, kwargs)
+        return self.take(call, lambda: eager(*self._scaled(model, guide), *args, **kwargs))
 
 
 def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
@@ -273,10 +263,7 @@ def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
 
 
 class StepCapture(Engine):
-    """Takes the steps of a run by captured graphs, where that ``is_chosen`` and can be done.
-
-    A warning says so where it was asked for, by ``compile`` or by a compiled objective, and can't.
-    """
+    """Takes the steps of a run by captured graphs, where that ``is_chosen`` and can be done."""
 
     names = SUMMARY
     keeps_outputs = False
@@ -301,14 +288,12 @@ class StepCapture(Engine):
         if compile is False:
             self._choice = "eager as asked"
         elif isinstance(objective.bound, StockBound):
-            name = type(objective.bound.objective).__name__
-            self._choice = f"eager: {name} reads values in Python"
-            if self.warns:
-                text = f"fit runs {name} eagerly: it reads values in Python"
-                warnings.warn(text, stacklevel=4)  # the caller of fit
+            name, reads = type(objective.bound.objective).__name__, "reads values in Python"
+            self._choice = f"eager: {name} {reads}"
+            if self.warns:  # the caller of fit
+                warnings.warn(f"fit runs {name} eagerly: it {reads}", stacklevel=4)
         elif not self.warns and device.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
-            pays = f"compiling pays from {COMPILED_FROM_STEPS} on"
-            self._choice = f"eager: {num_steps} steps, {pays}"
+            self._choice = f"eager: {num_steps} steps, compiling pays from {COMPILED_FROM_STEPS} on"
         else:
             self.is_chosen = True
             steps = f"{num_steps} steps on {device.type}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 import weakref
@@ -14,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
@@ -49,9 +49,6 @@ class Call(NamedTuple):
         return Call(*scale_pair(self.model, self.guide, beta), self.args, self.kwargs)
 
 
-# --- one step --------------------------------------------------------------------------------
-
-
 class Reference(NamedTuple):
     """What one step gives by the code that is the standard a program is held to."""
 
@@ -80,10 +77,7 @@ class StepProgram(Program):
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
     ) -> list[Tensor]:
-        """Run the step: the summary, then the gradients.
-
-        They are the caller's own; without ``keep`` they last until the next run only.
-        """
+        """Run the step: summary and gradients, the caller's own only if told to ``keep`` them."""
         outputs = super().outputs(given, tensors)
         if self.overwrites and keep:
             # Multiplying by one copies all the gradients in one launch.
@@ -95,11 +89,8 @@ class StepProgram(Program):
     def note_layouts(
         self, values: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        """Find the gradients to be copied: those that share memory or aren't laid out as the leaf.
-
-        ``backward`` hands out gradients that may be changed in place, and fused optimisers rely on
-        the layout; which outputs of a graph fall short of that never changes.
-        """
+        """Find the gradients to be copied: those that share memory or aren't laid out as the leaf."""
+        # Those of ``backward`` may be changed in place, and fused optimisers rely on the layout.
         used = {value.untyped_storage().data_ptr() for value in values}
         for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
             storage = gradient.untyped_storage().data_ptr()
@@ -123,17 +114,7 @@ class StepProgram(Program):
 
 
 class Engine:
-    """The captured steps of an objective, over pairs and signatures.
-
-    A step gives one vector, the summary, and the gradients: here (loss, rate, distortion) and the
-    gradient of the sum over the batch. A subclass may change what they are.
-
-    Args:
-        name: who runs, in messages.
-        backend: backend of ``torch.compile``, or ``"eager"`` for the graph as it was recorded.
-        mode: mode of ``torch.compile``; None takes CUDA graphs where there is CUDA.
-        verify_every: repeat the comparison with the standard every so many steps.
-    """
+    """The captured steps of an objective, over pairs and signatures: summaries and gradients."""
 
     objective: Bound
     names: tuple[str, ...] = ("loss", "rate", "distortion")  # of the summary, for messages
@@ -156,8 +137,6 @@ class Engine:
         self._pairs: Remembered[Programs[StepProgram]] = Remembered()
         self._beta = 1.0
         self._beta_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    # --- what a step computes ---
 
     def bound(self) -> Bound:
         """Return the bound that is captured, its options as they stand."""
@@ -188,8 +167,6 @@ class Engine:
         """Give the gradients to the leaves and return what the eager step returns."""
         raise NotImplementedError
 
-    # --- steps ---
-
     @property
     def beta(self) -> float:
         """Weight of the latent sites' terms, an input of every graph: assign it to change it."""
@@ -212,7 +189,8 @@ class Engine:
         """Take a captured step, or else the eager one; then capture it for the next time."""
         pair = self._pairs.get(call.model, call.guide)
         if pair is None:
-            title = f"model {_title(call.model)} with guide {_title(call.guide)}"
+            names = [repr(getattr(f, "__qualname__", type(f).__name__)) for f in call[:2]]
+            title = "model {} with guide {}".format(*names)
             pair = Programs(partial(self._say, title))
             self._pairs.keep(pair, call.model, call.guide)
         if pair.refused or not torch.is_grad_enabled():
@@ -220,7 +198,7 @@ class Engine:
         inputs: list[Tensor] = []
         try:
             capture.refuse_handlers()
-            signature = self._sign(call, inputs)
+            signature = sign(self._key(), (call.args, call.kwargs), inputs)
         except CannotCaptureError as reason:
             pair.report(reason)
             return eager()
@@ -241,9 +219,6 @@ class Engine:
         leaves = [tensors[i] for i in program.leaves]
         return self._hand_over(program, leaves, summary, gradients)
 
-    def _sign(self, call: Call, inputs: list[Tensor]) -> Signature:
-        return sign(self._key(), (call.args, call.kwargs), inputs)
-
     def _beta_tensor(self, device: torch.device) -> Tensor:
         key = (device, torch.get_default_dtype())
         if key not in self._beta_tensors:
@@ -255,22 +230,19 @@ class Engine:
         if self.warns:
             warnings.warn(f"{self.name} runs {title} eagerly: {reason}", stacklevel=5)
 
-    # --- the first step of a signature ---
-
     def _take_then_capture(
         self, pair: Programs[StepProgram], call: Call, eager: Callable[[], Any]
     ) -> Any:
         """Take the eager step, which also creates parameters, then capture the next ones."""
         found: dict[nn.Module, None] = {}
-        with capture.called_modules(found):
+        with register_module_forward_pre_hook(lambda module, _: found.setdefault(module)):
             result = eager()
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
-        signature = self._sign(call, inputs)
+        signature = sign(self._key(), (call.args, call.kwargs), inputs)
         if pair.refused or pair.find(signature) is not None or not pair.wants(signature):
             return result
-        closed_over = map(modules_of, (call.model, call.guide))
-        modules = with_submodules([*found, *itertools.chain(*closed_over)])
+        modules = with_submodules([*found, *modules_of(call.model, call.guide)])
         try:
             program = self._capture(call, modules, signature, inputs)
             mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
@@ -295,7 +267,11 @@ class Engine:
             capture.refuse_untraceable(before)
             leaves = list(reference.gradients)
             state = State(modules, reference.parameters, leaves)
-            _refuse_gradients(state, reference)
+            for leaf, gradient in reference.gradients.items():
+                if gradient.layout is not torch.strided:
+                    raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
+                if hooked(leaf):
+                    raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
             beta = self._beta_tensor(leaves[0].device)
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
@@ -332,18 +308,11 @@ class Engine:
         if all(gradient.layout is torch.strided for gradient in gradients):  # else to be refused
             with torch.no_grad():
                 summary, gradients = self._finish(terms, gradients)
-        return Reference(
-            summary, dict(zip(used, gradients, strict=True)), tuple(sites.names), dict(nodes)
-        )
-
-    # --- holding a program against the reference ---
+        finished = dict(zip(used, gradients, strict=True))
+        return Reference(summary, finished, tuple(sites.names), dict(nodes))
 
     def _check(self, program: StepProgram, call: Call, inputs: list[Tensor]) -> None:
-        """Compare one step of the program with the reference.
-
-        A gradient is compared by its norm, plus a thousandth of the whole gradient's: one that
-        vanishes in exact arithmetic has nothing but the rounding of larger terms.
-        """
+        """Compare one step of the program with the reference."""
         given = [self._beta_tensor(program.device), *inputs]
 
         def compare(reference: Reference, found: list[Tensor], tensors: list[Tensor]) -> None:
@@ -353,12 +322,12 @@ class Engine:
                 raise CannotCaptureError("the set of parameters that get a gradient changes")
             expected = [reference.gradients[leaf] for leaf in leaves]
             tolerance = tolerance_of([g.dtype for g in expected] + [*self.rounding])
-            values = zip(self.names, summary, reference.summary, strict=True)
-            for name, value, standard in values:
+            for name, value, standard in zip(self.names, summary, reference.summary, strict=True):
                 if not are_close(value, standard, tolerance):
                     raise CannotCaptureError(
                         f"its {name} {float(value):.6g} differs from the eager {float(standard):.6g}"
                     )
+            # A gradient that vanishes in exact arithmetic holds nothing but rounding of larger ones.
             finite = (gradient.double().nan_to_num(0.0, 0.0, 0.0) for gradient in expected)
             floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in finite))
             for leaf, gradient, standard in zip(leaves, gradients, expected, strict=True):
@@ -368,16 +337,3 @@ class Engine:
             program.note_layouts([*given, *tensors], leaves, gradients)
 
         verify(program, given, lambda: self._reference(call), compare)
-
-
-def _refuse_gradients(state: State, reference: Reference) -> None:
-    """Refuse gradients that a graph can't hand over."""
-    for leaf, gradient in reference.gradients.items():
-        if gradient.layout is not torch.strided:
-            raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
-        if hooked(leaf):
-            raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
-
-
-def _title(function: Any) -> str:
-    return repr(getattr(function, "__qualname__", type(function).__name__))

@@ -111,8 +111,6 @@ class FusedOptim(PyroOptim):
         if self.scheduler is not None:
             self.scheduler.step(*args, **kwargs)
 
-    # --- parameters that appear ---
-
     def _add(self, params: list[Tensor]) -> None:
         store = pyro.get_param_store()
         named = {}
@@ -181,8 +179,6 @@ class FusedOptim(PyroOptim):
             options = {**options, "fused": True}
         return self.pt_optim_constructor([param], **options)
 
-    # --- clipping ---
-
     def _clip_key(self, param: Tensor) -> tuple[float | None, float | None]:
         options = dict(self._get_grad_clip_args(param))
         key = (options.pop("clip_norm", None), options.pop("clip_value", None))
@@ -203,8 +199,6 @@ class FusedOptim(PyroOptim):
                 torch._foreach_mul_(gradients, factors)
             if value is not None and gradients:
                 torch.nn.utils.clip_grad_value_(params, value)
-
-    # --- state ---
 
     def get_state(self) -> dict[str, Any]:
         """State of every parameter by name, in the format of ``PyroOptim``."""
@@ -247,8 +241,7 @@ class FusedOptim(PyroOptim):
         assert self.optimizer is not None
         packed = self.optimizer.state_dict()
         for name, index, packed_group in self._packed(packed):
-            state = waiting.get(name)
-            if state is None:
+            if (state := waiting.get(name)) is None:
                 continue
             if self.scheduler is not None and "scheduler" in state:
                 self.scheduler.load_state_dict(state["scheduler"])

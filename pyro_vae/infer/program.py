@@ -1,8 +1,4 @@
-"""Captured functions of a pair: where their tensors live, how they are replayed, when they hold.
-
-Training steps (:mod:`.engine`), model scores and annealing gradients (both in
-``evaluation.compiled_score``) are recorded, verified, remembered and replayed here.
-"""
+"""Captured functions of a pair: where their tensors live, how they are replayed, when they hold."""
 
 from __future__ import annotations
 
@@ -28,16 +24,10 @@ Signature = tuple[Hashable, Hashable]
 
 
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
-    """Return all that a graph depends on besides the pair's state; shapes stand apart.
-
-    The tensors among the arguments, which are nested containers, are appended to ``tensors``.
-    """
+    """Return what a graph depends on besides the pair's state; append the arguments' tensors."""
     structure = capture.describe(arguments, tensors)
     context = (key, torch.get_default_dtype(), autocast_dtypes(), structure)
     return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
-
-
-# --- the tensors a program reads -------------------------------------------------------------
 
 
 def _condition(tensor: Tensor) -> tuple[Any, ...]:
@@ -47,20 +37,14 @@ def _condition(tensor: Tensor) -> tuple[Any, ...]:
 
 def hooked(tensor: Tensor) -> bool:
     """Whether Python runs when this leaf's gradient arrives."""
-    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-    return bool(hooks)
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
-_Holder = dict[str, Any] | None
+_Holder = dict[str, Any] | None  # a module's own dict; None: Pyro's parameter store
 
 
 class State:
-    """Where a pair's parameters and buffers live, and the state of its modules.
-
-    A place is a module's own dict and a name, or ``None`` and a name in Pyro's parameter store, or
-    a fixed tensor.  The tensors are looked up at every use, so replaced ones are followed; where
-    two places held one tensor at capture they must still do so.
-    """
+    """Where a pair's parameters and buffers live, so that replaced ones are followed."""
 
     def __init__(
         self, modules: Sequence[nn.Module], names: Iterable[str], leaves: Sequence[Tensor] = ()
@@ -100,10 +84,6 @@ class State:
         self.places += [({"": tensor}, "") for tensor in tensors]
         self.conditions = [_condition(tensor) for tensor in self.tensors]
 
-    def live_modules(self) -> list[nn.Module]:
-        """The modules, which the state itself does not keep alive."""
-        return [module for reference, *_ in self.modules if (module := reference()) is not None]
-
     def name(self, tensor: Tensor) -> str:
         """Name one of the tensors for a message."""
         index = next(i for i, t in enumerate(self.tensors) if t is tensor)
@@ -128,9 +108,6 @@ class State:
             if (store if holder is None else holder).get(name) is not tensors[index]:
                 return None
         return tensors
-
-
-# --- replay ----------------------------------------------------------------------------------
 
 
 class Program:
@@ -167,13 +144,7 @@ class Program:
         check: Callable[[], Result],
         report: Callable[[str], None],
     ) -> Result:
-        """Hand the graph to a backend of ``torch.compile`` and check what comes back.
-
-        Where the backend fails the graph runs operator by operator, as it does under ``"eager"``.
-
-        Raises:
-            CannotCaptureError: the check has failed.
-        """
+        """Compile and check the graph; where the backend fails it runs operator by operator."""
         if backend == "eager":
             return check()
         options: dict[str, Any] | None = None
@@ -202,21 +173,14 @@ class Program:
         return check()
 
 
-# --- comparison with the eager reference -----------------------------------------------------
-
-
 def verify(
     program: Program,
     given: Sequence[Tensor],
     reference: Callable[[], Result],
     compare: Callable[[Result, list[Tensor], list[Tensor]], None],
 ) -> list[Tensor]:
-    """Hold a program against the eager reference, both run on the same generator state.
-
-    ``compare`` raises where the reference's results and the program's, of the state's tensors, are
-    others. The program's are returned; generators and module buffers are put back.
-    """
-    before = Snapshot(program.state.live_modules())
+    """Hold a program against the eager reference, on one generator state; return its results."""
+    before = Snapshot([m for alive, *_ in program.state.modules if (m := alive()) is not None])
     with before.put_back():
         with capture.conditions():
             expected = reference()
@@ -245,12 +209,7 @@ def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
 def are_close(
     value: Tensor, expected: Tensor, tolerance: float, *, floor: float = 1.0, whole: bool = False
 ) -> bool:
-    """Tell whether each entry (or the tensor as a whole, by its norm) is the expected one.
-
-    The tolerance is relative to the size of what is compared plus a floor, below which only the
-    rounding of larger terms is seen: of log-probabilities 1 nat. As a whole, infinity and NaN pass
-    for each other.
-    """
+    """Tell whether each entry (or the tensor as a whole, by its norm) is the expected one."""
     if value.shape != expected.shape:
         return False
     value, expected = value.detach().double(), expected.detach().double()
@@ -261,10 +220,9 @@ def are_close(
         return False
     size = torch.linalg.vector_norm if whole else torch.abs
     error = size((value - expected)[finite])
+    # Below the floor, 1 nat of log-probabilities, only the rounding of larger terms is seen.
     return bool((error <= tolerance * (size(expected[finite]) + floor)).all())
 
-
-# --- the programs of a pair ------------------------------------------------------------------
 
 OneProgram = TypeVar("OneProgram", bound=Program)
 
