@@ -90,7 +90,9 @@ def anneal(
     report: Report,
     keep_draws: int | None = None,
 ) -> LogMarginal:
-    """Estimate log p(x) per datum by annealed importance sampling.
+    r"""Estimate log p(x) per datum by annealed importance sampling.
+
+    .. math:: \log w = \sum_t (\beta_t - \beta_{t-1}) [\log p(x, z_{t-1}) - \log f_0(z_{t-1})]
 
     Source:
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse

@@ -59,7 +59,10 @@ class _Coordinates(NamedTuple):
 
 
 class AnnealingPath:
-    r"""Densities :math:`f_0^{1 - \beta} p(x, z)^\beta` of the latents' unconstrained coordinates."""
+    r"""Densities :math:`f_0^{1 - \beta} p(x, z)^\beta` of the latents' unconstrained coordinates.
+
+    f_0 is q(z given x), or p(z) if ``start`` is ``"prior"``; Jacobians are included.
+    """
 
     def __init__(self, particles: Particles, start: str) -> None:
         self.particles, self.start = particles, start
