@@ -44,14 +44,11 @@ _Polynomial = Any  # coefficients as an array, constant first; exact fractions u
 
 
 class CosineCumulants(NamedTuple):
-    """Functions of the concentration k, float64, all of its shape."""
+    """Functions of the concentration k, float64, of its shape and without a gradient."""
 
-    log_partition: Tensor
-    """log M(k) = log E[e^(k w)] under the uniform law, nats."""
-    mean: Tensor
-    """E[w] = A(k), the first derivative of `log_partition`."""
-    variance: Tensor
-    """Var[w] = A'(k), the second derivative of `log_partition`."""
+    log_partition: Tensor  # log M(k) = log E[e^(k w)] under the uniform law, nats
+    mean: Tensor  # E[w] = A(k), its first derivative
+    variance: Tensor  # Var[w] = A'(k), its second derivative
 
 
 def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
@@ -66,9 +63,6 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
     Args:
         concentration: k >= 0, any shape. Powers of it overflow from about 1e13 on.
         m: dimension of the ambient space.
-
-    Returns:
-        Three float64 tensors of the shape of ``concentration``, without a gradient.
     """
     order = 0.5 * m - 1.0
     large_order = order + max(0, math.ceil(_SMALLEST_ORDER - order))
@@ -192,19 +186,9 @@ def angle_derivative(angle: Tensor, concentration: Tensor, mean_cosine: Tensor, 
 
         d theta/d k = -(dH/dk)/H' = -int_0^theta (cos phi - A) h(phi)/h(theta) d phi,
 
-    equal to -int_theta^pi (A - cos phi) h(phi)/h(theta) d phi. The first form is used where
-    cos theta > A and the second elsewhere, so the integrand keeps one sign and nothing cancels.
-    Gauss-Legendre on the part of the interval where h is not negligible against h(theta); the
-    integrand is analytic in phi at every m (in w it would be singular for even m).
-
-    Args:
-        angle: theta in [0, pi].
-        concentration: k >= 0, of the same shape.
-        mean_cosine: A(k), float64, of the same shape.
-        m: dimension of the ambient space.
-
-    Returns:
-        Float64 tensor of the shape of ``angle``, at most 0.
+    equal to -int_theta^pi (A - cos phi) h(phi)/h(theta) d phi, which is used where cos theta <= A:
+    the integrand keeps one sign and nothing cancels. Gauss-Legendre in phi, in which it is analytic
+    at every m, where h is not negligible against h(theta). All in one shape; the result is float64.
     """
     # At the poles themselves the density ratio is 0/0; the derivative vanishes like sin(theta).
     theta = angle.double().clamp(1e-12, math.pi - 1e-12)

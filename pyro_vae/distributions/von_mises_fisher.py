@@ -307,10 +307,8 @@ class _EndOfDerivatives(torch.autograd.Function):
 def sample_angle(concentration: Tensor, m: int) -> Tensor:
     """Draw the polar angle for a vector of concentrations, shape ``(N,)``, by rejection.
 
-    All shapes are fixed, so nothing waits for the device and a captured graph stays valid. A first
-    round of few proposals settles most draws. Those it misses are gathered into a buffer of fixed
-    size, which gets many more proposals, and put back. What both rounds miss, and what finds no
-    place in the buffer, comes out as NaN.
+    All shapes are fixed, so nothing waits for the device: what a first round of few proposals misses
+    gets many more in a buffer of fixed size. What both miss, or the buffer can't hold, is NaN.
     """
     count = len(concentration)
     if count <= _SINGLE_ROUND_COUNT:
