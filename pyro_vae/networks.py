@@ -289,11 +289,7 @@ def _other_shape(batch: str, x: Tensor, data_shape: tuple[int, ...], owner: str)
 
 
 def feature_shape(network: nn.Module) -> tuple[int, ...]:
-    """Return the shape of the features a network makes of one datum.
-
-    Raises:
-        InputError: the network does not say it in ``out_shape``.
-    """
+    """Return the shape of a network's features of one datum; refuse one that does not say it."""
     shape = getattr(network, "out_shape", None)
     if shape is None:
         raise InputError(

@@ -222,19 +222,12 @@ def _by_chains(
     columns = zip(*runs, strict=True)
     x, mean, square, acceptance, log_joint, variance = (torch.cat(column) for column in columns)
     kept = num_steps - num_steps // 2
-    r_hat = None if accept_all or num_draws < 2 else _r_hat(log_joint, variance, kept)
-    share = None if accept_all else acceptance.mean(0)
+    share = r_hat = None
+    if not accept_all:
+        share = acceptance.mean(0)
+        if num_draws >= 2:  # Gelman, Rubin 1992, "Inference from iterative simulation ..."
+            r_hat = ((kept - 1) / kept + log_joint.var(0) / variance.mean(0)).sqrt()
     return Completion(x, *_spread(mean.mean(0), square.mean(0)), method, share, r_hat)
-
-
-def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
-    """Return the potential scale reduction of chains from their means and variances ``(C, N)``.
-
-    Source:
-        Gelman, Rubin 1992, "Inference from iterative simulation using multiple sequences".
-    """
-    within = variances.mean(0)
-    return ((length - 1) / length + means.var(0) / within).sqrt()
 
 
 class _State(NamedTuple):
@@ -252,9 +245,8 @@ def _run_chains(
 ) -> tuple[Tensor, ...]:
     """Run C chains at once from the fill of the problem; the first proposal is always accepted.
 
-    Returns the last fill ``(C, N, *data_shape)``; the means over the second half of the steps of
-    E[x | z] and E[x^2 | z], likewise, float64; and, each ``(C, N)``, the share of accepted proposals
-    over all steps, mean and variance of log p(x, z) over the second half.
+    Returns ``(C, N, ...)``: the last fill; means over the second half of the steps of E[x | z] and
+    E[x^2 | z]; the share of accepted proposals; mean and variance of log p(x, z) over that half.
     """
     count = len(problem.missing)
     problem = problem.tile(num_chains)
@@ -273,11 +265,7 @@ def _run_chains(
 
 
 def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Site]:
-    """Draw the hidden values given the latents.
-
-    Returns the data with the new fill ``(N, *data_shape)``, the model's sample sites with it in place
-    and the observed site among them.
-    """
+    """Redraw the hidden values; return the data, the model's sites with them, the observed one."""
     trace = problem.trace(problem.pair.model, latents)
     site = trace.nodes[problem.site]
     drawn = site["fn"].sample().to(problem.x.dtype)

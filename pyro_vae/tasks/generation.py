@@ -39,7 +39,6 @@ _LOCATION_SCALE = (
     distributions.StudentT,
 )
 
-
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
 

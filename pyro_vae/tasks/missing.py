@@ -134,7 +134,6 @@ class _ObservedPart(Messenger):
 
     def __init__(self, x: Tensor, missing: Tensor, name: str | None) -> None:
         super().__init__()
-        check_missing(x, missing)
         self.x, self.missing, self.name = x, missing, name
         self.found = False
 
