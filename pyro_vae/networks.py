@@ -100,11 +100,7 @@ class MLPDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        hidden: Sequence[int] = (256, 512),
-        *,
-        activation: str = "relu",
+        self, latent_dim: int, hidden: Sequence[int] = (256, 512), *, activation: str = "relu"
     ) -> None:
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)

@@ -194,10 +194,7 @@ class GaussianMixture(Prior):
         if failures.any():
             raise InputError("expected positive definite covariances, got one that is not")
         mixture = cls(
-            latent_dim,
-            num_components,
-            learn_weights=learn_weights,
-            learn_components=learn_components,
+            latent_dim, num_components, learn_weights=learn_weights, learn_components=learn_components
         ).to(means)
         with torch.no_grad():
             mixture.logits.copy_(weights.log())
@@ -470,10 +467,7 @@ class HypersphericalUniform(Prior):
     def forward(self) -> dist.Distribution:
         """Return the uniform distribution."""
         return distributions.HypersphericalUniform(
-            self.latent_dim,
-            dtype=self.origin.dtype,
-            device=self.origin.device,
-            validate_args=False,
+            self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, validate_args=False
         )
 
 

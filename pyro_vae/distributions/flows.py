@@ -131,8 +131,7 @@ class Shift:
     """The last or first layer of a flow: a location and a scale per datum, ``(*batch, dim)``."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        self.loc = loc
-        self.log_scale = log_scale
+        self.loc, self.log_scale = loc, log_scale
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to ``loc + scale * x``."""
@@ -176,9 +175,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
     def __init__(
         self, base: dist.Distribution, layers: Iterable[Any], context: Tensor | None = None
     ) -> None:
-        self.base = base
-        self.layers = list(layers)
-        self.context = context
+        self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def expand(

@@ -99,21 +99,13 @@ class DiagonalNormalMixture(TorchDistribution):
 
     .. math:: q(z) = \sum_k \pi_k \prod_d N(z_d; m_{kd}, s_{kd}^2)
 
-    A draw z moves with the parameters so that the moved draws follow the moved density: any velocity
-    v with dq/dphi + div(q v) = 0 gives an unbiased gradient E[df/dz v]. The two used here:
-
-    - for m_k and s_k, component k's own velocity, weighted by its posterior probability at z
-      (q_k satisfies the equation with its own velocity u, hence q with pi_k q_k u / q);
-    - for pi, the draw stays at the same quantile of each conditional: with F_d the conditional
-      distribution function of z_d given the coordinates before, dF = 0 gives v = -(dF/dz)^-1 dF/dpi,
-      where dF/dz is lower triangular.
+    A draw z moves with the parameters at a velocity v with dq/dphi + div(q v) = 0, any of which gives
+    an unbiased gradient E[df/dz v]. For m_k and s_k it is component k's, weighted by its posterior
+    probability at z. For pi the draw stays at the same quantile of each conditional: with F_d the
+    distribution function of z_d given the coordinates before, v = -(dF/dz)^-1 dF/dpi.
 
     Pyro's ``MixtureOfDiagNormals`` is not made for a single coordinate and mixes up the axes when
-    asked for several draws from a batch.
-
-    Args:
-        logits: log-weights up to a constant, ``(*batch, K)``.
-        loc: ``(*batch, K, dim)``; ``scale`` likewise.
+    asked for several draws from a batch. Logits are ``(*batch, K)``, the others ``(*batch, K, dim)``.
 
     Source:
         Figurnov, Mohamed, Mnih 2018, "Implicit Reparameterization Gradients", section 4.1; Jankowiak,
@@ -125,9 +117,7 @@ class DiagonalNormalMixture(TorchDistribution):
     has_rsample = True
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor) -> None:
-        self.log_weights = logits.log_softmax(-1)
-        self.loc = loc
-        self.scale = scale
+        self.log_weights, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
     def expand(
@@ -188,8 +178,8 @@ class DiagonalNormalMixture(TorchDistribution):
         scale = self.scale.detach()
         standardised = (z[..., None, :] - self.loc.detach()) / scale
         log_density = _log_normal(standardised, scale)
-        # Given the coordinates before d, the weight of component k is pi_k times its density there.
-        # Never added and taken off again: far from a component the difference has no digits left.
+        # Given the coordinates before d, the weight of component k is pi_k times its density there,
+        # never added and taken off again: that difference has no digits far from the component.
         log_before = F.pad(log_density[..., :-1].cumsum(-1), (1, 0))
         weights = (self.log_weights[..., None] + log_before).softmax(-2)
         fixed_weights = weights.detach()
@@ -205,10 +195,7 @@ class DiagonalNormalMixture(TorchDistribution):
         jacobian = towards.mT @ (-standardised / scale)
         motion = (cdf - cdf.detach()) / slope
         return torch.linalg.solve_triangular(
-            (jacobian / slope[..., None]).tril(-1),
-            motion[..., None],
-            upper=False,
-            unitriangular=True,
+            (jacobian / slope[..., None]).tril(-1), motion[..., None], upper=False, unitriangular=True
         ).squeeze(-1)
 
 

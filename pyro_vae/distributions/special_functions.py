@@ -8,9 +8,8 @@ under the *uniform* law on the sphere,
     M(k) = 0F1(; m/2; k^2/4) = Gamma(m/2) (2/k)^(m/2-1) I_(m/2-1)(k),
 
 carries everything: log M is the log normaliser up to the sphere's area, its derivative
-A = I_(m/2)(k) / I_(m/2-1)(k) is E[w], its second derivative is Var[w]. Everything here is
-computed in float64, because what is built from it (entropies, divergences, their gradients)
-consists of differences that cancel: at k = 10^5 a float32 k A has an error of 4e-3.
+A = I_(m/2)(k) / I_(m/2-1)(k) is E[w], its second derivative is Var[w]. All is float64, because
+entropies and divergences are differences: at k = 10^5 a float32 k A has an error of 4e-3.
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ import torch
 from numpy.polynomial.polynomial import polyadd, polyder, polymul
 from torch import Tensor
 
-# The asymptotic series below is in powers of 1/sqrt(order^2 + k^2). From order 20 on, eight terms
-# leave a relative error under 5e-13 for every k >= 0 in log M, A and Var[w] (checked against
-# 60-digit arithmetic), near what rounding leaves anyway.
+# From order 20 on, eight terms of the asymptotic series leave a relative error under 5e-13 for every
+# k >= 0 in log M, A and Var[w] (checked against 60-digit arithmetic), near what rounding leaves.
 _SMALLEST_ORDER = 20.0
 _NUM_TERMS = 8
 
-# The quadrature stops where the density has fallen by e^-60, a fall predicted from slope and
-# curvature at the quantile. On the side of the mean direction the true fall is at least that. Past
-# the equator the density can fall more slowly than predicted; with 45 in place of 60 that cost
-# 1e-8 at its worst (m = 5, k = 10). With 60 and 24 Gauss-Legendre nodes the relative error is under
+# The quadrature stops where slope and curvature at the quantile predict a fall by e^-60 (past the
+# equator the density can fall more slowly). With 24 Gauss-Legendre nodes the relative error is under
 # 1e-10 for m = 2 to 1024, k = 1e-3 to 1e5 and ranks from 1e-6 to 1 - 1e-6 (against 30 digits).
 _LOG_DENSITY_FALL = 60.0
 _NUM_NODES = 24
@@ -58,11 +54,8 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
     At a large order N the uniform expansion of I_N (Olver 1974, DLMF 10.41.3) gives M_N and
     s = M_(N+1)/M_N. From there M_a = M_(a+1) + y M_(a+2) / (4(a+1)(a+2)), y = k^2 (DLMF 10.29.1),
     taken downwards, makes M_nu and M_(nu+1) combinations of M_N and M_(N+1) whose coefficients are
-    polynomials in y without a negative coefficient: nothing cancels, at any k.
-
-    Args:
-        concentration: k >= 0, any shape. Powers of it overflow from about 1e13 on.
-        m: dimension of the ambient space.
+    polynomials in y without a negative coefficient: nothing cancels, at any k. Its powers overflow
+    from about 1e13 on.
     """
     order = 0.5 * m - 1.0
     large_order = order + max(0, math.ceil(_SMALLEST_ORDER - order))

@@ -153,8 +153,7 @@ class HypersphericalUniform(SphereDistribution):
     ) -> HypersphericalUniform:
         """Return the same distribution with another batch shape."""
         new: HypersphericalUniform = self._get_checked_instance(HypersphericalUniform, _instance)
-        new.m = self.m
-        new._origin = self._origin
+        new.m, new._origin = self.m, self._origin
         super(HypersphericalUniform, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )

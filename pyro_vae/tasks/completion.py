@@ -480,8 +480,7 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
         trace = problem.fill(x).trace(problem.pair.model, latents)
         trace.nodes[problem.site]["value"] = problem.x
         traces.append(trace)
-    name = changed_site(*traces)
-    if name is not None:
+    if (name := changed_site(*traces)) is not None:
         raise InputError(
             f"expected a model that uses the data at its observed site {problem.site!r} alone, the "
             f"density at {name!r} changes with the hidden values: these can't be drawn given latents"

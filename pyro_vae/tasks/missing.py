@@ -174,11 +174,9 @@ class _Owner(nn.Module):
         self.owners = nn.ModuleList(owners)
 
     def model(self, *inputs: Tensor) -> Any:
-        """Run the wrapped model."""
         return self._model(*inputs)
 
     def guide(self, *inputs: Tensor) -> Any:
-        """Run the wrapped guide."""
         return self._guide(*inputs)
 
 
