@@ -16,7 +16,7 @@ from pyro_vae.distributions.continuous_bernoulli import (
     continuous_bernoulli_mean,
 )
 from pyro_vae.errors import InputError, positive_number
-from pyro_vae.networks import Head, check_data_shape, feature_shape
+from pyro_vae.networks import Head, check_shape, feature_shape
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
 
@@ -68,7 +68,7 @@ class Likelihood(nn.Module):
         Raises:
             InputError: another shape, a value that is not finite, or one outside ``accepts``.
         """
-        check_data_shape(x, self.data_shape, "likelihood")
+        check_shape(x, self.data_shape, "likelihood", batch="N")
         low, high = self.accepts
         smallest, largest = (value.item() for value in x.aminmax())
         if not (math.isfinite(smallest) and math.isfinite(largest)):

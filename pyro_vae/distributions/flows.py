@@ -25,8 +25,7 @@ from torch.nn import functional as F
 
 from pyro_vae.distributions.normal import LatestDraw
 
-# (inputs, raw parameters, inverse?) -> (outputs, log of the forward slope at that point), all per
-# coordinate; the raw parameters have one axis more.
+# (inputs, raw parameters on one axis more, inverse?) -> (outputs, log of the forward slope there).
 Elementwise = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 # Durkan et al. 2019, section 3.1: no bin narrower than this share of the box, no slope below this.

@@ -292,7 +292,14 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     if accept_all:
         return _redraw(problem, proposal), torch.ones_like(state.log_joint)
     log_joint = problem.log_prob(sample_sites(problem.trace(problem.pair.model, proposal)))
-    log_ratio = log_joint - problem.log_prob(sites) - state.log_joint + _log_reverse(state, sites)
+    log_proposal = problem.log_prob(sites)
+    # Back to the latents the chains are at, given the data as filled now: of a single site the
+    # distribution is there, and the guide need not run again.
+    if len(sites) == 1:
+        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
+    else:
+        sites = sample_sites(problem.trace(problem.pair.guide, state.latents))
+    log_ratio = log_joint - log_proposal - state.log_joint + problem.log_prob(sites)
     # NaN: neither point has a density; stay.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
     latents = {
@@ -308,16 +315,6 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
 def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
     trace = problem.pair.alone(problem.pair.guide).trace()
     return {name: trace.nodes[name]["value"] for name in problem.pair.axes}, sample_sites(trace)
-
-
-def _log_reverse(state: _State, sites: list[Site]) -> Tensor:
-    """Return log q of the latents the chains are at, given the data as filled now, ``(N,)``."""
-    if len(sites) == 1:
-        # The site's distribution is there: the guide need not run again.
-        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
-    else:
-        sites = sample_sites(state.problem.trace(state.problem.pair.guide, state.latents))
-    return state.problem.log_prob(sites)
 
 
 def _redraw(problem: _Problem, latents: Latents) -> _State:
