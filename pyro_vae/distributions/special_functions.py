@@ -152,10 +152,8 @@ def _shift_order(
 def _log_debye_slopes(count: int) -> list[_Polynomial]:
     """Polynomials W_1, ..., W_count in t: d/dt log(sum_j U_j(t)/N^j) = sum_j W_j(t)/N^j.
 
-    The Debye polynomials obey U_(j+1) = r U_j' + int_0^t (1 - 5 s^2)/8 U_j ds with
-    r = t^2 (1 - t^2)/2 (DLMF 10.41.9). Divided by N^(j+1), summed over j, differentiated in t, and
-    with the sum written as e^D, this reads N D' = (r D')' + r D'^2 + (1 - 5 t^2)/8. The powers of
-    1/N give W_1 = (1 - 5 t^2)/8 and W_(j+1) = (r W_j)' + r sum_(a+b=j) W_a W_b.
+    With D the log of that sum and r = t^2 (1 - t^2)/2, DLMF 10.41.9 reads
+    N D' = (r D')' + r D'^2 + (1 - 5 t^2)/8; the powers of 1/N give W_1 and the recurrence.
     """
     r = _fractions(0, 0, 1, 0, -1) / 2
     slopes: list[_Polynomial] = [_fractions(1, 0, -5) / 8]

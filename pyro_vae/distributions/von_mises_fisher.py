@@ -323,11 +323,9 @@ def sample_angle(concentration: Tensor, m: int) -> Tensor:
 def _first_accepted(concentration: Tensor, num_proposals: int, m: int) -> Tensor:
     """Return one accepted of ``num_proposals`` angles for each concentration, NaN if none is.
 
-    Wood's proposal (1994, algorithm VM*) is the image of a uniform point of polar angle theta_0
-    under tan(theta/2) = sqrt(b) tan(theta_0/2), a boost of the sphere. In terms of its rapidity,
-    2h = asinh(2k/(m-1)), b = e^(-2h), and Wood's x_0 is tanh(h): both without the cancellation
-    that made him approximate b. With xi = x_0 cos(theta_0) his test
-    k w + (m-1) log(1 - x_0 w) - c >= log U reads (m-1) (xi/(1+xi) - log(1+xi)) >= log U.
+    Wood's proposal (1994, algorithm VM*) maps a uniform point of polar angle theta_0 by
+    tan(theta/2) = sqrt(b) tan(theta_0/2). With 2h = asinh(2k/(m-1)), b = e^(-2h) and x_0 = tanh(h) do
+    not cancel; with xi = x_0 cos(theta_0) his test reads (m-1) (xi/(1+xi) - log(1+xi)) >= log U.
     """
     h = 0.5 * torch.asinh(concentration.unsqueeze(-1) * (2.0 / (m - 1)))
     uniform, turn, level = torch.rand(

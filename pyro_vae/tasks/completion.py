@@ -26,7 +26,6 @@ METHODS = {
     "pseudo-gibbs": "biased: exact only where the guide is the exact posterior",
 }
 
-# Importance samples of a datum and steps of a chain, unless told otherwise.
 _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
@@ -182,11 +181,9 @@ class _Problem(NamedTuple):
         return self.pair.inputs[self.position]
 
     def fill(self, x: Tensor) -> _Problem:
-        """Return the problem with other values in the hidden places."""
         return self._replace(pair=_replace_input(self.pair, self.position, x))
 
     def rows(self, rows: slice) -> _Problem:
-        """Return the problem of some of the data points."""
         return self._replace(pair=self.pair.part(rows), missing=self.missing[rows])
 
     def tile(self, count: int) -> _Problem:
@@ -197,7 +194,6 @@ class _Problem(NamedTuple):
         return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
 
     def trace(self, function: PairFunction, latents: Latents) -> Any:
-        """Run the model or the guide on given latents."""
         with Given(latents):
             return self.pair.alone(function).trace()
 

@@ -262,7 +262,6 @@ class _Walker:
         self.model = self.model.first()
 
     def axis(self, dimension: int) -> Tensor:
-        """Return the unit vector along a coordinate, ``(size,)``."""
         return torch.eye(self.size, dtype=self.flat.dtype, device=self.flat.device)[dimension]
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
