@@ -77,12 +77,7 @@ def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BetaSchedule:
-    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant.
-
-    Args:
-        beta: the final value.
-        warmup_steps: steps before it is reached; 0 starts there.
-    """
+    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant."""
 
     def __init__(self, beta: float, warmup_steps: int) -> None:
         self.beta, self.warmup_steps, self.steps = beta, warmup_steps, 0

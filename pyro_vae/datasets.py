@@ -297,11 +297,10 @@ def _split(
         if validation_size is not None:
             raise InputError("expected no validation size for data with a validation part")
         return parts
-    size = validation_size
-    if size is None:
-        size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
-    _check_size("training data", len(parts["train"]), size + 1)
-    return _cut(parts, "validation", size, generator)
+    if validation_size is None:
+        validation_size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
+    _check_size("training data", len(parts["train"]), validation_size + 1)
+    return _cut(parts, "validation", validation_size, generator)
 
 
 def _cut(parts: dict[str, Any], name: str, size: int, generator: torch.Generator) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pyro_vae.distributions.continuous_bernoulli import (
     continuous_bernoulli_mean,
 )
 from pyro_vae.errors import InputError, positive_number
-from pyro_vae.networks import Head, check_data_shape, feature_shape
+from pyro_vae.networks import Head, check_shape, feature_shape
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
 
@@ -68,7 +68,7 @@ class Likelihood(nn.Module):
         Raises:
             InputError: another shape, a value that is not finite, or one outside ``accepts``.
         """
-        check_data_shape(x, self.data_shape, "likelihood")
+        check_shape(x, self.data_shape, "likelihood", batch="N")
         low, high = self.accepts
         smallest, largest = (value.item() for value in x.aminmax())
         if not (math.isfinite(smallest) and math.isfinite(largest)):
@@ -81,14 +81,20 @@ class Likelihood(nn.Module):
 
 
 class _UnitInterval(Likelihood):
-    """What the likelihoods of values in [0, 1] share: their range, and a head for logits."""
+    """What the likelihoods of values in [0, 1] share: their range, a head for logits, the call."""
 
+    pixels: ClassVar[type[dist.Distribution]]
     accepts = (0.0, 1.0)
     instead = "divide by the largest possible value (255 for bytes) or use Gaussian"
 
     def __init__(self, decoder: nn.Module, data_shape: Sequence[int]) -> None:
         super().__init__(decoder, data_shape)
         self.logits = Head(feature_shape(decoder), self.data_shape)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return independent pixels with the logits that the head gives."""
+        pixels = self.pixels(logits=self.logits(self.decoder(z)), validate_args=False)
+        return pixels.to_event(len(self.data_shape))
 
 
 class Bernoulli(_UnitInterval):
@@ -116,17 +122,13 @@ class Bernoulli(_UnitInterval):
         torch.Size([64])
     """
 
+    pixels = dist.Bernoulli
+
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the logit of ``mean``."""
         # A pixel that is never on in the training set may be on in the next one: keep its
         # probability away from 0 and 1.
         self.logits.start_at(bias=torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
-
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return independent Bernoulli pixels."""
-        logits = self.logits(self.decoder(z))
-        pixels = dist.Bernoulli(logits=logits, validate_args=False)
-        return pixels.to_event(len(self.data_shape))
 
 
 class ContinuousBernoulli(_UnitInterval):
@@ -157,6 +159,8 @@ class ContinuousBernoulli(_UnitInterval):
         torch.Size([64])
     """
 
+    pixels = StableContinuousBernoulli
+
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the natural parameter whose mean is ``mean``."""
         # The mean approaches the ends as 1/eta, so a pixel that is always off would ask for an eta of
@@ -168,12 +172,6 @@ class ContinuousBernoulli(_UnitInterval):
             below = continuous_bernoulli_mean(middle) < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         self.logits.start_at(bias=low)
-
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return independent continuous Bernoulli pixels."""
-        logits = self.logits(self.decoder(z))
-        pixels = StableContinuousBernoulli(logits=logits, validate_args=False)
-        return pixels.to_event(len(self.data_shape))
 
 
 class Gaussian(Likelihood):

@@ -100,11 +100,7 @@ class MLPDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        hidden: Sequence[int] = (256, 512),
-        *,
-        activation: str = "relu",
+        self, latent_dim: int, hidden: Sequence[int] = (256, 512), *, activation: str = "relu"
     ) -> None:
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
@@ -268,32 +264,20 @@ class Head(nn.Module):
         self.map.bias.copy_(start.flatten())
 
 
-def check_shape(x: Tensor, data_shape: tuple[int, ...]) -> None:
-    """Refuse data whose trailing axes are not ``data_shape``."""
-    batch = x.dim() - len(data_shape)
-    if batch < 0 or tuple(x.shape[batch:]) != data_shape:
-        raise _other_shape("*batch", x, data_shape, "networks")
-
-
-def check_data_shape(x: Tensor, data_shape: tuple[int, ...], owner: str) -> None:
-    """Refuse data that are not ``(N, *data_shape)``; the owner is what was built with the shape."""
-    if tuple(x.shape[1:]) != data_shape:
-        raise _other_shape("N", x, data_shape, owner)
-
-
-def _other_shape(batch: str, x: Tensor, data_shape: tuple[int, ...], owner: str) -> InputError:
-    return InputError(
-        f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
-        f"got {tuple(x.shape)}: build the {owner} with the data's own shape"
-    )
+def check_shape(
+    x: Tensor, data_shape: tuple[int, ...], owner: str = "networks", *, batch: str = "*batch"
+) -> None:
+    """Refuse data that are not ``(*batch, *data_shape)``, or ``(N, *data_shape)`` with batch N."""
+    axes = 1 if batch == "N" else x.dim() - len(data_shape)
+    if axes < 0 or tuple(x.shape[axes:]) != data_shape:
+        raise InputError(
+            f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
+            f"got {tuple(x.shape)}: build the {owner} with the data's own shape"
+        )
 
 
 def feature_shape(network: nn.Module) -> tuple[int, ...]:
-    """Return the shape of the features a network makes of one datum.
-
-    Raises:
-        InputError: the network does not say it in ``out_shape``.
-    """
+    """Return the shape of a network's features of one datum; refuse one that does not say it."""
     shape = getattr(network, "out_shape", None)
     if shape is None:
         raise InputError(

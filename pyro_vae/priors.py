@@ -14,7 +14,7 @@ from pyro_vae import distributions
 from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layers, standard_normal
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
 from pyro_vae.errors import InputError, positive_number, size, sizes
-from pyro_vae.networks import check_data_shape
+from pyro_vae.networks import check_shape
 
 __all__ = [
     "Beta",
@@ -194,10 +194,7 @@ class GaussianMixture(Prior):
         if failures.any():
             raise InputError("expected positive definite covariances, got one that is not")
         mixture = cls(
-            latent_dim,
-            num_components,
-            learn_weights=learn_weights,
-            learn_components=learn_components,
+            latent_dim, num_components, learn_weights=learn_weights, learn_components=learn_components
         ).to(means)
         with torch.no_grad():
             mixture.logits.copy_(weights.log())
@@ -347,9 +344,8 @@ class VampPrior(Prior):
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs u, ``(num_pseudo_inputs, *data_shape)``."""
-        if self.unit_interval:
-            return self.raw_pseudo_inputs.sigmoid()
-        return self.raw_pseudo_inputs
+        raw = self.raw_pseudo_inputs
+        return raw.sigmoid() if self.unit_interval else raw
 
     @torch.no_grad()
     def start_at_data(self, x: Tensor) -> None:
@@ -361,7 +357,7 @@ class VampPrior(Prior):
         Raises:
             InputError: data of another shape.
         """
-        check_data_shape(x, self.data_shape, "prior")
+        check_shape(x, self.data_shape, "prior", batch="N")
         if self.unit_interval and not (x.min() >= 0 and x.max() <= 1):
             raise InputError(
                 f"expected data in [0, 1], got values from {x.min():g} to {x.max():g}: build the "
@@ -470,10 +466,7 @@ class HypersphericalUniform(Prior):
     def forward(self) -> dist.Distribution:
         """Return the uniform distribution."""
         return distributions.HypersphericalUniform(
-            self.latent_dim,
-            dtype=self.origin.dtype,
-            device=self.origin.device,
-            validate_args=False,
+            self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, validate_args=False
         )
 
 

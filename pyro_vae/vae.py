@@ -125,9 +125,7 @@ class VAE(nn.Module):
         prior = self.prior()
         if prior.batch_shape:
             batch, event = tuple(prior.batch_shape), tuple(prior.event_shape)
-            advice = f"add .to_event({len(batch)})"
-            if event:
-                advice = "leave the leading dimensions out"
+            advice = "leave the leading dimensions out" if event else f"add .to_event({len(batch)})"
             raise InputError(
                 f"expected a prior with batch shape (), got batch shape {batch} and event shape "
                 f"{event}: {advice}"

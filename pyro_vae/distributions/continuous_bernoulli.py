@@ -13,9 +13,8 @@ from torch import Tensor
 class StableContinuousBernoulli(dist.ContinuousBernoulli):
     """Continuous Bernoulli computed from its natural parameter eta alone.
 
-    torch's own goes through lambda = sigmoid(eta): between its series near 1/2 and the rest it loses
-    half of float32's digits, more in the gradient, and lambda itself saturates at eta = 16. In eta
-    the density is exp(eta (x - 1/2)) (eta/2) / sinh(eta/2), even but for the first factor.
+    torch's own goes through lambda = sigmoid(eta), loses half of float32's digits near 1/2 and
+    saturates at eta = 16. In eta the density is exp(eta (x - 1/2)) (eta/2) / sinh(eta/2).
     """
 
     def log_prob(self, value: Tensor) -> Tensor:

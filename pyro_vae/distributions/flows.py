@@ -1,12 +1,8 @@
 """Normalising flows: the layers and the distribution that the flow prior and the flow families share.
 
-A layer maps x to y one coordinate at a time, each by a monotone function whose parameters a masked
-network computes from coordinates that come earlier (and from a context, which here is the datum).
-"Earlier" is a matter of degrees, one whole number per coordinate, and they make the two cases one:
-
-- degrees 0, 1, 2, ... give an autoregressive layer: one pass to draw, one pass per coordinate to
-  score a point it has not drawn;
-- degrees 0 and 1 alone give a coupling layer: one pass to draw, two to score.
+A layer maps each coordinate by a monotone function whose parameters a masked network computes from
+the coordinates of lower degree and from a context (the datum). Degrees 0, 1, 2, ... give an
+autoregressive layer, scored in one pass per coordinate; 0 and 1 a coupling layer, scored in two.
 
 Sources: Germain et al. 2015, "MADE"; Kingma et al. 2016, "Improving Variational Inference with
 Inverse Autoregressive Flow"; Durkan et al. 2019, "Neural Spline Flows".
@@ -29,8 +25,7 @@ from torch.nn import functional as F
 
 from pyro_vae.distributions.normal import LatestDraw
 
-# (inputs, raw parameters, inverse?) -> (outputs, log of the forward slope at that point), all per
-# coordinate; the raw parameters have one axis more.
+# (inputs, raw parameters on one axis more, inverse?) -> (outputs, log of the forward slope there).
 Elementwise = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 # Durkan et al. 2019, section 3.1: no bin narrower than this share of the box, no slope below this.
@@ -53,19 +48,15 @@ class _MaskedLinear(nn.Module):
 
 
 class _MaskedConditioner(nn.Module):
-    """Network whose output for a coordinate sees the context and the coordinates of lower degree.
-
-    A hidden unit of degree h sees inputs of degree <= h and is seen by outputs of degree > h; units
-    of degree -1 see the context alone.
-    """
+    """Network whose output for a coordinate sees the context and the coordinates of lower degree."""
 
     def __init__(
         self, degrees: Tensor, num_parameters: int, hidden: Sequence[int], context_features: int
     ) -> None:
         super().__init__()
         self.num_parameters = num_parameters
-        # Without a context, units of degree -1 would be constants: leave them out where there is a
-        # second degree to serve.
+        # A hidden unit of degree h sees inputs of degree <= h and serves outputs of degree > h. Those
+        # of degree -1 see the context alone: without one they are left out where others can serve.
         lowest = -1 if context_features or degrees.max() == 0 else 0
         highest = max(int(degrees.max()) - 1, lowest)
         inside = [torch.linspace(lowest, highest, width).round() for width in hidden]
@@ -95,19 +86,10 @@ class _MaskedConditioner(nn.Module):
 
 
 class FlowLayer(nn.Module):
-    """One layer: a monotone map of each coordinate, conditioned on those of lower degree.
+    """A monotone map of each coordinate, conditioned on those of lower degree and on the context.
 
-    Args:
-        degrees: one whole number from 0 up per coordinate.
-        elementwise: the monotone map and its inverse.
-        num_parameters: how many numbers per coordinate the map takes.
-        hidden: widths of the conditioning network's hidden layers.
-        context_features: size of the context, 0 for none.
-
-    Shapes:
-        x ``(*batch, dim)``, context ``(*batch, context_features)``, the batches broadcast; the call
-        and ``inverse`` return ``(*batch, dim)`` and the log-determinant ``(*batch,)`` of the map from
-        x to y.
+    The call and ``inverse`` take ``(*batch, dim)`` and a context ``(*batch, context_features)``, and
+    return the mapped point and the log-determinant ``(*batch,)`` of the map from x to y.
     """
 
     degrees: Tensor
@@ -145,16 +127,10 @@ class FlowLayer(nn.Module):
 
 
 class Shift:
-    """The last or first layer of a flow: a per-datum location and scale, no network.
-
-    Args:
-        loc: ``(*batch, dim)``.
-        log_scale: ``(*batch, dim)``.
-    """
+    """The last or first layer of a flow: a location and a scale per datum, ``(*batch, dim)``."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        self.loc = loc
-        self.log_scale = log_scale
+        self.loc, self.log_scale = loc, log_scale
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to ``loc + scale * x``."""
@@ -187,15 +163,8 @@ class FlowDistribution(LatestDraw, TorchDistribution):
 
     .. math:: \log p(y) = \log N(x; 0, I) - \log |\det dy/dx|
 
-    Pyro's own transforms remember the last point they mapped, in the module: after an optimiser step
-    that memory is stale. Here nothing outlives the distribution, which is built anew at every call of
-    its component. The distribution itself remembers the log-density of its latest draw, so that an
-    ELBO never pays for an inverse, nor for the digits that it loses where the flow is steep.
-
-    Args:
-        base: standard normal with the wanted batch shape and event shape ``(dim,)``.
-        layers: :class:`FlowLayer`, :class:`Shift` or :class:`Inverse`, from x to y.
-        context: ``(*batch, context_features)``, or None.
+    Pyro's own transforms keep the last point they mapped in the module, stale after a step of the
+    optimiser; here the memory ends with the distribution, which each call of a component builds anew.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (Pyro's attribute)
@@ -205,9 +174,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
     def __init__(
         self, base: dist.Distribution, layers: Iterable[Any], context: Tensor | None = None
     ) -> None:
-        self.base = base
-        self.layers = list(layers)
-        self.context = context
+        self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def expand(
@@ -261,15 +228,13 @@ def spline_layers(
     bound: float,
     context_features: int = 0,
 ) -> nn.ModuleList:
-    """Return coupling layers of rational-quadratic splines (Durkan et al. 2019).
-
-    The layers split the coordinates by the binary digits of their index: any two differ in one digit,
-    so with enough layers each depends on every other. A layer and the next swap the halves.
-    """
+    """Return coupling layers of rational-quadratic splines (Durkan et al. 2019)."""
     layer = functools.partial(FlowLayer, hidden=hidden, context_features=context_features)
     spline = functools.partial(rational_quadratic_spline, bound=bound)
     digits = max(1, math.ceil(math.log2(dim)))
     layers = nn.ModuleList()
+    # Split by the binary digits of the coordinates' index, any two differ in one: with enough layers
+    # each depends on every other.
     for index in range(num_layers):
         digit = (torch.arange(dim) >> (index // 2 % digits)) % 2
         degrees = torch.zeros_like(digit) if dim == 1 else (digit + index) % 2
@@ -278,13 +243,7 @@ def spline_layers(
 
 
 def gated_affine(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Map x to ``g x + (1 - g) m``: Kingma et al. 2016, equations 13 and 14.
-
-    Args:
-        x: inputs, any shape.
-        raw: m and the gate's logit on a last axis of size 2.
-        inverse: map the other way.
-    """
+    """Map x to ``g x + (1 - g) m``, raw being m and the logit of g (Kingma et al. 2016, 13, 14)."""
     mean, gate = raw.unbind(-1)
     # Section 5 of the paper: a forget gate that starts at +2 passes most of x.
     log_gate = F.logsigmoid(gate + 2.0)
@@ -298,13 +257,7 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """Map x by a monotone spline on [-bound, bound], by the identity outside.
 
-    Durkan et al. 2019, equations 4 to 8. Zero raw parameters give the identity.
-
-    Args:
-        x: inputs, any shape.
-        raw: K widths, K heights and K - 1 inner slopes on a last axis of size 3 K - 1.
-        inverse: map the other way.
-        bound: half the side of the box.
+    Raw are K widths, K heights and K - 1 inner slopes, 0 for the identity (Durkan et al. 2019, 4-8).
     """
     num_bins = (raw.shape[-1] + 1) // 3
     raw_widths, raw_heights, raw_slopes = raw.split((num_bins, num_bins, num_bins - 1), -1)
@@ -335,13 +288,12 @@ def rational_quadratic_spline(
         # Positive in exact arithmetic; the floor keeps the square root's gradient finite.
         discriminant = (b.square() - 4 * a * c).clamp(min=torch.finfo(x.dtype).tiny)
         share = (2 * c / (-b - discriminant.sqrt())).clamp(0.0, 1.0)
+        mapped = left + width * share
     else:
         share = (point - left) / width
     across = share * (1 - share)
     denominator = mean_slope + curvature * across
-    if inverse:
-        mapped = left + width * share
-    else:
+    if not inverse:
         mapped = bottom + height * (mean_slope * share.square() + slope_left * across) / denominator
     ends = slope_right * share.square() + 2 * mean_slope * across + slope_left * (1 - share).square()
     log_slope = 2 * mean_slope.log() + ends.log() - 2 * denominator.log()

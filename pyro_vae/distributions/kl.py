@@ -19,19 +19,9 @@ from .von_mises_fisher import VonMisesFisher
 
 
 def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return KL(q || p) in nats where one is registered with torch in closed form, else None.
-
-    A distribution that was expanded by Pyro's default way is looked at as it was before: under its
-    wrapper's type nothing is registered.
-
-    Args:
-        q: batch shape ``batch``.
-        p: a batch shape that broadcasts with it, the same event shape.
-
-    Returns:
-        the broadcast batch shape.
-    """
+    """Return KL(q || p) in nats, of the broadcast batch shape, where a closed form is registered."""
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    # Under the type of Pyro's wrapper of what was expanded nothing is registered.
     while isinstance(q, ExpandedDistribution):
         q = q.base_dist
     while isinstance(p, ExpandedDistribution):

@@ -14,13 +14,10 @@ from torch.nn import functional as F
 
 
 class LatestDraw:
-    """Base of distributions that remember the log-density of their latest draw.
+    """Base of distributions that remember the log-density of their latest draw, made of its noise.
 
-    Going back from a draw to the noise it was made of costs time, and digits: rounding of the draw
-    is multiplied by how steep the way back is. Drawing has the noise in its hands.
-
-    What is remembered is a function of the parameters along the draw's own path, as an ELBO needs
-    it. Its derivative by the draw itself is taken at a copy, ``log_prob(z.view_as(z))``.
+    Going back from the draw to the noise costs time and digits. The derivative of what is remembered
+    by the draw itself is taken at a copy, ``log_prob(z.view_as(z))``.
     """
 
     _latest: tuple[Tensor, tuple[int | None, bool], Tensor, bool] | None = None
@@ -45,13 +42,7 @@ def _state(draw: Tensor) -> tuple[int | None, bool]:
 
 
 def lower_cholesky(raw: Tensor, size: int) -> Tensor:
-    """Return lower triangular matrices ``(*batch, size, size)`` with a positive diagonal.
-
-    Args:
-        raw: the lower triangles row by row, ``(*batch, size * (size + 1) / 2)``; the diagonal goes
-            through softplus.
-        size: rows of one matrix.
-    """
+    """Return triangular matrices from their rows ``(*batch, size * (size + 1) / 2)``, end to end."""
     # Entry (row, column) of the triangle stands at row (row + 1) / 2 + column. Gathering, unlike
     # writing into a matrix of zeros, works under vmap.
     row = torch.arange(size, device=raw.device)
@@ -62,8 +53,10 @@ def lower_cholesky(raw: Tensor, size: int) -> Tensor:
 
 def raw_cholesky(factor: Tensor) -> Tensor:
     """Return what :func:`lower_cholesky` turns into ``factor``, ``(*batch, size, size)``."""
-    diagonal = softplus_inverse(factor.diagonal(dim1=-2, dim2=-1))
-    full = factor.tril(-1) + torch.diag_embed(diagonal)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    # The inverse of softplus.
+    raw_diagonal = diagonal + torch.log(-torch.expm1(-diagonal))
+    full = factor.tril(-1) + torch.diag_embed(raw_diagonal)
     rows, columns = torch.tril_indices(*factor.shape[-2:], device=factor.device)
     return full[..., rows, columns]
 
@@ -73,10 +66,8 @@ class CholeskyNormal(LatestDraw, dist.MultivariateNormal):
 
     .. math:: \log N(m + L e; m, L L^T) = -|e|^2 / 2 - \sum_d \log L_{dd} - D/2 \log 2\pi
 
-    Solving L for e row by row multiplies the rounding of z by L's condition number. That may grow
-    like the D-th power of an off-diagonal entry over a diagonal one: with entries of 1/2 and 1/30,
-    eight dimensions leave a float32 no digit, and somewhat smaller diagonals overflow. A point that
-    was not drawn here is scored in this way all the same, for its e is not known otherwise.
+    Solving L for e multiplies the rounding of z by L's condition number: with entries of 1/2 off and
+    1/30 on the diagonal, eight dimensions leave a float32 no digit. Other points are scored so.
     """
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -95,17 +86,10 @@ class CholeskyNormal(LatestDraw, dist.MultivariateNormal):
         return super().log_prob(value) if log_prob is None else log_prob
 
 
-def softplus_inverse(value: Tensor) -> Tensor:
-    """Return the raw number whose softplus is ``value``."""
-    return value + torch.log(-torch.expm1(-value))
-
-
 def variance_of_means(size: int) -> float:
     """Return how much of a variance of 1 a fresh mixture has between its means, not within them.
 
-    With a share s the mean squared distance of two means is 2 s size, in units of a component's
-    variance 2 s size / (1 - s). At s = 1 / (size + 1) that is 2 in every dimension: components
-    overlap but differ, whereas a constant share would put them far apart in many dimensions.
+    Two means then lie sqrt(2) of a component's deviations apart, whatever the number of dimensions.
     """
     return 1 / (size + 1)
 
@@ -115,25 +99,13 @@ class DiagonalNormalMixture(TorchDistribution):
 
     .. math:: q(z) = \sum_k \pi_k \prod_d N(z_d; m_{kd}, s_{kd}^2)
 
-    A draw z moves with the parameters so that the moved draws follow the moved density: any velocity
-    v with dq/dphi + div(q v) = 0 gives an unbiased gradient E[df/dz v]. The two used here:
+    A draw z moves with the parameters at a velocity v with dq/dphi + div(q v) = 0, any of which gives
+    an unbiased gradient E[df/dz v]. For m_k and s_k it is component k's, weighted by its posterior
+    probability at z. For pi the draw stays at the same quantile of each conditional: with F_d the
+    distribution function of z_d given the coordinates before, v = -(dF/dz)^-1 dF/dpi.
 
-    - for m_k and s_k, component k's own velocity, weighted by its posterior probability at z
-      (q_k satisfies the equation with its own velocity u, hence q with pi_k q_k u / q);
-    - for pi, the draw stays at the same quantile of each conditional: with F_d the conditional
-      distribution function of z_d given the coordinates before, dF = 0 gives v = -(dF/dz)^-1 dF/dpi,
-      where dF/dz is lower triangular.
-
-    Pyro's ``MixtureOfDiagNormals`` has another velocity for pi; it is not made for a single
-    coordinate and mixes up the axes when asked for several draws from a batch.
-
-    Args:
-        logits: log-weights up to a constant, ``(*batch, K)``.
-        loc: ``(*batch, K, dim)``.
-        scale: positive, ``(*batch, K, dim)``.
-
-    Shapes:
-        batch shape ``batch``, event shape ``(dim,)``.
+    Pyro's ``MixtureOfDiagNormals`` is not made for a single coordinate and mixes up the axes when
+    asked for several draws from a batch. Logits are ``(*batch, K)``, the others ``(*batch, K, dim)``.
 
     Source:
         Figurnov, Mohamed, Mnih 2018, "Implicit Reparameterization Gradients", section 4.1; Jankowiak,
@@ -145,9 +117,7 @@ class DiagonalNormalMixture(TorchDistribution):
     has_rsample = True
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor) -> None:
-        self.log_weights = logits.log_softmax(-1)
-        self.loc = loc
-        self.scale = scale
+        self.log_weights, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
     def expand(
@@ -208,8 +178,8 @@ class DiagonalNormalMixture(TorchDistribution):
         scale = self.scale.detach()
         standardised = (z[..., None, :] - self.loc.detach()) / scale
         log_density = _log_normal(standardised, scale)
-        # Given the coordinates before d, the weight of component k is pi_k times its density there.
-        # Never added and taken off again: far from a component the difference has no digits left.
+        # Given the coordinates before d, the weight of component k is pi_k times its density there,
+        # never added and taken off again: that difference has no digits far from the component.
         log_before = F.pad(log_density[..., :-1].cumsum(-1), (1, 0))
         weights = (self.log_weights[..., None] + log_before).softmax(-2)
         fixed_weights = weights.detach()
@@ -225,10 +195,7 @@ class DiagonalNormalMixture(TorchDistribution):
         jacobian = towards.mT @ (-standardised / scale)
         motion = (cdf - cdf.detach()) / slope
         return torch.linalg.solve_triangular(
-            (jacobian / slope[..., None]).tril(-1),
-            motion[..., None],
-            upper=False,
-            unitriangular=True,
+            (jacobian / slope[..., None]).tril(-1), motion[..., None], upper=False, unitriangular=True
         ).squeeze(-1)
 
 

@@ -8,9 +8,8 @@ under the *uniform* law on the sphere,
     M(k) = 0F1(; m/2; k^2/4) = Gamma(m/2) (2/k)^(m/2-1) I_(m/2-1)(k),
 
 carries everything: log M is the log normaliser up to the sphere's area, its derivative
-A = I_(m/2)(k) / I_(m/2-1)(k) is E[w], its second derivative is Var[w]. Everything here is
-computed in float64, because what is built from it (entropies, divergences, their gradients)
-consists of differences that cancel: at k = 10^5 a float32 k A has an error of 4e-3.
+A = I_(m/2)(k) / I_(m/2-1)(k) is E[w], its second derivative is Var[w]. All is float64, because
+entropies and divergences are differences: at k = 10^5 a float32 k A has an error of 4e-3.
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ import torch
 from numpy.polynomial.polynomial import polyadd, polyder, polymul
 from torch import Tensor
 
-# The asymptotic series below is in powers of 1/sqrt(order^2 + k^2). From order 20 on, eight terms
-# leave a relative error under 5e-13 for every k >= 0 in log M, A and Var[w] (checked against
-# 60-digit arithmetic), near what rounding leaves anyway.
+# From order 20 on, eight terms of the asymptotic series leave a relative error under 5e-13 for every
+# k >= 0 in log M, A and Var[w] (checked against 60-digit arithmetic), near what rounding leaves.
 _SMALLEST_ORDER = 20.0
 _NUM_TERMS = 8
 
-# The quadrature stops where the density has fallen by e^-60, a fall predicted from slope and
-# curvature at the quantile. On the side of the mean direction the true fall is at least that. Past
-# the equator the density can fall more slowly than predicted; with 45 in place of 60 that cost
-# 1e-8 at its worst (m = 5, k = 10). With 60 and 24 Gauss-Legendre nodes the relative error is under
+# The quadrature stops where slope and curvature at the quantile predict a fall by e^-60 (past the
+# equator the density can fall more slowly). With 24 Gauss-Legendre nodes the relative error is under
 # 1e-10 for m = 2 to 1024, k = 1e-3 to 1e5 and ranks from 1e-6 to 1 - 1e-6 (against 30 digits).
 _LOG_DENSITY_FALL = 60.0
 _NUM_NODES = 24
@@ -44,14 +40,11 @@ _Polynomial = Any  # coefficients as an array, constant first; exact fractions u
 
 
 class CosineCumulants(NamedTuple):
-    """Functions of the concentration k, float64, all of its shape."""
+    """Functions of the concentration k, float64, of its shape and without a gradient."""
 
-    log_partition: Tensor
-    """log M(k) = log E[e^(k w)] under the uniform law, nats."""
-    mean: Tensor
-    """E[w] = A(k), the first derivative of `log_partition`."""
-    variance: Tensor
-    """Var[w] = A'(k), the second derivative of `log_partition`."""
+    log_partition: Tensor  # log M(k) = log E[e^(k w)] under the uniform law, nats
+    mean: Tensor  # E[w] = A(k), its first derivative
+    variance: Tensor  # Var[w] = A'(k), its second derivative
 
 
 def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
@@ -61,14 +54,8 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
     At a large order N the uniform expansion of I_N (Olver 1974, DLMF 10.41.3) gives M_N and
     s = M_(N+1)/M_N. From there M_a = M_(a+1) + y M_(a+2) / (4(a+1)(a+2)), y = k^2 (DLMF 10.29.1),
     taken downwards, makes M_nu and M_(nu+1) combinations of M_N and M_(N+1) whose coefficients are
-    polynomials in y without a negative coefficient: nothing cancels, at any k.
-
-    Args:
-        concentration: k >= 0, any shape. Powers of it overflow from about 1e13 on.
-        m: dimension of the ambient space.
-
-    Returns:
-        Three float64 tensors of the shape of ``concentration``, without a gradient.
+    polynomials in y without a negative coefficient: nothing cancels, at any k. Its powers overflow
+    from about 1e13 on.
     """
     order = 0.5 * m - 1.0
     large_order = order + max(0, math.ceil(_SMALLEST_ORDER - order))
@@ -165,10 +152,8 @@ def _shift_order(
 def _log_debye_slopes(count: int) -> list[_Polynomial]:
     """Polynomials W_1, ..., W_count in t: d/dt log(sum_j U_j(t)/N^j) = sum_j W_j(t)/N^j.
 
-    The Debye polynomials obey U_(j+1) = r U_j' + int_0^t (1 - 5 s^2)/8 U_j ds with
-    r = t^2 (1 - t^2)/2 (DLMF 10.41.9). Divided by N^(j+1), summed over j, differentiated in t, and
-    with the sum written as e^D, this reads N D' = (r D')' + r D'^2 + (1 - 5 t^2)/8. The powers of
-    1/N give W_1 = (1 - 5 t^2)/8 and W_(j+1) = (r W_j)' + r sum_(a+b=j) W_a W_b.
+    With D the log of that sum and r = t^2 (1 - t^2)/2, DLMF 10.41.9 reads
+    N D' = (r D')' + r D'^2 + (1 - 5 t^2)/8; the powers of 1/N give W_1 and the recurrence.
     """
     r = _fractions(0, 0, 1, 0, -1) / 2
     slopes: list[_Polynomial] = [_fractions(1, 0, -5) / 8]
@@ -192,19 +177,9 @@ def angle_derivative(angle: Tensor, concentration: Tensor, mean_cosine: Tensor, 
 
         d theta/d k = -(dH/dk)/H' = -int_0^theta (cos phi - A) h(phi)/h(theta) d phi,
 
-    equal to -int_theta^pi (A - cos phi) h(phi)/h(theta) d phi. The first form is used where
-    cos theta > A and the second elsewhere, so the integrand keeps one sign and nothing cancels.
-    Gauss-Legendre on the part of the interval where h is not negligible against h(theta); the
-    integrand is analytic in phi at every m (in w it would be singular for even m).
-
-    Args:
-        angle: theta in [0, pi].
-        concentration: k >= 0, of the same shape.
-        mean_cosine: A(k), float64, of the same shape.
-        m: dimension of the ambient space.
-
-    Returns:
-        Float64 tensor of the shape of ``angle``, at most 0.
+    equal to -int_theta^pi (A - cos phi) h(phi)/h(theta) d phi, which is used where cos theta <= A:
+    the integrand keeps one sign and nothing cancels. Gauss-Legendre in phi, in which it is analytic
+    at every m, where h is not negligible against h(theta). All in one shape; the result is float64.
     """
     # At the poles themselves the density ratio is 0/0; the derivative vanishes like sin(theta).
     theta = angle.double().clamp(1e-12, math.pi - 1e-12)

@@ -68,31 +68,24 @@ class SphereDistribution(TorchDistribution):
             super()._validate_sample(value)
         except ValueError as error:
             raise InputError(
-                f"expected unit vectors that broadcast to shape {_shape(self.shape())}, got "
+                f"expected unit vectors that broadcast to shape {tuple(self.shape())}, got "
                 f"{_describe(value)}: check the shape and divide by the norm"
             ) from error
-
-
-def _shape(shape: torch.Size) -> str:
-    return str(tuple(shape))
 
 
 def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
+    shape = f"shape {tuple(value.shape)}"
     if not value.dim() or not value.numel():
-        return f"shape {_shape(value.shape)}"
+        return shape
     norm = torch.linalg.vector_norm(value.detach().double(), dim=-1)
     low, high = norm.min().item(), norm.max().item()
-    return f"shape {_shape(value.shape)} with norms from {low:.9g} to {high:.9g}"
+    return f"{shape} with norms from {low:.9g} to {high:.9g}"
 
 
 def check_dimension(m: int) -> int:
-    """Return the ambient dimension ``m``.
-
-    Raises:
-        InputError: if ``m`` is not a whole number of at least 2.
-    """
+    """Return the ambient dimension ``m``; refuse what is not a whole number of at least 2."""
     if isinstance(m, bool) or not isinstance(m, int) or m < 2:
         raise InputError(f"expected an ambient dimension m >= 2, got {m!r}: a circle has m = 2")
     return m
@@ -160,8 +153,7 @@ class HypersphericalUniform(SphereDistribution):
     ) -> HypersphericalUniform:
         """Return the same distribution with another batch shape."""
         new: HypersphericalUniform = self._get_checked_instance(HypersphericalUniform, _instance)
-        new.m = self.m
-        new._origin = self._origin
+        new.m, new._origin = self.m, self._origin
         super(HypersphericalUniform, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )

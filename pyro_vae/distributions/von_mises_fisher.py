@@ -21,11 +21,9 @@ from .sphere import (
     unit_sphere,
 )
 
-# Wood's proposal is accepted with a probability that falls with k, towards
-# (e/(4a))^a Gamma(2a)/Gamma(a), a = (m-1)/2: sqrt(e/(2 pi)) = 0.6577 at m = 2, more for every
-# larger m (1/sqrt(2) in the limit). The proposals of the first round all miss with chance at most
-# 0.3423^4 < 0.0138, those of the second with 0.3423^32 < 1.4e-15: under 2e-17 per draw that none
-# of the 36 is accepted.
+# Wood's proposal is accepted with a probability that falls with k, at m = 2 to sqrt(e/(2 pi)) =
+# 0.6577, less far for larger m. The first round misses with chance at most 0.3423^4 < 0.0138, the
+# second with 0.3423^32 < 1.4e-15: under 2e-17 per draw that none of the 36 is accepted.
 _FIRST_ROUND = 4
 _SECOND_ROUND = 32
 _FIRST_ROUND_MISS = 0.0138
@@ -79,20 +77,15 @@ class VonMisesFisher(SphereDistribution):
     }
 
     def __init__(
-        self,
-        loc: Tensor,
-        concentration: Tensor | float,
-        *,
-        validate_args: bool | None = None,
+        self, loc: Tensor, concentration: Tensor | float, *, validate_args: bool | None = None
     ) -> None:
-        loc, concentration = _match_parameters(loc, concentration)
-        self.loc = loc
-        self.concentration = concentration
+        self.loc, self.concentration = _match_parameters(loc, concentration)
         self._cumulants: CosineCumulants | None = None
+        batch_shape, event_shape = self.concentration.shape, self.loc.shape[-1:]
         try:
-            super().__init__(concentration.shape, loc.shape[-1:], validate_args=validate_args)
+            super().__init__(batch_shape, event_shape, validate_args=validate_args)
         except ValueError as error:
-            raise InputError(_parameter_message(loc, concentration)) from error
+            raise InputError(_parameter_message(self.loc, self.concentration)) from error
 
     def expand(
         self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
@@ -115,7 +108,7 @@ class VonMisesFisher(SphereDistribution):
         return int(self.loc.shape[-1])
 
     def _cosine_cumulants(self) -> CosineCumulants:
-        """Values without gradients, computed once: density, gradients and divergences share it."""
+        """Return values without gradients, computed once for density, gradients, divergences."""
         if self._cumulants is None:
             with torch.no_grad():
                 self._cumulants = cosine_cumulants(self.concentration, self.m)
@@ -276,8 +269,7 @@ class _ImplicitAngle(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         angle, concentration, mean_cosine = ctx.saved_tensors
         with torch.no_grad():
-            derivative = angle_derivative(angle, concentration, mean_cosine, ctx.m)
-            derivative = derivative.to(gradient.dtype)
+            derivative = angle_derivative(angle, concentration, mean_cosine, ctx.m).to(gradient.dtype)
         if torch.is_grad_enabled():  # to be differentiated again
             derivative = _EndOfDerivatives.apply(concentration, derivative)
         return None, gradient * derivative, None, None
@@ -307,10 +299,8 @@ class _EndOfDerivatives(torch.autograd.Function):
 def sample_angle(concentration: Tensor, m: int) -> Tensor:
     """Draw the polar angle for a vector of concentrations, shape ``(N,)``, by rejection.
 
-    All shapes are fixed, so nothing waits for the device and a captured graph stays valid. A first
-    round of few proposals settles most draws. Those it misses are gathered into a buffer of fixed
-    size, which gets many more proposals, and put back. What both rounds miss, and what finds no
-    place in the buffer, comes out as NaN.
+    All shapes are fixed, so nothing waits for the device: what a first round of few proposals misses
+    gets many more in a buffer of fixed size. What both miss, or the buffer can't hold, is NaN.
     """
     count = len(concentration)
     if count <= _SINGLE_ROUND_COUNT:
@@ -333,11 +323,9 @@ def sample_angle(concentration: Tensor, m: int) -> Tensor:
 def _first_accepted(concentration: Tensor, num_proposals: int, m: int) -> Tensor:
     """Return one accepted of ``num_proposals`` angles for each concentration, NaN if none is.
 
-    Wood's proposal (1994, algorithm VM*) is the image of a uniform point of polar angle theta_0
-    under tan(theta/2) = sqrt(b) tan(theta_0/2), a boost of the sphere. In terms of its rapidity,
-    2h = asinh(2k/(m-1)), b = e^(-2h), and Wood's x_0 is tanh(h): both without the cancellation
-    that made him approximate b. With xi = x_0 cos(theta_0) his test
-    k w + (m-1) log(1 - x_0 w) - c >= log U reads (m-1) (xi/(1+xi) - log(1+xi)) >= log U.
+    Wood's proposal (1994, algorithm VM*) maps a uniform point of polar angle theta_0 by
+    tan(theta/2) = sqrt(b) tan(theta_0/2). With 2h = asinh(2k/(m-1)), b = e^(-2h) and x_0 = tanh(h) do
+    not cancel; with xi = x_0 cos(theta_0) his test reads (m-1) (xi/(1+xi) - log(1+xi)) >= log U.
     """
     h = 0.5 * torch.asinh(concentration.unsqueeze(-1) * (2.0 / (m - 1)))
     uniform, turn, level = torch.rand(
@@ -365,11 +353,9 @@ def _first_accepted(concentration: Tensor, num_proposals: int, m: int) -> Tensor
 def tangent(loc: Tensor, directions: Tensor) -> Tensor:
     """Carry unit vectors of R^(m-1) into the tangent space at ``loc``, isometrically.
 
-    With e the first axis and s the sign of mu's first coordinate, the Householder reflection along
-    u = mu + s e takes e to -s mu, hence the axes orthogonal to e to the tangent space at mu. u is
-    never shorter than sqrt(2), so all is defined and well conditioned at every mu, the poles +-e
-    included. Where s flips the map jumps, but each side yields the same law of samples, and each
-    is smooth across the flip: gradients of expectations stay unbiased.
+    It is the Householder reflection along u = mu + s e, with e the first axis and s the sign of mu's
+    first coordinate: |u| >= sqrt(2). Where s flips the map jumps, but both sides yield the same law
+    of samples and are smooth across the flip: gradients of expectations stay unbiased.
     """
     m = loc.shape[-1]
     sign = torch.where(loc.detach()[..., :1] >= 0, 1.0, -1.0).to(loc.dtype)

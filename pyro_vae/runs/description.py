@@ -29,14 +29,11 @@ _DTYPES = {
     )
 }
 
-# Elements that building may fill for each element of the weights, and at the least: masks, starting
-# values and what is derived from the settings come on top of the weights themselves.
+# Elements that building may fill for each of the weights (masks, starting values), and at the least.
 _PER_WEIGHT, _ELEMENTS_AT_LEAST = 16, 1 << 20
-# What one small tensor costs besides its elements, in elements: a million layers of one unit each
-# must not take minutes to build.
+# What a tensor counts at the least: a million layers of one unit must not take minutes to build.
 _PER_TENSOR = 256
-# Largest whole number among a registered class's settings beside few weights; each is a size or a
-# count that some weight has as well.
+# Largest size among a registered class's settings beside few weights; some weight has each of them.
 _LARGEST_SIZE = 1 << 20
 
 # What constructors raise that are given something else than they expect.
@@ -58,10 +55,7 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def build(config: dict[str, Any], components: Components, num_weights: int) -> VAE:
-    """Build a VAE from what :func:`describe` returned, and the caller's own classes by name.
-
-    What would need far more than the weights' number of elements is refused before it is made.
-    """
+    """Build a VAE from what :func:`describe` returned, and the caller's own classes by name."""
     parts: dict[str, Any] = {}
     try:
         with torch.device("cpu"), _Bounded(num_weights) as bound:
@@ -80,11 +74,7 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
 
 
 class _Bounded(TorchFunctionMode):
-    """Refuse to make tensors beyond a number of elements, before their memory is taken.
-
-    A few bytes of settings can describe networks of any size, which would fill the memory before
-    anyone could see that the weights don't fit them.
-    """
+    """Refuse to make more elements than the weights' file can need: settings may ask for any size."""
 
     _MAKERS: tuple[Callable[..., Any], ...] = (
         *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint),

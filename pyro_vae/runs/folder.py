@@ -92,10 +92,7 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Create a run folder with its settings and hold its lock; take it away if the body fails.
-
-    One that holds a checkpoint by then stays, to be gone on with.
-    """
+    """Create a run folder and hold its lock; take it away if the body fails before a checkpoint."""
     with new_folder(folder), locked(folder):
         check_free(folder)
         try:
@@ -128,11 +125,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one run: a second one, of this process or of another, is refused.
-
-    The lock ends with the process that holds it, however that ends; its file, which says whose it
-    is, is then taken over by the next run.
-    """
+    """Hold a folder for one run and refuse a second; the lock ends with the process at the latest."""
     path = folder / _LOCK
     try:
         descriptor = _acquire(path)

@@ -50,11 +50,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
 def assign(
     vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
 ) -> None:
-    """Check every tensor, then assign all of them; the VAE takes on their floating-point type.
-
-    What is refused leaves the VAE as it was. The checksum, written with the weights, is also over
-    the ``model`` of the settings.
-    """
+    """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
     _check(_state(vae), weights)
     if checksum != checksum_of(model, weights):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -136,10 +137,10 @@ def compare_autoencoder(
             f"{len(held_out)}"
         )
     with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
-        measured = _Measured(train, held_out, num_random, grid_size)
+        measure = functools.partial(_measure, train, held_out, grid_size)
         codes, held = autoencoder.encode(train), autoencoder.encode(held_out)
         random = _fitted_normal(codes, num_random)
-        deterministic = measured.side(autoencoder.decode, codes, held, held, random)
+        deterministic = measure(autoencoder.decode, codes, held, held, random)
 
         def blank(number: int) -> Tensor:
             return train.new_zeros(number, *train.shape[1:])
@@ -155,7 +156,7 @@ def compare_autoencoder(
             )
         alone = OpenedFunction(model, (blank(num_random),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]
-        variational = measured.side(
+        variational = measure(
             decoded,
             encode(guide, train, mean=False, plate=plate)[0],
             means,
@@ -164,44 +165,32 @@ def compare_autoencoder(
         )
         reference = _nearest(held_out[:num_random].flatten(1), train.flatten(1))
     reference = reference / math.sqrt(train[0].numel())
-    return AutoencoderComparison(
-        Side(*(value.cpu() for value in deterministic)),
-        Side(*(value.cpu() for value in variational)),
-        held_out.cpu(),
-        reference.cpu(),
+    return AutoencoderComparison(deterministic, variational, held_out.cpu(), reference.cpu())
+
+
+def _measure(
+    train: Tensor,
+    held_out: Tensor,
+    grid_size: int,
+    decoded: PairFunction,
+    codes: Tensor,
+    means: Tensor,
+    draws: Tensor,
+    random: Tensor,
+) -> Side:
+    """Measure one side on the data, given its decoder, its codes and its random latents."""
+    grid = _between(means[:4], grid_size).flatten(0, 1)
+    rebuilt, images, corners = decoded(means), decoded(random), decoded(grid)
+    values = (
+        rebuilt,
+        *((each - held_out).flatten(1).square().mean(1).sqrt() for each in (rebuilt, decoded(draws))),
+        _nearest(draws[: len(random)], codes),
+        _nearest(random, codes),
+        images,
+        _nearest(images.flatten(1), train.flatten(1)) / math.sqrt(train[0].numel()),
+        *(each.unflatten(0, (grid_size, grid_size)) for each in (corners, _nearest(grid, codes))),
     )
-
-
-class _Measured(NamedTuple):
-    """What both sides are measured on."""
-
-    train: Tensor
-    held_out: Tensor
-    num_random: int
-    grid_size: int
-
-    def side(
-        self, decoded: PairFunction, codes: Tensor, means: Tensor, draws: Tensor, random: Tensor
-    ) -> Side:
-        """Measure one side, given its decoder, its codes and its random latents."""
-        rebuilt, images = decoded(means), decoded(random)
-        grid = _between(means[:4], self.grid_size)
-        corners = decoded(grid.flatten(0, 1)).unflatten(0, (self.grid_size, self.grid_size))
-        size = math.sqrt(self.train[0].numel())
-        return Side(
-            rebuilt,
-            self._error(rebuilt),
-            self._error(decoded(draws)),
-            _nearest(draws[: self.num_random], codes),
-            _nearest(random, codes),
-            images,
-            _nearest(images.flatten(1), self.train.flatten(1)) / size,
-            corners,
-            _nearest(grid.flatten(0, 1), codes).view(self.grid_size, self.grid_size),
-        )
-
-    def _error(self, rebuilt: Tensor) -> Tensor:
-        return (rebuilt - self.held_out).flatten(1).square().mean(1).sqrt()
+    return Side(*(value.cpu() for value in values))
 
 
 def _one_tensor(data: Tensor, model: PairFunction) -> Tensor:

@@ -26,7 +26,6 @@ METHODS = {
     "pseudo-gibbs": "biased: exact only where the guide is the exact posterior",
 }
 
-# Importance samples of a datum and steps of a chain, unless told otherwise.
 _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
@@ -182,11 +181,9 @@ class _Problem(NamedTuple):
         return self.pair.inputs[self.position]
 
     def fill(self, x: Tensor) -> _Problem:
-        """Return the problem with other values in the hidden places."""
         return self._replace(pair=_replace_input(self.pair, self.position, x))
 
     def rows(self, rows: slice) -> _Problem:
-        """Return the problem of some of the data points."""
         return self._replace(pair=self.pair.part(rows), missing=self.missing[rows])
 
     def tile(self, count: int) -> _Problem:
@@ -197,7 +194,6 @@ class _Problem(NamedTuple):
         return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
 
     def trace(self, function: PairFunction, latents: Latents) -> Any:
-        """Run the model or the guide on given latents."""
         with Given(latents):
             return self.pair.alone(function).trace()
 
@@ -222,19 +218,12 @@ def _by_chains(
     columns = zip(*runs, strict=True)
     x, mean, square, acceptance, log_joint, variance = (torch.cat(column) for column in columns)
     kept = num_steps - num_steps // 2
-    r_hat = None if accept_all or num_draws < 2 else _r_hat(log_joint, variance, kept)
-    share = None if accept_all else acceptance.mean(0)
+    share = r_hat = None
+    if not accept_all:
+        share = acceptance.mean(0)
+        if num_draws >= 2:  # Gelman, Rubin 1992, "Inference from iterative simulation ..."
+            r_hat = ((kept - 1) / kept + log_joint.var(0) / variance.mean(0)).sqrt()
     return Completion(x, *_spread(mean.mean(0), square.mean(0)), method, share, r_hat)
-
-
-def _r_hat(means: Tensor, variances: Tensor, length: int) -> Tensor:
-    """Return the potential scale reduction of chains from their means and variances ``(C, N)``.
-
-    Source:
-        Gelman, Rubin 1992, "Inference from iterative simulation using multiple sequences".
-    """
-    within = variances.mean(0)
-    return ((length - 1) / length + means.var(0) / within).sqrt()
 
 
 class _State(NamedTuple):
@@ -252,9 +241,8 @@ def _run_chains(
 ) -> tuple[Tensor, ...]:
     """Run C chains at once from the fill of the problem; the first proposal is always accepted.
 
-    Returns the last fill ``(C, N, *data_shape)``; the means over the second half of the steps of
-    E[x | z] and E[x^2 | z], likewise, float64; and, each ``(C, N)``, the share of accepted proposals
-    over all steps, mean and variance of log p(x, z) over the second half.
+    Returns ``(C, N, ...)``: the last fill; means over the second half of the steps of E[x | z] and
+    E[x^2 | z]; the share of accepted proposals; mean and variance of log p(x, z) over that half.
     """
     count = len(problem.missing)
     problem = problem.tile(num_chains)
@@ -273,11 +261,7 @@ def _run_chains(
 
 
 def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Site]:
-    """Draw the hidden values given the latents.
-
-    Returns the data with the new fill ``(N, *data_shape)``, the model's sample sites with it in place
-    and the observed site among them.
-    """
+    """Redraw the hidden values; return the data, the model's sites with them, the observed one."""
     trace = problem.trace(problem.pair.model, latents)
     site = trace.nodes[problem.site]
     drawn = site["fn"].sample().to(problem.x.dtype)
@@ -304,7 +288,14 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     if accept_all:
         return _redraw(problem, proposal), torch.ones_like(state.log_joint)
     log_joint = problem.log_prob(sample_sites(problem.trace(problem.pair.model, proposal)))
-    log_ratio = log_joint - problem.log_prob(sites) - state.log_joint + _log_reverse(state, sites)
+    log_proposal = problem.log_prob(sites)
+    # Back to the latents the chains are at, given the data as filled now: of a single site the
+    # distribution is there, and the guide need not run again.
+    if len(sites) == 1:
+        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
+    else:
+        sites = sample_sites(problem.trace(problem.pair.guide, state.latents))
+    log_ratio = log_joint - log_proposal - state.log_joint + problem.log_prob(sites)
     # NaN: neither point has a density; stay.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
     latents = {
@@ -320,16 +311,6 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
 def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
     trace = problem.pair.alone(problem.pair.guide).trace()
     return {name: trace.nodes[name]["value"] for name in problem.pair.axes}, sample_sites(trace)
-
-
-def _log_reverse(state: _State, sites: list[Site]) -> Tensor:
-    """Return log q of the latents the chains are at, given the data as filled now, ``(N,)``."""
-    if len(sites) == 1:
-        # The site's distribution is there: the guide need not run again.
-        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
-    else:
-        sites = sample_sites(state.problem.trace(state.problem.pair.guide, state.latents))
-    return state.problem.log_prob(sites)
 
 
 def _redraw(problem: _Problem, latents: Latents) -> _State:
@@ -492,8 +473,7 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
         trace = problem.fill(x).trace(problem.pair.model, latents)
         trace.nodes[problem.site]["value"] = problem.x
         traces.append(trace)
-    name = changed_site(*traces)
-    if name is not None:
+    if (name := changed_site(*traces)) is not None:
         raise InputError(
             f"expected a model that uses the data at its observed site {problem.site!r} alone, the "
             f"density at {name!r} changes with the hidden values: these can't be drawn given latents"

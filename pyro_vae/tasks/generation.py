@@ -39,7 +39,6 @@ _LOCATION_SCALE = (
     distributions.StudentT,
 )
 
-
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
 
@@ -317,10 +316,9 @@ def _occurrence(picked: Tensor) -> Tensor:
 
 
 class _AtTemperature(Messenger):
-    """Multiply the spread of every latent's distribution by the temperature.
+    """Multiply the spread of every latent's distribution by the temperature; 1 changes nothing.
 
-    A flow has its base's multiplied (as in Kingma, Dhariwal 2018, "Glow", section 6), a mixture each
-    component's. Whatever else is drawn is refused by name; a temperature of 1 changes nothing.
+    Of a flow it is its base's, as in Kingma, Dhariwal 2018, "Glow", section 6.
     """
 
     def __init__(self, temperature: float) -> None:

@@ -104,10 +104,10 @@ def interpolate(
         )
     with pair.evaluating(seed):
         encoder = pair.alone(guide)
-        first = mean_codes(encoder, _CODE_DRAWS)
+        codes = mean_codes(encoder, _CODE_DRAWS)
         last = mean_codes(encoder._replace(inputs=ends), _CODE_DRAWS)
         ways = {}
-        for name, code in first.items():
+        for name, code in codes.items():
             _refuse_discrete(name, code)
             start, end = code.decodable(), last[name].decodable()
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
@@ -255,15 +255,13 @@ class _Walker:
 
     def stay_at_mean(self) -> None:
         """Go on with one code, the mean over the data, under the first datum's conditions."""
-        mean = self.flat.mean(0, keepdim=True)
+        self.flat = self.flat.mean(0, keepdim=True)
         if self.support == "sphere":
-            mean = _unit(mean, self.axis(0))
-        self.flat = mean
+            self.flat = _unit(self.flat, self.axis(0))
         self.codes = {name: value[:1] for name, value in self.codes.items()}
         self.model = self.model.first()
 
     def axis(self, dimension: int) -> Tensor:
-        """Return the unit vector along a coordinate, ``(size,)``."""
         return torch.eye(self.size, dtype=self.flat.dtype, device=self.flat.device)[dimension]
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:

@@ -134,7 +134,6 @@ class _ObservedPart(Messenger):
 
     def __init__(self, x: Tensor, missing: Tensor, name: str | None) -> None:
         super().__init__()
-        check_missing(x, missing)
         self.x, self.missing, self.name = x, missing, name
         self.found = False
 
@@ -175,11 +174,9 @@ class _Owner(nn.Module):
         self.owners = nn.ModuleList(owners)
 
     def model(self, *inputs: Tensor) -> Any:
-        """Run the wrapped model."""
         return self._model(*inputs)
 
     def guide(self, *inputs: Tensor) -> Any:
-        """Run the wrapped guide."""
         return self._guide(*inputs)
 
 
