@@ -13,8 +13,8 @@ from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.pair.opened import Knowledge, OpenedPair
-from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
+from pyro_vae.pair.state import Remembered
 from pyro_vae.weights.particles import Draws, Particles
 from pyro_vae.weights.pathwise import refuse_handler
 
