@@ -36,10 +36,7 @@ class Given(Messenger):
 
 
 def sample_sites(trace: Trace) -> list[Site]:
-    """Return the sample sites of a trace that have a density.
-
-    Not among them: sites that subsample a plate, and those of ``pyro.deterministic``.
-    """
+    """Return the sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
     return [
         site
         for site in trace.nodes.values()
@@ -99,8 +96,7 @@ def data_dim(site: Site, plate: str) -> int:
     """Return the (negative) batch dimension of the data plate at a site; refuse one outside it."""
     for frame in vectorized_frames(site):
         if frame.name == plate:
-            dim: int = frame.dim
-            return dim
+            return int(frame.dim)
     raise InputError(
         f"expected site {site['name']!r} inside the data plate {plate!r}, got one outside: move it "
         "there, or name your plate by plate="
@@ -109,8 +105,7 @@ def data_dim(site: Site, plate: str) -> int:
 
 def value_axis(site: Site, plate: str) -> int:
     """Return the (negative) axis of a site's value that counts the data (see :func:`data_dim`)."""
-    axis: int = data_dim(site, plate) - site["fn"].event_dim
-    return axis
+    return int(data_dim(site, plate) - site["fn"].event_dim)
 
 
 def is_inside(site: Site, plate: str) -> bool:
@@ -130,21 +125,15 @@ def draw_traces(
     model: Callable[..., Any], guide: Callable[..., Any], arguments: Any, keywords: Any = None
 ) -> TracePair:
     """Trace the guide, then the model with the guide's draws."""
-    keywords = keywords or {}
-    guide_trace = poutine.trace(guide).get_trace(*arguments, **keywords)
+    guide_trace = poutine.trace(guide).get_trace(*arguments, **(keywords or {}))
     replayed = poutine.replay(model, trace=guide_trace)
-    return poutine.trace(replayed).get_trace(*arguments, **keywords), guide_trace
+    return poutine.trace(replayed).get_trace(*arguments, **(keywords or {})), guide_trace
 
 
 def plate_scale(site: dict[str, Any]) -> float:
     """Return by how much the plates around a site scale it because they subsample."""
     frames = (frame for frame in site["cond_indep_stack"] if frame.full_size and frame.full_size > 0)
     return math.prod(frame.full_size / frame.size for frame in frames)
-
-
-def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
-    """Return what :func:`site_log_prob` would, from what Pyro has computed already."""
-    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
 
 
 def subsamples(trace: Trace, plate: str) -> bool:
