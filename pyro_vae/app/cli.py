@@ -101,7 +101,7 @@ def evaluate(
     how: names.EvaluateSettings,
     picture: Annotated[
         Path | None,
-        typer.Option(help="names.Picture of Pareto k per datum and of the estimate's convergence."),
+        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")

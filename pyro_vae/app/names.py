@@ -55,14 +55,20 @@ class OnlyWith(NamedTuple):
 
 
 def option(
-    default: _Value, text: str, *, flags: str | None = None, only_with: OnlyWith | None = None
+    default: _Value,
+    text: str,
+    *,
+    flags: str | None = None,
+    only_with: OnlyWith | None = None,
+    show_default: bool = True,
 ) -> _Value:
     """Declare a setting that is an option of the command line.
 
     ``flags`` is how it is written, where that is not its name; ``only_with`` what it needs to have an
     effect.
     """
-    return field(default=default, metadata={"help": text, "flags": flags, "only_with": only_with})
+    how = {"help": text, "flags": flags, "only_with": only_with, "show_default": show_default}
+    return field(default=default, metadata=how)
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
@@ -158,7 +164,9 @@ class CompareSettings:
 
     guides: str = option(
         "mean-field,full-rank,iaf,spline,mixture",
-        "Variational families between commas, as `train --guide` names them.",
+        "Variational families between commas, as `train --guide` names them; default: "
+        "mean-field, full-rank, iaf, spline and mixture.",
+        show_default=False,  # one word too wide for a narrow terminal
     )
     priors: str = option("standard-normal", "Priors between commas.")
     likelihoods: str = option("bernoulli", "Likelihoods between commas.")

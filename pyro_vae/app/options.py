@@ -105,8 +105,8 @@ def _annotate(declared: Field[Any], hint: Any) -> Any:
     flags = declared.metadata["flags"]
     if flags is None and hint is bool:
         flags = _flag(declared.name)  # a flag has no negation: it is left out instead
-    option = typer.Option(*([] if flags is None else [flags]), help=declared.metadata["help"])
-    return Annotated[hint, option]
+    shown = {name: declared.metadata[name] for name in ("help", "show_default")}
+    return Annotated[hint, typer.Option(*([] if flags is None else [flags]), **shown)]
 
 
 def _as_keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
