@@ -182,6 +182,7 @@ class Autoencoder(nn.Module):
             InputError: options or data out of range, a loss that is not finite, or a checkpoint of
                 another run.
         """
+        options = {name: value for name, value in locals().items() if name not in ("self", "loss")}
         check_callables(on_epoch=on_epoch)
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
@@ -202,25 +203,8 @@ class Autoencoder(nn.Module):
         # A store of its own: no other pair's names are in the way, and none is left there.
         store = pyro.get_param_store()
         with HANDLER_LOCK, store.scope(), EpochProgress(epochs, progress) as bar:
-            result = fit(
-                pair.model,
-                pair.guide,
-                data,
-                epochs=epochs,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                validation=validation,
-                patience=patience,
-                compile=False,
-                device=device,
-                seed=seed,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                checkpoint_minutes=checkpoint_minutes,
-                resume=resume,
-                on_epoch=note,
-                progress=False,
-            )
+            options |= {"compile": False, "on_epoch": note, "progress": False}
+            result = fit(pair.model, pair.guide, **options)
         names = ("best_epoch", "stopped_early", "device", "batch_size", "learning_rate")
         return AutoencoderFit(
             **{name: getattr(result, name) for name in names},
@@ -231,11 +215,7 @@ class Autoencoder(nn.Module):
 
 
 class _PointMassPair(nn.Module):
-    """An autoencoder as a pair: a flat prior over codes, and a point mass at the encoder's output.
-
-    The likelihood's negative logarithm is the loss: a Gaussian of variance 1/2 for the squared error,
-    up to the constant log(pi) / 2 for each value, and a Bernoulli for the cross-entropy.
-    """
+    """An autoencoder as a pair: a flat prior over codes, and a point mass at the encoder's output."""
 
     def __init__(self, autoencoder: Autoencoder, loss: str) -> None:
         super().__init__()

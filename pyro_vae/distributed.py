@@ -19,21 +19,10 @@ from pyro_vae.errors import InputError
 
 Result = TypeVar("Result")
 
-# What torchrun tells each process that it starts.
-_TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of torch's default process group, seen from one of them.
-
-    Every method but the properties must be called by all of them in the same order. A process that is
-    alone communicates nothing.
-
-    Attributes:
-        rank: number of this process, from 0.
-        size: how many there are.
-    """
+    """The processes of torch's default process group, seen from one of them."""
 
     rank: int = 0
     size: int = 1
@@ -55,13 +44,8 @@ class Processes:
         """Whether there is anybody to share with."""
         return self.size > 1
 
-    # --- shares ---
-
     def share(self, rows: Tensor) -> Tensor:
-        """Return this process's part of some rows: a run of them; of few rows some get none.
-
-        The parts put one after the other are the rows, and their lengths differ by one at most.
-        """
+        """Return this process's part of some rows: a run of them; of few rows some get none."""
         return rows.tensor_split(self.size)[self.rank] if self.are_several else rows
 
     def own_seed(self, seed: int) -> int:
@@ -75,8 +59,6 @@ class Processes:
         """Let the random streams of the processes part here; the first one's stays as it is."""
         if not self.is_first:
             pyro.set_rng_seed(self.own_seed(int(torch.randint(2**32, ()))))
-
-    # --- communication ---
 
     @torch.no_grad()
     def sum_(self, values: Tensor) -> Tensor:
@@ -103,12 +85,7 @@ class Processes:
         return values
 
     def decide(self, function: Callable[[], Result]) -> Result:
-        """Let the first process call a function, and return what it got in all of them.
-
-        Raises:
-            InputError: the function's own, in every process.
-            OSError: the same.
-        """
+        """Let the first process call a function, and return what it got in all of them."""
         if not self.are_several:
             return function()
         outcome: list[Any] = [None, None]
@@ -124,26 +101,13 @@ class Processes:
         return result
 
     def first_before_others(self, function: Callable[[], Result]) -> Result:
-        """Call a function in the first process and then in the others, which find what it left.
-
-        Raises:
-            InputError: the first process's own, in every process.
-            OSError: the same.
-        """
+        """Call a function in the first process and then in the others, which find what it left."""
         results: list[Result] = []
-
-        def first() -> None:
-            results.append(function())
-
-        self.decide(first)
+        self.decide(lambda: results.append(function()))
         return results[0] if results else function()
 
     def check_together(self, check: Callable[[], None]) -> None:
-        """Make a check in every process; what one of them refuses, all do.
-
-        Raises:
-            InputError: the refusal of the first that refuses, in every process.
-        """
+        """Make a check in every process; what one of them refuses, all do."""
         refusal: InputError | None = None
         try:
             check()
@@ -154,11 +118,7 @@ class Processes:
                 raise found
 
     def check_same(self, **settings: Hashable | tuple[Tensor, ...]) -> None:
-        """Refuse settings and data that differ between the processes; data by their shapes and ends.
-
-        Raises:
-            InputError: which differ; in every process.
-        """
+        """Refuse settings and data (by shapes and ends) that differ between the processes."""
         if not self.are_several:
             return
         found = self.gather({name: _fingerprint(value) for name, value in settings.items()})
@@ -197,18 +157,9 @@ def _carry(tensor: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the other processes that torchrun started, if it did; leave them at the end.
-
-    On CUDA each process takes the device of its local rank. Inside, only the first process prints on
-    standard output and warns.
-
-    Args:
-        device: where the processes will compute: ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        InputError: more processes than CUDA devices on this machine, or one device named for all.
-    """
-    told = dist.is_available() and all(name in os.environ for name in _TOLD)
+    """Join the other processes that torchrun started, if it did; leave them at the end."""
+    by_torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    told = dist.is_available() and all(name in os.environ for name in by_torchrun)
     if not told or dist.is_initialized():
         yield Processes.current()
         return

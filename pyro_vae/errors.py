@@ -41,17 +41,7 @@ def first_line(error: object) -> str:
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
-    """Return an option that is a whole number; refuse any other value.
-
-    Args:
-        name: what the message calls it, with its article.
-        value: what was given: of Python, NumPy or torch.
-        least: the smallest one accepted.
-        most: the largest one accepted; None: no limit.
-
-    Raises:
-        InputError: a fraction, a text, True, or a number out of range.
-    """
+    """Return an option that is a whole number; refuse any other value."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -82,15 +72,7 @@ def size(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def sizes(name: str, values: Any) -> tuple[int, ...]:
-    """Return a shape or the widths of layers as whole numbers; refuse anything else, and none at all.
-
-    Args:
-        name: what the message calls them, a plural.
-        values: what was given.
-
-    Raises:
-        InputError: no sequence of whole numbers of at least 1.
-    """
+    """Return a shape or the widths of layers as whole numbers; refuse others, and none at all."""
     is_sequence = isinstance(values, Iterable) and not isinstance(values, str)
     given = tuple(values) if is_sequence else ()
     try:
@@ -106,15 +88,7 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return an option that is a number as a float, not finite ones included; refuse other values.
-
-    Args:
-        name: what the message calls it, with its article.
-        value: what was given: of Python, NumPy or torch.
-
-    Raises:
-        InputError: a text, True, or what is no single number.
-    """
+    """Return an option that is a number as a float, not finite ones included; refuse other values."""
     try:
         if isinstance(value, bool | str | bytes):
             raise TypeError

@@ -33,11 +33,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
-    """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it.
-
-    Raises:
-        InputError: what is no path, or the home of nobody.
-    """
+    """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it."""
     try:
         return Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
@@ -47,11 +43,7 @@ def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with the path of a temporary file that takes the file's place when done.
-
-    Raises:
-        InputError: a file that can't be written: no permission, no space, no such folder.
-    """
+    """Call ``write`` with the path of a temporary file that takes the file's place when done."""
     # The temporary name keeps the suffix, by which a picture's format is chosen.
     temporary = path.with_name(f".part-{path.name}")
     try:
@@ -74,12 +66,7 @@ def refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
 
 
 def checksum_of(description: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a description and of the tensors' names, types, shapes and bytes.
-
-    Args:
-        description: plain values of JSON.
-        tensors: tensors on the CPU.
-    """
+    """Return the SHA-256 of a description and of the tensors' names, types, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
         value = tensors[name]

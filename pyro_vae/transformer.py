@@ -182,8 +182,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self, "vae_"):
             self.vae_.cpu()  # to be loaded where there is no accelerator; it is placed when used
-        state: dict[str, Any] = super().__getstate__()
-        return state
+        return dict(super().__getstate__())
 
     def _validate(self, X: Any, *, reset: bool) -> Tensor:
         values = validate_data(self, X, dtype=np.float32, reset=reset)
@@ -192,8 +191,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def _place(self) -> VAE:
         """Return the trained VAE where it is to compute."""
         check_is_fitted(self)
-        vae: VAE = self.vae_
-        return vae.to(resolve_device(self.device))
+        return self.vae_.to(resolve_device(self.device))
 
 
 @contextmanager

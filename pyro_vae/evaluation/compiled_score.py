@@ -23,9 +23,8 @@ from pyro_vae.infer.program import (
     verify,
 )
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
-from pyro_vae.pair.state import Snapshot, with_submodules
+from pyro_vae.pair.state import Remembered, Snapshot, with_submodules
 from pyro_vae.weights.particles import Particles
 
 Terms = tuple[Tensor, Tensor]

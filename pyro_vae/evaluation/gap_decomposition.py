@@ -21,11 +21,10 @@ from pyro_vae.evaluation.elbo import Moments, PerDatum, measure_bounds, single_l
 from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.pair.agreement import all_close
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
-from pyro_vae.pair.sites import data_dim
+from pyro_vae.pair.sites import all_close, data_dim
 from pyro_vae.weights.particles import Particles, check_weights
 
 Parameters = dict[str, Tensor]

@@ -135,9 +135,9 @@ class AnalyticKL(Bound):
             found.append(divergences(model_trace, guide_trace))
             traces.append((model_trace, guide_trace))
         self.exact_sites = {row.site["name"]: row.exact for row in found[0]}
-        rows = [row for particle in found for row in particle]
         count = self.num_particles
-        rate = sum(_weighed(row, plate_scale(row.site)).detach().sum() for row in rows) / count
+        rows = [_weighed(row, plate_scale(row.site)) for particle in found for row in particle]
+        rate = sum(row.detach().sum() for row in rows) / count
         distortion = elbo_terms(traces, count)[1]
         surrogate = scaled / count + self._differentiable_rate(found)
         return BoundTerms(rate + distortion, surrogate, torch.as_tensor(rate), distortion)
@@ -229,5 +229,4 @@ class FreeBits(AnalyticKL):
         elif not first.by_dimension:
             floor = floor * site["fn"].event_shape.numel()
         num_data = data[0].size if data else 1
-        floored: Tensor = units.clamp(min=floor).sum() * num_data * site["scale"]
-        return floored
+        return units.clamp(min=floor).sum() * num_data * site["scale"]

@@ -25,8 +25,7 @@ from pyro_vae.infer.validation import EarlyStopping
 from pyro_vae.pair.inputs import Inputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-_Run = tuple[dict[str, Any], Trainer, EarlyStopping, list[dict[str, float]]]
+_Rows = list[dict[str, float]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,18 +45,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Checkpoints:
-    """The checkpoints of one run; without a folder none are read or written.
-
-    Inside the context, and in the main thread, SIGINT and SIGTERM are noted, and end the run at the
-    next step's boundary, when its state is on the disk; a second one ends it at once.
-
-    Of several processes the first one reads and writes, and it alone needs the folder. What each has
-    of its own, its generators among it, stands in the same file. When to write is decided together,
-    and a signal to one of them ends all: every method must be called by all of them.
-
-    The options are those of :func:`pyro_vae.fit`; one that is out of range is refused, and so is a
-    folder that can't be written, or that holds checkpoints where ``resume`` is not set.
-    """
+    """The checkpoints of one run; without a folder none are read or written."""
 
     def __init__(
         self,
@@ -81,9 +69,7 @@ class Checkpoints:
         self.processes = processes
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._run: _Run | None = None
-
-    # --- the run ---
+        self._run: tuple[dict[str, Any], Trainer, EarlyStopping, _Rows] | None = None
 
     def __enter__(self) -> Checkpoints:
         """Prepare the folder and take notice of signals."""
@@ -115,13 +101,9 @@ class Checkpoints:
         settings: Mapping[str, Any],
         trainer: Trainer,
         best: EarlyStopping,
-        rows: list[dict[str, float]],
+        rows: _Rows,
     ) -> None:
-        """Take up the newest checkpoint if the run is resumed; say what the next ones hold.
-
-        The settings are plain values that decide the run, and must be those of the checkpoint; the
-        rows are metrics of the epochs that have ended.
-        """
+        """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
         if self.folder is None:
             return
         folder = self.folder
@@ -162,8 +144,6 @@ class Checkpoints:
         """Write the end of the run, from which resuming takes no step more."""
         if self._run is not None and self._run[1].count:
             self._write()
-
-    # --- inside ---
 
     def _prepare(self) -> None:
         assert self.folder is not None

@@ -40,11 +40,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def write_checkpoint(
     folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]
 ) -> None:
-    """Write the checkpoint after so many steps; of those before it the last one is kept.
-
-    The settings are plain values by which the run is known again; the state has tensors too, nested
-    in dictionaries and lists. Where the file can't be written the others stay as they were.
-    """
+    """Write the checkpoint after so many steps; of those before it the last one is kept."""
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
     content["checksum"] = checksum_of(content, tensors)
@@ -60,13 +56,9 @@ def write_checkpoint(
 
 
 def read_newest(folder: Path) -> dict[str, Any] | None:
-    """Return settings and state of the newest checkpoint that can be read, or None without any.
-
-    A damaged one is named in a warning and taken away; one of a newer format is refused.
-    """
-    paths = checkpoint_files(folder)
+    """Return settings and state of the newest checkpoint that can be read, or None without any."""
     damaged: list[Path] = []
-    for path in reversed(paths):
+    for path in reversed(checkpoint_files(folder)):
         try:
             found = _read(path)
         except _DamagedError as error:

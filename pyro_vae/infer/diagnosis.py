@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.pair.functions import PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import draw_traces, latent_sites
+from pyro_vae.pair.sites import draw_traces, innermost, latent_sites
 
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
 # 0.01, the usual test for an active one (Burda et al. 2016, appendix C), costs log(1.01) / 2 = 0.005;
@@ -37,11 +37,7 @@ def diagnose(
     *,
     warmup_epochs: int,
 ) -> tuple[str, ...]:
-    """Name what went wrong by the metrics per epoch, one line each, with what to try.
-
-    The trained pair runs once on the batch, and no generator moves. Nothing is said of collapse in
-    the warm-up.
-    """
+    """Name what went wrong by the metrics per epoch, one line each, with what to try."""
     if not rows:
         return ()
     with seeded(0), evaluation_mode(model, guide):
@@ -59,8 +55,7 @@ def _collapse(
 ) -> str | None:
     after = rows[warmup_epochs:]
     rate = float(np.mean([row["train_rate"] for row in after[-_AVERAGED:]])) if after else math.nan
-    drawn = sum(site["value"].numel() for site in latent_sites(guide_trace))
-    units = drawn // num_data
+    units = sum(site["value"].numel() for site in latent_sites(guide_trace)) // num_data
     # Written so that a rate that is not a number says nothing.
     if not units or not abs(rate) < _CODES_NOTHING * units:
         return None
@@ -106,9 +101,7 @@ def _runaway_sigma(rows: Sequence[Mapping[str, float]], model_trace: Trace) -> s
 
 def _learned_scale(distribution: Any) -> float | None:
     """Return the median scale of a location-scale family, where parameters decide it."""
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    scale = getattr(distribution, "scale", None)
+    scale = getattr(innermost(distribution), "scale", None)
     if not isinstance(scale, Tensor) or not scale.requires_grad:
         return None
     return float(torch.median(scale.detach()))

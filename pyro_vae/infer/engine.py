@@ -32,8 +32,7 @@ from pyro_vae.infer.program import (
     verify,
 )
 from pyro_vae.pair.functions import modules_of
-from pyro_vae.pair.remembered import Remembered
-from pyro_vae.pair.state import Snapshot, accumulating_leaves, with_submodules
+from pyro_vae.pair.state import Remembered, Snapshot, accumulating_leaves, with_submodules
 
 
 class Call(NamedTuple):

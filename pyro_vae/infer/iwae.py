@@ -13,8 +13,8 @@ from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.pair.opened import Knowledge, OpenedPair
-from pyro_vae.pair.remembered import Remembered
 from pyro_vae.pair.sites import Latents
+from pyro_vae.pair.state import Remembered
 from pyro_vae.weights.particles import Draws, Particles
 from pyro_vae.weights.pathwise import refuse_handler
 
@@ -107,16 +107,13 @@ class IWAE(Bound):
         )
 
     def _open(self, model: Any, guide: Any, args: Any, kwargs: Any) -> OpenedPair:
-        """Open the pair of a step with what is known of it, or find out and remember.
-
-        A pair is known by its functions and their instances, whatever the beta handler around them.
-        Generators and buffers are put back: a first step draws what any other would.
-        """
+        """Open the pair of a step with what is known of it, or find out and remember."""
         functions = unscaled_function(model), unscaled_function(guide)
-        knowledge = self._known.get(*functions)
-        if knowledge is not None:
-            return OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
-        pair = OpenedPair(model, guide, args, kwargs, plate=self.plate)
+        known = self._known.get(*functions)
+        knowledge = Knowledge() if known is None else known
+        pair = OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
+        if known is not None:
+            return pair
         refuse_handler(guide)
         with pair.put_back(), poutine.block(), torch.no_grad():
             pair.knowledge.structure = structure = pair.inspect()

@@ -18,7 +18,6 @@ from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-ON_NONFINITE = ("stop", "skip")
 
 Schedule = str | Callable[[float], float]
 
@@ -69,7 +68,7 @@ class FitSettings:
         checked["beta"] = float(self.beta)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        schedule, compile = self.schedule, self.compile
+        schedule = self.schedule
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
             raise InputError(
                 "expected a schedule constant, cosine or a function of the fraction, got "
@@ -77,9 +76,9 @@ class FitSettings:
             )
         if self.precision not in PRECISIONS:
             raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if compile not in (True, False, "auto"):
-            raise InputError(f"expected compile as True, False or 'auto', got {compile!r}")
-        if self.on_nonfinite not in ON_NONFINITE:
+        if self.compile not in (True, False, "auto"):
+            raise InputError(f"expected compile as True, False or 'auto', got {self.compile!r}")
+        if self.on_nonfinite not in ("stop", "skip"):
             raise InputError(f"expected on_nonfinite stop or skip, got {self.on_nonfinite!r}")
         if not isinstance(self.objective, ELBO | None):
             raise InputError(
@@ -119,21 +118,16 @@ _WARMUP_STEPS = 120
 
 
 def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
-    """Return a warm-up that keeps the latents in use: over so many epochs beta rises from 0.
-
-    That is a tenth of the run, and in a short one as many epochs as make enough steps, but no more
-    than half of it.
-    """
+    """Return a warm-up that keeps the latents in use: over so many epochs beta rises from 0."""
     enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
     return max(epochs // 10, min(epochs // 2, enough))
 
 
-def _cosine(fraction: float) -> float:
-    """Half a cosine from 1 down to 0 (Loshchilov, Hutter 2017, equation 5, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * fraction))
-
-
-_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "cosine": _cosine}
+# Half a cosine from 1 down to 0: Loshchilov, Hutter 2017, equation 5, without restarts.
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
+}
 
 
 class LearningRate:
@@ -159,8 +153,8 @@ class LearningRate:
 
 # What layers multiply by their weights. Products of tensors that are none of a layer's (a
 # Cholesky factor times noise, a density's quadratic form) are not among them.
-_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_PRODUCTS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED
+_PRODUCTS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d}
+_PRODUCTS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
 class _BFloat16Products(TorchFunctionMode):

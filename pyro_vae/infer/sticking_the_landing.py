@@ -63,7 +63,6 @@ class StickingTheLanding(Bound):
         term: Any = sum(site["log_prob_sum"] for site in sites if not has_score(site))
         random = [site["log_prob_sum"] for site in sites if has_score(site)]
         if random:
-            slopes = self._draws.slopes(torch.stack(random).sum())
-            for name, slope in slopes.items():
+            for name, slope in self._draws.slopes(torch.stack(random).sum()).items():
                 term = term + (slope * self._draws.drawn[name]).sum()
         return term

@@ -65,11 +65,7 @@ class StockBound(Bound):
 
 @contextmanager
 def _record_traces(objective: ELBO) -> Iterator[list[TracePair]]:
-    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice.
-
-    Every ELBO of Pyro draws its traces in ``_get_trace``; the method is wrapped on this one object
-    and put back afterwards.
-    """
+    """Collect the (model, guide) traces that a Pyro ELBO draws, so that nothing is run twice."""
     traces: list[TracePair] = []
     draw = objective._get_trace
 
@@ -86,11 +82,7 @@ def _record_traces(objective: ELBO) -> Iterator[list[TracePair]]:
 
 
 def bound_of(objective: ELBO | None) -> Bound:
-    """Return the bound that an objective stands for; without one the ELBO.
-
-    Raises:
-        InputError: an ELBO of Pyro that a training loop of batches can't take.
-    """
+    """Return the bound that an objective stands for; without one the ELBO."""
     if objective is None:
         return TraceBound()
     if isinstance(objective, Bound):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -54,35 +55,25 @@ class DataPlate(Messenger):
                 self.full_size = frame.full_size
 
 
+@dataclass(eq=False)
 class TrainingObjective:
     """A bound's mean per data point of a batch, as one training step needs it.
 
-    What ``transform`` returns of a batch is given to both functions. Where a batch is one process's
-    share of it (``is_share``), its gradients are not clipped: only those of the whole batch can be.
+    Where a batch is one process's share of it, its gradients are clipped only as a whole.
     """
 
-    def __init__(
-        self,
-        bound: Bound,
-        settings: FitSettings,
-        *,
-        transform: Transform | None = None,
-        is_share: bool = False,
-    ) -> None:
-        self.bound, self.settings, self.transform = bound, settings, transform
-        self.is_share = is_share
+    bound: Bound
+    settings: FitSettings
+    _: KW_ONLY
+    transform: Transform | None = None
+    is_share: bool = False
 
     def transform_batch(self, batch: Inputs) -> Inputs:
         """Return what the pair is given for a batch."""
         return batch if self.transform is None else as_inputs(self.transform(*batch))
 
     def terms(self, model: PairFunction, guide: PairFunction, batch: Inputs) -> BoundTerms:
-        """Return loss, rate and distortion summed over the batch; the surrogate is a mean.
-
-        A bound is that of all the data points its data plate stands for. Where the plate subsamples
-        they are more than were drawn, whether the pair draws rows of the batch itself or the batch
-        is itself a part of them.
-        """
+        """Return loss, rate and distortion summed over the batch; the surrogate is a mean."""
         data = DataPlate(self.settings.plate, len(batch[0]))
         with data, multiply_in(self.settings.precision):
             loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
@@ -110,28 +101,7 @@ class TrainingObjective:
 
 
 class Trainer:
-    """Gradient steps on one pair, by Adam over all its parameters at once.
-
-    A step whose loss or gradient is not finite is not applied. Nothing is read from the device
-    before an epoch is over.
-
-    Args:
-        pair: the pair, opened on the training data.
-        objective: what a step minimises.
-        settings: the options of the run.
-        device: where the pair computes.
-        shuffle: whether the data are taken in a new order in every epoch, or in their own.
-        captured_step: called with model, guide, batch, beta and the eager step, which it may replace
-            by a graph.
-        processes: who shares the batches; each takes the steps, on the sum of all gradients.
-
-    Attributes:
-        parameters: the pair's unconstrained parameters by their name in Pyro's store.
-        optimizer: Adam over them, in the order of their names; None before the first step.
-        shown: the first batch as the pair was given it.
-        count: steps taken.
-        skipped: steps left out.
-    """
+    """Gradient steps on one pair, by Adam over all its parameters at once."""
 
     def __init__(
         self,
@@ -163,11 +133,7 @@ class Trainer:
     def run_epoch(
         self, number: int, *, after_step: Callable[[], None] | None = None
     ) -> dict[str, float]:
-        """Take pass ``number``, from 1, or what a resumed state left of it, and return its metrics.
-
-        ``after_step`` is called between two steps, when :meth:`state_dict` is whole. A step that is
-        not finite, or more of them than may be skipped, raise :class:`NotFiniteError`.
-        """
+        """Take pass ``number``, from 1, or what a state left of it, and return its metrics."""
         if self._epoch is None or self._epoch.number != number:
             self._epoch = self._begin_epoch(number)
         epoch = self._epoch
@@ -179,7 +145,8 @@ class Trainer:
             rows = own if len(own) else index[:1]
             batch = tuple(value[rows].to(self.device, non_blocking=True) for value in self.train)
             summary = self._step(batch, len(own) / len(index))
-            epoch.note(summary)
+            epoch.summaries[epoch.taken].copy_(summary)
+            epoch.taken += 1
             if self.device.type == "cpu" and self.settings.skip_limit is None and summary[-1]:
                 break
             if after_step is not None:
@@ -212,7 +179,9 @@ class Trainer:
         what, value = ("gradient norm", norm) if np.isfinite(loss) else ("loss", loss)
         skips = "" if limit is None else f" ({self.skipped} steps were skipped)"
         if limit is None:  # nothing was applied since: back to the last good state
-            self.count -= epoch.go_back_to(int(bad[0]))
+            self.count -= epoch.taken - int(bad[0])
+            epoch.taken = int(bad[0])
+            epoch.summaries[epoch.taken :] = 0
             self.skipped, self.beta.steps = 0, self.count
             self._stopped.zero_()
         raise NotFiniteError(
@@ -220,8 +189,6 @@ class Trainer:
             f"{skips}: lower the learning rate, clip the gradient, or look for data outside the "
             "likelihood's support"
         )
-
-    # --- a step ---
 
     def _step(self, batch: Inputs, share: float) -> Tensor:
         """Take one step on a share of the batch and return its summary."""
@@ -264,10 +231,7 @@ class Trainer:
         return summary
 
     def _sum_shares(self, summary: Tensor, share: float) -> Tensor:
-        """Sum the gradients over the processes and finish the step: all come to the same decision.
-
-        The share's loss, rate and distortion are summed later, once in an epoch.
-        """
+        """Sum the gradients over the processes and finish the step: all come to the same decision."""
         leaves = self._leaves()
         own = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         flat = torch.cat([*(gradient.reshape(-1) for gradient in own), summary[-1:].float()])
@@ -294,23 +258,15 @@ class Trainer:
         # step counts stay as they are. It is torch's contract with its gradient scaler.
         vars(self.optimizer)["found_inf"] = flag
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = self.learning_rate.at(self.count)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count += 1
         self.beta.step()
         return flag
 
-    def _rate(self) -> float:
-        return self.learning_rate.at(self.count)
-
-    # --- the pair's parameters ---
-
     def _inspect(self, batch: Inputs) -> None:
-        """Check the pair and what its transform returns, and learn its parameters.
-
-        The draws of the run are not shifted.
-        """
+        """Check the pair and what its transform returns, and learn its parameters."""
         self.shown = batch
         known = Knowledge(whole=len(self.train[0]))
         pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate, knowledge=known)
@@ -330,7 +286,8 @@ class Trainer:
             # A state that is taken up later has buffers of its own for each process.
             self.processes.take_first([*new.values(), *self._buffers()])
             if self.optimizer is None:
-                self.optimizer = torch.optim.Adam(list(new.values()), lr=self._rate(), fused=True)
+                rate = self.learning_rate.at(self.count)
+                self.optimizer = torch.optim.Adam(list(new.values()), lr=rate, fused=True)
             else:
                 self.optimizer.add_param_group({"params": list(new.values())})
         self._store_size = len(pyro.get_param_store())
@@ -341,8 +298,6 @@ class Trainer:
     def _buffers(self) -> list[Tensor]:
         modules = modules_of(self.model, self.guide)
         return [buffer for module in modules for buffer in module.buffers()]
-
-    # --- state ---
 
     def values(self) -> dict[str, list[Tensor]]:
         """Copies of the parameters in the order of their names, and of the modules' buffers."""
@@ -366,10 +321,13 @@ class Trainer:
         """
         adam = {} if self.optimizer is None else self.optimizer.state
         moments = [adam.get(leaf, {}) for leaf in self._leaves()]
-        values, position = self.values(), None
+        values = self.values()
+        position: dict[str, Any] | None = None
         own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
         if self._epoch is not None:
-            position = self._epoch.position()
+            epoch, order = self._epoch, self._epoch.order.clone()
+            position = {"epoch": epoch.number, "order": order, "taken": epoch.taken}
+            position["seconds"] = epoch.seconds
             own["summaries"] = self._epoch.summaries.cpu().clone()
         return {
             "parameters": values["parameters"],
@@ -405,10 +363,7 @@ class Trainer:
 
 
 class _Epoch:
-    """A pass over the data, from 1, that can be left and taken up again between two steps.
-
-    The data points are taken in ``order``; ``summaries`` has one row per step, 0 of those to come.
-    """
+    """A pass over the data, from 1, that can be left and taken up again between two steps."""
 
     def __init__(
         self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
@@ -420,22 +375,6 @@ class _Epoch:
     def seconds(self) -> float:
         """Seconds since the pass began, the time it was left aside not counted."""
         return time.perf_counter() - self._start
-
-    def note(self, summary: Tensor) -> None:
-        """Take in the summary of the step that was taken."""
-        self.summaries[self.taken].copy_(summary)
-        self.taken += 1
-
-    def go_back_to(self, step: int) -> int:
-        """Forget the steps from this one on (from 0); return how many they are."""
-        forgotten, self.taken = self.taken - step, step
-        self.summaries[step:] = 0
-        return forgotten
-
-    def position(self) -> dict[str, Any]:
-        """Return all but the summaries."""
-        order = self.order.clone()
-        return {"epoch": self.number, "order": order, "taken": self.taken, "seconds": self.seconds}
 
 
 def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:

@@ -236,17 +236,7 @@ def fit(
         resume=resume,
         processes=processes,
     )
-    run = _open(
-        model,
-        guide,
-        data,
-        validation,
-        transform,
-        device,
-        settings,
-        processes,
-        default_warmup=warmup_epochs is None,
-    )
+    run = _open(model, guide, data, validation, transform, device, settings, processes, warmup_epochs)
     settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
         data=run.pair.inputs,
@@ -328,8 +318,7 @@ def _open(
     device: str | torch.device,
     settings: FitSettings,
     processes: Processes,
-    *,
-    default_warmup: bool,
+    warmup_epochs: int | None,
 ) -> _Run:
     """Check the data, move the pair to its device and the data into its types, once for the run."""
     is_given = transform is None  # what a transform returns is checked in the first step
@@ -356,7 +345,7 @@ def _open(
         to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
     plain_objective, own_beta = uncompiled(settings.objective)
     settings = replace(settings, beta=settings.beta * own_beta)
-    if default_warmup:
+    if warmup_epochs is None:
         warmup = default_warmup_epochs(settings.epochs, settings.steps_per_epoch(pair.num_data))
         settings = replace(settings, warmup_epochs=warmup)
     objective = TrainingObjective(
@@ -374,10 +363,7 @@ def _open(
 
 
 def _takes_any_batch(run: _Run, processes: Processes) -> bool:
-    """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them.
-
-    What a transform makes of the data is tried on the first batch. A trial takes three data points.
-    """
+    """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them."""
     pair = run.pair
     if run.objective.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
         return True
@@ -404,7 +390,17 @@ class EpochProgress:
         self._progress: Any = None
         if sys.stderr.isatty() if show is None else show:
             state = random.getstate()  # rich draws from it, already when imported
-            self._progress = _bar()
+            from rich.console import Console
+            from rich.progress import Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
+
+            epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
+            self._progress = Progress(
+                TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
+                TimeRemainingColumn(compact=True, table_column=left),
+                TextColumn("{task.description}", table_column=metrics),
+                console=Console(stderr=True),
+            )
             self._task = self._progress.add_task("", total=epochs)
             random.setstate(state)
 
@@ -433,17 +429,3 @@ def _describe(row: dict[str, float]) -> str:
     if not math.isnan(row["validation_elbo"]):
         text += f" (validation {row['validation_elbo']:.2f})"
     return f"{text}  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
-    return Progress(
-        TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
-        TimeRemainingColumn(compact=True, table_column=left),
-        TextColumn("{task.description}", table_column=metrics),
-        console=Console(stderr=True),
-    )

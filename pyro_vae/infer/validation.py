@@ -58,8 +58,7 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
     number, device = pair.num_data, pair.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # read once: a sum on the device
     if processes.are_several:
-        own = tuple(processes.share(value) for value in pair.inputs)
-        pair = pair.on(own)
+        pair = pair.on(tuple(processes.share(value) for value in pair.inputs))
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(pair.model, pair.guide):
         is_whole = pair.num_data > _BLOCK and not pair.is_divisible()
         size = pair.num_data if is_whole else _BLOCK

@@ -25,11 +25,10 @@ PairFunction = Callable[..., Any]
 
 
 class _HandlerLock:
-    """The lock that everything here holds while it runs a pair.
+    """The re-entrant lock held wherever a pair runs: Pyro has one handler stack per process.
 
-    Pyro's handler stack is one per process: two threads that trace at once corrupt each other's
-    traces, and a handler left open around a call would change every draw inside it without a word.
-    The lock is re-entrant, for fit evaluates as it goes.
+    Two threads that trace at once corrupt each other's traces, and a handler left open around a call
+    would change every draw inside it without a word.
     """
 
     def __init__(self) -> None:
@@ -68,38 +67,26 @@ def owned_modules(*functions: PairFunction) -> list[nn.Module]:
 
 def modules_of(*functions: PairFunction) -> list[nn.Module]:
     """Return every module the functions can reach: owners, closures and the globals they name."""
-    return _unique_modules(_reach_all(functions))
+    return _unique_modules(_reach(functions, set()))
 
 
 def tensors_of(*functions: PairFunction) -> list[Tensor]:
     """Return every tensor the functions can reach in the same way that is no module's parameter."""
-    found: list[Any] = _reach_all(functions)
+    found: list[Any] = list(_reach(functions, set()))
     for module in _unique_modules(found):
         found += [value for part in module.modules() for value in vars(part).values()]
     return [value for value in found if isinstance(value, Tensor)]
 
 
-def _reach_all(functions: Iterable[PairFunction]) -> list[nn.Module | Tensor]:
-    found: list[nn.Module | Tensor] = []
-    _reach(functions, found, set())
-    return found
-
-
 def device_of(*functions: PairFunction, default: torch.device) -> torch.device:
     """Return the device of the functions' parameters, or ``default`` where they have none."""
-    for module in modules_of(*functions):
-        for parameter in module.parameters():
-            return parameter.device
-    return default
+    parameters = (value for module in modules_of(*functions) for value in module.parameters())
+    return next((parameter.device for parameter in parameters), default)
 
 
 @contextmanager
 def evaluation_mode(*functions: PairFunction) -> Iterator[None]:
-    """Put every module the functions reach in eval mode; each submodule's mode is restored.
-
-    So is Pyro's parameter store: what ``pyro.module`` names again on the way is taken out, or each
-    model that was ever evaluated would be kept alive.
-    """
+    """Put every module the functions reach in eval mode; each submodule's mode is restored."""
     with eval_mode(*functions) as parts, forget_new_names(parts):
         yield
 
@@ -115,10 +102,7 @@ def eval_mode(*functions: PairFunction) -> Iterator[list[nn.Module]]:
 
 @contextmanager
 def training_mode(*functions: PairFunction) -> Iterator[None]:
-    """Put the modules the functions belong to in training mode; every mode is restored.
-
-    Gradients are on inside, whatever the caller's mode is.
-    """
+    """Put the modules the functions belong to in training mode; every mode is restored."""
     with _restore_modes(*functions), torch.inference_mode(False), torch.enable_grad():
         for module in owned_modules(*functions):
             module.train()
@@ -137,10 +121,7 @@ def _restore_modes(*functions: PairFunction) -> Iterator[list[nn.Module]]:
 
 @contextmanager
 def forget_new_names(parts: list[nn.Module] | None = None) -> Iterator[Callable[[], list[str]]]:
-    """Take out of Pyro's store what is put there inside; give a function that names it.
-
-    With some modules given, only what are parameters of these very ones.
-    """
+    """Take out of Pyro's store what is put there inside; give a function that names it."""
     store = pyro.get_param_store()
     before = set(store.keys())
 
@@ -185,17 +166,17 @@ def _owner(function: Any) -> Any:
     return function.__self__ if inspect.ismethod(function) else function
 
 
-def _reach(value: Any, found: list[nn.Module | Tensor], seen: set[int]) -> None:
-    """Collect the modules and tensors in ``value``, through partials, functions and containers."""
+def _reach(value: Any, seen: set[int]) -> Iterator[nn.Module | Tensor]:
+    """Yield the modules and tensors in ``value``, through partials, functions and containers."""
     if isinstance(value, functools.partial):
         for inner in (value.args, value.keywords):
-            _reach(inner, found, seen)
+            yield from _reach(inner, seen)
     value = _owner(value)
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module | Tensor):
-        found.append(value)
+        yield value
     elif isinstance(value, types.FunctionType):
         names = inspect.getclosurevars(value)
         # A function from elsewhere that is only named (a library's) holds nothing of the pair; one
@@ -208,13 +189,13 @@ def _reach(value: Any, found: list[nn.Module | Tensor], seen: set[int]) -> None:
         defaults = [value.__defaults__, value.__kwdefaults__]
         # One by one: a list made here would leave its id to the next one, which would pass for seen.
         for inner in [*names.nonlocals.values(), *named, *defaults]:
-            _reach(inner, found, seen)
+            yield from _reach(inner, seen)
     elif isinstance(value, list | tuple | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            _reach(inner, found, seen)
+            yield from _reach(inner, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
         for inner in list(vars(value).values()):
-            _reach(inner, found, seen)
+            yield from _reach(inner, seen)
 
 
 def _unique_modules(values: Iterable[Any]) -> list[nn.Module]:
@@ -242,10 +223,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def place_pair(
     model: PairFunction, guide: PairFunction, device: str | torch.device, given: torch.device
 ) -> torch.device:
-    """Move what may be moved and return the device the pair computes on.
-
-    Plain functions without parameters compute on the ``given`` device, the data's.
-    """
+    """Move what may be moved and return the device the pair computes on."""
     owned = owned_modules(model, guide)
     if owned:
         place = resolve_device(device)

@@ -16,7 +16,6 @@ from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_m
 
 Inputs = tuple[Tensor, ...]
 
-
 # Bytes of data that are moved to a device whole, as a share of what is free there: the other half is
 # for the networks and for what they compute.
 _SHARE_OF_DEVICE = 0.5
@@ -27,17 +26,9 @@ def as_inputs(
 ) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
-    NumPy arrays are taken without a copy where torch can read them as they are, so that a
-    memory-mapped file may be larger than the memory; their floats become the default type.
-
-    With the pair's functions given, the inputs are moved to the device of its parameters (see
-    :func:`place_inputs`), and floating-point data take on the type of the parameters where these have
-    one type: float64, half and bfloat16 data serve a float32 pair. Whole numbers and bits do so where
-    the model says that its data are numbers, as a :class:`pyro_vae.VAE` does; elsewhere they may be
-    labels and stay what they are.
-
-    ``are_given`` says that the functions are given these tensors, and not what is made of them: their
-    number is then checked.
+    With functions, that is on the device of their parameters and, for floating-point data, in their
+    type where they have one; whole numbers too where the model says that its data are numbers, for
+    elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
     """
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.pair.agreement import CALLING_ERRORS, agree, all_close
 from pyro_vae.pair.contract import check_pair, check_rest, check_rows_inside, why_unweighable
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
@@ -34,10 +33,13 @@ from pyro_vae.pair.functions import (
 )
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.sites import (
+    CALLING_ERRORS,
     Given,
     Latents,
     Site,
     TracePair,
+    agree,
+    all_close,
     draw_traces,
     is_delta,
     is_inside,

@@ -1,4 +1,4 @@
-"""Sample sites of a traced pair: their log-probabilities, plates and latents."""
+"""Sample sites of a traced pair: their densities, plates and latents, and when two results agree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
@@ -35,10 +36,7 @@ class Given(Messenger):
 
 
 def sample_sites(trace: Trace) -> list[Site]:
-    """Return the sample sites of a trace that have a density.
-
-    Not among them: sites that subsample a plate, and those of ``pyro.deterministic``.
-    """
+    """Return the sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
     return [
         site
         for site in trace.nodes.values()
@@ -98,8 +96,7 @@ def data_dim(site: Site, plate: str) -> int:
     """Return the (negative) batch dimension of the data plate at a site; refuse one outside it."""
     for frame in vectorized_frames(site):
         if frame.name == plate:
-            dim: int = frame.dim
-            return dim
+            return int(frame.dim)
     raise InputError(
         f"expected site {site['name']!r} inside the data plate {plate!r}, got one outside: move it "
         "there, or name your plate by plate="
@@ -108,8 +105,7 @@ def data_dim(site: Site, plate: str) -> int:
 
 def value_axis(site: Site, plate: str) -> int:
     """Return the (negative) axis of a site's value that counts the data (see :func:`data_dim`)."""
-    axis: int = data_dim(site, plate) - site["fn"].event_dim
-    return axis
+    return int(data_dim(site, plate) - site["fn"].event_dim)
 
 
 def is_inside(site: Site, plate: str) -> bool:
@@ -129,21 +125,15 @@ def draw_traces(
     model: Callable[..., Any], guide: Callable[..., Any], arguments: Any, keywords: Any = None
 ) -> TracePair:
     """Trace the guide, then the model with the guide's draws."""
-    keywords = keywords or {}
-    guide_trace = poutine.trace(guide).get_trace(*arguments, **keywords)
+    guide_trace = poutine.trace(guide).get_trace(*arguments, **(keywords or {}))
     replayed = poutine.replay(model, trace=guide_trace)
-    return poutine.trace(replayed).get_trace(*arguments, **keywords), guide_trace
+    return poutine.trace(replayed).get_trace(*arguments, **(keywords or {})), guide_trace
 
 
 def plate_scale(site: dict[str, Any]) -> float:
     """Return by how much the plates around a site scale it because they subsample."""
     frames = (frame for frame in site["cond_indep_stack"] if frame.full_size and frame.full_size > 0)
     return math.prod(frame.full_size / frame.size for frame in frames)
-
-
-def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
-    """Return what :func:`site_log_prob` would, from what Pyro has computed already."""
-    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
 
 
 def subsamples(trace: Trace, plate: str) -> bool:
@@ -171,3 +161,70 @@ def total(sites: list[Site], plate: str, inputs: tuple[Tensor, ...]) -> Tensor:
     if not terms:
         return torch.zeros(len(inputs[0]), dtype=torch.float64, device=inputs[0].device)
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+# --- agreement up to rounding ---
+
+# What a pair may raise when it is called in a way it was not written for.
+CALLING_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+
+# Batched and plain kernels round differently (about 1e-6 of the sum of the terms in float32); a
+# particle that met another particle's or another datum's numbers is off by much more.
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-3
+# Sums of many terms are off by several units in the last place, and a few directions tell only up to
+# a small factor how steep a density is in the direction of such an error. Both are generous: they are
+# multiplied by a steepness that is nothing where a wrong result could hide.
+_LAST_DIGITS, _STEEP = 8, 8
+
+
+def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
+    """Tell whether batched and plain results are the same but for rounding."""
+    return all(
+        left.shape == right.shape
+        and torch.allclose(left, right, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
+        for left, right in zip(batched, plain, strict=True)
+    )
+
+
+def agree(
+    batched: tuple[Tensor, ...],
+    plain: Callable[[Latents], tuple[Tensor, ...]],
+    latents: Latents,
+) -> bool:
+    """Tell whether batched results are those of plain calls, as far as rounding determines these.
+
+    A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
+    normal knows from drawing while a plain call must find it from the point. By how much is seen from
+    plain calls at latents moved in their last digits; it is nothing where a density is tame. A latent
+    that holds nothing but whole numbers is taken for a discrete one.
+    """
+    expected = plain(latents)
+    if all_close(batched, expected):
+        return True
+    if any(left.shape != right.shape for left, right in zip(batched, expected, strict=True)):
+        return False
+    if not all(map(torch.equal, plain(latents), expected)):
+        return False  # what is drawn anew in every call would pass for steep
+    slack = [torch.zeros_like(value) for value in expected]
+    with pyro.validation_enabled(False):
+        for period in (1, 2, 4):
+            moved = plain({name: _moved(value, period) for name, value in latents.items()})
+            slack = [
+                torch.maximum(most, (left - right).abs())
+                for most, left, right in zip(slack, moved, expected, strict=True)
+            ]
+    # A latent that was moved over an edge says nothing of how steep the density is before it.
+    slack = [most.where(most.isfinite(), 0.0) for most in slack]
+    return all(
+        bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
+        for left, right, extra in zip(batched, expected, slack, strict=True)
+    )
+
+
+def _moved(value: Tensor, period: int) -> Tensor:
+    """Move a latent by some units in its last place, up and down by turns of ``period`` numbers."""
+    if not value.is_floating_point() or torch.equal(value, value.round()):
+        return value
+    turns = torch.arange(value.numel(), device=value.device).div(period, rounding_mode="floor") % 2
+    size = _LAST_DIGITS * torch.finfo(value.dtype).eps
+    return value * (1 + size * (2 * turns - 1).to(value.dtype).view(value.shape))

@@ -11,12 +11,20 @@ from torch import Tensor
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.simulate import changed_site
-from pyro_vae.pair.agreement import CALLING_ERRORS
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
-from pyro_vae.pair.sites import Given, Latents, Site, latent_sites, observed_site, sample_sites, total
+from pyro_vae.pair.sites import (
+    CALLING_ERRORS,
+    Given,
+    Latents,
+    Site,
+    latent_sites,
+    observed_site,
+    sample_sites,
+    total,
+)
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 

@@ -21,15 +21,16 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError, whole_number
-from pyro_vae.pair.agreement import CALLING_ERRORS, agree
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
 from pyro_vae.pair.inputs import tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
 from pyro_vae.pair.sites import (
+    CALLING_ERRORS,
     Given,
     Latents,
     Site,
     TracePair,
+    agree,
     data_dim,
     latent_sites,
     plate_scale,

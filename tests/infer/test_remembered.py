@@ -2,7 +2,7 @@
 
 import gc
 
-from pyro_vae.pair.remembered import Remembered
+from pyro_vae.pair.state import Remembered
 
 
 class Pair:

@@ -7,7 +7,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.infer import IWAE
-from pyro_vae.pair.agreement import agree, all_close
+from pyro_vae.pair.sites import agree, all_close
 
 NOISE = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
 
