@@ -1,4 +1,4 @@
-"""What tests/infer/test_processes.py trains, alone in its own process and shared by several.
+"""What tests/test_distributed.py trains, alone in its own process and shared by several.
 
 ``python process_cases.py FOLDER`` with torchrun's variables set runs every case, and each process
 saves what it got.

@@ -1,4 +1,4 @@
-"""Importance weights, objectives, the compiled step and the training loop over a model/guide pair."""
+"""Objectives, the compiled step and the training loop over a model/guide pair."""
 
 from pyro_vae.beta import scale_latents
 from pyro_vae.infer.analytic_kl import AnalyticKL, FreeBits

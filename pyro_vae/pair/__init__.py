@@ -1,1 +1,1 @@
-"""The pair: its two functions, its inputs, its sites, opened once."""
+"""The pair: its two functions, its inputs, its sites, opened once and refused here."""

@@ -1,4 +1,4 @@
-"""A model/guide pair as its users see it: inputs, modules, device, mode, random state."""
+"""The inputs of a pair: made tensors, checked, placed on its device, cut and repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""THE CONTRACT: a model, a guide and their inputs opened once, and what is refused of them."""
+"""A model, a guide and their inputs opened once: run, cut into parts, and what one look shows."""
 
 from __future__ import annotations
 
