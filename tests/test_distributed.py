@@ -1,4 +1,7 @@
-"""Several processes train one pair: the same parameters in all, the same run as one process."""
+"""Several processes train one pair: the same parameters in all, the same run as one process.
+
+Their start costs half a minute, so what needs two of them is in the slow part.
+"""
 
 import json
 import os
@@ -69,6 +72,7 @@ def like_one_process(found, case, parts=("parameters", "history", "epochs", "ski
     return alone
 
 
+@pytest.mark.slow
 def test_without_noise_the_run_is_that_of_one_process(shared):
     found = both(shared, "exact")
     like_one_process(found, "exact")
@@ -77,12 +81,14 @@ def test_without_noise_the_run_is_that_of_one_process(shared):
     assert found["buffers"].tolist()[0] == 10 + 4 * (10 + 10 + 1)
 
 
+@pytest.mark.slow
 def test_the_norm_that_is_clipped_is_that_of_the_whole_gradient(shared):
     alone = like_one_process(both(shared, "clipped"), "clipped")
     assert (alone["history"]["gradient_norm"] > 0.1).all()
     assert not torch.allclose(alone["parameters"], outcome("exact")["parameters"])
 
 
+@pytest.mark.slow
 def test_captured_steps_are_shared_too(shared):
     found = both(shared, "compiled")
     alone = like_one_process(found, "compiled")
@@ -90,6 +96,7 @@ def test_captured_steps_are_shared_too(shared):
     assert alone["compiled"]
 
 
+@pytest.mark.slow
 def test_patience_ends_all_processes_at_once(shared):
     found = both(shared, "stopped")
     like_one_process(found, "stopped")
@@ -98,6 +105,7 @@ def test_patience_ends_all_processes_at_once(shared):
     assert epochs == best + 3
 
 
+@pytest.mark.slow
 def test_a_step_that_one_process_finds_not_finite_is_skipped_by_all(shared):
     for case in ("skipped", "skipped by its loss"):
         found = both(shared, case)
@@ -106,12 +114,14 @@ def test_a_step_that_one_process_finds_not_finite_is_skipped_by_all(shared):
         assert found["parameters"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_stopping_on_what_is_not_finite_is_told_in_every_process(shared):
     for case in ("not finite", "over the limit"):
         assert both(shared, case) == outcome(case)
         assert "expected a finite loss" in both(shared, case)
 
 
+@pytest.mark.slow
 def test_noise_and_data_differ_between_processes(shared):
     (first, second), alone = (outcomes["drawn"] for outcomes in shared), outcome("drawn")
     for mine, other, whole in zip(first, second, alone, strict=True):
@@ -120,6 +130,7 @@ def test_noise_and_data_differ_between_processes(shared):
         assert mine[0] != other[0]
 
 
+@pytest.mark.slow
 def test_the_elbo_is_that_of_one_process(shared):
     """Different noise, the same expectation: the paired difference over seeds is noise alone."""
     differences = []
@@ -134,20 +145,24 @@ def test_the_elbo_is_that_of_one_process(shared):
     assert abs(differences.mean()) < 5 * standard_error
 
 
+@pytest.mark.slow
 def test_shared_evaluation_gives_the_means_over_all_data(shared):
     assert both(shared, "evaluated") == pytest.approx(outcome("evaluated"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_process_decides_and_its_refusal_reaches_all(shared):
     assert both(shared, "decided") == "rank 0"
     assert both(shared, "refused") == "refused by 0"
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_in_its_share_is_refused_by_all(shared):
     text = "expected x in [0, 1] for Bernoulli, got values from 0 to 2"
     assert both(shared, "out of range").startswith(text)
 
 
+@pytest.mark.slow
 def test_calls_that_do_not_fit_together_are_refused_everywhere(shared):
     for case in ("other data", "other part"):
         assert "expected the same data in every process" in both(shared, case)
@@ -156,12 +171,14 @@ def test_calls_that_do_not_fit_together_are_refused_everywhere(shared):
 # --- checkpoints -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_left_at_any_step_by_a_signal_to_either_is_the_run_that_was_not(shared, folder):
     assert_close(both(shared, "left"), both(shared, "whole"), rtol=0, atol=0, equal_nan=True)
     names = [path.name for path in checkpoint_files(folder / "left")]
     assert names == ["step-0000000010.safetensors", "step-0000000020.safetensors"]
 
 
+@pytest.mark.slow
 def test_each_process_keeps_what_is_its_own(shared, folder):
     own = read_newest(folder / "whole")["state"]["own"]
     assert len(own) == 2
@@ -171,6 +188,7 @@ def test_each_process_keeps_what_is_its_own(shared, folder):
     assert not torch.equal(*(each["steps"]["summaries"] for each in own))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(shared, folder):
     text = "expected number of processes {} as the run in .* was begun with, got {}"
     assert re.match(text.format(1, 2), both(shared, "alone"))
@@ -179,18 +197,21 @@ def test_another_number_of_processes_is_refused(shared, folder):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_there_or_not_wanted_by_all_are_refused_everywhere(shared, folder):
     assert "holds some: resume=True goes on" in both(shared, "begun")
     assert "expected the same checkpoints in every process" in both(shared, "one of two")
     assert not (folder / "one").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_every_process_and_leaves_the_checkpoints_before(shared):
     assert "No space left on device; make room" in both(shared, "full disk")
     found, expected = both(shared, "room again"), both(shared, "whole")
     assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_last_good_state_is_written_by_the_first_of_them(shared, folder):
     text = both(shared, "last good")
     assert text.endswith(f"; the state before it is in {folder / 'good'}")
