@@ -119,6 +119,11 @@ class IWAE(Bound):
             pair.knowledge.structure = structure = pair.inspect()
             particles = Particles(pair)
             for name, latent in structure.latents.items():
+                if latent.is_enumerated:
+                    raise InputError(
+                        f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
+                        "TraceEnum_ELBO, or draw it"
+                    )
                 if not latent.is_reparameterized:
                     raise InputError(
                         f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "

@@ -70,14 +70,14 @@ def check_pair(
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
     """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
-    That is an enumerated site, a subsampling plate inside the data's, a scale of the user's own, or
-    auxiliary sites that do not become latents one to one.
+    That is a subsampling plate inside the data's, a scale of the user's own, or auxiliary sites that
+    do not become latents one to one.
     """
     try:
         _check_auxiliary(model_trace, guide_trace)
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
             for site in sample_sites(trace):
-                _refuse_summed_out(site, plate)
+                _refuse_subsampling(site, plate)
                 _check_scale(function, site)
     except InputError as error:
         return str(error)
@@ -180,13 +180,8 @@ def _check_scale(function: str, site: Site) -> None:
         )
 
 
-def _refuse_summed_out(site: Site, plate: str) -> None:
-    """Refuse enumerated sites, and plates inside the data's that subsample."""
-    if site["infer"].get("enumerate"):
-        raise InputError(
-            f"expected sites that are drawn, {site['name']!r} is enumerated: use Pyro's "
-            "TraceEnum_ELBO, or draw it"
-        )
+def _refuse_subsampling(site: Site, plate: str) -> None:
+    """Refuse plates inside the data's that subsample."""
     for frame in site["cond_indep_stack"]:
         if frame.name != plate and frame.full_size and frame.full_size > frame.size:
             raise InputError(

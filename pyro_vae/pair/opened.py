@@ -74,13 +74,15 @@ class Latent(NamedTuple):
     family: str  # name of the distribution that the guide draws it from
     is_point_mass: bool  # whether the guide places it by the other sites
     is_reparameterized: bool  # whether its draws carry a gradient
+    is_enumerated: bool  # whether Pyro may sum over its values in place of drawing it
 
     @classmethod
     def of(cls, site: Site, plate: str) -> Latent:
         """Describe a traced site of the guide."""
         fn = site["fn"]
-        family, can_follow = type(fn).__name__, bool(fn.has_rsample)
-        return cls(value_axis(site, plate), site["value"].shape, family, is_delta(fn), can_follow)
+        kind = type(fn).__name__, is_delta(fn), bool(fn.has_rsample)
+        is_enumerated = bool(site["infer"].get("enumerate"))
+        return cls(value_axis(site, plate), site["value"].shape, *kind, is_enumerated)
 
     def shape_for(self, num_data: int) -> torch.Size:
         """Return the shape of one draw for so many data points."""

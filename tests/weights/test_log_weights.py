@@ -5,7 +5,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from weight_pairs import PAIRS, N, auxiliary, convolutional, hierarchical, normal, not_amortised
+from weight_pairs import (
+    PAIRS,
+    N,
+    auxiliary,
+    convolutional,
+    discrete,
+    hierarchical,
+    normal,
+    not_amortised,
+)
 
 import pyro_vae as pv
 from pyro_vae.beta import scale_latents
@@ -216,3 +225,15 @@ def test_modes_and_global_state_are_kept():
     pv.log_weights(model, guide, inputs, num_samples=3)
     assert vae.training
     assert (pyro.settings.get("validate_poutine"), torch.is_grad_enabled()) == validation
+
+
+def test_a_latent_marked_for_enumeration_is_drawn_and_weighed():
+    """Pyro sums over it under its own objective alone; weights take the guide's draws."""
+    model, guide, inputs = discrete()
+
+    marked = poutine.infer_config(guide, lambda site: {"enumerate": "parallel"})
+    found = []
+    for function in (guide, marked):
+        pyro.set_rng_seed(3)
+        found.append(pv.log_weights(model, function, inputs, num_samples=20))
+    assert torch.equal(*found)
