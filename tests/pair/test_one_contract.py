@@ -248,7 +248,7 @@ def test_a_distribution_in_a_components_place_is_refused_where_it_is_given(part)
 
 def test_a_name_that_is_taken_names_the_cure():
     x = torch.randn(20, 3)
-    for _ in range(2):
+    for number in range(2):
         encoder, decoder = torch.nn.Linear(3, 4), torch.nn.Linear(2, 3)
 
         def model(x, decoder=decoder):
@@ -264,7 +264,8 @@ def test_a_name_that_is_taken_names_the_cure():
                 pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
 
         pairs = (model, guide)
-        if pyro.get_param_store().keys():
+        assert ("decoder$$$weight" in pyro.get_param_store()) is (number == 1)
+        if number == 1:
             with pytest.raises(pv.InputError, match=r"pyro\.clear_param_store\(\)"):
                 pv.fit(*pairs, x, **OPTIONS)
             pyro.clear_param_store()
