@@ -61,22 +61,31 @@ class VAE(nn.Module):
         self.variational_family = guide
         self.name = f"vae_{next(_numbers)}"
 
-    def model(self, x: Tensor) -> None:
-        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood."""
+    def model(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
+
+        ``given`` is what a likelihood takes beside z, such as size factors ``(N,)`` of counts.
+        """
         self._register("prior")
         self._register("likelihood")
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._prior())
-            pyro.sample("x", self.likelihood(z), obs=x)
+            pyro.sample("x", self.likelihood(z, *given), obs=x)
 
-    def guide(self, x: Tensor) -> None:
-        """Draw z from q(z given x) for x ``(N, *data_shape)``."""
+    def guide(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.variational_family(x))
 
-    def check_data(self, x: Tensor) -> None:
+    def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
+        for name, values in zip(self._takes, given, strict=True):
+            if values.dim() != 1 or not bool(((values > 0) & values.isfinite()).all()):
+                raise InputError(
+                    f"expected {name} as finite numbers above 0, one for each datum, got shape "
+                    f"{tuple(values.shape)} and values from {values.min():g}: mend or leave them out"
+                )
         check = getattr(self.likelihood, "check", None)
         if check is not None:
             check(x)
@@ -90,7 +99,8 @@ class VAE(nn.Module):
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array.
+            x: training data ``(N, *data_shape)``, a tensor or an array; with all that the model is
+                given beside them, a tuple.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -105,12 +115,15 @@ class VAE(nn.Module):
             >>> likelihood.logits.map.bias.sigmoid()  # logits that keep away from 0 and 1
             tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
         """
-        x = _training_data(x)
-        self.check_data(x)
+        x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
+        self.check_data(x, *given)
+        mean = x.mean(0)
+        if "size factors" in self._takes:  # the mean of a size factor of 1
+            mean = mean / given[-1].mean()
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
-            self.likelihood.start_at_mean(x.mean(0))
+            self.likelihood.start_at_mean(mean)
         except NotImplementedError:  # a likelihood of the user's own may leave it out
             raise InputError(
                 "expected a likelihood with a first mean to set, got "
@@ -120,6 +133,16 @@ class VAE(nn.Module):
         start_at_data = getattr(self.prior, "start_at_data", None)
         if start_at_data is not None:
             start_at_data(x)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many tensors model and guide take, x included."""
+        return 1 + len(self._takes)
+
+    @property
+    def _takes(self) -> tuple[str, ...]:
+        """What the likelihood takes beside z."""
+        return getattr(self.likelihood, "takes", ())
 
     def _prior(self) -> dist.Distribution:
         prior = self.prior()

@@ -31,7 +31,6 @@ from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_opti
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
@@ -178,7 +177,8 @@ def train_run(
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
     quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
     estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
-    metrics = _metrics(result, bound, estimate, len(test)) | {
+    metrics = _metrics(result, bound, evaluate.as_dict(estimate, vae), len(test)) | {
+        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
         "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
         "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
     }
@@ -227,7 +227,7 @@ def _take_over_model(vae: VAE, held: VAE) -> None:
 
 
 def _metrics(
-    result: FitResult, bound: dict[str, float], estimate: LogMarginal, num_test: int
+    result: FitResult, bound: dict[str, float], estimate: dict[str, Any], num_test: int
 ) -> dict[str, Any]:
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
     return {
@@ -237,8 +237,7 @@ def _metrics(
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": num_test},
-        "test_log_marginal": evaluate.as_dict(estimate),
-        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
+        "test_log_marginal": estimate,
     }
 
 
@@ -264,7 +263,9 @@ def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     rows += [[label, bound[key], f"{bound['num_data']:,} x 1"] for key, label in TERMS.items()]
     print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
+    bits = estimate.get("bits_per_dimension")
     for line in (
+        *([] if bits is None else [f"bits per dimension: {bits:.3f}"]),
         f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
         f"{estimate['standard_error']:.3f} Monte Carlo",
         f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",
