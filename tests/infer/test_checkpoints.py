@@ -211,7 +211,7 @@ def test_a_changed_byte_is_seen_and_nothing_readable_is_an_error(x, tmp_path):
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    with pytest.raises(pv.InputError, match="got 2 damaged ones .*its checksum is another"):
+    with pytest.raises(pv.InputError, match=r"got 2 damaged ones .*its checksum is another"):
         resume(x, tmp_path)
 
 
@@ -497,9 +497,7 @@ def test_a_checkpoint_that_is_no_file_of_its_own_is_not_waited_for(x, tmp_path, 
     else:
         path.mkdir()
     vae = make_vae()
-    with pytest.raises(
-        pv.InputError, match="that can be read, got 1 damaged ones .*no file of its own"
-    ):
+    with pytest.raises(pv.InputError, match=r"got 1 damaged ones .*no file of its own"):
         pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path / "kept", resume=True, **OPTIONS)
     assert (tmp_path / "mine").read_bytes() == content
 
@@ -512,7 +510,7 @@ def test_two_damaged_checkpoints_are_one_error_and_no_warning(x, tmp_path):
         path.write_bytes(b"damaged")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with pytest.raises(pv.InputError, match="got 2 damaged ones .*: start again"):
+        with pytest.raises(pv.InputError, match=r"got 2 damaged ones .*: start again"):
             pv.fit(vae.model, vae.guide, x, checkpoint=tmp_path, resume=True, **OPTIONS)
     assert told == []
     assert len(checkpoint_files(tmp_path)) == 2
