@@ -138,7 +138,7 @@ class VAE(nn.Module):
             pyro.module(f"{self.name}.{part}", component)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's store leaves a weak reference on each parameter, which can't be pickled. Whoever reads
+        # Pyro's store leaves a weak reference on each parameter, which can't be pickled. Who reads
         # the parameter there next gets another one.
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
