@@ -62,13 +62,13 @@ class Likelihood(nn.Module):
     Attributes:
         accepts: the closed interval of the data's values.
         step: distance between two of the data's values; None where any value is accepted.
-        takes: what the call takes after z besides a condition, a tensor ``(N,)`` each.
+        takes_sizes: whether the call takes size factors ``(N,)`` after z, as counts may.
         data_shape: shape of one datum.
     """
 
     accepts: tuple[float, float] = (-math.inf, math.inf)
     step: float | None = None
-    takes: tuple[str, ...] = ()
+    takes_sizes: bool = False
     instead: ClassVar[str] = "check the data"
     data_shape: tuple[int, ...]
 
@@ -112,14 +112,14 @@ class Likelihood(nn.Module):
                 f"expected x in [{low:g}, {high:g}] for {type(self).__name__}, "
                 f"got values from {smallest:g} to {largest:g}: {self.instead}"
             )
-        if self.step is not None:
-            off = (x / self.step - (x / self.step).round()).abs()
-            if off.max() > 1e-3:
-                kind = "whole numbers" if self.step == 1 else f"multiples of {self.step:.6g}"
-                raise InputError(
-                    f"expected {kind} for {type(self).__name__}, got {x.flatten()[off.argmax()]:g}: "
-                    f"{self.instead}"
-                )
+        off = torch.zeros(()) if self.step is None else x / self.step
+        off = (off - off.round()).abs()
+        if off.max() > 1e-3:
+            kind = "whole numbers" if self.step == 1 else f"multiples of {self.step:.6g}"
+            raise InputError(
+                f"expected {kind} for {type(self).__name__}, got {x.flatten()[off.argmax()]:g}: "
+                f"{self.instead}"
+            )
 
     def bits_per_dimension(self, log_prob: float) -> float:
         """Return log p(x) in nats as bits for each value; a code's length where x is discrete."""
@@ -278,16 +278,15 @@ class Gaussian(Likelihood):
 
 
 class StudentT(Gaussian):
-    r"""Independent Student t pixels: a Gaussian whose outliers cost no more than their logarithm.
+    r"""Independent Student t pixels, whose outliers cost no more than their logarithm.
 
     .. math:: p(x | z) = \prod_i t_\nu(x_i; f_i(z), \sigma)
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
-        df: the degrees of freedom nu, a positive number, or ``"learned"`` (one for all pixels, above
-            1 so that there is a mean; it starts at 5).
-        sigma: the scale, as :class:`Gaussian` has it.
-        floor: least sigma where it is learned.
+        df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
+            that there is a mean, from 5 on.
+        sigma, floor: as :class:`Gaussian` has them.
 
     Raises:
         InputError: a df, a sigma or a floor that is not positive, or an unknown word.
@@ -311,9 +310,9 @@ class StudentT(Gaussian):
             self.raw_df = nn.Parameter(torch.tensor(4.0).expm1().log())
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
-        learned = self.df == "learned"
-        df = 1 + F.softplus(self.raw_df) if learned else mean.new_full((), float(self.df))
-        return PreciseStudentT(df.expand_as(mean), mean, scale, validate_args=False)
+        fixed = mean.new_tensor(self.df) if isinstance(self.df, float) else None
+        df = 1 + F.softplus(self.raw_df) if fixed is None else fixed
+        return PreciseStudentT(df, mean, scale, validate_args=False)
 
 
 class DiscretizedLogistic(Gaussian):
@@ -321,14 +320,13 @@ class DiscretizedLogistic(Gaussian):
 
     .. math:: P(x | z) = \prod_i \int_{x_i - h}^{x_i + h} \mathrm{logistic}(t; f_i(z), s)\,dt
 
-    with h half a step; the first and the last level take the tails. log P(x) is minus the length of a
-    lossless code: :meth:`bits_per_dimension` tells it in its own unit.
+    with h half a step; the first and the last level take the tails. -log P(x) is the length of a
+    lossless code, see :meth:`bits_per_dimension`.
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
         levels: number of levels; data are k / (levels - 1).
-        sigma: standard deviation of the logistic before it is rounded, as :class:`Gaussian` has it.
-        floor: least sigma where it is learned.
+        sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
 
     Raises:
         InputError: fewer than 2 levels, a sigma or a floor that is not positive, or an unknown word.
@@ -360,15 +358,14 @@ class DiscretizedLogistic(Gaussian):
         self.step = 1 / (self.levels - 1)
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
-        scale = scale * (math.sqrt(3) / math.pi)  # of a logistic with that standard deviation
-        return LevelsOfLogistic(mean, scale, self.levels, validate_args=False)
+        # sqrt(3) / pi is the scale of a logistic whose deviation is 1.
+        return LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
 
 
 class Categorical(Likelihood):
     """Independent categories 0, 1, ..., K - 1, in columns of a table or as the levels of pixels.
 
-    The distribution's mean is that of the numbers, which means something where they have an order;
-    where they have none, use draws.
+    The mean is that of the numbers, for categories with an order; of others use draws.
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
@@ -391,10 +388,9 @@ class Categorical(Likelihood):
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the binomial distribution of that mean, one for each value."""
         top = self.num_categories - 1
-        share = (mean / top).clamp(1e-3, 1 - 1e-3)
-        spread = dist.Binomial(top, share.unsqueeze(1), validate_args=False)
-        numbers = torch.arange(self.num_categories).to(mean)
-        start = spread.log_prob(numbers.reshape(1, -1, *[1] * (mean.dim() - 1)))
+        share = (mean / top).clamp(1e-3, 1 - 1e-3).unsqueeze(1)
+        numbers = torch.arange(top + 1).to(mean).reshape(1, -1, *[1] * (mean.dim() - 1))
+        start = dist.Binomial(top, share, validate_args=False).log_prob(numbers)
         self.logits.start_at(bias=start.flatten(0, 1))
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
@@ -413,12 +409,12 @@ class Poisson(Likelihood):
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
         size_factor: the s of a datum (its exposure, its sequencing depth): None is 1; ``"observed"``
-            takes it as a further input, ``(N,)``, of model and guide (``x`` is then a tuple);
-            ``"learned"`` makes it log-normal: the last latent, times a scale that is learned, is
-            log s. The decoder then has one latent less than prior and family.
+            takes it as a last input, ``(N,)``, of model and guide, whose x is then a tuple;
+            ``"learned"`` makes it log-normal: the last latent times a learned scale is log s, and
+            the decoder has one latent less than prior and family.
 
     Raises:
-        InputError: an unknown word.
+        InputError: an unknown word; called without the size factors that are to be observed.
 
     Source:
         Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
@@ -444,9 +440,8 @@ class Poisson(Likelihood):
             )
         self.size_factor = size_factor
         self.log_rate = Head(feature_shape(decoder), self.data_shape)
-        if size_factor == "observed":
-            self.takes = ("size factors",)
-        elif size_factor == "learned":
+        self.takes_sizes = size_factor == "observed"
+        if size_factor == "learned":
             self.latent_dim = None if self.latent_dim is None else self.latent_dim + 1
             self.log_size_scale = nn.Parameter(torch.zeros(()))
 
@@ -456,20 +451,18 @@ class Poisson(Likelihood):
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent counts; the last tensor given is the size factors, if observed."""
-        log_size = None
+        log_size = z.new_zeros(())
         if self.size_factor == "observed":
             if not given:
                 raise InputError(
                     "expected size factors, got x alone: give model and guide (x, size_factors)"
                 )
-            given, sizes = given[:-1], given[-1]
-            log_size = sizes.log()
+            given, log_size = given[:-1], given[-1].log()
         elif self.size_factor == "learned":
             z, log_size = z[..., :-1], self.log_size_scale.exp() * z[..., -1]
-        log_rate = self.log_rate(self.decoder(z, *given))
-        if log_size is not None:
-            log_rate = log_rate + log_size.reshape(*log_size.shape, *[1] * len(self.data_shape))
-        return self._counts(log_rate).to_event(len(self.data_shape))
+        log_size = log_size.reshape(*log_size.shape, *[1] * len(self.data_shape))
+        counts = self._counts(self.log_rate(self.decoder(z, *given)) + log_size)
+        return counts.to_event(len(self.data_shape))
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
         return dist.Poisson(log_rate.exp(), validate_args=False)
@@ -480,18 +473,8 @@ class NegativeBinomial(Poisson):
 
     .. math:: E[x_i] = \mu_i = s \exp f_i(z), \quad Var[x_i] = \mu_i + \mu_i^2 / \theta_i
 
-    theta is learned, one for each value of a datum, and starts at 1.
-
-    Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
-        size_factor: as :class:`Poisson` has it.
-
-    Raises:
-        InputError: an unknown word.
-
-    Source:
-        Lopez et al. 2018; Eraslan et al. 2019, "Single-cell RNA-seq denoising using a deep count
-        autoencoder".
+    theta is learned, one for each value of a datum, from 1 on. Arguments, errors and source are those
+    of :class:`Poisson`.
     """
 
     def __init__(
@@ -501,6 +484,5 @@ class NegativeBinomial(Poisson):
         self.log_theta = nn.Parameter(torch.zeros(self.data_shape))
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
-        theta = self.log_theta.exp().expand_as(log_rate)
         logits = log_rate - self.log_theta
-        return PreciseNegativeBinomial(theta, logits=logits, validate_args=False)
+        return PreciseNegativeBinomial(self.log_theta.exp(), logits=logits, validate_args=False)

@@ -64,7 +64,7 @@ class VAE(nn.Module):
     def model(self, x: Tensor, *given: Tensor) -> None:
         """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
 
-        ``given`` is what a likelihood takes beside z, such as size factors ``(N,)`` of counts.
+        ``given``: the size factors ``(N,)`` of counts, where the likelihood takes them.
         """
         self._register("prior")
         self._register("likelihood")
@@ -80,12 +80,11 @@ class VAE(nn.Module):
 
     def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
-        for name, values in zip(self._takes, given, strict=True):
-            if values.dim() != 1 or not bool(((values > 0) & values.isfinite()).all()):
-                raise InputError(
-                    f"expected {name} as finite numbers above 0, one for each datum, got shape "
-                    f"{tuple(values.shape)} and values from {values.min():g}: mend or leave them out"
-                )
+        if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
+            raise InputError(
+                "expected size factors as numbers above 0, one for each datum, got shape "
+                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: mend them"
+            )
         check = getattr(self.likelihood, "check", None)
         if check is not None:
             check(x)
@@ -99,8 +98,8 @@ class VAE(nn.Module):
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array; with all that the model is
-                given beside them, a tuple.
+            x: training data ``(N, *data_shape)``, a tensor or an array, or a tuple with all that
+                the model is given.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -117,9 +116,8 @@ class VAE(nn.Module):
         """
         x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
         self.check_data(x, *given)
-        mean = x.mean(0)
-        if "size factors" in self._takes:  # the mean of a size factor of 1
-            mean = mean / given[-1].mean()
+        # Of counts, what their mean is with a size factor of 1.
+        mean = x.mean(0) / (given[-1].mean() if self._takes_sizes else 1)
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
@@ -137,12 +135,11 @@ class VAE(nn.Module):
     @property
     def num_inputs(self) -> int:
         """How many tensors model and guide take, x included."""
-        return 1 + len(self._takes)
+        return 1 + self._takes_sizes
 
     @property
-    def _takes(self) -> tuple[str, ...]:
-        """What the likelihood takes beside z."""
-        return getattr(self.likelihood, "takes", ())
+    def _takes_sizes(self) -> bool:
+        return getattr(self.likelihood, "takes_sizes", False)
 
     def _prior(self) -> dist.Distribution:
         prior = self.prior()
@@ -159,6 +156,13 @@ class VAE(nn.Module):
         component = getattr(self, part)
         if isinstance(component, nn.Module):
             pyro.module(f"{self.name}.{part}", component)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store leaves a weak reference on each parameter, which can't be pickled. Who reads
+        # the parameter there next gets another one.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return dict(super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy (copy.deepcopy goes through here) is another VAE: under the same name Pyro would keep
