@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pyro_vae as pv
 from pyro_vae.app import names
 
-EXAMPLES = 25
+EXAMPLES = 15
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
 SMALL = st.integers(1, 4)
 

@@ -237,8 +237,8 @@ def test_bits_have_the_exact_conditional_probabilities():
         log_weight = dist.Bernoulli(probability[:, :3]).log_prob(x[:, :3]).sum(1)
         weight = (log_weight - 0.5 * z.square().sum(1)).softmax(0)
         exact = weight @ probability[:, 3:]
-    num_draws = 2000
-    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=40, seed=0)
+    num_draws = 1000
+    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=30, seed=0)
     got = result.draws[:, 0, 3:].mean(0)
     assert ((got - exact).abs() < 5 * (exact * (1 - exact) / num_draws).sqrt()).all()
     result = complete(
