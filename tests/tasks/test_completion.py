@@ -42,7 +42,13 @@ def covariance_errors(problem, missing, draws):
     return torch.stack(errors)
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)], ids=["exact", "poor guide"])
+@pytest.mark.parametrize(
+    ("shift", "scale"),
+    [
+        pytest.param(0.0, 1.0, id="exact", marks=pytest.mark.slow),
+        pytest.param(0.3, 1.5, id="poor guide"),
+    ],
+)
 def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
     problem = pca(shift=shift, covariance_scale=scale)
     missing = hide(problem.x)
