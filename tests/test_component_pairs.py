@@ -64,7 +64,7 @@ def make_pair(prior_name, family_name, latent_dim=4):
     return VAE(prior, likelihood, family)
 
 
-def train(vae, steps=80, data=None):
+def train(vae, steps=60, data=None):
     """Train by plain Pyro and return the losses per datum."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -75,7 +75,7 @@ def train(vae, steps=80, data=None):
     return torch.tensor(losses)
 
 
-def assert_trains(vae, steps=80, data=None):
+def assert_trains(vae, steps=60, data=None):
     before = copy.deepcopy(dict(vae.named_parameters()))
     losses = train(vae, steps, data)
     assert losses.isfinite().all()

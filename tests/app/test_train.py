@@ -1,5 +1,6 @@
 """`pyro-vae train`: the run folder it leaves, on every kind of data, and what it prints."""
 
+import functools
 import json
 import math
 import struct
@@ -233,15 +234,20 @@ def matching_pairs():
                 yield prior, guide
 
 
+@functools.cache
+def digits():
+    return datasets.load("digits", binarize="threshold")
+
+
 @pytest.mark.parametrize(
-    ("likelihood", "prior", "guide"),
+    ("prior", "guide", "likelihood"),
     [
-        *(("bernoulli", *pair) for pair in matching_pairs()),
-        *((name, prior, "iaf") for name in names.LIKELIHOODS for prior in ("flow", "vamp")),
+        *((*pair, "bernoulli") for pair in matching_pairs()),
+        *(("standard-normal", "mean-field", name) for name in names.LIKELIHOODS),
     ],
 )
-def test_every_name_builds_a_pair(likelihood, prior, guide):
-    data = datasets.load("digits", binarize="threshold")
+def test_every_name_builds_a_pair(prior, guide, likelihood):
+    data = digits()
     settings = TrainSettings(prior=prior, guide=guide, likelihood=likelihood, hidden="8")
     vae = app_settings.build_vae(settings, data)
     assert type(vae.prior).__name__ == names.PRIORS[prior]
