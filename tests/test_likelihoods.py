@@ -344,7 +344,7 @@ def test_size_factors_are_asked_for_and_checked():
     for given, message in (
         (x, "as many tensors as model"),
         ((x, torch.ones(6), torch.ones(6)), "as many tensors as model"),
-        ((x, torch.zeros(6)), "size factors as finite numbers above 0"),
+        ((x, torch.zeros(6)), "size factors as numbers above 0"),
         ((x, torch.ones(6, 1)), r"one for each datum, got shape \(6, 1\)"),
     ):
         with pytest.raises(InputError, match=message):
