@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -274,6 +275,7 @@ class Block(NamedTuple):
     per_datum: dict[str, Tensor]
     draws: PosteriorDraws
     convergence: Convergence | None = None
+    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def join_blocks(
@@ -309,6 +311,9 @@ def join_blocks(
         log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
     joined.setdefault("trusted", joined["pareto_k"] <= PARETO_K_LIMIT)
+    joined["diagnostics"] = {
+        name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
+    }
     return LogMarginal(**joined, convergence=history, draws=draws, **fields)
 
 
