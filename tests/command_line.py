@@ -31,6 +31,8 @@ ESTIMATE_KEYS = {
     "num_samples",
     "num_data",
     "num_unreliable",
+    "num_annealed",
+    "num_untrusted",
     "median_ess",
     "acceptance",
     "method",

@@ -176,7 +176,7 @@ def train_run(
     test = dataset.test.to(device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
-    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    quick = EvaluateSettings("importance", num_samples=_QUICK_SAMPLES, seed=_SEED)
     estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     metrics = _metrics(result, bound, estimate, len(test)) | {
         "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),

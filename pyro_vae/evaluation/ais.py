@@ -21,13 +21,16 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.evaluation.pilot import NUM_DRAWS, Pilot, Tuning, explore, fit_start, normal_like
+from pyro_vae.evaluation.pilot import CHAINS, Pilot, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
-from pyro_vae.weights.particles import Particles
+from pyro_vae.weights.particles import Particles, check_weights
 
 # The variance of a log weight that the number of steps is chosen for, by the length of the path, and
 # the fewest steps: at half of them the estimate must be the same.
 _VARIANCE, _FEWEST_STEPS = 0.3, 16
+
+# Evaluations of so many chains before their recording, about a hundred of them long, is repaid.
+_WORTH_RECORDING = 150
 
 # What the diagnostics allow: differences in their standard errors, acceptance at the worst place of
 # the path, and the effective share of the chains. Below 0.2 a weight's logarithm has a variance above
@@ -129,24 +132,23 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
     return max(2, min(BLOCK, size))
 
 
-def make_plan(particles: Particles, options: AnnealingOptions) -> Plan:
+def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
     """Explore the posteriors by pilots, and choose the path and the steps on it.
 
-    With the start ``"both"`` one pilot comes from the prior and one from a normal like the guide; the
-    path then leaves from a normal fitted to where they arrive, which a further pilot tries.
+    With the start ``"both"`` one pilot comes from the prior and one starts at draws of the guide; the
+    path then leaves from a mixture of normals fitted to where they arrive, which another one tries.
     """
-    if options.start != "both":
-        path = AnnealingPath(particles, options.start)
-        found = explore(path, options.num_leapfrog_steps)
-        return Plan(path, found.tuning, options.schedule_for(found.tuning), None, found.tuning.cost)
-    from_prior = AnnealingPath(particles, "prior")
-    guide = normal_like(from_prior.guide_positions(NUM_DRAWS))
-    first = explore(from_prior, options.num_leapfrog_steps)
-    second = explore(from_prior.leave_from(guide), options.num_leapfrog_steps)
-    path = from_prior.leave_from(fit_start([first, second]))
-    tuning = explore(path, options.num_leapfrog_steps).tuning
-    cost = sum(each.cost for each in (first.tuning, second.tuning, tuning))
-    return Plan(path, tuning, options.schedule_for(tuning), first, cost)
+    longest, pilots = options.num_leapfrog_steps, []
+    if options.start == "both":
+        start = path.leave_from("prior")
+        pilots = [explore(start, longest), explore(start, longest, path.guide_positions(CHAINS))]
+        path = path.leave_from(fit_start(pilots))
+    tuning = explore(path, longest).tuning
+    cost = tuning.cost + sum(pilot.tuning.cost for pilot in pilots)
+    betas = options.schedule_for(tuning)
+    if len(betas) * options.num_transitions * options.mean_length > _WORTH_RECORDING:
+        path.capture(path.draw(options.num_chains))
+    return Plan(path, tuning, betas, pilots[0] if pilots else None, cost)
 
 
 def annealed_weights(
@@ -185,9 +187,16 @@ def annealed_weights(
 def _anneal_block(
     particles: Particles, options: AnnealingOptions, positions: Tensor, report: Report
 ) -> Block:
-    plan = make_plan(particles, options)
+    path = AnnealingPath(particles, options.start)
+    rate = distortion = torch.full((len(positions),), torch.nan, dtype=torch.float64)
+    if options.start != "prior":
+        densities = particles.draw(options.num_chains)
+        check_weights(densities)
+        rate = (densities.log_proposal - densities.log_prior).mean(0)
+        distortion = -densities.log_likelihood.mean(0)
+    plan = make_plan(path, options)
     path = plan.path
-    position, densities = path.draw(options.num_chains)
+    position = path.draw(options.num_chains)
     state = path.evaluate(position)
     bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
     if bad.any():
@@ -195,7 +204,6 @@ def _anneal_block(
             f"expected finite log-probabilities where the chains start, got NaN or infinity for "
             f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
         )
-    path.capture(position)
     log_weights, state, acceptance = annealed_weights(
         plan,
         state,
@@ -205,16 +213,12 @@ def _anneal_block(
     )
     # As many chains again, of half the steps: where these are too few the estimate still rises.
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
-    start = path.evaluate(path.draw(options.num_chains)[0])
+    start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
     tail = TailWeights(options.num_chains)
     tail.add(log_weights)
     estimate = log_mean_weights(log_weights)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
-    rate = distortion = torch.full_like(estimate["log_prob"], torch.nan)
-    if densities is not None:
-        rate = (densities.log_proposal - densities.log_prior).mean(0)
-        distortion = -densities.log_likelihood.mean(0)
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
     per_datum = {
@@ -253,7 +257,9 @@ def _diagnose(
         return torch.where(difference == 0, 0.0, difference / allowed)
 
     half = log_mean_weights(from_half)
-    one, other = (log_mean_weights(chains) for chains in (log_weights[::2], log_weights[1::2]))
+    # By turns: the chains of one part of a mixture stand together. One chain has no halves.
+    halves = (log_weights[::2], log_weights[1::2]) if len(log_weights) > 1 else (log_weights,) * 2
+    one, other = map(log_mean_weights, halves)
     found = {
         "steps": deviate((value - half["log_prob"]).abs(), error, half["standard_error"]),
         "halves": deviate(

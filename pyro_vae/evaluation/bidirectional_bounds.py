@@ -17,6 +17,7 @@ from pyro_vae.evaluation.ais import (
 )
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
+from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
@@ -159,12 +160,10 @@ def bidirectional(
 
 def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) -> Tensor:
     """Return the bounds and the acceptances of one block, ``(4, N)``."""
-    plan = make_plan(particles, options)
+    plan = make_plan(AnnealingPath(particles, options.start), options)
     path = plan.path
-    position, _ = path.draw(options.num_chains)
-    path.evaluate(position)
-    path.capture(position)
-    forward, _, accepted = annealed_weights(plan, path.evaluate(position), options)
+    start = path.evaluate(path.draw(options.num_chains))
+    forward, _, accepted = annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
     exact = exact.expand(options.num_chains, *exact.shape[1:])
     reverse, _, accepted_back = annealed_weights(plan, path.evaluate(exact), options, reverse=True)

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, cast
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import MixtureSameFamily, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, latent_sites
-from pyro_vae.weights.particles import LogDensities, Particles, check_weights
+from pyro_vae.weights.particles import Particles
 
 # Runs of a pair that must show the same latents, with the same shapes and supports.
 _STRUCTURE_RUNS = 4
@@ -63,59 +63,12 @@ def multiply(factor: Tensor, vectors: Tensor, *, transposed: bool = False) -> Te
     return torch.einsum("nji,cnj->cni" if transposed else "nij,cnj->cni", factor, vectors)
 
 
-class Normal(NamedTuple):
-    """A normal per datum: mean ``(N, D)``, F and its inverse, with covariance F F^T."""
-
-    mean: Tensor
-    factor: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, mean: Tensor, factor: Tensor) -> Normal:
-        """Return the normal of this mean and factor (see :func:`multiply`)."""
-        inverse = factor.reciprocal() if factor.dim() == 2 else torch.linalg.inv(factor)
-        return cls(mean, factor, inverse)
-
-    def log_prob(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density at positions ``(C, N, D)``, ``(C, N)``, and its gradient."""
-        white = multiply(self.inverse, position - self.mean)
-        inverse = self.inverse.double()
-        volume = (
-            inverse.abs().log().sum(1) if inverse.dim() == 2 else torch.linalg.slogdet(inverse)[1]
-        )
-        constant = volume - 0.5 * math.log(2 * math.pi) * position.shape[-1]
-        return constant - kinetic(white), -multiply(self.inverse, white, transposed=True)
-
-
-class Mixture(NamedTuple):
-    """A start of the path: normals with logarithms of shares ``(K, N)``."""
-
-    parts: list[Normal]
-    log_shares: Tensor
-
-    def draw(self, num_chains: int) -> Tensor:
-        """Draw positions ``(C, N, D)``, in the parts' order; each gets its share but for a chain."""
-        ends = self.log_shares.softmax(0).cumsum(0)[:-1]
-        shift = torch.rand_like(self.log_shares[:1])
-        chosen = (torch.arange(num_chains, device=ends.device)[:, None] + shift) / num_chains
-        part_of = (chosen > ends[:, None]).sum(0)
-        mean = self.parts[0].mean
-        noise = mean.new_empty(num_chains, *mean.shape).normal_()
-        position = torch.zeros_like(noise)
-        for number, part in enumerate(self.parts):
-            drawn = part.mean + multiply(part.factor, noise)
-            position = torch.where((part_of == number)[..., None], drawn, position)
-        return position
-
-    def log_prob(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density at positions ``(C, N, D)``, ``(C, N)``, and its gradient."""
-        if len(self.parts) == 1:
-            return self.parts[0].log_prob(position)
-        terms, slopes = map(
-            torch.stack, zip(*(part.log_prob(position) for part in self.parts), strict=True)
-        )
-        terms = terms + self.log_shares[:, None]
-        return terms.logsumexp(0), (terms.softmax(0)[..., None].to(slopes) * slopes).sum(0)
+def choose(ends: Tensor, count: int) -> Tensor:
+    """Draw numbers ``(count, N)`` whose shares, summed up ``(K, N)``, end at 1; each but for one."""
+    shift = torch.rand_like(ends[:1])
+    points = (torch.arange(count, device=ends.device)[:, None] + shift) / count
+    chosen = torch.searchsorted(ends.T.contiguous(), points.T.contiguous())
+    return chosen.clamp(max=len(ends) - 1).T
 
 
 class _Coordinates(NamedTuple):
@@ -134,10 +87,10 @@ class AnnealingPath:
     included.
     """
 
-    def __init__(self, particles: Particles, start: str | Mixture) -> None:
+    def __init__(self, particles: Particles, start: str | MixtureSameFamily) -> None:
         self.particles, self.start = particles, start
         model_sites, guide_sites = self._stable_sites()
-        if start == "guide":
+        if start in ("guide", "both"):
             check_density_known(guide_sites.values(), 'use start="prior"')
         self._sites = []
         for name, site in model_sites.items():
@@ -147,26 +100,26 @@ class AnnealingPath:
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}  # of one datum
         self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any]] = {}
-        self.num_coordinates = self.position(
-            {name: site["value"][None] for name, site in model_sites.items()}
-        ).shape[-1]
+        shown = self.position({name: site["value"][None] for name, site in model_sites.items()})
+        self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
 
-    def leave_from(self, start: str | Mixture) -> AnnealingPath:
+    def leave_from(self, start: str | MixtureSameFamily) -> AnnealingPath:
         """Return the path to the same posterior from another start; recordings are shared."""
         path = copy.copy(self)
         path.start = start
         return path
 
-    def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
-        """Draw positions ``(C, N, D)`` from the start; with their densities where it is the guide."""
-        if isinstance(self.start, Mixture):
-            return self.start.draw(num_chains), None
+    def draw(self, num_chains: int) -> Tensor:
+        """Draw positions ``(C, N, D)`` from the start; a mixture's parts get their shares of them."""
+        if isinstance(self.start, MixtureSameFamily):
+            mixture = self.start
+            part = choose(mixture.mixture_distribution.probs.T.cumsum(0), num_chains)
+            drawn = mixture.component_distribution.sample((num_chains,))
+            part = part[..., None, None].expand(-1, -1, -1, drawn.shape[-1])
+            return drawn.gather(2, part)[:, :, 0].to(self.dtype)
         if self.start == "prior":
-            return self.position(self.particles.propose_from_prior(num_chains)), None
-        latents, log_proposal = self.particles.propose(num_chains)
-        densities = LogDensities(*self.particles.score(latents), log_proposal)
-        check_weights(densities)
-        return self.position(latents), densities
+            return self.position(self.particles.propose_from_prior(num_chains))
+        return self.guide_positions(num_chains)
 
     def guide_positions(self, num_draws: int) -> Tensor:
         """Draw positions ``(S, N, D)`` of the guide, whose density is not asked for."""
@@ -192,8 +145,12 @@ class AnnealingPath:
         if self.start == "prior":
             return State(position, prior, likelihood, prior_slope, likelihood_slope)
         joint, slope = prior + likelihood, prior_slope + likelihood_slope
-        if isinstance(self.start, Mixture):
-            base, base_slope = self.start.log_prob(position)
+        if isinstance(self.start, MixtureSameFamily):
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                density = self.start.log_prob(position.double())
+                base, base_slope = density.detach(), _gradient(density, position)
+            position = position.detach()
         else:
             base, base_slope = self._run("guide", position)
         return State(position, base, joint - base, base_slope, slope - base_slope)
