@@ -254,7 +254,7 @@ def _diagnose(
 
     def deviate(difference: Tensor, *errors: Tensor) -> Tensor:
         allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
-        return torch.where(difference == 0, 0.0, difference / allowed)
+        return difference / allowed
 
     half = log_mean_weights(from_half)
     # By turns: the chains of one part of a mixture stand together. One chain has no halves.

@@ -193,7 +193,7 @@ def estimate_log_prob(
         reason = why_not_annealed(pair)
         if reason is not None:
             warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
-            return replace(first, method="auto", trusted=torch.zeros_like(first.trusted))
+            return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
         cleared = look_again(pair, first, options)
         return anneal_uncleared(pair, first, cleared, options, max_memory=max_memory)
     if isinstance(options, AnnealingOptions):

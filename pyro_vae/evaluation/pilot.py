@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Categorical,
-    Distribution,
     Independent,
     MixtureSameFamily,
     MultivariateNormal,
@@ -137,13 +136,13 @@ def explore(path: AnnealingPath, num_leapfrog_steps: int, position: Tensor | Non
         for record, value in zip((stops, lengths, steps, factors), found, strict=True):
             record.append(value)
     cost = math.ceil(len(position) * (1 + moves * (1 + num_leapfrog_steps) / 2))
-    stacked = map(torch.stack, (stops, steps, factors, lengths))
+    along = [torch.stack(values) for values in (stops, steps, factors, lengths)]
     log_joint = torch.cat([each.log_density(beta) for each in visited])
-    tuning = Tuning(*stacked, cost)
+    tuning = Tuning(along[0], along[1], along[2], along[3], cost)
     return Pilot(*_gather(visited, beta), log_joint, log_prob, variance, tuning)
 
 
-def fit_start(pilots: list[Pilot]) -> Distribution:
+def fit_start(pilots: list[Pilot]) -> MixtureSameFamily:
     """Fit a mixture of normals per datum to where pilots arrived, for a path to leave from.
 
     What spreads more than its gradients tell is split in two and again: up to four modes of each
