@@ -99,7 +99,7 @@ class AnnealingPath:
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}  # of one datum
-        self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any]] = {}
+        self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any] | None] = {}
         shown = self.position({name: site["value"][None] for name, site in model_sites.items()})
         self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
 
@@ -170,8 +170,7 @@ class AnnealingPath:
                 # A branch on values that was baked in shows elsewhere than at capture.
                 elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
             )
-            if captured is not None:
-                self._graphs[kind, position.shape], _ = captured
+            self._graphs[kind, position.shape] = None if captured is None else captured[0]
 
     def _run(self, kind: str, position: Tensor) -> Sequence[Tensor]:
         graph = self._graphs.get((kind, position.shape))
