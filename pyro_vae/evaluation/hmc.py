@@ -184,6 +184,7 @@ class AnnealingPath:
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = given[0].detach().requires_grad_()
             latents, log_jacobian = self.latents(position)
+            terms: Values
             if kind == "guide":
                 terms = (particles.score_proposal(latents) + log_jacobian,)
             else:

@@ -108,7 +108,9 @@ def explore(path: AnnealingPath, num_leapfrog_steps: int, position: Tensor | Non
     # The stability limit of leapfrog steps on a unit normal is 2; in D dimensions the acceptance
     # wants D^(-1/4) (Neal 2011, section 4.4).
     log_step = torch.full_like(log_prob, -0.25 * math.log(position.shape[-1]))
-    stops, lengths, steps, factors = [torch.zeros_like(beta)], [length], [], []
+    stops, lengths = [torch.zeros_like(beta)], [length]
+    steps: list[Tensor] = []
+    factors: list[Tensor] = []
     visited, moves, stops_left, rounds_left = [state], 0, _STOPS, _ROUNDS
     while rounds_left:
         repeats = _REPEATS
