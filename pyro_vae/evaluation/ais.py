@@ -21,7 +21,7 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.evaluation.pilot import CHAINS, Pilot, Tuning, explore, fit_start
+from pyro_vae.evaluation.pilot import CHAINS, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles, check_weights
 
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
     path: AnnealingPath
     tuning: Tuning
     betas: Tensor  # (T + 1, N)
-    prior: Pilot | None  # of the path from the prior, where that is not the path
+    prior: Evidence | None  # of paths from the prior, where the path is another one
     cost: int  # gradient evaluations per datum so far
 
 
@@ -135,20 +135,25 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
 def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
     """Explore the posteriors by pilots, and choose the path and the steps on it.
 
-    With the start ``"both"`` one pilot comes from the prior and one starts at draws of the guide; the
-    path then leaves from a mixture of normals fitted to where they arrive, which another one tries.
+    With the start ``"both"`` two pilots come from the prior (one alone may lose a mode by chance) and
+    one starts at draws of the guide; the path then leaves from a mixture of normals fitted to where
+    they arrive, which a further one tries.
     """
-    longest, pilots = options.num_leapfrog_steps, []
+    longest, pilots, prior = options.num_leapfrog_steps, [], None
     if options.start == "both":
         start = path.leave_from("prior")
-        pilots = [explore(start, longest), explore(start, longest, path.guide_positions(CHAINS))]
+        pilots = [explore(start, longest) for _ in range(2)]
+        both = zip(*(pilot.evidence for pilot in pilots), strict=True)
+        log_prob, variance = (torch.stack(values) for values in both)
+        prior = Evidence(log_prob.logsumexp(0) - math.log(2), variance.mean(0) / 2)
+        pilots.append(explore(start, longest, path.guide_positions(CHAINS)))
         path = path.leave_from(fit_start(pilots))
     tuning = explore(path, longest).tuning
     cost = tuning.cost + sum(pilot.tuning.cost for pilot in pilots)
     betas = options.schedule_for(tuning)
     if len(betas) * options.num_transitions * options.mean_length > _WORTH_RECORDING:
         path.capture(path.draw(options.num_chains))
-    return Plan(path, tuning, betas, pilots[0] if pilots else None, cost)
+    return Plan(path, tuning, betas, prior, cost)
 
 
 def annealed_weights(

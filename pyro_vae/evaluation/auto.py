@@ -81,8 +81,8 @@ def look_again(pair: OpenedPair, estimate: LogMarginal, options: AutoOptions) ->
         latents, log_jacobian = path.latents(pilot.position)
         log_weights = pilot.log_joint - path.particles.score_proposal(latents) - log_jacobian
         rare = log_weights - value > (samples[own].to(value) / _VISITS).log()
-        doubt = torch.hypot(pilot.variance.sqrt(), error)
-        higher = pilot.log_prob - value > _DEVIATIONS * doubt
+        doubt = torch.hypot(pilot.evidence.variance.sqrt(), error)
+        higher = pilot.evidence.log_prob - value > _DEVIATIONS * doubt
         found[own] = (~rare.any(0) & ~higher).cpu()
     return found
 

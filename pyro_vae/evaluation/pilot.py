@@ -81,14 +81,20 @@ class Tuning(NamedTuple):
         return self.step_sizes[stop, data], self.factors[stop, data]
 
 
+class Evidence(NamedTuple):
+    """Log p(x) by sequential Monte Carlo, nats, ``(N,)``."""
+
+    log_prob: Tensor
+    variance: Tensor  # of that, as far as the weights show it
+
+
 class Pilot(NamedTuple):
-    """Where a pilot's chains arrived and its log p(x) by sequential Monte Carlo, nats."""
+    """Where a pilot's chains arrived, and what they found."""
 
     position: Tensor  # (K, N, D)
     gradient: Tensor  # of the log posterior there
     log_joint: Tensor  # (K, N), there, at the end of the path
-    log_prob: Tensor  # (N,)
-    variance: Tensor  # of that, (N,), as far as the weights show it
+    evidence: Evidence
     tuning: Tuning
 
 
@@ -141,7 +147,7 @@ def explore(path: AnnealingPath, num_leapfrog_steps: int, position: Tensor | Non
     along = [torch.stack(values) for values in (stops, steps, factors, lengths)]
     log_joint = torch.cat([each.log_density(beta) for each in visited])
     tuning = Tuning(along[0], along[1], along[2], along[3], cost)
-    return Pilot(*_gather(visited, beta), log_joint, log_prob, variance, tuning)
+    return Pilot(*_gather(visited, beta), log_joint, Evidence(log_prob, variance), tuning)
 
 
 def fit_start(pilots: list[Pilot]) -> MixtureSameFamily:
