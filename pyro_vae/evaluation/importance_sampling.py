@@ -111,8 +111,8 @@ def log_marginal(
         num_transitions: annealing: transitions at each intermediate distribution.
         start: annealing: ``"guide"`` or ``"prior"``.
         schedule: annealing: ``"sigmoid"`` or ``"linear"``.
-        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU and a quarter of the free
-            memory on a GPU. More data than fit are taken block by block.
+        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
+            quarter of a smaller one's). More data than fit are taken block by block.
         keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
             and of annealing every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
+from pyro_vae.pair.precision import precision_now
 from pyro_vae.pair.state import Snapshot
 
 # Programs kept per pair.  More distinct signatures than this mean that a number which changes from
@@ -26,7 +27,7 @@ Signature = tuple[Hashable, Hashable]
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
     """Return what a graph depends on besides the pair's state; append the arguments' tensors."""
     structure = capture.describe(arguments, tensors)
-    context = (key, torch.get_default_dtype(), autocast_dtypes(), structure)
+    context = (key, torch.get_default_dtype(), autocast_dtypes(), precision_now(), structure)
     return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
 
 
@@ -162,6 +163,9 @@ class Program:
                 # Read in place by the graph; a moved one is noticed and recorded anew.
                 torch._dynamo.mark_static_address(tensor, guard=False)
         try:
+            # A CUDA graph is run as it is, then recorded, then replayed: each may go wrong.
+            for _ in range(2 if self.overwrites else 0):
+                check()
             return check()
         except CannotCaptureError:
             raise

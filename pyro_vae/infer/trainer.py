@@ -20,10 +20,11 @@ from pyro_vae.beta import BetaSchedule, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
-from pyro_vae.infer.settings import FitSettings, LearningRate, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
 from pyro_vae.pair.opened import Knowledge, OpenedPair
+from pyro_vae.pair.precision import multiply_in
 from pyro_vae.pair.state import accumulating_leaves
 
 # What a step leaves behind, one number each.
