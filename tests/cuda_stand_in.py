@@ -32,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -322,9 +323,11 @@ class _Compiled:
 
     _recorded: list[list] = []  # results of every recorded step of the process  # noqa: RUF012
 
-    def __init__(self, graph, *, options=None, **_):
-        self.graph, self.records = graph, bool((options or {}).get("triton.cudagraphs"))
-        self.results: list = []
+    def __init__(self, graph, *, backend=None, options=None, **_):
+        self.graph, self.results = graph, []
+        options = options or {}
+        self.records = backend == "cudagraphs" or bool(options.get("triton.cudagraphs"))
+        self.thread = threading.current_thread()
 
     def __call__(self, *values):
         import torch
@@ -332,6 +335,8 @@ class _Compiled:
         found = self.graph(*values)
         if not self.records or not found[0].is_cuda:
             return found
+        if threading.current_thread() is not self.thread:
+            raise AssertionError("torch keeps the CUDA graphs of a thread to itself")
         if not self.results:
             self.results.extend(torch.empty_like(value) for value in found)
             self._recorded.append(self.results)

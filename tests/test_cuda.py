@@ -1,7 +1,7 @@
-"""What holds on a CUDA device, by the stand-in where there is none: devices, precision, memory, waits."""
+"""What holds on a CUDA device, or the stand-in for one: devices, precision, memory, waits, graphs."""
 
 import collections
-import warnings
+import threading
 
 import cuda_stand_in
 import pyro
@@ -15,6 +15,7 @@ import pyro_vae as pv
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation import compiled_score
 from pyro_vae.infer import validation
+from pyro_vae.pair.inputs import take_rows
 from pyro_vae.pair.opened import open_pair
 from pyro_vae.pair.precision import PRECISIONS, compute_in, precision_now
 from pyro_vae.weights.particles import Particles
@@ -92,7 +93,7 @@ def model_with_cpu_prior(vae):
 def test_a_site_on_another_device_is_refused_by_its_name():
     vae = make_vae().cuda()
     model, x = model_with_cpu_prior(vae), bits().cuda()
-    said = "parameters of site 'z' of the model on cuda:0, got cpu, cpu: make them"
+    said = "parameters of site 'z' of the model on cuda:0, got one on cpu: make it"
     for call in (pv.log_marginal, pv.log_weights):
         with pytest.raises(InputError, match=said):
             call(model, vae.guide, x, num_samples=5)
@@ -257,8 +258,7 @@ def test_no_memory_left_is_not_a_pair_that_takes_no_batches(where, way, monkeypa
 
     vae = make_vae()
     monkeypatch.setattr(Particles, way, fill)
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="allocate"):
-        warnings.simplefilter("error")
+    with pytest.raises(RuntimeError, match="allocate"):
         pv.log_marginal(vae.model, vae.guide, bits(), num_samples=8, seed=0)
 
 
@@ -420,3 +420,40 @@ def test_a_recording_of_another_precision_is_not_taken_up():
     assert len(kept) == 1
     pv.log_marginal(vae.model, vae.guide, x, precision="bfloat16", **options)
     assert len(kept) == 2
+
+
+@gpu
+def test_a_graph_recorded_in_one_thread_serves_another_uncompiled(stand_in):
+    vae, x, found = make_vae().cuda(), bits().cuda(), []
+
+    def anneal():
+        options = {"method": "annealed", "num_chains": 4, "num_steps": 5, "seed": 0}
+        found.append(pv.log_marginal(vae.model, vae.guide, x, **options).log_prob)
+
+    anneal()
+    thread = threading.Thread(target=anneal)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    torch.testing.assert_close(*found)
+
+
+@gpu
+def test_gradients_of_annealing_are_recorded_and_its_numbers_are_those_of_the_cpu(stand_in):
+    vae, x = make_vae(), bits()
+    options = {"method": "annealed", "num_chains": 64, "num_steps": 20, "seed": 0}
+    expected = pv.log_marginal(vae.model, vae.guide, x, **options)
+    vae.cuda()
+    found = pv.log_marginal(vae.model, vae.guide, x, **options)
+    kept = compiled_score.PROGRAMS.get(vae.model, vae.guide).kept
+    assert any(program.overwrites for program in kept)
+    error = expected.standard_error.hypot(found.standard_error)
+    assert ((found.log_prob - expected.log_prob).abs() < 5 * error + 1e-6).all()
+
+
+@gpu
+def test_data_are_moved_without_a_wait(stand_in):
+    x = torch.rand(4, 3)
+    found = take_rows((x,), slice(1, 3), CUDA)[0]
+    assert not stand_in.waits
+    assert torch.equal(found.cpu(), x[1:3])

@@ -102,7 +102,12 @@ def capture_values(
     def ready(program: Program, shown: list[Tensor]) -> Captured:
         tensors, inputs = program.state.current(), pair.inputs
         assert tensors is not None  # the pair stands still while an evaluation runs
-        return lambda given: program.outputs([*given, *inputs], tensors), shown
+
+        def run(given: Sequence[Tensor]) -> list[Tensor]:
+            found = program.outputs([*given, *inputs], tensors)
+            return [value.clone() for value in found] if program.overwrites else found
+
+        return run, shown
 
     known = programs.find(signature)
     if known is not None:
@@ -118,7 +123,8 @@ def capture_values(
     program = None
     try:
         program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
-        backend = "inductor" if compile else "eager"
+        replayed = "cudagraphs" if pair.device.type == "cuda" else "eager"
+        backend = "inductor" if compile else replayed
         shown = program.compile(backend, "default", lambda: check(program, None), say)
     except CannotCaptureError as reason:
         programs.impossible[signature] = program is not None

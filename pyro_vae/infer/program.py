@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
@@ -126,6 +127,7 @@ class Program:
         self.signature, self.state, self.graph = signature, state, graph
         self.run: Callable[..., Sequence[Tensor]] = graph
         self.overwrites = False  # its earlier results, as CUDA graphs do
+        self.thread = threading.current_thread()  # to which CUDA graphs belong
         self.cast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
     def outputs(self, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -135,6 +137,8 @@ class Program:
             for device in self.cast:  # the graph holds its casts already
                 contexts.enter_context(torch.autocast(device, enabled=False))
             if self.overwrites:
+                if threading.current_thread() is not self.thread:
+                    return list(self.graph(*given, *tensors))
                 torch.compiler.cudagraph_mark_step_begin()
             return list(self.run(*given, *tensors))
 
@@ -157,7 +161,7 @@ class Program:
         self.run = torch.compile(
             self.graph, backend=backend, fullgraph=True, dynamic=False, options=options
         )
-        self.overwrites = bool(options and options.get("triton.cudagraphs"))
+        self.overwrites = backend == "cudagraphs" or bool((options or {}).get("triton.cudagraphs"))
         if self.overwrites:
             for tensor in self.state.tensors:
                 # Read in place by the graph; a moved one is noticed and recorded anew.

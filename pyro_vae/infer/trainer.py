@@ -22,7 +22,7 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.settings import FitSettings, LearningRate
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.precision import multiply_in
 from pyro_vae.pair.state import accumulating_leaves
@@ -144,7 +144,7 @@ class Trainer:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
             rows = own if len(own) else index[:1]
-            batch = tuple(value[rows].to(self.device, non_blocking=True) for value in self.train)
+            batch = tuple(move(value[rows], self.device) for value in self.train)
             summary = self._step(batch, len(own) / len(index))
             epoch.summaries[epoch.taken].copy_(summary)
             epoch.taken += 1

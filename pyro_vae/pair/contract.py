@@ -71,15 +71,13 @@ def check_devices(function: str, trace: Trace, device: torch.device) -> None:
     """Refuse a site whose parameters are on another device than the pair, by its name."""
     for site in sample_sites(trace):
         fn = innermost(site["fn"])
-        parameters = [vars(fn).get(name) for name in fn.arg_constraints]
-        # A number, a tensor without dimensions, is taken from anywhere.
-        values = [value for value in parameters if isinstance(value, Tensor) and value.dim()]
-        if any(value.device != device for value in values):
-            raise InputError(
-                f"expected the parameters of site {site['name']!r} of the {function} on {device}, "
-                f"got {', '.join(str(value.device) for value in values)}: make them on the device of "
-                "the data, e.g. by torch.zeros(..., device=x.device)"
-            )
+        for value in map(vars(fn).get, fn.arg_constraints):
+            # A number, a tensor without dimensions, is taken from anywhere.
+            if isinstance(value, Tensor) and value.dim() and value.device != device:
+                raise InputError(
+                    f"expected the parameters of site {site['name']!r} of the {function} on {device},"
+                    f" got one on {value.device}: make it by torch.zeros(..., device=x.device)"
+                )
 
 
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -37,19 +37,11 @@ class _BFloat16Products(TorchFunctionMode):
     ``torch.autocast`` would let bfloat16 out of the networks, into draws, densities and their sums.
     """
 
-    depth = 0  # how many of them stand around what runs
-
-    def __enter__(self) -> Any:
-        _BFloat16Products.depth += 1
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _BFloat16Products.depth -= 1
-        super().__exit__(*error)
+    is_on = False  # the innermost of what was asked for holds
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not self.depth:
+        if func not in _PRODUCTS or not self.is_on:
             return func(*args, **kwargs)
         narrow = [_narrow(value) for value in args]
         result = func(*narrow, **{name: _narrow(value) for name, value in kwargs.items()})
@@ -61,28 +53,16 @@ def _narrow(value: Any) -> Any:
     return value.to(torch.bfloat16) if is_float32 else value
 
 
-def multiply_in(precision: str) -> AbstractContextManager[Any]:
-    """Let the layers that run inside multiply in bfloat16 if that is the precision."""
-    return _BFloat16Products() if precision == "bfloat16" else nullcontext()
-
-
-def precision_now() -> str:
-    """Return the precision of what runs; a graph holds the one that it was recorded in."""
-    if _BFloat16Products.depth:
-        return "bfloat16"
-    is_tf32 = "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision)
-    return "tf32" if is_tf32 else "float32"
-
-
 @contextmanager
-def in_float32(device: torch.device) -> Iterator[None]:
-    """Compute in float32 inside, whatever stands around: so that two ways of one value agree."""
-    depth, _BFloat16Products.depth = _BFloat16Products.depth, 0
+def multiply_in(precision: str) -> Iterator[None]:
+    """Let the layers that run inside multiply in bfloat16 if that is the precision, and else not."""
+    is_narrow = precision == "bfloat16"
+    before, _BFloat16Products.is_on = _BFloat16Products.is_on, is_narrow
     try:
-        with compute_in("float32", device):
+        with _BFloat16Products() if is_narrow else nullcontext():
             yield
     finally:
-        _BFloat16Products.depth = depth
+        _BFloat16Products.is_on = before
 
 
 @contextmanager
@@ -97,32 +77,31 @@ def compute_in(precision: str, device: torch.device) -> Iterator[None]:
         yield
         return
     cudnn = torch.backends.cudnn
-    flags: Any = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [_own_precision(flag) for flag in flags]
+    new: Any = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    above = {torch.backends.fp32_precision, cudnn.fp32_precision} - {"none"}  # "none" follows them
+    before = ["none" if flag.fp32_precision in above else flag.fp32_precision for flag in new]
+
+    def say(products: str, convolutions: bool, precisions: list[str]) -> None:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
+        for flag, each in zip(new, precisions, strict=True):  # the old ones have set them too
+            flag.fp32_precision = each
+
     # The old flags can be read only where the new ones don't contradict them.
-    flags[0].fp32_precision = flags[1].fp32_precision = flags[2].fp32_precision = "ieee"
-    matmul, convolutions = torch.get_float32_matmul_precision(), True
+    new[0].fp32_precision = new[1].fp32_precision = new[2].fp32_precision = "ieee"
+    products, convolutions = torch.get_float32_matmul_precision(), True
     with suppress(RuntimeError):  # they do: it is True
         convolutions = cudnn.allow_tf32
     is_tf32 = precision == "tf32"
-    _set_flags("high" if is_tf32 else "highest", is_tf32, ["tf32" if is_tf32 else "ieee"] * 3)
+    say("high" if is_tf32 else "highest", is_tf32, ["tf32" if is_tf32 else "ieee"] * 3)
     try:
         yield
     finally:
-        _set_flags(matmul, convolutions, before)
+        say(products, convolutions, before)
 
 
-def _set_flags(matmul: str, convolutions: bool, precisions: list[str]) -> None:
-    """Set the old flags, which set new ones too, and then the new ones."""
-    cudnn = torch.backends.cudnn
-    torch.set_float32_matmul_precision(matmul)
-    cudnn.allow_tf32 = convolutions
-    flags: Any = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    for flag, precision in zip(flags, precisions, strict=True):
-        flag.fp32_precision = precision
-
-
-def _own_precision(flag: Any) -> str:
-    """Return what a flag says by itself: "none" where it follows those above it."""
-    above = {torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision} - {"none"}
-    return "none" if flag.fp32_precision in above else flag.fp32_precision
+def precision_now() -> str:
+    """Return the precision of what runs; a graph holds the one that it was recorded in."""
+    if _BFloat16Products.is_on:
+        return "bfloat16"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"

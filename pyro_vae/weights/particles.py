@@ -24,7 +24,7 @@ from pyro_vae.errors import InputError, whole_number
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
 from pyro_vae.pair.inputs import tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
-from pyro_vae.pair.precision import in_float32, precision_now
+from pyro_vae.pair.precision import compute_in, multiply_in, precision_now
 from pyro_vae.pair.sites import (
     CALLING_ERRORS,
     Given,
@@ -433,7 +433,8 @@ class Particles:
                 # products of other shapes are not rounded otherwise.
                 mode = eval_mode(function) if training else nullcontext()
                 again = training or precision_now() != "float32"
-                with torch.no_grad(), mode, self.pair.put_back(), in_float32(self.pair.device):
+                exact = compute_in("float32", self.pair.device), multiply_in("float32")
+                with torch.no_grad(), mode, self.pair.put_back(), exact[0], exact[1]:
                     agrees = holds(run(way) if again else result, count)
                 if agrees:
                     known[what] = way.__name__
