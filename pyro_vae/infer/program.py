@@ -130,8 +130,10 @@ class Program:
         self.thread = threading.current_thread()  # to which CUDA graphs belong
         self.cast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
-    def outputs(self, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Run the graph on what is given and the state's current tensors."""
+    def outputs(
+        self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
+    ) -> list[Tensor]:
+        """Run the graph on what is given and the state's tensors; ``keep`` what it returns."""
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
             for device in self.cast:  # the graph holds its casts already
@@ -140,7 +142,9 @@ class Program:
                 if threading.current_thread() is not self.thread:
                     return list(self.graph(*given, *tensors))
                 torch.compiler.cudagraph_mark_step_begin()
-            return list(self.run(*given, *tensors))
+            found = list(self.run(*given, *tensors))
+            # Multiplying by one copies all of them in one launch.
+            return list(torch._foreach_mul(found, 1)) if self.overwrites and keep else found
 
     def compile(
         self,

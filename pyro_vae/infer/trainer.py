@@ -76,8 +76,14 @@ class TrainingObjective:
     def terms(self, model: PairFunction, guide: PairFunction, batch: Inputs) -> BoundTerms:
         """Return loss, rate and distortion summed over the batch; the surrogate is a mean."""
         data = DataPlate(self.settings.plate, len(batch[0]))
-        with data, multiply_in(self.settings.precision):
-            loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        validates = poutine.is_validation_enabled()
+        # Pyro's warnings of NaN wait for the device; what is not finite is flagged by ``finish``.
+        poutine.enable_validation(validates and batch[0].device.type == "cpu")
+        try:
+            with data, multiply_in(self.settings.precision):
+                loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        finally:
+            poutine.enable_validation(validates)
         number = data.full_size
         share = len(batch[0]) / number
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)

@@ -84,7 +84,7 @@ def move(value: Tensor, device: torch.device) -> Tensor:
     """Move a tensor to a device; to CUDA from pinned memory, so that nothing waits for it."""
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def check_data(model: PairFunction, inputs: Inputs) -> None:
