@@ -118,8 +118,7 @@ def capture_values(
     program = None
     try:
         program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
-        replayed = "cudagraphs" if pair.device.type == "cuda" else "eager"
-        backend = "inductor" if compile else replayed
+        backend = "inductor" if compile else {"cuda": "cudagraphs"}.get(pair.device.type, "eager")
         shown = program.compile(backend, "default", lambda: check(program, None), say)
     except CannotCaptureError as reason:
         programs.impossible[signature] = program is not None

@@ -161,8 +161,7 @@ def log_marginal(
     pair = open_pair(model, guide, x, plate=plate)
     report = Report(pair.num_data, progress, running_mean)
     check_precision(precision)
-    rounding = compute_in(precision, pair.device)
-    with pair.evaluating(seed), rounding, multiply_in(precision):
+    with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
         estimate = estimate_log_prob(
             pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
         )

@@ -171,8 +171,9 @@ class Trainer:
         }
 
     def _begin_epoch(self, number: int) -> _Epoch:
-        size, place = len(self.train[0]), self.train[0].device
-        order = (torch.randperm if self.shuffle else torch.arange)(size, device=place)
+        size = len(self.train[0])
+        # On the device wherever the data are: a seed gives the same order.
+        order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
         self.processes.take_first([order])
         shape = self.settings.steps_per_epoch(size), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))

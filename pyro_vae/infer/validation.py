@@ -79,8 +79,7 @@ def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str,
     """Return the validation columns of an epoch; NaN without validation data."""
     terms = dict.fromkeys(("elbo", "rate", "distortion"), math.nan)
     if pair is not None:
-        seed = processes.own_seed(_VALIDATION_SEED)
-        with seeded(seed), compute_in("float32", pair.device):
+        with seeded(processes.own_seed(_VALIDATION_SEED)), compute_in("float32", pair.device):
             terms = evaluate_bound(pair, processes)
     return {f"validation_{name}": value for name, value in terms.items()}
 
