@@ -310,11 +310,13 @@ def _check_devices(operator, name, args, tensors):
 
 def _note_wait(what):
     """Count a wait for the line of the package that led to it."""
-    frames = [frame for frame in traceback.extract_stack() if "/pyro_vae/" in frame.filename]
-    frames = [frame for frame in frames if "/site-packages/torch" not in frame.filename]
-    where = "outside the package"
-    if frames:
-        where = f"{frames[-1].filename.rpartition('/pyro_vae/')[2]}:{frames[-1].lineno}"
+    frame, where = sys._getframe(1), "outside the package"
+    while frame is not None:
+        _, found, file = frame.f_code.co_filename.rpartition("/pyro_vae/")
+        if found:
+            where = f"{file}:{frame.f_lineno}"
+            break
+        frame = frame.f_back
     waits[what, where] += 1
 
 

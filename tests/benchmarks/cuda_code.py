@@ -48,6 +48,7 @@ def without_driver() -> Iterator[None]:
             "torch._inductor.scheduler.has_triton": lambda *_: True,
             "torch.utils._triton.triton_hash_with_backend": lambda: "none",
             "torch._inductor.codegen.triton.triton_hash_with_backend": lambda: "none",
+            "torch._C._cuda_cudaCachingAllocator_is_enabled": lambda: True,  # off on the stand-in
         }.items():
             with contextlib.suppress(AttributeError):  # not every version names it there
                 patches.enter_context(mock.patch(target, value))
