@@ -76,14 +76,14 @@ def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn = torch.backends.cudnn
-    new: Any = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    above = {torch.backends.fp32_precision, cudnn.fp32_precision} - {"none"}  # "none" follows them
+    backends: Any = torch.backends
+    new = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    above = {backends.fp32_precision, backends.cudnn.fp32_precision} - {"none"}  # "none" follows
     before = ["none" if flag.fp32_precision in above else flag.fp32_precision for flag in new]
 
     def say(products: str, convolutions: bool, precisions: list[str]) -> None:
         torch.set_float32_matmul_precision(products)
-        cudnn.allow_tf32 = convolutions
+        backends.cudnn.allow_tf32 = convolutions
         for flag, each in zip(new, precisions, strict=True):  # the old ones have set them too
             flag.fp32_precision = each
 
@@ -91,7 +91,7 @@ def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     new[0].fp32_precision = new[1].fp32_precision = new[2].fp32_precision = "ieee"
     products, convolutions = torch.get_float32_matmul_precision(), True
     with suppress(RuntimeError):  # they do: it is True
-        convolutions = cudnn.allow_tf32
+        convolutions = backends.cudnn.allow_tf32
     is_tf32 = precision == "tf32"
     say("high" if is_tf32 else "highest", is_tf32, ["tf32" if is_tf32 else "ieee"] * 3)
     try:
