@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -69,14 +70,14 @@ class VAE(nn.Module):
         """
         self._register("prior")
         self._register("likelihood")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             z = pyro.sample("z", self._prior())
             pyro.sample("x", self.likelihood(z, *given), obs=x)
 
     def guide(self, x: Tensor, *given: Tensor) -> None:
         """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             pyro.sample("z", self.variational_family(*self.family_inputs(x, *given)))
 
     def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -176,6 +177,11 @@ class VAE(nn.Module):
         self.name = f"vae_{next(_numbers)}"
 
 
+def _made_beside(x: Tensor) -> AbstractContextManager[Any]:
+    """Let a component's ``torch.zeros(8)`` be made on the device of the data."""
+    return nullcontext() if x.device.type == "cpu" else x.device
+
+
 class ConditionalVAE(VAE):
     """A VAE whose data come with a condition c: p(z given c), p(x given z, c) and q(z given x, c).
 
@@ -232,7 +238,7 @@ class ConditionalVAE(VAE):
         self._register("prior")
         self._register("likelihood")
         c = self.as_vectors(condition)
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             z = pyro.sample("z", self.prior(c) if self.has_conditional_prior else self._prior())
             pyro.sample("x", self.likelihood(z, c, *given), obs=x)
 

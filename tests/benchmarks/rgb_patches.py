@@ -2,12 +2,12 @@
 
     python tests/benchmarks/rgb_patches.py [--networks mlp conv resnet] [--epochs 40] [--folder PICTURES]
 
-Patches 3 x 32 x 32 of scikit-learn's two sample photographs: for training from the left half of each,
-for testing from the right half. The likelihood is DiscretizedLogistic with 256 levels. A row for each
-network tells, of the test patches: bits per dimension by importance sampling and by the ELBO, the rate
-in nats, and the active units; the last row is a baseline of independent values, the histogram of each
-channel over the training patches (one added to each count). With a folder, draws and reconstructions
-are written there.
+Patches 3 x 32 x 32 of scikit-learn's two sample photographs: for training from the left half of
+each, for testing from the right half. The likelihood is DiscretizedLogistic with 256 levels. A row
+for each network tells, of the test patches: bits per dimension by importance sampling and by the
+ELBO, the rate in nats, and the active units; the last row is a baseline of independent values, the
+histogram of each channel over the training patches (one added to each count). With a folder, draws
+and reconstructions are written there.
 """
 
 from __future__ import annotations
@@ -106,10 +106,8 @@ def main() -> None:
         rate, elbo = estimate.rate.mean().item(), estimate.elbo.mean().item()
         active = int((pv.tasks.encode(vae.guide, test).var(0) > 0.01).sum())
         bits = [likelihood.bits_per_dimension(value) for value in (estimate.mean, elbo)]
-        print(
-            f"| {name} | {bits[0]:.3f} | {bits[1]:.3f} | {rate:.1f} | {active} | {result.seconds:.0f} |",
-            flush=True,
-        )
+        cells = [name, *(f"{value:.3f}" for value in bits), f"{rate:.1f}", str(active)]
+        print("| " + " | ".join([*cells, f"{result.seconds:.0f}"]) + " |", flush=True)
         if options.folder is not None:
             options.folder.mkdir(parents=True, exist_ok=True)
             drawn = pv.tasks.generate(vae.model, torch.zeros(48, *SHAPE), seed=0)
