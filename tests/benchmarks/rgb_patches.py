@@ -1,6 +1,6 @@
 """Colour patches of photographs: dense, convolutional and residual networks, in bits per dimension.
 
-    python tests/benchmarks/rgb_patches.py [--networks mlp conv resnet] [--epochs 40] [--folder PICTURES]
+    python tests/benchmarks/rgb_patches.py [--networks mlp conv resnet] [--folder PICTURES]
 
 Patches 3 x 32 x 32 of scikit-learn's two sample photographs: for training from the left half of
 each, for testing from the right half. The likelihood is DiscretizedLogistic with 256 levels. A row
