@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pyro.infer import ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
+from pyro_vae.infer.optim import optimizer_class
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -35,6 +39,10 @@ class FitSettings:
     epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 1e-3
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    parameter_groups: Mapping[str, Mapping[str, Any]] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    ema: float | None = None
     objective: ELBO | None = None
     beta: float = 1.0
     warmup_epochs: int = 0
@@ -60,6 +68,10 @@ class FitSettings:
             checked["patience"] = whole_number("a patience", self.patience, least=1)
         if self.gradient_clip is not None:
             checked["gradient_clip"] = positive_number("gradient_clip", self.gradient_clip)
+        if self.ema is not None:
+            checked["ema"] = positive_number("ema", self.ema)
+            if not checked["ema"] < 1:
+                raise InputError(f"expected ema below 1, got {self.ema}: 0.999 is usual")
         if self.seed is not None:
             checked["seed"] = whole_number("a seed", self.seed, least=-(2**63))
             if not 0 <= checked["seed"] < 2**32:
@@ -74,6 +86,7 @@ class FitSettings:
                 "expected a schedule constant, cosine or a function of the fraction, got "
                 f"{schedule!r}"
             )
+        self._check_optimizer()
         if self.precision not in PRECISIONS:
             raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.compile not in (True, False, "auto"):
@@ -86,6 +99,24 @@ class FitSettings:
                 f"{first_line(repr(self.objective))}"
             )
 
+    def _check_optimizer(self) -> None:
+        check_callables(optimizer=self.optimizer, scheduler=self.scheduler)
+        if isinstance(self.optimizer, PyroOptim):
+            raise InputError(
+                "expected optimizer as a class of torch.optim or a function from parameters to an "
+                f"optimiser, got Pyro's {type(self.optimizer).__name__}: pass torch.optim.Adam itself"
+            )
+        is_function = self.optimizer is not None and optimizer_class(self.optimizer) is None
+        if is_function and self.learning_rate != FitSettings.learning_rate:
+            raise InputError(
+                "expected the learning rate inside the function given as optimizer, got "
+                f"learning_rate={self.learning_rate} beside it: leave it out"
+            )
+        if self.scheduler is not None and self.schedule != "constant":
+            raise InputError("expected a schedule or a scheduler, got both: leave one of them out")
+        for pattern, options in as_dict("parameter_groups", self.parameter_groups).items():
+            as_dict(f"the options of {pattern!r}", options)
+
     @property
     def skip_limit(self) -> int | None:
         """How many steps that are not finite may be left out; None stops at the first one."""
@@ -95,11 +126,31 @@ class FitSettings:
         """Return the plain options (not objective and compilation), by which a run is known again."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
+        for name in ("optimizer", "parameter_groups", "scheduler"):
+            plain[name] = _as_text(plain[name])
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
 
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
+
+
+def as_dict(option: str, value: object) -> dict[str, Any]:
+    """Return options as a dict; refuse what is no mapping."""
+    if not isinstance(value, Mapping | None):
+        raise InputError(f"expected {option} as a mapping from names, got {type(value).__name__}")
+    return dict(value or {})
+
+
+def _as_text(value: Any) -> str | None:
+    """Return what a run is known by again: of a function its name, of a partial its options too."""
+    if value is None:
+        return None
+    if isinstance(value, functools.partial):
+        return f"{_as_text(value.func)} {_as_text(value.keywords)}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return json.dumps(value, sort_keys=True, default=lambda inner: type(inner).__name__)
 
 
 def check_callables(**functions: object) -> None:
