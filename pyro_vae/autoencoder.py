@@ -203,24 +203,12 @@ class Autoencoder(nn.Module):
         store = pyro.get_param_store()
         with HANDLER_LOCK, store.scope(), EpochProgress(epochs, progress) as bar:
             result = fit(
-                pair.model,
-                pair.guide,
-                data,
-                epochs=epochs,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                validation=validation,
-                patience=patience,
-                compile=False,
-                device=device,
-                seed=seed,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                checkpoint_minutes=checkpoint_minutes,
-                resume=resume,
-                on_epoch=note,
-                progress=False,
-            )
+                pair.model, pair.guide, data, epochs=epochs, batch_size=batch_size,
+                learning_rate=learning_rate, validation=validation, patience=patience,
+                compile=False, device=device, seed=seed, checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes,
+                resume=resume, on_epoch=note, progress=False,
+            )  # fmt: skip
         names = ("best_epoch", "stopped_early", "device", "batch_size", "learning_rate")
         return AutoencoderFit(
             **{name: getattr(result, name) for name in names},

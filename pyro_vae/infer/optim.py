@@ -179,7 +179,9 @@ class FusedOptim(PyroOptim):
         chosen = {*options, *own} & IMPLEMENTATION_OPTIONS
         if not chosen and param.device.type in devices and param.is_floating_point():
             options = {**options, "fused": True}
-        return self.pt_optim_constructor([param], **options)
+        own = self.pt_optim_constructor([param], **options)
+        own.param_groups[:] = [group for group in own.param_groups if group["params"]]
+        return own
 
     def _clip_key(self, param: Tensor) -> tuple[float | None, float | None]:
         options = dict(self._get_grad_clip_args(param))

@@ -130,6 +130,18 @@ class FitSettings:
             plain[name] = _as_text(plain[name])
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
 
+    def multiplier_at(self, step: int, num_steps: int) -> float:
+        """Return what the schedule multiplies the learning rate of a step by, counted from 0."""
+        fraction = min(step / max(num_steps, 1), 1.0)
+        schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
+        multiplier = float(schedule(fraction))
+        if not 0 <= multiplier < math.inf:
+            raise InputError(
+                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
+                f"{multiplier}"
+            )
+        return multiplier
+
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
@@ -143,14 +155,12 @@ def as_dict(option: str, value: object) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> str | None:
-    """Return what a run is known by again: of a function its name, of a partial its options too."""
-    if value is None:
-        return None
+    """Return what a run is known by again: a function's name, a partial's options, plain values."""
     if isinstance(value, functools.partial):
         return f"{_as_text(value.func)} {_as_text(value.keywords)}"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
-    return json.dumps(value, sort_keys=True, default=lambda inner: type(inner).__name__)
+    return json.dumps(value, default=lambda inner: type(inner).__name__) if value else None
 
 
 def check_callables(**functions: object) -> None:
@@ -179,25 +189,6 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
 }
-
-
-class LearningRate:
-    """The learning rate over the steps of a run: a base, multiplied by what the schedule says."""
-
-    def __init__(self, base: float, schedule: Schedule, num_steps: int) -> None:
-        self.base, self.num_steps = base, num_steps
-        self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
-
-    def at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        fraction = min(step / max(self.num_steps, 1), 1.0)
-        multiplier = float(self._multiplier(fraction))
-        if not 0 <= multiplier < math.inf:
-            raise InputError(
-                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
-                f"{multiplier}"
-            )
-        return self.base * multiplier
 
 
 # --- precision -------------------------------------------------------------------------------

@@ -252,29 +252,15 @@ def fit(
         (2,)
     """
     settings = FitSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        parameter_groups=parameter_groups,
-        scheduler=scheduler,
-        ema=ema,
-        objective=objective,
-        beta=beta,
-        warmup_epochs=warmup_epochs or 0,
-        patience=patience,
-        schedule=schedule,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        compile=compile,
-        on_nonfinite=on_nonfinite,
-        nonfinite_limit=nonfinite_limit,
-        seed=seed,
-        plate=plate,
-    )
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
+        parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
+        beta=beta, warmup_epochs=warmup_epochs or 0, patience=patience, schedule=schedule,
+        gradient_clip=gradient_clip, precision=precision, compile=compile,
+        on_nonfinite=on_nonfinite, nonfinite_limit=nonfinite_limit, seed=seed, plate=plate,
+    )  # fmt: skip
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
-    watchers = Callbacks(callbacks, on_epoch, processes)
+    watchers = Callbacks(callbacks, processes)
     checkpoints = Checkpoints(
         checkpoint,
         every=checkpoint_every,
@@ -311,7 +297,7 @@ def fit(
         if checkpoint is not None:
             checksum = data_checksum(run.pair.inputs, held_out)
             checkpoints.begin({**run.record, "data": checksum}, trainer, best, rows)
-        watchers.begin(run.record)
+        watchers.tell("on_begin", run.record)
 
         def after_step(summary: Tensor, num_data: int) -> bool:
             watchers.after_step(trainer.count, lambda: trainer.metrics_of(summary, num_data))
@@ -323,14 +309,17 @@ def fit(
             if best.is_over(len(rows)) or watchers.end_run:
                 break
             row = trainer.run_epoch(epoch, after_step=after_step)
-            with trainer.updates.averaged():
-                row |= validate(run.validation, processes)
-                rows.append(row)
-                best.take_in(epoch, row["validation_elbo"], trainer)
-                if epoch == resumed + 1:  # the first step finds out what can be captured
-                    bar.note(run.capture.outcome)
-                bar.show(epoch, _describe(row))
-                watchers.after_epoch(epoch, row)
+            trainer.updates.swap_averages()
+            row |= validate(run.validation, processes)
+            rows.append(row)
+            best.take_in(epoch, row["validation_elbo"], trainer)
+            if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
+                bar.note(run.capture.outcome)
+            bar.show(epoch, _describe(row))
+            if on_epoch is not None:
+                on_epoch(epoch, row)
+            watchers.tell("on_epoch", epoch, row)
+            trainer.updates.swap_averages()
             trainer.updates.end_epoch(row)
             checkpoints.after_step(epoch)
         checkpoints.finish()
@@ -350,7 +339,7 @@ def fit(
         skipped_steps=trainer.skipped,
         warnings=found,
     )
-    watchers.end(result)
+    watchers.tell("on_end", result)
     return result
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,21 +15,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import checksum_of
 from pyro_vae.infer.optim import FusedOptim, optimizer_class
-from pyro_vae.infer.settings import FitSettings, LearningRate
+from pyro_vae.infer.settings import FitSettings
 
 
 class Updates:
     """The optimiser of a run, over all parameters at once, and what moves with it step by step."""
 
     def __init__(self, settings: FitSettings, num_steps: int) -> None:
-        self.settings = settings
+        self.settings, self._num_steps = settings, num_steps
         self.parameters: dict[str, Tensor] = {}
-        chosen = settings.optimizer or torch.optim.Adam
-        self._is_class = optimizer_class(chosen) is not None
-        constructor: Any = chosen if self._is_class else _constructor(chosen)
-        self._optim = FusedOptim(constructor, self._options, scheduler=settings.scheduler)
-        self._names: list[str] = []  # that the optimiser was told, for the patterns
-        self._multiplier = LearningRate(1.0, settings.schedule, num_steps)
+        self._constructor: Any = settings.optimizer or torch.optim.Adam
+        self._optim = FusedOptim(self._constructor, self._options, scheduler=settings.scheduler)
+        self._names: list[str] = []  # as the patterns of the groups see them
         self._averages: dict[str, Tensor] = {}
         self._identity = ""
         self.learning_rate: float | Tensor = 0.0  # of the first group, in the step taken last
@@ -46,9 +42,8 @@ class Updates:
         return [self.parameters[name] for name in sorted(self.parameters)]
 
     @property
-    def averages(self) -> list[Tensor]:
-        """The moving averages in the same order; none if the run keeps none."""
-        return [self._averages[name] for name in sorted(self._averages)]
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
 
     def add(self, new: Mapping[str, Tensor]) -> None:
         """Take in parameters by name: at the first step, and whenever Pyro's store has grown."""
@@ -57,10 +52,8 @@ class Updates:
             self._optim._add(list(new.values()))
         except InputError:
             raise
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"expected options of the optimiser, got: {first_line(error)}"
-            ) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"expected an optimiser of torch, got: {first_line(error)}") from error
         self.parameters |= new
         if self.settings.ema is not None:
             self._averages |= {name: leaf.detach().clone() for name, leaf in new.items()}
@@ -69,26 +62,21 @@ class Updates:
                 if not any(fnmatchcase(name, pattern) for name in self._names):
                     raise InputError(
                         f"expected parameter_groups by patterns of names, {pattern!r} matches none "
-                        f"of {', '.join(sorted(self._names)[:4])}, ...: write * for any characters"
+                        f"of {', '.join(self._names[:4])}, ...: write * for any characters"
                     )
             vars(self.optimizer)["_opt_called"] = True  # a first step may be left out: no warning
             kinds = [type(part).__name__ for part in (self.optimizer, self._optim.scheduler)]
-            options = [_numbers(group) for group in self._groups()]
-            self._identity = checksum_of([kinds, options], {})
+            self._identity = checksum_of([kinds, list(map(_numbers, self._groups))], {})
 
     def _options(self, name: str) -> dict[str, Any]:
         """Return the options of a parameter; of several patterns the later ones count first."""
         self._names.append(name)
-        own = getattr(self.settings.optimizer, "keywords", {})  # of a functools.partial
-        options = {"lr": self.settings.learning_rate} if self._is_class and "lr" not in own else {}
+        is_class = optimizer_class(self._constructor) is not None
+        own = getattr(self._constructor, "keywords", {})  # of a functools.partial
+        options = {"lr": self.settings.learning_rate} if is_class and "lr" not in own else {}
         for pattern, values in (self.settings.parameter_groups or {}).items():
             options |= values if fnmatchcase(name, pattern) else {}
         return options
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
-
-    # --- a step ---
 
     @torch.no_grad()
     def apply(self, step: int, flag: Tensor) -> None:
@@ -96,11 +84,11 @@ class Updates:
         optimizer, scheduler = self.optimizer, self._optim.scheduler
         assert optimizer is not None
         if scheduler is None:
-            multiplier = self._multiplier.at(step)
-            for group in optimizer.param_groups:
+            multiplier = self.settings.multiplier_at(step, self._num_steps)
+            for group in self._groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
-        self.learning_rate = optimizer.param_groups[0]["lr"]
-        if isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["fused"]:
+        self.learning_rate = self._groups[0]["lr"]
+        if isinstance(optimizer, torch.optim.Adam) and self._groups[0]["fused"]:
             # Read on the device by the fused kernels, on CPU and CUDA alike: at 1 parameters, moments
             # and step counts stay as they are. It is torch's contract with its gradient scaler.
             vars(optimizer)["found_inf"] = flag
@@ -111,9 +99,8 @@ class Updates:
         if self.settings.ema is not None:
             # Weights that fall by the factor per step back, and sum to 1 from the first step on.
             weight = (1 - self.settings.ema) / (1 - self.settings.ema ** (step + 1))
-            drift = torch._foreach_sub(self.leaves, self.averages)
-            torch._foreach_mul_(drift, weight * (1 - flag))
-            torch._foreach_add_(self.averages, drift)
+            for name, average in self._averages.items():
+                average += (self.parameters[name] - average) * (weight * (1 - flag))
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
@@ -126,33 +113,21 @@ class Updates:
     @torch.no_grad()
     def swap_averages(self) -> None:
         """Exchange the parameters and their moving averages, if the run keeps any."""
-        for leaf, average in zip(self.leaves if self._averages else [], self.averages, strict=True):
-            value = leaf.clone()
-            leaf.copy_(average)
+        for name, average in self._averages.items():
+            value = self.parameters[name].clone()
+            self.parameters[name].copy_(average)
             average.copy_(value)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Let the parameters be their moving averages inside, if the run keeps any."""
-        self.swap_averages()
-        try:
-            yield
-        finally:
-            self.swap_averages()
-
-    # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the coming steps depend on, parameters in the order of their names."""
-        scheduler = self._optim.scheduler
+        scheduler, state = self._optim.scheduler, self.optimizer.state if self.optimizer else {}
         by_metric = isinstance(scheduler, ReduceLROnPlateau)
-        state = {} if self.optimizer is None else self.optimizer.state
         return {
             "identity": self._identity,
             "states": [copy.deepcopy(state.get(leaf, {})) for leaf in self.leaves],
-            "groups": [_numbers(group) for group in self._groups()],
+            "groups": list(map(_numbers, self._groups)),
             "scheduler": scheduler.state_dict() if by_metric else None,
-            "averages": [average.clone() for average in self.averages],
+            "averages": [self._averages[name].clone() for name in sorted(self._averages)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
@@ -171,40 +146,21 @@ class Updates:
             scheduler.load_state_dict(state["scheduler"])
         for _ in range(0 if by_metric or scheduler is None else step):
             scheduler.step()
-        for group, kept in zip(self._groups(), state["groups"], strict=True):
+        for group, kept in zip(self._groups, state["groups"], strict=True):
             group.update({name: v for name, v in kept.items() if by_metric or name != "lr"})
         self.load_states(state["states"])
-        for average, value in zip(self.averages, state["averages"], strict=True):
-            average.copy_(value)
+        for name, value in zip(sorted(self._averages), state["averages"], strict=True):
+            self._averages[name].copy_(value)
 
     def load_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give the optimiser its state of each parameter, on the device where it is kept."""
+        """Give the optimiser its state of each parameter, which fused ones keep on its device."""
         assert self.optimizer is not None
-        kept = dict(zip(map(id, self.leaves), states, strict=True))
-        packed = self.optimizer.state_dict()
-        for group, numbered in zip(self._groups(), packed["param_groups"], strict=True):
-            for leaf, number in zip(group["params"], numbered["params"], strict=True):
-                packed["state"] |= {number: kept[id(leaf)]} if kept[id(leaf)] else {}
-        self.optimizer.load_state_dict(packed)
-
-
-def _constructor(function: Any) -> Any:
-    """Return a function from parameters to an optimiser as one that takes options like a class."""
-
-    def construct(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-        optimizer = function(params)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(
-                "expected optimizer as a function that returns a torch optimiser, got "
-                f"{type(optimizer).__name__} from it"
-            )
-        for name in options.keys() - optimizer.defaults.keys():
-            raise TypeError(f"{type(optimizer).__name__} has no option {name!r}")
-        for group in optimizer.param_groups:
-            group.update(options)
-        return optimizer
-
-    return construct
+        for leaf, state in zip(self.leaves, states, strict=True):
+            if state:
+                self.optimizer.state[leaf] = {
+                    name: value.to(leaf.device).clone() if isinstance(value, Tensor) else value
+                    for name, value in state.items()
+                }
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:

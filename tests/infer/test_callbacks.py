@@ -17,6 +17,7 @@ class Log(pv.infer.Callback):
 
     def on_begin(self, options):
         self.told.append(options)
+        return "what only steps and epochs may end"
 
     def on_step(self, step, metrics):
         self.steps[step] = metrics
@@ -88,6 +89,12 @@ def test_a_run_that_was_ended_goes_on_when_it_is_resumed(x, tmp_path):
     np.testing.assert_array_equal(result.history["train_bound"], expected.history["train_bound"])
 
 
+def test_one_alone_needs_no_list(x):
+    vae, log = make_vae(), Log()
+    pv.fit(vae.model, vae.guide, x, epochs=1, callbacks=log)
+    assert list(log.epochs) == [1]
+
+
 def test_an_object_needs_only_the_methods_it_wants(x):
     class Epochs:
         def __init__(self):
@@ -113,9 +120,12 @@ def test_the_metrics_of_a_step_that_was_left_out(x):
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        (Log(), "expected callbacks as a list, got Log: write"),
-        ([print], "expected callbacks with on_begin, on_step, on_epoch or on_end, got"),
-        ([Log], "got Log: pass an object"),
+        (
+            [print],
+            "expected callbacks as objects with on_begin or on_step or on_epoch or on_end, got",
+        ),
+        (print, "got <built-in function print>: pass a function of epochs as on_epoch="),
+        ([Log], "got <class .*Log'>: pass"),
         ([Log(every=0)], "expected every of a callback of at least 1, got 0"),
     ],
 )
