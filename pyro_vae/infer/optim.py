@@ -44,7 +44,7 @@ class FusedOptim(PyroOptim):
     that one parameter, and loads from and into ``pyro.optim`` optimisers.
 
     Args:
-        optim_constructor: a ``torch.optim.Optimizer`` class.
+        optim_constructor: a ``torch.optim.Optimizer`` class, or a function that is called as one is.
         optim_args: its options, or a callable from the parameter's name (as in
             ``nn.Module.named_parameters``, behind the Pyro module's name) to its options.
         clip_args: ``{"clip_norm": ..., "clip_value": ...}`` or a callable from (module name,
@@ -65,7 +65,7 @@ class FusedOptim(PyroOptim):
 
     def __init__(
         self,
-        optim_constructor: type[torch.optim.Optimizer],
+        optim_constructor: Callable[..., torch.optim.Optimizer],
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[[str, str], dict[str, float]] | None = None,
         *,
