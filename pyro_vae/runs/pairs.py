@@ -14,7 +14,7 @@ from torch.distributions.constraints import Constraint
 from pyro_vae.distributions import unit_sphere
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import expand_path
-from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, modules_of
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
 from pyro_vae.runs.files import CONFIG, FORMAT, read_config
 from pyro_vae.runs.folder import check_free, new_run
 from pyro_vae.runs.weights import check_checksum, check_weights, read_weights, write_weights
@@ -121,8 +121,12 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
                     "pyro.clear_param_store() frees the names of earlier pairs"
                 )
         for where, value in own.items():
+            if value.dtype != weights[where].dtype:
+                raise InputError(f"expected {where} as {value.dtype}, got {weights[where].dtype}")
+        for where, value in own.items():
             value.copy_(weights[where])
-        params = {names[where]: weights[where].requires_grad_() for where in rest}
+        place = device_of(model, guide, default=torch.device("cpu"))
+        params = {names[where]: weights[where].to(place).requires_grad_() for where in rest}
         store.set_state({"params": params, "constraints": limits})
 
 
