@@ -42,7 +42,7 @@ class SemiSupervised(nn.Module):
     def guide(self, x, y=None):
         with pyro.plate("data", len(x)):
             if y is None:
-                y = pyro.sample("y", dist.OneHotCategorical(logits=self.classify(x)))
+                y = pyro.sample("y", dist.OneHotCategorical(logits=self.classify(x).tanh()))
             x = x.expand(*y.shape[:-1], PIXELS)
             loc, raw = self.encode(torch.cat([x, y], -1)).chunk(2, -1)
             pyro.sample("z", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
