@@ -24,7 +24,9 @@ _NAMES = {
     "log_marginal": "pyro_vae.evaluation.importance_sampling",
     "log_weights": "pyro_vae.weights.particles",
     "load": "pyro_vae.runs",
+    "load_pair": "pyro_vae.runs",
     "save": "pyro_vae.runs",
+    "save_pair": "pyro_vae.runs",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "infer",
     "likelihoods",
     "load",
+    "load_pair",
     "log_marginal",
     "log_weights",
     "networks",
@@ -53,6 +56,7 @@ __all__ = [
     "priors",
     "runs",
     "save",
+    "save_pair",
     "tasks",
 ]
 
@@ -78,7 +82,7 @@ if TYPE_CHECKING:
     from pyro_vae.evaluation.estimate import LogMarginal
     from pyro_vae.evaluation.importance_sampling import log_marginal
     from pyro_vae.infer.training import FitResult, fit
-    from pyro_vae.runs import load, save
+    from pyro_vae.runs import load, load_pair, save, save_pair
     from pyro_vae.transformer import VAETransformer
     from pyro_vae.vae import VAE, ConditionalVAE
     from pyro_vae.weights.particles import log_weights
