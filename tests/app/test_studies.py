@@ -409,3 +409,15 @@ def test_a_long_command_line_stands_on_the_page_as_a_shell_reads_it():
     assert max(map(len, lines)) <= 84
     assert all(line.endswith(" \\") for line in lines[:-1])
     assert shlex.split("\n".join(lines).replace("\\\n", "")) == words
+
+
+@pytest.mark.slow
+def test_what_one_pair_does_not_clear_is_annealed_in_all(here):
+    how = ("--method", "auto", "--max-annealed", 3, "--seeds", 1, "--output", "alike")
+    assert run(*COMPARE[:-2], *how).code == 0
+    found = [load_measured(folder)[0] for folder in sorted((here / "alike" / "runs").iterdir())]
+    annealed = [measured.estimate.was_annealed for measured in found]
+    assert len(annealed) == 2
+    assert torch.equal(*annealed)
+    assert int(annealed[0].sum()) == 3
+    assert [measured.estimate.method for measured in found] == ["auto", "auto"]
