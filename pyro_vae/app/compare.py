@@ -103,13 +103,16 @@ def _run(
     names = {name: _folder_name(settings) for name, settings in chosen.items()}
     trained = {n: study.run(names[n], settings, held=held) for n, settings in chosen.items()}
     folders = {name: study.folder / RUNS / folder for name, folder in names.items()}
-    if any(own_file(folder, _MEASURED) is None for folder in folders.values()):
+    missing = [name for name, folder in folders.items() if own_file(folder, _MEASURED) is None]
+    if missing and how.method == "auto":
+        missing = list(folders)  # what one does not clear is annealed in all
+    if missing:
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         if how.method == "auto":
             annealing["max_annealed"] = how.max_annealed
         methods = {"auto": ("auto",), "both": ("importance", "annealed")}
         comparison = compare(
-            {name: (vae.model, vae.guide) for name, (vae, _) in trained.items()},
+            {name: (trained[name][0].model, trained[name][0].guide) for name in missing},
             study.dataset.test[: how.num_data].to(study.device),
             num_samples=how.num_samples,
             num_elbo_samples=_ELBO_SAMPLES,
