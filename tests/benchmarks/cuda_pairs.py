@@ -4,8 +4,9 @@
 
 Each pair of a prior and a family whose latents have the same support, under every likelihood, does
 all that can be done with a pair; ``--once`` takes as few pairs as it needs for each component to
-appear, and anneals the first. What is built beside the device fails here as it would on a GPU: the script prints a line for
-each pair and ends with status 1 if any failed. ``--objectives`` trains one pair by each of them too.
+appear, and anneals the first. What is built beside the device fails here as it would on a GPU: the
+script prints a line for each pair and ends with status 1 if any failed. ``--objectives`` trains one
+pair by each of them too.
 """
 
 from __future__ import annotations
