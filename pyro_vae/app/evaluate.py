@@ -15,14 +15,12 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
-from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
-from pyro_vae.app.pages import TERMS
+from pyro_vae.app.pages import TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
-from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import (
@@ -32,7 +30,6 @@ from pyro_vae.evaluation.estimate import (
     warn_if_unreliable,
 )
 from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
@@ -43,10 +40,11 @@ _LABELS = {
     "log_marginal": "log p(x)",
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
+    "expected_bias": "its expected bias",
     **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
-    "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
+    "num_unreliable": "data points not trusted",
     "median_ess": "median effective sample size",
     "acceptance": "acceptance of annealing",
 }
@@ -75,15 +73,15 @@ def evaluate(
     place = resolve_device(device)
     vae, settings, _ = open_run(run, place)
     dataset = load_data_of_run(run, settings, data_root)
-    if is_pseudo(vae, dataset):
+    test = dataset.test[: how.num_data].to(place)
+    first = replace(how, method="importance") if how.method == "both" else how
+    estimate = estimate_log_marginal(vae, test, first)
+    if estimate.pseudo_likelihood:
         warnings.warn(
             "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
             "density",
             stacklevel=2,
         )
-    test = dataset.test[: how.num_data].to(place)
-    first = replace(how, method="importance") if how.method == "both" else how
-    estimate = estimate_log_marginal(vae, test, first)
     values = as_dict(estimate)
     try:
         if how.method == "both":
@@ -113,7 +111,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
-    rows = [[label, *(column[name] for column in columns)] for name, label in _LABELS.items()]
+    labels = _LABELS | {"log_marginal": log_prob_name(values["pseudo_likelihood"])}
+    rows = [[label, *(column[name] for column in columns)] for name, label in labels.items()]
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
@@ -169,18 +168,19 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
 def as_dict(estimate: LogMarginal) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
-    ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
-    are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    ``log_marginal`` has its ``standard_error`` (Monte Carlo), ``data_standard_error`` and
+    ``expected_bias``; beside it are ``elbo``, ``rate``, ``distortion``, and how the weights were.
     """
     return {
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,
+        "expected_bias": estimate.mean_expected_bias,
+        "pseudo_likelihood": estimate.pseudo_likelihood,
         **{name: getattr(estimate, name).mean().item() for name in TERMS},
         "num_samples": int(estimate.num_samples.max()),
         "num_data": len(estimate.log_prob),
-        # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
-        "num_unreliable": None if estimate.pareto_k.isnan().all() else estimate.num_unreliable,
+        "num_unreliable": estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
         "method": estimate.method,
@@ -198,9 +198,3 @@ def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
 def active_units(vae: VAE, x: Tensor) -> int:
     """Count the latent coordinates whose posterior mean has a variance over the data above 0.01."""
     return int((unit_variances(vae.guide, x) > ACTIVE_VARIANCE).sum())
-
-
-def is_pseudo(vae: VAE, dataset: Dataset) -> bool:
-    """Say whether a Bernoulli scores grey values, which is no density."""
-    grey = bool(((dataset.test > 0) & (dataset.test < 1)).any())
-    return grey and isinstance(vae.likelihood, likelihoods.Bernoulli)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pyro_vae.evaluation.estimate import (
     log_mean_weights,
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
-from pyro_vae.evaluation.pareto import TailWeights
+from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
 
@@ -105,7 +105,9 @@ def anneal(
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
     counts = torch.full((pair.num_data,), options.num_chains)
-    return join_blocks(blocks, keep_draws=keep_draws, num_samples=counts, method="annealed")
+    how: dict[str, Any] = {"num_samples": counts, "method": "annealed"}
+    how["pseudo_likelihood"] = pair.is_pseudo_likelihood()
+    return join_blocks(blocks, keep_draws=keep_draws, **how)
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
@@ -196,7 +198,7 @@ def _anneal_block(
         # The last data point is told of once the block's numbers are in.
         tell=lambda fraction: report.tell(min(fraction, 0.999) * len(positions)),
     )
-    tail = TailWeights(options.num_chains)
+    tail = TailWeights(options.num_chains, path.particles.pair.structure.precision)
     tail.add(log_weights)
     rate = distortion = torch.full_like(acceptance, torch.nan)
     if densities is not None:
@@ -207,6 +209,7 @@ def _anneal_block(
     per_datum = {
         **log_mean_weights(log_weights),
         "pareto_k": tail.pareto_k(),
+        "trusted": ~(tail.pareto_k() > pareto_k_limit(options.num_chains)),
         "rate": rate,
         "distortion": distortion,
         "acceptance": acceptance,

@@ -85,7 +85,7 @@ def test_a_guide_too_narrow_does_not_matter(exact, num_data, num_latents, option
 def test_weights_of_too_few_steps_are_warned_of(exact):
     problem = exact["probabilistic_pca"](6, covariance_scale=0.05, shift=0.6)
     with pytest.warns(
-        UserWarning, match=r"of 6 data have Pareto k .* more steps or chains"
+        UserWarning, match=r"of 6 data points have Pareto k .* more steps or chains"
     ) as caught:
         anneal(problem, num_steps=5, num_chains=64)
     assert caught[0].filename == __file__
