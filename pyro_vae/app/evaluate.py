@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
+from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
 from pyro_vae.app.pages import TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
@@ -23,13 +24,15 @@ from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.auto import LOOKS, AutoOptions
 from pyro_vae.evaluation.estimate import (
     Convergence,
     LogMarginal,
     concatenate,
     warn_if_unreliable,
 )
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
@@ -41,11 +44,13 @@ _LABELS = {
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
     "expected_bias": "its expected bias",
+    "bits_per_dimension": "bits per dimension",
     **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
-    "num_unreliable": "data points not trusted",
     "median_ess": "median effective sample size",
+    "num_annealed": "data points annealed",
+    "num_untrusted": "data points not trusted",
     "acceptance": "acceptance of annealing",
 }
 
@@ -82,12 +87,12 @@ def evaluate(
             "density",
             stacklevel=2,
         )
-    values = as_dict(estimate)
+    values = as_dict(estimate, vae)
     try:
         if how.method == "both":
             # The target is importance sampling's; annealing has its chains and steps.
             second = replace(how, method="annealed", target_standard_error=None)
-            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
+            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second), vae)
     finally:
         _print_estimate(values, as_json=as_json)
     if picture is not None:
@@ -112,7 +117,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
     labels = _LABELS | {"log_marginal": log_prob_name(values["pseudo_likelihood"])}
-    rows = [[label, *(column[name] for column in columns)] for name, label in labels.items()]
+    told = {name: label for name, label in labels.items() if name in values}
+    rows = [[label, *(column[name] for column in columns)] for name, label in told.items()]
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
@@ -152,6 +158,8 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
     del options["num_data"]  # x is as many as that already
     console = Console(stderr=True)
     hidden = not (show and console.is_terminal)
+    if how.method == "auto" and show:
+        console.print(_tell_budget(len(x), how), soft_wrap=True, highlight=False)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x))
@@ -165,13 +173,30 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
         )
 
 
-def as_dict(estimate: LogMarginal) -> dict[str, Any]:
+def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
+    """Say what the default method may cost, before it starts."""
+    annealing = AnnealingOptions(num_chains=how.num_chains, num_steps=how.num_steps)
+    options = AutoOptions(ImportanceOptions(how.num_samples), annealing, how.max_annealed)
+    looks, annealed = (min(num_data, n * how.max_annealed) for n in (LOOKS, 1))
+    return (
+        f"log p(x) of {num_data:,} data points by importance sampling; up to {looks:,} are looked at "
+        f"from the prior and up to {annealed:,} annealed, mostly a tenth of at most "
+        f"{options.most_gradients(num_data):,} gradient evaluations (--max-annealed)"
+    )
+
+
+def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
     ``log_marginal`` has its ``standard_error`` (Monte Carlo), ``data_standard_error`` and
-    ``expected_bias``; beside it are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    ``expected_bias``; beside it are ``elbo``, ``rate``, ``distortion``, and how the weights were; of
+    levels and categories also ``bits_per_dimension``, the length of a code for each value.
     """
+    likelihood, bits = vae.likelihood, {}
+    if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
+        bits["bits_per_dimension"] = likelihood.bits_per_dimension(estimate.mean)
     return {
+        **bits,
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,
@@ -182,7 +207,9 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
         "num_data": len(estimate.log_prob),
         "num_unreliable": estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
-        "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
+        "num_annealed": estimate.methods.count("annealed"),
+        "num_untrusted": estimate.num_untrusted,
+        "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,15 @@ from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import pareto_k_limit
 from pyro_vae.pair.opened import Progress
+
+# What each of annealing's diagnostics says, as a warning names it.
+_CHECKS = {
+    "steps": "too few steps",
+    "halves": "halves of the chains that disagree",
+    "acceptance": "moves that are rejected",
+    "weights": "too few effective chains",
+    "prior": "a higher evidence from the prior",
+}
 
 
 class Convergence(NamedTuple):
@@ -56,8 +66,11 @@ class LogMarginal:
             ``diagnostics`` and the Pareto k. None where nothing was checked.
         was_annealed: which data points' number annealing gave, bool ``(N,)``; None: all or none of
             them, as ``method`` says.
-        diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit: what is above 1,
-            or NaN (unknown), is not trusted.
+        diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit; what is above 1,
+            or NaN (unknown), is not trusted. ``"steps"``: what half of the steps gives differently,
+            ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
+            worst place of the path, ``"weights"``: chains per effective one, and with
+            ``start="both"`` ``"prior"``: by how much a pilot from the prior found more evidence.
         missed_target: which data points' standard error is above ``target_standard_error``, bool
             ``(N,)``; None where none was asked for.
         pseudo_likelihood: whether the model scores values that its discrete distribution can't take
@@ -272,11 +285,11 @@ def summarise(
 
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
-    """Warn of data points that can't be trusted, and of those that missed the wanted error."""
+    """Warn of data points that no check clears, and of those that missed the wanted error."""
     count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
-    if estimate.method == "annealed":
-        advice = "more steps or chains"
-    if count:
+    if estimate.method != "importance":
+        _warn_of_untrusted(estimate, stacklevel=stacklevel + 1)
+    elif count:
         limits = " to ".join(sorted({f"{limit:.2g}" for limit in estimate.pareto_k_limit.aminmax()}))
         unknown = estimate.pareto_k.isnan()
         why = [f"> {limits}"] * (not unknown.all()) + ["not known (below 21 samples)"] * bool(
@@ -294,6 +307,27 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
             f"is up to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples",
             stacklevel=stacklevel + 1,
         )
+
+
+def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
+    if estimate.trusted is None or not estimate.num_untrusted:
+        return
+    annealed = (
+        torch.ones_like(estimate.trusted) if estimate.was_annealed is None else estimate.was_annealed
+    )
+    failed = {
+        _CHECKS[name]: int((~(value <= 1) & annealed).sum())
+        for name, value in estimate.diagnostics.items()
+    }
+    failed["not being annealed"] = estimate.methods.count("not annealed")
+    more = " or a higher max_annealed" if failed["not being annealed"] else ""
+    reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
+    warnings.warn(
+        f"{estimate.num_untrusted} of {len(estimate.log_prob)} data points are not trusted"
+        f"{f' ({reasons})' if reasons else ''}: their log p(x) may be off by more than their "
+        f"standard errors say; use more steps or chains{more}",
+        stacklevel=stacklevel + 1,
+    )
 
 
 @dataclass
@@ -328,6 +362,7 @@ class Block(NamedTuple):
     per_datum: dict[str, Tensor]
     draws: PosteriorDraws
     convergence: Convergence | None = None
+    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def join_blocks(
@@ -363,6 +398,9 @@ def join_blocks(
         log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
     joined.setdefault("trusted", joined["pareto_k"] <= pareto_k_limit(fields["num_samples"]))
+    joined["diagnostics"] = {
+        name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
+    }
     return LogMarginal(**joined, convergence=history, draws=draws, **fields)
 
 
