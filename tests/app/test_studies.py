@@ -115,7 +115,7 @@ def test_the_page_warns_in_words_where_many_weights_are_heavy(untrusted, warned)
     page = pages.Page("t")
     pages.add_reliability(page, estimate)
     html = page.html()
-    assert f"{untrusted} of 100 data points can't be trusted" in html
+    assert f"{untrusted} of 100 data points can&#x27;t be trusted" in html
     assert "-0.0050" in html
     assert ("<strong>Warning:</strong>" in html) == warned
 
