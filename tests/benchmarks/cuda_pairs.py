@@ -1,12 +1,12 @@
 """Every pair of components on CUDA, or the stand-in for it: trained, weighed, annealed, saved.
 
-    python tests/cuda_stand_in.py tests/benchmarks/cuda_pairs.py [--once] [--objectives] [--priors NAME]
+    python tests/cuda_stand_in.py tests/benchmarks/cuda_pairs.py [--once] [--objectives]
 
 Each pair of a prior and a family whose latents have the same support, under every likelihood, does
 all that can be done with a pair; ``--once`` takes as few pairs as it needs for each component to
-appear, trains and saves them, and does all only with the first. What is built beside the device fails
-here as it would on a GPU: the script prints a line for each pair and ends with status 1 if any failed.
-``--objectives`` trains one pair by each of them too.
+appear, trains and saves them, and does all only with the first. What is built beside the device
+fails here as it would on a GPU: the script prints a line for each pair and ends with status 1 if any
+failed. ``--objectives`` trains one pair by each of them too.
 """
 
 from __future__ import annotations
