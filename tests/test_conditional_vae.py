@@ -58,6 +58,7 @@ def test_covariates_enter_prior_likelihood_and_family_exactly():
     torch.testing.assert_close(estimate.pareto_k, torch.zeros_like(exact))
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k")  # of a pair that is hardly trained
 @pytest.mark.parametrize("make_prior", [pv.priors.StandardNormal, lambda _: prior_of_condition()])
 def test_labels_in_training_estimates_tasks_and_on_disk(tmp_path, make_prior):
     vae, (x, labels) = make_vae(make_prior(2)), data()
