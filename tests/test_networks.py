@@ -116,7 +116,9 @@ def test_head_maps_pixel_by_pixel_where_sizes_agree(leading, in_shape, out_shape
     assert got.shape == (*leading, *out_shape)
     weight, bias = head.map.weight.flatten(1), head.map.bias
     if pixelwise:
-        expected = torch.einsum("oc,...chw->...ohw", weight, features) + bias[:, None, None]
+        pixels = features.flatten(len(leading) + 1)
+        mapped = torch.einsum("oc,...cp->...op", weight, pixels) + bias[:, None]
+        expected = mapped.reshape(*leading, *out_shape)
     else:
         expected = (features.flatten(len(leading)) @ weight.T + bias).reshape(*leading, *out_shape)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
