@@ -99,6 +99,7 @@ CONFIGS = {
     "not a number": ('{"format": 1, "model": NaN}', "NaN, which JSON has not"),
     "infinity": ('{"format": 1, "model": -Infinity}', "-Infinity, which JSON has not"),
     "beyond floats": ('{"format": 1, "model": 1e999}', "no float holds"),
+    "too many bytes": ('{"format": 1, "a": "' + "x" * (1 << 26) + '"}', "67,108,864 at most"),
     "beyond sizes": ('{"format": 1, "model": ' + "9" * 5000 + "}", "of 5000 digits"),
     "deep lists": ('{"format": 1, "model": ' + "[" * 100_000 + "]" * 100_000 + "}", "expected JSON"),
     "deep objects": (

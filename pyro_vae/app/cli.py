@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -40,8 +40,12 @@ def main() -> None:
     code 2; a warning is one line on standard error.
     """
     _open_closed_streams()
-    with warnings.catch_warnings(), _terminable():
-        warnings.showwarning = lambda message, *_, **__: tell(f"warning: {message}")
+    with warnings.catch_warnings(), ExitStack() as at_end:
+        # Where nobody else has said what SIGTERM does, it ends a command as an interruption does.
+        before = signal.getsignal(signal.SIGTERM)
+        if before == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
+            at_end.callback(signal.signal, signal.SIGTERM, before)
         try:
             app()
         except InputError as error:
@@ -67,22 +71,8 @@ def _open_closed_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a command as an interruption does, where nobody else has said what it does."""
-    before = signal.getsignal(signal.SIGTERM)
-    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
@@ -110,10 +100,11 @@ def train(
 ) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
+    from pyro_vae.app.run import Checkpointing
     from pyro_vae.distributed import join_processes
 
     if resume is None:
-        when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
+        when = Checkpointing(checkpoint_every, checkpoint_minutes)
         with join_processes(settings.device):
             work.train(settings, output, checkpointing=when)
         return

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import torch
 from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
-from pyro_vae.files import refuse_to_write
-from pyro_vae.runs.files import CONFIG, RUNS, STUDY, WEIGHTS, read_config
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.files import PART, expand_path, refuse_to_write
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
@@ -29,30 +29,80 @@ from pyro_vae.version import __version__
 # Of a run, written last: a folder that has it is whole.
 METRICS = "metrics.json"
 
+_Numbers = dict[str, float | None]  # None: not finite
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Of the file written last, what other commands read."""
+
+    history: dict[str, list[float | None]]
+    training_seconds: float
+    test: _Numbers
+    test_log_marginal: dict[str, Any]
+    test_data_standard_errors: _Numbers
+    active_units: int
+    pseudo_likelihood: bool
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a run writes its state: after so many epochs, and after so many minutes."""
+
+    every: int | None = None
+    minutes: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run must know about itself from its first second on; a version before knew less."""
+
+    settings: TrainSettings
+    limits: tuple[float, float]
+    checkpoints: Checkpointing | None = None
+    checksums: dict[str, str] | None = None
+    processes: int = 1
+    num_data: dict[str, int] | None = None
+    start: str = ""
+    command: str = ""
+    versions: dict[str, str] | None = None
+
+
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
 
 # --- reading ---------------------------------------------------------------------------------
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
+    """Return what a run of `pyro-vae train` says of itself, and its settings."""
+    run = read_config(folder).get("run", {})
+    if "settings" not in run or "limits" not in run:
+        raise InputError(
+            f"expected a run of `pyro-vae train` in {folder}, got a folder by pv.save: use the "
+            "library on it"
+        )
+    check_schema(run, _Run, f"{folder / CONFIG}: run")
+    try:
+        return run, TrainSettings(**run["settings"])
+    except TypeError as error:
+        raise InputError(
+            f"expected the settings of `pyro-vae train` in {folder}, got others "
+            f"({first_line(error)}): it was changed, or written by a newer pyro_vae"
+        ) from error
+
+
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
     """Load a run's VAE, its settings, and the values shown as white and as black."""
     check_single(run)
-    config = read_config(run)
+    read_config(run)
     if not (run / WEIGHTS).exists():
         raise InputError(
             f"expected a finished run, {run} has no weights yet: go on with it by `pyro-vae train "
             f"--resume {shlex.quote(str(run))}`"
         )
-    vae = runs.load(run, device=str(device))
-    try:
-        low, high = config["run"]["limits"]
-        settings = TrainSettings(**config["run"]["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"expected the settings of `pyro-vae train` in {run}, got a folder by pv.save: use the "
-            "library on it"
-        ) from error
+    vae, (record, settings) = runs.load(run, device=str(device)), read_run(run)
+    low, high = record["limits"]
     return vae, replace(settings, download=False), (low, high)  # that was leave to train, not to look
 
 
@@ -120,7 +170,7 @@ def describe_origin() -> dict[str, Any]:
 
 def check_picture(path: Path) -> Path:
     """Return the file to write a picture to; refuse another kind, or one that can't be written."""
-    path = path.expanduser()
+    path = expand_path(path, kind="picture")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
     if path.is_dir():
@@ -134,13 +184,20 @@ def check_new_folder(folder: Path) -> None:
     check_free(folder)
     if has_files(folder):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
-    check_writable(folder / CONFIG)
+    # The longest of the paths below it.
+    check_writable(folder / CHECKPOINTS / "step-0000000000.safetensors")
 
 
 def check_writable(path: Path) -> None:
     """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
     reason = 0
+    try:
+        os.lstat(path.with_name(PART + path.name))  # which a name may be too long for
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        reason = error.errno or errno.EINVAL
     if not folder.is_dir():
         reason = errno.ENOTDIR
     elif not os.access(folder, os.W_OK | os.X_OK):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
     METRICS,
+    Metrics,
     check_same,
     check_writable,
     describe_origin,
@@ -27,11 +28,28 @@ from pyro_vae.app.run import (
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import finite_or_none, write_whole
+from pyro_vae.files import finite_or_none, parse_json, serialise, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, RUNS, STUDY, own_file, own_folder, write_json
+from pyro_vae.runs.files import (
+    FORMAT,
+    RUNS,
+    STUDY,
+    check_schema,
+    own_folder,
+    read_json,
+    write_json,
+)
 from pyro_vae.runs.folder import has_files, locked, new_folder
 from pyro_vae.vae import VAE
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What a study's settings file holds."""
+
+    format: int
+    asked: dict[str, Any]
+    checksums: dict[str, str]
 
 
 class Study:
@@ -48,9 +66,10 @@ class Study:
         Arguments are those of :func:`train_run`; the run's metrics are returned beside the VAE.
         """
         folder = own_folder(own_folder(self.folder, RUNS), name)
-        if own_file(folder, METRICS):
+        metrics = read_json(folder, METRICS)
+        if metrics is not None:
+            check_schema(metrics, Metrics, METRICS)
             vae = runs.load(folder, device=str(self.device))
-            metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
             how = "finished before"
         else:
             if folder.exists():
@@ -111,20 +130,16 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
         raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
     check_writable(path)
-    if own_file(folder, STUDY) is None:
+    found = read_json(folder, STUDY)
+    if found is None:
         if has_files(folder):
             raise InputError(
                 f"expected a new folder or one to continue, {folder} has other files in it: choose "
                 "another"
             )
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        begun, checksums = dict(found["asked"]), dict(found["checksums"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"expected a study's settings in {path}, got none that can be read"
-        ) from error
-    as_read = json.loads(json.dumps(asked))
-    check_same(begun, as_read, folder, "repeat it or choose another folder")
-    return checksums
+    check_schema(found, _Begun, str(path))
+    check_same(
+        found["asked"], parse_json(serialise(asked)), folder, "repeat it or choose another folder"
+    )
+    return found["checksums"]

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from torch import nn
 from pyro_vae import plots
 from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
+from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
     METRICS,
+    Checkpointing,
     check_new_folder,
     check_same,
     check_single,
     describe_origin,
     load_data,
     load_data_of_run,
+    read_run,
 )
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
@@ -47,14 +50,6 @@ from pyro_vae.vae import VAE
 # The estimate at the end of a training run is a first look: at most so many data and samples.
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
 _SEED = 0  # of what is drawn from the trained model
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """When a run writes its state: after so many epochs, and after so many minutes."""
-
-    every: int | None = None
-    minutes: float | None = 1.0
 
 
 def train(
@@ -89,13 +84,13 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     """
     processes, folder = Processes.current(), folder.expanduser()
     check_single(folder)
-    run = read_config(folder)["run"]
-    try:
-        settings, when = TrainSettings(**run["settings"]), Checkpointing(**run["checkpoints"])
-    except (KeyError, TypeError) as error:
+    run, settings = read_run(folder)
+    if run.get("checkpoints") is None:
         raise InputError(
-            f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
-        ) from error
+            f"expected a run that `pyro-vae train` began in {folder}, got one of several: repeat the "
+            "command that began them"
+        )
+    when = Checkpointing(**run["checkpoints"])
     told = check_settings(replace(settings, **given))
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if _is_finished(folder, processes):
@@ -179,8 +174,7 @@ def train_run(
                 first = (dataset.test[:1].to(device),)
                 model = frozen.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
             result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
-        if begun is not None:
-            check_in_place(folder, begun)
+        if processes.is_first:
             save_weights(vae, folder)
         metrics, estimate = _measure(vae, dataset, result, processes)
         if begun is not None:
@@ -301,7 +295,7 @@ def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
         f"{estimate['standard_error']:.3f} Monte Carlo",
         f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",
         f"training step: {metrics['compile_choice']}",
-        *(f"warning: {text}" for text in metrics["warnings"]),
+        *(f"warning: {in_options(text)}" for text in metrics["warnings"]),
         f"run folder: {folder}",
     ):
         print_line(line)

@@ -25,6 +25,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
     state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
+    _check(state, state)  # or it could not be loaded
     metadata = {_CHECKSUM: checksum_of(describe(vae)["model"], state)}
     write_whole(folder / WEIGHTS, serialised(state, metadata=metadata))
 
