@@ -1,8 +1,10 @@
 """Saving and loading: equal results, equal bytes, whatever the components."""
 
+import functools
 import json
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch

@@ -173,7 +173,8 @@ def test_mistakes_with_a_run_are_refused(here, arguments, message):
 def test_a_number_out_of_range_is_refused_before_torch_is_imported():
     code = (
         "import sys\nfrom pyro_vae.app.cli import main\n"
-        "sys.argv[1:] = ['train', '--latent-dim', '0']\ntry: main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+        "sys.argv[1:] = ['train', '--latent-dim', '0']\n"
+        "try: main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert told.stdout == "2 False\n"
