@@ -97,8 +97,11 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
     """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it."""
     try:
-        return Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:
+        expanded = Path(path).expanduser()
+        if kind == "folder":
+            str(expanded).encode()  # safetensors opens no path that is not UTF-8
+        return expanded
+    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
         raise InputError(
             f"expected the path of a {kind}, got {first_line(repr(path))}: {first_line(error)}"
         ) from error

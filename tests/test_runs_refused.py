@@ -226,13 +226,13 @@ def test_settings_of_any_size_take_neither_memory_nor_time(saved, case):
 
 def test_the_bound_on_sizes_leaves_room_for_every_component(saved, monkeypatch):
     tightest = []
-    check = description._Bounded._check
+    check = description.Bounded._check
 
     def noted(self, fits):
         tightest.append(self.left)
         check(self, fits)
 
-    monkeypatch.setattr(description._Bounded, "_check", noted)
+    monkeypatch.setattr(description.Bounded, "_check", noted)
     pv.load(saved)
     assert min(tightest) > 0.8 * description._ELEMENTS_AT_LEAST
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import typer
 
 from pyro_vae.app import names
 from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, first_line
 
 app = typer.Typer(
     help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
@@ -50,6 +51,11 @@ def main() -> None:
             app()
         except InputError as error:
             tell(str(error))
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("(can't|to) allocate|(out of|not enough) memory", str(error)):
+                raise
+            tell(f"expected work that fits in memory, got: {first_line(error)}; ask for less at once")
             sys.exit(2)
         except OSError as error:
             where = error.filename or "the output"

@@ -17,7 +17,7 @@ from pyro_vae import likelihoods, plots, tasks
 from pyro_vae.app import names
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.vae import VAE
@@ -223,6 +223,8 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     x = subject.test(what.num or subject.either(8, 200))
     hidden = hide_part(what.missing, subject.data_shape, len(x), seed=subject.seed)
     by_importance = what.method == "importance"
+    each = max(what.num_draws, what.num_samples * by_importance)
+    check_room("completions", 8 * x.numel() * each, "lower num, num_draws or num_samples")
     completed = subject.run(
         tasks.complete,
         x,

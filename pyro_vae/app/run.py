@@ -193,7 +193,7 @@ def check_writable(path: Path) -> None:
     folder = next(each for each in path.parents if each.exists())
     reason = 0
     try:
-        os.lstat(path.with_name(PART + path.name))  # which a name may be too long for
+        os.lstat(path.absolute().with_name(PART + path.name))  # which a name may be too long for
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:

@@ -14,11 +14,15 @@ from pyro_vae.app import names
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.options import check_values
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, available_memory, check_room
 from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
+from pyro_vae.runs.description import Bounded
 from pyro_vae.vae import VAE
+
+# A weight, its gradient and its two moments.
+_BYTES_PER_WEIGHT = 16
 
 # --- what a VAE is made of -------------------------------------------------------------------
 
@@ -30,6 +34,11 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
         if len(part):
             vae.check_data(part)
     vae.start_at_data(dataset.train)
+    # What the layers give, for the gradient once more.
+    widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))
+    particles = settings.num_particles or _default_particles(settings.objective)
+    batch = min(settings.batch_size, len(dataset.train)) * particles
+    check_room("training steps", 8 * batch * widths, "lower batch_size, num_particles or the widths")
     return vae
 
 
@@ -38,18 +47,17 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
     options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
-    try:
+    refusal = (
+        f"expected networks that fit in memory, got hidden widths {settings.hidden[:80]} and latent "
+        f"dimension {latent_dim}: make them smaller"
+    )
+    with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
         decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
-    except RuntimeError as error:  # torch's word for memory that is not there
-        raise InputError(
-            f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
-            f"dimension {latent_dim}: make them smaller"
-        ) from error
 
 
 def _prior(

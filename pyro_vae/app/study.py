@@ -20,6 +20,7 @@ from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
     METRICS,
     Metrics,
+    check_new_folder,
     check_same,
     check_writable,
     describe_origin,
@@ -28,7 +29,7 @@ from pyro_vae.app.run import (
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import finite_or_none, parse_json, serialise, write_whole
+from pyro_vae.files import expand_path, finite_or_none, parse_json, serialise, write_whole
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.runs.files import (
     FORMAT,
@@ -39,7 +40,7 @@ from pyro_vae.runs.files import (
     read_json,
     write_json,
 )
-from pyro_vae.runs.folder import has_files, locked, new_folder
+from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 
 
@@ -94,7 +95,7 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     A study that ends before its first run is whole leaves nothing behind. What is asked is everything
     that decides its result, as plain values; the settings name data and device of all its runs.
     """
-    device, folder = resolve_device(settings.device), folder.expanduser()
+    device, folder = resolve_device(settings.device), expand_path(folder)
     begun = _check_folder(folder, asked)
     dataset = load_data(settings)
     if begun not in (None, dataset.checksums):
@@ -126,19 +127,12 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
     """Refuse a folder that can't be this study's; return the checksums of one that is begun."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"expected a folder, {folder} is a file: choose another")
-    path = folder / STUDY
-    check_writable(path)
     found = read_json(folder, STUDY)
     if found is None:
-        if has_files(folder):
-            raise InputError(
-                f"expected a new folder or one to continue, {folder} has other files in it: choose "
-                "another"
-            )
+        check_new_folder(folder)
         return None
-    check_schema(found, _Begun, str(path))
+    check_writable(folder / STUDY)
+    check_schema(found, _Begun, str(folder / STUDY))
     check_same(
         found["asked"], parse_json(serialise(asked)), folder, "repeat it or choose another folder"
     )

@@ -37,7 +37,7 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
-from pyro_vae.files import check_in_place, is_regular
+from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
@@ -82,7 +82,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
 
     Settings that are given once more must be the run's own.
     """
-    processes, folder = Processes.current(), folder.expanduser()
+    processes, folder = Processes.current(), expand_path(folder)
     check_single(folder)
     run, settings = read_run(folder)
     if run.get("checkpoints") is None:
@@ -198,7 +198,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
         while output.exists():
             number += 1
             output = Path("runs") / f"{name}-{number}"
-    output = output.expanduser()
+    output = expand_path(output)
     check_new_folder(output)
     return output
 

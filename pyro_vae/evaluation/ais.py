@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae.errors import InputError, check_counts
+from pyro_vae.errors import InputError, check_counts, check_room
 from pyro_vae.evaluation.estimate import (
     Block,
     LogMarginal,
@@ -61,6 +61,7 @@ class AnnealingOptions:
 
     def betas(self) -> list[float]:
         """Return the positions on the path, T + 1 numbers from 0 to 1."""
+        check_room("temperatures", 32 * self.num_steps, "lower num_steps")
         line = torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64)
         if self.schedule == "sigmoid":
             # The range is that of Grosse, Ancha, Roy 2016, section 6.1.
@@ -112,6 +113,9 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
     """Return how many data points may be annealed together for their chains to fit the memory."""
     # Constants (4 GiB on a GPU, 128 MiB on a CPU), not what happens to be free: the blocks decide
     # which draws a seed gives.
+    least = 2 * GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
+    if pair.device.type == "cpu":
+        check_room("chains", least, "lower num_chains")
     budget = max_memory or (1 << 32 if pair.device.type == "cuda" else 1 << 27)
     size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
     return max(2, min(BLOCK, size))
