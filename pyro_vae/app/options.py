@@ -107,7 +107,7 @@ def in_options(text: str, own: Container[str] | None = None) -> str:
         return told if own is None or name in own else f"`pyro-vae evaluate RUN {told}`"
 
     # Not where it is a part of a path or of another word.
-    before, words = r"(?<![\w/.'`-])", sorted(known, key=len, reverse=True)
+    before, words = r"(?<![\w/.'\"`-])", sorted(known, key=len, reverse=True)
     text = re.sub(rf"{before}({'|'.join(words)})=[\"']?([\w-]+)[\"']?", spoken, text)
     apart = "|".join(word for word in words if "_" in word)
     text = re.sub(rf"{before}({apart})(?![\w/=.'])", spoken, text)

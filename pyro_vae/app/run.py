@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,40 @@ from pyro_vae.version import __version__
 # Of a run, written last: a folder that has it is whole.
 METRICS = "metrics.json"
 
-_Numbers = dict[str, float | None]  # None: not finite
+
+@dataclass(frozen=True)
+class _Bound:
+    """Means or their errors; None where they are not finite."""
+
+    elbo: float | None
+    rate: float | None
+    distortion: float | None
+
+
+@dataclass(frozen=True)
+class _Estimate(_Bound):
+    log_marginal: float | None
+    standard_error: float | None
+    data_standard_error: float | None
+    num_unreliable: int | None
+    num_data: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class _History:
+    train_elbo: list[float | None]
 
 
 @dataclass(frozen=True)
 class Metrics:
     """Of the file written last, what other commands read."""
 
-    history: dict[str, list[float | None]]
+    history: _History
     training_seconds: float
-    test: _Numbers
-    test_log_marginal: dict[str, Any]
-    test_data_standard_errors: _Numbers
+    test: _Bound
+    test_log_marginal: _Estimate
+    test_data_standard_errors: _Bound
     active_units: int
     pseudo_likelihood: bool
 
@@ -191,16 +214,10 @@ def check_new_folder(folder: Path) -> None:
 def check_writable(path: Path) -> None:
     """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
-    reason = 0
     try:
-        os.lstat(path.absolute().with_name(PART + path.name))  # which a name may be too long for
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with suppress(FileNotFoundError):
+            os.lstat(path.absolute().with_name(PART + path.name))  # a name may be too long for it
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        reason = error.errno or errno.EINVAL
-    if not folder.is_dir():
-        reason = errno.ENOTDIR
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = errno.EACCES
-    if reason:
-        refuse_to_write(path, OSError(reason, os.strerror(reason)))
+        refuse_to_write(path, error)
