@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import matplotlib
 import pyro
@@ -20,7 +20,7 @@ import torch
 from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError
 from pyro_vae.files import PART, expand_path, refuse_to_write
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
@@ -32,43 +32,6 @@ METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """Means or their errors; None where they are not finite."""
-
-    elbo: float | None
-    rate: float | None
-    distortion: float | None
-
-
-@dataclass(frozen=True)
-class _Estimate(_Bound):
-    log_marginal: float | None
-    standard_error: float | None
-    data_standard_error: float | None
-    num_unreliable: int | None
-    num_data: int
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class _History:
-    train_elbo: list[float | None]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Of the file written last, what other commands read."""
-
-    history: _History
-    training_seconds: float
-    test: _Bound
-    test_log_marginal: _Estimate
-    test_data_standard_errors: _Bound
-    active_units: int
-    pseudo_likelihood: bool
-
-
-@dataclass(frozen=True)
 class Checkpointing:
     """When a run writes its state: after so many epochs, and after so many minutes."""
 
@@ -76,20 +39,30 @@ class Checkpointing:
     minutes: float | None = 1.0
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run must know about itself from its first second on; a version before knew less."""
-
-    settings: TrainSettings
-    limits: tuple[float, float]
-    checkpoints: Checkpointing | None = None
-    checksums: dict[str, str] | None = None
-    processes: int = 1
-    num_data: dict[str, int] | None = None
-    start: str = ""
-    command: str = ""
-    versions: dict[str, str] | None = None
-
+# What is read of these files, see check_schema; None stands for a number that is not finite, and for
+# what a version before did not know.
+_NUMBER = float | int | None
+_BOUND = dict.fromkeys(("elbo", "rate", "distortion"), _NUMBER)
+_ESTIMATE = dict.fromkeys(("log_marginal", "standard_error", "data_standard_error"), _NUMBER) | _BOUND
+METRICS_SCHEMA = {
+    "history": {"train_elbo": [_NUMBER]},
+    "training_seconds": float | int,
+    "test": _BOUND,
+    "test_log_marginal": _ESTIMATE
+    | {"num_unreliable": int | None, "num_data": int, "num_samples": int},
+    "test_data_standard_errors": _BOUND,
+    "active_units": int,
+    "pseudo_likelihood": bool,
+}
+_RUN_SCHEMA = {
+    "limits": [float | int, float | int],
+    "settings": dict,
+    "checkpoints": dict | None,
+    "checksums": dict | None,
+    "processes": int | None,
+    "versions": dict | None,
+    "command": str | None,
+}
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
@@ -105,14 +78,18 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
             f"expected a run of `pyro-vae train` in {folder}, got a folder by pv.save: use the "
             "library on it"
         )
-    check_schema(run, _Run, f"{folder / CONFIG}: run")
-    try:
-        return run, TrainSettings(**run["settings"])
-    except TypeError as error:
+    check_schema(run, _RUN_SCHEMA, f"{folder / CONFIG}: run")
+    settings = run["settings"]
+    hints = get_type_hints(TrainSettings)
+    newer = settings.keys() - hints.keys()
+    if newer:
         raise InputError(
-            f"expected the settings of `pyro-vae train` in {folder}, got others "
-            f"({first_line(error)}): it was changed, or written by a newer pyro_vae"
-        ) from error
+            f"expected the settings of `pyro-vae train` in {folder}, got {min(newer)[:80]!r} among "
+            "them: it was changed, or written by a newer pyro_vae"
+        )
+    kinds = {name: hints[name] | (int if hints[name] is float else hints[name]) for name in settings}
+    check_schema(settings, kinds, f"{folder / CONFIG}: settings")
+    return run, TrainSettings(**settings)
 
 
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:

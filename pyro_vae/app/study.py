@@ -8,7 +8,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
     METRICS,
-    Metrics,
+    METRICS_SCHEMA,
     check_new_folder,
     check_same,
     check_writable,
@@ -44,15 +43,6 @@ from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """What a study's settings file holds."""
-
-    format: int
-    asked: dict[str, Any]
-    checksums: dict[str, str]
-
-
 class Study:
     """A study's folder, its data, and the runs below it."""
 
@@ -69,7 +59,7 @@ class Study:
         folder = own_folder(own_folder(self.folder, RUNS), name)
         metrics = read_json(folder, METRICS)
         if metrics is not None:
-            check_schema(metrics, Metrics, METRICS)
+            check_schema(metrics, METRICS_SCHEMA, METRICS)
             vae = runs.load(folder, device=str(self.device))
             how = "finished before"
         else:
@@ -132,7 +122,7 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
         check_new_folder(folder)
         return None
     check_writable(folder / STUDY)
-    check_schema(found, _Begun, str(folder / STUDY))
+    check_schema(found, {"asked": dict, "checksums": dict}, str(folder / STUDY))
     check_same(
         found["asked"], parse_json(serialise(asked)), folder, "repeat it or choose another folder"
     )

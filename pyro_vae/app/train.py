@@ -42,7 +42,7 @@ from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
 from pyro_vae.runs.description import describe
-from pyro_vae.runs.files import CHECKPOINTS, CONFIG, own_folder, read_config, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, check_schema, own_folder, read_config, write_json
 from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
@@ -90,12 +90,14 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
             f"expected a run that `pyro-vae train` began in {folder}, got one of several: repeat the "
             "command that began them"
         )
-    when = Checkpointing(**run["checkpoints"])
+    kinds: dict[str, Any] = {"every": int | None, "minutes": float | int | None}
+    check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
+    when = Checkpointing(**{name: run["checkpoints"].get(name) for name in kinds})
     told = check_settings(replace(settings, **given))
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if _is_finished(folder, processes):
         return folder
-    begun = run.get("processes", 1)
+    begun = run.get("processes") or 1
     if begun != processes.size:
         raise InputError(
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
@@ -45,31 +43,26 @@ def read_json(folder: str | Path, name: str) -> Any:
 
 
 def check_schema(value: Any, kind: Any, place: str) -> None:
-    """Refuse a JSON value that is not of a type: plain, ``X | None``, a container or a dataclass."""
-    outer, inner = get_origin(kind) or kind, get_args(kind)
-    if outer is UnionType:
-        if value is not None:
-            check_schema(value, inner[0], place)
-        return
-    own: Any = {tuple: list, float: (float, int)}.get(outer, dict if is_dataclass(kind) else outer)
-    fits = kind is Any or (isinstance(value, own) and (outer is bool or not isinstance(value, bool)))
-    parts: list[tuple[str, Any, Any]] = []  # what a dataclass does not know is nobody's
-    if fits and is_dataclass(kind):
-        hints = get_type_hints(kind)
-        parts = [
-            (each.name, value.get(each.name, each.default), hints[each.name]) for each in fields(kind)
-        ]
-    elif fits and outer is dict:
-        parts = [(name, part, inner[1]) for name, part in value.items()]
-    elif fits and outer in (list, tuple):
-        kinds = inner if outer is tuple else inner * len(value)
-        fits = len(kinds) == len(value)
-        parts = [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=False))]
+    """Refuse a JSON value that is not of a kind.
+
+    A kind is a type or a union of types; a dict of kinds by name (None where a name is missing); a
+    list of one kind for any number of values or of several for as many.
+    """
+    fits, parts = isinstance(value, type(kind)), []
+    if isinstance(kind, dict):
+        parts = [(name, value.get(name) if fits else None, each) for name, each in kind.items()]
+    elif isinstance(kind, list):
+        kinds = kind * len(value) if fits and len(kind) == 1 else kind
+        fits = fits and len(kinds) == len(value)
+        parts = (
+            [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
+        )
+    else:  # True is 1 to Python
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
-        found = "nothing" if value is MISSING else _short(value)
-        raise InputError(f"expected {place} as {outer.__name__}, got {found}: it was changed")
+        raise InputError(f"expected another value as {place}, got {_short(value)}: it was changed")
     for name, part, each in parts:
-        check_schema(part, each, f"{place}.{name}")
+        check_schema(part, each, f"{place}: {name}")
 
 
 def own_file(folder: str | Path, name: str) -> Path | None:
