@@ -39,8 +39,8 @@ class Checkpointing:
     minutes: float | None = 1.0
 
 
-# What is read of these files, see check_schema; None stands for a number that is not finite, and for
-# what a version before did not know.
+# What is read of these files, see check_schema; None stands for a number that is not finite. A run
+# may know less of itself: a version before did.
 _NUMBER = float | int | None
 _BOUND = dict.fromkeys(("elbo", "rate", "distortion"), _NUMBER)
 _ESTIMATE = dict.fromkeys(("log_marginal", "standard_error", "data_standard_error"), _NUMBER) | _BOUND
@@ -59,9 +59,9 @@ _RUN_SCHEMA = {
     "settings": dict,
     "checkpoints": dict | None,
     "checksums": dict | None,
-    "processes": int | None,
-    "versions": dict | None,
-    "command": str | None,
+    "processes": int,
+    "versions": dict,
+    "command": str,
 }
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
@@ -78,7 +78,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
             f"expected a run of `pyro-vae train` in {folder}, got a folder by pv.save: use the "
             "library on it"
         )
-    check_schema(run, _RUN_SCHEMA, f"{folder / CONFIG}: run")
+    kinds = {name: _RUN_SCHEMA[name] for name in _RUN_SCHEMA.keys() & run.keys()}
+    check_schema(run, kinds, f"{folder / CONFIG}: run")
     settings = run["settings"]
     hints = get_type_hints(TrainSettings)
     newer = settings.keys() - hints.keys()

@@ -92,12 +92,12 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
         )
     kinds: dict[str, Any] = {"every": int | None, "minutes": float | int | None}
     check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
-    when = Checkpointing(**{name: run["checkpoints"].get(name) for name in kinds})
+    when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
     told = check_settings(replace(settings, **given))
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if _is_finished(folder, processes):
         return folder
-    begun = run.get("processes") or 1
+    begun = run.get("processes", 1)
     if begun != processes.size:
         raise InputError(
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "

@@ -45,12 +45,12 @@ def read_json(folder: str | Path, name: str) -> Any:
 def check_schema(value: Any, kind: Any, place: str) -> None:
     """Refuse a JSON value that is not of a kind.
 
-    A kind is a type or a union of types; a dict of kinds by name (None where a name is missing); a
-    list of one kind for any number of values or of several for as many.
+    A kind is a type or a union of types; a dict of kinds by name; a list of one kind for any number
+    of values, or of several for as many.
     """
     fits, parts = isinstance(value, type(kind)), []
     if isinstance(kind, dict):
-        parts = [(name, value.get(name) if fits else None, each) for name, each in kind.items()]
+        parts = [(name, value.get(name, ...), each) for name, each in kind.items()] if fits else []
     elif isinstance(kind, list):
         kinds = kind * len(value) if fits and len(kind) == 1 else kind
         fits = fits and len(kinds) == len(value)

@@ -6,6 +6,8 @@
 import random
 import subprocess
 import sys
+from inspect import signature
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -65,26 +67,32 @@ def here(place, monkeypatch):
 
 
 def options():
-    """Return every command's options: (command, flag or flags, kind)."""
+    """Return every command's options: (command, flags, kind); the run itself has no flag."""
     found = []
-    for name, command in typer.main.get_command(app).commands.items():
-        for parameter in command.params:
-            flags = [flag for flag in (*parameter.opts, *parameter.secondary_opts) if flag[0] == "-"]
-            if parameter.name not in ("help", "debug"):
-                found.append((name, flags, parameter.type.name))
+    for registered in app.registered_commands:
+        for parameter in signature(registered.callback).parameters.values():
+            if parameter.name in ("context", "debug"):
+                continue
+            hint, declared = get_args(parameter.annotation)
+            kinds = [kind for kind in (bool, int, float) if kind in (hint, *get_args(hint))]
+            flags = []
+            if isinstance(declared, typer.models.OptionInfo):
+                usual = f"--{parameter.name.replace('_', '-')}"
+                flags = "/".join(declared.param_decls or [usual]).split("/")
+            found.append((registered.callback.__name__, flags, kinds[0] if kinds else str))
     return found
 
 
 def draw_call(command, flags, kind, draw):
     """Return arguments in which one option, or the run, is hostile."""
-    values = {"integer": NUMBERS, "float": REALS}.get(kind, TEXTS)
+    values = {int: NUMBERS, float: REALS}.get(kind, TEXTS)
     value = draw.choice(values)
     trains = command in ("train", "compare", "sweep", "autoencoder")
     base = [*SMALL, "--output", "out"] if trains else ["run"]
     if not flags:
         return [command, "--", value]
     flag = draw.choice(flags)
-    given = [flag] if kind == "boolean" else [flag, value]
+    given = [flag] if kind is bool else [flag, value]
     if flag in base:  # in place of the usual one
         at = base.index(flag)
         base[at : at + 2] = []
