@@ -140,7 +140,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
+    """Estimate log p(x) of a run's test part, and say what of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 
@@ -207,7 +207,9 @@ def autoencoder(
     output: StudyFolder,
     loss: Annotated[
         str | None,
-        typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
+        typer.Option(
+            help="The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
+        ),
     ] = None,
     settings: names.TrainSettings,
 ) -> None:

@@ -24,13 +24,15 @@ from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.auto import LOOKS, AutoOptions
 from pyro_vae.evaluation.estimate import (
     Convergence,
     LogMarginal,
     concatenate,
     warn_if_unreliable,
 )
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
@@ -42,11 +44,14 @@ _LABELS = {
     "log_marginal": "log p(x)",
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
+    "bits_per_dimension": "bits per dimension",
     **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
     "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
     "median_ess": "median effective sample size",
+    "num_annealed": "data points annealed",
+    "num_untrusted": "data points not trusted",
     "acceptance": "acceptance of annealing",
 }
 
@@ -82,12 +87,12 @@ def evaluate(
     test = dataset.test[: how.num_data].to(place)
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
-    values = as_dict(estimate)
+    values = as_dict(estimate, vae)
     try:
         if how.method == "both":
             # The target is importance sampling's; annealing has its chains and steps.
             second = replace(how, method="annealed", target_standard_error=None)
-            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
+            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second), vae)
     finally:
         _print_estimate(values, as_json=as_json)
     if picture is not None:
@@ -111,7 +116,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
-    rows = [[label, *(column[name] for column in columns)] for name, label in _LABELS.items()]
+    told = {name: label for name, label in _LABELS.items() if name in values}
+    rows = [[label, *(column[name] for column in columns)] for name, label in told.items()]
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
@@ -151,6 +157,8 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
     del options["num_data"]  # x is as many as that already
     console = Console(stderr=True)
     hidden = not (show and console.is_terminal)
+    if how.method == "auto" and show:
+        console.print(_tell_budget(len(x), how), soft_wrap=True, highlight=False)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x))
@@ -164,13 +172,30 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
         )
 
 
-def as_dict(estimate: LogMarginal) -> dict[str, Any]:
+def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
+    """Say what the default method may cost, before it starts."""
+    annealing = AnnealingOptions(num_chains=how.num_chains, num_steps=how.num_steps)
+    options = AutoOptions(ImportanceOptions(how.num_samples), annealing, how.max_annealed)
+    looks, annealed = (min(num_data, n * how.max_annealed) for n in (LOOKS, 1))
+    return (
+        f"log p(x) of {num_data:,} data points by importance sampling; up to {looks:,} are looked at "
+        f"from the prior and up to {annealed:,} annealed, mostly a tenth of at most "
+        f"{options.most_gradients(num_data):,} gradient evaluations (--max-annealed)"
+    )
+
+
+def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
     ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
-    are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    are ``elbo``, ``rate``, ``distortion``, and how the weights were; of levels and categories also
+    ``bits_per_dimension``, the length of a code for each value.
     """
+    likelihood, bits = vae.likelihood, {}
+    if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
+        bits["bits_per_dimension"] = likelihood.bits_per_dimension(estimate.mean)
     return {
+        **bits,
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,
@@ -180,7 +205,9 @@ def as_dict(estimate: LogMarginal) -> dict[str, Any]:
         # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
         "num_unreliable": None if estimate.pareto_k.isnan().all() else estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
-        "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
+        "num_annealed": estimate.methods.count("annealed"),
+        "num_untrusted": estimate.num_untrusted,
+        "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }
 

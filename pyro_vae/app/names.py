@@ -21,7 +21,17 @@ LIKELIHOODS = {
     "bernoulli": "Bernoulli",
     "gaussian": "Gaussian",
     "continuous-bernoulli": "ContinuousBernoulli",
+    "student-t": "StudentT",
+    "discretized-logistic": "DiscretizedLogistic",
+    "categorical": "Categorical",
+    "poisson": "Poisson",
+    "negative-binomial": "NegativeBinomial",
 }
+# Those with a sigma, of values from 0 to 1, of levels, and of counts.
+WITH_SIGMA = ("gaussian", "student-t", "discretized-logistic")
+UNIT_INTERVAL = ("bernoulli", "continuous-bernoulli", "discretized-logistic")
+LEVELS = {"discretized-logistic": "levels", "categorical": "num_categories"}
+COUNTS = ("poisson", "negative-binomial")
 FAMILIES = {
     "mean-field": "MeanFieldNormal",
     "full-rank": "FullRankNormal",
@@ -31,7 +41,7 @@ FAMILIES = {
     "von-mises-fisher": "VonMisesFisher",
     "beta": "Beta",
 }
-METHODS = ("importance", "annealed", "both")
+METHODS = ("auto", "importance", "annealed", "both")
 OBJECTIVES = {
     "elbo": "TraceBound",
     "analytic-kl": "AnalyticKL",
@@ -83,8 +93,8 @@ def option(
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
-_SAMPLING = OnlyWith("method", ("importance", "both"))
-_ANNEALING = OnlyWith("method", ("annealed", "both"))
+_SAMPLING = OnlyWith("method", ("auto", "importance", "both"))
+_ANNEALING = OnlyWith("method", ("auto", "annealed", "both"))
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,19 @@ class TrainSettings:
     likelihood: str = option("bernoulli", choices=LIKELIHOODS)
     sigma: str = option(
         "learned",
-        "Gaussian likelihood: a number, learned, or per-pixel.",
-        only_with=OnlyWith("likelihood", ("gaussian",)),
+        "Scale of gaussian, student-t or discretized-logistic: a number, learned, or per-pixel.",
+        only_with=OnlyWith("likelihood", WITH_SIGMA),
+    )
+    levels: int | None = option(
+        None,
+        "Values that discretized-logistic (256) or categorical (as the data have) tells apart.",
+        only_with=OnlyWith("likelihood", tuple(LEVELS)),
+    )
+    size_factor: str | None = option(
+        None,
+        "Of counts: learned (one latent is the logarithm of a datum's size); default: none.",
+        only_with=OnlyWith("likelihood", COUNTS),
+        choices=("learned",),
     )
     guide: str = option("mean-field", choices=FAMILIES)
     latent_dim: int = option(8, "Size of the latent vector.")
@@ -158,15 +179,20 @@ class TrainSettings:
 class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
-    method: str = option("importance", choices=METHODS)
+    method: str = option("auto", choices=METHODS)
     num_samples: int = option(5000, "Importance samples per datum.", only_with=_SAMPLING)
     target_standard_error: float | None = option(
         None,
         "Nats; the samples become a pilot that decides each datum's number.",
         only_with=_SAMPLING,
     )
-    num_chains: int = option(16, "Annealing: chains per datum.", only_with=_ANNEALING)
-    num_steps: int = option(1000, "Annealing: steps.", only_with=_ANNEALING)
+    num_chains: int = option(32, "Annealing: chains per datum.", only_with=_ANNEALING)
+    num_steps: int = option(1000, "Annealing: steps at most.", only_with=_ANNEALING)
+    max_annealed: int = option(
+        100,
+        "Data points to anneal at most; four times as many are looked at from the prior.",
+        only_with=OnlyWith("method", ("auto",)),
+    )
     num_data: int | None = option(None, "Only the first so many test data.")
     seed: int = option(0, "Seed of the draws.")
 

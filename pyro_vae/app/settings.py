@@ -29,6 +29,8 @@ _BYTES_PER_WEIGHT = 16
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     """Build the VAE that the settings name, started at the data set that it is to be trained on."""
+    if settings.likelihood == "categorical" and settings.levels is None:
+        settings = replace(settings, levels=max(2, int(dataset.train.max()) + 1))
     vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
@@ -46,18 +48,30 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     """Put the VAE that the settings name together, its weights drawn from the global random state."""
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
-    options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
+    options = _likelihood_options(settings)
+    codes = latent_dim - (options.get("size_factor") == "learned")
     refusal = (
         f"expected networks that fit in memory, got hidden widths {settings.hidden[:80]} and latent "
         f"dimension {latent_dim}: make them smaller"
     )
     with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
-        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
+        decoder = networks.MLPDecoder(codes, hidden[::-1], **how)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
+
+
+def _likelihood_options(settings: TrainSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.likelihood in names.WITH_SIGMA:
+        options["sigma"] = _sigma(settings.sigma)
+    if settings.likelihood in names.LEVELS:
+        options[names.LEVELS[settings.likelihood]] = settings.levels or 256
+    if settings.likelihood in names.COUNTS and settings.size_factor is not None:
+        options["size_factor"] = settings.size_factor
+    return options
 
 
 def _prior(
@@ -67,7 +81,7 @@ def _prior(
     if number is None:
         number = _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
-        bounded = settings.likelihood != "gaussian"
+        bounded = settings.likelihood in names.UNIT_INTERVAL
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
     if settings.prior == "gaussian-mixture":
         return priors.GaussianMixture(settings.latent_dim, number)

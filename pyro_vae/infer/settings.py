@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pyro.infer import ELBO
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from pyro.optim import PyroOptim
 
 from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
+from pyro_vae.infer.optim import optimizer_class
+from pyro_vae.pair.precision import check_precision
 
 Schedule = str | Callable[[float], float]
 
@@ -35,6 +34,10 @@ class FitSettings:
     epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 1e-3
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    parameter_groups: Mapping[str, Mapping[str, Any]] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    ema: float | None = None
     objective: ELBO | None = None
     beta: float = 1.0
     warmup_epochs: int = 0
@@ -60,6 +63,10 @@ class FitSettings:
             checked["patience"] = whole_number("a patience", self.patience, least=1)
         if self.gradient_clip is not None:
             checked["gradient_clip"] = positive_number("gradient_clip", self.gradient_clip)
+        if self.ema is not None:
+            checked["ema"] = positive_number("ema", self.ema)
+            if not checked["ema"] < 1:
+                raise InputError(f"expected ema below 1, got {self.ema}: 0.999 is usual")
         if self.seed is not None:
             checked["seed"] = whole_number("a seed", self.seed, least=-(2**63))
             if not 0 <= checked["seed"] < 2**32:
@@ -74,8 +81,8 @@ class FitSettings:
                 "expected a schedule constant, cosine or a function of the fraction, got "
                 f"{schedule!r}"
             )
-        if self.precision not in PRECISIONS:
-            raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {self.precision!r}")
+        self._check_optimizer()
+        check_precision(self.precision)
         if self.compile not in (True, False, "auto"):
             raise InputError(f"expected compile as True, False or 'auto', got {self.compile!r}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -86,6 +93,24 @@ class FitSettings:
                 f"{first_line(repr(self.objective))}"
             )
 
+    def _check_optimizer(self) -> None:
+        check_callables(optimizer=self.optimizer, scheduler=self.scheduler)
+        if isinstance(self.optimizer, PyroOptim):
+            raise InputError(
+                "expected optimizer as a class of torch.optim or a function from parameters to an "
+                f"optimiser, got Pyro's {type(self.optimizer).__name__}: pass torch.optim.Adam itself"
+            )
+        is_function = self.optimizer is not None and optimizer_class(self.optimizer) is None
+        if is_function and self.learning_rate != FitSettings.learning_rate:
+            raise InputError(
+                "expected the learning rate inside the function given as optimizer, got "
+                f"learning_rate={self.learning_rate} beside it: leave it out"
+            )
+        if self.scheduler is not None and self.schedule != "constant":
+            raise InputError("expected a schedule or a scheduler, got both: leave one of them out")
+        for pattern, options in as_dict("parameter_groups", self.parameter_groups).items():
+            as_dict(f"the options of {pattern!r}", options)
+
     @property
     def skip_limit(self) -> int | None:
         """How many steps that are not finite may be left out; None stops at the first one."""
@@ -95,11 +120,41 @@ class FitSettings:
         """Return the plain options (not objective and compilation), by which a run is known again."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
+        for name in ("optimizer", "parameter_groups", "scheduler"):
+            plain[name] = _as_text(plain[name])
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
+
+    def multiplier_at(self, step: int, num_steps: int) -> float:
+        """Return what the schedule multiplies the learning rate of a step by, counted from 0."""
+        fraction = min(step / max(num_steps, 1), 1.0)
+        schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
+        multiplier = float(schedule(fraction))
+        if not 0 <= multiplier < math.inf:
+            raise InputError(
+                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
+                f"{multiplier}"
+            )
+        return multiplier
 
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
+
+
+def as_dict(option: str, value: object) -> dict[str, Any]:
+    """Return options as a dict; refuse what is no mapping."""
+    if not isinstance(value, Mapping | None):
+        raise InputError(f"expected {option} as a mapping from names, got {type(value).__name__}")
+    return dict(value or {})
+
+
+def _as_text(value: Any) -> str | None:
+    """Return what a run is known by again: a function's name, a partial's options, plain values."""
+    if isinstance(value, functools.partial):
+        return f"{_as_text(value.func)} {_as_text(value.keywords)}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return json.dumps(value, default=lambda inner: type(inner).__name__) if value else None
 
 
 def check_callables(**functions: object) -> None:
@@ -128,69 +183,3 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
 }
-
-
-class LearningRate:
-    """The learning rate over the steps of a run: a base, multiplied by what the schedule says."""
-
-    def __init__(self, base: float, schedule: Schedule, num_steps: int) -> None:
-        self.base, self.num_steps = base, num_steps
-        self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
-
-    def at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        fraction = min(step / max(self.num_steps, 1), 1.0)
-        multiplier = float(self._multiplier(fraction))
-        if not 0 <= multiplier < math.inf:
-            raise InputError(
-                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
-                f"{multiplier}"
-            )
-        return self.base * multiplier
-
-
-# --- precision -------------------------------------------------------------------------------
-
-# What layers multiply by their weights. Products of tensors that are none of a layer's (a
-# Cholesky factor times noise, a density's quadratic form) are not among them.
-_PRODUCTS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d}
-_PRODUCTS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-
-
-class _BFloat16Products(TorchFunctionMode):
-    """Layers multiply in bfloat16 and hand on float32: draws and log-probabilities are float32.
-
-    ``torch.autocast`` would let bfloat16 out of the networks, into draws, densities and their sums.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _PRODUCTS:
-            return func(*args, **kwargs)
-        narrow = [_narrow(value) for value in args]
-        result = func(*narrow, **{name: _narrow(value) for name, value in kwargs.items()})
-        return result.float() if result.dtype == torch.bfloat16 else result
-
-
-def _narrow(value: Any) -> Any:
-    is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
-    return value.to(torch.bfloat16) if is_float32 else value
-
-
-def multiply_in(precision: str) -> AbstractContextManager[Any]:
-    """Let the layers that run inside multiply in bfloat16 if that is the precision."""
-    return _BFloat16Products() if precision == "bfloat16" else nullcontext()
-
-
-@contextmanager
-def compute_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Let CUDA round the factors of float32 products to TF32 if asked for; restore the flag."""
-    if precision != "tf32" or device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
