@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.evaluation.pilot import CHAINS, Evidence, Tuning, explore, fit_start
+from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles, check_weights
 
@@ -121,7 +121,9 @@ def anneal(
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
     counts = torch.full((pair.num_data,), options.num_chains)
-    return join_blocks(blocks, keep_draws=keep_draws, num_samples=counts, method="annealed")
+    how: dict[str, Any] = {"num_samples": counts, "method": "annealed"}
+    how["pseudo_likelihood"] = pair.is_pseudo_likelihood()
+    return join_blocks(blocks, keep_draws=keep_draws, **how)
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
@@ -130,7 +132,12 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
         least = 2 * GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
         check_room("chains", least, "lower num_chains")
     budget = pair.memory(max_memory)
-    size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
+    # And a factor at each of some twenty stops of the pilot.
+    sizes = (latent.shape_for(1).numel() for latent in pair.structure.latents.values())
+    coordinates = sum(sizes)
+    factors = 160 * coordinates * min(coordinates, DENSE)
+    moves = GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
+    size = budget // (moves + factors)
     return max(2, min(BLOCK, size))
 
 
@@ -222,7 +229,7 @@ def _anneal_block(
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
-    tail = TailWeights(options.num_chains)
+    tail = TailWeights(options.num_chains, path.particles.pair.structure.precision)
     tail.add(log_weights)
     estimate = log_mean_weights(log_weights)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)

@@ -17,6 +17,7 @@ from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import (
     AutoOptions,
     anneal_uncleared,
+    is_unclear,
     look_again,
     why_not_annealed,
 )
@@ -300,10 +301,11 @@ def _measure(
     start = time.perf_counter()
     estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
-    annealed = divergence = None
+    annealed = annealed_trusted = divergence = None
     if settings.annealing and _can_be_annealed(pair, settings.annealing.start, settings.seed):
         found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
+        annealed_trusted = found.trusted
     if settings.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
@@ -319,6 +321,7 @@ def _measure(
         seconds_per_1000=1000 * seconds / pair.num_data,
         fit=fit,
         seconds_per_epoch=fit.seconds / epochs if fit and epochs else math.nan,
+        annealed_trusted=annealed_trusted,
     )
 
 
@@ -341,11 +344,17 @@ def _anneal_alike(
                 return
             cleared.append(look_again(pair, runs[name][0].estimate, auto))
     by_all = torch.stack(cleared).all(0)
+    urgent = torch.stack([is_unclear(measured.estimate) for (measured,) in runs.values()]).any(0)
     for name, pair in pairs.items():
         (measured,) = runs[name]
         with pair.evaluating((settings.seed + 3) % 2**32):
             found = anneal_uncleared(
-                pair, measured.estimate, by_all, auto, max_memory=settings.max_memory
+                pair,
+                measured.estimate,
+                by_all,
+                auto,
+                urgent=urgent,
+                max_memory=settings.max_memory,
             )
         log_prob = PerDatum(found.log_prob, found.standard_error)
         runs[name] = [replace(measured, estimate=found, log_prob=log_prob)]

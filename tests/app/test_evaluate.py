@@ -37,7 +37,7 @@ def test_the_default_anneals_within_a_budget_told_before(digits):
     values = json.loads(result.out)
     assert values["method"] == "auto"
     assert values["num_annealed"] <= 4
-    assert values["num_untrusted"] >= 4  # of the 20 at most 16 are looked at
+    assert values["num_unreliable"] >= 4  # of the 20 at most 16 are looked at
     assert result.err.startswith("log p(x) of 20 data points by importance sampling; up to 16 ")
     assert "20 data points are not trusted" in result.err
 
@@ -133,5 +133,5 @@ def test_data_that_changed_since_are_refused(here):
 
 def test_the_table_names_what_it_shows(digits):
     shown = run("evaluate", digits, "--num-samples", 5, "--method", "importance", "--num-data", 3).out
-    for label in ("log p(x)", "its error, Monte Carlo", "ELBO", "rate (KL)", "Pareto k above 0.7"):
+    for label in ("log p(x)", "its error, Monte Carlo", "ELBO", "rate (KL)", "points not trusted"):
         assert label in shown
