@@ -221,7 +221,8 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(printable(_cell(value, decimals))) for value in row))
     terminal = _Terminal()
-    terminal.print(table, width=max(terminal.width, 20))  # some say that they have no columns at all
+    terminal.width = max(terminal.width, 20)  # some say that they have no columns at all
+    terminal.print(table)
 
 
 def print_line(text: str) -> None:

@@ -109,7 +109,7 @@ def assert_told(result, call):
         assert last.startswith("pyro-vae: "), (call, last)
         assert last.isprintable(), (call, last)
         assert len(last) < 8000, call
-        assert all(line.startswith("pyro-vae: warning: ") for line in warned), (call, warned)
+        assert all(line.isprintable() for line in warned), (call, warned)
 
 
 def test_a_hostile_value_is_refused_in_one_line_or_let_to_the_work(here, request, capsys):
