@@ -103,7 +103,8 @@ def graphs(options: argparse.Namespace) -> Row:
         torch.cuda.set_sync_debug_mode("warn")
         result = pv.fit(vae.model, vae.guide, data, epochs=2, seed=0, compile=True)
         torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)]
+    said = [w for w in seen if "called a synchronizing" in str(w.message)]
+    lines = [f"{Path(w.filename).name}:{w.lineno}" for w in said]
     row["choice"], row["epoch seconds"] = result.compile_choice, list(result.history["seconds"])
     row["waits"] = {line: lines.count(line) for line in sorted(set(lines))}
     row["cudagraph counters"] = {n: c for n, c in counters["inductor"].items() if "cudagraph" in n}
