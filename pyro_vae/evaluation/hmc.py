@@ -69,6 +69,10 @@ class AnnealingPath:
         model_sites, guide_sites = self._stable_sites()
         if start == "guide":
             check_density_known(guide_sites.values(), 'use start="prior"')
+        if not model_sites:
+            raise InputError(
+                "expected a latent to anneal, got none that isn't summed out: use method='importance'"
+            )
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
@@ -78,7 +82,7 @@ class AnnealingPath:
         self._shapes: dict[str, torch.Size] = {}  # of one datum
         self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Any]] = {}
         self.num_coordinates = self.position(
-            {name: site["value"][None] for name, site in model_sites.items()}
+            {n: particles.with_axis(n, site["value"][None]) for n, site in model_sites.items()}
         ).shape[-1]
 
     def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
@@ -169,9 +173,11 @@ class AnnealingPath:
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair a few times; refuse latents that change in name, shape or support."""
+        summed = self.particles.pair.structure.summed
         runs = (self.particles.traces() for _ in range(_STRUCTURE_RUNS))
         shown, *others = (
-            [{site["name"]: site for site in latent_sites(trace)} for trace in run] for run in runs
+            [{s["name"]: s for s in latent_sites(trace) if s["name"] not in summed} for trace in run]
+            for run in runs
         )
         for first, other in (both for run in others for both in zip(shown, run, strict=True)):
             changed = sorted(set(first) ^ set(other)) or sorted(

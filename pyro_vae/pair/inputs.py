@@ -22,13 +22,17 @@ _SHARE_OF_DEVICE = 0.5
 
 
 def as_inputs(
-    x: Tensor | Sequence[Tensor], *functions: PairFunction, are_given: bool = True
+    x: Tensor | Sequence[Tensor],
+    *functions: PairFunction,
+    are_given: bool = True,
+    share_rows: bool = True,
 ) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
     With functions, that is on the device of their parameters and, for floating-point data, in their
     type where they have one; whole numbers too where the model says that its data are numbers, for
     elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
+    ``share_rows``: whether their first dimension counts the data, or they are of any shapes.
     """
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
@@ -41,9 +45,9 @@ def as_inputs(
     for value in inputs:
         _check_tensor(value)
     lengths = [len(value) if value.dim() else 0 for value in inputs]
-    if len(set(lengths)) != 1:
+    if share_rows and len(set(lengths)) != 1:
         raise InputError(f"expected inputs that share their first dimension, got {lengths}")
-    if lengths[0] == 0:
+    if share_rows and lengths[0] == 0:
         raise InputError("expected at least one datum, got an empty data set")
     if not functions:
         return inputs
