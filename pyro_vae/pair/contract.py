@@ -117,9 +117,7 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                     raise _outside("model", {**site, "value": whole})
 
 
-def check_rows_inside(
-    function: str, sites: list[Site], plate: str | None, num_data: int
-) -> None:
+def check_rows_inside(function: str, sites: list[Site], plate: str | None, num_data: int) -> None:
     """Refuse sites inside the data plate that are of another number of data points."""
     for site in sites:
         if is_inside(site, plate):
@@ -148,7 +146,8 @@ def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> Inp
     whole = ", or take the whole data set as one datum by plate=None" * (Serves.WHOLE in serves)
     return InputError(
         f"expected {kind} {site['name']!r} of the {function} inside the data plate {plate!r}: a site "
-        f"that the data share has no weight per datum; move it there, or name your plate by plate={whole}"
+        "that the data share has no weight per datum; move it there, or name your plate by "
+        f"plate={whole}"
     )
 
 
@@ -218,10 +217,10 @@ def _refuse_subsampling(site: Site, plate: str | None) -> None:
     """Refuse plates inside the data's that subsample."""
     for frame in site["cond_indep_stack"]:
         if frame.name != plate and frame.full_size and frame.full_size > frame.size:
+            where = "one datum" if plate is None else "the data plate"
             raise InputError(
-                f"expected no subsampling inside {'the data plate' if plate else 'one datum'}, plate "
-                f"{frame.name!r} at site {site['name']!r} does: the log of a mean of weights can't be "
-                "subsampled"
+                f"expected no subsampling inside {where}, plate {frame.name!r} at site "
+                f"{site['name']!r} does: the log of a mean of weights can't be subsampled"
             )
 
 

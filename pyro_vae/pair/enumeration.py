@@ -30,6 +30,11 @@ def summed_sites(model_trace: Trace, guide_trace: Trace) -> list[Site]:
     ]
 
 
+def is_enumerated(site: Site) -> bool:
+    """Tell whether a traced site holds all its values in place of a draw."""
+    return site["infer"].get("_enumerate_dim") is not None
+
+
 def enumerate_latents(model: Any, nesting: int, given: Latents) -> Any:
     """Return a model that enumerates, left of so many plates, what it marks and is not given."""
     return _Enumerate(first_available_dim=-1 - nesting)(Given(given)(model))
@@ -64,16 +69,16 @@ def sum_out(trace: Trace, sites: Iterable[Site]) -> list[tuple[Site, Tensor]]:
     if not hasattr(trace, "plate_to_symbol"):
         trace.symbolize_dims()
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    summed, shown = set(), {}
+    summed: set[str] = set()
+    shown: dict[frozenset[str], Site] = {}
     for site in sites:
-        symbol = site["infer"].get("_enumerate_symbol")
-        plain = symbol is None
+        plain = not is_enumerated(site)
         log_prob = site_log_prob(site) if plain else site["fn"].log_prob(site["value"])
         plates = frozenset(trace.plate_to_symbol[f.name] for f in vectorized_frames(site))
         term = packed.pack(log_prob.double(), site["infer"]["_dim_to_symbol"])
         tree.setdefault(plates, []).append(term)
         shown.setdefault(plates, site)
-        summed |= set() if plain else {symbol}
+        summed |= set() if plain else {site["infer"]["_enumerate_symbol"]}
     try:
         contracted = contract_tensor_tree(tree, summed, ring=_Eliminate())
     except NotImplementedError as error:
@@ -89,7 +94,7 @@ def sum_out(trace: Trace, sites: Iterable[Site]) -> list[tuple[Site, Tensor]]:
 
 
 class _Eliminate(LogRing):
-    """Sums one variable out after another, that of the smallest table first, under ``torch.vmap`` too.
+    """Sums one variable out after another, that of the smallest table first, also under a vmap.
 
     Pyro's own ring has a backward rule that ``torch.vmap`` refuses.
     """
@@ -97,11 +102,11 @@ class _Eliminate(LogRing):
     def sumproduct(self, terms: Iterable[Any], dims: Iterable[str]) -> Any:
         terms, left = list(terms), set(dims)
 
-        def size_without(dim: str) -> tuple[int, str]:
-            return len(set().union(*(term._pyro_dims for term in terms if dim in term._pyro_dims))), dim
+        def cost(dim: str) -> tuple[int, str]:
+            return len(set("".join(t._pyro_dims for t in terms if dim in t._pyro_dims))), dim
 
         while left:
-            dim = min(left, key=size_without)
+            dim = min(left, key=cost)
             left.remove(dim)
             terms.append(_multiply([term for term in terms if dim in term._pyro_dims], dim))
             terms = [term for term in terms if dim not in term._pyro_dims]

@@ -81,7 +81,7 @@ def tile_inputs(inputs: Inputs, count: int) -> Inputs:
 def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inputs:
     """Return some rows of inputs on a device."""
     rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in inputs)
-    return tuple(v[at].to(device) for v, at in zip(inputs, rows_at, strict=True))
+    return tuple((v[at] if v.dim() else v).to(device) for v, at in zip(inputs, rows_at, strict=True))
 
 
 def check_data(model: PairFunction, inputs: Inputs) -> None:

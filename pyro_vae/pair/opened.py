@@ -146,11 +146,6 @@ def open_pair(
     serves: Serves = Serves.NOTHING,
 ) -> OpenedPair:
     """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
-    if plate is None and Serves.WHOLE not in serves:
-        raise InputError(
-            "expected the name of the data plate, got plate=None: what is asked for is of each data "
-            "point, and fit, log_weights and log_marginal alone take all of them as one"
-        )
     inputs = as_inputs(x, model, guide, share_rows=plate is not None)
     check_data(model, inputs)
     return OpenedPair(model, guide, inputs, plate=plate, serves=serves)
@@ -160,7 +155,16 @@ def open_function(
     function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedFunction:
     """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
+    _check_plate(plate, Serves.NOTHING)
     return OpenedFunction(function, as_inputs(x, function), plate)
+
+
+def _check_plate(plate: str | None, serves: Serves) -> None:
+    if plate is None and Serves.WHOLE not in serves:
+        raise InputError(
+            "expected the name of the data plate, got plate=None: what is asked for is of each data "
+            "point, and fit, log_weights and log_marginal alone take all of them as one"
+        )
 
 
 class OpenedFunction(NamedTuple):
@@ -168,7 +172,7 @@ class OpenedFunction(NamedTuple):
 
     function: PairFunction
     inputs: Inputs
-    plate: str
+    plate: str | None
 
     @property
     def num_data(self) -> int:
@@ -218,6 +222,9 @@ class OpenedPair:
     serves: Serves = Serves.NOTHING
     knowledge: Knowledge = field(default_factory=Knowledge)
 
+    def __post_init__(self) -> None:
+        _check_plate(self.plate, self.serves)
+
     @property
     def inputs(self) -> Inputs:
         """The arguments of a pair that was opened on data."""
@@ -264,9 +271,18 @@ class OpenedPair:
         with HANDLER_LOCK, seeded(seed), training_mode(self.model, self.guide):
             yield
 
-    def trace(self) -> TracePair:
-        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        return draw_traces(self.model, self.guide, self.arguments, self.keywords)
+    def trace(self, *, sum_out: bool = False) -> TracePair:
+        """Run the guide, then the model on its draws, plainly: (model trace, guide trace).
+
+        ``sum_out``: where the model enumerates latents that no guide draws, it holds all values.
+        """
+        traces = draw_traces(self.model, self.guide, self.arguments, self.keywords)
+        if not (sum_out and summed_sites(*traces)):
+            return traces
+        drawn = {site["name"]: site["value"] for site in latent_sites(traces[1])}
+        nesting = _nesting(traces)
+        run = poutine.trace(enumerate_latents(self.model, nesting, drawn))
+        return run.get_trace(*self.arguments, **self.keywords), traces[1]
 
     @property
     def axes(self) -> dict[str, int]:
@@ -389,10 +405,10 @@ class OpenedPair:
         frames = [frame for site in sites for frame in vectorized_frames(site)]
         own = next((frame for frame in frames if frame.name == self.plate), None)
         rows = 1 if own is None else max(1, own.size)
-        nesting = max((-frame.dim for frame in frames), default=0)
+        nesting = _nesting((model_trace, guide_trace))
         summed = frozenset(site["name"] for site in summed_sites(model_trace, guide_trace))
         if summed:
-            with Given(drawn), RunObserver() as in_model:
+            with RunObserver() as in_model:
                 enumerated = enumerate_latents(self.model, nesting, drawn)
                 trace = poutine.trace(enumerated).get_trace(*self.arguments, **self.keywords)
                 sum_out(trace, sample_sites(trace))
@@ -441,6 +457,11 @@ class OpenedPair:
                 # Its parameters are made for the data of its first call: these are all of them.
                 self.guide(*self.arguments, **self.keywords)
             yield
+
+
+def _nesting(traces: TracePair) -> int:
+    sites = [site for trace in traces for site in sample_sites(trace)]
+    return max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=0)
 
 
 @contextmanager

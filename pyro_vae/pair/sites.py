@@ -51,6 +51,13 @@ class SharedTerms(Messenger):
             message["infer"] = {**message["infer"], _SHARE: self.share}
 
 
+def share_terms(trace: Trace, plate: str | None, share: float) -> None:
+    """Mark what a trace has outside the data plate, as :class:`SharedTerms` does while it runs."""
+    for site in sample_sites(trace):
+        if share != 1 and not is_inside(site, plate):
+            site["infer"][_SHARE] = share
+
+
 def sample_sites(trace: Trace) -> list[Site]:
     """Return the sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
     return [

@@ -173,7 +173,9 @@ class Particles:
             sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
         drawn = [name for name in rows[0] if name not in self.pair.structure.summed]
-        return {name: self.with_axis(name, torch.stack([row[name] for row in rows])) for name in drawn}
+        return {
+            name: self.with_axis(name, torch.stack([row[name] for row in rows])) for name in drawn
+        }
 
     def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Score latents ``(num_samples, ...)``: log p(x|z), log p(z), each ``(num_samples, N)``."""
@@ -275,9 +277,7 @@ class Particles:
             return unplated
 
         latents = unplate({name: trace.nodes[name]["value"] for name in self.axes})
-        groups = [
-            (slice(None), *(map(unplate, one) if self._shared else one)) for one in found
-        ]
+        groups = [(slice(None), *(map(unplate, one) if self._shared else one)) for one in found]
         return self._draws(trace, latents, groups, lambda value: value, dim)
 
     def _draw_tiled(self, num_particles: int, gates: bool) -> Draws:
