@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -61,22 +62,30 @@ class VAE(nn.Module):
         self.variational_family = guide
         self.name = f"vae_{next(_numbers)}"
 
-    def model(self, x: Tensor) -> None:
-        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood."""
+    def model(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
+
+        ``given``: the size factors ``(N,)`` of counts, where the likelihood takes them.
+        """
         self._register("prior")
         self._register("likelihood")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             z = pyro.sample("z", self._prior())
-            pyro.sample("x", self.likelihood(z), obs=x)
+            pyro.sample("x", self.likelihood(z, *given), obs=x)
 
-    def guide(self, x: Tensor) -> None:
-        """Draw z from q(z given x) for x ``(N, *data_shape)``."""
+    def guide(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             pyro.sample("z", self.variational_family(x))
 
-    def check_data(self, x: Tensor) -> None:
+    def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
+        if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
+            raise InputError(
+                "expected size factors as numbers above 0, one for each datum, got shape "
+                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: mend them"
+            )
         check = getattr(self.likelihood, "check", None)
         if check is not None:
             check(x)
@@ -90,7 +99,8 @@ class VAE(nn.Module):
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array.
+            x: training data ``(N, *data_shape)``, a tensor or an array, or a tuple with all that
+                the model is given.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -105,12 +115,14 @@ class VAE(nn.Module):
             >>> likelihood.logits.map.bias.sigmoid()  # logits that keep away from 0 and 1
             tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
         """
-        x = _training_data(x)
-        self.check_data(x)
+        x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
+        self.check_data(x, *given)
+        # Of counts, what their mean is with a size factor of 1.
+        mean = x.mean(0) / (given[-1].mean() if self._takes_sizes else 1)
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
-            self.likelihood.start_at_mean(x.mean(0))
+            self.likelihood.start_at_mean(mean)
         except NotImplementedError:  # a likelihood of the user's own may leave it out
             raise InputError(
                 "expected a likelihood with a first mean to set, got "
@@ -120,6 +132,15 @@ class VAE(nn.Module):
         start_at_data = getattr(self.prior, "start_at_data", None)
         if start_at_data is not None:
             start_at_data(x)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many tensors model and guide take, x included."""
+        return 1 + self._takes_sizes
+
+    @property
+    def _takes_sizes(self) -> bool:
+        return getattr(self.likelihood, "takes_sizes", False)
 
     def _prior(self) -> dist.Distribution:
         prior = self.prior()
@@ -149,6 +170,11 @@ class VAE(nn.Module):
         # training the original's parameters.
         super().__setstate__(state)
         self.name = f"vae_{next(_numbers)}"
+
+
+def _made_beside(x: Tensor) -> AbstractContextManager[Any]:
+    """Let a component's ``torch.zeros(8)`` be made on the device of the data."""
+    return nullcontext() if x.device.type == "cpu" else x.device
 
 
 def _training_data(x: Any) -> Tensor:

@@ -20,7 +20,17 @@ LIKELIHOODS = {
     "bernoulli": "Bernoulli",
     "gaussian": "Gaussian",
     "continuous-bernoulli": "ContinuousBernoulli",
+    "student-t": "StudentT",
+    "discretized-logistic": "DiscretizedLogistic",
+    "categorical": "Categorical",
+    "poisson": "Poisson",
+    "negative-binomial": "NegativeBinomial",
 }
+# Those with a sigma, of values from 0 to 1, of levels, and of counts.
+WITH_SIGMA = ("gaussian", "student-t", "discretized-logistic")
+UNIT_INTERVAL = ("bernoulli", "continuous-bernoulli", "discretized-logistic")
+LEVELS = {"discretized-logistic": "levels", "categorical": "num_categories"}
+COUNTS = ("poisson", "negative-binomial")
 FAMILIES = {
     "mean-field": "MeanFieldNormal",
     "full-rank": "FullRankNormal",
@@ -102,8 +112,18 @@ class TrainSettings:
     likelihood: str = option("bernoulli", ", ".join(LIKELIHOODS))
     sigma: str = option(
         "learned",
-        "Gaussian likelihood: a number, learned, or per-pixel.",
-        only_with=OnlyWith("likelihood", ("gaussian",)),
+        "Scale of gaussian, student-t or discretized-logistic: a number, learned, or per-pixel.",
+        only_with=OnlyWith("likelihood", WITH_SIGMA),
+    )
+    levels: int | None = option(
+        None,
+        "Values that discretized-logistic (256) or categorical (as the data have) tells apart.",
+        only_with=OnlyWith("likelihood", tuple(LEVELS)),
+    )
+    size_factor: str | None = option(
+        None,
+        "Of counts: learned (one latent is the logarithm of a datum's size); default: none.",
+        only_with=OnlyWith("likelihood", COUNTS),
     )
     guide: str = option("mean-field", ", ".join(FAMILIES))
     latent_dim: int = option(8, "Size of the latent vector.")

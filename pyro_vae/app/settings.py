@@ -24,6 +24,8 @@ from pyro_vae.vae import VAE
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     """Build the VAE that the settings name, started at the data set that it is to be trained on."""
+    if settings.likelihood == "categorical" and settings.levels is None:
+        settings = replace(settings, levels=max(2, int(dataset.train.max()) + 1))
     vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
@@ -40,10 +42,11 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     check_choice("activation", settings.activation, names.ACTIVATIONS)
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
-    options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
+    options = _likelihood_options(settings)
+    codes = latent_dim - (options.get("size_factor") == "learned")
     try:
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
-        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
+        decoder = networks.MLPDecoder(codes, hidden[::-1], **how)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
@@ -55,6 +58,18 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
         ) from error
 
 
+def _likelihood_options(settings: TrainSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.likelihood in names.WITH_SIGMA:
+        options["sigma"] = _sigma(settings.sigma)
+    if settings.likelihood in names.LEVELS:
+        options[names.LEVELS[settings.likelihood]] = settings.levels or 256
+    if settings.likelihood in names.COUNTS and settings.size_factor is not None:
+        check_choice("size factor", settings.size_factor, ("learned",))
+        options["size_factor"] = settings.size_factor
+    return options
+
+
 def _prior(
     settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
 ) -> nn.Module:
@@ -62,7 +77,7 @@ def _prior(
     if number is None:
         number = _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
-        bounded = settings.likelihood != "gaussian"
+        bounded = settings.likelihood in names.UNIT_INTERVAL
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
     if settings.prior == "gaussian-mixture":
         return priors.GaussianMixture(settings.latent_dim, number)

@@ -110,9 +110,7 @@ def anneal(
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
     """Return how many data points may be annealed together for their chains to fit the memory."""
-    # Constants (4 GiB on a GPU, 128 MiB on a CPU), not what happens to be free: the blocks decide
-    # which draws a seed gives.
-    budget = max_memory or (1 << 32 if pair.device.type == "cuda" else 1 << 27)
+    budget = pair.memory(max_memory)
     size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
     return max(2, min(BLOCK, size))
 

@@ -28,6 +28,7 @@ from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.precision import check_precision, compute_in, multiply_in
 from pyro_vae.pair.sites import Latents
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -84,6 +85,7 @@ def log_marginal(
     max_memory: int | None = None,
     keep_draws: int | None = None,
     compile: bool | None = None,
+    precision: str = "float32",
     plate: str | None = "data",
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -112,12 +114,14 @@ def log_marginal(
         num_transitions: annealing: transitions at each intermediate distribution.
         start: annealing: ``"guide"`` or ``"prior"``.
         schedule: annealing: ``"sigmoid"`` or ``"linear"``.
-        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU and a quarter of the free
-            memory on a GPU. More data than fit are taken block by block.
+        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
+            quarter of a smaller one's). More data than fit are taken block by block.
         keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
             and of annealing every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
+        precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
+            ``bfloat16`` the estimate is that of networks so rounded.
         plate: name of the data plate. None: the whole data set is one datum (see
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
             one weight, shared and local ones alike: with many local ones it takes annealing.
@@ -159,7 +163,8 @@ def log_marginal(
     check_callables(progress=progress, running_mean=running_mean)
     pair = open_pair(model, guide, x, plate=plate, serves=Serves.WHOLE | Serves.SUMMED)
     report = Report(pair.num_data, progress, running_mean)
-    with pair.evaluating(seed):
+    check_precision(precision)
+    with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
         estimate = estimate_log_prob(
             pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
         )

@@ -20,11 +20,12 @@ from pyro_vae.beta import BetaSchedule, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
-from pyro_vae.infer.settings import FitSettings, LearningRate, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate
 from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.pair.functions import PairFunction, modules_of
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
+from pyro_vae.pair.precision import multiply_in
 from pyro_vae.pair.sites import SharedTerms
 from pyro_vae.pair.state import accumulating_leaves
 
@@ -85,8 +86,14 @@ class TrainingObjective:
         plate = self.settings.plate
         rows = 1 if plate is None else len(batch[0])
         data, outside = DataPlate(plate, rows), SharedTerms(plate, rows / (self.shared_by or rows))
-        with data, outside, multiply_in(self.settings.precision):
-            loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        validates = poutine.is_validation_enabled()
+        # Pyro's warnings of NaN wait for the device; what is not finite is flagged by ``finish``.
+        poutine.enable_validation(validates and batch[0].device.type == "cpu")
+        try:
+            with data, outside, multiply_in(self.settings.precision):
+                loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        finally:
+            poutine.enable_validation(validates)
         number = data.full_size
         share = rows / number
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
@@ -177,13 +184,13 @@ class Trainer:
 
     def _take(self, rows: slice | Tensor) -> Inputs:
         """Return some data points on the device; where all are one datum, that."""
-        rows = slice(None) if self.pair.plate is None else rows
-        some = (value[rows] if value.dim() else value for value in self.train)
-        return tuple(value.to(self.device, non_blocking=True) for value in some)
+        some = self.train if self.pair.plate is None else [value[rows] for value in self.train]
+        return tuple(move(value, self.device) for value in some)
 
     def _begin_epoch(self, number: int) -> _Epoch:
-        size, place = self.num_data, self.train[0].device
-        order = (torch.randperm if self.shuffle else torch.arange)(size, device=place)
+        # On the device wherever the data are: a seed gives the same order.
+        size = self.num_data
+        order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
         self.processes.take_first([order])
         shape = self.settings.steps_per_epoch(size), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))

@@ -81,14 +81,22 @@ def tile_inputs(inputs: Inputs, count: int) -> Inputs:
 def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inputs:
     """Return some rows of inputs on a device."""
     rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in inputs)
-    return tuple((v[at] if v.dim() else v).to(device) for v, at in zip(inputs, rows_at, strict=True))
+    return tuple(move(v[at] if v.dim() else v, device) for v, at in zip(inputs, rows_at, strict=True))
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; to CUDA from pinned memory, so that nothing waits for it."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def check_data(model: PairFunction, inputs: Inputs) -> None:
     """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has."""
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
-        if check is not None and len(inputs) == 1:
+        # A pair made of one, such as that of the observed part, takes more.
+        if check is not None and len(inputs) == getattr(owner, "num_inputs", 1):
             check(*inputs)
 
 
@@ -151,8 +159,12 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one
             continue
+        # A VAE takes as many as its likelihood does, which the signature of its model can't tell.
+        wanted = getattr(getattr(function, "__self__", None), "num_inputs", len(inputs))
         try:
             signature.bind(*inputs)
+            if len(inputs) != wanted:
+                raise TypeError
         except TypeError:
             name = getattr(function, "__name__", type(function).__name__)
             shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
