@@ -43,6 +43,7 @@ class Serves(enum.Flag):
     WHOLE = enum.auto()  # ``plate=None``: the whole data set as one datum
     SHARED = enum.auto()  # sites outside the data plate
     SUMMED = enum.auto()  # latents that the model enumerates
+    OBSERVED = enum.auto()  # models without a latent
 
 
 def check_pair(
@@ -65,13 +66,14 @@ def check_pair(
             "model before the guide"
         )
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
-    if not latent_sites(guide_trace) and not (summed and Serves.SUMMED in serves):
+    may_draw_nothing = Serves.OBSERVED in serves or (summed and Serves.SUMMED in serves)
+    if not latent_sites(guide_trace) and not may_draw_nothing:
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
     _check_latents(model_trace, guide_trace, summed, serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in sample_sites(trace):
             # A value that is summed over is one of all the data only where these are one datum.
-            own = Serves.NOTHING if site["name"] in summed else serves
+            own = serves & ~Serves.SHARED if site["name"] in summed else serves
             _check_site(function, site, plate, num_data, own)
     observed_sites = [site for site in sample_sites(model_trace) if site["is_observed"]]
     if not observed_sites:

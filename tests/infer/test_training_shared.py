@@ -52,12 +52,19 @@ def divergence(mean, deviation):
     return dist.kl_divergence(dist.Normal(mean, deviation), dist.Normal(0.0, WIDTH))
 
 
+def many_draws():
+    """Against the noise of a draw times that of a batch."""
+    options = {"vectorize_particles": True, "max_plate_nesting": 1}
+    return infer.StickingTheLanding(num_particles=64, **options)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plate", [rows_of_the_batch, rows_of_the_data])
 def test_batches_find_the_posterior_of_a_mean(plate):
     x = data()
     mean, deviation = posterior_of_mean(x)
-    settings = {"batch_size": 16, "epochs": 60, "learning_rate": 0.1, "schedule": "cosine"}
-    objective = infer.StickingTheLanding()
+    settings = {"batch_size": 16, "epochs": 80, "learning_rate": 0.1, "schedule": "cosine"}
+    objective = many_draws()
     result = pv.fit(normal_mean(plate), mean_guide, x, objective=objective, **settings, **OPTIONS)
     found = pyro.param("loc").item(), pyro.param("log_scale").exp().item()
     assert abs(found[0] - mean) < 0.1 * deviation
@@ -79,9 +86,15 @@ def test_every_batch_estimates_the_gradient_of_the_whole(plate, objective):
     for batch_size in (N, 48):
         pyro.clear_param_store()
         kept = {"batch_size": batch_size, "learning_rate": 1e-12, "objective": objective()}
-        result = pv.fit(normal_mean(plate), constant_guide, x, epochs=1, **kept, **OPTIONS)
-        gathered.append([result.history[name][0] for name in ("train_rate", "train_distortion")])
-    torch.testing.assert_close(*map(torch.tensor, gathered), rtol=1e-4, atol=1e-4)
+        history = pv.fit(normal_mean(plate), constant_guide, x, epochs=1, **kept, **OPTIONS).history
+        gathered.append(history)
+    whole, batches = gathered
+    distortion = whole["train_distortion"][0]
+    assert batches["train_distortion"][0] == pytest.approx(distortion, rel=1e-4)
+    # Where there is no closed form, log q of a draw varies by its square's deviation, half of 2.
+    noise = 5 * 2 * math.sqrt(0.5) / N
+    assert abs(batches["train_rate"][0] - whole["train_rate"][0]) < noise
+    assert whole["train_rate"][0] > 1.5 * noise
 
 
 def constant_guide(x):
@@ -108,6 +121,7 @@ def hierarchy(x):
         pyro.sample("x", dist.Normal(z, NOISE), obs=x)
 
 
+@pytest.mark.slow
 def test_local_latents_beside_a_shared_one_end_at_the_posterior():
     """The guide q(mean) q(z given mean, x) holds the posterior."""
     x = data()
@@ -120,8 +134,8 @@ def test_local_latents_beside_a_shared_one_end_at_the_posterior():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x + pull * mean, scale.exp()))
 
-    settings = {"batch_size": 16, "epochs": 80, "learning_rate": 0.05, "schedule": "cosine"}
-    pv.fit(hierarchy, guide, x, objective=infer.StickingTheLanding(), **settings, **OPTIONS)
+    settings = {"batch_size": 16, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
+    pv.fit(hierarchy, guide, x, objective=many_draws(), **settings, **OPTIONS)
     mean, deviation = posterior_of_mean(x, math.sqrt(NOISE**2 + 1))
     assert abs(pyro.param("loc").item() - mean) < 0.1 * deviation
     assert pyro.param("log_scale").exp().item() == pytest.approx(deviation, rel=0.03)
