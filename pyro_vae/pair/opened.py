@@ -137,6 +137,7 @@ class Knowledge:
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)  # of drawing and scoring many particles
     is_divisible: bool | None = None  # whether it takes any part of its data
+    is_stable: bool = False  # whether its latents were seen to be the same in several runs
     whole: int | None = None  # data points of the whole set, where it was opened on a part
 
 
