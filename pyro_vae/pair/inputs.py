@@ -34,6 +34,11 @@ def as_inputs(
     elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
     ``share_rows``: whether their first dimension counts the data, or they are of any shapes.
     """
+    if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
+        raise InputError(
+            "expected a default device that holds numbers, got 'meta': "
+            "torch.set_default_device(None) puts it back"
+        )
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):

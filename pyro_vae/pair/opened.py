@@ -52,8 +52,11 @@ from pyro_vae.pair.sites import (
     is_delta,
     is_inside,
     latent_sites,
+    likelihood_kind,
+    observed_names,
     raise_out_of_memory,
     sample_sites,
+    site_log_prob,
     subsamples,
     total,
     value_axis,
@@ -116,6 +119,8 @@ class Structure(NamedTuple):
         summed: the model's latents that are summed out.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
+        precision: relative spacing of the numbers that its densities are computed in, the coarsest.
+        likelihoods: what the densities of the observed sites are, see :func:`likelihood_kind`.
         why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
     """
 
@@ -127,6 +132,8 @@ class Structure(NamedTuple):
     shares: bool
     summed: frozenset[str]
     reads_values: frozenset[str]
+    precision: float
+    likelihoods: frozenset[str]
     why_unweighable: str | None
 
 
@@ -370,6 +377,20 @@ class OpenedPair:
                 self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
+    def is_pseudo_likelihood(self) -> bool:
+        """Tell whether the model scores values that its discrete distribution can't take.
+
+        The first block of the data has been looked at; the others are until one has such a value.
+        """
+        kinds = self.structure.likelihoods
+        if "probability" in kinds and "pseudo-likelihood" not in kinds:
+            with self._aside():
+                for rows in self.split()[1:]:
+                    kinds |= _likelihood_kinds(self.part(rows).trace()[0])
+                    if "pseudo-likelihood" in kinds:
+                        break
+        return "pseudo-likelihood" in kinds
+
     def inspect(
         self, num_data: int | None = None, *, may_subsample: bool = False, rest: Inputs = ()
     ) -> Structure:
@@ -424,6 +445,8 @@ class OpenedPair:
             shares=any(not is_inside(site, self.plate) for site in sites),
             summed=summed,
             reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
+            precision=max(torch.finfo(site_log_prob(site).dtype).eps for site in sites),
+            likelihoods=_likelihood_kinds(model_trace),
             why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
         )
 
@@ -464,6 +487,10 @@ class OpenedPair:
 def _nesting(traces: TracePair) -> int:
     sites = [site for trace in traces for site in sample_sites(trace)]
     return max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=0)
+
+
+def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
+    return frozenset(likelihood_kind(model_trace.nodes[name]) for name in observed_names(model_trace))
 
 
 @contextmanager
