@@ -17,15 +17,6 @@ from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import pareto_k_limit
 from pyro_vae.pair.opened import Progress
 
-# What each of annealing's diagnostics says, as a warning names it.
-_CHECKS = {
-    "steps": "too few steps",
-    "halves": "halves of the chains that disagree",
-    "acceptance": "moves that are rejected",
-    "weights": "too few effective chains",
-    "prior": "a higher evidence from the prior",
-}
-
 
 class Convergence(NamedTuple):
     """Estimates ``(T, N)``, nats, from the first ``num_samples`` ``(T,)`` of each datum."""
@@ -146,11 +137,6 @@ class LogMarginal:
         """How many data points are not trusted; where nothing was checked, by their Pareto k."""
         known = self.pareto_k <= self.pareto_k_limit if self.trusted is None else self.trusted
         return int((~known).sum())
-
-    @property
-    def num_untrusted(self) -> int:
-        """How many data points are not ``trusted``; 0 where nothing was checked."""
-        return 0 if self.trusted is None else int((~self.trusted).sum())
 
     @property
     def methods(self) -> list[str]:
@@ -310,22 +296,17 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
 
 
 def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
-    if estimate.trusted is None or not estimate.num_untrusted:
+    if not estimate.num_unreliable:
         return
-    annealed = (
-        torch.ones_like(estimate.trusted) if estimate.was_annealed is None else estimate.was_annealed
-    )
-    failed = {
-        _CHECKS[name]: int((~(value <= 1) & annealed).sum())
-        for name, value in estimate.diagnostics.items()
-    }
+    annealed = torch.tensor([method == "annealed" for method in estimate.methods])
+    failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
     failed["not being annealed"] = estimate.methods.count("not annealed")
     more = " or a higher max_annealed" if failed["not being annealed"] else ""
     reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
     warnings.warn(
-        f"{estimate.num_untrusted} of {len(estimate.log_prob)} data points are not trusted"
-        f"{f' ({reasons})' if reasons else ''}: their log p(x) may be off by more than their "
-        f"standard errors say; use more steps or chains{more}",
+        f"{estimate.num_unreliable} of {len(estimate.log_prob)} data points are not trusted "
+        f"({reasons}): their log p(x) may be off by more than their standard errors say; use more "
+        f"steps or chains{more}",
         stacklevel=stacklevel + 1,
     )
 
