@@ -175,7 +175,7 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
     """
     terms: list[list[Tensor]] = [[], []]
     for model_trace, guide_trace in traces:
-        for trace in (guide_trace, model_trace):
+        for trace in (model_trace, guide_trace):
             of_guide = trace is guide_trace
             sites = [site for _, site in _samples(trace) if not site_is_subsample(site)]
             if any(is_enumerated(site) for site in sites):

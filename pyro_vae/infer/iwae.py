@@ -74,11 +74,7 @@ class IWAE(Bound):
     sums_out = True
 
     def __init__(
-        self,
-        num_particles: int,
-        gradient: str = "doubly-reparameterized",
-        *,
-        plate: str | None = "data",
+        self, num_particles: int, gradient: str = _GRADIENTS[0], *, plate: str | None = "data"
     ) -> None:
         num_particles = whole_number("num_particles", num_particles, least=1)
         if gradient not in _GRADIENTS:

@@ -225,10 +225,6 @@ class Trainer:
             "likelihood's support"
         )
 
-    def look(self) -> OpenedPair:
-        """Return the pair of the first batch."""
-        return self.pair.on(self.shown)
-
     def _step(self, batch: Inputs, share: float) -> Tensor:
         """Take one step on a share of the batch and return its summary."""
         before = [buffer.clone() for buffer in self._seen_buffers]

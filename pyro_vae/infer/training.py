@@ -319,7 +319,7 @@ def fit(
             row = trainer.run_epoch(epoch, after_step=after_step)
             trainer.updates.swap_averages()
             row |= validate(run.validation, processes)
-            row["global_rate"] = global_rate(trainer.look()) if trainer.shares else math.nan
+            row["global_rate"] = global_rate(trainer)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured

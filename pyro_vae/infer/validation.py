@@ -93,12 +93,14 @@ def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str,
     return {f"validation_{name}": value for name, value in terms.items()}
 
 
-def global_rate(pair: OpenedPair) -> float:
+def global_rate(trainer: Trainer) -> float:
     """Return the rate of the latents outside the data plate in nats; NaN if it can't be told apart.
 
     It is a closed form, or a mean over draws.
     """
-    rates = []
+    if not trainer.shares:
+        return math.nan
+    rates, pair = [], trainer.pair.on(trainer.shown)
     with seeded(_VALIDATION_SEED), torch.no_grad(), evaluation_mode(pair.model, pair.guide):
         for _ in range(_RATE_DRAWS):
             traces = pair.trace()
@@ -106,10 +108,9 @@ def global_rate(pair: OpenedPair) -> float:
                 trace.compute_log_prob()
             found = divergences(*traces)
             outside = [row for row in found if not is_inside(row.site, pair.plate)]
-            inside = [row for row in found if is_inside(row.site, pair.plate)]
             auxiliary = [row for row in found if row.site["name"] not in traces[0].nodes]
-            placed = any(is_delta(row.site["fn"]) for row in inside)
-            if placed and auxiliary and all(not is_inside(r.site, pair.plate) for r in auxiliary):
+            placed = [row for row in found if row not in outside and is_delta(row.site["fn"])]
+            if placed and auxiliary and all(row in outside for row in auxiliary):
                 return math.nan  # one draw holds latents of both kinds
             rates.append(sum(float(row.value.sum()) for row in outside))
             if all(row.exact for row in outside):

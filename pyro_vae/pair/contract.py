@@ -43,7 +43,6 @@ class Serves(enum.Flag):
     WHOLE = enum.auto()  # ``plate=None``: the whole data set as one datum
     SHARED = enum.auto()  # sites outside the data plate
     SUMMED = enum.auto()  # latents that the model enumerates
-    OBSERVED = enum.auto()  # models without a latent
 
 
 def check_pair(
@@ -66,8 +65,7 @@ def check_pair(
             "model before the guide"
         )
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
-    may_draw_nothing = Serves.OBSERVED in serves or (summed and Serves.SUMMED in serves)
-    if not latent_sites(guide_trace) and not may_draw_nothing:
+    if not latent_sites(guide_trace) and not (summed and Serves.SUMMED in serves):
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
     _check_latents(model_trace, guide_trace, summed, serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
