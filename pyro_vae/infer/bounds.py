@@ -181,9 +181,8 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
             if any(is_enumerated(site) for site in sites):
                 if of_guide or any(is_enumerated(site) for _, site in _samples(guide_trace)):
                     return torch.full((2,), torch.nan, device=sites[0]["value"].device)
-                rate, distortion = _summed_terms(trace, sites)
-                terms[0].append(rate)
-                terms[1].append(distortion)
+                for term, value in zip(terms, _summed_terms(trace, sites), strict=True):
+                    term.append(value)
                 continue
             for site in sites:
                 log_prob = wide(site["unscaled_log_prob"].detach())

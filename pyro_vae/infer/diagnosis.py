@@ -56,9 +56,8 @@ def _collapse(
     after = rows[settings.warmup_epochs :]
     rate = float(np.mean([row["train_rate"] for row in after[-_AVERAGED:]])) if after else math.nan
     inside = [site for site in latent_sites(guide_trace) if is_inside(site, settings.plate)]
-    rows_of = [site["value"].shape[value_axis(site, settings.plate)] for site in inside]
-    sizes = [site["value"].numel() // n for site, n in zip(inside, rows_of, strict=True)]
-    units = sum(sizes)
+    shapes = [(s["value"].shape, value_axis(s, settings.plate)) for s in inside]
+    units = sum(shape.numel() // shape[axis] for shape, axis in shapes)
     # Written so that a rate that is not a number says nothing.
     if not units or not abs(rate) < _CODES_NOTHING * units:
         return None

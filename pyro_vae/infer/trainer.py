@@ -66,9 +66,8 @@ class TrainingObjective:
     Where a batch is one process's share of it, its gradients are clipped only as a whole.
 
     Attributes:
-        shared_by: data points among whose batches what stands outside the data plate is shared out,
-            to count once in all; None where nothing does, or the plate says itself for how many
-            data points a batch stands.
+        shared_by: data points whose batches share what stands outside the data plate, to count once
+            in all; None where nothing does, or the plate says for how many data points it stands.
     """
 
     bound: Bound

@@ -94,10 +94,7 @@ def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str,
 
 
 def global_rate(trainer: Trainer) -> float:
-    """Return the rate of the latents outside the data plate in nats; NaN if it can't be told apart.
-
-    It is a closed form, or a mean over draws.
-    """
+    """Return the rate of the latents outside the data plate in nats, of draws if need be, or NaN."""
     if not trainer.shares:
         return math.nan
     rates, pair = [], trainer.pair.on(trainer.shown)

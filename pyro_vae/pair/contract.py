@@ -67,7 +67,7 @@ def check_pair(
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
     if not latent_sites(guide_trace) and not (summed and Serves.SUMMED in serves):
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-    _check_latents(model_trace, guide_trace, summed, serves)
+    _check_latents(model_trace, guide_trace, summed, Serves.SUMMED in serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in sample_sites(trace):
             # A value that is summed over is one of all the data only where these are one datum.
@@ -244,14 +244,11 @@ def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def _check_latents(
-    model_trace: Trace,
-    guide_trace: Trace,
-    summed: Iterable[str] = (),
-    serves: Serves = Serves.NOTHING,
+    model_trace: Trace, guide_trace: Trace, summed: Iterable[str] = (), sums_out: bool = False
 ) -> None:
     """Refuse latents that only one of model and guide draws, or draws in another shape."""
     in_model = {site["name"] for site in latent_sites(model_trace)}
-    in_model -= set(summed) if Serves.SUMMED in serves else set()
+    in_model -= set(summed) if sums_out else set()
     guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
     missing = sorted(in_model - set(guide_sites))
     if missing:

@@ -94,10 +94,7 @@ def sum_out(trace: Trace, sites: Iterable[Site]) -> list[tuple[Site, Tensor]]:
 
 
 class _Eliminate(LogRing):
-    """Sums one variable out after another, that of the smallest table first, also under a vmap.
-
-    Pyro's own ring has a backward rule that ``torch.vmap`` refuses.
-    """
+    """Sums one variable out after another; Pyro's own ring has a backward rule that vmap refuses."""
 
     def sumproduct(self, terms: Iterable[Any], dims: Iterable[str]) -> Any:
         terms, left = list(terms), set(dims)

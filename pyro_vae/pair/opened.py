@@ -284,12 +284,13 @@ class OpenedPair:
         ``sum_out``: where the model enumerates latents that no guide draws, it holds all values.
         """
         traces = draw_traces(self.model, self.guide, self.arguments, self.keywords)
-        if not (sum_out and summed_sites(*traces)):
-            return traces
-        drawn = {site["name"]: site["value"] for site in latent_sites(traces[1])}
-        nesting = _nesting(traces)
-        run = poutine.trace(enumerate_latents(self.model, nesting, drawn))
-        return run.get_trace(*self.arguments, **self.keywords), traces[1]
+        enumerates = sum_out and summed_sites(*traces)
+        return (self._enumerate(traces), traces[1]) if enumerates else traces
+
+    def _enumerate(self, traces: TracePair) -> Trace:
+        drawn = {n: s["value"] for n, s in traces[1].nodes.items() if s["type"] == "sample"}
+        run = poutine.trace(enumerate_latents(self.model, _nesting(traces), drawn))
+        return run.get_trace(*self.arguments, **self.keywords)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -428,17 +429,15 @@ class OpenedPair:
         frames = [frame for site in sites for frame in vectorized_frames(site)]
         own = next((frame for frame in frames if frame.name == self.plate), None)
         rows = 1 if own is None else max(1, own.size)
-        nesting = _nesting((model_trace, guide_trace))
         summed = frozenset(site["name"] for site in summed_sites(model_trace, guide_trace))
         if summed:
             with RunObserver() as in_model:
-                enumerated = enumerate_latents(self.model, nesting, drawn)
-                trace = poutine.trace(enumerated).get_trace(*self.arguments, **self.keywords)
+                trace = self._enumerate((model_trace, guide_trace))
                 sum_out(trace, sample_sites(trace))
         observers = {"guide": in_guide, "model": in_model}
         return Structure(
             latents={site["name"]: Latent.of(site, self.plate) for site in latents},
-            nesting=nesting,
+            nesting=_nesting((model_trace, guide_trace)),
             bytes_per_datum=max(1, in_model.bytes // rows),
             guide_bytes_per_datum=max(1, in_guide.bytes // rows),
             full_size=rows if own is None else own.full_size or rows,
