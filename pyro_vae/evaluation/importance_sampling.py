@@ -211,7 +211,7 @@ def estimate_log_prob(
         if reason is not None:
             warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
             return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
-        cleared = look_again(pair, first, options)
+        first, cleared = look_again(pair, first, options)
         return anneal_uncleared(
             pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory
         )
