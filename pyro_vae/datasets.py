@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
+from pyro_vae.errors import InputError, check_room, first_line, unknown_name, whole_number
 from pyro_vae.files import expand_path
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
@@ -36,6 +36,12 @@ _UNREADABLE = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+# What to do with data that are larger than the memory.
+_IN_PARTS = (
+    "keep them as a float32 .npy file and pass numpy.load(path, mmap_mode='r') itself to fit, which "
+    "reads it batch by batch"
 )
 
 # Largest number that torch takes for a seed or a size.
@@ -195,7 +201,7 @@ def _load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, found none: check the path")
     try:
-        _check_room(str(path), _bytes_of(path))
+        check_room("data", _bytes_of(path), _IN_PARTS)
         with path.open("rb") as stream:
             content = np.load(stream, allow_pickle=False)
             if isinstance(content, np.ndarray):
@@ -227,27 +233,6 @@ def _bytes_of(path: Path) -> int:
         return sum(member.file_size for member in archive.infolist())
 
 
-def _check_room(what: str, needed: int) -> None:
-    """Refuse data that the memory can't hold, before it is full."""
-    available = _available_memory()
-    if available is not None and needed > available:
-        raise InputError(
-            f"expected data that fit in memory, got {needed / 2**30:.1f} GiB in {what} with "
-            f"{available / 2**30:.1f} GiB free: keep them as a float32 .npy file and pass "
-            "numpy.load(path, mmap_mode='r') itself to fit, which reads it batch by batch"
-        )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes that can be had without swapping, or None where the system doesn't say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, ValueError, LookupError):
-        return None
-
-
 def _as_tensor(name: str, value: Any) -> Tensor:
     """Return data as float32 and labels as int64; refuse what is no data."""
     array = np.asarray(value)
@@ -265,7 +250,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
             f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
         )
     if array.dtype != np.float32:
-        _check_room(f"{name!r} as float32", 4 * array.size)
+        check_room(f"float32 {name!r}", 4 * array.size, _IN_PARTS)
     with np.errstate(over="ignore"):  # what float32 can't hold is refused below
         tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
     if not tensor.isfinite().all():
