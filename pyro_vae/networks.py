@@ -136,7 +136,8 @@ class _ResidualBlock(nn.Module):
         for _ in range(2):
             convolution = _CONVOLUTIONS[dims](width, width, kernel_size=3, padding=1)
             self.body.extend([*_norm(norm, width), _activation(activation), convolution])
-        nn.init.zeros_(convolution.weight)
+        for parameter in convolution.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps + self.body(maps)

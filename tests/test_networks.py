@@ -204,7 +204,7 @@ def test_widths_are_positive_whole_numbers(network, hidden):
         lambda: ConvEncoder((1, 8, 8), (0,)),
         lambda: ConvEncoder((1, 8, 8), features=0),
         lambda: ConvEncoder((64,)),
-        lambda: ConvDecoder(2, (8, 8)),
+        lambda: ConvDecoder(2, (1, 8, 8, 8)),
         lambda: ConvDecoder(-1, (1, 8, 8)),
         lambda: Head((), (3,)),
     ],
