@@ -49,6 +49,10 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     latent_dim = settings.latent_dim
     options = _likelihood_options(settings)
     codes = latent_dim - (options.get("size_factor") == "learned")
+    if latent_dim == 1 and not codes:
+        raise InputError(
+            "expected latent_dim of at least 2 with a learned size factor, which is one latent, got 1"
+        )
     widths = settings.hidden if settings.network == "mlp" else settings.channels
     refusal = (
         f"expected networks that fit in memory, got widths {widths[:80]} and latent dimension "

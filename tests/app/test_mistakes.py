@@ -47,7 +47,7 @@ BAD_SETTINGS = {
     "--likelihood gaussian --sigma learnt": "'learned' or 'per-pixel', got 'learnt'",
     "--prior standard-norml": "unknown prior 'standard-norml': did you mean 'standard-normal'?",
     "--likelihood poisson --size-factor observed": "unknown size factor 'observed'",
-    "--likelihood poisson --size-factor learned --latent-dim 1": "latent_dim of at least 1, got 0",
+    "--likelihood poisson --size-factor learned --latent-dim 1": "--latent-dim of at least 2 with",
     "--likelihood categorical --levels 1": "num_categories of at least 2, got 1",
     "--network dense": "unknown network 'dense'",
     "--network conv --channels 8,x": "expected channels as whole numbers of at least 1 between",
@@ -192,7 +192,10 @@ def test_a_number_out_of_range_is_refused_before_torch_is_imported():
 
 
 def test_warnings_speak_of_options(here):
-    result = run("evaluate", "run", "--num-samples", 30, "--json", "--device", "cpu")
+    result = run(
+        *("evaluate", "run", "--method", "importance", "--num-samples", 30),
+        *("--json", "--device", "cpu"),
+    )
     assert result.code == 0
     assert "use --method annealed, a wider guide" in result.err
     assert in_options('use method="annealed" or more') == "use --method annealed or more"
