@@ -17,8 +17,11 @@ from pyro_vae.distributions.continuous_bernoulli import (
 )
 from pyro_vae.errors import InputError, positive_number
 from pyro_vae.networks import Head, check_shape, feature_shape
+from pyro_vae.scale import moments
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
+
+SIGMAS = ("learned", "per-column", "per-pixel")
 
 
 class Likelihood(nn.Module):
@@ -58,6 +61,21 @@ class Likelihood(nn.Module):
             mean: mean of the training data, ``data_shape``.
         """
         raise NotImplementedError
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Take the decoder's output as that of ``(x - loc) / scale``; the density stays that of x.
+
+        Args:
+            loc: what is added to a mean, ``data_shape``.
+            scale: what it is multiplied by before, ``data_shape``.
+
+        Raises:
+            InputError: a likelihood of values that have a range of their own.
+        """
+        raise InputError(
+            f"expected a likelihood of real values to standardise, got {type(self).__name__}: its "
+            "data stay as they are; divide x by one number yourself, or use Gaussian"
+        )
 
     def check(self, x: Tensor) -> None:
         """Refuse data this density is not defined for; called once per data set.
@@ -182,10 +200,15 @@ class Gaussian(Likelihood):
     Args:
         decoder: network from latents to features.
         data_shape: shape of one datum.
-        sigma: a positive number (fixed), ``"learned"`` (one for all pixels), or ``"per-pixel"`` (from
-            a second head, depending on z).
+        sigma: a positive number (fixed), ``"learned"`` (one for all pixels), ``"per-column"`` (one
+            learned for each value of a datum, whatever z) or ``"per-pixel"`` (from a second head,
+            depending on z). Where it is learned it starts at the data's own deviation, through
+            :func:`pyro_vae.fit` or :meth:`pyro_vae.VAE.start_at_data`.
         floor: least sigma where it is learned. Without one, a pixel that never changes drives sigma
             to 0 and the density to infinity. The default is half a grey level of an 8-bit image.
+        standardized: whether mean, floor and learned sigma are in units of the buffers ``loc`` and
+            ``scale`` (see :meth:`standardize`), so that f(z) = loc + scale * the head's output. x,
+            its density and a fixed sigma are in the data's own units all the same.
 
     Shapes:
         z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
@@ -203,6 +226,9 @@ class Gaussian(Likelihood):
         torch.Size([5])
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -210,36 +236,78 @@ class Gaussian(Likelihood):
         *,
         sigma: float | str = 0.1,
         floor: float = 0.5 / 255,
+        standardized: bool = False,
     ) -> None:
         super().__init__(decoder, data_shape)
-        if isinstance(sigma, str) and sigma not in ("learned", "per-pixel"):
+        if isinstance(sigma, str) and sigma not in SIGMAS:
             raise InputError(
-                f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
+                f"expected sigma as a positive number, {', '.join(SIGMAS)}, got {sigma!r}"
             )
         self.sigma = sigma if isinstance(sigma, str) else positive_number("sigma", sigma)
         self.floor = positive_number("floor", floor)
         self.mean = Head(feature_shape(decoder), self.data_shape)
-        # sigma = floor + softplus(raw); raw = 0 starts sigma near 0.7.
-        if self.sigma == "learned":
-            self.raw_sigma = nn.Parameter(torch.zeros(()))
+        # sigma = floor + softplus(raw); until it starts at the data's deviation, raw is 0.
+        if self.sigma in ("learned", "per-column"):
+            shape = () if self.sigma == "learned" else self.data_shape
+            self.raw_sigma = nn.Parameter(torch.zeros(shape))
         elif self.sigma == "per-pixel":
             self.raw_sigma_head = Head(feature_shape(decoder), self.data_shape)
             self.raw_sigma_head.start_at(weight_scale=0.1)
+        self.standardized = bool(standardized)
+        if self.standardized:
+            self.standardize(torch.zeros(self.data_shape), torch.ones(self.data_shape))
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Take mean, floor and learned sigma in units of ``scale``, the mean from ``loc`` on."""
+        self.standardized = True
+        weight = self.mean.map.weight
+        self.register_buffer("loc", loc.to(weight))
+        self.register_buffer("scale", scale.to(weight))
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to ``mean``."""
-        self.mean.start_at(bias=mean)
+        self.mean.start_at(bias=(mean - self.loc) / self.scale if self.standardized else mean)
+
+    @property
+    def awaits_sigma(self) -> bool:
+        """Whether sigma is learned and stands where no data have put it yet."""
+        if self.sigma == "per-pixel":
+            assert self.raw_sigma_head.map.bias is not None
+            return not self.raw_sigma_head.map.bias.any()
+        return isinstance(self.sigma, str) and not self.raw_sigma.any()
+
+    @torch.no_grad()
+    def start_sigma(self, x: Tensor) -> None:
+        """Start a learned sigma at the deviation of data ``(N, *data_shape)``."""
+        if not isinstance(self.sigma, str):
+            return
+        deviation = moments(x)[1]
+        if self.standardized:
+            deviation = deviation / self.scale.to(deviation)
+        pooled = deviation.square().mean().sqrt().clamp(min=2 * self.floor)
+        start = pooled
+        if self.sigma != "learned":  # a value that does not vary says nothing of its noise
+            start = torch.where(deviation > 2 * self.floor, deviation, pooled)
+        start = start - self.floor
+        raw = start + (-torch.expm1(-start)).log()  # the inverse of softplus
+        if self.sigma == "per-pixel":
+            self.raw_sigma_head.start_at(bias=raw)
+        else:
+            self.raw_sigma.copy_(raw)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return independent normal pixels."""
         features = self.decoder(z)
         mean = self.mean(features)
-        scale = self._scale(features).expand_as(mean)
+        scale = self._scale(features)
+        if self.standardized:
+            mean = self.loc + self.scale * mean
+        scale = scale.expand_as(mean)
         return dist.Normal(mean, scale, validate_args=False).to_event(len(self.data_shape))
 
     def _scale(self, features: Tensor) -> Tensor:
-        if self.sigma == "learned":
-            return self.floor + F.softplus(self.raw_sigma)
-        if self.sigma == "per-pixel":
-            return self.floor + F.softplus(self.raw_sigma_head(features))
-        return features.new_full((), float(self.sigma))
+        if not isinstance(self.sigma, str):
+            return features.new_full((), self.sigma)
+        raw = self.raw_sigma_head(features) if self.sigma == "per-pixel" else self.raw_sigma
+        scale = self.floor + F.softplus(raw)
+        return self.scale * scale if self.standardized else scale

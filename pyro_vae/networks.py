@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import InputError, size, sizes, unknown_name
 
-__all__ = ["ACTIVATIONS", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder"]
+__all__ = [
+    "ACTIVATIONS",
+    "ConvDecoder",
+    "ConvEncoder",
+    "Head",
+    "MLPDecoder",
+    "MLPEncoder",
+    "Standardized",
+]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -216,6 +224,38 @@ class ConvDecoder(nn.Module):
         for stage in self.stages:
             maps = stage(maps)
         return maps.reshape(*batch, *self.out_shape)
+
+
+class Standardized(nn.Module):
+    r"""An encoder that sees standardised data: the affine map is kept with it, as buffers.
+
+    .. math:: f((x - loc) / scale)
+
+    Args:
+        encoder: network from data to features.
+        data_shape: shape of one datum.
+
+    Shapes:
+        those of the encoder; ``loc`` and ``scale`` have ``data_shape`` and start as 0 and 1.
+
+    Raises:
+        InputError: an encoder without ``out_shape``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, encoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder, self.data_shape = encoder, sizes("data_shape", data_shape)
+        self.out_shape = feature_shape(encoder)
+        self.register_buffer("loc", torch.zeros(self.data_shape))
+        self.register_buffer("scale", torch.ones(self.data_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features ``(*batch, *out_shape)`` of data ``(*batch, *data_shape)``."""
+        check_shape(x, self.data_shape)
+        return self.encoder((x - self.loc) / self.scale)
 
 
 class Head(nn.Module):

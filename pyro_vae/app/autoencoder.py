@@ -52,7 +52,7 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
     check_choice("loss", loss, LOSSES)
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset
-        settings = tell_defaults(settings, len(dataset.train))
+        settings = tell_defaults(settings, dataset.train)
         comparison, fits = _train(settings, loss, dataset, study.folder / RUNS)
         result = {
             "table": comparison.table(),

@@ -72,6 +72,7 @@ def option(
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
+_REAL = OnlyWith("likelihood", ("gaussian",))
 _SAMPLING = OnlyWith("method", ("importance", "both"))
 _ANNEALING = OnlyWith("method", ("annealed", "both"))
 
@@ -100,10 +101,18 @@ class TrainSettings:
         only_with=OnlyWith("prior", ("gaussian-mixture", "vamp")),
     )
     likelihood: str = option("bernoulli", ", ".join(LIKELIHOODS))
-    sigma: str = option(
-        "learned",
-        "Gaussian likelihood: a number, learned, or per-pixel.",
-        only_with=OnlyWith("likelihood", ("gaussian",)),
+    sigma: str | None = option(
+        None,
+        "Gaussian likelihood: a number, learned, per-column or per-pixel; default: per-column for "
+        "tables, else learned.",
+        only_with=_REAL,
+    )
+    standardize: bool | None = option(
+        None,
+        "Gaussian likelihood: the networks see standardised data (log p(x) is that of the data all "
+        "the same); default: they do.",
+        flags="--standardize/--no-standardize",
+        only_with=_REAL,
     )
     guide: str = option("mean-field", ", ".join(FAMILIES))
     latent_dim: int = option(8, "Size of the latent vector.")

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
 from pyro_vae.app import names
@@ -28,8 +28,17 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
             vae.check_data(part)
-    vae.start_at_data(dataset.train)
+    start_vae(vae, settings, dataset.train)
     return vae
+
+
+def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
+    """Set what training starts from to the training data, which the networks may see standardised."""
+    if settings.standardize is None:
+        wanted = settings.likelihood == "gaussian"
+    else:
+        wanted = settings.standardize
+    (vae.standardize if wanted else vae.start_at_data)(train)
 
 
 def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
@@ -40,7 +49,9 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     check_choice("activation", settings.activation, names.ACTIVATIONS)
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
-    options = {"sigma": _sigma(settings.sigma)} if settings.likelihood == "gaussian" else {}
+    options = {}
+    if settings.likelihood == "gaussian":
+        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
     try:
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
         decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
@@ -87,15 +98,19 @@ def _hidden(text: str) -> tuple[int, ...]:
     return widths
 
 
+def _default_sigma(data_shape: tuple[int, ...]) -> str:
+    # Columns of a table differ in unit and noise; pixels of an image are of one kind.
+    return "per-column" if len(data_shape) == 1 else "learned"
+
+
 def _sigma(text: str) -> float | str:
-    if text in ("learned", "per-pixel"):
+    if text in likelihoods.SIGMAS:
         return text
     try:
         return float(text)
     except ValueError:
-        raise InputError(
-            f"expected sigma as a positive number, 'learned' or 'per-pixel', got {text!r}"
-        ) from None
+        words = ", ".join(likelihoods.SIGMAS)
+        raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
 
 
 # --- how it is trained -----------------------------------------------------------------------
@@ -125,9 +140,13 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
 
 
-def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
-    """Return the settings with the defaults as they are for so many training data."""
+def tell_defaults(settings: TrainSettings, train: Tensor) -> TrainSettings:
+    """Return the settings with the defaults as they are for the training data."""
+    num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
+    if settings.likelihood == "gaussian":
+        told["sigma"] = settings.sigma or _default_sigma(tuple(train.shape[1:]))
+        told["standardize"] = settings.standardize is not False
     if settings.num_components is None:
         told["num_components"] = _default_components(settings.prior, num_data)
     if settings.warmup_epochs is None:

@@ -130,6 +130,9 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
         raise InputError(
             f"expected a study's settings in {path}, got none that can be read"
         ) from error
+    if "standardize" not in begun:  # an earlier version took data as they come
+        has_sigma = "gaussian" in f"{begun.get('likelihood')} {begun.get('likelihoods')}"
+        begun |= {"standardize": False} if has_sigma else {"standardize": None, "sigma": None}
     as_read = json.loads(json.dumps(asked))
     check_same(begun, as_read, folder, "repeat it or choose another folder")
     return checksums

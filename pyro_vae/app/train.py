@@ -88,7 +88,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     check_single(folder)
     run = read_config(folder)["run"]
     try:
-        settings, when = TrainSettings(**run["settings"]), Checkpointing(**run["checkpoints"])
+        # An earlier version knew no other way than the data as they come.
+        settings = TrainSettings(**{"standardize": False, **run["settings"]})
+        when = Checkpointing(**run["checkpoints"])
     except (KeyError, TypeError) as error:
         raise InputError(
             f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
@@ -133,7 +135,7 @@ def train_run(
     :func:`check_settings` returned, and name the data.
     """
     device, processes = resolve_device(settings.device), Processes.current()
-    settings = tell_defaults(settings, len(dataset.train))
+    settings = tell_defaults(settings, dataset.train)
     with seeded(settings.seed):
         vae = build_vae(settings, dataset)
         if start is not None:

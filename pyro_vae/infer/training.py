@@ -32,7 +32,7 @@ from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, validate
 from pyro_vae.pair.functions import PairFunction, place_pair
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.inputs import as_inputs, check_data, start_sigma
 from pyro_vae.pair.opened import OpenedPair
 
 HISTORY = (
@@ -335,6 +335,7 @@ def _open(
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
         check_data(model, inputs)
+        start_sigma(model, inputs)
     if held_out is not None:
         check_data(model, held_out)
     place = place_pair(model, guide, device, inputs[0].device)

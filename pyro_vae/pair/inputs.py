@@ -88,6 +88,14 @@ def check_data(model: PairFunction, inputs: Inputs) -> None:
             check(*inputs)
 
 
+def start_sigma(model: PairFunction, inputs: Inputs) -> None:
+    """Let a model's owner start what waits for the scale of training data, as a ``VAE`` does."""
+    for owner in owned_modules(model):
+        start = getattr(owner, "start_sigma", None)
+        if start is not None and len(inputs) == 1:
+            start(*inputs)
+
+
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
     types = {
         parameter.dtype
