@@ -195,6 +195,13 @@ class VAE(nn.Module):
         if isinstance(component, nn.Module):
             pyro.module(f"{self.name}.{part}", component)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store leaves a weak reference on each parameter, which can't be pickled. Who reads
+        # the parameter there next gets another one.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return dict(super().__getstate__())
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy (copy.deepcopy goes through here) is another VAE: under the same name Pyro would keep
         # training the original's parameters.

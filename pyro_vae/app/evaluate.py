@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
-from pyro_vae.evaluation.estimate import Convergence, LogMarginal, warn_if_unreliable
+from pyro_vae.evaluation.estimate import (
+    Convergence,
+    LogMarginal,
+    concatenate,
+    warn_if_unreliable,
+)
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
@@ -116,16 +121,12 @@ def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarg
 
 def _join_parts(parts: list[LogMarginal]) -> LogMarginal:
     """Return the estimate of all the data from the estimates of their parts, in order."""
-    whole: dict[str, Any] = {}
-    for each in fields(LogMarginal):
-        values = [getattr(part, each.name) for part in parts]
-        if isinstance(values[0], Tensor):
-            whole[each.name] = torch.cat(values)
     curves = [part.convergence for part in parts if part.convergence is not None]
+    convergence = None
     if len(curves) == len(parts):
         log_prob = torch.cat([curve.log_prob for curve in curves], dim=1)
-        whole["convergence"] = Convergence(curves[0].num_samples, log_prob)
-    return LogMarginal(**whole, method=parts[0].method)
+        convergence = Convergence(curves[0].num_samples, log_prob)
+    return concatenate(parts, convergence=convergence)
 
 
 def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.estimate import LogMarginal, pointwise_densities
+from pyro_vae.evaluation.estimate import LogMarginal, concatenate, pointwise_densities
 from pyro_vae.evaluation.paired_difference import (
     Difference,
     average_runs,
@@ -348,13 +348,9 @@ def _average(runs: Sequence[Measured]) -> Measured:
         elif part.name.startswith("seconds"):
             averaged[part.name] = sum(values) / len(runs)
     # Shares and medians are those of the data points of all runs together.
-    together: dict[str, Any] = {}
-    for part in fields(LogMarginal):
-        column = [getattr(run.estimate, part.name) for run in runs]
-        if all(isinstance(value, Tensor) for value in column):
-            together[part.name] = torch.cat(column)
+    together = concatenate([run.estimate for run in runs])
     averaged["exact_kl"] = all(run.exact_kl for run in runs)
-    return replace(runs[0], **averaged, estimate=LogMarginal(**together))
+    return replace(runs[0], **averaged, estimate=together)
 
 
 def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:

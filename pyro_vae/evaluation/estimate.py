@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,13 @@ class LogMarginal:
         distortion: -E_q[log p(x|z)], ``(N,)``, as the rate.
         num_samples: weights the estimate rests on, ``(N,)``: draws, or annealing chains.
         cost: evaluations of the model spent on each datum, pilots included, ``(N,)``.
-        method: ``"importance"`` or ``"annealed"``.
+        method: ``"importance"``, ``"annealed"`` or ``"auto"``.
+        trusted: which data points passed every check of their number, bool ``(N,)``; see
+            ``diagnostics`` and the Pareto k. None where nothing was checked.
+        was_annealed: which data points' number annealing gave, bool ``(N,)``; None: all or none of
+            them, as ``method`` says.
+        diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit: what is above 1,
+            or NaN (unknown), is not trusted.
         acceptance: mean acceptance probability of the transitions, ``(N,)``; annealing only.
         convergence: the estimate after fewer samples; None where data got different numbers of
             samples, and for annealing.
@@ -65,6 +71,9 @@ class LogMarginal:
     num_samples: Tensor
     cost: Tensor
     method: str = "importance"
+    trusted: Tensor | None = None
+    was_annealed: Tensor | None = None
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     acceptance: Tensor | None = None
     convergence: Convergence | None = field(default=None, repr=False)
     draws: PosteriorDraws | None = field(default=None, repr=False)
@@ -97,6 +106,27 @@ class LogMarginal:
         """How many data have a Pareto k above 0.7; NaN (fewer than 21 weights) is not counted."""
         return int((self.pareto_k > PARETO_K_LIMIT).sum())
 
+    @property
+    def num_untrusted(self) -> int:
+        """How many data points are not ``trusted``; 0 where nothing was checked."""
+        return 0 if self.trusted is None else int((~self.trusted).sum())
+
+    @property
+    def methods(self) -> list[str]:
+        """What gave the number of each data point: ``"importance"`` or ``"annealed"``.
+
+        ``"not annealed"`` is importance sampling by ``auto`` where it can't be trusted.
+        """
+        if self.was_annealed is None or self.trusted is None:
+            return [self.method] * len(self.log_prob)
+        otherwise = {True: "importance", False: "not annealed"}
+        return [
+            "annealed" if annealed else otherwise[trusted or self.method != "auto"]
+            for annealed, trusted in zip(
+                self.was_annealed.tolist(), self.trusted.tolist(), strict=True
+            )
+        ]
+
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
     ) -> Any:
@@ -119,7 +149,8 @@ def to_arviz(
     - ``log_likelihood``: log p(x given z) of these draws, as variable ``x`` (chain, draw, data);
     - ``sample_stats``: the log weights of these draws (chain, draw, data);
     - ``importance``: the log weights of all kept draws (sample, data), and the estimate per datum
-      with its standard error, effective sample size and Pareto k.
+      with its standard error, effective sample size and Pareto k, its method, and whether it is
+      trusted.
 
     Each datum has latents of its own, so ``arviz.loo`` on the result is not predictive of new data:
     E[1 / p(x given z)] over the posterior is 1 / p(x), which makes it a (smoothed) harmonic mean
@@ -148,6 +179,9 @@ def to_arviz(
     variables: dict[str, Any] = {"log_weight": (("sample", "data"), log_weights.numpy())}
     for name in ("log_prob", "standard_error", "ess", "pareto_k"):
         variables[name] = (("data",), getattr(estimate, name).numpy())
+    if estimate.trusted is not None:
+        variables["trusted"] = (("data",), estimate.trusted.numpy())
+        variables["method"] = (("data",), estimate.methods)
     # A datum whose every weight is 0 has no posterior to resample; its draws are left as they are.
     weights = log_weights.softmax(0).nan_to_num(nan=1.0)
     generator = torch.Generator().manual_seed(seed)
@@ -274,7 +308,23 @@ def join_blocks(
     if convergence and histories:
         log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
+    joined.setdefault("trusted", joined["pareto_k"] <= PARETO_K_LIMIT)
     return LogMarginal(**joined, convergence=history, draws=draws, **fields)
+
+
+def concatenate(parts: Sequence[LogMarginal], **changed: Any) -> LogMarginal:
+    """Put estimates of several sets of data points one after the other, without their draws.
+
+    What they share, their method, is the first one's.
+    """
+    whole: dict[str, Any] = {}
+    for each in fields(LogMarginal):
+        values = [getattr(part, each.name) for part in parts]
+        if all(isinstance(value, Tensor) for value in values):
+            whole[each.name] = torch.cat(values)
+    names = set.intersection(*(set(part.diagnostics) for part in parts))
+    whole["diagnostics"] = {n: torch.cat([part.diagnostics[n] for part in parts]) for n in names}
+    return LogMarginal(**{**whole, "method": parts[0].method, **changed})
 
 
 def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) -> Any:

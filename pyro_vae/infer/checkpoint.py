@@ -43,6 +43,9 @@ class Interrupted(KeyboardInterrupt):
         )
         self.number, self.folder = number, folder
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.number, self.folder)  # an exception is built again from its message
+
 
 class Checkpoints:
     """The checkpoints of one run; without a folder none are read or written."""

@@ -36,9 +36,14 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
         the folder.
 
     Raises:
-        InputError: a folder that holds a run, is in use or can't be written, or a component that
-            can't be described. Nothing is left behind.
+        InputError: what is no VAE, a folder that holds a run, is in use or can't be written, or a
+            component that can't be described. Nothing is left behind.
     """
+    if not isinstance(vae, VAE):
+        raise InputError(
+            f"expected a VAE to save, got {type(vae).__name__}: pv.save_pair(model, guide, folder) "
+            "saves any other pair"
+        )
     folder = expand_path(folder)
     check_free(folder)
     with new_run(folder, describe(vae, settings)):

@@ -41,6 +41,8 @@ def test_groups_and_coordinates(estimates):
         assert data["importance"]["log_weight"].shape == (num_kept, 5)
         assert list(data["posterior"]["data"].values) == list("abcde")
         assert data["importance"]["log_prob"].values.tolist() == estimate.log_prob.tolist()
+        assert data["importance"]["trusted"].values.tolist() == estimate.trusted.tolist()
+        assert set(data["importance"]["method"].values) == {estimate.method}
 
 
 def test_draws_are_the_posteriors(estimates):

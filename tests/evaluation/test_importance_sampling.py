@@ -10,6 +10,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.estimate import concatenate
 
 CONTINUOUS = ["probabilistic_pca", "gaussian", "beta_bernoulli", "mixture_prior", "small_decoder"]
 SPHERES = ["von_mises_fisher", "sphere"]
@@ -328,3 +329,27 @@ def test_options_out_of_range_are_refused(exact, options, message):
     problem = exact["gaussian"](num_data=2)
     with pytest.raises(InputError, match=message):
         pv.log_marginal(problem.model, problem.guide, problem.x, **options)
+
+
+def test_what_is_not_known_is_not_trusted(exact):
+    problem = exact["gaussian"](num_data=3)
+    few = pv.log_marginal(problem.model, problem.guide, problem.x, num_samples=10, seed=0)
+    many = pv.log_marginal(problem.model, problem.guide, problem.x, num_samples=1000, seed=0)
+    assert not few.trusted.any()
+    assert many.trusted.all()
+    assert (few.num_untrusted, many.num_untrusted) == (3, 0)
+
+
+def test_estimates_one_after_the_other_say_what_gave_each_number():
+    zero, no = torch.zeros(2).double(), torch.tensor([False, False])
+    plain = pv.LogMarginal(*[zero] * 8, "auto", torch.tensor([True, False]), no, {"halves": zero})
+    annealed = pv.LogMarginal(*[zero + 1] * 8, "auto", no, ~no, {"halves": zero, "steps": zero})
+    both = concatenate([plain, annealed])
+    assert both.log_prob.tolist() == [0, 0, 1, 1]
+    assert both.methods == ["importance", "not annealed", "annealed", "annealed"]
+    assert list(both.diagnostics) == ["halves"]
+    assert len(both.diagnostics["halves"]) == 4
+    assert both.num_untrusted == 3
+    unchecked = pv.LogMarginal(*[zero] * 8)
+    assert unchecked.num_untrusted == 0
+    assert concatenate([both, unchecked]).trusted is None
