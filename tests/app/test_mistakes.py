@@ -41,7 +41,7 @@ BAD_SETTINGS = {
     "--likelihood gaussian --sigma 0": "sigma above 0, got 0",
     "--likelihood gaussian --sigma -1": "sigma above 0, got -1",
     "--likelihood gaussian --sigma nan": "sigma above 0, got nan",
-    "--likelihood gaussian --sigma learnt": "'learned' or 'per-pixel', got 'learnt'",
+    "--likelihood gaussian --sigma learnt": "learned, per-column, per-pixel, got 'learnt'",
     "--prior standard-norml": "unknown prior 'standard-norml': did you mean 'standard-normal'?",
     "--likelihood bernouli": "did you mean 'bernoulli'?",
     "--guide meanfield": "did you mean 'mean-field'?",
