@@ -23,6 +23,15 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return text as one line that any terminal, page or picture shows: what can't be is escaped."""
+    # A name may hold line breaks, a terminal's commands, and bytes that are no UTF-8.
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Build the error for a name that is not in ``known``, with the nearest right one."""

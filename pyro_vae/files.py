@@ -6,16 +6,20 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
+
+# Begins the name of the file in which a file is written.
+PART = ".part-"
 
 # What the reader of safetensors raises at bytes that are none.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -42,19 +46,44 @@ def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
         ) from error
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with the path of a temporary file that takes the file's place when done."""
-    # The temporary name keeps the suffix, by which a picture's format is chosen.
-    temporary = path.with_name(f".part-{path.name}")
+def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file by way of a temporary one, which takes its place when all is on the disk."""
+    temporary = path.with_name(PART + path.name)
     try:
-        write(temporary)
-        _flush(temporary)
+        # What a killed process left; or a link or a pipe put there, which is never written through.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as stream:
+            if isinstance(content, bytes):
+                stream.write(content)
+            else:
+                content(stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # the name never precedes the content
         os.replace(temporary, path)
     except OSError as error:
         refuse_to_write(path, error)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_regular(path: Path) -> bool:
+    """Say whether there is a file itself, no link to one and nothing that reading could wait for."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def check_in_place(folder: Path, before: os.stat_result) -> None:
+    """Refuse to write into a folder that has come to another's place since ``before`` was found."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(folder), before):
+            return
+    raise InputError(
+        f"expected {folder} where the run began, it was moved, replaced or deleted since: go on with "
+        "the run where it is now"
+    )
 
 
 def refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
@@ -73,12 +102,3 @@ def checksum_of(description: Any, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content is on the disk, so that the name never precedes it."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -59,7 +59,7 @@ def blank(kind):
 
 def save_blank(figure, to, *, format=None, **options):
     """Write an empty picture in place of a figure."""
-    if isinstance(to, io.BytesIO):
+    if hasattr(to, "write"):
         to.write(blank(format))
     else:
         Path(to).write_bytes(blank(format or Path(to).suffix[1:]))

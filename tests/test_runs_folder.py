@@ -1,9 +1,11 @@
 """Run folders: never overwritten, one run at a time, every file whole or not there."""
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from saved_vaes import make_vae
 
 import pyro_vae as pv
 from pyro_vae.files import write_whole
+from pyro_vae.runs import folder
 from pyro_vae.runs.files import write_json
 from pyro_vae.runs.folder import locked, new_run
 
@@ -115,6 +118,119 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path
     assert not (tmp_path / ".lock").exists()
 
 
+LINKS = {
+    "a link": lambda path, target: path.symlink_to(target),
+    "a link to nothing": lambda path, target: path.symlink_to(target.with_name("nothing")),
+    "a second name": lambda path, target: path.hardlink_to(target),
+    "a pipe": lambda path, target: os.mkfifo(path),
+    "a device": lambda path, target: path.symlink_to("/dev/null"),
+    "a folder": lambda path, target: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_lock_that_is_no_file_of_its_own_is_refused_and_left_alone(tmp_path, kind):
+    (tmp_path / "mine").write_text("precious")
+    place = tmp_path / "run"
+    place.mkdir()
+    LINKS[kind](place / ".lock", tmp_path / "mine")
+    with pytest.raises(pv.InputError, match="as a file of its own, got a link: delete it"):
+        pv.save(make_vae(), place)
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+    assert os.path.lexists(place / ".lock")
+
+
+@pytest.mark.parametrize("kind", sorted(LINKS.keys() - {"a folder"}))
+def test_what_stands_where_a_file_is_written_is_never_written_through(tmp_path, kind):
+    (tmp_path / "mine").write_text("precious")
+    place = tmp_path / "run"
+    place.mkdir()
+    for name in (".part-config.json", ".part-model.safetensors", "model.safetensors"):
+        if name != "model.safetensors" or kind in ("a link to nothing", "a pipe"):
+            LINKS[kind](place / name, tmp_path / "mine")
+    pv.save(make_vae(), place)
+    assert pv.load(place)
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_with_what_a_killed_process_left_counts_as_empty(tmp_path):
+    for name in (".lock", ".part-config.json"):
+        (tmp_path / name).write_text("half")
+        assert not folder.has_files(tmp_path)
+    pv.save(make_vae(), tmp_path)
+    assert folder.has_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_moved_run_leaves_the_lock_of_its_successor(tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        successor = locked(tmp_path / "run")
+        successor.__enter__()
+    with pytest.raises(pv.InputError, match="in use by"):
+        pv.save(make_vae(), tmp_path / "run")
+    successor.__exit__(None, None, None)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_moved_run_that_fails_leaves_the_settings_of_its_successor(tmp_path):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(ZeroDivisionError))
+        stack.enter_context(new_run(tmp_path / "run", {"format": 1}))
+        (tmp_path / "run").rename(tmp_path / "moved")
+        pv.save(make_vae(), tmp_path / "run")
+        raise ZeroDivisionError
+    assert pv.load(tmp_path / "run")
+
+
+@contextlib.contextmanager
+def child():
+    """Fork a process that lives as long as the block."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        os.write(writer, b"here")
+        time.sleep(60)
+    try:
+        os.read(reader, 4)
+        yield
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_forked_child_does_not_keep_a_lock(tmp_path):
+    lock = locked(tmp_path)
+    lock.__enter__()
+    with child():
+        folder._let_go()  # as the end of a process does it, whatever ends it
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    lock.__exit__(None, None, None)
+
+
+def test_a_forked_child_does_not_take_a_lock_away(tmp_path):
+    lock = locked(tmp_path)
+    lock.__enter__()
+    process = os.fork()
+    if not process:
+        lock.__exit__(None, None, None)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    with pytest.raises(pv.InputError, match="in use by"):
+        pv.save(make_vae(), tmp_path)
+    lock.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_threads_exclude_each_other_too(tmp_path):
     with (
         locked(tmp_path),
@@ -156,9 +272,8 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.png"
     path.write_text("old")
 
-    def write(temporary):
-        assert temporary.suffix == ".png"
-        temporary.write_text("half")
+    def write(stream):
+        stream.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,6 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
 from pyro_vae.app.report import Page, print_line, print_table
-from pyro_vae.app.run import RUNS
 from pyro_vae.app.settings import (
     as_record,
     build_vae,
@@ -31,7 +30,7 @@ from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pair.functions import seeded
-from pyro_vae.runs.files import write_json
+from pyro_vae.runs.files import RUNS, write_json
 from pyro_vae.tasks.autoencoder_comparison import AutoencoderComparison, compare_autoencoder
 from pyro_vae.vae import VAE
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
+import io
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, get_args
 
 import typer
 
 from pyro_vae.app import names
-from pyro_vae.app.options import CommandFunction, as_command, is_given
+from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
 from pyro_vae.errors import InputError
 
 app = typer.Typer(
@@ -34,17 +39,50 @@ def main() -> None:
     A user's mistake, and a file that can't be read or written, is one line on standard error and exit
     code 2; a warning is one line on standard error.
     """
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+    _open_closed_streams()
+    with warnings.catch_warnings(), _terminable():
+        warnings.showwarning = lambda message, *_, **__: tell(f"warning: {message}")
         try:
             app()
         except InputError as error:
-            _tell(str(error))
+            tell(str(error))
             sys.exit(2)
         except OSError as error:
             where = error.filename or "the output"
-            _tell(f"expected to read or write {where}, got: {error.strerror}")
+            tell(f"expected to read or write {where}, got: {error.strerror}")
             sys.exit(2)
+
+
+def _open_closed_streams() -> None:
+    """Lead streams that are closed nowhere, and let the others show any name."""
+    # The next file would get a closed one's number, and with it what C code prints.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as an interruption does, where nobody else has said what it does."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
@@ -73,26 +111,20 @@ def train(
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
     from pyro_vae.distributed import join_processes
-    from pyro_vae.infer.checkpoint import Interrupted
 
-    try:
-        if resume is None:
-            when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
-            with join_processes(settings.device):
-                work.train(settings, output, checkpointing=when)
-            return
-        for name in ("output", "checkpoint_every", "checkpoint_minutes"):
-            if is_given(context, name):
-                flag = name.replace("_", "-")
-                raise InputError(f"expected --resume without --{flag}: the run folder knows it")
-        told = (each.name for each in fields(settings))
-        given = {name: getattr(settings, name) for name in told if is_given(context, name)}
+    if resume is None:
+        when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
         with join_processes(settings.device):
-            work.resume(resume, given)
-    except Interrupted as interruption:
-        folder = shlex.quote(str(interruption.folder.parent))
-        _tell(f"interrupted: go on by `pyro-vae train --resume {folder}`")
-        raise typer.Exit(128 + interruption.number) from None
+            work.train(settings, output, checkpointing=when)
+        return
+    for name in ("output", "checkpoint_every", "checkpoint_minutes"):
+        if is_given(context, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"expected --resume without --{flag}: the run folder knows it")
+    told = (each.name for each in fields(settings))
+    given = {name: getattr(settings, name) for name in told if is_given(context, name)}
+    with join_processes(settings.device):
+        work.resume(resume, given)
 
 
 @command()
@@ -117,8 +149,8 @@ def evaluate(
 
     with join_processes(device) as processes:
         own = picture if processes.is_first else None
-        values = work.evaluate(run, how, data_root=data_root, device=device, picture=own)
-        work.print_estimate(values, as_json=as_json)
+        where: dict[str, Any] = {"data_root": data_root, "device": device, "picture": own}
+        work.evaluate(run, how, **where, as_json=as_json)
 
 
 @command(
@@ -193,8 +225,9 @@ def _add_picture(kind: type) -> None:
 
     def draw(run: Run, *, what: Any, settings: names.PictureSettings) -> None:
         from pyro_vae.app import pictures as work
+        from pyro_vae.app.report import print_line
 
-        typer.echo(work.draw(run, what, settings))
+        print_line(str(work.draw(run, what, settings)))
 
     draw.__name__, draw.__doc__ = kind.__name__.lower(), kind.__doc__
     draw.__annotations__["what"] = kind
@@ -203,7 +236,3 @@ def _add_picture(kind: type) -> None:
 
 for _kind in get_args(names.Picture):
     _add_picture(_kind)
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"pyro-vae: {text}\n")

@@ -20,7 +20,6 @@ from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
-from pyro_vae.app.run import RUNS
 from pyro_vae.app.settings import (
     as_record,
     check_counts,
@@ -35,7 +34,7 @@ from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
-from pyro_vae.runs.files import write_json
+from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
 _MEASURED = "measured.safetensors"
@@ -103,7 +102,7 @@ def _run(
     name = _folder_name(settings)
     vae, metrics = study.run(name, settings, held=held)
     folder = study.folder / RUNS / name
-    if not (folder / _MEASURED).is_file():
+    if own_file(folder, _MEASURED) is None:
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         comparison = compare(
             {name: (vae.model, vae.guide)},
@@ -270,7 +269,7 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
     notes = {"plain": numbers, "likelihood": likelihood}
     # Contiguous copies: safetensors refuses views that share memory.
     content = serialised({name: value.clone() for name, value in tensors.items()}, notes)
-    write_whole(folder / _MEASURED, lambda path: path.write_bytes(content))
+    write_whole(folder / _MEASURED, content)
 
 
 def load_measured(folder: Path) -> tuple[Measured, str]:

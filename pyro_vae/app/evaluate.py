@@ -19,11 +19,12 @@ from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
 from pyro_vae.app.pages import TERMS
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
-from pyro_vae.app.report import print_table
+from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
+from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import (
     Convergence,
     LogMarginal,
@@ -52,12 +53,18 @@ _LABELS = {
 
 
 def evaluate(
-    run: Path, how: EvaluateSettings, *, data_root: str | None, device: str, picture: Path | None
+    run: Path,
+    how: EvaluateSettings,
+    *,
+    data_root: str | None,
+    device: str,
+    picture: Path | None,
+    as_json: bool = False,
 ) -> dict[str, Any]:
-    """Return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
+    """Print and return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
-    importance weights.
+    importance weights. What has been computed is printed whatever becomes of the rest.
 
     Warns:
         UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
@@ -77,20 +84,32 @@ def evaluate(
     test = dataset.test[: how.num_data].to(place)
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
+    values = as_dict(estimate)
+    try:
+        if how.method == "both":
+            # The target is importance sampling's; annealing has its chains and steps.
+            second = replace(how, method="annealed", target_standard_error=None)
+            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
+    finally:
+        _print_estimate(values, as_json=as_json)
     if picture is not None:
         save_picture(draw_diagnostics(estimate), picture)
-    values = as_dict(estimate)
-    if how.method == "both":
-        # The target is importance sampling's; annealing has its chains and steps.
-        second = replace(how, method="annealed", target_standard_error=None)
-        values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
     return values
 
 
-def print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
+def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
     """Print an estimate as one JSON object alone on standard output, or as a table."""
     if as_json:
-        sys.stdout.write(json.dumps(finite_or_none(values)) + "\n")
+        text = json.dumps(finite_or_none(values))
+        try:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        except OSError as error:
+            give_up_output()
+            raise InputError(
+                f"expected to write the result to the standard output, got: {error.strerror}; it is "
+                + text
+            ) from error
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields, is_dataclass
@@ -11,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from pyro_vae.app.names import OnlyWith
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, printable
 
 CommandFunction = Callable[..., None]
 
@@ -63,6 +65,12 @@ def as_command(
             if debug:
                 traceback.print_exc()
             raise
+        except KeyboardInterrupt as interruption:
+            told = [*getattr(interruption, "__notes__", ()), "the same command"]
+            tell(f"interrupted: go on by {told[0]}")
+            numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
+            number = next(each for each in numbers if isinstance(each, int))
+            raise typer.Exit(128 + number) from None
 
     # By keyword their order is free: options with a default may stand before those without.
     debugging = typer.Option("--debug", help="Show where in the code an error was raised.")
@@ -72,6 +80,11 @@ def as_command(
     command.__annotations__ = {each.name: each.annotation for each in shown}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     return command
+
+
+def tell(text: str) -> None:
+    """Write one line on standard error."""
+    sys.stderr.write(f"pyro-vae: {printable(text)}\n")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -129,8 +129,7 @@ def write_page(page: Page, folder: Path, made: Mapping[str, Any]) -> None:
     page.facts(used, caption="Settings")
     page.facts(made["checksums"], caption="SHA-256 of the data")
     page.facts(made["versions"], caption="Versions")
-    text = page.html()
-    write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / PAGE, page.html().encode())
 
 
 def in_lines(command: str) -> str:

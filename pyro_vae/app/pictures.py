@@ -91,7 +91,7 @@ def draw(run: Path, what: names.Picture, settings: names.PictureSettings) -> Pat
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, figure.savefig)
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
 
 
 def limits_of(dataset: Dataset) -> tuple[float, float]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape as escape_markup
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from pyro_vae.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,7 +124,8 @@ class Page:
 
     def code(self, text: str) -> None:
         """Add text as it is to be typed, such as a command line."""
-        self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
+        lines = "\n".join(escape(line) for line in text.split("\n"))
+        self._parts.append(f"<pre><code>{lines}</code></pre>")
 
     def table(
         self,
@@ -195,6 +201,11 @@ class Page:
         )
 
 
+def escape(text: str, quote: bool = True) -> str:
+    """Return text as HTML shows it; what can't be shown is spelt out."""
+    return escape_markup(printable(text), quote)
+
+
 def print_table(
     title: str,
     header: Sequence[str],
@@ -208,13 +219,27 @@ def print_table(
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*(_cell(value, decimals) for value in row))
-    Console().print(table)
+        table.add_row(*(Text(printable(_cell(value, decimals))) for value in row))
+    _Terminal().print(table)
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is, such as a path: neither broken nor coloured."""
-    Console().print(text, soft_wrap=True, highlight=False)
+    """Print a line as it is, such as a path: neither broken nor coloured, and no markup in it."""
+    _Terminal().print(printable(text), soft_wrap=True, highlight=False, markup=False)
+
+
+class _Terminal(Console):
+    """Standard output: where nobody reads on, as behind ``| head -1``, the work goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        give_up_output()
+
+
+def give_up_output() -> None:
+    """Lead standard output nowhere, and with it what still waits to be written there."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def plus_minus(value: float | None, error: float | None, decimals: int = 2) -> str:

@@ -21,8 +21,8 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.files import refuse_to_write
-from pyro_vae.runs.files import CONFIG, WEIGHTS, read_config
-from pyro_vae.runs.folder import check_free
+from pyro_vae.runs.files import CONFIG, RUNS, STUDY, WEIGHTS, read_config
+from pyro_vae.runs.folder import check_free, has_files
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
 
@@ -31,9 +31,6 @@ METRICS = "metrics.json"
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
-
-# Of a folder of several runs: its settings, and where its runs are.
-STUDY, RUNS = "study.json", "runs"
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -135,7 +132,7 @@ def check_picture(path: Path) -> Path:
 def check_new_folder(folder: Path) -> None:
     """Refuse a folder that is not new or empty, or that can't be made."""
     check_free(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if has_files(folder):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
     check_writable(folder / CONFIG)
 

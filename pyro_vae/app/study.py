@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
     METRICS,
-    RUNS,
-    STUDY,
     check_same,
     check_writable,
     describe_origin,
@@ -32,8 +29,8 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.files import finite_or_none, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, write_json
-from pyro_vae.runs.folder import locked, new_folder
+from pyro_vae.runs.files import FORMAT, RUNS, STUDY, own_file, own_folder, write_json
+from pyro_vae.runs.folder import has_files, locked, new_folder
 from pyro_vae.vae import VAE
 
 
@@ -50,8 +47,8 @@ class Study:
 
         Arguments are those of :func:`train_run`; the run's metrics are returned beside the VAE.
         """
-        folder = self.folder / RUNS / name
-        if (folder / METRICS).is_file():
+        folder = own_folder(own_folder(self.folder, RUNS), name)
+        if own_file(folder, METRICS):
             vae = runs.load(folder, device=str(self.device))
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
             how = "finished before"
@@ -89,14 +86,13 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
     with new_folder(folder), locked(folder):
         try:
-            if not (folder / STUDY).exists():
+            # Looked at again: another process may have begun one while the data were read.
+            if _check_folder(folder, asked) is None:
                 write_json(folder / STUDY, record)
             yield Study(folder, dataset, device)
-        except BaseException as error:
+        except BaseException:
             if not (folder / RUNS).exists():
                 (folder / STUDY).unlink(missing_ok=True)
-            elif isinstance(error, KeyboardInterrupt):
-                sys.stderr.write("pyro-vae: interrupted: go on by the same command\n")
             raise
 
 
@@ -106,8 +102,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(finite_or_none(list(rows)))
-    content = text.getvalue()
-    write_whole(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    write_whole(path, text.getvalue().encode())
 
 
 def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
@@ -116,8 +111,8 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
         raise InputError(f"expected a folder, {folder} is a file: choose another")
     path = folder / STUDY
     check_writable(path)
-    if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
+    if own_file(folder, STUDY) is None:
+        if has_files(folder):
             raise InputError(
                 f"expected a new folder or one to continue, {folder} has other files in it: choose "
                 "another"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
+from pyro_vae.files import check_in_place, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
 from pyro_vae.runs.description import describe
-from pyro_vae.runs.files import CHECKPOINTS, CONFIG, read_config, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, own_folder, read_config, write_json
 from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
@@ -74,7 +76,8 @@ def train(
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
     when = checkpointing or Checkpointing()
-    metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
+    with _say_how_to_go_on(folder):
+        metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
     _print_summary(folder, metrics)
     return folder
 
@@ -97,10 +100,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
         ) from error
     told = check_settings(replace(settings, **given))
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
-    if processes.decide((folder / METRICS).exists):
-        if processes.is_first:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        print_line(f"finished before: {folder}")
+    if _is_finished(folder, processes):
         return folder
     begun = run.get("processes", 1)
     if begun != processes.size:
@@ -111,7 +111,12 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     dataset = processes.first_before_others(
         lambda: load_data_of_run(folder, told, given.get("data_root"))
     )
-    _, metrics = train_run(told, dataset, folder, checkpointing=when, resumed=True)
+    with ExitStack() as stack:
+        processes.decide(lambda: stack.enter_context(locked(folder)))
+        if _is_finished(folder, processes):  # by another process, which held the lock till now
+            return folder
+        with _say_how_to_go_on(folder):
+            _, metrics = train_run(told, dataset, folder, checkpointing=when, resumed=True)
     _print_summary(folder, metrics)
     return folder
 
@@ -129,6 +134,7 @@ def train_run(
 ) -> tuple[VAE, dict[str, Any]]:
     """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
+    The folder's lock is held to the end; of a run that is resumed, the caller holds it.
     Nothing is left of a run that fails before its first checkpoint, or without checkpointing. The
     weights begin as those of ``start``, of the same shape; prior and likelihood of ``held`` are taken
     over and stay as they are while the guide alone is trained. The settings are those that
@@ -136,7 +142,7 @@ def train_run(
     """
     device, processes = resolve_device(settings.device), Processes.current()
     settings = tell_defaults(settings, dataset.train)
-    with seeded(settings.seed):
+    with ExitStack() as stack, seeded(settings.seed):
         vae = build_vae(settings, dataset)
         if start is not None:
             vae.load_state_dict(start.state_dict())
@@ -157,41 +163,38 @@ def train_run(
             "processes": processes.size,
             **describe_origin(),
         }
-        with ExitStack() as stack:
-            config = describe(vae, record)
-            processes.decide(lambda: stack.enter_context(_run_at(folder, config, resumed)))
-            how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
-            if checkpointing is not None:
-                how |= {
-                    "checkpoint": folder / CHECKPOINTS,
-                    "checkpoint_every": checkpointing.every,
-                    "checkpoint_minutes": checkpointing.minutes,
-                }
-            vae.to(device)
-            model: PairFunction = vae.model
+        begin = _check_same_model if resumed else new_run
+        config = describe(vae, record)
+        processes.decide(lambda: stack.enter_context(begin(folder, config)))
+        begun = folder.stat() if processes.is_first else None
+        how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
+        if checkpointing is not None:
+            how |= {
+                "checkpoint": own_folder(folder, CHECKPOINTS),
+                "checkpoint_every": checkpointing.every,
+                "checkpoint_minutes": checkpointing.minutes,
+            }
+        vae.to(device)
+        model: PairFunction = vae.model
+        with ExitStack() as frozen:
             if held is not None:
                 first = (dataset.test[:1].to(device),)
-                model = stack.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
+                model = frozen.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
             result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
-            if processes.is_first:
-                save_weights(vae, folder)
-    test = dataset.test.to(device)
-    with seeded(processes.own_seed(_SEED)):
-        bound = bound_terms(vae.model, vae.guide, test, processes=processes)
-    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
-    estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
-    metrics = _metrics(result, bound, estimate, len(test)) | {
-        "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
-        "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
-    }
-    if processes.is_first:
-        drawn = _write_pictures(vae, dataset, result, folder)
-        drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
-        # What began the run is in its folder; a version that knew less of itself may have done so.
-        begun = read_config(folder)["run"]
-        write_run_page(folder, record | begun | {"settings": record["settings"]}, metrics, drawn)
-        write_json(folder / METRICS, metrics)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if begun is not None:
+            check_in_place(folder, begun)
+            save_weights(vae, folder)
+        metrics, estimate = _measure(vae, dataset, result, processes)
+        if begun is not None:
+            check_in_place(folder, begun)
+            drawn = _write_pictures(vae, dataset, result, folder)
+            drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
+            # What began the run is in its folder; a version that knew less of itself may have
+            # done so.
+            made = record | read_config(folder)["run"] | {"settings": record["settings"]}
+            write_run_page(folder, made, metrics, drawn)
+            write_json(folder / METRICS, metrics)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return vae, metrics
 
 
@@ -208,16 +211,36 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     return output
 
 
-def _run_at(folder: Path, config: Mapping[str, Any], resumed: bool) -> AbstractContextManager[None]:
-    """Begin a run, or go on with the same one."""
-    if not resumed:
-        return new_run(folder, config)
+@contextmanager
+def _say_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Note with an interruption how to go on with the run that it has left."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if (folder / CONFIG).exists():
+            interruption.add_note(f"`pyro-vae train --resume {shlex.quote(str(folder))}`")
+        raise
+
+
+def _is_finished(folder: Path, processes: Processes) -> bool:
+    """Say whether a run has its end, and that it has."""
+    if not processes.decide(lambda: is_regular(folder / METRICS)):
+        return False
+    if processes.is_first:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    print_line(f"finished before: {folder}")
+    return True
+
+
+@contextmanager
+def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse to go on with a run of another model."""
     if read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
         raise InputError(
             f"expected the model that {folder} describes, its settings build another one: its "
             f"{CONFIG} was changed, or another version wrote it"
         )
-    return locked(folder)
+    yield
 
 
 def _take_over_model(vae: VAE, held: VAE) -> None:
@@ -228,20 +251,29 @@ def _take_over_model(vae: VAE, held: VAE) -> None:
         mine.load_state_dict(theirs.state_dict())
 
 
-def _metrics(
-    result: FitResult, bound: dict[str, float], estimate: LogMarginal, num_test: int
-) -> dict[str, Any]:
+def _measure(
+    vae: VAE, dataset: Dataset, result: FitResult, processes: Processes
+) -> tuple[dict[str, Any], LogMarginal]:
+    """Return what ``metrics.json`` holds, and the estimate of log p(x) in it."""
+    test = dataset.test.to(next(vae.parameters()).device)
+    with seeded(processes.own_seed(_SEED)):
+        bound = bound_terms(vae.model, vae.guide, test, processes=processes)
+    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
-    return {
+    metrics = {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
         **{name: getattr(result, name) for name in told},
         "training_seconds": result.seconds,
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
-        "test": {**bound, "num_data": num_test},
+        "test": {**bound, "num_data": len(test)},
         "test_log_marginal": evaluate.as_dict(estimate),
         "test_data_standard_errors": evaluate.data_standard_errors(estimate),
+        "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
+        "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
     }
+    return metrics, estimate
 
 
 def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:

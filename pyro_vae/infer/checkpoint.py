@@ -18,7 +18,7 @@ import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, first_line, real_number, whole_number
-from pyro_vae.files import checksum_of, expand_path, refuse_to_write
+from pyro_vae.files import check_in_place, checksum_of, expand_path, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
@@ -67,7 +67,7 @@ class Checkpoints:
                 raise InputError(f"expected checkpoint_minutes of at least 0, got {minutes}")
         if folder is None and resume:
             raise InputError("expected the folder of the checkpoints to resume from: checkpoint=")
-        self.folder = None if folder is None else expand_path(folder)
+        self.folder = None if folder is None else expand_path(folder).absolute()
         self.every, self.minutes, self.resume = every, minutes, resume
         self.processes = processes
         self._signal: int | None = None
@@ -83,8 +83,10 @@ class Checkpoints:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # None: set by something that is not Python.
-                self._handlers[number] = signal.getsignal(number) or signal.SIG_DFL
-                signal.signal(number, self._notice)
+                handler = signal.getsignal(number) or signal.SIG_DFL
+                if handler != signal.SIG_IGN:  # as of a script's job in the background
+                    self._handlers[number] = handler
+                    signal.signal(number, self._notice)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -93,6 +95,8 @@ class Checkpoints:
             return
         if isinstance(error, NotFiniteError) and self._run is not None:
             self._keep_last_good(self._run[1], error)
+        if isinstance(error, Interrupted) and error.folder != self.folder:
+            self.finish()  # a fit inside of on_epoch has taken the signal
         if self.processes.is_first:
             with suppress(OSError):
                 self.folder.rmdir()  # of a run that failed before its first checkpoint
@@ -157,6 +161,7 @@ class Checkpoints:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._begun = self.folder.stat()
         except OSError as error:
             refuse_to_write(self.folder, error)
 
@@ -197,13 +202,19 @@ class Checkpoints:
             "steps": shared,
             "own": self.processes.gather(own),
         }
-        self.processes.decide(lambda: write_checkpoint(folder, trainer.count, settings, state))
+
+        def write() -> None:
+            # Or the run that has come to its place would lose its checkpoints to this one's.
+            check_in_place(folder, self._begun)
+            write_checkpoint(folder, trainer.count, settings, state)
+
+        self.processes.decide(write)
         self._written = time.monotonic()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             self._restore_handlers()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self._signal = number
 
     def _restore_handlers(self) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, write_whole
+from pyro_vae.files import UNREADABLE, checksum_of, is_regular, write_whole
 
 _FORMAT = 1
 _ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
@@ -46,7 +46,7 @@ def write_checkpoint(
     content["checksum"] = checksum_of(content, tensors)
     file = serialise(tensors, metadata={_ENTRY: json.dumps(content)})
     path = folder / f"step-{count:010d}.safetensors"
-    write_whole(path, lambda temporary: temporary.write_bytes(file))
+    write_whole(path, file)
     paths = checkpoint_files(folder)
     # On a GPU a run may find only later that it went wrong here; what came after is void then.
     position = paths.index(path) + 1
@@ -57,24 +57,25 @@ def write_checkpoint(
 
 def read_newest(folder: Path) -> dict[str, Any] | None:
     """Return settings and state of the newest checkpoint that can be read, or None without any."""
-    damaged: list[Path] = []
+    damaged: dict[Path, str] = {}
     for path in reversed(checkpoint_files(folder)):
         try:
             found = _read(path)
         except _DamagedError as error:
+            damaged[path] = first_line(error)
+            continue
+        for other, reason in damaged.items():
             warnings.warn(
-                f"the checkpoint {path} can't be read ({first_line(error)}): the one before is taken",
+                f"the checkpoint {other} can't be read ({reason}): the one before is taken",
                 stacklevel=6,  # the caller of fit
             )
-            damaged.append(path)
-            continue
-        for other in damaged:  # or it would pass for the newest again
-            other.unlink(missing_ok=True)
+            with suppress(OSError):
+                other.unlink()  # or it would pass for the newest again
         return found
     if damaged:
         raise InputError(
-            f"expected a checkpoint in {folder} that can be read, got {len(damaged)} damaged ones: "
-            "start again in another folder"
+            f"expected a checkpoint in {folder} that can be read, got {len(damaged)} damaged ones "
+            f"(the newest: {next(iter(damaged.values()))}): start again in another folder"
         )
     return None
 
@@ -85,8 +86,8 @@ class _DamagedError(Exception):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.is_symlink():
-            raise _DamagedError("it is a link")
+        if not is_regular(path):
+            raise _DamagedError("it is no file of its own")
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})[_ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

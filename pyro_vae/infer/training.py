@@ -389,7 +389,8 @@ class EpochProgress:
 
     def __init__(self, epochs: int, show: bool | None) -> None:
         self._progress: Any = None
-        if sys.stderr.isatty() if show is None else show:
+        # A process without a terminal may have no standard error at all.
+        if (sys.stderr is not None and sys.stderr.isatty()) if show is None else show:
             state = random.getstate()  # rich draws from it, already when imported
             from rich.console import Console
             from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -417,7 +418,7 @@ class EpochProgress:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
 
     def show(self, epoch: int, metrics: str) -> None:
         """Show the metrics of an epoch that has ended."""

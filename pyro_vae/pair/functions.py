@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import os
 import random
 import threading
 import types
@@ -32,10 +33,29 @@ class _HandlerLock:
     """
 
     def __init__(self) -> None:
-        self._lock, self._depth = threading.RLock(), 0
+        self._lock, self._depth, self._process = threading.RLock(), 0, 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock whatever handlers are open: to seed, which draws of others would notice."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            if self._process != os.getpid():
+                raise InputError(
+                    "expected no other thread to run a pair when this process was forked, got one "
+                    "whose lock is never given back here: fork before, or start processes by 'spawn'"
+                )
+            self._lock.acquire()
+        self._process = os.getpid()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self._acquire()
         # An optimiser's own trace, which notes parameters and nothing else, does no harm.
         handlers = [
             type(handler).__name__
@@ -54,7 +74,7 @@ class _HandlerLock:
         self._depth -= 1
         self._lock.release()
         if isinstance(error, InputError):  # to what is raised inside a trace Pyro adds its shapes
-            error.args = (str(error).partition("\n")[0],)
+            error.args = (str(error.args[0]).partition("\n")[0],)
 
 
 HANDLER_LOCK = _HandlerLock()
@@ -145,7 +165,11 @@ def forget_new_names(parts: list[nn.Module] | None = None) -> Iterator[Callable[
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run under a seed of its own and restore every generator; with None change nothing."""
+    """Run under a seed of its own and restore every generator; with None change nothing.
+
+    The lock is held meanwhile: the generators are the process's, and what other threads draw hangs on
+    them.
+    """
     if seed is None:
         yield
         return
@@ -155,9 +179,9 @@ def seeded(seed: int | None) -> Iterator[None]:
         number = -1
     if not 0 <= number < 2**32:
         raise InputError(f"expected a seed from 0 to 2**32 - 1, got {seed!r}")
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     # Every device is named, for torch warns of several that are not.
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with HANDLER_LOCK.alone(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             pyro.set_rng_seed(number)
             yield

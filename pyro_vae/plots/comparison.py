@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots.images import flat_image, is_image
-from pyro_vae.plots.style import BLUE, INK, ORANGE, Array, Limits, one_panel, panels, show_histograms
+from pyro_vae.plots.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    Array,
+    Limits,
+    as_text,
+    one_panel,
+    panels,
+    show_histograms,
+)
 
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
@@ -47,7 +57,7 @@ def paired_differences(
         [errors[index] for index in order],
         [by_run[index] for index in order] if by_run else [()] * len(names),
     )
-    axes.set_yticks(range(len(names)), [names[index] for index in order], fontsize=9)
+    axes.set_yticks(range(len(names)), [as_text(names[index]) for index in order], fontsize=9)
     axes.set(xlabel="nats per datum", ylim=(len(names) - 0.5, -0.5))
     return figure
 
@@ -77,7 +87,7 @@ def families_and_runs(
         _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
-    places[0].set_yticks(range(len(names)), names)
+    places[0].set_yticks(range(len(names)), [as_text(name) for name in names])
     places[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
@@ -103,9 +113,9 @@ def datum_against_datum(
         axes.set(xlim=limits, ylim=limits)
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.scatter(first, second, s=7, color=BLUE, alpha=0.5, linewidths=0)
-        told = f"{labels[1]} higher for {(second > first).mean():.0%}"
+        told = f"{as_text(labels[1])} higher for {(second > first).mean():.0%}"
         axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", size=9)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.set(xlabel=as_text(labels[0]), ylabel=as_text(labels[1]))
     axes.set_aspect("equal")
     return figure
 
@@ -191,7 +201,7 @@ def autoencoder_and_vae(
     """
     image = is_image(data.shape[1:])
     figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
     heights = [1.9, 1.5, 1] if image else [1]
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     sides = (("autoencoder", autoencoder), ("VAE", vae))
@@ -255,7 +265,7 @@ def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Ax
     rest = "" if shown == len(labels) else f" (first {shown} of {len(labels)})"
     figure, places = panels(title + rest, size, rows, columns, shown=shown)
     for axes, label in zip(places, labels, strict=False):
-        axes.set_title(label, fontsize=8)
+        axes.set_title(as_text(label), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     return figure, places
@@ -286,7 +296,8 @@ def _show_distances(axes: Axes, name: str, side: Any) -> None:
     held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
     bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
     show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
-    ratio = np.median(random) / np.median(held_out)
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal data points have no distance
+        ratio = np.median(random) / np.median(held_out)
     axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)
     axes.set(xlabel="distance", ylabel="density")
     axes.legend(frameon=False, fontsize=8)

@@ -54,7 +54,7 @@ def image_grid(
     # One pair of axes, in inches from the lower left corner, holds everything.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.text(left, height - 0.2, title, fontsize=10, va="center")
+    axes.text(left, height - 0.2, style.as_text(title), fontsize=10, va="center")
     for row_index, row in enumerate(rows):
         bottom = (len(rows) - 1 - row_index) * (cell_height + gap) + gap
         for column, image in enumerate(row):

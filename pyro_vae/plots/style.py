@@ -9,6 +9,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pyro_vae.errors import printable
+
 Array = np.ndarray
 Limits = tuple[float, float]  # the values shown as white and as black
 
@@ -18,6 +20,11 @@ TINT = "#c9dcee"
 # Images are dark ink on white paper; other fields of values are shown by a map of even lightness.
 INK = colormaps["gray_r"].with_extremes(bad=TINT)
 MAP = colormaps["viridis"]
+
+
+def as_text(name: str) -> str:
+    """Return a name as a picture shows it: no mathematics between dollars, no line break."""
+    return printable(name).replace("$", r"\$")
 
 
 def panels(
@@ -32,7 +39,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with its title at the left and so many of its panels, the rest left empty."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
     places = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
     shown = len(places) if shown is None else shown
     for axes in places[shown:]:
@@ -46,7 +53,7 @@ def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """Return a figure of one panel with its title at the left."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(as_text(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

@@ -7,12 +7,16 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import finite_or_none, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
+
+# Of a folder of several runs: its settings, and where its runs are.
+STUDY, RUNS = "study.json", "runs"
+
 FORMAT = 1
 
 # Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
@@ -53,17 +57,29 @@ def own_file(folder: str | Path, name: str) -> Path | None:
             f"expected a run folder, got {str(folder)!r}: {first_line(error)}"
         ) from error
     if not inside:
-        raise InputError(
-            f"expected {name} inside {folder}, got a link to {os.path.realpath(path)}: put the file "
-            "itself there"
-        )
+        _refuse_link(path)
     return path
+
+
+def own_folder(folder: Path, name: str) -> Path:
+    """Return the path of a folder inside a run's, there or not; refuse a link to another one."""
+    path = folder / name
+    if path.is_symlink():
+        _refuse_link(path)
+    return path
+
+
+def _refuse_link(path: Path) -> NoReturn:
+    raise InputError(
+        f"expected {path.name} inside {path.parent}, got a link to {os.path.realpath(path)}: put "
+        "itself there"
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
     text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, text.encode())
 
 
 def _parse(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
-from pyro_vae.files import expand_path, refuse_to_write
+from pyro_vae.files import PART, check_in_place, expand_path, is_regular, refuse_to_write
 from pyro_vae.infer.checkpoint_files import checkpoint_files
 from pyro_vae.pair.functions import resolve_device, seeded
 from pyro_vae.runs.description import Components, build, describe
-from pyro_vae.runs.files import CHECKPOINTS, CONFIG, WEIGHTS, read_config, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, STUDY, WEIGHTS, read_config, write_json
 from pyro_vae.runs.weights import assign, read_weights, save_weights
 from pyro_vae.vae import VAE
 
@@ -87,26 +88,37 @@ def check_free(folder: Path) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"expected a folder, {folder} is a file: choose another")
-        if not (folder / CONFIG).exists():
+        if (folder / STUDY).exists():
+            which = "several runs"
+        elif (folder / CONFIG).exists():
+            which = "a run" if (folder / WEIGHTS).exists() else "an unfinished run"
+        else:
             return
-        which = "a run" if (folder / WEIGHTS).exists() else "an unfinished run"
     except OSError as error:  # a name too long, or a folder that can't be searched
         refuse_to_write(folder, error)
     raise InputError(f"expected a folder without a run, {folder} holds {which}: choose another")
 
 
+def has_files(folder: Path) -> bool:
+    """Say whether a folder holds more than what a process leaves that was killed at its start."""
+    names = (path.name for path in folder.iterdir()) if folder.exists() else ()
+    return any(name != _LOCK and not name.startswith(PART) for name in names)
+
+
 @contextmanager
 def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Create a run folder and hold its lock; take it away if the body fails before a checkpoint."""
+    """Create a run folder and hold its lock; take it away if there is nothing to go on from."""
     with new_folder(folder), locked(folder):
         check_free(folder)
+        begun = os.stat(folder)
         try:
             write_json(folder / CONFIG, config)
             yield
         except BaseException:
-            with suppress(OSError):
-                for name in () if checkpoint_files(folder / CHECKPOINTS) else (CONFIG, WEIGHTS):
-                    (folder / name).unlink(missing_ok=True)
+            with suppress(OSError, InputError):
+                check_in_place(folder, begun)
+                if not (checkpoint_files(folder / CHECKPOINTS) or (folder / WEIGHTS).exists()):
+                    (folder / CONFIG).unlink(missing_ok=True)
             raise
 
 
@@ -136,6 +148,8 @@ def locked(folder: Path) -> Iterator[None]:
         descriptor = _acquire(path)
     except OSError as error:
         refuse_to_write(path, error)
+    _let_go_in_children()
+    _HELD.add(descriptor)
     try:
         try:
             os.ftruncate(descriptor, 0)
@@ -144,16 +158,43 @@ def locked(folder: Path) -> Iterator[None]:
             refuse_to_write(path, error)
         yield
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)  # before it is released: the next one makes its own
-        os.close(descriptor)
+        if descriptor in _HELD:  # not in a child
+            with suppress(OSError):
+                # Not of a run that has come to the place of one that was moved.
+                if _is_at(descriptor, path):
+                    path.unlink()  # before it is released: the next one makes its own
+            _HELD.discard(descriptor)
+            os.close(descriptor)
+
+
+# Descriptors of the locks that are held. A forked child has copies, which would keep a lock held for
+# as long as the child lives.
+_HELD: set[int] = set()
+
+
+@functools.cache
+def _let_go_in_children() -> None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _let_go() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), os.lstat(path))
 
 
 def _acquire(path: Path) -> int:
     import fcntl  # not on every system that can load a run
 
+    # Nothing but the lock's own file is opened, for a process writes its name into it.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if os.path.lexists(path) and not (is_regular(path) and path.stat().st_nlink == 1):
+            raise InputError(f"expected the lock {path} as a file of its own, got a link: delete it")
+        descriptor = os.open(path, flags, 0o666)
         with ExitStack() as unless_held:
             unless_held.callback(os.close, descriptor)
             try:
@@ -166,6 +207,6 @@ def _acquire(path: Path) -> int:
                 ) from None
             # Its last holder may have taken it away in between: then try again with a new one.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                if _is_at(descriptor, path):
                     unless_held.pop_all()
                     return descriptor

@@ -26,8 +26,7 @@ def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
     state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
     metadata = {_CHECKSUM: checksum_of(describe(vae)["model"], state)}
-    content = serialised(state, metadata=metadata)
-    write_whole(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    write_whole(folder / WEIGHTS, serialised(state, metadata=metadata))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:

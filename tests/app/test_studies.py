@@ -13,8 +13,6 @@ from command_line import SMALL, WARNED, refused, run, sketching, snapshot
 
 import pyro_vae as pv
 from pyro_vae import datasets
-from pyro_vae.app import compare as app_compare
-from pyro_vae.app import compare as comparing
 from pyro_vae.app import pages, study
 from pyro_vae.app import study as studies
 from pyro_vae.app import train as training
@@ -237,7 +235,7 @@ def test_a_finished_study_is_loaded_and_a_half_done_run_trained_again(
             assert old[name] == new[name], name
 
 
-def test_an_interruption_leaves_the_finished_runs(here, monkeypatch, capsys):
+def test_an_interruption_leaves_the_finished_runs(here, monkeypatch):
     def interrupted(settings, dataset, where, **options):
         if settings.guide == "full-rank":
             raise KeyboardInterrupt
@@ -245,16 +243,8 @@ def test_an_interruption_leaves_the_finished_runs(here, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(studies, "train_run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            app_compare.compare_families(
-                comparing.TrainSettings(
-                    dataset="bits.npy", hidden="16", latent_dim=2, epochs=1, device="cpu"
-                ),
-                comparing.EvaluateSettings(num_samples=60),
-                comparing.CompareSettings(guides="mean-field,full-rank", seeds=1),
-                here / "compared",
-            )
-    assert capsys.readouterr().err == "pyro-vae: interrupted: go on by the same command\n"
+        result = run(*COMPARE, "--seeds", 1, "--output", "compared")
+    assert (result.code, result.err) == (130, "pyro-vae: interrupted: go on by the same command\n")
     name = "standard-normal-bernoulli-mean-field-seed-0"
     assert [path.name for path in (here / "compared" / "runs").iterdir()] == [name]
     kept = snapshot(here / "compared" / "runs" / name)
