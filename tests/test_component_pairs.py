@@ -55,7 +55,7 @@ def make_pair(prior_name, family_name, latent_dim=4):
     return VAE(prior, likelihood, family)
 
 
-def train(vae, steps=80):
+def train(vae, steps=60):
     """Train by plain Pyro and return the losses per datum."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -66,7 +66,7 @@ def train(vae, steps=80):
     return torch.tensor(losses)
 
 
-def assert_trains(vae, steps=80):
+def assert_trains(vae, steps=60):
     before = copy.deepcopy(dict(vae.named_parameters()))
     losses = train(vae, steps)
     assert losses.isfinite().all()

@@ -241,7 +241,7 @@ def test_family_gradient_through_draws_is_unbiased(name, latent_dim):
             for key, value in parameters.items()
         }
 
-    drawn = copies(10000)
+    drawn = copies(5000)
     z = family.distribution(drawn).rsample()
     (statistics(z) @ weights).sum().backward()
 

@@ -152,6 +152,7 @@ def test_a_run_without_room_on_its_way_keeps_its_checkpoints_and_goes_on(bits, w
     assert ending(folder) == ending(whole)
 
 
+@pytest.mark.slow
 def test_a_run_without_room_for_its_page_is_finished_when_there_is(bits, whole, tmp_path):
     folder = tmp_path / "run"
     largest = max(path.stat().st_size for path in whole.iterdir())

@@ -179,8 +179,15 @@ def numbers_in(result):
 
 
 @pytest.mark.filterwarnings("ignore:.* data have Pareto k", "ignore:.*no closed form")
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("pair", PAIRS)
+# In turn, so that each function and each pair has half of its cases in the fast part.
+@pytest.mark.parametrize(
+    ("pair", "function"),
+    [
+        pytest.param(pair, function, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, pair in enumerate(PAIRS)
+        for j, function in enumerate(FUNCTIONS)
+    ],
+)
 def test_a_function_serves_an_odd_pair_or_says_why_not(pair, function):
     model, guide, inputs, _ = PAIRS[pair]()
     x = inputs if len(inputs) > 1 else inputs[0]

@@ -30,6 +30,7 @@ def start(*arguments, **options):
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, **options)
 
 
+@pytest.mark.slow
 def test_a_real_process_prints_json_alone(here):
     process = start("evaluate", "run", "--num-samples", 10, "--json", cwd=here)
     out, err = process.communicate(timeout=120)

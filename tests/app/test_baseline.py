@@ -19,7 +19,10 @@ def autoencoder(*arguments):
     return result.out
 
 
-@pytest.mark.parametrize(("likelihood", "loss"), [("bernoulli", "bce"), ("gaussian", "mse")])
+@pytest.mark.parametrize(
+    ("likelihood", "loss"),
+    [pytest.param("bernoulli", "bce", marks=pytest.mark.slow), ("gaussian", "mse")],
+)
 def test_both_are_trained_and_compared(tmp_path, rendered, likelihood, loss):
     folder = tmp_path / "both"
     shown = autoencoder("--output", folder, "--likelihood", likelihood)

@@ -25,8 +25,6 @@ RUNS = {
     "vectors": "--latent-dim 2 --dataset vectors.npz --likelihood gaussian",
     "many": "--latent-dim 2 --dataset many.npy --likelihood gaussian",
 }
-# One run of each kind of picture is looked at in every test run, the others with the slow tests.
-QUICK = ("plain", "sphere", "vectors")
 COMMANDS = {
     "latent": "latent",
     "pca": "latent --plane pca",
@@ -35,6 +33,11 @@ COMMANDS = {
     "interpolate": "interpolate --num 2 --num-steps 3",
     "metropolis": "complete --num 3 --num-draws 2 --num-steps 4",
     "importance": "complete --num 3 --num-draws 2 --method importance --missing random:0.3",
+}
+# One run of each kind of picture is looked at in every test run, the others with the slow tests.
+QUICK = {
+    *((name, command) for name in ("plain", "vectors") for command in COMMANDS),
+    ("sphere", "latent"),
 }
 
 
@@ -58,10 +61,13 @@ def runs(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS],
+    ("name", "command"),
+    [
+        pytest.param(name, command, marks=() if (name, command) in QUICK else pytest.mark.slow)
+        for name in RUNS
+        for command in COMMANDS
+    ],
 )
 def test_every_picture_of_every_run(runs, tmp_path, rendered, name, command):
     picture = tmp_path / "picture.png"

@@ -78,12 +78,12 @@ def exact_angle_derivative(angle, concentration, mean, m):
 
 
 @pytest.mark.parametrize(
-    "m", [2, 3, 11, 1024, *(pytest.param(m, marks=pytest.mark.slow) for m in (4, 101))]
+    "m", [2, 3, 11, *(pytest.param(m, marks=pytest.mark.slow) for m in (4, 101, 1024))]
 )
 def test_angle_derivative_matches_adaptive_quadrature(m, exact, error, cdf):
     for concentration in [1e-3, 1.0, 30.0, 1e3, 1e5]:
         mean = exact(m, concentration).mean
-        for probability in [1e-6, 0.05, 0.5, 0.95, 1 - 1e-6]:
+        for probability in [1e-6, 0.3, 1 - 1e-6]:
             angle = cdf(m, concentration).quantile(probability)
             k = torch.tensor(concentration, dtype=torch.float64)
             mean_cosine = torch.tensor(float(mean), dtype=torch.float64)

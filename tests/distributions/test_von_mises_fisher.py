@@ -328,7 +328,9 @@ class ConjugatePair:
         return constants[0] + constants[1] - constants[2]
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO, pytest.param(TraceMeanField_ELBO, marks=pytest.mark.slow)]
+)
 def test_svi_finds_the_exact_posterior(elbo):
     pyro.clear_param_store()
     pyro.set_rng_seed(16)

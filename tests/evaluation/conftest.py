@@ -225,7 +225,7 @@ def small_decoder(num_data=10):
     return Exact(model, guide, x, exact)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def exact():
     """Builders of the exact models, by name."""
     return {

@@ -19,7 +19,7 @@ def _quiet():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def estimates(exact):
     problem = exact["probabilistic_pca"](num_data=5, num_latents=2)
     options = {"num_steps": 30, "num_chains": 200, "num_leapfrog_steps": 2}

@@ -97,13 +97,13 @@ def test_every_measure_equals_its_quadrature():
 
 def test_the_standard_error_is_that_of_repeated_estimates():
     x = some_data(12)
-    runs = [representation(*linear_pair(), x, num_samples=4, seed=seed) for seed in range(60)]
+    runs = [representation(*linear_pair(), x, num_samples=4, seed=seed) for seed in range(40)]
     for name in ("mutual_information", "marginal_kl", "total_correlation", "dimension_wise_kl"):
         values = np.array([getattr(run, name).value for run in runs])
         claimed = np.array([getattr(run, name).standard_error for run in runs])
         ratio = values.std(ddof=1) / math.sqrt((claimed**2).mean())
-        # A standard deviation from 60 values is itself known to 1 part in sqrt(2 * 59).
-        assert abs(ratio - 1) < 5 / math.sqrt(118), name
+        # A standard deviation from 40 values is itself known to 1 part in sqrt(2 * 39).
+        assert abs(ratio - 1) < 5 / math.sqrt(78), name
 
 
 def test_the_parts_add_up_within_their_errors_and_the_information_is_within_the_rate():
@@ -149,6 +149,7 @@ def test_both_sides_hold_the_information_of_the_population():
         assert excess < 0.2, name
 
 
+@pytest.mark.slow
 def test_many_data_come_near_the_population():
     covariance = A @ A.T + SCALE.square().diag()
     exact = 0.5 * (covariance.diagonal().log().sum() - covariance.logdet()).item()

@@ -160,7 +160,7 @@ GUIDES = {
 @pytest.mark.parametrize("kind", GUIDES)
 def test_parameters_per_data_point_are_trained_on_the_whole_set_in_its_order(kind, x):
     guide = GUIDES[kind](len(x))
-    options = {"epochs": 600, "batch_size": 1000, "learning_rate": 0.05, "schedule": "cosine"}
+    options = {"epochs": 300, "batch_size": 1000, "learning_rate": 0.1, "schedule": "cosine"}
     pv.fit(conjugate, guide, x, compile=False, seed=0, **options)
     pyro.set_rng_seed(0)
     draws = torch.stack(

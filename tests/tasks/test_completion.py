@@ -42,7 +42,13 @@ def covariance_errors(problem, missing, draws):
     return torch.stack(errors)
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)], ids=["exact", "poor guide"])
+@pytest.mark.parametrize(
+    ("shift", "scale"),
+    [
+        pytest.param(0.0, 1.0, id="exact", marks=pytest.mark.slow),
+        pytest.param(0.3, 1.5, id="poor guide"),
+    ],
+)
 def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
     problem = pca(shift=shift, covariance_scale=scale)
     missing = hide(problem.x)
@@ -237,8 +243,8 @@ def test_bits_have_the_exact_conditional_probabilities():
         log_weight = dist.Bernoulli(probability[:, :3]).log_prob(x[:, :3]).sum(1)
         weight = (log_weight - 0.5 * z.square().sum(1)).softmax(0)
         exact = weight @ probability[:, 3:]
-    num_draws = 2000
-    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=40, seed=0)
+    num_draws = 1000
+    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=30, seed=0)
     got = result.draws[:, 0, 3:].mean(0)
     assert ((got - exact).abs() < 5 * (exact * (1 - exact) / num_draws).sqrt()).all()
     result = complete(
