@@ -65,12 +65,7 @@ class Likelihood(nn.Module):
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
         """Take the decoder's output as that of ``(x - loc) / scale``; the density stays that of x.
 
-        Args:
-            loc: what is added to a mean, ``data_shape``.
-            scale: what it is multiplied by before, ``data_shape``.
-
-        Raises:
-            InputError: a likelihood of values that have a range of their own.
+        Both have ``data_shape``. Refused by a likelihood of values with a range of their own.
         """
         raise InputError(
             f"expected a likelihood of real values to standardise, got {type(self).__name__}: its "
@@ -268,32 +263,27 @@ class Gaussian(Likelihood):
         """Set the output bias to ``mean``."""
         self.mean.start_at(bias=(mean - self.loc) / self.scale if self.standardized else mean)
 
-    @property
-    def awaits_sigma(self) -> bool:
-        """Whether sigma is learned and stands where no data have put it yet."""
-        if self.sigma == "per-pixel":
-            assert self.raw_sigma_head.map.bias is not None
-            return not self.raw_sigma_head.map.bias.any()
-        return isinstance(self.sigma, str) and not self.raw_sigma.any()
-
     @torch.no_grad()
-    def start_sigma(self, x: Tensor) -> None:
-        """Start a learned sigma at the deviation of data ``(N, *data_shape)``."""
+    def start_sigma(self, x: Tensor, *, again: bool = True) -> None:
+        """Start a learned sigma at the deviation of data ``(N, *data_shape)``, ``again`` or once."""
         if not isinstance(self.sigma, str):
+            return
+        raw = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
+        assert raw is not None
+        if raw.any() and not again:
             return
         deviation = moments(x)[1]
         if self.standardized:
             deviation = deviation / self.scale.to(deviation)
-        pooled = deviation.square().mean().sqrt().clamp(min=2 * self.floor)
-        start = pooled
+        start = deviation.square().mean().sqrt().clamp(min=2 * self.floor)
         if self.sigma != "learned":  # a value that does not vary says nothing of its noise
-            start = torch.where(deviation > 2 * self.floor, deviation, pooled)
+            start = torch.where(deviation > 2 * self.floor, deviation, start)
         start = start - self.floor
-        raw = start + (-torch.expm1(-start)).log()  # the inverse of softplus
+        start = start + (-torch.expm1(-start)).log()  # the inverse of softplus
         if self.sigma == "per-pixel":
-            self.raw_sigma_head.start_at(bias=raw)
+            self.raw_sigma_head.start_at(bias=start)
         else:
-            self.raw_sigma.copy_(raw)
+            raw.copy_(start)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return independent normal pixels."""

@@ -227,16 +227,14 @@ class ConvDecoder(nn.Module):
 
 
 class Standardized(nn.Module):
-    r"""An encoder that sees standardised data: the affine map is kept with it, as buffers.
-
-    .. math:: f((x - loc) / scale)
+    """An encoder that sees ``(x - loc) / scale`` of data x: buffers that are kept with it.
 
     Args:
         encoder: network from data to features.
-        data_shape: shape of one datum.
+        data_shape: shape of one datum, of ``loc`` and of ``scale``, which start as 0 and 1.
 
     Shapes:
-        those of the encoder; ``loc`` and ``scale`` have ``data_shape`` and start as 0 and 1.
+        those of the encoder.
 
     Raises:
         InputError: an encoder without ``out_shape``.
@@ -310,9 +308,12 @@ def check_shape(
     """Refuse data that are not ``(*batch, *data_shape)``, or ``(N, *data_shape)`` with batch N."""
     axes = 1 if batch == "N" else x.dim() - len(data_shape)
     if axes < 0 or tuple(x.shape[axes:]) != data_shape:
+        advice = f"build the {owner} with the data's own shape"
+        if tuple(x.shape) == data_shape:
+            advice = "of one datum pass x[None]"
         raise InputError(
             f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
-            f"got {tuple(x.shape)}: build the {owner} with the data's own shape"
+            f"got {tuple(x.shape)}: {advice}"
         )
 
 

@@ -21,22 +21,12 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         both ``data_shape`` in float64; 0 where every value is missing.
-
-    Source:
-        Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", equation 2.1.
     """
-    mean = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
-    squares, count = torch.zeros_like(mean), torch.zeros_like(mean)
-    for block in x.split(max(1, _BLOCK // max(1, mean.numel()))):
-        values = block.double()
-        own = (~values.isnan()).sum(0)
-        shift = values.nanmean(0).nan_to_num() - mean
-        total = (count + own).clamp(min=1)
-        squares += (values - values.nanmean(0)).square().nansum(0) + shift**2 * count * own / total
-        mean += shift * own / total
-        count += own
-    return mean, (squares / count.clamp(min=1)).sqrt()
+    blocks = x.split(max(1, _BLOCK // max(1, x[0].numel())))
+    count = sum((~block.isnan()).sum(0) for block in blocks).clamp(min=1)  # type: ignore[union-attr]
+    mean = sum(block.double().nansum(0) for block in blocks) / count
+    squares = sum((block.double() - mean).square().nansum(0) for block in blocks)
+    return mean, (squares / count).sqrt()
 
 
 def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,11 +111,6 @@ class VAE(nn.Module):
         self.check_data(x)
         self._start_at(x)
 
-    def start_sigma(self, x: Tensor) -> None:
-        """Start a learned sigma that has not begun yet at the deviation of the training data."""
-        if getattr(self.likelihood, "awaits_sigma", False):
-            self.likelihood.start_sigma(x)  # type: ignore[attr-defined]
-
     def standardize(self, x: Tensor) -> None:
         """Let the networks see standardised data, in place of :meth:`start_at_data`.
 

@@ -202,5 +202,6 @@ def active_units(vae: VAE, x: Tensor) -> int:
 
 def is_pseudo(vae: VAE, dataset: Dataset) -> bool:
     """Say whether a Bernoulli scores grey values, which is no density."""
-    grey = bool(((dataset.test > 0) & (dataset.test < 1)).any())
-    return grey and isinstance(vae.likelihood, likelihoods.Bernoulli)
+    if not isinstance(vae.likelihood, likelihoods.Bernoulli):
+        return False
+    return bool(((dataset.test > 0) & (dataset.test < 1)).any())

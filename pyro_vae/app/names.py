@@ -82,8 +82,10 @@ class TrainSettings:
     """Everything ``pyro-vae train`` can be told; the defaults suit the digits."""
 
     dataset: str = option(
-        "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz file."
+        "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz/.csv file."
     )
+    labels: str | None = option(None, "Column of a .csv file that holds labels.")
+    leave_out: str | None = option(None, "Columns of a .csv file, between commas, that are no data.")
     data_root: str | None = option(
         None, "Folder of the named sets; default: $PYRO_VAE_DATA.", only_with=_NAMED
     )
@@ -125,7 +127,9 @@ class TrainSettings:
         None,
         "Epochs over which beta rises from 0; default: a tenth of the epochs, more in short runs.",
     )
-    objective: str = option("elbo", ", ".join(OBJECTIVES))
+    objective: str = option(
+        "analytic-kl", ", ".join(OBJECTIVES) + "; analytic-kl is the elbo with closed-form rates."
+    )
     num_particles: int | None = option(None, "Draws per datum and step; default 1, for iwae 5.")
     free_bits: float | None = option(
         None, "Objective free-bits: nats of each latent dimension that cost nothing."
@@ -137,7 +141,11 @@ class TrainSettings:
     gradient_clip: float | None = option(None, "Greatest norm of the gradient per datum.")
     precision: str = option("float32", "float32, tf32 or bfloat16.")
     compile: str = option("auto", "auto, on or off: compile the training step.")
-    patience: int | None = option(None, "Stop after so many epochs without a better validation ELBO.")
+    patience: int | None = option(
+        None,
+        "Stop after so many epochs without a better validation ELBO and keep the best; default: a "
+        "fifth of the epochs, 20 at least, for gaussian, else none.",
+    )
     seed: int = option(0, "Seed of initial weights and training.")
     data_seed: int | None = option(
         None, "Seed of the split and of the bits drawn once; default: the seed."

@@ -87,6 +87,8 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
         validation_size=settings.validation_size,
         seed=settings.split_seed,
         download=settings.download,
+        labels=settings.labels,
+        leave_out=tuple(filter(None, (settings.leave_out or "").split(","))),
     )
 
 

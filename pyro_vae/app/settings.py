@@ -34,10 +34,8 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
 
 def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
     """Set what training starts from to the training data, which the networks may see standardised."""
-    if settings.standardize is None:
-        wanted = settings.likelihood == "gaussian"
-    else:
-        wanted = settings.standardize
+    by_default = settings.likelihood == "gaussian"
+    wanted = by_default if settings.standardize is None else settings.standardize
     (vae.standardize if wanted else vae.start_at_data)(train)
 
 
@@ -113,6 +111,9 @@ def _sigma(text: str) -> float | str:
         raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
 
 
+# Epochs without a better validation ELBO that are waited for at the least.
+_PATIENCE = 20
+
 # --- how it is trained -----------------------------------------------------------------------
 
 
@@ -140,13 +141,18 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
 
 
-def tell_defaults(settings: TrainSettings, train: Tensor) -> TrainSettings:
-    """Return the settings with the defaults as they are for the training data."""
+def tell_defaults(
+    settings: TrainSettings, train: Tensor, validation: Tensor | None = None
+) -> TrainSettings:
+    """Return the settings with the defaults as they are for the data."""
     num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
     if settings.likelihood == "gaussian":
         told["sigma"] = settings.sigma or _default_sigma(tuple(train.shape[1:]))
         told["standardize"] = settings.standardize is not False
+        if settings.patience is None and validation is not None and len(validation):
+            # Where sigma is learned too, data learned by heart cost the held-out ones ever more nats.
+            told["patience"] = max(_PATIENCE, settings.epochs // 5)
     if settings.num_components is None:
         told["num_components"] = _default_components(settings.prior, num_data)
     if settings.warmup_epochs is None:
@@ -176,8 +182,8 @@ def fit_options(settings: TrainSettings) -> dict[str, Any]:
     return options | {"objective": objective, "compile": compile}
 
 
-def _objective_of(settings: TrainSettings) -> Bound | None:
-    """Return the objective that the settings name; None for the plain ELBO."""
+def _objective_of(settings: TrainSettings) -> Bound:
+    """Return the objective that the settings name."""
     name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
     check_choice("objective", name, names.OBJECTIVES)
     check_counts({"num_particles": particles})
@@ -187,8 +193,6 @@ def _objective_of(settings: TrainSettings) -> Bound | None:
             f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
         )
     particles = particles or _default_particles(name)
-    if name == "elbo" and particles == 1:
-        return None
     kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
 

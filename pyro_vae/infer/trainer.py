@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -147,8 +146,7 @@ class Trainer:
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
             rows = own if len(own) else index[:1]
             batch = tuple(value[rows].to(self.device, non_blocking=True) for value in self.train)
-            with self._explain_one(len(rows)):
-                summary = self._step(batch, len(own) / len(index))
+            summary = self._step(batch, len(own) / len(index))
             epoch.summaries[epoch.taken].copy_(summary)
             epoch.taken += 1
             if self.device.type == "cpu" and self.settings.skip_limit is None and summary[-1]:
@@ -166,23 +164,6 @@ class Trainer:
             "seconds": seconds,
             "data_per_second": len(self.train[0]) / seconds,
         }
-
-    @contextmanager
-    def _explain_one(self, size: int) -> Iterator[None]:
-        """Say of a batch norm that fails on one data point what to do; without one all are served."""
-        try:
-            yield
-        except ValueError as error:
-            if (
-                size > 1
-                or isinstance(error, InputError)
-                or not has_batch_norm(self.model, self.guide)
-            ):
-                raise
-            raise InputError(
-                "expected at least 2 data points in each batch for a batch norm, got a batch of 1: "
-                "take a larger batch_size, more data, or another norm"
-            ) from error
 
     def _begin_epoch(self, number: int) -> _Epoch:
         size, place = len(self.train[0]), self.train[0].device
@@ -410,7 +391,12 @@ def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:
     """
     full, rest = divmod(pair.num_data, settings.batch_size)
     sizes = [settings.batch_size] * full + [rest] * (rest > 0)
-    if rest == 1 and full and has_batch_norm(pair.model, pair.guide):
+    if sizes[-1] == 1 and has_batch_norm(pair.model, pair.guide):
+        if len(sizes) == 1 or settings.batch_size == 1:
+            raise InputError(
+                "expected at least 2 data points in each batch for a batch norm, got a batch of 1: "
+                "take a larger batch_size, more data, or another norm"
+            )
         sizes[-2:] = [settings.batch_size + 1]
     return sizes
 

@@ -91,9 +91,9 @@ def modules_of(*functions: PairFunction) -> list[nn.Module]:
 
 
 def has_batch_norm(*functions: PairFunction) -> bool:
-    """Tell whether the functions reach a batch norm, which ties the data of a batch together."""
+    """Tell whether the functions reach a batch norm of vectors, which fails on one data point."""
     parts = (part for module in modules_of(*functions) for part in module.modules())
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
+    return any(isinstance(part, nn.BatchNorm1d) for part in parts)
 
 
 def tensors_of(*functions: PairFunction) -> list[Tensor]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_modules
+from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
 
@@ -30,14 +31,17 @@ def as_inputs(
     type where they have one; whole numbers too where the model says that its data are numbers, for
     elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
     """
+    x = gather(x, *functions)
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
-        raise InputError(
-            f"expected x as a tensor or a tuple of tensors, got {got}: of a Dataset pass one part, "
-            "e.g. data.test"
-        )
+        advice = "make it one by torch.as_tensor or numpy.asarray"
+        if got == "Dataset":
+            advice = "of a Dataset pass one part, e.g. data.test"
+        elif got in ("str", "PosixPath"):
+            advice = "load the file by pyro_vae.datasets.load, or by numpy or pandas"
+        raise InputError(f"expected x as a tensor or a tuple of tensors, got {got}: {advice}")
     for value in inputs:
         _check_tensor(value)
     lengths = [len(value) if value.dim() else 0 for value in inputs]
@@ -80,20 +84,18 @@ def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inp
     return tuple(v[at].to(device) for v, at in zip(inputs, rows_at, strict=True))
 
 
-def check_data(model: PairFunction, inputs: Inputs) -> None:
-    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has."""
+def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -> None:
+    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has.
+
+    A likelihood that begins ``to_train`` starts a learned sigma at the scale of the data.
+    """
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
         if check is not None and len(inputs) == 1:
             check(*inputs)
-
-
-def start_sigma(model: PairFunction, inputs: Inputs) -> None:
-    """Let a model's owner start what waits for the scale of training data, as a ``VAE`` does."""
-    for owner in owned_modules(model):
-        start = getattr(owner, "start_sigma", None)
-        if start is not None and len(inputs) == 1:
-            start(*inputs)
+            start = getattr(getattr(owner, "likelihood", None), "start_sigma", None)
+            if to_train and start is not None:
+                start(*inputs, again=False)
 
 
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
@@ -151,6 +153,11 @@ def _check_tensor(value: Tensor) -> None:
 def check_number(inputs: Inputs, *functions: PairFunction) -> None:
     """Refuse another number of tensors than the functions take."""
     for function in functions:
+        if isinstance(function, nn.Module) and type(function).forward is nn.Module.forward:
+            raise InputError(
+                f"expected two functions, got a {type(function).__name__} without forward: pass its "
+                "methods, e.g. vae.model and vae.guide"
+            )
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one
@@ -159,8 +166,9 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
             signature.bind(*inputs)
         except TypeError:
             name = getattr(function, "__name__", type(function).__name__)
-            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs[:4])
             raise InputError(
                 f"expected as many tensors as {name}{signature} takes, got {len(inputs)} of shapes "
-                f"{shapes}: pass one for each argument, labels only where they are an argument"
+                f"{shapes}: pass one for each argument, labels only where they are an argument, and "
+                "a list of data points as one tensor by torch.stack"
             ) from None

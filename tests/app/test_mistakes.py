@@ -51,7 +51,7 @@ BAD_SETTINGS = {
     "--objective iwea": "did you mean 'iwae'?",
     "--num-particles 0": "--num-particles of at least 1, got 0",
     "--objective free-bits": "expected --free-bits with --objective free-bits",
-    "--free-bits 0.1": "got 0.1 with elbo",
+    "--free-bits 0.1": "got 0.1 with analytic-kl",
     "--objective free-bits --free-bits -1": "floor of at least 0",
     "--schedule linear": "expected a schedule constant, cosine",
     "--gradient-clip 0": "gradient_clip above 0",
