@@ -15,11 +15,27 @@ from pyro_vae.distributions.continuous_bernoulli import (
     StableContinuousBernoulli,
     continuous_bernoulli_mean,
 )
-from pyro_vae.errors import InputError, positive_number
+from pyro_vae.distributions.values import (
+    LevelsOfLogistic,
+    NumberedCategorical,
+    PreciseNegativeBinomial,
+    PreciseStudentT,
+)
+from pyro_vae.errors import InputError, positive_number, size
 from pyro_vae.networks import Head, check_shape, feature_shape
 from pyro_vae.scale import moments
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Likelihood"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Gaussian",
+    "Likelihood",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+]
 
 SIGMAS = ("learned", "per-column", "per-pixel")
 
@@ -32,15 +48,30 @@ class Likelihood(nn.Module):
 
     1. keep every constructor argument under its own name;
     2. build a :class:`pyro_vae.networks.Head` per parameter on the decoder's features;
-    3. set ``accepts`` to the closed interval of values the density is defined for;
+    3. set ``accepts`` to the closed interval of values the density is defined for, and ``step`` to
+       the distance of its values from each other where they are discrete;
     4. return the distribution from ``forward``, with ``.to_event(len(self.data_shape))``.
+
+    Args:
+        decoder: network from latents to features.
+        data_shape: shape of one datum.
+
+    Shapes:
+        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
+
+    Raises:
+        InputError: a decoder without ``out_shape``.
 
     Attributes:
         accepts: the closed interval of the data's values.
+        step: distance between two of the data's values; None where any value is accepted.
+        takes_sizes: whether the call takes size factors ``(N,)`` after z, as counts may.
         data_shape: shape of one datum.
     """
 
-    accepts: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    accepts: tuple[float, float] = (-math.inf, math.inf)
+    step: float | None = None
+    takes_sizes: bool = False
     instead: ClassVar[str] = "check the data"
     data_shape: tuple[int, ...]
 
@@ -50,8 +81,11 @@ class Likelihood(nn.Module):
         self.data_shape = tuple(int(size) for size in data_shape)
         self.latent_dim = getattr(decoder, "latent_dim", None)
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x given z): batch shape ``z.shape[:-1]``, event shape ``data_shape``."""
+    def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
+        """Return p(x given z): batch shape ``z.shape[:-1]``, event shape ``data_shape``.
+
+        What is ``given`` after z, such as a condition, goes on to the decoder.
+        """
         raise NotImplementedError
 
     def start_at_mean(self, mean: Tensor) -> None:
@@ -91,6 +125,18 @@ class Likelihood(nn.Module):
                 f"expected x in [{low:g}, {high:g}] for {type(self).__name__}, "
                 f"got values from {smallest:g} to {largest:g}: {self.instead}"
             )
+        off = torch.zeros(()) if self.step is None else x / self.step
+        off = (off - off.round()).abs()
+        if off.max() > 1e-3:
+            kind = "whole numbers" if self.step == 1 else f"multiples of {self.step:.6g}"
+            raise InputError(
+                f"expected {kind} for {type(self).__name__}, got {x.flatten()[off.argmax()]:g}: "
+                f"{self.instead}"
+            )
+
+    def bits_per_dimension(self, log_prob: float) -> float:
+        """Return log p(x) in nats as bits for each value; a code's length where x is discrete."""
+        return -log_prob / (math.log(2) * math.prod(self.data_shape))
 
 
 class _UnitInterval(Likelihood):
@@ -104,9 +150,10 @@ class _UnitInterval(Likelihood):
         super().__init__(decoder, data_shape)
         self.logits = Head(feature_shape(decoder), self.data_shape)
 
-    def forward(self, z: Tensor) -> dist.Distribution:
+    def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent pixels with the logits that the head gives."""
-        pixels = self.pixels(logits=self.logits(self.decoder(z)), validate_args=False)
+        logits = self.logits(self.decoder(z, *given))
+        pixels = self.pixels(logits=logits, validate_args=False)
         return pixels.to_event(len(self.data_shape))
 
 
@@ -117,14 +164,7 @@ class Bernoulli(_UnitInterval):
     the grey values as probabilities), not a density, and is not comparable with one.
 
     Args:
-        decoder: network from latents to features.
-        data_shape: shape of one datum.
-
-    Shapes:
-        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
-
-    Raises:
-        InputError: a decoder without ``out_shape``.
+        decoder, data_shape: as :class:`Likelihood` has them.
 
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", appendix C.1, equation 11.
@@ -153,14 +193,7 @@ class ContinuousBernoulli(_UnitInterval):
     the parameter lambda of the source.
 
     Args:
-        decoder: network from latents to features.
-        data_shape: shape of one datum.
-
-    Shapes:
-        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
-
-    Raises:
-        InputError: a decoder without ``out_shape``.
+        decoder, data_shape: as :class:`Likelihood` has them.
 
     Source:
         Loaiza-Ganem, Cunningham 2019, "The Continuous Bernoulli: Fixing a Pervasive Error in
@@ -193,8 +226,7 @@ class Gaussian(Likelihood):
     .. math:: p(x | z) = N(x; f(z), \sigma^2 I)
 
     Args:
-        decoder: network from latents to features.
-        data_shape: shape of one datum.
+        decoder, data_shape: as :class:`Likelihood` has them.
         sigma: a positive number (fixed), ``"learned"`` (one for all pixels), ``"per-column"`` (one
             learned for each value of a datum, whatever z) or ``"per-pixel"`` (from a second head,
             depending on z). Where it is learned it starts at the data's own deviation, through
@@ -204,9 +236,6 @@ class Gaussian(Likelihood):
         standardized: whether mean, floor and learned sigma are in units of the buffers ``loc`` and
             ``scale`` (see :meth:`standardize`), so that f(z) = loc + scale * the head's output. x,
             its density and a fixed sigma are in the data's own units all the same.
-
-    Shapes:
-        z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
 
     Raises:
         InputError: a sigma or a floor that is not positive, or an unknown word.
@@ -285,15 +314,17 @@ class Gaussian(Likelihood):
         else:
             raw.copy_(start)
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return independent normal pixels."""
-        features = self.decoder(z)
+    def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
+        """Return independent pixels, normal ones unless a subclass has others."""
+        features = self.decoder(z, *given)
         mean = self.mean(features)
         scale = self._scale(features)
         if self.standardized:
             mean = self.loc + self.scale * mean
-        scale = scale.expand_as(mean)
-        return dist.Normal(mean, scale, validate_args=False).to_event(len(self.data_shape))
+        return self._pixels(mean, scale.expand_as(mean)).to_event(len(self.data_shape))
+
+    def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
+        return dist.Normal(mean, scale, validate_args=False)
 
     def _scale(self, features: Tensor) -> Tensor:
         if not isinstance(self.sigma, str):
@@ -301,3 +332,216 @@ class Gaussian(Likelihood):
         raw = self.raw_sigma_head(features) if self.sigma == "per-pixel" else self.raw_sigma
         scale = self.floor + F.softplus(raw)
         return self.scale * scale if self.standardized else scale
+
+
+class StudentT(Gaussian):
+    r"""Independent Student t pixels, whose outliers cost no more than their logarithm.
+
+    .. math:: p(x | z) = \prod_i t_\nu(x_i; f_i(z), \sigma)
+
+    Args:
+        decoder, data_shape: as :class:`Likelihood` has them.
+        df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
+            that there is a mean, from 5 on.
+        sigma, floor, standardized: as :class:`Gaussian` has them.
+
+    Raises:
+        InputError: a df, a sigma or a floor that is not positive, or an unknown word.
+
+    Source:
+        Takahashi et al. 2018, "Student-t Variational Autoencoder for Robust Density Estimation".
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        df: float | str = "learned",
+        sigma: float | str = "learned",
+        floor: float = 0.5 / 255,
+        standardized: bool = False,
+    ) -> None:
+        super().__init__(decoder, data_shape, sigma=sigma, floor=floor, standardized=standardized)
+        self.df = df if df == "learned" else positive_number("df", df)
+        if self.df == "learned":
+            self.raw_df = nn.Parameter(torch.tensor(4.0).expm1().log())
+
+    def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
+        fixed = mean.new_tensor(self.df) if isinstance(self.df, float) else None
+        df = 1 + F.softplus(self.raw_df) if fixed is None else fixed
+        return PreciseStudentT(df, mean, scale, validate_args=False)
+
+
+class DiscretizedLogistic(Gaussian):
+    r"""Logistic pixels rounded to equal levels from 0 to 1: a probability of 8-bit images.
+
+    .. math:: P(x | z) = \prod_i \int_{x_i - h}^{x_i + h} \mathrm{logistic}(t; f_i(z), s)\,dt
+
+    with h half a step; the first and the last level take the tails. -log P(x) is the length of a
+    lossless code, see :meth:`bits_per_dimension`.
+
+    Args:
+        decoder, data_shape: as :class:`Likelihood` has them.
+        levels: number of levels; data are k / (levels - 1).
+        sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
+
+    Raises:
+        InputError: fewer than 2 levels, a sigma or a floor that is not positive, or an unknown word.
+
+    Source:
+        Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow".
+
+    Example:
+        >>> from pyro_vae.networks import MLPDecoder
+        >>> likelihood = DiscretizedLogistic(MLPDecoder(2), (3, 8, 8))
+        >>> likelihood.bits_per_dimension(-math.log(256) * 3 * 8 * 8)  # every level alike
+        8.0
+    """
+
+    accepts = (0.0, 1.0)
+    instead = "divide by the largest possible value (255 for bytes) and say how many levels there are"
+    standardize = Likelihood.standardize  # levels have a range of their own
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        levels: int = 256,
+        sigma: float | str = "learned",
+        floor: float = 0.5 / 255,
+    ) -> None:
+        super().__init__(decoder, data_shape, sigma=sigma, floor=floor)
+        self.levels = size("levels", levels, least=2)
+        self.step = 1 / (self.levels - 1)
+
+    def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
+        # sqrt(3) / pi is the scale of a logistic whose deviation is 1.
+        return LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
+
+
+class Categorical(Likelihood):
+    """Independent categories 0, 1, ..., K - 1, in columns of a table or as the levels of pixels.
+
+    The mean is that of the numbers, for categories with an order; of others use draws.
+
+    Args:
+        decoder, data_shape: as :class:`Likelihood` has them.
+        num_categories: K.
+
+    Raises:
+        InputError: fewer than 2 categories.
+    """
+
+    step = 1.0
+    instead = "number the categories from 0, and say how many there are"
+
+    def __init__(self, decoder: nn.Module, data_shape: Sequence[int], *, num_categories: int) -> None:
+        super().__init__(decoder, data_shape)
+        self.num_categories = size("num_categories", num_categories, least=2)
+        self.accepts = (0.0, self.num_categories - 1.0)
+        channels, *rest = self.data_shape
+        self.logits = Head(feature_shape(decoder), (channels * self.num_categories, *rest))
+
+    def start_at_mean(self, mean: Tensor) -> None:
+        """Set the output bias to the binomial distribution of that mean, one for each value."""
+        top = self.num_categories - 1
+        share = (mean / top).clamp(1e-3, 1 - 1e-3).unsqueeze(1)
+        numbers = torch.arange(top + 1).to(mean).reshape(1, -1, *[1] * (mean.dim() - 1))
+        start = dist.Binomial(top, share, validate_args=False).log_prob(numbers)
+        self.logits.start_at(bias=start.flatten(0, 1))
+
+    def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
+        """Return independent categories."""
+        logits, dims = self.logits(self.decoder(z, *given)), len(self.data_shape)
+        logits = logits.unflatten(-dims, (self.data_shape[0], self.num_categories))
+        pixels = NumberedCategorical(logits=logits.movedim(-dims, -1), validate_args=False)
+        return pixels.to_event(dims)
+
+
+class Poisson(Likelihood):
+    r"""Independent Poisson counts, the logarithms of their rates from a head on the features.
+
+    .. math:: p(x | z) = \prod_i Poisson(x_i; s \exp f_i(z))
+
+    Args:
+        decoder, data_shape: as :class:`Likelihood` has them.
+        size_factor: the s of a datum (its exposure, its sequencing depth): None is 1; ``"observed"``
+            takes it as a last input, ``(N,)``, of model and guide, whose x is then a tuple;
+            ``"learned"`` makes it log-normal: the last latent times a learned scale is log s, and
+            the decoder has one latent less than prior and family.
+
+    Raises:
+        InputError: an unknown word; called without the size factors that are to be observed.
+
+    Source:
+        Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
+
+    Example:
+        >>> from pyro_vae.networks import MLPDecoder
+        >>> counts = Poisson(MLPDecoder(2), (64,), size_factor="observed")
+        >>> counts(torch.zeros(5, 2), torch.full((5,), 10.0)).batch_shape
+        torch.Size([5])
+    """
+
+    accepts = (0.0, math.inf)
+    step = 1.0
+    instead = "these are no counts; use Gaussian, or StudentT"
+
+    def __init__(
+        self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
+    ) -> None:
+        super().__init__(decoder, data_shape)
+        if size_factor not in (None, "observed", "learned"):
+            raise InputError(
+                f"expected size_factor as None, 'observed' or 'learned', got {size_factor!r}"
+            )
+        self.size_factor = size_factor
+        self.log_rate = Head(feature_shape(decoder), self.data_shape)
+        self.takes_sizes = size_factor == "observed"
+        if size_factor == "learned":
+            self.latent_dim = None if self.latent_dim is None else self.latent_dim + 1
+            self.log_size_scale = nn.Parameter(torch.zeros(()))
+
+    def start_at_mean(self, mean: Tensor) -> None:
+        """Set the output bias to the logarithm of ``mean``, that of a size factor of 1."""
+        self.log_rate.start_at(bias=mean.clamp(min=1e-3).log())
+
+    def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
+        """Return independent counts; the last tensor given is the size factors, if observed."""
+        log_size = z.new_zeros(())
+        if self.size_factor == "observed":
+            if not given:
+                raise InputError(
+                    "expected size factors, got x alone: give model and guide (x, size_factors)"
+                )
+            given, log_size = given[:-1], given[-1].log()
+        elif self.size_factor == "learned":
+            z, log_size = z[..., :-1], self.log_size_scale.exp() * z[..., -1]
+        log_size = log_size.reshape(*log_size.shape, *[1] * len(self.data_shape))
+        counts = self._counts(self.log_rate(self.decoder(z, *given)) + log_size)
+        return counts.to_event(len(self.data_shape))
+
+    def _counts(self, log_rate: Tensor) -> dist.Distribution:
+        return dist.Poisson(log_rate.exp(), validate_args=False)
+
+
+class NegativeBinomial(Poisson):
+    r"""Independent negative binomial counts: Poisson counts whose rates vary by a gamma.
+
+    .. math:: E[x_i] = \mu_i = s \exp f_i(z), \quad Var[x_i] = \mu_i + \mu_i^2 / \theta_i
+
+    theta is learned, one for each value of a datum, from 1 on. Arguments, errors and source are those
+    of :class:`Poisson`.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
+    ) -> None:
+        super().__init__(decoder, data_shape, size_factor=size_factor)
+        self.log_theta = nn.Parameter(torch.zeros(self.data_shape))
+
+    def _counts(self, log_rate: Tensor) -> dist.Distribution:
+        logits = log_rate - self.log_theta
+        return PreciseNegativeBinomial(self.log_theta.exp(), logits=logits, validate_args=False)

@@ -63,22 +63,30 @@ class VAE(nn.Module):
         self.variational_family = guide
         self.name = f"vae_{next(_numbers)}"
 
-    def model(self, x: Tensor) -> None:
-        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood."""
+    def model(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
+
+        ``given``: the size factors ``(N,)`` of counts, where the likelihood takes them.
+        """
         self._register("prior")
         self._register("likelihood")
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._prior())
-            pyro.sample("x", self.likelihood(z), obs=x)
+            pyro.sample("x", self.likelihood(z, *given), obs=x)
 
-    def guide(self, x: Tensor) -> None:
-        """Draw z from q(z given x) for x ``(N, *data_shape)``."""
+    def guide(self, x: Tensor, *given: Tensor) -> None:
+        """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.variational_family(x))
 
-    def check_data(self, x: Tensor) -> None:
+    def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
+        if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
+            raise InputError(
+                "expected size factors as numbers above 0, one for each datum, got shape "
+                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: mend them"
+            )
         check = getattr(self.likelihood, "check", None)
         if check is not None:
             check(x)
@@ -92,7 +100,8 @@ class VAE(nn.Module):
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array.
+            x: training data ``(N, *data_shape)``, a tensor or an array, or a tuple with all that
+                the model is given.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -107,9 +116,11 @@ class VAE(nn.Module):
             >>> likelihood.logits.map.bias.sigmoid()  # logits that keep away from 0 and 1
             tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
         """
-        x = _training_data(x)
-        self.check_data(x)
-        self._start_at(x)
+        x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
+        self.check_data(x, *given)
+        # Of counts, what their mean is with a size factor of 1.
+        mean = x.mean(0) / (given[-1].mean() if self._takes_sizes else 1)
+        self._start_at(x, mean)
 
     def standardize(self, x: Tensor) -> None:
         """Let the networks see standardised data, in place of :meth:`start_at_data`.
@@ -155,13 +166,14 @@ class VAE(nn.Module):
         first = next(self.parameters(), loc)
         encoder.to(first).loc.copy_(loc)
         encoder.scale.copy_(scale)
-        self._start_at(x if is_whole else torch.where(x.isnan(), loc.to(x), x))
+        x = x if is_whole else torch.where(x.isnan(), loc.to(x), x)
+        self._start_at(x, x.mean(0))
 
-    def _start_at(self, x: Tensor) -> None:
+    def _start_at(self, x: Tensor, mean: Tensor) -> None:
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
-            self.likelihood.start_at_mean(x.mean(0))
+            self.likelihood.start_at_mean(mean)
         except NotImplementedError:  # a likelihood of the user's own may leave it out
             raise InputError(
                 "expected a likelihood with a first mean to set, got "
@@ -173,6 +185,15 @@ class VAE(nn.Module):
         start_at_data = getattr(self.prior, "start_at_data", None)
         if start_at_data is not None:
             start_at_data(x)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many tensors model and guide take, x included."""
+        return 1 + self._takes_sizes
+
+    @property
+    def _takes_sizes(self) -> bool:
+        return getattr(self.likelihood, "takes_sizes", False)
 
     def _prior(self) -> dist.Distribution:
         prior = self.prior()

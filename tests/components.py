@@ -65,6 +65,20 @@ LIKELIHOODS = {
     "Gaussian": functools.partial(likelihoods.Gaussian, sigma=0.4),
     "Gaussian learned": functools.partial(likelihoods.Gaussian, sigma="learned"),
     "Gaussian per-pixel": functools.partial(likelihoods.Gaussian, sigma="per-pixel"),
+    # Draws have moments of every order that the tests take.
+    "StudentT": functools.partial(likelihoods.StudentT, df=30.0, sigma=0.4),
+    "StudentT learned": functools.partial(likelihoods.StudentT, sigma="per-pixel"),
+    "DiscretizedLogistic": functools.partial(likelihoods.DiscretizedLogistic, levels=17),
+    "DiscretizedLogistic per-pixel": functools.partial(
+        likelihoods.DiscretizedLogistic, levels=17, sigma="per-pixel"
+    ),
+    "Categorical": functools.partial(likelihoods.Categorical, num_categories=17),
+    "Poisson": likelihoods.Poisson,
+    "Poisson learned": functools.partial(likelihoods.Poisson, size_factor="learned"),
+    "NegativeBinomial": likelihoods.NegativeBinomial,
+    "NegativeBinomial learned": functools.partial(
+        likelihoods.NegativeBinomial, size_factor="learned"
+    ),
 }
 SUPPORT = {name: make(encoder(), 2).latent_support for name, make in FAMILIES.items()}
 PRIOR_SUPPORT = {name: make(2).latent_support for name, make in PRIORS.items()}
@@ -92,8 +106,19 @@ def make_family(name, latent_dim=2, *, seed=0):
 
 def make_likelihood(name, *, seed=0):
     torch.manual_seed(seed)
-    decoder = MLPDecoder(2, (8,), activation="tanh")
+    decoder = MLPDecoder(decoder_dim(name, 2), (8,), activation="tanh")
     return shaken(LIKELIHOODS[name](decoder, DATA_SHAPE))
+
+
+def decoder_dim(name, latent_dim):
+    """Of counts with a learned size factor, one latent is that."""
+    sized = name in ("Poisson learned", "NegativeBinomial learned")
+    return latent_dim - sized
+
+
+def likelihood_digits(likelihood):
+    """The digits as the likelihood takes them: levels from 0 to 1, or whole numbers to 16."""
+    return digits() * 16 if likelihood.step == 1 else digits()
 
 
 def shaken(component):

@@ -8,7 +8,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from components import DATA_SHAPE, FAMILIES, LIKELIHOODS, SUPPORT, digits, encoder
+from components import (
+    DATA_SHAPE,
+    FAMILIES,
+    LIKELIHOODS,
+    SUPPORT,
+    decoder_dim,
+    digits,
+    encoder,
+    likelihood_digits,
+)
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
@@ -55,20 +64,20 @@ def make_pair(prior_name, family_name, latent_dim=4):
     return VAE(prior, likelihood, family)
 
 
-def train(vae, steps=60):
+def train(vae, steps=60, data=None):
     """Train by plain Pyro and return the losses per datum."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-3}), Trace_ELBO())
-    batches = digits().split(64)
+    batches = (digits() if data is None else data).split(64)
     losses = [svi.step(batches[step % len(batches)]) / 64 for step in range(steps)]
     pyro.clear_param_store()
     return torch.tensor(losses)
 
 
-def assert_trains(vae, steps=60):
+def assert_trains(vae, steps=60, data=None):
     before = copy.deepcopy(dict(vae.named_parameters()))
-    losses = train(vae, steps)
+    losses = train(vae, steps, data)
     assert losses.isfinite().all()
     assert losses[-16:].mean() < losses[:16].mean()
     for name, parameter in vae.named_parameters():
@@ -87,10 +96,12 @@ def test_matching_pair_trains(prior, family):
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_likelihood_trains(name):
     torch.manual_seed(0)
-    likelihood = LIKELIHOODS[name](MLPDecoder(4, (32,)), (64,))
-    likelihood.start_at_mean(digits().mean(0))
+    likelihood = LIKELIHOODS[name](MLPDecoder(decoder_dim(name, 4), (32,)), (64,))
+    data = likelihood_digits(likelihood)
+    likelihood.check(data)
+    likelihood.start_at_mean(data.mean(0))
     family = guides.MeanFieldNormal(MLPEncoder((64,), (32,)), 4)
-    assert_trains(VAE(priors.StandardNormal(4), likelihood, family))
+    assert_trains(VAE(priors.StandardNormal(4), likelihood, family), data=data)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

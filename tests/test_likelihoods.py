@@ -1,15 +1,31 @@
 """What each likelihood promises beyond the common contract."""
 
+import itertools
 import math
 
 import mpmath
+import numpy as np
+import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 
 from pyro_vae import likelihoods
 from pyro_vae.distributions.continuous_bernoulli import StableContinuousBernoulli
+from pyro_vae.distributions.values import (
+    LevelsOfLogistic,
+    NumberedCategorical,
+    PreciseNegativeBinomial,
+    PreciseStudentT,
+)
 from pyro_vae.errors import InputError
-from pyro_vae.networks import ConvDecoder, MLPDecoder
+from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.guides import MeanFieldNormal
+from pyro_vae.infer.training import fit
+from pyro_vae.networks import ConvDecoder, MLPDecoder, MLPEncoder
+from pyro_vae.priors import StandardNormal
+from pyro_vae.tasks import generate
+from pyro_vae.vae import VAE
 
 # Natural parameters around every switch: zero, the quantile's series, the edge of torch's own series
 # (sigmoid(0.004) = 0.501), the series of the normaliser, float32's saturated sigmoid, far out.
@@ -134,6 +150,109 @@ def test_pixels_that_never_change_leave_a_finite_start():
         assert likelihood(torch.zeros(2)).log_prob(x) > -60
 
 
+@pytest.mark.parametrize("size_factor", [None, "observed"])
+@pytest.mark.parametrize("make", [likelihoods.Poisson, likelihoods.NegativeBinomial])
+def test_counts_start_at_their_mean_for_each_size(make, size_factor):
+    torch.manual_seed(0)
+    likelihood = make(MLPDecoder(2, (4,)), (3,), size_factor=size_factor).double()
+    sizes = torch.tensor([0.5, 1.0, 4.0, 2.5], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.0, 3.0], [2, 0, 6], [9, 0, 25], [4, 0, 14]], dtype=torch.float64)
+    given = () if size_factor is None else (sizes,)
+    vae = VAE(StandardNormal(2), likelihood, MeanFieldNormal(MLPEncoder((3,), (4,)), 2))
+    vae.start_at_data((x, *given) if given else x)
+    with torch.no_grad():
+        likelihood.log_rate.map.weight.zero_()
+    mean = likelihood(torch.zeros(4, 2, dtype=torch.float64), *given).mean
+    torch.testing.assert_close(mean.sum(0)[[0, 2]], x.sum(0)[[0, 2]])
+    assert (mean[:, 1] < 0.005).all()
+    if given:
+        torch.testing.assert_close(mean / sizes[:, None], mean[:1].expand(4, 3) / sizes[0])
+
+
+def test_categories_start_near_the_mean():
+    likelihood = likelihoods.Categorical(ConvDecoder(2, (2, 4, 4), (3,)), (2, 4, 4), num_categories=5)
+    likelihood.start_at_mean(torch.tensor([1.0, 3.0]).reshape(2, 1, 1).expand(2, 4, 4))
+    with torch.no_grad():
+        likelihood.logits.map.weight.zero_()
+    mean = likelihood(torch.zeros(7, 2)).mean
+    assert mean.shape == (7, 2, 4, 4)
+    torch.testing.assert_close(mean[:, 0], torch.ones(7, 4, 4))
+    torch.testing.assert_close(mean[:, 1], torch.full((7, 4, 4), 3.0))
+
+
+def test_probabilities_and_densities_are_scipys():
+    rates, counts = np.array([1e-3, 0.7, 30.0, 4e3]), np.array([0, 3, 25, 4100])
+    theta = np.array([1e-2, 0.5, 20.0, 1e7])
+    got = PreciseNegativeBinomial(
+        torch.tensor(theta), logits=torch.tensor(np.log(rates / theta)), validate_args=False
+    )
+    wanted = scipy.stats.nbinom(theta, theta / (theta + rates))
+    values = got.log_prob(torch.tensor(counts, dtype=torch.float64))
+    np.testing.assert_allclose(values, wanted.logpmf(counts), rtol=1e-6)
+    np.testing.assert_allclose(got.mean, wanted.mean())
+    np.testing.assert_allclose(got.variance, wanted.var())
+    x, df = np.array([-40.0, 0.1, 3.0]), np.array([1.1, 5.0, 1e6])
+    student = PreciseStudentT(*map(torch.tensor, (df, np.full(3, 0.3), np.full(3, 2.0))))
+    wanted = scipy.stats.t.logpdf(x, df, 0.3, 2.0)
+    np.testing.assert_allclose(student.log_prob(torch.tensor(x)), wanted, rtol=1e-9)
+    codes = NumberedCategorical(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64))
+    custom = scipy.stats.rv_discrete(values=([0, 1, 2], [0.2, 0.5, 0.3]))
+    np.testing.assert_allclose(codes.log_prob(torch.arange(3.0)), custom.logpmf([0, 1, 2]))
+    np.testing.assert_allclose(codes.mean, custom.mean())
+
+
+@pytest.mark.parametrize("loc", [-0.4, 0.0, 0.31, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 0.7])
+def test_levels_of_a_logistic_are_differences_of_its_distribution_function(loc, scale):
+    levels, half = 256, 0.5 / 255
+    x = np.arange(levels) / 255
+    # 1 - F(t) = F of the mirrored logistic, which keeps the digits of the upper tail.
+    with mpmath.workdps(700):
+        below = [1 / (1 + mpmath.exp(-(mpmath.mpf(v + half) - loc) / scale)) for v in x[:-1]]
+        edges = [mpmath.mpf(0), *below, mpmath.mpf(1)]
+        wanted = [float(mpmath.log(b - a)) for a, b in itertools.pairwise(edges)]
+    p = LevelsOfLogistic(torch.tensor(loc).double(), torch.tensor(scale).double(), levels)
+    got = p.log_prob(torch.tensor(x))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.exp().sum(), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(p.mean, (got.exp() * torch.tensor(x)).sum())
+    single = LevelsOfLogistic(torch.tensor(loc), torch.tensor(scale), levels)
+    slope = single.log_prob(torch.tensor(x, dtype=torch.float32))
+    assert slope.isfinite().all()
+    np.testing.assert_allclose(slope, wanted, rtol=1e-3, atol=1e-3)
+    draws = p.sample((5000,))
+    assert p.support.check(draws).all()
+    assert not p.support.check(torch.tensor([0.5, -1 / 255, 256 / 255])).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearly_poisson_and_nearly_normal_keep_their_digits(dtype):
+    count, mean = torch.tensor(130.0, dtype=dtype), torch.tensor(120.0, dtype=dtype)
+    theta = torch.tensor(1e7, dtype=dtype)
+    nearly = PreciseNegativeBinomial(theta, logits=mean.log() - theta.log()).log_prob(count)
+    assert nearly.dtype == dtype
+    assert abs(nearly - dist.Poisson(mean.double()).log_prob(count.double())) < 1e-4
+    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+    close = PreciseStudentT(theta, zero, one).log_prob(one)
+    assert abs(close - dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))) < 1e-6
+
+
+def test_learned_size_factor_is_the_last_latent():
+    torch.manual_seed(0)
+    likelihood = likelihoods.NegativeBinomial(MLPDecoder(2, (4,)), (3,), size_factor="learned")
+    assert likelihood.latent_dim == 3
+    with torch.no_grad():
+        likelihood.log_size_scale.fill_(math.log(0.5))
+    z = torch.randn(5, 3)
+    larger = z + torch.tensor([0.0, 0.0, 2.0])
+    torch.testing.assert_close(likelihood(larger).mean, likelihood(z).mean * math.e)
+
+
+def test_bits_per_dimension_of_a_uniform_code():
+    likelihood = likelihoods.Categorical(MLPDecoder(2, (4,)), (3, 5), num_categories=8)
+    assert likelihood.bits_per_dimension(15 * math.log(1 / 8)) == pytest.approx(3.0)
+
+
 def test_learned_sigma_stays_above_its_floor():
     likelihood = likelihoods.Gaussian(MLPDecoder(2, (4,)), (3,), sigma="learned", floor=0.05)
     with torch.no_grad():
@@ -174,3 +293,86 @@ def test_data_without_a_density_are_refused(kind, x, message):
     with pytest.raises(InputError, match=message):
         likelihood.check(x)
     likelihood.check(torch.tensor([[0.0, 0.5, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "message"),
+    [
+        (likelihoods.Poisson, [0.0, 1.5, 2.0], "expected whole numbers for Poisson, got 1.5"),
+        (likelihoods.NegativeBinomial, [0.0, -1.0, 2.0], r"x in \[0, inf\] for NegativeBinomial"),
+        (
+            lambda *given: likelihoods.Categorical(*given, num_categories=3),
+            [0.0, 1.0, 3.0],
+            r"x in \[0, 2\] for Categorical, got values from 0 to 3",
+        ),
+        (
+            lambda *given: likelihoods.DiscretizedLogistic(*given, levels=5),
+            [0.0, 0.3, 1.0],
+            "expected multiples of 0.25 for DiscretizedLogistic, got 0.3",
+        ),
+    ],
+)
+def test_values_between_those_of_a_discrete_likelihood_are_refused(make, x, message):
+    likelihood = make(MLPDecoder(2, (4,)), (3,))
+    with pytest.raises(InputError, match=message):
+        likelihood.check(torch.tensor([x]))
+    likelihood.check(torch.tensor([[0.0, 1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: likelihoods.Poisson(d, (3,), size_factor="known"), "got 'known'"),
+        (lambda d: likelihoods.StudentT(d, (3,), df=0), "df above 0, got 0"),
+        (lambda d: likelihoods.StudentT(d, (3,), df="free"), "df as a number, got 'free'"),
+        (lambda d: likelihoods.DiscretizedLogistic(d, (3,), levels=1), "levels of at least 2"),
+        (
+            lambda d: likelihoods.Categorical(d, (3,), num_categories=1),
+            "num_categories of at least 2",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make(MLPDecoder(2, (4,)))
+
+
+def test_size_factors_are_asked_for_and_checked():
+    likelihood = likelihoods.Poisson(MLPDecoder(2, (4,)), (3,), size_factor="observed")
+    vae = VAE(StandardNormal(2), likelihood, MeanFieldNormal(MLPEncoder((3,), (4,)), 2))
+    x = torch.ones(6, 3)
+    for given, message in (
+        (x, "as many tensors as model"),
+        ((x, torch.ones(6), torch.ones(6)), "as many tensors as model"),
+        ((x, torch.zeros(6)), "size factors as numbers above 0"),
+        ((x, torch.ones(6, 1)), r"one for each datum, got shape \(6, 1\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(vae.model, vae.guide, given, epochs=1)
+    with pytest.raises(InputError, match="expected size factors, got x alone"):
+        likelihood(torch.zeros(6, 2))
+
+
+def test_known_size_factors_in_training_estimates_and_draws():
+    torch.manual_seed(0)
+    likelihood = likelihoods.NegativeBinomial(MLPDecoder(2, (8,)), (3,), size_factor="observed")
+    vae = VAE(StandardNormal(2), likelihood, MeanFieldNormal(MLPEncoder((3,), (8,)), 2))
+    sizes = torch.linspace(0.5, 3.0, 40)
+    x = torch.poisson(5 * sizes[:, None].expand(40, 3))
+    vae.start_at_data((x, sizes))
+    result = fit(vae.model, vae.guide, (x, sizes), epochs=2, batch_size=16, seed=0)
+    assert np.isfinite(result.history["train_elbo"]).all()
+    # Latents that say nothing, drawn from the prior: every weight is p(x).
+    family = vae.variational_family
+    with torch.no_grad():
+        for head in (family.loc, family.log_variance, likelihood.log_rate):
+            head.map.weight.zero_()
+        family.loc.map.bias.zero_()
+        family.log_variance.map.bias.zero_()
+    estimate = log_marginal(vae.model, vae.guide, (x, sizes), num_samples=30, seed=0)
+    mean = likelihood.log_rate.map.bias.exp().detach() * sizes[:, None]
+    theta = likelihood.log_theta.exp().detach()
+    wanted = scipy.stats.nbinom(theta, theta / (theta + mean)).logpmf(x).sum(1)
+    np.testing.assert_allclose(estimate.log_prob, wanted, rtol=1e-5)
+    drawn = generate(vae.model, (torch.zeros(2, 3), torch.tensor([1.0, 1000.0])), seed=0)
+    torch.testing.assert_close(drawn[1], 1000 * drawn[0])

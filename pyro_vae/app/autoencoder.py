@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae import plots
+from pyro_vae.app import names
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
@@ -47,7 +48,7 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
     ``autoencoder.json`` and a page; the state of both trainings is kept below ``runs``.
     """
     settings = check_settings(settings)
-    loss = loss or ("mse" if settings.likelihood == "gaussian" else "bce")
+    loss = loss or ("bce" if settings.likelihood in names.UNIT_INTERVAL else "mse")
     check_choice("loss", loss, LOSSES)
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset

@@ -210,7 +210,9 @@ def autoencoder(
     output: StudyFolder,
     loss: Annotated[
         str | None,
-        typer.Option(help="The autoencoder's: mse or bce; default: mse for gaussian, else bce."),
+        typer.Option(
+            help="The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
+        ),
     ] = None,
     settings: names.TrainSettings,
 ) -> None:

@@ -43,6 +43,7 @@ _LABELS = {
     "log_marginal": "log p(x)",
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
+    "bits_per_dimension": "bits per dimension",
     **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
@@ -84,12 +85,12 @@ def evaluate(
     test = dataset.test[: how.num_data].to(place)
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
-    values = as_dict(estimate)
+    values = as_dict(estimate, vae)
     try:
         if how.method == "both":
             # The target is importance sampling's; annealing has its chains and steps.
             second = replace(how, method="annealed", target_standard_error=None)
-            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second))
+            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second), vae)
     finally:
         _print_estimate(values, as_json=as_json)
     if picture is not None:
@@ -113,7 +114,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
-    rows = [[label, *(column[name] for column in columns)] for name, label in _LABELS.items()]
+    told = {name: label for name, label in _LABELS.items() if name in values}
+    rows = [[label, *(column[name] for column in columns)] for name, label in told.items()]
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
@@ -166,13 +168,18 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
         )
 
 
-def as_dict(estimate: LogMarginal) -> dict[str, Any]:
+def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
     ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
-    are ``elbo``, ``rate``, ``distortion``, and how the weights were.
+    are ``elbo``, ``rate``, ``distortion``, and how the weights were; of levels and categories also
+    ``bits_per_dimension``, the length of a code for each value.
     """
+    likelihood, bits = vae.likelihood, {}
+    if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
+        bits["bits_per_dimension"] = likelihood.bits_per_dimension(estimate.mean)
     return {
+        **bits,
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,

@@ -20,7 +20,18 @@ LIKELIHOODS = {
     "bernoulli": "Bernoulli",
     "gaussian": "Gaussian",
     "continuous-bernoulli": "ContinuousBernoulli",
+    "student-t": "StudentT",
+    "discretized-logistic": "DiscretizedLogistic",
+    "categorical": "Categorical",
+    "poisson": "Poisson",
+    "negative-binomial": "NegativeBinomial",
 }
+# Those with a sigma, of values from 0 to 1, of levels, and of counts.
+REAL = ("gaussian", "student-t")
+WITH_SIGMA = ("gaussian", "student-t", "discretized-logistic")
+UNIT_INTERVAL = ("bernoulli", "continuous-bernoulli", "discretized-logistic")
+LEVELS = {"discretized-logistic": "levels", "categorical": "num_categories"}
+COUNTS = ("poisson", "negative-binomial")
 FAMILIES = {
     "mean-field": "MeanFieldNormal",
     "full-rank": "FullRankNormal",
@@ -72,7 +83,6 @@ def option(
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
-_REAL = OnlyWith("likelihood", ("gaussian",))
 _SAMPLING = OnlyWith("method", ("importance", "both"))
 _ANNEALING = OnlyWith("method", ("annealed", "both"))
 
@@ -105,16 +115,26 @@ class TrainSettings:
     likelihood: str = option("bernoulli", ", ".join(LIKELIHOODS))
     sigma: str | None = option(
         None,
-        "Gaussian likelihood: a number, learned, per-column or per-pixel; default: per-column for "
-        "tables, else learned.",
-        only_with=_REAL,
+        "Scale of gaussian, student-t or discretized-logistic: a number, learned, per-column or "
+        "per-pixel; default: per-column for tables, else learned.",
+        only_with=OnlyWith("likelihood", WITH_SIGMA),
     )
     standardize: bool | None = option(
         None,
-        "Gaussian likelihood: the networks see standardised data (log p(x) is that of the data all "
-        "the same); default: they do.",
+        "The networks see standardised data (log p(x) is that of the data all the same); default: "
+        "they do.",
         flags="--standardize/--no-standardize",
-        only_with=_REAL,
+        only_with=OnlyWith("likelihood", REAL),
+    )
+    levels: int | None = option(
+        None,
+        "Values that discretized-logistic (256) or categorical (as the data have) tells apart.",
+        only_with=OnlyWith("likelihood", tuple(LEVELS)),
+    )
+    size_factor: str | None = option(
+        None,
+        "Of counts: learned (one latent is the logarithm of a datum's size); default: none.",
+        only_with=OnlyWith("likelihood", COUNTS),
     )
     guide: str = option("mean-field", ", ".join(FAMILIES))
     latent_dim: int = option(8, "Size of the latent vector.")
@@ -144,7 +164,7 @@ class TrainSettings:
     patience: int | None = option(
         None,
         "Stop after so many epochs without a better validation ELBO and keep the best; default: a "
-        "fifth of the epochs, 20 at least, for gaussian, else none.",
+        "fifth of the epochs, 20 at least, for gaussian and student-t, else none.",
     )
     seed: int = option(0, "Seed of initial weights and training.")
     data_seed: int | None = option(

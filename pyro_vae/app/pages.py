@@ -160,6 +160,8 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
         "per datum: means per datum in nats, with standard errors where they are known. Rate and "
         "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
     )
+    if "bits_per_dimension" in estimate:
+        page.text(f"Bits per dimension: {estimate['bits_per_dimension']:.3f}.")
     page.text(
         f"Bound of the whole test part ({bound['num_data']:,} data points, one draw each): ELBO "
         f"{bound['elbo']:.2f}, rate {bound['rate']:.2f}, distortion {bound['distortion']:.2f} nats "

@@ -24,6 +24,8 @@ from pyro_vae.vae import VAE
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     """Build the VAE that the settings name, started at the data set that it is to be trained on."""
+    if settings.likelihood == "categorical" and settings.levels is None:
+        settings = replace(settings, levels=max(2, int(dataset.train.max()) + 1))
     vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
@@ -34,7 +36,7 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
 
 def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
     """Set what training starts from to the training data, which the networks may see standardised."""
-    by_default = settings.likelihood == "gaussian"
+    by_default = settings.likelihood in names.REAL
     wanted = by_default if settings.standardize is None else settings.standardize
     (vae.standardize if wanted else vae.start_at_data)(train)
 
@@ -47,12 +49,11 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     check_choice("activation", settings.activation, names.ACTIVATIONS)
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
-    options = {}
-    if settings.likelihood == "gaussian":
-        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
+    options = _likelihood_options(settings, data_shape)
+    codes = latent_dim - (options.get("size_factor") == "learned")
     try:
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
-        decoder = networks.MLPDecoder(latent_dim, hidden[::-1], **how)
+        decoder = networks.MLPDecoder(codes, hidden[::-1], **how)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
@@ -64,6 +65,18 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
         ) from error
 
 
+def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.likelihood in names.WITH_SIGMA:
+        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
+    if settings.likelihood in names.LEVELS:
+        options[names.LEVELS[settings.likelihood]] = settings.levels or 256
+    if settings.likelihood in names.COUNTS and settings.size_factor is not None:
+        check_choice("size factor", settings.size_factor, ("learned",))
+        options["size_factor"] = settings.size_factor
+    return options
+
+
 def _prior(
     settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
 ) -> nn.Module:
@@ -71,7 +84,7 @@ def _prior(
     if number is None:
         number = _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
-        bounded = settings.likelihood != "gaussian"
+        bounded = settings.likelihood in names.UNIT_INTERVAL
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
     if settings.prior == "gaussian-mixture":
         return priors.GaussianMixture(settings.latent_dim, number)
@@ -147,8 +160,9 @@ def tell_defaults(
     """Return the settings with the defaults as they are for the data."""
     num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
-    if settings.likelihood == "gaussian":
+    if settings.likelihood in names.WITH_SIGMA:
         told["sigma"] = settings.sigma or _default_sigma(tuple(train.shape[1:]))
+    if settings.likelihood in names.REAL:
         told["standardize"] = settings.standardize is not False
         if settings.patience is None and validation is not None and len(validation):
             # Where sigma is learned too, data learned by heart cost the held-out ones ever more nats.

@@ -271,7 +271,7 @@ def _measure(
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": len(test)},
-        "test_log_marginal": evaluate.as_dict(estimate),
+        "test_log_marginal": evaluate.as_dict(estimate, vae),
         "test_data_standard_errors": evaluate.data_standard_errors(estimate),
         "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
         "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
@@ -301,7 +301,9 @@ def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     rows += [[label, bound[key], f"{bound['num_data']:,} x 1"] for key, label in TERMS.items()]
     print_table("Test part, nats per datum", ["quantity", "mean", "data x samples"], rows)
     epochs = len(metrics["history"]["train_elbo"])
+    bits = estimate.get("bits_per_dimension")
     for line in (
+        *([] if bits is None else [f"bits per dimension: {bits:.3f}"]),
         f"standard error of log p(x): {estimate['data_standard_error']:.2f} over data, "
         f"{estimate['standard_error']:.3f} Monte Carlo",
         f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",

@@ -91,11 +91,12 @@ def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -
     """
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
-        if check is not None and len(inputs) == 1:
+        # A pair made of one, such as that of the observed part, takes more.
+        if check is not None and len(inputs) == getattr(owner, "num_inputs", 1):
             check(*inputs)
             start = getattr(getattr(owner, "likelihood", None), "start_sigma", None)
             if to_train and start is not None:
-                start(*inputs, again=False)
+                start(inputs[0], again=False)
 
 
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
@@ -162,8 +163,12 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one
             continue
+        # A VAE takes as many as its likelihood does, which the signature of its model can't tell.
+        wanted = getattr(getattr(function, "__self__", None), "num_inputs", len(inputs))
         try:
             signature.bind(*inputs)
+            if len(inputs) != wanted:
+                raise TypeError
         except TypeError:
             name = getattr(function, "__name__", type(function).__name__)
             shapes = ", ".join(str(tuple(value.shape)) for value in inputs[:4])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import struct
 from dataclasses import fields
 from pathlib import Path
@@ -261,6 +262,29 @@ def test_the_bernoulli_starts_at_the_training_mean():
     bias = vae.likelihood.logits.map.bias.reshape(data.data_shape)
     expected = data.train.mean(0).clamp(1e-3, 1 - 1e-3)
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ("--likelihood discretized-logistic --levels 2", True),
+        ("--likelihood categorical", True),
+        ("--likelihood negative-binomial --size-factor learned", False),
+        ("--likelihood student-t", False),
+    ],
+)
+def test_values_of_each_kind_are_trained_evaluated_and_drawn(tmp_path, monkeypatch, options, bits):
+    monkeypatch.chdir(tmp_path)
+    np.save("bits.npy", np.random.default_rng(0).integers(0, 2, (60, 6)))
+    result = train("--dataset", "bits.npy", *options.split(), "--output", "run")
+    assert ("bits per dimension: " in result.out) == bits
+    metrics = json.loads(Path("run/metrics.json").read_text())["test_log_marginal"]
+    if bits:
+        wanted = -metrics["log_marginal"] / (6 * math.log(2))
+        assert metrics["bits_per_dimension"] == pytest.approx(wanted)
+    shown = run("evaluate", "run", "--num-samples", "30")
+    assert ("bits per dimension" in shown.out) == bits
+    run("sample", "run", "--num", "5")
 
 
 @pytest.mark.parametrize(
