@@ -23,7 +23,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         both ``data_shape`` in float64; 0 where every value is missing.
     """
     blocks = x.split(max(1, _BLOCK // max(1, x[0].numel())))
-    count = sum((~block.isnan()).sum(0) for block in blocks).clamp(min=1)  # type: ignore[union-attr]
+    count = sum((~block.isnan()).sum(0) for block in blocks).clamp(min=1)
     mean = sum(block.double().nansum(0) for block in blocks) / count
     squares = sum((block.double() - mean).square().nansum(0) for block in blocks)
     return mean, (squares / count).sqrt()
