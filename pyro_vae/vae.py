@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -70,14 +71,14 @@ class VAE(nn.Module):
         """
         self._register("prior")
         self._register("likelihood")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             z = pyro.sample("z", self._prior())
             pyro.sample("x", self.likelihood(z, *given), obs=x)
 
     def guide(self, x: Tensor, *given: Tensor) -> None:
         """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x)), _made_beside(x):
             pyro.sample("z", self.variational_family(x))
 
     def check_data(self, x: Tensor, *given: Tensor) -> None:
@@ -223,6 +224,11 @@ class VAE(nn.Module):
         # training the original's parameters.
         super().__setstate__(state)
         self.name = f"vae_{next(_numbers)}"
+
+
+def _made_beside(x: Tensor) -> AbstractContextManager[Any]:
+    """Let a component's ``torch.zeros(8)`` be made on the device of the data."""
+    return nullcontext() if x.device.type == "cpu" else x.device
 
 
 def _training_data(x: Any) -> Tensor:

@@ -18,6 +18,7 @@ SMALL = ("--hidden", "16", "--latent-dim", "2", "--device", "cpu")
 # What a run of one or two epochs and a few draws is warned of, and rightly so.
 WARNED = [
     pytest.mark.filterwarnings("always:.* data have Pareto k"),
+    pytest.mark.filterwarnings("always:.* data points are not trusted"),
     pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
 ]
 
@@ -31,6 +32,8 @@ ESTIMATE_KEYS = {
     "num_samples",
     "num_data",
     "num_unreliable",
+    "num_annealed",
+    "num_untrusted",
     "median_ess",
     "acceptance",
     "method",

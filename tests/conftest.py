@@ -1,6 +1,8 @@
 """Shared set-up: one thread per process, a fixed seed and an empty parameter store for each test."""
 
 import gc
+import os
+import re
 
 import pyro
 import pytest
@@ -20,6 +22,12 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Let a machine with a GPU run what one without runs: "auto" means CUDA only to tests of CUDA."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_finish():
     """Leave what the imports made out of every later collection, and collect all the rest seldom."""
     gc.freeze()
@@ -28,6 +36,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
+    devices = range(torch.cuda.device_count())  # of several, torch wants each to be named
+    with pyro.get_param_store().scope(), torch.random.fork_rng(devices):
         pyro.set_rng_seed(0)
         yield

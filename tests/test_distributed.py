@@ -290,7 +290,17 @@ def test_the_commands_run_under_torchrun(tmp_path):
     assert len(curve) == 8
     assert curve[-1] > curve[0]
 
-    how = ("evaluate", "run", "--num-samples", 300, "--device", "cpu", "--json")
+    how = (
+        "evaluate",
+        "run",
+        "--num-samples",
+        300,
+        "--method",
+        "importance",
+        "--device",
+        "cpu",
+        "--json",
+    )
     several = under_torchrun(tmp_path, *how, "--picture", "weights.png")
     assert several.returncode == 0, several.stderr
     alone = subprocess.run(

@@ -143,7 +143,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Estimate log p(x) of a run's test part by importance sampling, annealing, or both."""
+    """Estimate log p(x) of a run's test part, and say what of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 

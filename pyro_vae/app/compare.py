@@ -60,7 +60,7 @@ def compare_families(
     check_evaluation(how)
     check_counts({"seeds": combined.seeds})
     if how.method == "annealed":
-        raise InputError("expected the method importance or both, got annealed: both has it")
+        raise InputError("expected the method auto, importance or both, got annealed: both has it")
     seeds, hold = combined.seeds, combined.hold
     axes = {
         "prior": _split(combined.priors),
@@ -70,7 +70,7 @@ def compare_families(
     _check_axes(axes, hold)
     members = _combine(settings, axes, seeds)
     first = next(iter(members.values()))
-    measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps")
+    measuring = ("method", "num_samples", "num_data", "num_chains", "num_steps", "max_annealed")
     varied = axes | {"seeds": seeds, "hold": hold}
     asked = asdict(first[0]) | varied | {name: getattr(how, name) for name in measuring}
     with open_study(output, asked, first[0]) as study:
@@ -105,14 +105,17 @@ def _run(
     folder = study.folder / RUNS / name
     if own_file(folder, _MEASURED) is None:
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
+        if how.method == "auto":
+            annealing["max_annealed"] = how.max_annealed
+        methods = {"auto": ("auto",), "both": ("importance", "annealed")}
         comparison = compare(
             {name: (vae.model, vae.guide)},
             study.dataset.test[: how.num_data].to(study.device),
             num_samples=how.num_samples,
             num_elbo_samples=_ELBO_SAMPLES,
             num_importance=_IMPORTANCE,
-            methods=("importance", "annealed") if how.method == "both" else ("importance",),
-            annealing_options=annealing if how.method == "both" else None,
+            methods=methods.get(how.method, ("importance",)),
+            annealing_options=None if how.method == "importance" else annealing,
             hold="model" if held is not None else None,
             seed=_SEED,
         )

@@ -25,13 +25,15 @@ from pyro_vae.app.settings import check_evaluation
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.auto import LOOKS, AutoOptions
 from pyro_vae.evaluation.estimate import (
     Convergence,
     LogMarginal,
     concatenate,
     warn_if_unreliable,
 )
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
@@ -49,6 +51,8 @@ _LABELS = {
     "num_samples": "draws per datum",
     "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
     "median_ess": "median effective sample size",
+    "num_annealed": "data points annealed",
+    "num_untrusted": "data points not trusted",
     "acceptance": "acceptance of annealing",
 }
 
@@ -155,6 +159,8 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
     del options["num_data"]  # x is as many as that already
     console = Console(stderr=True)
     hidden = not (show and console.is_terminal)
+    if how.method == "auto" and show:
+        console.print(_tell_budget(len(x), how), soft_wrap=True, highlight=False)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x))
@@ -166,6 +172,18 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
             progress=lambda done, _: bar.update(task, completed=done),
             running_mean=lambda mean: bar.update(task, description=f"log p(x) {mean:.2f}"),
         )
+
+
+def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
+    """Say what the default method may cost, before it starts."""
+    annealing = AnnealingOptions(num_chains=how.num_chains, num_steps=how.num_steps)
+    options = AutoOptions(ImportanceOptions(how.num_samples), annealing, how.max_annealed)
+    looks, annealed = (min(num_data, n * how.max_annealed) for n in (LOOKS, 1))
+    return (
+        f"log p(x) of {num_data:,} data points by importance sampling; up to {looks:,} are looked at "
+        f"from the prior and up to {annealed:,} annealed, mostly a tenth of at most "
+        f"{options.most_gradients(num_data):,} gradient evaluations (--max-annealed)"
+    )
 
 
 def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
@@ -189,7 +207,9 @@ def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
         # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
         "num_unreliable": None if estimate.pareto_k.isnan().all() else estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
-        "acceptance": None if estimate.acceptance is None else estimate.acceptance.mean().item(),
+        "num_annealed": estimate.methods.count("annealed"),
+        "num_untrusted": estimate.num_untrusted,
+        "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }
 

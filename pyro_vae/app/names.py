@@ -41,7 +41,7 @@ FAMILIES = {
     "von-mises-fisher": "VonMisesFisher",
     "beta": "Beta",
 }
-METHODS = ("importance", "annealed", "both")
+METHODS = ("auto", "importance", "annealed", "both")
 OBJECTIVES = {
     "elbo": "TraceBound",
     "analytic-kl": "AnalyticKL",
@@ -83,8 +83,8 @@ def option(
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
-_SAMPLING = OnlyWith("method", ("importance", "both"))
-_ANNEALING = OnlyWith("method", ("annealed", "both"))
+_SAMPLING = OnlyWith("method", ("auto", "importance", "both"))
+_ANNEALING = OnlyWith("method", ("auto", "annealed", "both"))
 
 
 @dataclass(frozen=True)
@@ -182,15 +182,20 @@ class TrainSettings:
 class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
-    method: str = option("importance", ", ".join(METHODS))
+    method: str = option("auto", ", ".join(METHODS))
     num_samples: int = option(5000, "Importance samples per datum.", only_with=_SAMPLING)
     target_standard_error: float | None = option(
         None,
         "Nats; the samples become a pilot that decides each datum's number.",
         only_with=_SAMPLING,
     )
-    num_chains: int = option(16, "Annealing: chains per datum.", only_with=_ANNEALING)
-    num_steps: int = option(1000, "Annealing: steps.", only_with=_ANNEALING)
+    num_chains: int = option(32, "Annealing: chains per datum.", only_with=_ANNEALING)
+    num_steps: int = option(1000, "Annealing: steps at most.", only_with=_ANNEALING)
+    max_annealed: int = option(
+        100,
+        "Data points to anneal at most; four times as many are looked at from the prior.",
+        only_with=OnlyWith("method", ("auto",)),
+    )
     num_data: int | None = option(None, "Only the first so many test data.")
     seed: int = option(0, "Seed of the draws.")
 

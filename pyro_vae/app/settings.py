@@ -221,7 +221,7 @@ def _default_particles(objective: str) -> int:
 def check_evaluation(how: EvaluateSettings) -> None:
     """Refuse options of an evaluation that are out of range, before anything is read."""
     check_choice("method", how.method, names.METHODS)
-    counts = ("num_samples", "num_chains", "num_steps", "num_data")
+    counts = ("num_samples", "num_chains", "num_steps", "num_data", "max_annealed")
     check_counts({name: getattr(how, name) for name in counts})
     check_seed(how.seed)
 

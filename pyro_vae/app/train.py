@@ -261,7 +261,7 @@ def _measure(
     test = dataset.test.to(next(vae.parameters()).device)
     with seeded(processes.own_seed(_SEED)):
         bound = bound_terms(vae.model, vae.guide, test, processes=processes)
-    quick = EvaluateSettings(num_samples=_QUICK_SAMPLES, seed=_SEED)
+    quick = EvaluateSettings("importance", num_samples=_QUICK_SAMPLES, seed=_SEED)
     estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
     metrics = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from numpy.polynomial.polynomial import polyadd, polyder, polymul
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # From order 20 on, eight terms of the asymptotic series leave a relative error under 5e-13 for every
 # k >= 0 in log M, A and Var[w] (checked against 60-digit arithmetic), near what rounding leaves.
@@ -60,7 +62,7 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
     order = 0.5 * m - 1.0
     large_order = order + max(0, math.ceil(_SMALLEST_ORDER - order))
     k = concentration.detach().double()
-    table = torch.tensor(_polynomial_table(m), dtype=torch.float64, device=k.device)
+    table = _constants(k.device, _polynomial_table, m)
     num_powers = math.ceil(large_order - order) // 2 + 2
 
     # Uniform expansion: z = k/N, t = 1/sqrt(1 + z^2), p = 1/t - 1 (without cancellation).
@@ -87,6 +89,13 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
         mean=k * ratio,
         variance=ratio * (1.0 + upper_slope / upper - lower_slope / lower),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(device: torch.device, table: Callable[..., Any], *arguments: int) -> Tensor:
+    """Return a table's numbers on a device, moved there once: each move waits for the device."""
+    with _disable_current_modes():  # a tensor of a recording would be of use to it alone
+        return torch.tensor(table(*arguments), dtype=torch.float64, device=device)
 
 
 def _powers(x: Tensor, count: int) -> Tensor:
@@ -196,7 +205,7 @@ def angle_derivative(angle: Tensor, concentration: Tensor, mean_cosine: Tensor, 
     reach = 2.0 * _LOG_DENSITY_FALL / (steepness + discriminant.sqrt())
     reach = outward * torch.minimum(reach, torch.where(towards_pole, theta, math.pi - theta))
 
-    nodes, weights = torch.tensor(_quadrature_rule(), dtype=torch.float64, device=theta.device)
+    nodes, weights = _constants(theta.device, _quadrature_rule)
     step = reach.unsqueeze(-1) * nodes
     theta, k, sine = theta.unsqueeze(-1), k.unsqueeze(-1), sine.unsqueeze(-1)
     phi = theta + step

@@ -186,7 +186,7 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
         raise InputError(f"expected loc of shape (*batch, m), got {loc!r}: pass unit vectors")
     check_dimension(int(loc.shape[-1]))
     if not isinstance(concentration, Tensor):
-        concentration = torch.tensor(concentration, dtype=loc.dtype, device=loc.device)
+        concentration = torch.full((), concentration, dtype=loc.dtype, device=loc.device)
     dtype = torch.result_type(loc, concentration)
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"expected float32 or float64 parameters, got {dtype}: convert them")

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import (
@@ -22,20 +21,21 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pareto import TailWeights
+from pyro_vae.evaluation.pilot import CHAINS, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
-from pyro_vae.weights.particles import Particles
+from pyro_vae.weights.particles import Particles, check_weights
 
-# The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
-# section 4.4), as a rejected trajectory costs a low-dimensional chain more.
-_TARGET_ACCEPTANCE = 0.8
+# The variance of a log weight that the number of steps is chosen for, by the length of the path, and
+# the fewest steps: at half of them the estimate must be the same.
+_VARIANCE, _FEWEST_STEPS = 0.3, 16
 
-# Chains of the pilot, and the gain by which their mean acceptance moves the step: a time constant of
-# a few transitions, so that it keeps up with a posterior that narrows fast.
-_PILOT_CHAINS, _PILOT_GAIN = 4, 0.3
+# Evaluations of so many chains before their recording, about a hundred of them long, is repaid.
+_WORTH_RECORDING = 150
 
-# Most stops of the pilot on the path, transitions at each, and before it leaves the start; step sizes
-# are averaged over so many stops on either side, against their noise.
-_PILOT_STOPS, _PILOT_REPEATS, _PILOT_WARM_UP, _PILOT_SMOOTHING = 100, 4, 30, 2
+# What the diagnostics allow: differences in their standard errors, acceptance at the worst place of
+# the path, and the effective share of the chains. Below 0.2 a weight's logarithm has a variance above
+# 1.6, and the error of the mean of few such weights is not known.
+_DEVIATIONS, _LEAST_ACCEPTANCE, _LEAST_SHARE = 3.5, 0.3, 0.2
 
 # Scoring forward and backward keeps and makes about three times what scoring forward makes.
 GRADIENT_MEMORY = 3
@@ -45,22 +45,24 @@ GRADIENT_MEMORY = 3
 class AnnealingOptions:
     """How to anneal: the options of :func:`pyro_vae.log_marginal` of the same names."""
 
-    num_chains: int = 16
+    num_chains: int = 32
     num_steps: int = 1000
     num_leapfrog_steps: int = 5
     num_transitions: int = 1
-    start: str = "guide"
-    schedule: str = "sigmoid"
+    start: str = "both"
+    schedule: str = "adaptive"
 
     def __post_init__(self) -> None:
         check_counts(**{n: value for n, value in vars(self).items() if n.startswith("num_")})
-        if self.start not in ("guide", "prior"):
-            raise InputError(f"expected start 'guide' or 'prior', got {self.start!r}")
-        if self.schedule not in ("sigmoid", "linear"):
-            raise InputError(f"expected schedule 'sigmoid' or 'linear', got {self.schedule!r}")
+        if self.start not in ("both", "guide", "prior"):
+            raise InputError(f"expected start 'both', 'guide' or 'prior', got {self.start!r}")
+        if self.schedule not in ("adaptive", "sigmoid", "linear"):
+            raise InputError(
+                f"expected schedule 'adaptive', 'sigmoid' or 'linear', got {self.schedule!r}"
+            )
 
     def betas(self) -> list[float]:
-        """Return the positions on the path, T + 1 numbers from 0 to 1."""
+        """Return the positions on a path that does not adapt, T + 1 numbers from 0 to 1."""
         line = torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64)
         if self.schedule == "sigmoid":
             # The range is that of Grosse, Ancha, Roy 2016, section 6.1.
@@ -68,18 +70,29 @@ class AnnealingOptions:
             line = (curve - curve[0]) / (curve[-1] - curve[0])
         return line.tolist()
 
+    def schedule_for(self, tuning: Tuning) -> Tensor:
+        """Return the positions on the path, ``(T + 1, N)`` from 0 to 1; T is at most num_steps."""
+        if self.schedule != "adaptive":
+            betas = torch.tensor(self.betas(), dtype=torch.float64, device=tuning.stops.device)
+            return betas[:, None].expand(-1, tuning.stops.shape[1])
+        longest = tuning.lengths[-1].square().max().item()
+        steps = max(_FEWEST_STEPS, math.ceil(longest / _VARIANCE))
+        return tuning.schedule(min(steps, self.num_steps))
+
     @property
     def mean_length(self) -> float:
         """Expected number of gradient evaluations per transition."""
         return (1 + self.num_leapfrog_steps) / 2
 
 
-class Tuning(NamedTuple):
-    """What the pilot found, frozen before the first chain that counts starts."""
+class Plan(NamedTuple):
+    """How the chains of a block go, frozen before the first one that counts starts."""
 
-    step_sizes: Tensor  # (T, N), in units of the scales
-    scales: Tensor  # (N, D)
-    cost: int  # gradient evaluations per datum
+    path: AnnealingPath
+    tuning: Tuning
+    betas: Tensor  # (T + 1, N)
+    prior: Evidence | None  # of paths from the prior, where the path is another one
+    cost: int  # gradient evaluations per datum so far
 
 
 def anneal(
@@ -92,6 +105,9 @@ def anneal(
 ) -> LogMarginal:
     r"""Estimate log p(x) per datum by annealed importance sampling.
 
+    A pilot decides schedule, step sizes and covariances; fresh chains, never resampled, give the
+    estimate, so that E[w] = p(x) holds.
+
     .. math:: \log w = \sum_t (\beta_t - \beta_{t-1}) [\log p(x, z_{t-1}) - \log f_0(z_{t-1})]
 
     Source:
@@ -100,8 +116,7 @@ def anneal(
     """
     blocks, positions = [], torch.arange(pair.num_data)
     for rows, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
-        path = AnnealingPath(Particles(part), options.start)
-        blocks.append(_anneal_block(path, options, positions[rows], report))
+        blocks.append(_anneal_block(Particles(part), options, positions[rows], report))
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
     counts = torch.full((pair.num_data,), options.num_chains)
@@ -110,76 +125,81 @@ def anneal(
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
     """Return how many data points may be annealed together for their chains to fit the memory."""
-    # Constants (4 GiB on a GPU, 128 MiB on a CPU), not what happens to be free: the blocks decide
-    # which draws a seed gives.
-    budget = max_memory or (1 << 32 if pair.device.type == "cuda" else 1 << 27)
+    budget = pair.memory(max_memory)
     size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
     return max(2, min(BLOCK, size))
 
 
-def tune(path: AnnealingPath, options: AnnealingOptions) -> Tuning:
-    """Anneal a few chains, adapting the step size of each datum, and record it along the path."""
-    scales = path.scales()
-    # The stability limit of leapfrog steps on a unit normal is 2; in D dimensions the acceptance
-    # wants D^(-1/4) (Neal 2011, section 4.4).
-    log_step = torch.full((len(scales),), 0.7 * path.num_coordinates**-0.25).log().to(scales.device)
-    position, _ = path.draw(_PILOT_CHAINS)
-    state = path.evaluate(position)
-    path.capture(position)
-    betas = options.betas()[1:]
-    stops = torch.linspace(0, len(betas) - 1, min(_PILOT_STOPS, len(betas))).round().long().tolist()
-    longest, beta_at = options.num_leapfrog_steps, [0.0] * _PILOT_WARM_UP
-    beta_at += [betas[stop] for stop in stops for _ in range(_PILOT_REPEATS)]
-    recorded = []
-    for beta in beta_at:
-        state, probability = transition(path, state, beta, log_step.exp(), scales, longest)
-        log_step = log_step + _PILOT_GAIN * (probability.mean(0).to(log_step) - _TARGET_ACCEPTANCE)
-        recorded.append(log_step)
-    settled = torch.stack(recorded[_PILOT_WARM_UP + _PILOT_REPEATS - 1 :: _PILOT_REPEATS])
-    padded = F.pad(settled.T[:, None], (_PILOT_SMOOTHING,) * 2, mode="replicate")
-    smooth = F.avg_pool1d(padded, 2 * _PILOT_SMOOTHING + 1, stride=1)[:, 0].T
-    # Steps between two stops interpolate the logarithm.
-    log_steps = F.interpolate(smooth.T[None], len(betas), mode="linear", align_corners=True)[0].T
-    cost = _PILOT_CHAINS * (1 + len(recorded) * options.mean_length)
-    return Tuning(log_steps.exp(), scales, math.ceil(cost))
+def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
+    """Explore the posteriors by pilots, and choose the path and the steps on it.
+
+    With the start ``"both"`` two pilots come from the prior (one alone may lose a mode by chance) and
+    one starts at draws of the guide; the path then leaves from a mixture of normals fitted to where
+    they arrive, which a further one tries.
+    """
+    longest, pilots, prior = options.num_leapfrog_steps, [], None
+    if options.start == "both":
+        start = path.leave_from("prior")
+        pilots = [explore(start, longest) for _ in range(2)]
+        both = zip(*(pilot.evidence for pilot in pilots), strict=True)
+        log_prob, variance = (torch.stack(values) for values in both)
+        prior = Evidence(log_prob.logsumexp(0) - math.log(2), variance.mean(0) / 2)
+        pilots.append(explore(start, longest, path.guide_positions(CHAINS)))
+        path = path.leave_from(fit_start(pilots))
+    tuning = explore(path, longest).tuning
+    cost = tuning.cost + sum(pilot.tuning.cost for pilot in pilots)
+    betas = options.schedule_for(tuning)
+    if len(betas) * options.num_transitions * options.mean_length > _WORTH_RECORDING:
+        path.capture(path.draw(options.num_chains))
+    return Plan(path, tuning, betas, prior, cost)
 
 
 def annealed_weights(
-    path: AnnealingPath,
+    plan: Plan,
     state: State,
     options: AnnealingOptions,
-    tuning: Tuning,
     *,
+    betas: Tensor | None = None,
     reverse: bool = False,
     tell: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    """Move chains along the path; return log weights ``(C, N)``, last state and acceptance ``(N,)``.
+    """Move chains along the path; return log weights ``(C, N)``, last state, acceptance ``(T, N)``.
 
     Their mean weight is p(x); with ``reverse``, from posterior draws, their mean inverse 1 / p(x).
     """
-    betas, longest = options.betas(), options.num_leapfrog_steps
-    log_weights, acceptance = torch.zeros_like(state.base), torch.zeros_like(state.base[0])
-    steps = range(options.num_steps)
+    betas = plan.betas if betas is None else betas
+    log_weights, acceptance = torch.zeros_like(state.base), []
+    steps = range(len(betas) - 1)
     for count, index in enumerate(reversed(steps) if reverse else steps, start=1):
-        beta, step_size = betas[index + 1], tuning.step_sizes[index]
-        rise = beta - betas[index]
+        beta, rise = betas[index + 1], betas[index + 1] - betas[index]
         if not reverse:
             log_weights = log_weights + rise * state.increment
+        step_size, factor = plan.tuning.at(beta)
         for _ in range(options.num_transitions):
-            state, probability = transition(path, state, beta, step_size, tuning.scales, longest)
-            acceptance = acceptance + probability.mean(0)
+            state, probability = transition(
+                plan.path, state, beta, step_size, factor, options.num_leapfrog_steps
+            )
+            acceptance.append(probability.mean(0))
         if reverse:
             log_weights = log_weights + rise * state.increment
         if tell is not None and count % 10 == 0:
-            tell(count / options.num_steps)
-    return log_weights, state, acceptance / (options.num_steps * options.num_transitions)
+            tell(count / len(steps))
+    return log_weights, state, torch.stack(acceptance)
 
 
 def _anneal_block(
-    path: AnnealingPath, options: AnnealingOptions, positions: Tensor, report: Report
+    particles: Particles, options: AnnealingOptions, positions: Tensor, report: Report
 ) -> Block:
-    tuning = tune(path, options)
-    position, densities = path.draw(options.num_chains)
+    path = AnnealingPath(particles, options.start)
+    rate = distortion = torch.full((len(positions),), torch.nan, dtype=torch.float64)
+    if options.start != "prior":
+        densities = particles.draw(options.num_chains)
+        check_weights(densities)
+        rate = (densities.log_proposal - densities.log_prior).mean(0)
+        distortion = -densities.log_likelihood.mean(0)
+    plan = make_plan(path, options)
+    path = plan.path
+    position = path.draw(options.num_chains)
     state = path.evaluate(position)
     bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
     if bad.any():
@@ -187,33 +207,74 @@ def _anneal_block(
             f"expected finite log-probabilities where the chains start, got NaN or infinity for "
             f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
         )
-    path.capture(position)
     log_weights, state, acceptance = annealed_weights(
-        path,
+        plan,
         state,
         options,
-        tuning,
         # The last data point is told of once the block's numbers are in.
         tell=lambda fraction: report.tell(min(fraction, 0.999) * len(positions)),
     )
+    # As many chains again, of half the steps: where these are too few the estimate still rises.
+    few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
+    start = path.evaluate(path.draw(options.num_chains))
+    from_half, _, _ = annealed_weights(plan, start, options, betas=few)
     tail = TailWeights(options.num_chains)
     tail.add(log_weights)
-    rate = distortion = torch.full_like(acceptance, torch.nan)
-    if densities is not None:
-        rate = (densities.log_proposal - densities.log_prior).mean(0)
-        distortion = -densities.log_likelihood.mean(0)
-    num_transitions = options.num_steps * options.num_transitions
-    evaluations = options.num_chains * (1 + num_transitions * options.mean_length)
+    estimate = log_mean_weights(log_weights)
+    diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
+    num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
+    evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
     per_datum = {
-        **log_mean_weights(log_weights),
+        **estimate,
         "pareto_k": tail.pareto_k(),
         "rate": rate,
         "distortion": distortion,
-        "acceptance": acceptance,
-        "cost": torch.full_like(acceptance, math.ceil(evaluations) + tuning.cost, dtype=torch.long),
+        "acceptance": acceptance.mean(0),
+        "cost": torch.full_like(rate, math.ceil(evaluations), dtype=torch.long),
+        "trusted": torch.stack([value <= 1 for value in diagnostics.values()]).all(0),
     }
     latents, _ = path.latents(state.position)
     log_likelihood, _ = path.particles.score(latents)
     draws = {name: value.cpu() for name, value in path.particles.data_first(latents).items()}
     kept = PosteriorDraws(draws, log_likelihood.cpu(), log_weights.cpu())
-    return Block(positions, {name: value.cpu() for name, value in per_datum.items()}, kept)
+    return Block(
+        positions,
+        {name: value.cpu() for name, value in per_datum.items()},
+        kept,
+        diagnostics={name: value.cpu() for name, value in diagnostics.items()},
+    )
+
+
+def _diagnose(
+    estimate: dict[str, Tensor],
+    log_weights: Tensor,
+    from_half: Tensor,
+    acceptance: Tensor,
+    plan: Plan,
+) -> dict[str, Tensor]:
+    """Return what the weights of a block show, each ``(N,)`` as a share of its limit."""
+    value, error = estimate["log_prob"], estimate["standard_error"]
+
+    def deviate(difference: Tensor, *errors: Tensor) -> Tensor:
+        allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
+        return difference / allowed
+
+    half = log_mean_weights(from_half)
+    # By turns: the chains of one part of a mixture stand together. One chain has no halves.
+    halves = (log_weights[::2], log_weights[1::2]) if len(log_weights) > 1 else (log_weights,) * 2
+    one, other = map(log_mean_weights, halves)
+    found = {
+        "steps": deviate((value - half["log_prob"]).abs(), error, half["standard_error"]),
+        "halves": deviate(
+            (one["log_prob"] - other["log_prob"]).abs(),
+            one["standard_error"],
+            other["standard_error"],
+        ),
+        "acceptance": (1 - acceptance.amin(0)) / (1 - _LEAST_ACCEPTANCE),
+        "weights": _LEAST_SHARE * len(log_weights) / estimate["ess"],
+    }
+    if plan.prior is not None:
+        # What is missed shows as a higher evidence; a path too short for it finds too little.
+        above = (plan.prior.log_prob - value).clamp(min=0)
+        found["prior"] = deviate(above, error, plan.prior.variance.sqrt())
+    return found

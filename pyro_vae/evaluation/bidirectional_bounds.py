@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import check_counts, check_optional_counts
-from pyro_vae.evaluation.ais import AnnealingOptions, annealed_weights, annealing_block_size, tune
+from pyro_vae.evaluation.ais import (
+    AnnealingOptions,
+    annealed_weights,
+    annealing_block_size,
+    make_plan,
+)
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
@@ -145,25 +150,23 @@ def bidirectional(
         pair, latents = simulate(template, num_data)
         size = annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
-            path = AnnealingPath(Particles(part), start)
-            axes = path.particles.axes
+            particles = Particles(part)
+            axes = particles.axes
             drawn = {n: value[rows].movedim(0, axes[n]) for n, value in latents.items()}
-            blocks.append(_both_ways(path, options, drawn))
+            blocks.append(_both_ways(particles, options, drawn))
     lower, upper, *acceptance = torch.cat(blocks, dim=1)
     return Bidirectional(lower, upper, pair.inputs, num_chains, num_steps, torch.stack(acceptance))
 
 
-def _both_ways(path: AnnealingPath, options: AnnealingOptions, drawn: Latents) -> Tensor:
+def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) -> Tensor:
     """Return the bounds and the acceptances of one block, ``(4, N)``."""
-    tuning = tune(path, options)
-    position, _ = path.draw(options.num_chains)
-    path.evaluate(position)
-    path.capture(position)
-    forward, _, accepted = annealed_weights(path, path.evaluate(position), options, tuning)
+    plan = make_plan(AnnealingPath(particles, options.start), options)
+    path = plan.path
+    start = path.evaluate(path.draw(options.num_chains))
+    forward, _, accepted = annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
     exact = exact.expand(options.num_chains, *exact.shape[1:])
-    state = path.evaluate(exact)
-    reverse, _, accepted_back = annealed_weights(path, state, options, tuning, reverse=True)
+    reverse, _, accepted_back = annealed_weights(plan, path.evaluate(exact), options, reverse=True)
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
-    return torch.stack([lower, upper, accepted, accepted_back]).cpu()
+    return torch.stack([lower, upper, accepted.mean(0), accepted_back.mean(0)]).cpu()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.auto import (
+    AutoOptions,
+    anneal_uncleared,
+    look_again,
+    why_not_annealed,
+)
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import (
     Observed,
@@ -30,7 +37,6 @@ from pyro_vae.evaluation.comparison_training import (
 )
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
-from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import check_callables
@@ -55,6 +61,7 @@ class _Settings(NamedTuple):
     importance: ImportanceOptions
     bounds: dict[str, int]  # numbers of draws
     annealing: AnnealingOptions | None
+    auto: AutoOptions | None
     posterior: str | None
     max_memory: int | None
     seed: int
@@ -90,9 +97,11 @@ def compare(
         num_samples: draws per datum for log p(x).
         num_elbo_samples: draws per datum for the ELBO, its parts and the importance-weighted bound.
         num_importance: draws in one importance-weighted bound.
-        methods: ``"importance"``, with or without ``"annealed"``. Annealing is left out for a pair
-            that can't be annealed (latents that are discrete or on a sphere).
-        annealing_options: options of :func:`pyro_vae.log_marginal` for annealing, e.g. ``num_steps``.
+        methods: ``"importance"``, with or without ``"annealed"``, or ``"auto"`` alone, which anneals
+            a data point that any pair fails to clear in every pair. Annealing is left out for a pair
+            that can't be annealed (latents that are discrete or on a sphere), and auto for all then.
+        annealing_options: options of :func:`pyro_vae.log_marginal` for annealing, e.g. ``num_steps``;
+            with auto ``max_annealed`` too.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
         train: training data; each pair is then trained by :func:`pyro_vae.fit`, in place.
         hold: ``"model"`` measures all guides against one frozen copy of the first pair's model (which
@@ -128,7 +137,7 @@ def compare(
         'mean field'
     """
     _check_pairs(pairs)
-    annealing = _check_options(methods, annealing_options, posterior, hold)
+    annealing, max_annealed = _check_options(methods, annealing_options, posterior, hold)
     fitting = check_fit_options(fit_options, trains=train is not None)
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
@@ -140,7 +149,9 @@ def compare(
     num_importance = whole_number("num_importance", num_importance, least=1)
     draws = {"num_samples": num_elbo_samples, "num_importance": num_importance}
     importance = ImportanceOptions(num_samples)
-    settings = _Settings(importance, draws, annealing, posterior, max_memory, seed)
+    auto = AutoOptions(importance, annealing, max_annealed) if "auto" in methods else None
+    plain = annealing if "annealed" in methods else None
+    settings = _Settings(importance, draws, plain, auto, posterior, max_memory, seed)
     report = progress or (lambda name, what, share: None)
     options = {"plate": plate, "seed": seed, "progress": False, **fitting}
 
@@ -168,6 +179,8 @@ def compare(
                 name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
                 for name, pair in opened.items()
             }
+            if auto is not None:
+                _anneal_alike(opened, runs, auto, settings)
     return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
 
 
@@ -191,12 +204,13 @@ def _check_options(
     annealing_options: Mapping[str, Any] | None,
     posterior: str | None,
     hold: str | None,
-) -> AnnealingOptions | None:
-    """Refuse options out of range or without effect; return annealing's where it is asked for."""
+) -> tuple[AnnealingOptions, int]:
+    """Refuse options out of range or without effect; return annealing's, and how many data points."""
     named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
-    if named not in ({"importance"}, {"importance", "annealed"}):
+    if named not in ({"importance"}, {"importance", "annealed"}, {"auto"}):
         raise InputError(
-            f"expected methods ('importance',) or ('importance', 'annealed'), got {methods!r}"
+            "expected methods ('importance',), ('importance', 'annealed') or ('auto',), got "
+            f"{methods!r}"
         )
     if posterior not in (None, "quadrature"):
         raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
@@ -204,15 +218,18 @@ def _check_options(
         raise InputError(f"expected hold None or 'model', got {hold!r}")
     options = as_dict("annealing_options", annealing_options)
     known = set(AnnealingOptions.__dataclass_fields__)
+    if named == {"auto"}:
+        known.add("max_annealed")
     for name in set(options) - known:
         raise InputError(f"expected annealing_options among {', '.join(sorted(known))}, got {name!r}")
+    max_annealed = whole_number("max_annealed", options.pop("max_annealed", 100), least=1)
     annealing = AnnealingOptions(**options)
-    if options and "annealed" not in methods:
+    if options and named == {"importance"}:
         raise InputError(
             f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
             "leave them out, or ask for annealing"
         )
-    return annealing if "annealed" in methods else None
+    return annealing, max_annealed
 
 
 def _look_at_all(
@@ -308,8 +325,28 @@ def _measure(
 
 def _can_be_annealed(pair: OpenedPair, start: str, seed: int) -> bool:
     with pair.evaluating(seed):
-        try:
-            AnnealingPath(Particles(pair.few(BLOCK)), start)
-        except InputError:
-            return False
-    return True
+        return why_not_annealed(pair, start) is None
+
+
+def _anneal_alike(
+    pairs: Mapping[str, OpenedPair],
+    runs: dict[str, list[Measured]],
+    auto: AutoOptions,
+    settings: _Settings,
+) -> None:
+    """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
+    cleared = []
+    for name, pair in pairs.items():
+        with pair.evaluating((settings.seed + 2) % 2**32):
+            if why_not_annealed(pair) is not None:
+                return
+            cleared.append(look_again(pair, runs[name][0].estimate, auto))
+    by_all = torch.stack(cleared).all(0)
+    for name, pair in pairs.items():
+        (measured,) = runs[name]
+        with pair.evaluating((settings.seed + 3) % 2**32):
+            found = anneal_uncleared(
+                pair, measured.estimate, by_all, auto, max_memory=settings.max_memory
+            )
+        log_prob = PerDatum(found.log_prob, found.standard_error)
+        runs[name] = [replace(measured, estimate=found, log_prob=log_prob)]

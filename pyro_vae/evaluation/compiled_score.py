@@ -23,6 +23,7 @@ from pyro_vae.infer.program import (
     verify,
 )
 from pyro_vae.pair.functions import PairFunction, modules_of
+from pyro_vae.pair.precision import ROUNDING, precision_now
 from pyro_vae.pair.sites import Latents
 from pyro_vae.pair.state import Remembered, Snapshot, with_submodules
 from pyro_vae.weights.particles import Particles
@@ -89,7 +90,8 @@ def capture_values(
 
     def check(program: Program, num_checked: int | None) -> list[Tensor]:
         def compare(expected: Values, found: list[Tensor], tensors: list[Tensor]) -> None:
-            tolerance = tolerance_of(value.dtype for value in (*where(), *tensors, *found))
+            dtypes = [value.dtype for value in (*where(), *tensors, *found)]
+            tolerance = tolerance_of([*dtypes, *ROUNDING.get(precision_now(), ())])
             for own, standard in zip(found, expected, strict=True):
                 if not are_close(own[: len(standard)], standard, tolerance):
                     raise CannotCaptureError("it gives other values than the model")
@@ -116,7 +118,7 @@ def capture_values(
     program = None
     try:
         program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
-        backend = "inductor" if compile else "eager"
+        backend = "inductor" if compile else {"cuda": "cudagraphs"}.get(pair.device.type, "eager")
         shown = program.compile(backend, "default", lambda: check(program, None), say)
     except CannotCaptureError as reason:
         programs.impossible[signature] = program is not None

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,15 @@ from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.pair.opened import Progress
+
+# What each of annealing's diagnostics says, as a warning names it.
+_CHECKS = {
+    "steps": "too few steps",
+    "halves": "halves of the chains that disagree",
+    "acceptance": "moves that are rejected",
+    "weights": "too few effective chains",
+    "prior": "a higher evidence from the prior",
+}
 
 
 class Convergence(NamedTuple):
@@ -54,8 +64,11 @@ class LogMarginal:
             ``diagnostics`` and the Pareto k. None where nothing was checked.
         was_annealed: which data points' number annealing gave, bool ``(N,)``; None: all or none of
             them, as ``method`` says.
-        diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit: what is above 1,
-            or NaN (unknown), is not trusted.
+        diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit; what is above 1,
+            or NaN (unknown), is not trusted. ``"steps"``: what half of the steps gives differently,
+            ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
+            worst place of the path, ``"weights"``: chains per effective one, and with
+            ``start="both"`` ``"prior"``: by how much a pilot from the prior found more evidence.
         acceptance: mean acceptance probability of the transitions, ``(N,)``; annealing only.
         convergence: the estimate after fewer samples; None where data got different numbers of
             samples, and for annealing.
@@ -230,16 +243,37 @@ def summarise(
 
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
-    """Warn of data whose weights have too heavy a tail."""
+    """Warn of data whose weights have too heavy a tail, or that annealing's checks do not clear."""
     count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
-    if estimate.method == "annealed":
-        advice = "more steps or chains"
-    if count:
+    if estimate.method != "importance":
+        _warn_of_untrusted(estimate, stacklevel=stacklevel + 1)
+    elif count:
         warnings.warn(
             f"{count} of {len(estimate.log_prob)} data have Pareto k > {PARETO_K_LIMIT}: their "
             f"log p(x) is probably too low and their standard error too small; use {advice}",
             stacklevel=stacklevel + 1,
         )
+
+
+def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
+    if estimate.trusted is None or not estimate.num_untrusted:
+        return
+    annealed = (
+        torch.ones_like(estimate.trusted) if estimate.was_annealed is None else estimate.was_annealed
+    )
+    failed = {
+        _CHECKS[name]: int((~(value <= 1) & annealed).sum())
+        for name, value in estimate.diagnostics.items()
+    }
+    failed["not being annealed"] = estimate.methods.count("not annealed")
+    more = " or a higher max_annealed" if failed["not being annealed"] else ""
+    reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
+    warnings.warn(
+        f"{estimate.num_untrusted} of {len(estimate.log_prob)} data points are not trusted"
+        f"{f' ({reasons})' if reasons else ''}: their log p(x) may be off by more than their "
+        f"standard errors say; use more steps or chains{more}",
+        stacklevel=stacklevel + 1,
+    )
 
 
 @dataclass
@@ -274,6 +308,7 @@ class Block(NamedTuple):
     per_datum: dict[str, Tensor]
     draws: PosteriorDraws
     convergence: Convergence | None = None
+    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def join_blocks(
@@ -309,6 +344,9 @@ def join_blocks(
         log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
     joined.setdefault("trusted", joined["pareto_k"] <= PARETO_K_LIMIT)
+    joined["diagnostics"] = {
+        name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
+    }
     return LogMarginal(**joined, convergence=history, draws=draws, **fields)
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import MixtureSameFamily, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, latent_sites
-from pyro_vae.weights.particles import LogDensities, Particles, check_weights
+from pyro_vae.weights.particles import Particles
 
-# Draws of the start from which the coordinates' scales are measured, and runs of the pair that must
-# show the same latents, with the same shapes and supports.
-_SCALE_DRAWS, _STRUCTURE_RUNS = 32, 4
+# Runs of a pair that must show the same latents, with the same shapes and supports.
+_STRUCTURE_RUNS = 4
 
 
 class State(NamedTuple):
@@ -32,14 +33,15 @@ class State(NamedTuple):
     base_gradient: Tensor
     increment_gradient: Tensor
 
-    def log_density(self, beta: float) -> Tensor:
-        """Return the log density at ``beta`` on the path, ``(C, N)``; -inf where undefined."""
+    def log_density(self, beta: Tensor) -> Tensor:
+        """Return the log density at ``beta`` ``(N,)`` on the path, ``(C, N)``; -inf: undefined."""
         log_density = self.base + beta * self.increment
         return torch.where(log_density.isfinite(), log_density, -math.inf)
 
-    def gradient(self, beta: float) -> Tensor:
+    def gradient(self, beta: Tensor) -> Tensor:
         """Return the gradient of :meth:`log_density`, ``(C, N, D)``; 0 where undefined."""
-        gradient = self.base_gradient + beta * self.increment_gradient
+        weight = beta.to(self.base_gradient.dtype)[:, None]
+        gradient = self.base_gradient + weight * self.increment_gradient
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def where(self, condition: Tensor, other: State) -> State:
@@ -47,6 +49,26 @@ class State(NamedTuple):
         of_each = condition[..., None]
         conditions = (of_each, condition, condition, of_each, of_each)
         return State(*map(torch.where, conditions, self, other))
+
+    def take(self, chains: Tensor) -> State:
+        """Take for each datum the chains of these numbers ``(C, N)``."""
+        data = torch.arange(chains.shape[1], device=chains.device)
+        return State(*(value[chains, data] for value in self))
+
+
+def multiply(factor: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
+    """Multiply vectors ``(C, N, D)`` by a matrix per datum, ``(N, D, D)``, or its diagonal."""
+    if factor.dim() == 2:
+        return factor * vectors
+    return torch.einsum("nji,cnj->cni" if transposed else "nij,cnj->cni", factor, vectors)
+
+
+def choose(ends: Tensor, count: int) -> Tensor:
+    """Draw numbers ``(count, N)`` whose shares, summed up ``(K, N)``, end at 1; each but for one."""
+    shift = torch.rand_like(ends[:1])
+    points = (torch.arange(count, device=ends.device)[:, None] + shift) / count
+    chosen = torch.searchsorted(ends.T.contiguous(), points.T.contiguous())
+    return chosen.clamp(max=len(ends) - 1).T
 
 
 class _Coordinates(NamedTuple):
@@ -61,13 +83,14 @@ class _Coordinates(NamedTuple):
 class AnnealingPath:
     r"""Densities :math:`f_0^{1 - \beta} p(x, z)^\beta` of the latents' unconstrained coordinates.
 
-    f_0 is q(z given x), or p(z) if ``start`` is ``"prior"``; Jacobians are included.
+    f_0 is q(z given x), p(z) if ``start`` is ``"prior"``, or a mixture of normals; Jacobians are
+    included.
     """
 
-    def __init__(self, particles: Particles, start: str) -> None:
+    def __init__(self, particles: Particles, start: str | MixtureSameFamily) -> None:
         self.particles, self.start = particles, start
         model_sites, guide_sites = self._stable_sites()
-        if start == "guide":
+        if start in ("guide", "both"):
             check_density_known(guide_sites.values(), 'use start="prior"')
         self._sites = []
         for name, site in model_sites.items():
@@ -76,28 +99,31 @@ class AnnealingPath:
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}  # of one datum
-        self._graphs: dict[torch.Size, Callable[[Sequence[Tensor]], Any]] = {}
-        self.num_coordinates = self.position(
-            {name: site["value"][None] for name, site in model_sites.items()}
-        ).shape[-1]
+        self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any] | None] = {}
+        shown = self.position({name: site["value"][None] for name, site in model_sites.items()})
+        self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
 
-    def draw(self, num_chains: int) -> tuple[Tensor, LogDensities | None]:
-        """Draw positions ``(C, N, D)`` from the start; with their densities where it is the guide."""
-        if self.start == "prior":
-            return self.position(self.particles.propose_from_prior(num_chains)), None
-        latents, log_proposal = self.particles.propose(num_chains)
-        densities = LogDensities(*self.particles.score(latents), log_proposal)
-        check_weights(densities)
-        return self.position(latents), densities
+    def leave_from(self, start: str | MixtureSameFamily) -> AnnealingPath:
+        """Return the path to the same posterior from another start; recordings are shared."""
+        path = copy.copy(self)
+        path.start = start
+        return path
 
-    def scales(self) -> Tensor:
-        """Return the coordinates' standard deviations at the start, ``(N, D)``."""
+    def draw(self, num_chains: int) -> Tensor:
+        """Draw positions ``(C, N, D)`` from the start; a mixture's parts get their shares of them."""
+        if isinstance(self.start, MixtureSameFamily):
+            mixture = self.start
+            part = choose(mixture.mixture_distribution.probs.T.cumsum(0), num_chains)
+            drawn = mixture.component_distribution.sample((num_chains,))
+            part = part[..., None, None].expand(-1, -1, -1, drawn.shape[-1])
+            return drawn.gather(2, part)[:, :, 0].to(self.dtype)
         if self.start == "prior":
-            latents = self.particles.propose_from_prior(_SCALE_DRAWS)
-        else:
-            latents, _ = self.particles.propose(_SCALE_DRAWS)
-        positions = self.position(latents)
-        return positions.std(0).clamp(min=torch.finfo(positions.dtype).tiny ** 0.5)
+            return self.position(self.particles.propose_from_prior(num_chains))
+        return self.guide_positions(num_chains)
+
+    def guide_positions(self, num_draws: int) -> Tensor:
+        """Draw positions ``(S, N, D)`` of the guide, whose density is not asked for."""
+        return self.position(self.particles.propose(num_draws)[0])
 
     def latents(self, position: Tensor) -> tuple[Latents, Tensor]:
         """Return the latents at positions ``(C, N, D)`` and the log Jacobian ``(C, N)``."""
@@ -115,42 +141,57 @@ class AnnealingPath:
 
     def evaluate(self, position: Tensor) -> State:
         """Return densities and gradients at positions ``(C, N, D)``: one pass forward, one back."""
-        if position.shape in self._graphs:
-            return State(position, *self._graphs[position.shape]([position.contiguous()]))
-        return State(position, *self._ends(position, self.particles))
+        prior, likelihood, prior_slope, likelihood_slope = self._run("model", position)
+        if self.start == "prior":
+            return State(position, prior, likelihood, prior_slope, likelihood_slope)
+        joint, slope = prior + likelihood, prior_slope + likelihood_slope
+        if isinstance(self.start, MixtureSameFamily):
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                density = self.start.log_prob(position.double())
+                base, base_slope = density.detach(), _gradient(density, position)
+            position = position.detach()
+        else:
+            base, base_slope = self._run("guide", position)
+        return State(position, base, joint - base, base_slope, slope - base_slope)
 
     def capture(self, position: Tensor) -> None:
         """Record :meth:`evaluate` for this shape: handlers cost more than a small model itself."""
-        if position.shape in self._graphs:
-            return
         pair = self.particles.pair
-        captured = capture_values(
-            self.particles,
-            (pair.model, pair.guide),
-            ("annealing", self.start),
-            [position.contiguous()],
-            lambda particles, given: self._ends(given[0], particles),
-            # A branch on values that was baked in shows elsewhere than at capture.
-            elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
-        )
-        if captured is not None:
-            self._graphs[position.shape], _ = captured
+        for kind in ("model", "guide") if self.start == "guide" else ("model",):
+            if (kind, position.shape) in self._graphs:
+                continue
+            captured = capture_values(
+                self.particles,
+                (pair.model, pair.guide),
+                ("annealing", kind),
+                [position.contiguous()],
+                partial(self._compute, kind),
+                # A branch on values that was baked in shows elsewhere than at capture.
+                elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
+            )
+            self._graphs[kind, position.shape] = None if captured is None else captured[0]
 
-    def _ends(self, position: Tensor, particles: Particles) -> Values:
+    def _run(self, kind: str, position: Tensor) -> Sequence[Tensor]:
+        graph = self._graphs.get((kind, position.shape))
+        if graph is not None:
+            return cast(Sequence[Tensor], graph([position.contiguous()]))
+        return self._compute(kind, self.particles, [position])
+
+    def _compute(self, kind: str, particles: Particles, given: Sequence[Tensor]) -> Values:
+        """Return log densities, of prior and likelihood or of the guide, and their gradients."""
         # The pair was checked when it was first run.
         with torch.enable_grad(), pyro.validation_enabled(False):
-            position = position.detach().requires_grad_()
+            position = given[0].detach().requires_grad_()
             latents, log_jacobian = self.latents(position)
-            log_likelihood, log_prior = particles.score(latents)
-            if self.start == "prior":
-                base, increment = log_prior + log_jacobian, log_likelihood
-                gradients = _gradient(base, position), _gradient(increment, position)
+            terms: Values
+            if kind == "guide":
+                terms = (particles.score_proposal(latents) + log_jacobian,)
             else:
-                base = particles.score_proposal(latents) + log_jacobian
-                joint = log_likelihood + log_prior + log_jacobian
-                increment, base_gradient = joint - base, _gradient(base, position)
-                gradients = base_gradient, _gradient(joint, position) - base_gradient
-        return tuple(value.detach() for value in (base, increment, *gradients))
+                log_likelihood, log_prior = particles.score(latents)
+                terms = (log_prior + log_jacobian, log_likelihood)
+            gradients = [_gradient(term, position) for term in terms]
+        return tuple(value.detach() for value in (*terms, *gradients))
 
     def position(self, latents: Latents) -> Tensor:
         """Return the unconstrained positions ``(C, N, D)`` of latents ``(C, ...)``."""
@@ -168,8 +209,9 @@ class AnnealingPath:
         return position
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
-        """Run the pair a few times; refuse latents that change in name, shape or support."""
-        runs = (self.particles.traces() for _ in range(_STRUCTURE_RUNS))
+        """Run the pair; at the first time a few times, to refuse latents that change."""
+        knowledge = self.particles.pair.knowledge
+        runs = (self.particles.traces() for _ in range(1 if knowledge.is_stable else _STRUCTURE_RUNS))
         shown, *others = (
             [{site["name"]: site for site in latent_sites(trace)} for trace in run] for run in runs
         )
@@ -182,43 +224,46 @@ class AnnealingPath:
                     f"expected the same latents, shapes and supports in every run, {changed[0]!r} "
                     "changes: annealing needs one space to move in; use method='importance'"
                 )
+        knowledge.is_stable = True
         return shown[0], shown[1]
 
 
 def transition(
     path: AnnealingPath,
     state: State,
-    beta: float,
+    beta: Tensor,
     step_size: Tensor,
-    scales: Tensor,
+    factor: Tensor,
     num_leapfrog_steps: int,
 ) -> tuple[State, Tensor]:
     """Move every chain once at ``beta``; return state and acceptance probabilities ``(C, N)``.
 
-    Step sizes are per datum, ``(N,)``, in units of the scales ``(N, D)``.
+    Positions on the path and step sizes are per datum, ``(N,)``; the momentum's covariance is the
+    inverse of F F^T, the factor's (see :func:`multiply`).
 
     Source:
-        Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2 and 4.2.
+        Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2, 4.1 and 4.2.
     """
-    momentum = torch.randn_like(state.position)
+    momentum = torch.randn_like(state.position)  # in coordinates that F makes white
     jitter = 0.8 + 0.4 * torch.rand_like(state.position[..., :1])
-    steps = jitter * step_size.to(scales.dtype)[:, None] * scales
+    steps = jitter * step_size.to(factor.dtype)[:, None]
     # Drawn anew each time: a trajectory of fixed length may close on itself, and then moves nothing.
     length = int(torch.randint(1, num_leapfrog_steps + 1, ()))
-    before = state.log_density(beta) - _kinetic(momentum)
+    before = state.log_density(beta) - kinetic(momentum)
     proposal = state
     for _ in range(length):
-        momentum = momentum + 0.5 * steps * proposal.gradient(beta)
-        proposal = path.evaluate(proposal.position + steps * momentum)
-        momentum = momentum + 0.5 * steps * proposal.gradient(beta)
-    gain = proposal.log_density(beta) - _kinetic(momentum) - before
+        momentum = momentum + 0.5 * steps * multiply(factor, proposal.gradient(beta), transposed=True)
+        proposal = path.evaluate(proposal.position + steps * multiply(factor, momentum))
+        momentum = momentum + 0.5 * steps * multiply(factor, proposal.gradient(beta), transposed=True)
+    gain = proposal.log_density(beta) - kinetic(momentum) - before
     # NaN: neither point has a density (or the trajectory ran away); stay.
     probability = gain.nan_to_num(nan=-math.inf, posinf=math.inf).clamp(max=0).exp()
     accepted = torch.rand_like(probability) < probability
     return proposal.where(accepted, state), probability
 
 
-def _kinetic(momentum: Tensor) -> Tensor:
+def kinetic(momentum: Tensor) -> Tensor:
+    """Return half the squared length of vectors ``(C, N, D)``, ``(C, N)``, float64."""
     return 0.5 * momentum.double().square().sum(-1)
 
 

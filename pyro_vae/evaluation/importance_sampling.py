@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
+from pyro_vae.evaluation.auto import AutoOptions, anneal_uncleared, look_again, why_not_annealed
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import (
     Block,
@@ -27,6 +29,7 @@ from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.precision import check_precision, compute_in, multiply_in
 from pyro_vae.pair.sites import Latents
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -74,15 +77,17 @@ def log_marginal(
     method: str = "importance",
     target_standard_error: float | None = None,
     max_samples: int | None = None,
-    num_chains: int = 16,
+    num_chains: int = 32,
     num_steps: int = 1000,
     num_leapfrog_steps: int = 5,
     num_transitions: int = 1,
-    start: str = "guide",
-    schedule: str = "sigmoid",
+    start: str = "both",
+    schedule: str = "adaptive",
+    max_annealed: int = 100,
     max_memory: int | None = None,
     keep_draws: int | None = None,
     compile: bool | None = None,
+    precision: str = "float32",
     plate: str = "data",
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -94,29 +99,37 @@ def log_marginal(
 
     Runs without gradients of parameters and with the pair's modules in eval mode, which is restored.
     Samples are streamed in chunks, so memory does not grow with their number. The
-    annealed estimate moves each draw from q to the posterior in ``num_steps`` small steps.
+    annealed estimate moves chains to the posterior in small steps: a pilot comes from the guide and
+    the prior and fits where the fresh chains that count start. ``"auto"``, the recommended method,
+    anneals what importance sampling and a second look from the prior do not clear.
 
     Args:
         model: the generative function of the pair.
         guide: the variational function of the pair; its cost per datum is paid once.
         x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         num_samples: draws per datum, K; with ``target_standard_error`` those of the pilot.
-        method: ``"importance"``, or ``"annealed"`` where the guide is too poor a proposal.
+        method: ``"importance"``, ``"annealed"`` or ``"auto"``: draws of the guide can't show what the
+            guide misses, and chains from the prior can.
         target_standard_error: nats. A pilot of ``num_samples`` draws then decides how many fresh ones
             each datum gets. The pilot is thrown away: to stop at a value one has seen would bias it.
         max_samples: most fresh draws per datum for the target; by default 20 times ``num_samples``.
         num_chains: annealing: chains per datum.
-        num_steps: annealing: intermediate distributions.
+        num_steps: annealing: intermediate distributions; of the adaptive schedule at most so many.
         num_leapfrog_steps: annealing: most gradient evaluations of a transition.
         num_transitions: annealing: transitions at each intermediate distribution.
-        start: annealing: ``"guide"`` or ``"prior"``.
-        schedule: annealing: ``"sigmoid"`` or ``"linear"``.
-        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU and a quarter of the free
-            memory on a GPU. More data than fit are taken block by block.
+        start: annealing: ``"guide"``, ``"prior"``, or ``"both"``: a mixture of normals fitted to
+            where a pilot from each arrives.
+        schedule: annealing: ``"adaptive"`` by the spread of the weights, ``"sigmoid"`` or
+            ``"linear"``.
+        max_annealed: auto: data points to anneal at most; four times as many are looked at.
+        max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
+            quarter of a smaller one's). More data than fit are taken block by block.
         keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
             and of annealing every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
+        precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
+            ``bfloat16`` the estimate is that of networks so rounded.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards. None draws from the
             global state.
@@ -128,15 +141,15 @@ def log_marginal(
             out of range or without effect, or a NaN from the pair.
 
     Warns:
-        UserWarning: data with Pareto k > 0.7, and how many.
+        UserWarning: data with Pareto k > 0.7, or not trusted, and how many.
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    if method not in ("importance", "annealed"):
-        raise InputError(f"expected method 'importance' or 'annealed', got {method!r}")
-    options: ImportanceOptions | AnnealingOptions
+    if method not in ("importance", "annealed", "auto"):
+        raise InputError(f"expected method 'importance', 'annealed' or 'auto', got {method!r}")
+    options: ImportanceOptions | AnnealingOptions | AutoOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
     if method == "annealed":
         if compile:
@@ -148,15 +161,18 @@ def log_marginal(
                 "expected method='importance' with target_standard_error, got 'annealed': "
                 "set num_chains and num_steps instead"
             )
-        options = AnnealingOptions(
+    if method != "importance":
+        annealing = AnnealingOptions(
             num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
         )
+        options = annealing if method == "annealed" else AutoOptions(options, annealing, max_annealed)
     check_optional_counts(max_memory=max_memory)
     check_optional_counts(keep_draws=keep_draws, least=0)
     check_callables(progress=progress, running_mean=running_mean)
     pair = open_pair(model, guide, x, plate=plate)
     report = Report(pair.num_data, progress, running_mean)
-    with pair.evaluating(seed):
+    check_precision(precision)
+    with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
         estimate = estimate_log_prob(
             pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
         )
@@ -166,7 +182,7 @@ def log_marginal(
 
 def estimate_log_prob(
     pair: OpenedPair,
-    options: ImportanceOptions | AnnealingOptions,
+    options: ImportanceOptions | AnnealingOptions | AutoOptions,
     *,
     max_memory: int | None = None,
     keep_draws: int | None = None,
@@ -175,6 +191,16 @@ def estimate_log_prob(
 ) -> LogMarginal:
     """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
+    if isinstance(options, AutoOptions):
+        first = estimate_log_prob(
+            pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
+        )
+        reason = why_not_annealed(pair)
+        if reason is not None:
+            warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
+            return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
+        cleared = look_again(pair, first, options)
+        return anneal_uncleared(pair, first, cleared, options, max_memory=max_memory)
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
     target, num_pilot = options.target_standard_error, options.num_samples

@@ -23,16 +23,13 @@ from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.trainer import SUMMARY, TrainingObjective
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.inputs import Inputs
+from pyro_vae.pair.precision import ROUNDING
 from pyro_vae.pair.state import Snapshot, with_submodules
 
 # Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
 # 26 s of one core; a step saves 4 to 7 ms of it, of a small net (784-64-20, batch 128) as of a larger
 # one (784-512-256-20): 20 s / 5 ms = 4,000 steps, and a margin. A constant: calls repeat bit for bit.
 COMPILED_FROM_STEPS = 5_000
-
-# What layers multiply in besides float32, and round differently from kernel to kernel: TF32 has the
-# mantissa of float16.
-_ROUNDING = {"tf32": (torch.float16,), "bfloat16": (torch.bfloat16,)}
 
 
 class DeviceLoss(Tensor):
@@ -282,7 +279,7 @@ class StepCapture(Engine):
             options = {name: getattr(given, name) for name in ("backend", "mode", "verify_every")}
         super().__init__("fit", **options)
         self.training_objective = objective
-        self.rounding = _ROUNDING.get(settings.precision, ())
+        self.rounding = ROUNDING.get(settings.precision, ())
         self.warns = compile is True or (compile == "auto" and isinstance(given, _Stepping))
         self.is_chosen = False
         if compile is False:

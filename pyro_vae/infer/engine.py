@@ -77,10 +77,7 @@ class StepProgram(Program):
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
     ) -> list[Tensor]:
         """Run the step: summary and gradients, the caller's own only if told to ``keep`` them."""
-        outputs = super().outputs(given, tensors)
-        if self.overwrites and keep:
-            # Multiplying by one copies all the gradients in one launch.
-            outputs = [outputs[0].clone(), *torch._foreach_mul(outputs[1:], 1)]
+        outputs = super().outputs(given, tensors, keep=keep)
         for i in self._copied:
             outputs[i + 1] = torch.empty_like(tensors[self.leaves[i]]).copy_(outputs[i + 1])
         return outputs

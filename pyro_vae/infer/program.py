@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
+from pyro_vae.pair.precision import precision_now
 from pyro_vae.pair.state import Snapshot
 
 # Programs kept per pair.  More distinct signatures than this mean that a number which changes from
@@ -26,7 +28,7 @@ Signature = tuple[Hashable, Hashable]
 def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
     """Return what a graph depends on besides the pair's state; append the arguments' tensors."""
     structure = capture.describe(arguments, tensors)
-    context = (key, torch.get_default_dtype(), autocast_dtypes(), structure)
+    context = (key, torch.get_default_dtype(), autocast_dtypes(), precision_now(), structure)
     return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
 
 
@@ -125,17 +127,24 @@ class Program:
         self.signature, self.state, self.graph = signature, state, graph
         self.run: Callable[..., Sequence[Tensor]] = graph
         self.overwrites = False  # its earlier results, as CUDA graphs do
+        self.thread = threading.current_thread()  # to which CUDA graphs belong
         self.cast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
-    def outputs(self, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Run the graph on what is given and the state's current tensors."""
+    def outputs(
+        self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
+    ) -> list[Tensor]:
+        """Run the graph on what is given and the state's tensors; ``keep`` what it returns."""
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
             for device in self.cast:  # the graph holds its casts already
                 contexts.enter_context(torch.autocast(device, enabled=False))
             if self.overwrites:
+                if threading.current_thread() is not self.thread:
+                    return list(self.graph(*given, *tensors))
                 torch.compiler.cudagraph_mark_step_begin()
-            return list(self.run(*given, *tensors))
+            found = list(self.run(*given, *tensors))
+            # Multiplying by one copies all of them in one launch.
+            return list(torch._foreach_mul(found, 1)) if self.overwrites and keep else found
 
     def compile(
         self,
@@ -156,12 +165,15 @@ class Program:
         self.run = torch.compile(
             self.graph, backend=backend, fullgraph=True, dynamic=False, options=options
         )
-        self.overwrites = bool(options and options.get("triton.cudagraphs"))
+        self.overwrites = backend == "cudagraphs" or bool((options or {}).get("triton.cudagraphs"))
         if self.overwrites:
             for tensor in self.state.tensors:
                 # Read in place by the graph; a moved one is noticed and recorded anew.
                 torch._dynamo.mark_static_address(tensor, guard=False)
         try:
+            # A CUDA graph is run as it is, then recorded, then replayed: each may go wrong.
+            for _ in range(2 if self.overwrites else 0):
+                check()
             return check()
         except CannotCaptureError:
             raise

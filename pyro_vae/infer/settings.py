@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from pyro.infer import ELBO
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
+from pyro_vae.pair.precision import check_precision
 
 Schedule = str | Callable[[float], float]
 
@@ -74,8 +68,7 @@ class FitSettings:
                 "expected a schedule constant, cosine or a function of the fraction, got "
                 f"{schedule!r}"
             )
-        if self.precision not in PRECISIONS:
-            raise InputError(f"expected a precision {', '.join(PRECISIONS)}, got {self.precision!r}")
+        check_precision(self.precision)
         if self.compile not in (True, False, "auto"):
             raise InputError(f"expected compile as True, False or 'auto', got {self.compile!r}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -152,50 +145,3 @@ class LearningRate:
                 f"{multiplier}"
             )
         return self.base * multiplier
-
-
-# --- precision -------------------------------------------------------------------------------
-
-# What layers multiply by their weights. Products of tensors that are none of a layer's (a
-# Cholesky factor times noise, a density's quadratic form) are not among them.
-_PRODUCTS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d}
-_PRODUCTS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-
-
-class _BFloat16Products(TorchFunctionMode):
-    """Layers multiply in bfloat16 and hand on float32: draws and log-probabilities are float32.
-
-    ``torch.autocast`` would let bfloat16 out of the networks, into draws, densities and their sums.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _PRODUCTS:
-            return func(*args, **kwargs)
-        narrow = [_narrow(value) for value in args]
-        result = func(*narrow, **{name: _narrow(value) for name, value in kwargs.items()})
-        return result.float() if result.dtype == torch.bfloat16 else result
-
-
-def _narrow(value: Any) -> Any:
-    is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
-    return value.to(torch.bfloat16) if is_float32 else value
-
-
-def multiply_in(precision: str) -> AbstractContextManager[Any]:
-    """Let the layers that run inside multiply in bfloat16 if that is the precision."""
-    return _BFloat16Products() if precision == "bfloat16" else nullcontext()
-
-
-@contextmanager
-def compute_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Let CUDA round the factors of float32 products to TF32 if asked for; restore the flag."""
-    if precision != "tf32" or device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

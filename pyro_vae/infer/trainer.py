@@ -21,10 +21,11 @@ from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.diagnosis import unscaled
-from pyro_vae.infer.settings import FitSettings, LearningRate, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate
 from pyro_vae.pair.functions import PairFunction, has_batch_norm, modules_of
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
+from pyro_vae.pair.precision import multiply_in
 from pyro_vae.pair.state import accumulating_leaves
 
 # What a step leaves behind, one number each.
@@ -76,8 +77,14 @@ class TrainingObjective:
     def terms(self, model: PairFunction, guide: PairFunction, batch: Inputs) -> BoundTerms:
         """Return loss, rate and distortion summed over the batch; the surrogate is a mean."""
         data = DataPlate(self.settings.plate, len(batch[0]))
-        with data, multiply_in(self.settings.precision):
-            loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        validates = poutine.is_validation_enabled()
+        # Pyro's warnings of NaN wait for the device; what is not finite is flagged by ``finish``.
+        poutine.enable_validation(validates and batch[0].device.type == "cpu")
+        try:
+            with data, multiply_in(self.settings.precision):
+                loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
+        finally:
+            poutine.enable_validation(validates)
         number = data.full_size
         share = len(batch[0]) / number
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
@@ -145,7 +152,7 @@ class Trainer:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
             rows = own if len(own) else index[:1]
-            batch = tuple(value[rows].to(self.device, non_blocking=True) for value in self.train)
+            batch = tuple(move(value[rows], self.device) for value in self.train)
             summary = self._step(batch, len(own) / len(index))
             epoch.summaries[epoch.taken].copy_(summary)
             epoch.taken += 1
@@ -166,8 +173,9 @@ class Trainer:
         }
 
     def _begin_epoch(self, number: int) -> _Epoch:
-        size, place = len(self.train[0]), self.train[0].device
-        order = (torch.randperm if self.shuffle else torch.arange)(size, device=place)
+        size = len(self.train[0])
+        # On the device wherever the data are: a seed gives the same order.
+        order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
         self.processes.take_first([order])
         shape = len(self.batch_sizes), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))

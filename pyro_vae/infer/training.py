@@ -26,7 +26,6 @@ from pyro_vae.infer.settings import (
     FitSettings,
     Schedule,
     check_callables,
-    compute_in,
     default_warmup_epochs,
 )
 from pyro_vae.infer.stock_bound import bound_of, name_of
@@ -35,6 +34,7 @@ from pyro_vae.infer.validation import EarlyStopping, validate
 from pyro_vae.pair.functions import PairFunction, place_pair
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.pair.precision import compute_in
 from pyro_vae.sources import gather
 
 HISTORY = (

@@ -14,6 +14,7 @@ from pyro_vae.infer.bounds import elbo_terms
 from pyro_vae.infer.trainer import DataPlate, Trainer
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, evaluation_mode, seeded
 from pyro_vae.pair.opened import OpenedPair, open_pair
+from pyro_vae.pair.precision import compute_in
 
 # Validation draws come from their own seed, the same in every epoch: they leave the training's random
 # stream alone, and differences between epochs are not drowned in the noise of the draws.
@@ -78,7 +79,7 @@ def validate(pair: OpenedPair | None, processes: Processes = ALONE) -> dict[str,
     """Return the validation columns of an epoch; NaN without validation data."""
     terms = dict.fromkeys(("elbo", "rate", "distortion"), math.nan)
     if pair is not None:
-        with seeded(processes.own_seed(_VALIDATION_SEED)):
+        with seeded(processes.own_seed(_VALIDATION_SEED)), compute_in("float32", pair.device):
             terms = evaluate_bound(pair, processes)
     return {f"validation_{name}": value for name, value in terms.items()}
 

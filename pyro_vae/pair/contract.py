@@ -67,6 +67,19 @@ def check_pair(
             check_guide_support(site, model_trace.nodes[site["name"]])
 
 
+def check_devices(function: str, trace: Trace, device: torch.device) -> None:
+    """Refuse a site whose parameters are on another device than the pair, by its name."""
+    for site in sample_sites(trace):
+        fn = innermost(site["fn"])
+        for value in map(vars(fn).get, fn.arg_constraints):
+            # A number, a tensor without dimensions, is taken from anywhere.
+            if isinstance(value, Tensor) and value.dim() and value.device != device:
+                raise InputError(
+                    f"expected the parameters of site {site['name']!r} of the {function} on {device},"
+                    f" got one on {value.device}: make it by torch.zeros(..., device=x.device)"
+                )
+
+
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
     """Return the refusal of what can be trained, but has no weight per data point; None without one.
 

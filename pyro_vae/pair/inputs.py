@@ -81,7 +81,14 @@ def tile_inputs(inputs: Inputs, count: int) -> Inputs:
 def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inputs:
     """Return some rows of inputs on a device."""
     rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in inputs)
-    return tuple(v[at].to(device) for v, at in zip(inputs, rows_at, strict=True))
+    return tuple(move(v[at], device) for v, at in zip(inputs, rows_at, strict=True))
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; to CUDA from pinned memory, so that nothing waits for it."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -> None:

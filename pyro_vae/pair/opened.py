@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -18,7 +17,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.pair.contract import check_pair, check_rest, check_rows_inside, why_unweighable
+from pyro_vae.pair.contract import (
+    check_devices,
+    check_pair,
+    check_rest,
+    check_rows_inside,
+    why_unweighable,
+)
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -32,6 +37,7 @@ from pyro_vae.pair.functions import (
     training_mode,
 )
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
+from pyro_vae.pair.precision import compute_in
 from pyro_vae.pair.sites import (
     CALLING_ERRORS,
     Given,
@@ -44,6 +50,7 @@ from pyro_vae.pair.sites import (
     is_delta,
     is_inside,
     latent_sites,
+    raise_out_of_memory,
     sample_sites,
     subsamples,
     total,
@@ -56,9 +63,10 @@ from pyro_vae.pair.state import RunObserver, Snapshot, with_submodules
 # otherwise: enough to fill the arithmetic units, few enough that many particles fit beside them.
 BLOCK = 1024
 
-# Bytes of a chunk on a CPU. Larger tensors than this leads to (32 MiB) are mapped anew by the C
-# library for every operation, which costs more than their arithmetic.
-_CPU_MEMORY = 1 << 27
+# Bytes of a chunk. On a CPU larger tensors than this leads to (32 MiB) are mapped anew by the C
+# library for every operation, which costs more than their arithmetic. Constants, not what happens to
+# be free: chunks decide which draws a seed gives, and what is compiled.
+_CPU_MEMORY, _CUDA_MEMORY = 1 << 27, 1 << 32
 
 # Data points of a trial: few, and enough for statistics over them to differ from those of a half.
 _TRIED = 64
@@ -119,6 +127,7 @@ class Knowledge:
     structure: Structure | None = None
     ways: dict[str, str] = field(default_factory=dict)  # of drawing and scoring many particles
     is_divisible: bool | None = None  # whether it takes any part of its data
+    is_stable: bool = False  # whether its latents were seen to be the same in several runs
     whole: int | None = None  # data points of the whole set, where it was opened on a part
 
 
@@ -154,7 +163,8 @@ class OpenedFunction(NamedTuple):
     def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
         """Hold the lock, in eval mode (also the others), without gradients, under a seed."""
         modes = evaluation_mode(self.function, *(other for other in others if other is not None))
-        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed):
+        precise = compute_in("float32", device_of(self.function, default=self.inputs[0].device))
+        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed), precise:
             yield
 
     def trace(self, *, explain: str | None = None) -> Any:
@@ -206,17 +216,12 @@ class OpenedPair:
         return device_of(self.model, self.guide, default=self.arguments[0].device)
 
     def memory(self, most: int | None = None) -> int:
-        """Return the bytes that a chunk of work may need: ``most``, or a share of what is free."""
+        """Return the bytes that a chunk of work may need: ``most``, or what suits the device."""
         if most is not None:
             return most
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return free // 4
-        try:
-            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):  # not every system says what is free
+        if self.device.type == "cpu":
             return _CPU_MEMORY
-        return max(1 << 24, min(_CPU_MEMORY, available // 4))
+        return min(_CUDA_MEMORY, torch.cuda.get_device_properties(self.device).total_memory // 4)
 
     # --- running ---
 
@@ -336,6 +341,7 @@ class OpenedPair:
             rest: all the data, if these are their first rows only.
         """
         guide_trace, in_guide = self._look_at(self.guide)
+        check_devices("guide", guide_trace, self.device)
         if may_subsample and subsamples(guide_trace, self.plate):
             num_data = None
         if num_data is not None:
@@ -353,6 +359,7 @@ class OpenedPair:
                 alone = self.alone(self.model).trace()
                 check_rows_inside("model", sample_sites(alone), self.plate, num_data)
             raise
+        check_devices("model", model_trace, self.device)
         check_pair(model_trace, guide_trace, self.plate, num_data)
         check_rest(model_trace, self.arguments, rest or self.arguments)
         latents = latent_sites(guide_trace)
@@ -414,6 +421,7 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
     except InputError:
         raise
     except CALLING_ERRORS as error:
+        raise_out_of_memory(error)
         raise InputError(
             f"expected a {kind} that takes any number of data, as one without parameters per datum "
             f"does, got an error for {num_data}: {first_line(error)}"
@@ -456,7 +464,8 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
                 return True
             with _move_tables(suspects):
                 return _holds_for(pair, count, rows)
-        except CALLING_ERRORS:
+        except CALLING_ERRORS as error:
+            raise_out_of_memory(error)
             return False
 
 

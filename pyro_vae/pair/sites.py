@@ -168,6 +168,13 @@ def total(sites: list[Site], plate: str, inputs: tuple[Tensor, ...]) -> Tensor:
 # What a pair may raise when it is called in a way it was not written for.
 CALLING_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
+
+def raise_out_of_memory(error: Exception) -> None:
+    """Raise a calling error again that says nothing about the pair: the memory was too small."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        raise error
+
+
 # Batched and plain kernels round differently (about 1e-6 of the sum of the terms in float32); a
 # particle that met another particle's or another datum's numbers is off by much more.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-3

@@ -22,6 +22,7 @@ from pyro_vae.pair.sites import (
     Site,
     latent_sites,
     observed_site,
+    raise_out_of_memory,
     sample_sites,
     total,
 )
@@ -113,8 +114,8 @@ def complete(
         observed: name of the observed site with missing values; needed where the model has several.
         position: which of the inputs has the missing values.
         plate: name of the data plate.
-        max_memory: bytes that a pass may need; by default 128 MiB on a CPU and a quarter of the free
-            memory on a GPU.
+        max_memory: bytes that a pass may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
+            quarter of a smaller one's).
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Returns:
@@ -468,7 +469,8 @@ def _is_divisible(problem: _Problem) -> bool:
     twice.knowledge = Knowledge()  # whether it takes so many is to be seen
     try:
         twice.structure  # noqa: B018
-    except CALLING_ERRORS:
+    except CALLING_ERRORS as error:
+        raise_out_of_memory(error)
         return False
     return True
 

@@ -24,6 +24,7 @@ from pyro_vae.errors import InputError, whole_number
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
 from pyro_vae.pair.inputs import tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
+from pyro_vae.pair.precision import compute_in, multiply_in, precision_now
 from pyro_vae.pair.sites import (
     CALLING_ERRORS,
     Given,
@@ -34,6 +35,7 @@ from pyro_vae.pair.sites import (
     data_dim,
     latent_sites,
     plate_scale,
+    raise_out_of_memory,
     sample_sites,
     site_log_prob,
     sum_to,
@@ -427,15 +429,18 @@ class Particles:
         for way, count in ((batched, held), (tiled, _HELD_IF_TILED)):
             try:
                 result = run(way)
-                # Held against plain calls where nothing is random but what is given.
+                # Held against plain calls where nothing is random but what is given, and where
+                # products of other shapes are not rounded otherwise.
                 mode = eval_mode(function) if training else nullcontext()
-                with torch.no_grad(), mode, self.pair.put_back():
-                    agrees = holds(run(way) if training else result, count)
+                again = training or precision_now() != "float32"
+                exact = compute_in("float32", self.pair.device), multiply_in("float32")
+                with torch.no_grad(), mode, self.pair.put_back(), exact[0], exact[1]:
+                    agrees = holds(run(way) if again else result, count)
                 if agrees:
                     known[what] = way.__name__
                     return result
-            except CALLING_ERRORS:
-                continue
+            except CALLING_ERRORS as error:
+                raise_out_of_memory(error)
         warnings.warn(
             f"the {kind} of this pair gives other values when its particles are batched; "
             "it is called once per particle instead, which is exact and slow",

@@ -32,7 +32,9 @@ def start(*arguments, **options):
 
 @pytest.mark.slow
 def test_a_real_process_prints_json_alone(here):
-    process = start("evaluate", "run", "--num-samples", 10, "--json", cwd=here)
+    process = start(
+        "evaluate", "run", "--num-samples", 10, "--method", "importance", "--json", cwd=here
+    )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert set(json.loads(out)) == ESTIMATE_KEYS

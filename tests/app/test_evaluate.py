@@ -13,7 +13,9 @@ pytestmark = WARNED
 
 
 def test_evaluate_prints_one_json_object_alone(digits):
-    result = run("evaluate", digits, "--num-samples", 50, "--json", "--device", "cpu")
+    result = run(
+        "evaluate", digits, "--num-samples", 50, "--method", "importance", "--json", "--device", "cpu"
+    )
     assert result.code == 0
     values = json.loads(result.out)
     assert set(values) == ESTIMATE_KEYS
@@ -21,14 +23,27 @@ def test_evaluate_prints_one_json_object_alone(digits):
     assert values["elbo"] == pytest.approx(-values["rate"] - values["distortion"])
     assert values["elbo"] < values["log_marginal"]
     assert result.out.count("\n") == 1
-    again = run("evaluate", digits, "--num-samples", 50, "--json", "--device", "cpu")
+    again = run(
+        "evaluate", digits, "--num-samples", 50, "--method", "importance", "--json", "--device", "cpu"
+    )
     assert again.out == result.out
-    table = run("evaluate", digits, "--num-samples", 50)
+    table = run("evaluate", digits, "--num-samples", 50, "--method", "importance")
     assert f"{values['log_marginal']:.3f}" in table.out
 
 
+def test_the_default_anneals_within_a_budget_told_before(digits):
+    how = ("--num-samples", 200, "--num-data", 20, "--max-annealed", 4, "--num-steps", 20, "--json")
+    result = run("evaluate", digits, *how)
+    values = json.loads(result.out)
+    assert values["method"] == "auto"
+    assert values["num_annealed"] <= 4
+    assert values["num_untrusted"] >= 4  # of the 20 at most 16 are looked at
+    assert result.err.startswith("log p(x) of 20 data points by importance sampling; up to 16 ")
+    assert "20 data points are not trusted" in result.err
+
+
 def test_numbers_that_are_not_finite_are_null(digits):
-    result = run("evaluate", digits, "--num-samples", 1, "--json")
+    result = run("evaluate", digits, "--num-samples", 1, "--method", "importance", "--json")
     values = json.loads(result.out, parse_constant=pytest.fail)
     assert values["standard_error"] is None  # unknown from one sample
     assert values["log_marginal"] is not None
@@ -54,13 +69,14 @@ def test_evaluate_by_both_methods_agrees_within_the_errors_and_draws_a_picture(
 
 def test_evaluate_to_a_target_error_reaches_it(digits):
     options = ("--num-samples", 100, "--target-standard-error", 0.02, "--num-data", 5)
+    options += ("--method", "importance")
     result = run("evaluate", digits, *options, "--json")
     assert json.loads(result.out)["standard_error"] < 2 * 0.02 / 5**0.5
 
 
 def test_evaluate_leaves_the_run_alone(here):
     before = snapshot(here)
-    run("evaluate", "run", "--num-samples", 5, "--json")
+    run("evaluate", "run", "--num-samples", 5, "--method", "importance", "--json")
     assert snapshot(here) == before
 
 
@@ -88,7 +104,7 @@ def test_images_are_sampled_without_the_data(here):
 
 
 def test_warnings_are_one_line(here):
-    result = run("evaluate", "run", "--num-samples", 50, "--json")
+    result = run("evaluate", "run", "--num-samples", 50, "--method", "importance", "--json")
     assert result.err == "" or result.err.startswith("pyro-vae: warning: ")
     assert result.err.count("\n") == result.err.count("pyro-vae: warning: ")
 
@@ -97,7 +113,7 @@ def test_files_are_found_from_another_folder_and_moved_ones_by_their_root(here, 
     train("--dataset", "vectors.npy", "--likelihood", "gaussian", "--output", "own")
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    evaluate = ("evaluate", here / "own", "--num-samples", 5, "--json")
+    evaluate = ("evaluate", here / "own", "--num-samples", 5, "--method", "importance", "--json")
     expected = run(*evaluate).out
     assert json.loads(expected)
     shutil.move(here / "vectors.npy", here / "elsewhere")
@@ -116,6 +132,6 @@ def test_data_that_changed_since_are_refused(here):
 
 
 def test_the_table_names_what_it_shows(digits):
-    shown = run("evaluate", digits, "--num-samples", 5, "--num-data", 3).out
+    shown = run("evaluate", digits, "--num-samples", 5, "--method", "importance", "--num-data", 3).out
     for label in ("log p(x)", "its error, Monte Carlo", "ELBO", "rate (KL)", "Pareto k above 0.7"):
         assert label in shown

@@ -17,7 +17,18 @@ TINY = (*SMALL, "--epochs", "1", "--dataset", "bits.npy", "--output", "out")
 COMMANDS = {
     "train": ("train", *TINY),
     "sweep": ("sweep", *TINY, "--betas", "1,2"),
-    "compare": ("compare", *TINY, "--guides", "mean-field", "--seeds", 1, "--num-samples", 30),
+    "compare": (
+        "compare",
+        *TINY,
+        "--guides",
+        "mean-field",
+        "--seeds",
+        1,
+        "--num-samples",
+        30,
+        "--method",
+        "importance",
+    ),
     "autoencoder": ("autoencoder", *TINY),
 }
 LAST = {

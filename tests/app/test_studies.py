@@ -24,6 +24,7 @@ TINY = (*SMALL, "--epochs", "1", "--dataset", "bits.npy")
 SWEEP = ("sweep", *TINY, "--betas", "0.5,2")
 COMPARE = (
     "compare", *TINY, "--guides", "mean-field,full-rank", "--seeds", "2", "--num-samples", "60",
+    "--method", "importance",
 )  # fmt: skip
 
 
@@ -199,7 +200,17 @@ def test_seeds_share_the_data_and_runs_stay_usable(there):
     configs = [json.loads((folder / "config.json").read_text())["run"] for folder in folders]
     assert {config["settings"]["seed"] for config in configs} == {0, 1}
     assert len({json.dumps(config["checksums"]) for config in configs}) == 1
-    result = run("evaluate", folders[1], "--num-samples", 5, "--json", "--device", "cpu")
+    result = run(
+        "evaluate",
+        folders[1],
+        "--num-samples",
+        5,
+        "--method",
+        "importance",
+        "--json",
+        "--device",
+        "cpu",
+    )
     assert result.code == 0, result.err
 
 
@@ -279,6 +290,7 @@ def test_priors_and_likelihoods_are_compared_in_every_combination(here):
     result = run(
         "compare", *SMALL, "--epochs", 0, "--dataset", "unit.npy", "--guides", "mean-field",
         "--priors", "standard-normal,gaussian-mixture", "--seeds", 1, "--num-samples", 30,
+        "--method", "importance",
         "--likelihoods", "gaussian,continuous-bernoulli", "--output", "compared",
     )  # fmt: skip
     assert result.code == 0, result.err
@@ -350,7 +362,7 @@ BAD = {
     "compare --hold guide": "expected --hold model, got 'guide'",
     "compare --hold model --priors vamp": "got vamp: use pv.compare",
     "compare --hold model --priors standard-normal,flow": "expected one prior and one likelihood",
-    "compare --method annealed": "expected the method importance or both",
+    "compare --method annealed": "expected the method auto, importance or both",
     "compare --num-samples 0": "at least 1, got 0",
 }
 

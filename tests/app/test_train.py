@@ -90,7 +90,7 @@ def test_a_run_that_recorded_its_settings_as_asked_is_read_and_gone_on_with(here
     config["run"]["settings"] = asked
     del config["run"]["start"], config["run"]["num_data"]
     path.write_text(json.dumps(config))
-    result = run("evaluate", "run", "--num-samples", 5, "--json")
+    result = run("evaluate", "run", "--num-samples", 5, "--method", "importance", "--json")
     assert json.loads(result.out)["num_data"] == 359
     weights = Path("run/model.safetensors").read_bytes()
     for name in ("metrics.json", "model.safetensors", "report.html"):
@@ -168,7 +168,9 @@ def test_vectors_of_ones_own_under_a_gaussian(here, name, sigma):
     data = ("--dataset", f"{name}.npy", "--likelihood", "gaussian", "--sigma", sigma)
     train(*data, "--output", "own", epochs=1)
     assert sorted(path.name for path in Path("own").iterdir()) == RUN_FILES
-    values = json.loads(run("evaluate", "own", "--num-samples", 20, "--json").out)
+    values = json.loads(
+        run("evaluate", "own", "--num-samples", 20, "--method", "importance", "--json").out
+    )
     assert values["num_data"] == 20
     assert run("sample", "own").code == 0
     assert run("reconstruct", "own").code == 0
@@ -184,13 +186,15 @@ def test_grey_pixels_under_a_bernoulli_are_labelled(here):
     result = train("--binarize", "none", "--output", "grey-run")
     assert "log p(x) (pseudo-likelihood)" in result.out
     assert json.loads(Path("grey-run/metrics.json").read_text())["pseudo_likelihood"] is True
-    result = run("evaluate", "grey-run", "--num-samples", 5, "--json")
+    result = run("evaluate", "grey-run", "--num-samples", 5, "--method", "importance", "--json")
     assert set(json.loads(result.out)) == ESTIMATE_KEYS
     assert "pyro-vae: warning: grey values under a Bernoulli" in result.err
     gaussian = train("--likelihood", "gaussian", "--output", "gaussian")
     assert "pseudo" not in gaussian.out
     assert json.loads(Path("gaussian/metrics.json").read_text())["pseudo_likelihood"] is False
-    assert "pseudo" not in run("evaluate", "gaussian", "--num-samples", 5).err
+    assert (
+        "pseudo" not in run("evaluate", "gaussian", "--num-samples", 5, "--method", "importance").err
+    )
 
 
 def test_named_sets_are_found_from_another_folder(here, monkeypatch):
@@ -207,7 +211,9 @@ def test_named_sets_are_found_from_another_folder(here, monkeypatch):
     monkeypatch.delenv("PYRO_VAE_DATA")
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    result = run("evaluate", here / "mnist-run", "--num-samples", 5, "--json")
+    result = run(
+        "evaluate", here / "mnist-run", "--num-samples", 5, "--method", "importance", "--json"
+    )
     assert json.loads(result.out)["num_data"] == 20
 
 

@@ -250,6 +250,7 @@ def test_on_the_device(m, k, dtype, exact):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_sampling_does_not_wait_for_the_device():
     loc = random_loc(8, dtype=torch.float32).cuda()
     concentration = torch.full((1_000,), 5.0, device="cuda")

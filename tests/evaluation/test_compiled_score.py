@@ -139,8 +139,8 @@ def test_a_model_that_reads_values_runs_as_it_is():
 
 
 def anneal(model, guide, x, **options):
-    """Two chains, and blocks of the data where the memory is little."""
-    settings = {"num_chains": 2, "num_steps": 3, "num_leapfrog_steps": 1, "seed": 0, **options}
+    """Few steps, and blocks of the data where the memory is little."""
+    settings = {"num_steps": 3, "num_leapfrog_steps": 1, "seed": 0, **options}
     return pv.log_marginal(model, guide, x, method="annealed", **settings).log_prob
 
 
@@ -161,8 +161,12 @@ class Shifted:
 
 
 def eagerly(monkeypatch, *arguments, **options):
+    def draw_as_the_check_does(path, position):
+        if position.shape not in path._graphs:
+            path._graphs[position.shape] = torch.randn_like(position)
+
     with monkeypatch.context() as patch:
-        patch.setattr(hmc.AnnealingPath, "capture", lambda self, position: torch.randn_like(position))
+        patch.setattr(hmc.AnnealingPath, "capture", draw_as_the_check_does)
         return anneal(*arguments, **options)
 
 
@@ -170,7 +174,7 @@ def test_annealing_gradients_are_recorded_once_for_all_blocks_and_calls(compilat
     pair, x = Shifted(), torch.randn(8, 2)
     first = anneal(pair.model, pair.guide, x, max_memory=1)  # blocks of two
     recorded = len(compilations)
-    assert 0 < recorded <= 2  # the pilot's chains and the estimate's
+    assert recorded == 1  # for the pilots and the estimate
     assert torch.equal(anneal(pair.model, pair.guide, x, max_memory=1), first)
     assert len(compilations) == recorded
 

@@ -308,7 +308,7 @@ def test_modes_are_eval_during_and_restored_after():
     ("options", "message"),
     [
         ({"num_samples": 0}, "num_samples of at least 1"),
-        ({"method": "magic"}, "'importance' or 'annealed'"),
+        ({"method": "magic"}, "'importance', 'annealed' or 'auto'"),
         ({"target_standard_error": 0.0}, "above 0"),
         ({"target_standard_error": 0.1, "method": "annealed"}, "num_chains"),
         ({"target_standard_error": 0.1, "num_samples": 1}, "pilot"),

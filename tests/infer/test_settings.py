@@ -11,10 +11,11 @@ import pyro_vae as pv
 from pyro_vae.infer import CompiledTrace_ELBO, TraceBound
 from pyro_vae.infer.bounds import BoundTerms
 from pyro_vae.infer.compiled import StepCapture
-from pyro_vae.infer.settings import FitSettings, LearningRate, compute_in, multiply_in
+from pyro_vae.infer.settings import FitSettings, LearningRate
 from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping
 from pyro_vae.pair.opened import OpenedPair
+from pyro_vae.pair.precision import compute_in, multiply_in
 
 PIXELS = 6
 

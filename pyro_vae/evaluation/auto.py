@@ -1,0 +1,142 @@
+"""A second look, from the prior, at importance sampling; annealing of what it does not clear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.ais import AnnealingOptions, anneal, annealing_block_size
+from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report
+from pyro_vae.evaluation.hmc import AnnealingPath
+from pyro_vae.evaluation.pilot import CHAINS, explore
+from pyro_vae.pair.opened import BLOCK, OpenedPair
+from pyro_vae.weights.particles import Particles
+
+# Stricter than the published limit of 0.7: of exact problems with heavier tails too few estimates lie
+# within two of their standard errors.
+_PARETO_K_LIMIT = 0.4
+
+# Where samples fall less than so often per unit of the posterior's mass, a chain from the prior that
+# arrives there shows that it may be missed. The evidence from the prior may be higher by so many
+# standard errors.
+_VISITS, _DEVIATIONS = 100, 3.5
+
+# Data points looked at for each that may be annealed: a look costs about a quarter.
+LOOKS = 4
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """When and how to anneal after importance sampling.
+
+    At most ``max_annealed`` data points are annealed, and four times as many looked at.
+    """
+
+    importance: Any  # ImportanceOptions
+    annealing: AnnealingOptions
+    max_annealed: int = 100
+
+    def __post_init__(self) -> None:
+        check_counts(max_annealed=self.max_annealed)
+
+    def most_gradients(self, num_data: int) -> int:
+        """Return the gradient evaluations that the looks and the annealing take at most."""
+        how = self.annealing
+        look = CHAINS * (1 + 100 * how.mean_length)
+        steps = 1.5 * how.num_steps * how.num_transitions * how.mean_length
+        looks, annealed = min(num_data, LOOKS * self.max_annealed), min(num_data, self.max_annealed)
+        return math.ceil(looks * look + annealed * (3 * look + how.num_chains * (2 + steps)))
+
+
+def why_not_annealed(pair: OpenedPair, start: str = "both") -> str | None:
+    """Return why a pair can't be annealed, or None. The caller holds the lock, in eval mode."""
+    try:
+        AnnealingPath(Particles(pair.few(BLOCK)), start)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def look_again(pair: OpenedPair, estimate: LogMarginal, options: AutoOptions) -> Tensor:
+    """Return which data points are cleared, bool ``(N,)``: by their weights and from the prior."""
+    samples = estimate.num_samples.double()
+    cleared = (estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite()
+    rows = cleared.nonzero()[:, 0][: LOOKS * options.max_annealed]
+    if len(rows) < pair.num_data and not pair.is_divisible():
+        rows = rows[:0]  # it takes all of its data or none
+    found = torch.zeros_like(cleared)
+    if not len(rows):
+        return found
+    part = pair.part(rows)
+    for block, small in part.blocks(annealing_block_size(part, CHAINS, None)):
+        path = AnnealingPath(Particles(small), "prior")
+        own = rows[block]
+        value, error = (v[own].to(pair.device) for v in (estimate.log_prob, estimate.standard_error))
+        pilot = explore(path, options.annealing.num_leapfrog_steps)
+        latents, log_jacobian = path.latents(pilot.position)
+        log_weights = pilot.log_joint - path.particles.score_proposal(latents) - log_jacobian
+        rare = log_weights - value > (samples[own].to(value) / _VISITS).log()
+        doubt = torch.hypot(pilot.evidence.variance.sqrt(), error)
+        higher = pilot.evidence.log_prob - value > _DEVIATIONS * doubt
+        found[own] = (~rare.any(0) & ~higher).cpu()
+    return found
+
+
+def anneal_uncleared(
+    pair: OpenedPair,
+    estimate: LogMarginal,
+    cleared: Tensor,
+    options: AutoOptions,
+    *,
+    max_memory: int | None = None,
+) -> LogMarginal:
+    """Return the estimate with the numbers of the first data points not cleared from annealing."""
+    rows = (~cleared).nonzero()[:, 0]
+    # First those whose weights are known to be bad, for they are known to need it.
+    rows = rows[(estimate.pareto_k[rows] <= _PARETO_K_LIMIT).long().argsort(stable=True)]
+    whole_needed = len(rows) < pair.num_data or len(rows) > options.max_annealed
+    if whole_needed and not pair.is_divisible():
+        rows = rows[:0]
+    rows = rows[: options.max_annealed]
+    numbers: dict[str, Any] = {
+        "trusted": cleared.clone(),
+        "was_annealed": torch.zeros_like(cleared),
+        "acceptance": torch.full_like(estimate.log_prob, math.nan),
+    }
+    if not len(rows):
+        return replace(estimate, method="auto", **numbers)
+    part = pair.part(rows)
+    report = Report(len(rows))
+    found = anneal(part, options.annealing, max_memory=max_memory, report=report)
+    found = replace(found, cost=found.cost + estimate.cost[rows])
+    for name in ("log_prob", "standard_error", "ess", "pareto_k", "num_samples", "cost"):
+        numbers[name] = getattr(estimate, name).clone()
+    for name, value in numbers.items():
+        value[rows] = True if name == "was_annealed" else getattr(found, name).to(value.dtype)
+    unknown = torch.where(cleared, 0.0, math.nan)
+    diagnostics = {n: unknown.index_put((rows,), v.float()) for n, v in found.diagnostics.items()}
+    draws = _replace_draws(estimate.draws, found.draws, rows)
+    return replace(estimate, method="auto", diagnostics=diagnostics, draws=draws, **numbers)
+
+
+def _replace_draws(
+    kept: PosteriorDraws | None, found: PosteriorDraws | None, rows: Tensor
+) -> PosteriorDraws | None:
+    """Put the annealed chains' ends, resampled by their weights, in place of the rows' draws."""
+    if kept is None or found is None or not len(kept.log_weights):
+        return None
+    count = len(kept.log_weights)
+    chosen = torch.multinomial(found.log_weights.softmax(0).nan_to_num(1.0).T, count, True).T
+    columns = torch.arange(len(rows))
+    latents = {name: value.clone() for name, value in kept.latents.items()}
+    likelihood, weights = kept.log_likelihood.clone(), kept.log_weights.clone()
+    for name, value in latents.items():
+        value[:, rows] = found.latents[name][chosen, columns]
+    likelihood[:, rows] = found.log_likelihood[chosen, columns]
+    weights[:, rows] = found.log_weights.logsumexp(0) - math.log(len(found.log_weights))
+    return PosteriorDraws(latents, likelihood, weights)
