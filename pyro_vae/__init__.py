@@ -23,7 +23,9 @@ _NAMES = {
     "log_marginal": "pyro_vae.evaluation.importance_sampling",
     "log_weights": "pyro_vae.weights.particles",
     "load": "pyro_vae.runs",
+    "load_pair": "pyro_vae.runs",
     "save": "pyro_vae.runs",
+    "save_pair": "pyro_vae.runs",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "infer",
     "likelihoods",
     "load",
+    "load_pair",
     "log_marginal",
     "log_weights",
     "networks",
@@ -51,6 +54,7 @@ __all__ = [
     "priors",
     "runs",
     "save",
+    "save_pair",
     "tasks",
 ]
 
@@ -76,7 +80,7 @@ if TYPE_CHECKING:
     from pyro_vae.evaluation.estimate import LogMarginal
     from pyro_vae.evaluation.importance_sampling import log_marginal
     from pyro_vae.infer.training import FitResult, fit
-    from pyro_vae.runs import load, save
+    from pyro_vae.runs import load, load_pair, save, save_pair
     from pyro_vae.transformer import VAETransformer
     from pyro_vae.vae import VAE
     from pyro_vae.weights.particles import log_weights

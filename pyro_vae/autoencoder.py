@@ -182,7 +182,6 @@ class Autoencoder(nn.Module):
             InputError: options or data out of range, a loss that is not finite, or a checkpoint of
                 another run.
         """
-        options = {name: value for name, value in locals().items() if name not in ("self", "loss")}
         check_callables(on_epoch=on_epoch)
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
@@ -203,8 +202,13 @@ class Autoencoder(nn.Module):
         # A store of its own: no other pair's names are in the way, and none is left there.
         store = pyro.get_param_store()
         with HANDLER_LOCK, store.scope(), EpochProgress(epochs, progress) as bar:
-            options |= {"compile": False, "on_epoch": note, "progress": False}
-            result = fit(pair.model, pair.guide, **options)
+            result = fit(
+                pair.model, pair.guide, data, epochs=epochs, batch_size=batch_size,
+                learning_rate=learning_rate, validation=validation, patience=patience,
+                compile=False, device=device, seed=seed, checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes,
+                resume=resume, on_epoch=note, progress=False,
+            )  # fmt: skip
         names = ("best_epoch", "stopped_early", "device", "batch_size", "learning_rate")
         return AutoencoderFit(
             **{name: getattr(result, name) for name in names},

@@ -27,7 +27,6 @@ from pyro_vae.evaluation.comparison_training import (
     Report,
     Trained,
     TrainingData,
-    as_dict,
     check_apart,
     check_comparable,
     check_fit_options,
@@ -39,7 +38,7 @@ from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
-from pyro_vae.infer.settings import check_callables
+from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name, whole_number
-from pyro_vae.infer.settings import check_callables
+from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, check_data
@@ -42,13 +42,6 @@ class Observed(NamedTuple):
 
     kind: str
     values: Tensor
-
-
-def as_dict(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return options as a dict; refuse what is no mapping."""
-    if options is not None and not isinstance(options, Mapping):
-        raise InputError(f"expected {name} as a mapping from names, got {type(options).__name__}")
-    return dict(options or {})
 
 
 def check_fit_options(fit_options: Mapping[str, Any] | None, *, trains: bool) -> dict[str, Any]:

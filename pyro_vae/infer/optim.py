@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ class FusedOptim(PyroOptim):
     that one parameter, and loads from and into ``pyro.optim`` optimisers.
 
     Args:
-        optim_constructor: a ``torch.optim.Optimizer`` class.
+        optim_constructor: a ``torch.optim.Optimizer`` class, or a function that is called as one is.
         optim_args: its options, or a callable from the parameter's name (as in
             ``nn.Module.named_parameters``, behind the Pyro module's name) to its options.
         clip_args: ``{"clip_norm": ..., "clip_value": ...}`` or a callable from (module name,
@@ -64,7 +65,7 @@ class FusedOptim(PyroOptim):
 
     def __init__(
         self,
-        optim_constructor: type[torch.optim.Optimizer],
+        optim_constructor: Callable[..., torch.optim.Optimizer],
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[[str, str], dict[str, float]] | None = None,
         *,
@@ -72,7 +73,7 @@ class FusedOptim(PyroOptim):
         scheduler_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(optim_constructor, optim_args, clip_args)
-        if optim_constructor is torch.optim.LBFGS:
+        if optimizer_class(optim_constructor) is torch.optim.LBFGS:
             raise InputError("LBFGS needs a closure, which SVI does not give: choose another")
         self._scheduler_constructor = scheduler
         self._scheduler_args = dict(scheduler_args or {})
@@ -83,7 +84,7 @@ class FusedOptim(PyroOptim):
         self.scheduler: Any = None
         self.optim_objs: dict[Tensor, Any] = {}
         self._names: dict[Tensor, str] = {}
-        # What each group was opened with: configured options, and those of a loaded state.
+        # What each group was opened with: its options, and those of a loaded state.
         self._group_options: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
         self._clipped: dict[tuple[float | None, float | None], list[Tensor]] = {}
 
@@ -148,15 +149,15 @@ class FusedOptim(PyroOptim):
 
     def _place(self, name: str, param: Tensor) -> None:
         """Put a parameter into the group of its options."""
-        options = self._get_optim_args(param)
+        # An optimiser of its own for a moment: some fill a parameter's state in the constructor.
+        own = self._construct(param, self._get_optim_args(param))
+        options = {k: v for k, v in own.param_groups[0].items() if k != "params"}
         waiting = self._state_waiting_to_be_consumed.get(name)
         loaded = None if waiting is None else _options(waiting)
         groups = enumerate(self._group_options)
         index = next(
-            (i for i, (own, known) in groups if own == options and loaded in (None, known)), None
+            (i for i, (its, known) in groups if its == options and loaded in (None, known)), None
         )
-        # An optimiser of its own for a moment: some fill a parameter's state in the constructor.
-        own = self._construct(param, options)
         if self.optimizer is None:
             self.optimizer = own
         elif index is not None:
@@ -173,11 +174,14 @@ class FusedOptim(PyroOptim):
         self.optimizer.state.update(own.state)
 
     def _construct(self, param: Tensor, options: dict[str, Any]) -> torch.optim.Optimizer:
-        devices = FUSED_DEVICES.get(self.pt_optim_constructor, ())
-        chosen = options.keys() & IMPLEMENTATION_OPTIONS
+        devices = FUSED_DEVICES.get(optimizer_class(self.pt_optim_constructor), ())
+        own = getattr(self.pt_optim_constructor, "keywords", {})  # of a functools.partial
+        chosen = {*options, *own} & IMPLEMENTATION_OPTIONS
         if not chosen and param.device.type in devices and param.is_floating_point():
             options = {**options, "fused": True}
-        return self.pt_optim_constructor([param], **options)
+        own = self.pt_optim_constructor([param], **options)
+        own.param_groups[:] = [group for group in own.param_groups if group["params"]]
+        return own
 
     def _clip_key(self, param: Tensor) -> tuple[float | None, float | None]:
         options = dict(self._get_grad_clip_args(param))
@@ -250,6 +254,13 @@ class FusedOptim(PyroOptim):
                 packed["state"][index] = own["state"][0]
             packed_group.update(_options(state))
         self.optimizer.load_state_dict(packed)
+
+
+def optimizer_class(optimizer: Any) -> Any:
+    """Return the class that is called, behind functools.partial too; None of any other function."""
+    while isinstance(optimizer, functools.partial):
+        optimizer = optimizer.func
+    return optimizer if isinstance(optimizer, type) else None
 
 
 def _options(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from pyro.infer import ELBO
+from pyro.optim import PyroOptim
 
 from pyro_vae.beta import check_beta
 from pyro_vae.errors import InputError, first_line, positive_number, whole_number
+from pyro_vae.infer.optim import optimizer_class
 from pyro_vae.pair.precision import check_precision
 
 Schedule = str | Callable[[float], float]
@@ -29,6 +34,10 @@ class FitSettings:
     epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 1e-3
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    parameter_groups: Mapping[str, Mapping[str, Any]] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    ema: float | None = None
     objective: ELBO | None = None
     beta: float = 1.0
     warmup_epochs: int = 0
@@ -54,6 +63,10 @@ class FitSettings:
             checked["patience"] = whole_number("a patience", self.patience, least=1)
         if self.gradient_clip is not None:
             checked["gradient_clip"] = positive_number("gradient_clip", self.gradient_clip)
+        if self.ema is not None:
+            checked["ema"] = positive_number("ema", self.ema)
+            if not checked["ema"] < 1:
+                raise InputError(f"expected ema below 1, got {self.ema}: 0.999 is usual")
         if self.seed is not None:
             checked["seed"] = whole_number("a seed", self.seed, least=-(2**63))
             if not 0 <= checked["seed"] < 2**32:
@@ -68,6 +81,7 @@ class FitSettings:
                 "expected a schedule constant, cosine or a function of the fraction, got "
                 f"{schedule!r}"
             )
+        self._check_optimizer()
         check_precision(self.precision)
         if self.compile not in (True, False, "auto"):
             raise InputError(f"expected compile as True, False or 'auto', got {self.compile!r}")
@@ -79,6 +93,24 @@ class FitSettings:
                 f"{first_line(repr(self.objective))}{_advice_for(self.objective)}"
             )
 
+    def _check_optimizer(self) -> None:
+        check_callables(optimizer=self.optimizer, scheduler=self.scheduler)
+        if isinstance(self.optimizer, PyroOptim):
+            raise InputError(
+                "expected optimizer as a class of torch.optim or a function from parameters to an "
+                f"optimiser, got Pyro's {type(self.optimizer).__name__}: pass torch.optim.Adam itself"
+            )
+        is_function = self.optimizer is not None and optimizer_class(self.optimizer) is None
+        if is_function and self.learning_rate != FitSettings.learning_rate:
+            raise InputError(
+                "expected the learning rate inside the function given as optimizer, got "
+                f"learning_rate={self.learning_rate} beside it: leave it out"
+            )
+        if self.scheduler is not None and self.schedule != "constant":
+            raise InputError("expected a schedule or a scheduler, got both: leave one of them out")
+        for pattern, options in as_dict("parameter_groups", self.parameter_groups).items():
+            as_dict(f"the options of {pattern!r}", options)
+
     @property
     def skip_limit(self) -> int | None:
         """How many steps that are not finite may be left out; None stops at the first one."""
@@ -88,7 +120,21 @@ class FitSettings:
         """Return the plain options (not objective and compilation), by which a run is known again."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         del plain["objective"], plain["compile"]
+        for name in ("optimizer", "parameter_groups", "scheduler"):
+            plain[name] = _as_text(plain[name])
         return plain | {"schedule": "a function" if callable(self.schedule) else self.schedule}
+
+    def multiplier_at(self, step: int, num_steps: int) -> float:
+        """Return what the schedule multiplies the learning rate of a step by, counted from 0."""
+        fraction = min(step / max(num_steps, 1), 1.0)
+        schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
+        multiplier = float(schedule(fraction))
+        if not 0 <= multiplier < math.inf:
+            raise InputError(
+                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
+                f"{multiplier}"
+            )
+        return multiplier
 
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
@@ -98,6 +144,22 @@ class FitSettings:
 def _advice_for(objective: Any) -> str:
     is_class = isinstance(objective, type) and issubclass(objective, ELBO)
     return f": pass an instance, {objective.__name__}(...)" if is_class else ""
+
+
+def as_dict(option: str, value: object) -> dict[str, Any]:
+    """Return options as a dict; refuse what is no mapping."""
+    if not isinstance(value, Mapping | None):
+        raise InputError(f"expected {option} as a mapping from names, got {type(value).__name__}")
+    return dict(value or {})
+
+
+def _as_text(value: Any) -> str | None:
+    """Return what a run is known by again: a function's name, a partial's options, plain values."""
+    if isinstance(value, functools.partial):
+        return f"{_as_text(value.func)} {_as_text(value.keywords)}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return json.dumps(value, default=lambda inner: type(inner).__name__) if value else None
 
 
 def check_callables(**functions: object) -> None:
@@ -126,22 +188,3 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
 }
-
-
-class LearningRate:
-    """The learning rate over the steps of a run: a base, multiplied by what the schedule says."""
-
-    def __init__(self, base: float, schedule: Schedule, num_steps: int) -> None:
-        self.base, self.num_steps = base, num_steps
-        self._multiplier = schedule if callable(schedule) else _SCHEDULES[schedule]
-
-    def at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        fraction = min(step / max(self.num_steps, 1), 1.0)
-        multiplier = float(self._multiplier(fraction))
-        if not 0 <= multiplier < math.inf:
-            raise InputError(
-                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
-                f"{multiplier}"
-            )
-        return self.base * multiplier

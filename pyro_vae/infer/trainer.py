@@ -21,7 +21,8 @@ from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.diagnosis import unscaled
-from pyro_vae.infer.settings import FitSettings, LearningRate
+from pyro_vae.infer.settings import FitSettings
+from pyro_vae.infer.updates import Updates
 from pyro_vae.pair.functions import PairFunction, has_batch_norm, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -109,7 +110,7 @@ class TrainingObjective:
 
 
 class Trainer:
-    """Gradient steps on one pair, by Adam over all its parameters at once."""
+    """Gradient steps on one pair, by one optimiser over all its parameters at once."""
 
     def __init__(
         self,
@@ -128,10 +129,7 @@ class Trainer:
         self.batch_sizes = _batch_sizes(pair, settings)
         steps_per_epoch = len(self.batch_sizes)
         self.beta = BetaSchedule(settings.beta, settings.warmup_epochs * steps_per_epoch)
-        num_steps = settings.epochs * steps_per_epoch
-        self.learning_rate = LearningRate(settings.learning_rate, settings.schedule, num_steps)
-        self.parameters: dict[str, Tensor] = {}
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.updates = Updates(settings, settings.epochs * steps_per_epoch)
         self.shown: Inputs = ()
         self.count = self.skipped = 0
         self._store_size = -1
@@ -140,9 +138,12 @@ class Trainer:
         self._seen_buffers: list[Tensor] = []
 
     def run_epoch(
-        self, number: int, *, after_step: Callable[[], None] | None = None
+        self, number: int, *, after_step: Callable[[Tensor, int], bool] | None = None
     ) -> dict[str, float]:
-        """Take pass ``number``, from 1, or what a state left of it, and return its metrics."""
+        """Take pass ``number``, from 1, or what a state left of it, and return its metrics.
+
+        ``after_step`` is given the summary of a step and the size of its batch; True ends the pass.
+        """
         if self._epoch is None or self._epoch.number != number:
             self._epoch = self._begin_epoch(number)
         epoch = self._epoch
@@ -158,19 +159,28 @@ class Trainer:
             epoch.taken += 1
             if self.device.type == "cpu" and self.settings.skip_limit is None and summary[-1]:
                 break
-            if after_step is not None:
-                after_step()
-        summaries = epoch.summaries.clone()
+            if after_step is not None and after_step(summary, len(index)):
+                break
+        summaries = epoch.summaries[: epoch.taken].clone()
         self.processes.sum_(summaries[:, :3])  # norm and flag are those of the whole batch already
         self.processes.take_first(self._buffers())
         table, seconds = summaries.cpu().numpy(), epoch.seconds
         self._refuse_not_finite(table, epoch)
+        sizes = np.array([len(index) for index in batches[: epoch.taken]])
         return {
-            **_means(table, np.array(self.batch_sizes)),
+            **_means(table, sizes),
             "beta": self.beta.current,
             "seconds": seconds,
-            "data_per_second": len(self.train[0]) / seconds,
+            "data_per_second": int(sizes.sum()) / seconds,
         }
+
+    def metrics_of(self, summary: Tensor, num_data: int) -> dict[str, float]:
+        """Return the metrics of a step on so many data points, one that was left out included."""
+        values = summary.detach().clone()
+        self.processes.sum_(values[:3])
+        values[-1] = 0
+        means = _means(values[None].cpu().numpy(), np.array([num_data]))
+        return means | {"beta": self.beta.current, "learning_rate": float(self.updates.learning_rate)}
 
     def _begin_epoch(self, number: int) -> _Epoch:
         size = len(self.train[0])
@@ -228,18 +238,19 @@ class Trainer:
         if len(pyro.get_param_store()) == self._store_size:
             terms = self.objective.terms(model, guide, batch)
         else:
-            if self.optimizer is None:
+            if self.updates.optimizer is None:
                 self._inspect(batch)
             with poutine.trace(param_only=True) as seen:
                 terms = self.objective.terms(model, guide, batch)
             named = _parameters_of(seen.trace)
-            _check_trainable(terms.surrogate, self.parameters | named)
+            _check_trainable(terms.surrogate, self.updates.parameters | named)
             self._learn(named)
-        for leaf in self.parameters.values():
+        leaves = self.updates.parameters.values()
+        for leaf in leaves:
             leaf.grad = None
         terms.surrogate.backward()
         with torch.no_grad():
-            found = [(leaf, leaf.grad) for leaf in self.parameters.values() if leaf.grad is not None]
+            found = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
             summary, gradients = self.objective.finish(terms, [gradient for _, gradient in found])
         for (leaf, _), gradient in zip(found, gradients, strict=True):
             leaf.grad = gradient
@@ -247,7 +258,7 @@ class Trainer:
 
     def _sum_shares(self, summary: Tensor, share: float) -> Tensor:
         """Sum the gradients over the processes and finish the step: all come to the same decision."""
-        leaves = self._leaves()
+        leaves = self.updates.leaves
         own = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         flat = torch.cat([*(gradient.reshape(-1) for gradient in own), summary[-1:].float()])
         if share:
@@ -264,18 +275,11 @@ class Trainer:
         return whole
 
     def _apply(self, summary: Tensor) -> Tensor:
-        """Let Adam take the gradients, unless something is not finite, and return whether it is."""
-        assert self.optimizer is not None
+        """Let the gradients be taken, unless something is not finite, and return whether it is."""
         flag = summary[-1].float()
         if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
             flag = self._stopped = torch.maximum(self._stopped, flag)
-        # Read on the device by the fused kernels, on CPU and CUDA alike: at 1 parameters, moments and
-        # step counts stay as they are. It is torch's contract with its gradient scaler.
-        vars(self.optimizer)["found_inf"] = flag
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate.at(self.count)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.apply(self.count, flag)
         self.count += 1
         self.beta.step()
         return flag
@@ -295,20 +299,13 @@ class Trainer:
 
     def _learn(self, found: dict[str, Tensor]) -> None:
         """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
-        new = {name: found[name] for name in sorted(found) if name not in self.parameters}
-        self.parameters |= new
+        known = self.updates.parameters
+        new = {name: found[name] for name in sorted(found) if name not in known}
         if new:
             # A state that is taken up later has buffers of its own for each process.
             self.processes.take_first([*new.values(), *self._buffers()])
-            if self.optimizer is None:
-                rate = self.learning_rate.at(self.count)
-                self.optimizer = torch.optim.Adam(list(new.values()), lr=rate, fused=True)
-            else:
-                self.optimizer.add_param_group({"params": list(new.values())})
+            self.updates.add(new)
         self._store_size = len(pyro.get_param_store())
-
-    def _leaves(self) -> list[Tensor]:
-        return [self.parameters[name] for name in sorted(self.parameters)]
 
     def _buffers(self) -> list[Tensor]:
         modules = modules_of(self.model, self.guide)
@@ -317,7 +314,7 @@ class Trainer:
     def values(self) -> dict[str, list[Tensor]]:
         """Copies of the parameters in the order of their names, and of the modules' buffers."""
         return {
-            "parameters": [leaf.detach().clone() for leaf in self._leaves()],
+            "parameters": [leaf.detach().clone() for leaf in self.updates.leaves],
             "buffers": [buffer.detach().clone() for buffer in self._buffers()],
         }
 
@@ -325,7 +322,7 @@ class Trainer:
     def put_back(self, values: dict[str, list[Tensor]]) -> None:
         """Put values of :meth:`values` back in place."""
         kept = [*values["parameters"], *values["buffers"]]
-        for tensor, value in zip([*self._leaves(), *self._buffers()], kept, strict=True):
+        for tensor, value in zip([*self.updates.leaves, *self._buffers()], kept, strict=True):
             tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,8 +331,6 @@ class Trainer:
         Parameters stand in the order of their names, which may count instances of a module and so
         differ between runs. Under ``own`` stands what differs between processes, on the CPU.
         """
-        adam = {} if self.optimizer is None else self.optimizer.state
-        moments = [adam.get(leaf, {}) for leaf in self._leaves()]
         values = self.values()
         position: dict[str, Any] | None = None
         own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
@@ -346,7 +341,7 @@ class Trainer:
             own["summaries"] = self._epoch.summaries.cpu().clone()
         return {
             "parameters": values["parameters"],
-            "adam": [{k: v.clone() for k, v in moment.items()} for moment in moments],
+            "updates": self.updates.state_dict(),
             "count": self.count,
             "skipped": self.skipped,
             "position": position,
@@ -360,21 +355,21 @@ class Trainer:
         if position is not None:
             summaries = state["own"]["summaries"].to(self.device)
             self._epoch = _Epoch(**position, summaries=summaries)
-        if self.optimizer is None:
+        if self.updates.optimizer is None:
             first = (value[: self.settings.batch_size].to(self.device) for value in self.train)
             self._inspect(self.objective.transform_batch(tuple(first)))
         kept = [tuple(value.shape) for value in state["parameters"]]
-        own = [tuple(leaf.shape) for leaf in self._leaves()]
-        if kept != own or self.optimizer is None:
+        own = [tuple(leaf.shape) for leaf in self.updates.leaves]
+        if kept != own or self.updates.optimizer is None:
             raise InputError(
                 f"expected the state of a run of this pair, got {len(kept)} parameters for its "
                 f"{len(own)}, or others in shape: build the pair as it was built then"
             )
         self.put_back({"parameters": state["parameters"], "buffers": state["own"]["buffers"]})
-        for leaf, moment in zip(self._leaves(), state["adam"], strict=True):
-            if moment:
-                # As the optimiser keeps them: fused ones count steps on the device of the parameter.
-                self.optimizer.state[leaf] = {k: v.to(leaf.device).clone() for k, v in moment.items()}
+        if "adam" in state:  # of 0.1.0, which had no other optimiser
+            self.updates.load_states(state["adam"])
+        else:
+            self.updates.load_state_dict(state["updates"], self.count)
 
 
 class _Epoch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import TraceBound
+from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
@@ -69,10 +70,11 @@ class FitResult:
             per datum, before clipping; ``seconds`` those of the training steps, a compilation
             included; ``data_per_second`` the training data over them.
         best_epoch: epoch (from 1) whose parameters were kept; the last one without early stopping.
-        stopped_early: whether the validation ELBO stopped improving before the last epoch.
+        stopped_early: whether the validation ELBO stopped improving, or a callback ended the run,
+            before the last epoch.
         device: where it was trained.
         batch_size: data per step.
-        learning_rate: Adam's step size.
+        learning_rate: the optimiser's step size as it was asked for, before schedules and groups.
         num_parameters: how many numbers were trained.
         compiled: whether the steps were captured and compiled.
         compile_choice: why they were, or were not.
@@ -107,6 +109,10 @@ def fit(
     epochs: int = 100,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    ema: float | None = None,
     objective: ELBO | None = None,
     beta: float = 1.0,
     warmup_epochs: int | None = 0,
@@ -127,9 +133,10 @@ def fit(
     checkpoint_minutes: float | None = 1.0,
     resume: bool = False,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    callbacks: Sequence[Any] = (),
     progress: bool | None = None,
 ) -> FitResult:
-    """Train a model/guide pair by stochastic variational inference with Adam.
+    """Train a model/guide pair by stochastic variational inference, by default with Adam.
 
     The loss of a batch is the objective's, divided by the number of data in the batch: an unbiased
     estimate of the mean loss per datum whatever the size of the last batch. With beta, distortion +
@@ -153,7 +160,22 @@ def fit(
         batch_size: data per step; the last batch of an epoch may be smaller. A pair that ties
             parameters to data points is trained by ``batch_size=len(x)``: on all of them at once, in
             their own order.
-        learning_rate: Adam's step size.
+        learning_rate: the optimiser's step size.
+        optimizer: a class of ``torch.optim``, or a ``functools.partial`` of one that sets its options
+            beside ``learning_rate``; or a function from a list of parameters to an optimiser with
+            options of its own, asked for one parameter at a time. By default Adam. With others than
+            Adam and AdamW each step waits for the device.
+        parameter_groups: options of some parameters, by patterns (``*``, ``?``) of their names in
+            ``named_parameters`` behind their module's name in Pyro: ``{"*variational_family.*":
+            {"lr": 1e-4}, "*.bias": {"weight_decay": 0.0}}``. Of several that match the later ones
+            count first.
+        scheduler: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, in
+            place of ``schedule``. It moves after every step, a ``ReduceLROnPlateau`` after every
+            epoch by minus the validation ELBO (without validation by minus ``train_bound``).
+        ema: factor, such as 0.999, of an exponential moving average of the parameters, in which each
+            step weighs so much less than the one after it. Validation, early stopping and
+            ``on_epoch`` see the averaged parameters, and they are what the run leaves. Buffers are
+            not averaged.
         objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO with
             the closed-form rate of every latent that has one, as :class:`pyro_vae.infer.AnalyticKL`
             has it, and that of ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
@@ -202,11 +224,15 @@ def fit(
         checkpoint_minutes: minutes after which one is written, in the middle of an epoch too; 0 after
             every step, None not by time.
         resume: go on from the newest checkpoint, or start where there is none. The other options, the
-            data and the number of processes must be those the run was begun with. On a CPU without
-            compilation the weights and the history are then those of a run that was never
-            interrupted, bit for bit, but for ``seconds`` and ``data_per_second``.
+            data and the number of processes must be those the run was begun with: functions and
+            callbacks are taken from the call, and of ``optimizer`` and ``scheduler`` names, classes
+            and the groups' options are compared. On a CPU without compilation the weights and the
+            history are then those of a run that was never interrupted, bit for bit, but for
+            ``seconds`` and ``data_per_second``.
         on_epoch: called with (epoch from 1, that epoch's metrics); once more for an epoch if the run
             was killed before that was on the disk.
+        callbacks: objects with some of the methods of :class:`pyro_vae.infer.Callback`: told of the
+            run, of every so many steps, of epochs and of the result, and able to end the run.
         progress: show a progress bar on standard error; by default only on a terminal.
 
     Returns:
@@ -231,10 +257,16 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
-    given = locals() | {"warmup_epochs": warmup_epochs or 0}
-    settings = FitSettings(**{option.name: given[option.name] for option in fields(FitSettings)})
+    settings = FitSettings(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
+        parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
+        beta=beta, warmup_epochs=warmup_epochs or 0, patience=patience, schedule=schedule,
+        gradient_clip=gradient_clip, precision=precision, compile=compile,
+        on_nonfinite=on_nonfinite, nonfinite_limit=nonfinite_limit, seed=seed, plate=plate,
+    )  # fmt: skip
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
+    watchers = Callbacks(callbacks, processes)
     checkpoints = Checkpoints(
         checkpoint,
         every=checkpoint_every,
@@ -273,11 +305,19 @@ def fit(
         if checkpoint is not None:
             checksum = data_checksum(run.pair.inputs, held_out)
             checkpoints.begin({**run.record, "data": checksum}, trainer, best, rows)
+        watchers.tell("on_begin", run.record)
+
+        def after_step(summary: Tensor, num_data: int) -> bool:
+            watchers.after_step(trainer.count, lambda: trainer.metrics_of(summary, num_data))
+            checkpoints.after_step()
+            return watchers.end_run
+
         resumed = len(rows)
         for epoch in range(resumed + 1, settings.epochs + 1):
-            if best.is_over(len(rows)):
+            if best.is_over(len(rows)) or watchers.end_run:
                 break
-            row = trainer.run_epoch(epoch, after_step=checkpoints.after_step)
+            row = trainer.run_epoch(epoch, after_step=after_step)
+            trainer.updates.swap_averages()
             row |= validate(run.validation, processes)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
@@ -286,23 +326,29 @@ def fit(
             bar.show(epoch, _describe(row))
             if on_epoch is not None:
                 on_epoch(epoch, row)
+            watchers.tell("on_epoch", epoch, row)
+            trainer.updates.swap_averages()
+            trainer.updates.end_epoch(row)
             checkpoints.after_step(epoch)
         checkpoints.finish()
+        trainer.updates.swap_averages()
         best.restore(trainer)
         found = diagnose(rows, model, guide, trainer.shown, warmup_epochs=settings.warmup_epochs)
-    return FitResult(
+    result = FitResult(
         history={name: np.array([row[name] for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
         stopped_early=len(rows) < settings.epochs,
         device=str(run.device),
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        num_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
+        num_parameters=sum(parameter.numel() for parameter in trainer.updates.leaves),
         compiled=run.capture.num_graphs > 0,
         compile_choice=run.capture.outcome,
         skipped_steps=trainer.skipped,
         warnings=found,
     )
+    watchers.tell("on_end", result)
+    return result
 
 
 class _Run(NamedTuple):

@@ -76,6 +76,8 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
         )
     folder, place = expand_path(folder), resolve_device(device)
     config = read_config(folder)
+    if "pair" in config:
+        raise InputError(f"expected a VAE in {folder}, got the weights of a pair: use pv.load_pair")
     weights, checksum = read_weights(folder)
     with seeded(0):  # constructors draw starting values
         vae = build(config, components or {}, sum(value.numel() for value in weights.values()))

@@ -24,8 +24,13 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
-    state = {name: value.detach().cpu().contiguous() for name, value in _state(vae).items()}
-    metadata = {_CHECKSUM: checksum_of(describe(vae)["model"], state)}
+    write_weights(folder, describe(vae)["model"], _state(vae))
+
+
+def write_weights(folder: Path, description: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, with a checksum over them and what describes them."""
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {_CHECKSUM: checksum_of(description, state)}
     write_whole(folder / WEIGHTS, serialised(state, metadata=metadata))
 
 
@@ -50,18 +55,30 @@ def assign(
     vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
 ) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
-    _check(_state(vae), weights)
-    if checksum != checksum_of(model, weights):
-        raise InputError(
-            "expected settings and weights as they were written, got another checksum: one of the "
-            "files is damaged, changed or of another run; save the model again"
-        )
-    for dtype in _float_types(weights):
+    check_weights(_state(vae), weights)
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
+    types = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(types) > 1:
+        raise InputError(f"expected weights of one floating-point type, got {len(types)}")
+    check_checksum(model, weights, checksum)
+    for dtype in types:
         vae.to(dtype)
     vae.load_state_dict(weights, strict=False)  # the names were checked above
 
 
-def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def check_checksum(description: Any, weights: Mapping[str, Tensor], checksum: str | None) -> None:
+    """Refuse weights or a description that are not those written together."""
+    if checksum != checksum_of(description, weights):
+        raise InputError(
+            "expected settings and weights as they were written, got another checksum: one of the "
+            "files is damaged, changed or of another run; save the model again"
+        )
+
+
+def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse names, shapes and kinds of numbers that are not the expected ones."""
     missing, surplus = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or surplus:
         raise InputError(
@@ -77,15 +94,6 @@ def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Non
         real = wanted.is_floating_point()
         if (value.dtype not in _FLOATS) if real else (value.dtype != wanted.dtype):
             raise InputError(f"expected weight {name} as {wanted.dtype}, got {value.dtype}")
-        if real and not value.isfinite().all():
-            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
-    types = _float_types(weights)
-    if len(types) > 1:
-        raise InputError(f"expected weights of one floating-point type, got {len(types)}")
-
-
-def _float_types(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
-    return {value.dtype for value in weights.values() if value.is_floating_point()}
 
 
 def _state(vae: VAE) -> dict[str, Tensor]:

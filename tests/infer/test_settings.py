@@ -11,7 +11,7 @@ import pyro_vae as pv
 from pyro_vae.infer import CompiledTrace_ELBO, TraceBound
 from pyro_vae.infer.bounds import BoundTerms
 from pyro_vae.infer.compiled import StepCapture
-from pyro_vae.infer.settings import FitSettings, LearningRate
+from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping
 from pyro_vae.pair.opened import OpenedPair
@@ -38,9 +38,9 @@ def parameters_of(vae):
 
 
 def test_cosine_schedule():
-    rate = LearningRate(2.0, "cosine", num_steps=8)
-    expected = [1 + math.cos(math.pi * step / 8) for step in range(9)]
-    assert [rate.at(step) for step in range(9)] == pytest.approx(expected)
+    settings = FitSettings(schedule="cosine")
+    expected = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    assert [settings.multiplier_at(step, 8) for step in range(9)] == pytest.approx(expected)
 
 
 def test_a_schedule_is_asked_at_every_step_with_the_fraction_done(x):

@@ -1,0 +1,164 @@
+"""Any pair on disk: parameters and buffers by name, whoever wrote its two functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_vae.distributions import unit_sphere
+from pyro_vae.errors import InputError, first_line
+from pyro_vae.files import expand_path
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
+from pyro_vae.runs.files import CONFIG, FORMAT, read_config
+from pyro_vae.runs.folder import check_free, new_run
+from pyro_vae.runs.weights import check_checksum, check_weights, read_weights, write_weights
+from pyro_vae.vae import VAE
+from pyro_vae.version import __version__
+
+# Constraints by their names, and the classes of those that have numbers of their own.
+_CONSTRAINTS: dict[str, Any] = {
+    name: value
+    for name, value in {**vars(constraints), "unit_sphere": unit_sphere}.items()
+    if isinstance(value, Constraint) or (isinstance(value, type) and issubclass(value, Constraint))
+}
+
+
+def save_pair(model: PairFunction, guide: PairFunction, folder: str | Path) -> Path:
+    """Write parameters and buffers of any pair to a folder, for :func:`load_pair`; no code.
+
+    They are those of every module that the two functions reach, and what ``pyro.param`` has put into
+    Pyro's store: all of it, so clear the store of other pairs before.
+
+    Args:
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+        folder: created if missing; must not hold a run yet. A ``~`` is the home directory.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: a pair without parameters, a constraint that is not one of Pyro's between plain
+            numbers, or a folder that holds a run, is in use or can't be written.
+
+    Example:
+        >>> import pyro, tempfile, torch, pyro_vae as pv
+        >>> from pyro.distributions import constraints
+        >>> def model(x):
+        ...     pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+        >>> model(None)
+        >>> folder = pv.save_pair(model, model, tempfile.mkdtemp())
+        >>> pyro.clear_param_store()
+        >>> pv.load_pair(folder, model, model)
+        >>> list(pyro.get_param_store().keys())
+        ['scale']
+    """
+    folder = expand_path(folder)
+    check_free(folder)
+    with HANDLER_LOCK:
+        tensors, store = _tensors_of(model, guide), pyro.get_param_store()
+        known = {id(value): where for where, value in tensors.items()}
+        vaes = [module for module in modules_of(model, guide) if isinstance(module, VAE)]
+        named: dict[str, Any] = {}
+        for name, value in store._params.items():
+            if id(value) not in known and "$$$" in name:
+                continue  # of a module of another pair
+            if name.startswith(tuple(f"{vae.name}." for vae in vaes)):
+                continue  # another name in every process
+            where = known.get(id(value), f"store.{name}")
+            tensors[where] = value
+            named[where] = {"name": name, "constraint": _describe(store._constraints[name])}
+        if not tensors:
+            raise InputError("expected a pair with parameters, got none: train it before it is saved")
+        with new_run(folder, {"format": FORMAT, "pyro_vae": __version__, "pair": named}):
+            write_weights(folder, named, tensors)
+    return folder
+
+
+def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> None:
+    """Put parameters and buffers that :func:`save_pair` wrote into a pair of the same functions.
+
+    Modules are told apart by their order in the functions. What is in none of them is put into
+    Pyro's store, from which training goes on. Nothing is unpickled or executed, and everything is
+    checked before any of it is assigned.
+
+    Args:
+        folder: the folder.
+        model: the generative function of the pair.
+        guide: the variational function of the pair.
+
+    Raises:
+        InputError: no pair there, a file that can't be read or was changed, names, shapes or types
+            that are not the pair's, or names that Pyro's store has taken.
+    """
+    folder = expand_path(folder)
+    named = read_config(folder).get("pair")
+    if not isinstance(named, dict):
+        raise InputError(f"expected a pair in {folder}, got the {CONFIG} of a VAE: use pv.load")
+    weights, checksum = read_weights(folder)
+    check_checksum(named, weights, checksum)
+    with HANDLER_LOCK, torch.no_grad():
+        own, store = _tensors_of(model, guide), pyro.get_param_store()
+        rest = [where for where in weights if where not in own and where in named]
+        check_weights(own, {where: weights[where] for where in weights if where not in rest})
+        try:
+            names = {where: str(entry["name"]) for where, entry in named.items()}
+            limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"expected a description of a pair in {folder}, got: {first_line(error)}"
+            ) from error
+        for where, name in names.items():
+            if name in store and store._params[name] is not own.get(where):
+                raise InputError(
+                    f"expected names that Pyro's store does not hold, {name!r} is taken: "
+                    "pyro.clear_param_store() frees the names of earlier pairs"
+                )
+        for where, value in own.items():
+            if value.dtype != weights[where].dtype:
+                raise InputError(f"expected {where} as {value.dtype}, got {weights[where].dtype}")
+        for where, value in own.items():
+            value.copy_(weights[where])
+        place = device_of(model, guide, default=torch.device("cpu"))
+        params = {names[where]: weights[where].to(place).requires_grad_() for where in rest}
+        store.set_state({"params": params, "constraints": limits})
+
+
+def _tensors_of(model: PairFunction, guide: PairFunction) -> dict[str, Tensor]:
+    """Return parameters and buffers of the pair's modules; a shared one under its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for number, module in enumerate(modules_of(model, guide)):
+        for name, value in module.state_dict(keep_vars=True).items():
+            found.setdefault(id(value), (f"{number}.{name}", value))
+    return dict(found.values())
+
+
+def _describe(constraint: Any) -> Any:
+    """Return a constraint's name, or the name of its class and what it holds."""
+    names = [name for name, value in _CONSTRAINTS.items() if value is constraint]
+    if names:
+        return names[0]
+    kinds = [name for name, value in _CONSTRAINTS.items() if value is type(constraint)]
+    held = {n: _describe(v) if isinstance(v, Constraint) else v for n, v in vars(constraint).items()}
+    if not kinds or not all(isinstance(v, int | float | str | list) for v in held.values()):
+        raise InputError(
+            f"expected parameters under a constraint of Pyro between plain numbers, got {constraint}"
+        )
+    return [kinds[0], held]
+
+
+def _build(description: Any) -> Any:
+    """Return what :func:`_describe` described; nothing of it is called."""
+    if isinstance(description, str):
+        return _CONSTRAINTS[description]
+    name, held = description
+    constraint = object.__new__(_CONSTRAINTS[name])
+    held = {n: _build(v) if isinstance(v, str | list) else v for n, v in held.items()}
+    vars(constraint).update(held)
+    return constraint

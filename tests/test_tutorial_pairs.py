@@ -1,0 +1,161 @@
+"""Pairs as in the tutorials of Pyro, small: trained by fit, weighed where there is a density."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch import nn
+
+import pyro_vae as pv
+
+PIXELS, CLASSES, TIMES = 6, 3, 5
+
+
+def make_labelled(number=30):
+    generator = torch.Generator().manual_seed(3)
+    y = torch.arange(number) % CLASSES
+    p = torch.where(torch.arange(PIXELS) // 2 == y[:, None], 0.9, 0.1)
+    return torch.bernoulli(p, generator=generator), nn.functional.one_hot(y, CLASSES).float()
+
+
+class SemiSupervised(nn.Module):
+    """p(y) p(z) p(x given y, z), with the label observed or drawn: the tutorial's second model."""
+
+    def __init__(self):
+        super().__init__()
+        self.classify = nn.Linear(PIXELS, CLASSES)
+        self.encode = nn.Linear(PIXELS + CLASSES, 4)
+        self.decode = nn.Linear(2 + CLASSES, PIXELS)
+
+    def model(self, x, y=None):
+        pyro.module("ss_vae", self)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.OneHotCategorical(x.new_ones(CLASSES) / CLASSES), obs=y)
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            y = y.expand(*torch.broadcast_shapes(y.shape[:-1], z.shape[:-1]), CLASSES)
+            z = z.expand(*y.shape[:-1], 2)
+            logits = self.decode(torch.cat([z, y], -1))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x, y=None):
+        with pyro.plate("data", len(x)):
+            if y is None:
+                y = pyro.sample("y", dist.OneHotCategorical(logits=self.classify(x).tanh()))
+            x = x.expand(*y.shape[:-1], PIXELS)
+            loc, raw = self.encode(torch.cat([x, y], -1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
+
+
+def test_semi_supervised_vae():
+    x, y = make_labelled()
+    nets = SemiSupervised()
+    labelled = pv.fit(nets.model, nets.guide, (x, y), epochs=20, learning_rate=0.05, seed=0)
+    guide = config_enumerate(nets.guide, "parallel", expand=True)
+    objective = TraceEnum_ELBO(max_plate_nesting=1)
+    options = {"epochs": 20, "learning_rate": 0.05, "seed": 0, "objective": objective}
+    unlabelled = pv.fit(nets.model, guide, x, **options)
+    for result in (labelled, unlabelled):
+        bound = result.history["train_bound"]
+        assert bound[-5:].mean() > bound[:5].mean() + 0.1
+    # Summed over the label by hand, each with its own estimate of log p(x given y).
+    estimates = [
+        pv.log_marginal(nets.model, nets.guide, (x, each.expand(len(x), -1)), num_samples=400, seed=0)
+        for each in torch.eye(CLASSES)
+    ]
+    exact = torch.stack([estimate.log_prob for estimate in estimates]).logsumexp(0)
+    found = pv.log_marginal(nets.model, nets.guide, x, num_samples=4000, seed=1)
+    error = (found.standard_error**2 + sum(e.standard_error**2 for e in estimates)).sqrt()
+    assert ((found.log_prob - exact).abs() < 5 * error + 1e-6).all()
+
+
+def test_conditional_vae():
+    x, y = make_labelled()
+    prior_net, encode, decode = (
+        nn.Linear(CLASSES, 4),
+        nn.Linear(PIXELS + CLASSES, 4),
+        nn.Linear(2, PIXELS),
+    )
+
+    def model(x, y):
+        pyro.module("prior_net", prior_net)
+        pyro.module("decode", decode)
+        with pyro.plate("data", len(x)):
+            loc, raw = prior_net(y).chunk(2, -1)
+            z = pyro.sample("z", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+
+    def guide(x, y):
+        pyro.module("encode", encode)
+        with pyro.plate("data", len(x)):
+            loc, raw = encode(torch.cat([x, y], -1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
+
+    result = pv.fit(model, guide, (x, y), epochs=30, learning_rate=0.05, seed=0)
+    bound = result.history["train_bound"]
+    assert bound[-5:].mean() > bound[:5].mean() + 0.1
+    found = pv.log_marginal(model, guide, (x, y), num_samples=1000, seed=0)
+    # Two latents: log p(x given y) on a grid.
+    loc, raw = prior_net(y).detach().chunk(2, -1)
+    line = torch.linspace(-8, 8, 161)
+    grid = torch.cartesian_prod(line, line)
+    density = dist.Bernoulli(logits=decode(grid).detach())
+    log_x = density.log_prob(x[:, None]).sum(-1)
+    log_z = dist.Normal(loc[:, None], raw[:, None].exp() + 0.5).log_prob(grid).sum(-1)
+    exact = (log_x + log_z).logsumexp(-1) + 2 * math.log(0.1)
+    assert ((found.log_prob - exact).abs() < 5 * found.standard_error + 1e-4).all()
+
+
+class Markov(nn.Module):
+    """The deep Markov model, small: a gated transition, emissions, and a guide that looks ahead."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.move, self.spread = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.emit, self.look = nn.Linear(2, PIXELS), nn.GRU(PIXELS, 4, batch_first=True)
+        self.combine = nn.Linear(2 + 4, 4)
+        self.start = nn.Parameter(torch.zeros(2))
+
+    def model(self, x, mask):
+        pyro.module("dmm", self)
+        z = self.start.expand(len(x), 2)
+        with pyro.plate("data", len(x)):
+            for time in pyro.markov(range(TIMES)):
+                on, gate = mask[:, time], self.gate(z).sigmoid()
+                loc = (1 - gate) * z + gate * self.move(z)
+                scale = nn.functional.softplus(self.spread(z)) + 0.1
+                with pyro.poutine.mask(mask=on):
+                    z = pyro.sample(f"z_{time}", dist.Normal(loc, scale).to_event(1))
+                    emission = dist.Bernoulli(logits=self.emit(z)).to_event(1)
+                    pyro.sample(f"x_{time}", emission, obs=x[:, time])
+
+    def guide(self, x, mask):
+        pyro.module("dmm", self)
+        ahead = self.look(x.flip(1))[0].flip(1)
+        z = self.start.expand(len(x), 2)
+        with pyro.plate("data", len(x)):
+            for time in pyro.markov(range(TIMES)):
+                loc, raw = self.combine(torch.cat([z, ahead[:, time]], -1)).chunk(2, -1)
+                with pyro.poutine.mask(mask=mask[:, time]):
+                    z = pyro.sample(f"z_{time}", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
+
+
+def test_deep_markov_model():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.bernoulli(torch.full((16, TIMES, PIXELS), 0.3), generator=generator)
+    mask = torch.arange(TIMES) < torch.randint(2, TIMES + 1, (16, 1), generator=generator)
+    x = x * mask[..., None]
+    nets = Markov()
+    result = pv.fit(nets.model, nets.guide, (x, mask), epochs=20, learning_rate=0.02, seed=0)
+    bound = result.history["train_bound"]
+    assert bound[-5:].mean() > bound[:5].mean() + 0.1
+    # What lies behind a sequence's end counts for nothing: other values there, the same weights.
+    filled = torch.where(mask[..., None], x, 1 - x)
+    with torch.no_grad():
+        nets.look.weight_ih_l0.zero_()  # or the guide would look at them
+    weights = []
+    for each in (x, filled):
+        torch.manual_seed(0)
+        weights.append(pv.log_weights(nets.model, nets.guide, (each, mask), num_samples=50))
+    torch.testing.assert_close(*weights)
