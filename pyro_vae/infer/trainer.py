@@ -193,7 +193,7 @@ class Trainer:
     def _refuse_not_finite(self, table: np.ndarray, epoch: _Epoch) -> None:
         bad, limit = np.flatnonzero(table[:, -1]), self.settings.skip_limit
         self.skipped += len(bad)
-        nothing_left = len(bad) == len(table)
+        nothing_left = 0 < len(table) == len(bad)
         if self.skipped <= (limit or 0) and not nothing_left:
             return
         loss, norm = table[bad[0], 0], table[bad[0], -2]
