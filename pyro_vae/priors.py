@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pyro_vae import distributions
 from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layers, standard_normal
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
+from pyro_vae.distributions.stable_beta import StableBeta
 from pyro_vae.errors import InputError, positive_number, size, sizes
 from pyro_vae.networks import Standardized, check_shape
 
@@ -480,7 +481,8 @@ class Beta(Prior):
     .. math:: p(z) = \prod_d Beta(z_d; a, b)
 
     Draws lie strictly inside, at the last number before 0 or 1 if need be. In float32 that happens
-    near 1 to 2 draws in 10,000 at b = 1/2, one in 10^7 at 1, and to many well below 1/2.
+    near 1 to 2 draws in 10,000 at b = 1/2, one in 10^7 at 1, and to many well below 1/2; how many
+    draws are near which end is right at any concentration.
 
     Args:
         latent_dim: size of the latent vector.
@@ -527,4 +529,4 @@ class Beta(Prior):
     def forward(self) -> dist.Distribution:
         """Return independent Betas."""
         concentration1, concentration0 = self.log_concentration1.exp(), self.log_concentration0.exp()
-        return dist.Beta(concentration1, concentration0, validate_args=False).to_event(1)
+        return StableBeta(concentration1, concentration0, validate_args=False).to_event(1)

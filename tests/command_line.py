@@ -17,7 +17,7 @@ SMALL = ("--hidden", "16", "--latent-dim", "2", "--device", "cpu")
 
 # What a run of one or two epochs and a few draws is warned of, and rightly so.
 WARNED = [
-    pytest.mark.filterwarnings("always:.* data have Pareto k"),
+    pytest.mark.filterwarnings("always:.* data points have Pareto k"),
     pytest.mark.filterwarnings("always:.* data points are not trusted"),
     pytest.mark.filterwarnings("always:grey values under a Bernoulli"),
 ]
@@ -26,6 +26,8 @@ ESTIMATE_KEYS = {
     "log_marginal",
     "standard_error",
     "data_standard_error",
+    "expected_bias",
+    "pseudo_likelihood",
     "elbo",
     "rate",
     "distortion",

@@ -214,7 +214,6 @@ def _on_device(value, like):
 def _kernel(operator, name):
     """Return what stands for a CUDA kernel: the CPU's, on the same memory."""
     import torch
-    from torch.utils._pytree import tree_leaves, tree_map
 
     results = [argument.name for argument in operator._schema.arguments if argument.is_out]
     draws = torch.Tag.nondeterministic_seeded in operator.tags or name in _DRAWING
@@ -222,7 +221,7 @@ def _kernel(operator, name):
     def run(*args, **kwargs):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             launches[name] += 1
-            leaves = tree_leaves((args, kwargs))
+            leaves = list(_leaves([*args, *kwargs.values()]))
             tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
             filled = [kwargs[result] for result in results]
             read = [value for value in tensors if not any(value is one for one in filled)]
@@ -240,9 +239,9 @@ def _kernel(operator, name):
                     return None
                 return hosts.get(id(value), value)
 
-            given = tree_map(to_host, args), tree_map(to_host, kwargs) | fresh
+            named = {key: _map(to_host, value) for key, value in kwargs.items()} | fresh
             with _cuda_draws(generators, place) if draws else contextlib.nullcontext():
-                found = operator(*given[0], **given[1])
+                found = operator(*_map(to_host, args), **named)
             for result, value in fresh.items():
                 target = kwargs[result]
                 if target.shape != value.shape:
@@ -256,9 +255,26 @@ def _kernel(operator, name):
                     return value
                 return origin[id(value)] if id(value) in origin else _on_device(value, place)
 
-            return tree_map(to_device, found)
+            return _map(to_device, found)
 
     return run
+
+
+def _leaves(values):
+    """Yield what stands in lists and tuples, however deep."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _map(function, value):
+    """Return the same lists and tuples with the function of what stands in them."""
+    if isinstance(value, list | tuple):
+        same = list if isinstance(value, list) else tuple
+        return same(_map(function, one) for one in value)
+    return function(value)
 
 
 @contextlib.contextmanager

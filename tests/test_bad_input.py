@@ -190,6 +190,17 @@ def test_what_is_no_data_is_refused(action, case):
     refuse(action, *REFUSED_BY_ALL[case])
 
 
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_default_device_without_numbers_is_refused(action):
+    vae, x = make_vae(), bits()
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(pv.InputError, match="a default device that holds numbers, got 'meta'"):
+            result_of(action, x, vae)
+    finally:
+        torch.set_default_device(None)
+
+
 def refuse(action, make, message):
     vae = make_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}

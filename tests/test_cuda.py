@@ -1,7 +1,10 @@
 """What holds on a CUDA device, or the stand-in for one: devices, precision, memory, waits, graphs."""
 
 import collections
+import importlib.util
+import sys
 import threading
+from pathlib import Path
 
 import cuda_stand_in
 import pyro
@@ -466,3 +469,50 @@ def test_data_are_moved_without_a_wait(stand_in):
     found = take_rows((x,), slice(1, 3), CUDA)[0]
     assert not stand_in.waits
     assert torch.equal(found.cpu(), x[1:3])
+
+
+# --- precision of an estimate, and the script for a card ---
+
+
+def test_an_estimate_in_bfloat16_is_that_in_float32_within_its_error():
+    vae, x = make_vae(), bits()
+    options = {"num_samples": 200, "seed": 0}
+    exact = pv.log_marginal(vae.model, vae.guide, x, **options)
+    rounded = pv.log_marginal(vae.model, vae.guide, x, precision="bfloat16", **options)
+    difference = rounded.log_prob - exact.log_prob
+    assert difference.abs().max() > 0
+    # Seven bits of a log-probability that is at most PIXELS * log 2 off from nothing.
+    error = exact.standard_error.hypot(rounded.standard_error)
+    assert (difference.abs() < 5 * error + 2**-7 * PIXELS).all()
+    with pytest.raises(InputError, match="precision float32, tf32, bfloat16, got 'half'"):
+        pv.log_marginal(vae.model, vae.guide, x, precision="half")
+
+
+@pytest.fixture
+def gpu_script(monkeypatch):
+    path = Path(__file__).parent / "benchmarks" / "gpu.py"
+    specification = importlib.util.spec_from_file_location("gpu_script", path)
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    specification.loader.exec_module(module)
+    return module
+
+
+PRINTED = {
+    "row": ("print('as it goes'); print('{\"value\": 3}')", {"value": 3}),
+    "failed": ("print('why'); raise SystemExit(4)", {"failed with status": 4, "last lines": ["why"]}),
+    "killed": ("import time; print('begun', flush=True); time.sleep(60)", {"failed with status": -9}),
+}
+
+
+@pytest.mark.parametrize("case", PRINTED)
+def test_a_part_of_the_script_leaves_its_row_or_why_not(case, gpu_script, monkeypatch):
+    code, expected = PRINTED[case]
+    monkeypatch.setattr(gpu_script, "command", lambda *_: [sys.executable, "-c", code])
+    row = gpu_script.run_part("graphs", 1.5 if case == "killed" else 60, [])
+    assert row | expected == row
+    assert row["part"] == "graphs"
+
+
+def test_the_limits_of_the_script_add_up_to_less_than_eight_minutes(gpu_script):
+    assert sum(limit for _, limit in gpu_script.PARTS.values()) < 480

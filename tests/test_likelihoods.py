@@ -110,6 +110,42 @@ def test_continuous_bernoulli_quantile(eta):
     torch.testing.assert_close(x, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
+def exact_variance_and_entropy(eta):
+    eta = mpmath.mpf(eta)
+    if eta == 0:
+        return mpmath.mpf(1) / 12, mpmath.mpf(0)
+    variance = 1 / eta**2 - 1 / (4 * mpmath.sinh(eta / 2) ** 2)
+    return variance, exact_log_normaliser(eta) - eta * (exact_mean(eta) - mpmath.mpf(1) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_continuous_bernoulli_spread(dtype):
+    eta = torch.tensor([*ETAS, 0.0041, -0.49, 0.51, 16.0, -40.0, 200.0], dtype=dtype)
+    p = StableContinuousBernoulli(logits=eta, validate_args=False)
+    with mpmath.workdps(200):  # eta^-2 of the smallest eta has 60 digits before the point
+        exact = [exact_variance_and_entropy(value) for value in eta.tolist()]
+    rows = [[float(value) for value in row] for row in exact]
+    variance, entropy = torch.tensor(rows, dtype=torch.float64).T
+    unit = torch.finfo(dtype).eps
+    # 1/eta^2 and what is taken from it are up to 48 times their difference, at eta = 1/2.
+    torch.testing.assert_close(p.variance.double(), variance, rtol=200 * unit, atol=0)
+    torch.testing.assert_close(p.stddev.double(), variance.sqrt(), rtol=200 * unit, atol=0)
+    torch.testing.assert_close(p.entropy().double(), entropy, rtol=8 * unit, atol=8 * unit)
+
+
+@pytest.mark.parametrize("eta", ETAS)
+def test_continuous_bernoulli_distribution_function(eta):
+    x = torch.tensor([-1.0, 0.0, 1e-6, 0.3, 0.5, 1.0, 2.0])
+    share = StableContinuousBernoulli(logits=torch.tensor(eta), validate_args=False).cdf(x)
+    with mpmath.workdps(50):
+        rate = mpmath.mpf(torch.tensor(eta).item())
+        wanted = [
+            float(mpmath.expm1(rate * v) / mpmath.expm1(rate)) if rate else v
+            for v in x.clamp(0, 1).tolist()
+        ]
+    torch.testing.assert_close(share, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
 def test_continuous_bernoulli_draws_have_its_mean_in_float32():
     eta = torch.tensor([-40.0, -20.0, -1.0, 0.0, 1e-4, 20.0, 40.0])
     p = StableContinuousBernoulli(logits=eta, validate_args=False)

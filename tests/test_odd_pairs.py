@@ -178,7 +178,7 @@ def numbers_in(result):
     return numbers_in(vars(result)) if type(result).__module__.startswith("pyro_vae") else []
 
 
-@pytest.mark.filterwarnings("ignore:.* data have Pareto k", "ignore:.*no closed form")
+@pytest.mark.filterwarnings("ignore:.* data points have Pareto k", "ignore:.*no closed form")
 # In turn, so that each function and each pair has half of its cases in the fast part.
 @pytest.mark.parametrize(
     ("pair", "function"),
@@ -203,7 +203,7 @@ def test_a_function_serves_an_odd_pair_or_says_why_not(pair, function):
         assert not value.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.* data have Pareto k")
+@pytest.mark.filterwarnings("ignore:.* data points have Pareto k")
 @pytest.mark.parametrize("pair", PAIRS)
 def test_log_p_of_an_odd_pair_is_the_exact_one(pair):
     model, guide, inputs, exact = PAIRS[pair]()

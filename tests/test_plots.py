@@ -205,7 +205,9 @@ def test_weight_diagnostics_mark_the_limit_and_leave_a_missing_curve_out():
     assert len(both.axes) == 2
     assert "2 of 3" in both.axes[0].get_title()
     assert "flat does not mean right" in both.axes[1].get_title()
-    assert len(plots.weight_diagnostics(k, None, None, title="t").axes) == 1
+    alone = plots.weight_diagnostics(np.array([0.1, 0.6, np.nan]), None, None, title="t", limit=0.5)
+    assert len(alone.axes) == 1
+    assert alone.axes[0].get_title() == "1 of 3 above 0.5, 1 not known"
 
 
 def test_column_labels_stand_above_their_columns():

@@ -13,6 +13,7 @@ from torch import nn
 
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky
+from pyro_vae.distributions.stable_beta import StableBeta
 from pyro_vae.errors import InputError
 from pyro_vae.networks import MLPDecoder, MLPEncoder
 from pyro_vae.vae import VAE
@@ -110,6 +111,36 @@ def test_beta_prior_has_the_density_of_its_concentrations():
     p = priors.Beta(3, concentration1=2.0, concentration0=0.5).double()()
     exact = scipy.stats.beta(2.0, 0.5).logpdf(z.numpy()).sum(-1)
     np.testing.assert_allclose(p.log_prob(z), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("concentrations", [(1e-3, 1e-3), (0.003, 0.001), (0.02, 0.5), (2.0, 5.0)])
+def test_beta_draws_follow_their_distribution(concentrations, dtype):
+    one, zero = concentrations
+    prior = priors.Beta(1, concentration1=one, concentration0=zero).to(dtype)
+    torch.manual_seed(0)
+    z = prior().sample((40000,)).double()
+    exact = scipy.stats.beta(one, zero)
+    for point in (0.01, 0.4, 0.6, 0.99):
+        share = exact.cdf(point)
+        error = math.sqrt(share * (1 - share) / len(z))
+        assert abs((z <= point).double().mean() - share) < 5 * error + 1e-6
+
+
+@pytest.mark.parametrize("concentration", [0.05, 0.7, 3.0])
+def test_beta_draws_carry_the_gradient_of_their_mean(concentration):
+    one = torch.tensor(concentration).double().requires_grad_()
+    zero = torch.tensor(0.5).double().requires_grad_()
+    torch.manual_seed(0)
+    rows = [
+        torch.stack(torch.autograd.grad(StableBeta(one, zero).rsample((1000,)).mean(), (one, zero)))
+        for _ in range(100)
+    ]
+    found = torch.stack(rows)
+    total = one + zero
+    wanted = torch.stack(torch.autograd.grad(one / total, (one, zero)))
+    error = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - wanted).abs() < 5 * error).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

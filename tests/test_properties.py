@@ -173,7 +173,7 @@ def test_any_model_on_any_data_works_or_is_refused_in_one_line(settings, tmp_pat
     def run(case):
         torch.manual_seed(0)
         with warnings.catch_warnings(), pyro.get_param_store().scope():
-            warnings.filterwarnings("ignore", message=".* data have Pareto k")
+            warnings.filterwarnings("ignore", message=".* data points have Pareto k")
             # A spline grown steep is inverted to fewer digits than batched draws are checked to.
             warnings.filterwarnings("ignore", message="the guide of this pair gives other values")
             try:
@@ -218,5 +218,5 @@ def test_every_prior_with_every_family_trains_or_is_refused(tmp_path, prior, fam
         return
     how = {"epochs": 2, "batch_size": 3, "device": "cpu", "seed": 0}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* data have Pareto k")
+        warnings.filterwarnings("ignore", message=".* data points have Pareto k")
         use(pv.VAE(*parts), torch.rand(6, *shape).round(), how, tmp_path / "run")

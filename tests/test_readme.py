@@ -46,7 +46,7 @@ def shortened(block):
     return block
 
 
-@pytest.mark.filterwarnings("ignore:.* data have Pareto k")  # what the README speaks of
+@pytest.mark.filterwarnings("ignore:.* data points have Pareto k")  # what the README speaks of
 @pytest.mark.parametrize(
     "read", [shortened, pytest.param(str, marks=pytest.mark.slow, id="as written")]
 )

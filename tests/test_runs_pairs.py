@@ -93,7 +93,11 @@ def other_shape():
     return model, lambda x: None
 
 
-@pytest.mark.parametrize("make", [wider, other_shape, own_vae])
+def without_modules():
+    return (lambda x: None), (lambda x: None)
+
+
+@pytest.mark.parametrize("make", [wider, other_shape, own_vae, without_modules])
 def test_another_pair_is_refused_and_left_as_it_was(tmp_path, make):
     pv.save_pair(*train(functions), tmp_path / "pair")
     pyro.clear_param_store()

@@ -19,7 +19,7 @@ from pyro_vae import tasks
 from pyro_vae.infer.settings import default_warmup_epochs
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* data have Pareto k"),
+    pytest.mark.filterwarnings("ignore:.* data points have Pareto k"),
     # Two epochs end before the latents are used.
     pytest.mark.filterwarnings("ignore:posterior collapse"),
     # Raised by the checks themselves for an estimator that doesn't take sparse data.

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
-from pyro_vae.app.pages import TERMS
+from pyro_vae.app.pages import TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
 from pyro_vae.app.settings import check_evaluation
-from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
@@ -34,7 +33,6 @@ from pyro_vae.evaluation.estimate import (
     warn_if_unreliable,
 )
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
-from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
@@ -45,11 +43,11 @@ _LABELS = {
     "log_marginal": "log p(x)",
     "standard_error": "its error, Monte Carlo",
     "data_standard_error": "its error, over data",
+    "expected_bias": "its expected bias",
     "bits_per_dimension": "bits per dimension",
     **TERMS,
     "num_data": "data points",
     "num_samples": "draws per datum",
-    "num_unreliable": f"data points with Pareto k above {PARETO_K_LIMIT}",
     "median_ess": "median effective sample size",
     "num_annealed": "data points annealed",
     "num_untrusted": "data points not trusted",
@@ -80,15 +78,15 @@ def evaluate(
     place = resolve_device(device)
     vae, settings, _ = open_run(run, place)
     dataset = load_data_of_run(run, settings, data_root)
-    if is_pseudo(vae, dataset):
+    test = dataset.test[: how.num_data].to(place)
+    first = replace(how, method="importance") if how.method == "both" else how
+    estimate = estimate_log_marginal(vae, test, first)
+    if estimate.pseudo_likelihood:
         warnings.warn(
             "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
             "density",
             stacklevel=2,
         )
-    test = dataset.test[: how.num_data].to(place)
-    first = replace(how, method="importance") if how.method == "both" else how
-    estimate = estimate_log_marginal(vae, test, first)
     values = as_dict(estimate, vae)
     try:
         if how.method == "both":
@@ -118,7 +116,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
-    told = {name: label for name, label in _LABELS.items() if name in values}
+    labels = _LABELS | {"log_marginal": log_prob_name(values["pseudo_likelihood"])}
+    told = {name: label for name, label in labels.items() if name in values}
     rows = [[label, *(column[name] for column in columns)] for name, label in told.items()]
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
@@ -189,9 +188,9 @@ def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
 def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
-    ``log_marginal`` has its ``standard_error`` (Monte Carlo) and ``data_standard_error``; beside it
-    are ``elbo``, ``rate``, ``distortion``, and how the weights were; of levels and categories also
-    ``bits_per_dimension``, the length of a code for each value.
+    ``log_marginal`` has its ``standard_error`` (Monte Carlo), ``data_standard_error`` and
+    ``expected_bias``; beside it are ``elbo``, ``rate``, ``distortion``, and how the weights were; of
+    levels and categories also ``bits_per_dimension``, the length of a code for each value.
     """
     likelihood, bits = vae.likelihood, {}
     if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
@@ -201,11 +200,12 @@ def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,
+        "expected_bias": estimate.mean_expected_bias,
+        "pseudo_likelihood": estimate.pseudo_likelihood,
         **{name: getattr(estimate, name).mean().item() for name in TERMS},
         "num_samples": int(estimate.num_samples.max()),
         "num_data": len(estimate.log_prob),
-        # None: unknown, for fewer than 21 weights per datum have no tail to speak of.
-        "num_unreliable": None if estimate.pareto_k.isnan().all() else estimate.num_unreliable,
+        "num_unreliable": estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
         "num_annealed": estimate.methods.count("annealed"),
         "num_untrusted": estimate.num_untrusted,
@@ -225,10 +225,3 @@ def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
 def active_units(vae: VAE, x: Tensor) -> int:
     """Count the latent coordinates whose posterior mean has a variance over the data above 0.01."""
     return int((unit_variances(vae.guide, x) > ACTIVE_VARIANCE).sum())
-
-
-def is_pseudo(vae: VAE, dataset: Dataset) -> bool:
-    """Say whether a Bernoulli scores grey values, which is no density."""
-    if not isinstance(vae.likelihood, likelihoods.Bernoulli):
-        return False
-    return bool(((dataset.test > 0) & (dataset.test < 1)).any())

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from pyro_vae.app.report import Page, plus_minus
 from pyro_vae.evaluation.comparison_result import Comparison
-from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.files import write_whole
 
 PAGE = "report.html"
@@ -89,33 +88,32 @@ def log_prob_name(pseudo: bool) -> str:
 
 def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     """Say in words and numbers how far an estimate of log p(x) can be trusted."""
-    count, above = estimate["num_data"], estimate["num_unreliable"]
-    share = "unknown" if above is None else f"{above / count:.1%}"
-    said = f"{above or 0:,} of {count:,} data points have Pareto k above {PARETO_K_LIMIT}"
-    if above is None:
-        page.text(
-            "Too few samples per datum to tell how heavy the importance weights' tail is (Pareto k "
-            "needs 21): nothing says whether the estimate can be trusted."
-        )
-    elif above > MANY_UNRELIABLE * count:
+    count, untrusted = estimate["num_data"], estimate["num_unreliable"]
+    said = f"{untrusted:,} of {count:,} data points"
+    why = (
+        "the Pareto k of their importance weights is above min(0.7, 1 - 1 / log10 of the number of "
+        "samples), or not known, which takes 21 samples"
+    )
+    if untrusted > MANY_UNRELIABLE * count:
         page.warning(
-            f"{said}. For these the estimate of log p(x) is probably too low and its standard error "
-            "too small, and so is the mean over the data. Annealing (pyro-vae evaluate RUN --method "
-            "annealed), a richer variational family or more samples help."
+            f"{said} can't be trusted: {why}. Neither their log p(x) nor its standard error means "
+            "what it says, nor does the mean over the data. Annealing (pyro-vae evaluate RUN "
+            "--method annealed), a richer variational family or more samples help."
         )
     else:
         page.text(
-            f"{said}. Below that value the importance weights have a tail light enough for the "
-            "estimate and its standard error to mean what they say."
+            f"{said} can't be trusted: {why}. The weights of the others have a tail light enough for "
+            "the estimate and its standard error to mean what they say."
         )
     page.table(
         ["diagnostic", "value"],
         [
-            [f"data points with Pareto k above {PARETO_K_LIMIT}", share],
+            ["data points not trusted", f"{untrusted / count:.1%}"],
             ["samples per datum", estimate["num_samples"]],
             ["median effective sample size", estimate["median_ess"]],
             ["standard error of the mean, Monte Carlo (nats)", f"{estimate['standard_error']:.4f}"],
             ["standard error of the mean, over data (nats)", estimate["data_standard_error"]],
+            ["expected bias of the mean (nats)", f"{estimate['expected_bias']:.4f}"],
         ],
         caption="Importance weights of the test data",
     )
@@ -234,7 +232,10 @@ def conclude(comparison: Comparison) -> str:
     if tied:
         verb = "is" if len(tied) == 1 else "are"
         said.append(f"{', '.join(tied)} {verb} not told apart from it by these data and runs.")
-    for name in (name for name in verdicts if name not in tied):
+    withheld = [name for name, verdict in verdicts.items() if verdict == "withheld"]
+    if withheld:
+        said.append(f"The numbers can't carry a verdict on {', '.join(withheld)}.")
+    for name in (name for name, verdict in verdicts.items() if verdict == "behind"):
         difference = comparison.difference(name, quantity)
         said.append(f"{name} is behind by {plus_minus(-difference.mean, difference.half_width, 3)}.")
     said.append("Intervals cover 95%.")
@@ -253,9 +254,9 @@ def _add_warnings(page: Page, comparison: Comparison) -> None:
     ]
     if heavy:
         page.warning(
-            f"More than {MANY_UNRELIABLE:.0%} of the data points have Pareto k above "
-            f"{PARETO_K_LIMIT} under {', '.join(heavy)}: log p(x) there is probably too low and its "
-            "Monte Carlo error too small. Annealing checks it: --method both."
+            f"More than {MANY_UNRELIABLE:.0%} of the data points have a Pareto k that is too high or "
+            f"not known under {', '.join(heavy)}: neither log p(x) nor its Monte Carlo error can be "
+            "trusted there. Annealing checks it: --method both."
         )
 
 
@@ -280,7 +281,7 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[
         caption=f"Test part, nats per datum, by {method} with {comparison.num_samples:,} "
         f"draws, averaged over {comparison.num_runs} runs each. The error over data is shared by all "
         "families, as they saw the same data; differences are paired, so it drops out of them. "
-        "Tied: the interval has 0 in it.",
+        "Tied: the interval has 0 in it. Withheld: the numbers can't carry a verdict.",
         decimals=3,
     )
 
@@ -317,7 +318,7 @@ def _add_cost(page: Page, rows: Mapping[str, Mapping[str, Any]]) -> None:
         "seconds_per_1000": "seconds per 1,000 log p(x)",
     }
     page.table(
-        ["", f"data points with k > {PARETO_K_LIMIT}", *numbers.values()],
+        ["", "data points not trusted", *numbers.values()],
         [
             [name, f"{row['unreliable_share']:.1%}", *(row[number] for number in numbers)]
             for name, row in rows.items()
@@ -329,7 +330,7 @@ def _add_cost(page: Page, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _add_runs(page: Page, quantity: str, singles: Sequence[Mapping[str, Any]]) -> None:
     page.table(
-        ["", "seed", "log p(x)", "ELBO", "rate (KL)", "distortion", "k > 0.7", "seconds"],
+        ["", "seed", "log p(x)", "ELBO", "rate (KL)", "distortion", "not trusted", "seconds"],
         [
             [
                 row["name"],

@@ -132,6 +132,7 @@ def draw_diagnostics(estimate: LogMarginal) -> Figure:
         None if curve is None else curve.num_samples.numpy(),
         None if curve is None else curve.log_prob.mean(1).numpy(),
         title=f"log p(x) of {len(estimate.log_prob)} test data points, method {estimate.method}",
+        limit=estimate.pareto_k_limit.min().item(),
     )
 
 

@@ -56,7 +56,7 @@ class Study:
             if folder.exists():
                 shutil.rmtree(folder)
             with warnings.catch_warnings():
-                # The study's own table says how many have k > 0.7.
+                # The study's own table says how many are not trusted.
                 warnings.filterwarnings("ignore", r"\d+ of \d+ data")
                 vae, metrics = train_run(settings, self.dataset, folder, start=start, held=held)
             how = f"{metrics['training_seconds']:.1f} s"

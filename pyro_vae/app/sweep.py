@@ -141,11 +141,11 @@ def _write_page(
         shown.append([f"{row['beta']:g}", *means, share, row["active_units"], seconds])
     header = ["beta", "rate", "distortion", "ELBO", log_prob_name(pseudo)]
     page.table(
-        [*header, "k > 0.7", "active units", "seconds"],
+        [*header, "not trusted", "active units", "seconds"],
         shown,
         caption=f"First {rows[0]['num_data']:,} test data points, nats per datum, with standard "
-        f"errors over data; Monte Carlo from {rows[0]['num_samples']:,} draws per datum. k > 0.7: "
-        "share of data points whose log p(x) can't be trusted. Active units: variance over data of "
+        f"errors over data; Monte Carlo from {rows[0]['num_samples']:,} draws per datum. Not "
+        "trusted: share of data points whose log p(x) can't be. Active units: variance over data of "
         "the posterior mean above 0.01 (Burda et al. 2016).",
     )
     write_page(page, folder, made)

@@ -274,7 +274,7 @@ def _measure(
         "test_log_marginal": evaluate.as_dict(estimate, vae),
         "test_data_standard_errors": evaluate.data_standard_errors(estimate),
         "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
-        "pseudo_likelihood": evaluate.is_pseudo(vae, dataset),
+        "pseudo_likelihood": estimate.pseudo_likelihood,
     }
     return metrics, estimate
 

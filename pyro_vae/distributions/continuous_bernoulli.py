@@ -26,6 +26,30 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
         """The mean, in (0, 1)."""
         return continuous_bernoulli_mean(self.logits)
 
+    @property
+    def variance(self) -> Tensor:
+        """The variance 1/eta^2 - 1 / (4 sinh(eta/2)^2), the derivative of the mean."""
+        small, square, size = _near_and_far(self.logits)
+        closed = 1 / size.square() - torch.exp(-size) / torch.expm1(-size).square()
+        return torch.where(small, _even_series(square, lambda n: 2 * n - 1), closed)
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy in nats: the log-ratio less eta times the mean's part."""
+        small, square, size = _near_and_far(self.logits)
+        series = square * _even_series(square, lambda n: 1 / (2 * n) - 1)
+        below = torch.exp(-size)
+        closed = 1 + torch.log1p(-below) - size.log() - size * below / (1 - below)
+        return torch.where(small, series, closed)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Return (exp(eta x) - 1) / (exp(eta) - 1), 0 below 0 and 1 above 1."""
+        # By symmetry the case eta < 0 is enough, where nothing overflows.
+        positive, flat = self.logits > 0, self.logits == 0
+        x = torch.where(positive, 1 - value, value).clamp(0, 1)
+        rate = torch.where(flat, -1.0, -self.logits.abs())
+        below = torch.where(flat, x, torch.expm1(rate * x) / torch.expm1(rate))
+        return torch.where(positive, 1 - below, below)
+
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantile log(1 + u (exp(eta) - 1)) / eta, from which the draws are made."""
         # By symmetry the case eta < 0 is enough, where nothing overflows or cancels.
@@ -45,13 +69,9 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
 
 def _log_sinh_ratio(eta: Tensor) -> Tensor:
     """Return log(sinh(eta/2) / (eta/2)), even in eta."""
-    size = eta.abs()
-    small = size < 0.5
-    # The unused branch must not make NaNs.
-    square = torch.where(small, eta, 0.0).square()
+    small, square, size = _near_and_far(eta)
     series = square * _even_series(square, lambda n: 1 / (2 * n))
-    large = torch.where(small, 1.0, size)
-    closed = 0.5 * large + torch.log1p(-torch.exp(-large)) - large.log()
+    closed = 0.5 * size + torch.log1p(-torch.exp(-size)) - size.log()
     return torch.where(small, series, closed)
 
 
@@ -63,6 +83,12 @@ def continuous_bernoulli_mean(eta: Tensor) -> Tensor:
     outside = torch.where(small, 1.0, eta)
     closed = 0.5 / torch.tanh(0.5 * outside) - 1 / outside
     return 0.5 + torch.where(small, series, closed)
+
+
+def _near_and_far(eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the series holds, its eta^2 there and |eta| elsewhere: neither makes NaNs."""
+    small = eta.abs() < 0.5
+    return small, torch.where(small, eta, 0.0).square(), torch.where(small, 1.0, eta.abs())
 
 
 # log(sinh(x/2) / (x/2)) = sum_n B_2n x^2n / (2n (2n)!) with Bernoulli's numbers B_2, B_4, ...; below

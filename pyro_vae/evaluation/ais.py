@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +120,9 @@ def anneal(
         report.finish(blocks[-1].per_datum["log_prob"])
         report.tell()
     counts = torch.full((pair.num_data,), options.num_chains)
-    return join_blocks(blocks, keep_draws=keep_draws, num_samples=counts, method="annealed")
+    how: dict[str, Any] = {"num_samples": counts, "method": "annealed"}
+    how["pseudo_likelihood"] = pair.is_pseudo_likelihood()
+    return join_blocks(blocks, keep_draws=keep_draws, **how)
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
@@ -218,7 +220,7 @@ def _anneal_block(
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
-    tail = TailWeights(options.num_chains)
+    tail = TailWeights(options.num_chains, path.particles.pair.structure.precision)
     tail.add(log_weights)
     estimate = log_mean_weights(log_weights)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)

@@ -300,10 +300,11 @@ def _measure(
     start = time.perf_counter()
     estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
-    annealed = divergence = None
+    annealed = annealed_trusted = divergence = None
     if settings.annealing and _can_be_annealed(pair, settings.annealing.start, settings.seed):
         found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
+        annealed_trusted = found.trusted
     if settings.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
@@ -319,6 +320,7 @@ def _measure(
         seconds_per_1000=1000 * seconds / pair.num_data,
         fit=fit,
         seconds_per_epoch=fit.seconds / epochs if fit and epochs else math.nan,
+        annealed_trusted=annealed_trusted,
     )
 
 

@@ -19,9 +19,9 @@ from pyro_vae.evaluation.paired_difference import (
     Difference,
     average_runs,
     deviation,
+    judge,
     paired_difference,
 )
-from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
 from pyro_vae.files import finite_or_none
 
 if TYPE_CHECKING:
@@ -58,10 +58,16 @@ class Measured:
     seconds_per_1000: float
     fit: FitResult | None = field(repr=False)
     seconds_per_epoch: float = math.nan
+    annealed_trusted: Tensor | None = field(default=None, repr=False)
+
+    def trusted(self, quantity: str) -> Tensor:
+        """Return which data points' log p(x) is trusted, by ``"log_prob"`` or ``"annealed"``."""
+        found = self.annealed_trusted if quantity == "annealed" else self.estimate.trusted
+        return torch.ones(len(self.elbo.value), dtype=torch.bool) if found is None else found
 
     @property
     def unreliable_share(self) -> float:
-        """Share of the data points whose importance weights have Pareto k > 0.7."""
+        """Share of the data points whose estimate of log p(x) is not trusted."""
         return self.estimate.num_unreliable / len(self.estimate.pareto_k)
 
     @property
@@ -202,18 +208,29 @@ class Comparison:
         return paired_difference(mine, theirs)
 
     def verdict(self, name: str) -> str:
-        """Return ``"best"``, ``"tied"`` or ``"behind"``, by what :attr:`ranked_by` says.
+        """Return ``"best"``, ``"tied"``, ``"behind"`` or ``"withheld"``, by :attr:`ranked_by`.
 
         A pair is tied if 0 lies in the 95% interval of its paired difference to the best (about two
         standard errors, with several runs also of their spread), and behind otherwise; the best is
         called so only where all others are behind. There is no correction for the number of pairs:
         the best of many equal ones is partly luck.
+
+        The verdict is withheld where the numbers can't carry it: a tenth of the data points is not
+        trusted, or it would be another without them or without the estimates' expected biases.
         """
         best = self.best()
-        tied = {each for each in self.pairs if self.difference(each, self.ranked_by, to=best).is_tie}
-        if name == best:
-            return "best" if tied == {best} else "tied"
-        return "tied" if name in tied else "behind"
+        if name != best:
+            return self._judge(name, best)
+        others = {self._judge(each, best) for each in self.pairs if each != best}
+        return next((each for each in ("tied", "withheld") if each in others), "best")
+
+    def _judge(self, name: str, best: str) -> str:
+        mine, theirs = ([getattr(r, self.ranked_by) for r in self.runs[n]] for n in (name, best))
+        return judge(mine, theirs, self._trusted(name) & self._trusted(best))
+
+    def _trusted(self, name: str) -> Tensor:
+        """Return which data points' log p(x) is trusted in all runs, ``(N,)``."""
+        return torch.stack([run.trusted(self.ranked_by) for run in self.runs[name]]).all(0)
 
     def to_dict(self, *, per_datum: bool = False) -> dict[str, Any]:
         """Return plain values for JSON; NaN and infinity become None.
@@ -248,7 +265,9 @@ class Comparison:
             log_prob, pareto_k = self.per_datum(name, self.ranked_by).value, self._pareto_k(name)
             if self.ranked_by == "annealed":
                 pareto_k = torch.full_like(pareto_k, math.nan)  # it is of the importance weights
-            found[name] = pointwise_densities(log_prob, pareto_k, self.num_samples)
+            values = (log_prob, pareto_k, self._trusted(name), self.num_samples)
+            pseudo = self.likelihood == "pseudo-likelihood"
+            found[name] = pointwise_densities(*values, pseudo_likelihood=pseudo)
         return found
 
     def plot(self, quantity: str | None = None) -> Figure:
@@ -317,7 +336,8 @@ class Comparison:
         for quantity in self.quantities:
             difference = self.difference(name, quantity)
             row[f"{quantity}_difference"] = difference.mean
-            for part in ("standard_error", "run_standard_error", "half_width"):
+            parts = ("standard_error", "monte_carlo_standard_error", "run_standard_error")
+            for part in (*parts, "half_width"):
                 row[f"{quantity}_difference_{part}"] = getattr(difference, part)
             row[f"{quantity}_run_deviation"] = self.run_deviation(name, quantity)
         weights = ("exact_kl", "unreliable_share", "median_ess")
@@ -375,9 +395,12 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     yield "distortion", [_value(pair.distortion) for pair in measured]
     divergences = [pair.posterior_divergence for pair in measured if pair.posterior_divergence]
     if len(divergences) == len(measured):
-        yield "KL(q || p(z|x)), quadrature", [f"{each.mean:.4f}" for each in divergences]
+        # The grids' errors don't average out.
+        means = [(each.mean, each.standard_error.mean().item()) for each in divergences]
+        cells = [_with_error(*each) if each[0] == each[0] else "not resolved" for each in means]
+        yield "KL(q || p(z|x)), quadrature", cells
     shares = [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
-    yield f"data points with k > {PARETO_K_LIMIT}", shares
+    yield "data points not trusted", shares
     sizes = [f"{pair.median_ess:,.0f}" for pair in measured]
     yield f"median ESS of {comparison.num_samples:,}", sizes
     yield "parameters trained", [f"{pair.num_parameters:,}" for pair in measured]
@@ -390,19 +413,22 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     both = "over data points and runs" if comparison.num_runs > 1 else "over data points"
     yield (
         "± Monte Carlo standard error, in brackets the standard error over the data points; "
-        f"differences to the best: ± half a 95% interval of the paired difference {both}."
+        f"differences to the best: ± half a 95% interval of the paired difference {both}, in "
+        "brackets its Monte Carlo standard error (less where pairs share draws)."
     )
     yield f"tied: that interval of {_NAMES[comparison.ranked_by]} has 0 in it."
     if comparison.likelihood == "pseudo-likelihood":
         yield "The likelihood is a pseudo-likelihood: compare with nothing outside this table."
     if comparison.hold == "model":
         yield "All guides were measured against one frozen model."
-    heavy = [name for name, pair in comparison.pairs.items() if pair.estimate.num_unreliable]
-    if heavy and comparison.ranked_by == "log_prob":
+    untrusted = [name for name, pair in comparison.pairs.items() if pair.estimate.num_unreliable]
+    if untrusted and comparison.ranked_by == "log_prob":
         yield (
-            f"Some weights of {', '.join(heavy)} have k > {PARETO_K_LIMIT}: log p(x) there is "
-            'probably too low and its error too small; methods=("importance", "annealed") checks it.'
+            f"Some data points of {', '.join(untrusted)} have a Pareto k that is too high or not "
+            'known: log p(x) can\'t be trusted there; methods=("importance", "annealed") checks it.'
         )
+    if "withheld" in map(comparison.verdict, comparison.pairs):
+        yield "withheld: the numbers can't carry a verdict, see Comparison.verdict."
 
 
 def _value(quantity: PerDatum) -> str:
@@ -414,8 +440,9 @@ def _value(quantity: PerDatum) -> str:
 def _difference(comparison: Comparison, name: str, quantity: str) -> str:
     if name == comparison.best(quantity):
         return "0"
-    difference = comparison.difference(name, quantity)
-    return _with_error(difference.mean, difference.half_width)
+    found = comparison.difference(name, quantity)
+    noise = _error(found.monte_carlo_standard_error)
+    return f"{_with_error(found.mean, found.half_width)} ({noise})"
 
 
 def _with_error(value: float, error: float) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import constraints
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair, any_number_of_data
-from pyro_vae.pair.sites import Site, TracePair, sample_sites, value_axis
+from pyro_vae.pair.sites import Site, TracePair, likelihood_kind, sample_sites, value_axis
 
 Pair = tuple[PairFunction, PairFunction]
 Report = Callable[[str, str, float], None]
@@ -34,11 +33,7 @@ class Trained(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """One observed site: the kind of its likelihood, and its values, data first, float64, on the CPU.
-
-    It is a ``"density"``, a ``"density on the sphere"``, a ``"probability"`` (of discrete values), or
-    a ``"pseudo-likelihood"`` (a discrete distribution given values that it can't take).
-    """
+    """One observed site: its :func:`likelihood_kind`, and its values, data first, float64, CPU."""
 
     kind: str
     values: Tensor
@@ -139,14 +134,7 @@ def _check_site(site: str, first: str, wanted: Observed, name: str, got: Observe
 
 def _observe(site: Site, plate: str) -> Observed:
     values = site["value"].detach().movedim(value_axis(site, plate), 0)
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    kind = "density on the sphere" if support is constraints.sphere else "density"
-    if support.is_discrete:
-        whole = not values.is_floating_point() or bool((values == values.round()).all())
-        kind = "probability" if whole else "pseudo-likelihood"
-    return Observed(kind, values.double().cpu())
+    return Observed(likelihood_kind(site), values.double().cpu())
 
 
 def _join(blocks: list[Observed]) -> Observed:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.pareto import PARETO_K_LIMIT
+from pyro_vae.evaluation.pareto import pareto_k_limit
 from pyro_vae.pair.opened import Progress
 
 # What each of annealing's diagnostics says, as a warning names it.
@@ -50,10 +50,12 @@ class LogMarginal:
         log_prob: estimate of log p(x), ``(N,)``. Its expectation is a lower bound that tightens with
             the number of samples; ``-inf`` where every sample had likelihood 0.
         standard_error: Monte Carlo standard error of ``log_prob`` by the delta method, ``(N,)``; NaN
-            (unknown) for a single sample, infinite where ``log_prob`` is ``-inf``.
+            (unknown) for a single sample, infinite where ``log_prob`` is ``-inf``. It does not
+            contain ``expected_bias``.
         ess: effective sample size, (sum w)^2 / sum w^2, ``(N,)``.
-        pareto_k: estimated tail index of the weights, ``(N,)``. Above 0.7 neither the estimate nor
-            its standard error can be trusted. 0 for equal weights, NaN (unknown) below 21 weights.
+        pareto_k: estimated tail index of the weights, ``(N,)``. Above ``pareto_k_limit`` neither the
+            estimate nor its standard error can be trusted; it does not say on which side a datum
+            errs. 0 for equal weights, NaN (not known) below 21 weights.
         rate: E_q[log q(z|x) - log p(z)], ``(N,)``, Monte Carlo from draws of the guide; NaN where
             none were taken.
         distortion: -E_q[log p(x|z)], ``(N,)``, as the rate.
@@ -69,6 +71,11 @@ class LogMarginal:
             ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
             worst place of the path, ``"weights"``: chains per effective one, and with
             ``start="both"`` ``"prior"``: by how much a pilot from the prior found more evidence.
+        missed_target: which data points' standard error is above ``target_standard_error``, bool
+            ``(N,)``; None where none was asked for.
+        pseudo_likelihood: whether the model scores values that its discrete distribution can't take
+            (grey pixels under a Bernoulli): then no number here is a log-density or a log-probability
+            of the data, and none compares with one.
         acceptance: mean acceptance probability of the transitions, ``(N,)``; annealing only.
         convergence: the estimate after fewer samples; None where data got different numbers of
             samples, and for annealing.
@@ -87,6 +94,8 @@ class LogMarginal:
     trusted: Tensor | None = None
     was_annealed: Tensor | None = None
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    missed_target: Tensor | None = None
+    pseudo_likelihood: bool = False
     acceptance: Tensor | None = None
     convergence: Convergence | None = field(default=None, repr=False)
     draws: PosteriorDraws | None = field(default=None, repr=False)
@@ -115,9 +124,28 @@ class LogMarginal:
         return PerDatum(self.log_prob, self.standard_error).data_standard_error
 
     @property
+    def expected_bias(self) -> Tensor:
+        """What ``log_prob`` is off by on average, ``(N,)``: about -se^2 / 2, for errors well below 1.
+
+        It is the next term of the delta method: Owen 2013, section 2.7.
+        """
+        return -0.5 * self.standard_error.square()
+
+    @property
+    def mean_expected_bias(self) -> float:
+        """What :attr:`mean` is off by on average: over the data it does not average out."""
+        return self.expected_bias.mean().item()
+
+    @property
+    def pareto_k_limit(self) -> Tensor:
+        """The highest Pareto k to trust of so many weights, min(0.7, 1 - 1 / log10 S), ``(N,)``."""
+        return pareto_k_limit(self.num_samples)
+
+    @property
     def num_unreliable(self) -> int:
-        """How many data have a Pareto k above 0.7; NaN (fewer than 21 weights) is not counted."""
-        return int((self.pareto_k > PARETO_K_LIMIT).sum())
+        """How many data points are not trusted; where nothing was checked, by their Pareto k."""
+        known = self.pareto_k <= self.pareto_k_limit if self.trusted is None else self.trusted
+        return int((~known).sum())
 
     @property
     def num_untrusted(self) -> int:
@@ -139,6 +167,15 @@ class LogMarginal:
                 self.was_annealed.tolist(), self.trusted.tolist(), strict=True
             )
         ]
+
+    def __repr__(self) -> str:
+        count, pseudo = len(self.log_prob), " (pseudo-likelihood)" if self.pseudo_likelihood else ""
+        return (
+            f"LogMarginal(log p(x){pseudo} of {count} data points by {self.method}: mean "
+            f"{self.mean:.4f} nats, standard error {self.mean_standard_error:.2g} Monte Carlo and "
+            f"{self.data_standard_error:.2g} over the data points, expected bias "
+            f"{self.mean_expected_bias:.2g}; {self.num_unreliable} of {count} not trusted)"
+        )
 
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
@@ -162,8 +199,8 @@ def to_arviz(
     - ``log_likelihood``: log p(x given z) of these draws, as variable ``x`` (chain, draw, data);
     - ``sample_stats``: the log weights of these draws (chain, draw, data);
     - ``importance``: the log weights of all kept draws (sample, data), and the estimate per datum
-      with its standard error, effective sample size and Pareto k, its method, and whether it is
-      trusted.
+      with its standard error, expected bias, effective sample size and Pareto k, its method, and
+      whether it is trusted; a pseudo-likelihood is named in the group's attributes.
 
     Each datum has latents of its own, so ``arviz.loo`` on the result is not predictive of new data:
     E[1 / p(x given z)] over the posterior is 1 / p(x), which makes it a (smoothed) harmonic mean
@@ -190,7 +227,7 @@ def to_arviz(
     if len(names) != num_data:
         raise InputError(f"expected {num_data} labels, one per datum, got {len(names)}")
     variables: dict[str, Any] = {"log_weight": (("sample", "data"), log_weights.numpy())}
-    for name in ("log_prob", "standard_error", "ess", "pareto_k"):
+    for name in ("log_prob", "standard_error", "expected_bias", "ess", "pareto_k"):
         variables[name] = (("data",), getattr(estimate, name).numpy())
     if estimate.trusted is not None:
         variables["trusted"] = (("data",), estimate.trusted.numpy())
@@ -207,10 +244,15 @@ def to_arviz(
             "importance": xarray.Dataset(
                 variables,
                 coords={"sample": list(range(len(log_weights))), "data": names},
-                attrs={"method": estimate.method, "unit": "nats"},
+                attrs={"method": estimate.method, "unit": "nats"} | _mark(estimate.pseudo_likelihood),
             ),
         }
     )
+
+
+def _mark(pseudo_likelihood: bool) -> dict[str, str]:
+    """Return the attribute of numbers that are no density and no probability."""
+    return {"likelihood": "pseudo-likelihood"} if pseudo_likelihood else {}
 
 
 def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:
@@ -243,14 +285,26 @@ def summarise(
 
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
-    """Warn of data whose weights have too heavy a tail, or that annealing's checks do not clear."""
+    """Warn of data points that no check clears, and of those that missed the wanted error."""
     count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
     if estimate.method != "importance":
         _warn_of_untrusted(estimate, stacklevel=stacklevel + 1)
     elif count:
+        limits = " to ".join(sorted({f"{limit:.2g}" for limit in estimate.pareto_k_limit.aminmax()}))
+        unknown = estimate.pareto_k.isnan()
+        why = [f"> {limits}"] * (not unknown.all()) + ["not known (below 21 samples)"] * bool(
+            unknown.any()
+        )
         warnings.warn(
-            f"{count} of {len(estimate.log_prob)} data have Pareto k > {PARETO_K_LIMIT}: their "
-            f"log p(x) is probably too low and their standard error too small; use {advice}",
+            f"{count} of {len(estimate.log_prob)} data points have Pareto k {' or '.join(why)}: "
+            f"neither their log p(x) nor its standard error can be trusted; use {advice}",
+            stacklevel=stacklevel + 1,
+        )
+    missed = estimate.missed_target
+    if missed is not None and missed.any():
+        warnings.warn(
+            f"{int(missed.sum())} of {len(missed)} data points missed target_standard_error: theirs "
+            f"is up to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples",
             stacklevel=stacklevel + 1,
         )
 
@@ -343,7 +397,7 @@ def join_blocks(
     if convergence and histories:
         log_prob = join((each.log_prob for each in histories), 1)
         history = Convergence(histories[0].num_samples, log_prob)
-    joined.setdefault("trusted", joined["pareto_k"] <= PARETO_K_LIMIT)
+    joined.setdefault("trusted", joined["pareto_k"] <= pareto_k_limit(fields["num_samples"]))
     joined["diagnostics"] = {
         name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
     }
@@ -362,10 +416,13 @@ def concatenate(parts: Sequence[LogMarginal], **changed: Any) -> LogMarginal:
             whole[each.name] = torch.cat(values)
     names = set.intersection(*(set(part.diagnostics) for part in parts))
     whole["diagnostics"] = {n: torch.cat([part.diagnostics[n] for part in parts]) for n in names}
+    whole["pseudo_likelihood"] = any(part.pseudo_likelihood for part in parts)
     return LogMarginal(**{**whole, "method": parts[0].method, **changed})
 
 
-def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) -> Any:
+def pointwise_densities(
+    log_prob: Tensor, pareto_k: Tensor, trusted: Tensor, num_samples: int, *, pseudo_likelihood: bool
+) -> Any:
     """Return log p(x) of data outside the training as ArviZ's pointwise predictive density.
 
     ``arviz.compare({name: densities, ...})`` takes it as it is: it ranks the models by the sum over
@@ -375,14 +432,17 @@ def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) ->
     effective number of parameters (``p`` is 0).
 
     ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
-    (below about -700 nats) use ``method="pseudo-BMA"``.
+    (below about -700 nats) use ``method="pseudo-BMA"``. A pseudo-likelihood is named in the
+    attributes of the values per datum.
     """
     import arviz
     import xarray
 
     count = len(log_prob)
     per_datum = {
-        name: xarray.DataArray(value.numpy(), dims="data", coords={"data": range(count)}, name=name)
+        name: xarray.DataArray(
+            value.numpy(), {"data": range(count)}, "data", name, attrs=_mark(pseudo_likelihood)
+        )
         for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
     }
     numbers = {
@@ -391,10 +451,10 @@ def pointwise_densities(log_prob: Tensor, pareto_k: Tensor, num_samples: int) ->
         "p": 0.0,
         "n_samples": num_samples,
         "n_data_points": count,
-        "warning": bool((pareto_k > PARETO_K_LIMIT).any()),
+        "warning": not bool(trusted.all()),
         "pareto_k": per_datum["pareto_k"],
         "scale": "log",
-        "good_k": PARETO_K_LIMIT,
+        "good_k": pareto_k_limit(num_samples).item(),
     }
     fields = getattr(arviz.ELPDData, "__dataclass_fields__", None)
     if fields is None:  # a pandas Series in the 0.x line

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,9 @@ def log_marginal(
             out of range or without effect, or a NaN from the pair.
 
     Warns:
-        UserWarning: data with Pareto k > 0.7, or not trusted, and how many.
+        UserWarning: how many data points can't be trusted (of importance sampling: with a Pareto k
+            above min(0.7, 1 - 1 / log10 S), or too few samples for one), and how many missed
+            ``target_standard_error``.
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
@@ -203,24 +206,27 @@ def estimate_log_prob(
         return anneal_uncleared(pair, first, cleared, options, max_memory=max_memory)
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
+    mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}
     target, num_pilot = options.target_standard_error, options.num_samples
     counts = torch.full((pair.num_data,), num_pilot)
     budget = pair.memory(max_memory)
     if target is None:
         blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-        return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True)
+        return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True, **mark)
     blocks = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
     pilot = join_blocks(blocks, num_samples=counts, cost=counts)
     most = options.max_samples or 20 * num_pilot
     wanted = num_pilot * (pilot.standard_error / target).square()
-    # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one.
-    steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil()
+    # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one. One step more:
+    # the pilot's error is itself uncertain.
+    steps = (wanted.clamp(min=1, max=float(most)).log() / math.log(1.25)).ceil() + 1
     # 200 fresh ones at least make the delta method and the tail index meaningful for all data.
     counts = (1.25**steps).ceil().long().clamp(min(200, most), most)
     if not pair.is_divisible():
         counts = counts.max().expand(pair.num_data)
     blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-    return join_blocks(blocks, num_samples=counts, cost=counts + num_pilot)
+    found = join_blocks(blocks, num_samples=counts, cost=counts + num_pilot, **mark)
+    return replace(found, missed_target=~(found.standard_error <= target))
 
 
 def _sample_all(
@@ -267,7 +273,7 @@ class _Stream:
     def __init__(self, particles: Particles, num_samples: int, budget: int, kept: int) -> None:
         self.particles, self.num_samples, self.kept = particles, num_samples, kept
         self.moments = _RunningMoments()
-        self.tail = TailWeights(num_samples)
+        self.tail = TailWeights(num_samples, particles.pair.structure.precision)
         self.checkpoints = _checkpoints(num_samples)
         self.history: list[Tensor] = []
         self.draws: list[tuple[Latents, Tensor, Tensor]] = []

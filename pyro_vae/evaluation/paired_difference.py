@@ -11,15 +11,17 @@ from torch import Tensor
 
 from pyro_vae.evaluation.elbo import PerDatum
 
+# Share of the data points that a verdict may rest on at least.
+_LEAST_TRUSTED = 0.9
+
 
 class Difference(NamedTuple):
     """Mean paired difference of one pair to another, nats per datum.
 
     Attributes:
         mean: mean over the data points (and runs) of this pair's value minus the other's.
-        standard_error: its standard error over the data points: their spread of the differences
-            (averaged over the runs), which has their Monte Carlo errors in it; never below
-            ``monte_carlo_standard_error``.
+        standard_error: its standard error over the data points, from the spread of the differences
+            (averaged over the runs) alone, which has their Monte Carlo errors in it.
         monte_carlo_standard_error: with the data points held fixed and the pairs' draws independent.
         run_standard_error: its standard error over the runs: the spread over them of the differences
             averaged over the data points; NaN (unknown) for a single run.
@@ -62,16 +64,32 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
     """
     runs = [_subtract(*both) for both in zip(mine, theirs, strict=True)]
     count, paired = len(runs), average_runs(runs)
-    monte_carlo, spread = paired.mean_standard_error, paired.data_standard_error
-    known = [error for error in (monte_carlo, spread) if not math.isnan(error)]
-    # With a single datum nothing is known of the spread over the data, and nothing is claimed.
-    over_data = max(known) if len(known) == 2 else math.nan
+    over_data = paired.data_standard_error
     by_run = tuple(run.mean for run in runs)
     run_error = deviation(by_run) / math.sqrt(count)
     widths = [_student(len(paired.value) - 1) * over_data]
     if count > 1:
         widths.append(_student(count - 1) * run_error)
-    return Difference(paired.mean, over_data, monte_carlo, run_error, math.hypot(*widths), by_run)
+    errors = over_data, paired.mean_standard_error, run_error
+    return Difference(paired.mean, *errors, math.hypot(*widths), by_run)
+
+
+def judge(mine: Sequence[PerDatum], theirs: Sequence[PerDatum], trusted: Tensor) -> str:
+    """Return whether one pair's log p(x) is ``"behind"`` another's, ``"tied"``, or ``"withheld"``.
+
+    A verdict is to be the same without the data points that are not ``trusted`` in both, ``(N,)``,
+    and with the bias taken out that is expected of the log of a mean: it does not average out.
+    """
+    if trusted.double().mean() < _LEAST_TRUSTED:
+        return "withheld"
+    runs = [*zip(mine, theirs, strict=True)]
+    unbiased = [[PerDatum(v + 0.5 * e.square(), e) for v, e in both] for both in runs]
+    rest = [[PerDatum(v[trusted], e[trusted]) for v, e in both] for both in runs]
+    found = [paired_difference(*zip(*view, strict=True)) for view in (runs, unbiased, rest)]
+    signs = {0.0 if each.is_tie else math.copysign(1.0, each.mean) for each in found}
+    if len(signs) > 1:
+        return "withheld"
+    return "tied" if signs == {0.0} else "behind"
 
 
 def average_runs(runs: Sequence[PerDatum]) -> PerDatum:

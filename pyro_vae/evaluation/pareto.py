@@ -9,14 +9,27 @@ from torch import Tensor
 
 # Above it the weights have so heavy a tail that the estimate and its standard error can't be trusted
 # at any practical number of samples (Vehtari et al. 2024, section 3).
-PARETO_K_LIMIT = 0.7
+_HIGHEST_LIMIT = 0.7
 
 # Fewer tail weights than this say nothing about a tail.
 _SMALLEST_TAIL = 5
 
-# Weights whose largest ones agree to this relative error of their logarithm are equal but for the
-# rounding of float32 sums (64 units in the last place): no tail, k = 0 by definition.
-_ROUNDING = 64 * torch.finfo(torch.float32).eps
+# Log weights whose largest ones agree to so many units in their last place are equal but for the
+# rounding of sums: no tail, k = 0 by definition.
+_LAST_PLACES = 64
+
+# Nats: where rounding alone makes more than that, weights that look equal may be anything.
+_COARSE = 0.1
+
+
+def pareto_k_limit(num_samples: Tensor | int) -> Tensor:
+    """Return the k above which weights can't be trusted, min(0.7, 1 - 1 / log10 S): 0.5 at S = 100.
+
+    Source:
+        Vehtari et al. 2024, "Pareto Smoothed Importance Sampling", section 3.2.4.
+    """
+    digits = torch.as_tensor(num_samples).double().log10()
+    return (1 - 1 / digits).clamp(max=_HIGHEST_LIMIT)
 
 
 def tail_length(num_samples: int) -> int:
@@ -27,11 +40,12 @@ def tail_length(num_samples: int) -> int:
 class TailWeights:
     """The largest log weights of each datum, kept while ``num_samples`` of them stream by.
 
-    Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``.
+    Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``. ``precision`` is
+    the relative spacing of the numbers that the weights' terms were computed in.
     """
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, num_samples: int, precision: float = torch.finfo(torch.float64).eps) -> None:
+        self.num_samples, self.precision = num_samples, precision
         self.kept = tail_length(num_samples) + 1  # the one below the tail is the cutoff
         self._pending: list[Tensor] = []
         self._count = 0
@@ -46,14 +60,15 @@ class TailWeights:
     def pareto_k(self) -> Tensor:
         """Return the estimated tail index per datum, ``(N,)``.
 
-        NaN: too few samples to tell (fewer than 21). 0: the largest weights are equal. Infinity:
-        fewer than 5 weights rise above the cutoff, or every weight is 0.
+        NaN: not known, of fewer than 21 samples or of weights that are equal but for a rounding
+        coarse enough to hide a tail. 0: the largest weights are equal. Infinity: fewer than 5 weights
+        rise above the cutoff, or every weight is 0.
         """
         self._compress()
         (largest_first,) = self._pending
         if len(largest_first) < self.kept or self.kept <= _SMALLEST_TAIL:
             return largest_first.new_full((largest_first.shape[1],), math.nan)
-        return _pareto_k(largest_first.T.contiguous())
+        return _pareto_k(largest_first.T.contiguous(), self.precision)
 
     def _compress(self) -> None:
         weights = torch.cat(self._pending)
@@ -61,11 +76,12 @@ class TailWeights:
         self._pending, self._count = [weights], len(weights)
 
 
-def _pareto_k(largest_first: Tensor) -> Tensor:
+def _pareto_k(largest_first: Tensor, precision: float) -> Tensor:
     """Return k from the M + 1 largest log weights per datum, ``(N, M + 1)``, largest first."""
     largest, cutoff = largest_first[:, 0], largest_first[:, -1]
     pareto_k = torch.full_like(largest, math.inf)
-    equal = largest - cutoff <= _ROUNDING * largest.abs().clamp(min=1)
+    rounding = _LAST_PLACES * precision * largest.abs().clamp(min=1)
+    equal = largest - cutoff <= rounding
     possible = largest.isfinite()
     # Weights too small for float64 beside the largest one are no part of a tail.
     smallest = math.log(torch.finfo(torch.float64).tiny)
@@ -78,7 +94,8 @@ def _pareto_k(largest_first: Tensor) -> Tensor:
         base = relative_cutoff[rows, None]
         exceedances = base.exp() * (relative[rows, :length] - base).expm1()
         pareto_k[rows] = generalized_pareto_shape(exceedances.flip(1))
-    return torch.where(possible & equal, 0.0, pareto_k)
+    no_tail = torch.where(rounding > _COARSE, math.nan, 0.0)
+    return torch.where(possible & equal, no_tail, pareto_k)
 
 
 def generalized_pareto_shape(exceedances: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +23,14 @@ from pyro_vae.weights.particles import Particles
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
 
+# By how much the spacing of a grid is cut where two of them disagree, one after the other, and the
+# values of a density that are held at once then.
+_REFINED, _HELD_VALUES = {1: (4, 16, 64), 2: (2, 4)}, 1 << 22
+
+# Two grids agree if they differ by less than the first of these, in units of 1 + KL nats; what is off
+# by more than the second on the finest grid is refused.
+_AGREE, _REFUSE = 1e-4, 1e-2
+
 # Draws that place the first box, and rounds in which it is fitted to where the mass is.
 _PLACING_DRAWS, _ROUNDS = 200, 12
 
@@ -31,13 +41,16 @@ class PosteriorDivergence(NamedTuple):
     Attributes:
         kl: the divergence.
         log_prob: log p(x) on the same grid.
-        error: numerical error: how much a grid of twice the spacing differs, and by how much the
-            grid misses the guide's mass.
+        error: numerical error, an upper one in practice: how much a grid of twice the spacing
+            differs, and by how much the grid misses the guide's mass; infinite where the mass has no
+            end within the numbers' range.
+        pseudo_likelihood: whether ``log_prob`` is one, as in :class:`pyro_vae.LogMarginal`.
     """
 
     kl: Tensor
     log_prob: Tensor
     error: Tensor
+    pseudo_likelihood: bool = False
 
 
 def posterior_divergence(
@@ -56,13 +69,15 @@ def posterior_divergence(
     .. math:: KL(q \| p(z|x)) = \int q(z|x) [\log q(z|x) - \log p(x, z)] dz + \log \int p(x, z) dz
 
     Both integrals by the trapezoidal rule, which for smooth densities that vanish at the ends of the
-    box converges faster than any power of the spacing. The box holds the mass of both densities.
+    box converges faster than any power of the spacing. With z = c + s sinh(u), c and s from the
+    guide's draws, the grid is regular in u: tails that fall as a power of z fall exponentially in u.
+    The box holds the mass of both densities. The grid is refined until two of them agree.
 
     Args:
         model: the generative function of the pair.
         guide: its variational function, with one real latent site of one or two dimensions per datum.
         x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
-        num_points: grid points per dimension, odd; by default 1,025 and 161.
+        num_points: grid points per dimension of the first grid, odd; by default 1,025 and 161.
         max_memory: bytes that a chunk of the grid may need.
         plate: name of the data plate.
         seed: seed of the draws that place the box; the result hardly depends on it.
@@ -70,10 +85,11 @@ def posterior_divergence(
 
     Raises:
         InputError: several latent sites, a latent of another size or support, a number of points that
-            is even or below 9, or another option out of range.
+            is even or below 9, another option out of range, or densities that the finest grid does
+            not resolve to a hundredth of 1 + KL nats.
 
     Source:
-        Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", section 5.
+        Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", sections 5 and 14.
     """
     check_optional_counts(num_points=num_points)
     if num_points is not None and (num_points < 9 or num_points % 2 == 0):
@@ -83,7 +99,13 @@ def posterior_divergence(
     options: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
     pair = open_pair(model, guide, x, plate=plate)
     with pair.evaluating(seed):
-        return measure_divergence(pair, num_points=num_points, **options)
+        found = measure_divergence(pair, num_points=num_points, **options)
+    if found.kl.isnan().any():
+        raise InputError(
+            f"expected densities that a grid resolves, got none for {int(found.kl.isnan().sum())} of "
+            f"{len(found.kl)} data points: raise num_points, or use inference_gaps"
+        )
+    return found
 
 
 def measure_divergence(
@@ -93,11 +115,32 @@ def measure_divergence(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> PosteriorDivergence:
-    """Do the work of :func:`posterior_divergence` for a pair that is open."""
+    """Do the work of :func:`posterior_divergence` for an open pair; NaN where no grid resolves it."""
     budget = pair.memory(max_memory)
-    blocks = (_Grid(Particles(part), num_points, budget) for _, part in pair.blocks(256, progress))
-    parts = [grid.divergence() for grid in blocks]
-    return PosteriorDivergence(*map(torch.cat, zip(*parts, strict=True)))
+    blocks = pair.blocks(256, progress)
+    parts = [_refine(part, num_points, budget) for _, part in blocks]
+    kl, log_prob, error = map(torch.cat, zip(*parts, strict=True))
+    kl = torch.where(error <= _REFUSE * (1 + kl.abs()), kl, torch.nan)
+    return PosteriorDivergence(kl, log_prob, error, pair.is_pseudo_likelihood())
+
+
+def _refine(pair: OpenedPair, num_points: int | None, budget: int) -> tuple[Tensor, ...]:
+    """Integrate on one grid, and where it does not agree with its half on ever finer ones."""
+    grid = _Grid(Particles(pair), num_points, budget)
+    grid.fit()
+    found = grid.divergence(1)
+    for factor in _REFINED[grid.size]:
+        rows = (~(found[2] <= _AGREE * (1 + found[0].abs()))).nonzero()[:, 0]
+        if not len(rows):
+            break
+        if not pair.is_divisible():
+            found = grid.divergence(factor)
+            continue
+        at_once = max(1, _HELD_VALUES // (factor * grid.points) ** grid.size)
+        for own in rows.split(at_once):
+            for old, new in zip(found, grid.at(own).divergence(factor), strict=True):
+                old[own] = new
+    return found
 
 
 class _Grid:
@@ -112,34 +155,54 @@ class _Grid:
         self.rest = list(particles.latent_shapes[self.name])
         del self.rest[self.axis]
 
-    def divergence(self) -> PosteriorDivergence:
-        """Fit the boxes, then integrate."""
+    def fit(self) -> None:
+        """Find a box that holds the mass, in u, and where it can't."""
         low, high = self._first_box()
         for _ in range(_ROUNDS):
-            low, high, moved = self._fitted(low, high)
+            low, high, moved, cut = self._fitted(low, high)
             if not moved:
                 break
-        log_joint, log_q = self._densities(low, high)
-        spacing = (high - low) / (self.points - 1)
-        kl, log_prob, mass = _integrals(log_joint, log_q, spacing.log().sum(1))
+        self.low, self.high, self.cut = low, high, cut
+
+    def at(self, rows: Tensor) -> _Grid:
+        """Return the fitted grids of some of the data points."""
+        part = copy.copy(self)
+        part.particles = Particles(self.particles.pair.part(rows))
+        for name in ("low", "high", "cut", "centre", "scale"):
+            value = getattr(self, name)
+            setattr(part, name, value[rows.to(value.device)])
+        return part
+
+    def divergence(self, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Integrate on ``factor`` times as many points per dimension: KL, log p(x) and error."""
+        points = factor * (self.points - 1) + 1
+        log_joint, log_q = self._densities(self.low, self.high, points)
+        spacing = (self.high - self.low) / (points - 1)
+        kl, log_prob, missed = _integrals(log_joint, log_q, spacing.log().sum(1))
         half = (slice(None, None, 2),) * self.size
-        coarse, *_ = _integrals(log_joint[half], log_q[half], (2 * spacing).log().sum(1))
-        error = (kl - coarse).abs() + (mass - 1).abs()
-        return PosteriorDivergence(kl.cpu(), log_prob.cpu(), error.cpu())
+        coarse = _integrals(log_joint[half], log_q[half], (2 * spacing).log().sum(1))
+        error = (kl - coarse[0]).abs().maximum((log_prob - coarse[1]).abs()) + missed
+        error = error + self.particles.pair.structure.precision * (1 + log_prob.abs())  # rounding
+        return kl.cpu(), log_prob.cpu(), torch.where(self.cut, torch.inf, error).cpu()
 
     def _first_box(self) -> tuple[Tensor, Tensor]:
-        """Return ends ``(N, size)`` around draws of guide and prior, with room to spare."""
+        """Return ends ``(N, size)`` in u around draws of guide and prior, with room to spare."""
         drawn = self.particles.propose(_PLACING_DRAWS)[0][self.name]
         prior = self.particles.propose_from_prior(_PLACING_DRAWS // 4)[self.name]
         self.dtype = drawn.dtype
+        # Half of it, as densities square their arguments and scales differ.
+        self.furthest = 0.5 * math.log(torch.finfo(drawn.dtype).max)
         values = torch.cat([drawn, prior]).movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
-        low, high = values.amin(0), values.amax(0)
-        room = (high - low).clamp(min=1e-6)
-        return low - room, high + room
+        quarter, self.centre, most = values[:_PLACING_DRAWS].quantile(
+            torch.tensor([0.25, 0.5, 0.75]).to(values), dim=0
+        )
+        self.scale = (most - quarter).clamp(min=1e-6 * (1 + self.centre.abs()))
+        values = ((values - self.centre) / self.scale).asinh()
+        return values.amin(0) - 1, values.amax(0) + 1
 
-    def _fitted(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Shrink the box to the mass, or let it grow where the mass touches a side."""
-        log_joint, log_q = self._densities(low, high)
+    def _fitted(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, bool, Tensor]:
+        """Shrink the box to the mass, or let it grow where the mass touches a side, and is cut."""
+        log_joint, log_q = self._densities(low, high, self.points)
         dims = tuple(range(self.size))
         filled = torch.zeros_like(log_q, dtype=torch.bool)
         for density in (log_joint, log_q):
@@ -147,42 +210,50 @@ class _Grid:
             filled |= density > density.amax(dims, keepdim=True) - 40
         spacing = (high - low) / (self.points - 1)
         new_low, new_high = low.clone(), high.clone()
+        cut = torch.zeros_like(low[:, 0], dtype=torch.bool)
         for dim in dims:
             along = (filled.any(1 - dim) if self.size == 2 else filled).int()  # (points, N)
             before, after = along.argmax(0) - 1, along.flip(0).argmax(0) - 1  # empty points
+            cut |= (before < 0) | (after < 0)
             grow = -0.5 * (high[:, dim] - low[:, dim])
             new_low[:, dim] += torch.where(before < 0, grow, before * spacing[:, dim])
             new_high[:, dim] -= torch.where(after < 0, grow, after * spacing[:, dim])
+        new_low, new_high = (end.clamp(-self.furthest, self.furthest) for end in (new_low, new_high))
         change = ((new_low - low).abs() + (new_high - high).abs()) / (high - low)
-        return new_low, new_high, bool((change > 0.1).any())
+        return new_low, new_high, bool((change > 0.1).any()), cut
 
-    def _densities(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(x, z) and log q on the grid, each ``(points, ..., N)``, float64."""
-        line = torch.linspace(0, 1, self.points, dtype=torch.float64, device=low.device)
+    def _densities(self, low: Tensor, high: Tensor, points: int) -> tuple[Tensor, Tensor]:
+        """Return log p(x, z) and log q of u on the grid, each ``(points, ..., N)``, float64."""
+        line = torch.linspace(0, 1, points, dtype=torch.float64, device=low.device)
         mesh = torch.stack(torch.meshgrid(*[line] * self.size, indexing="ij"), -1)
         unit = mesh.reshape(-1, 1, self.size)
         joint, proposal = [], []
         for part in unit.split(self.at_once):
-            values = (low + part * (high - low)).to(self.dtype)
+            u = low + part * (high - low)
+            values = (self.centre + self.scale * u.sinh()).to(self.dtype)
             values = values.unflatten(2, self.rest) if self.rest else values[..., 0]
             latents = {self.name: values.movedim(1, self.axis)}
             log_likelihood, log_prior = self.particles.score(latents)
-            joint.append(log_likelihood + log_prior)
-            proposal.append(self.particles.score_proposal(latents))
-        shape = (*[self.points] * self.size, self.particles.num_data)
+            slope = (self.scale * u.cosh()).log().sum(-1)
+            joint.append(log_likelihood + log_prior + slope)
+            proposal.append(self.particles.score_proposal(latents) + slope)
+        shape = (*[points] * self.size, self.particles.num_data)
         return torch.cat(joint).view(shape), torch.cat(proposal).view(shape)
 
 
 def _integrals(log_joint: Tensor, log_q: Tensor, log_cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL, log p(x) and the guide's mass, ``(N,)`` each.
+    """Return KL, log p(x) and what the box leaves out of the guide's mass and of the KL, ``(N,)``.
 
-    The ends of the box are empty, so the trapezoidal rule is a plain sum.
+    The ends of the box are empty, so the trapezoidal rule is a plain sum. The KL's part beyond them
+    is taken as what a box of twice the size would add if its integrand stayed what it is there.
     """
     dims = tuple(range(log_q.dim() - 1))
     log_prob = log_joint.logsumexp(dims) + log_cell
     q = (log_q + log_cell).exp()
     integrand = torch.where(q > 0, q * (log_q - log_joint), 0.0)
-    return integrand.sum(dims) + log_prob, log_prob, q.sum(dims)
+    size, inner = integrand.abs(), (slice(1, -1),) * len(dims)
+    beyond = len(q) * (size.sum(dims) - size[inner].sum(dims))
+    return integrand.sum(dims) + log_prob, log_prob, (q.sum(dims) - 1).abs() + beyond
 
 
 def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:

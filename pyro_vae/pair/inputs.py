@@ -31,6 +31,11 @@ def as_inputs(
     type where they have one; whole numbers too where the model says that its data are numbers, for
     elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
     """
+    if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
+        raise InputError(
+            "expected a default device that holds numbers, got 'meta': "
+            "torch.set_default_device(None) puts it back"
+        )
     x = gather(x, *functions)
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)

@@ -50,8 +50,11 @@ from pyro_vae.pair.sites import (
     is_delta,
     is_inside,
     latent_sites,
+    likelihood_kind,
+    observed_names,
     raise_out_of_memory,
     sample_sites,
+    site_log_prob,
     subsamples,
     total,
     value_axis,
@@ -109,6 +112,8 @@ class Structure(NamedTuple):
             under the model and under the guide, at most.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
+        precision: relative spacing of the numbers that its densities are computed in, the coarsest.
+        likelihoods: what the densities of the observed sites are, see :func:`likelihood_kind`.
         why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
     """
 
@@ -117,6 +122,8 @@ class Structure(NamedTuple):
     bytes_per_datum: int
     guide_bytes_per_datum: int
     reads_values: frozenset[str]
+    precision: float
+    likelihoods: frozenset[str]
     why_unweighable: str | None
 
 
@@ -330,6 +337,20 @@ class OpenedPair:
                 self.knowledge.structure = looked_at.inspect(looked_at.num_data, rest=self.inputs)
         return self.knowledge.structure
 
+    def is_pseudo_likelihood(self) -> bool:
+        """Tell whether the model scores values that its discrete distribution can't take.
+
+        The first block of the data has been looked at; the others are until one has such a value.
+        """
+        kinds = self.structure.likelihoods
+        if "probability" in kinds and "pseudo-likelihood" not in kinds:
+            with self._aside():
+                for rows in self.split()[1:]:
+                    kinds |= _likelihood_kinds(self.part(rows).trace()[0])
+                    if "pseudo-likelihood" in kinds:
+                        break
+        return "pseudo-likelihood" in kinds
+
     def inspect(
         self, num_data: int | None = None, *, may_subsample: bool = False, rest: Inputs = ()
     ) -> Structure:
@@ -373,6 +394,8 @@ class OpenedPair:
             bytes_per_datum=max(1, in_model.bytes // rows),
             guide_bytes_per_datum=max(1, in_guide.bytes // rows),
             reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
+            precision=max(torch.finfo(site_log_prob(site).dtype).eps for site in sites),
+            likelihoods=_likelihood_kinds(model_trace),
             why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
         )
 
@@ -408,6 +431,10 @@ class OpenedPair:
                 # Its parameters are made for the data of its first call: these are all of them.
                 self.guide(*self.arguments, **self.keywords)
             yield
+
+
+def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
+    return frozenset(likelihood_kind(model_trace.nodes[name]) for name in observed_names(model_trace))
 
 
 @contextmanager

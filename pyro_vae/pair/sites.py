@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -77,6 +77,23 @@ def observed_site(trace: Trace, name: str | None) -> str:
         there = ", ".join(sites)
         raise InputError(f"expected {wanted}, the model has {there}: name one by observed=")
     return name
+
+
+def likelihood_kind(site: Site) -> str:
+    """Return what an observed site's log-probability is the logarithm of.
+
+    A ``"density"``, a ``"density on the sphere"``, a ``"probability"`` (of discrete values), or a
+    ``"pseudo-likelihood"``: a discrete distribution given values that it can't take. NaN is missing.
+    """
+    support, values = site["fn"].support, site["value"]
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if not support.is_discrete:
+        return "density on the sphere" if support is constraints.sphere else "density"
+    whole = not values.is_floating_point() or bool(
+        ((values == values.round()) | values.isnan()).all()
+    )
+    return "probability" if whole else "pseudo-likelihood"
 
 
 def site_log_prob(site: Site) -> Tensor:

@@ -48,7 +48,12 @@ def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
 
 
 def weight_diagnostics(
-    pareto_k: Array, num_samples: Array | None, estimates: Array | None, *, title: str
+    pareto_k: Array,
+    num_samples: Array | None,
+    estimates: Array | None,
+    *,
+    title: str,
+    limit: float = 0.7,
 ) -> Figure:
     """Show how far importance weights can be trusted: their tail index, and the estimate's course.
 
@@ -57,14 +62,17 @@ def weight_diagnostics(
         num_samples: numbers of samples ``(T,)``, or None to leave the second panel out.
         estimates: mean estimate of log p(x) from so many samples, ``(T,)``, nats.
         title: a line above the picture.
+        limit: the highest tail index to trust of so many weights.
     """
     alone = num_samples is None or estimates is None
     figure, (axes, *others) = panels(title, (4.6 if alone else 9, 3.4), columns=1 if alone else 2)
     axes.scatter(np.arange(1, len(pareto_k) + 1), pareto_k, s=6, color=BLUE, linewidths=0)
-    axes.axhline(0.7, color=ORANGE, linewidth=1.2)
-    axes.text(1.0, 0.7, " 0.7", color=ORANGE, fontsize=9, transform=axes.get_yaxis_transform())
-    above = int((pareto_k > 0.7).sum())
-    axes.set(xlabel="datum", ylabel="Pareto k", title=f"{above} of {len(pareto_k)} above 0.7")
+    axes.axhline(limit, color=ORANGE, linewidth=1.2)
+    place = axes.get_yaxis_transform()
+    axes.text(1.0, limit, f" {limit:.2g}", color=ORANGE, fontsize=9, transform=place)
+    above, unknown = int((pareto_k > limit).sum()), int(np.isnan(pareto_k).sum())
+    said = f"{above} of {len(pareto_k)} above {limit:.2g}" + f", {unknown} not known" * bool(unknown)
+    axes.set(xlabel="datum", ylabel="Pareto k", title=said)
     axes.title.set_fontsize(9)
     if num_samples is not None and estimates is not None:
         axes = others[0]

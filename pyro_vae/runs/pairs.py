@@ -46,18 +46,6 @@ def save_pair(model: PairFunction, guide: PairFunction, folder: str | Path) -> P
     Raises:
         InputError: a pair without parameters, a constraint that is not one of Pyro's between plain
             numbers, or a folder that holds a run, is in use or can't be written.
-
-    Example:
-        >>> import pyro, tempfile, torch, pyro_vae as pv
-        >>> from pyro.distributions import constraints
-        >>> def model(x):
-        ...     pyro.param("scale", torch.ones(2), constraint=constraints.positive)
-        >>> model(None)
-        >>> folder = pv.save_pair(model, model, tempfile.mkdtemp())
-        >>> pyro.clear_param_store()
-        >>> pv.load_pair(folder, model, model)
-        >>> list(pyro.get_param_store().keys())
-        ['scale']
     """
     folder = expand_path(folder)
     check_free(folder)
@@ -105,15 +93,16 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     check_checksum(named, weights, checksum)
     with HANDLER_LOCK, torch.no_grad():
         own, store = _tensors_of(model, guide), pyro.get_param_store()
-        rest = [where for where in weights if where not in own and where in named]
-        check_weights(own, {where: weights[where] for where in weights if where not in rest})
         try:
             names = {where: str(entry["name"]) for where, entry in named.items()}
+            # Those of pyro.module belong into a module that is there.
+            rest = {w: weights[w] for w, name in names.items() if w not in own and "$$$" not in name}
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"expected a description of a pair in {folder}, got: {first_line(error)}"
             ) from error
+        check_weights(own, {where: value for where, value in weights.items() if where not in rest})
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):
                 raise InputError(
@@ -126,7 +115,7 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
         for where, value in own.items():
             value.copy_(weights[where])
         place = device_of(model, guide, default=torch.device("cpu"))
-        params = {names[where]: weights[where].to(place).requires_grad_() for where in rest}
+        params = {names[where]: value.to(place).requires_grad_() for where, value in rest.items()}
         store.set_state({"params": params, "constraints": limits})
 
 
@@ -141,16 +130,16 @@ def _tensors_of(model: PairFunction, guide: PairFunction) -> dict[str, Tensor]:
 
 def _describe(constraint: Any) -> Any:
     """Return a constraint's name, or the name of its class and what it holds."""
-    names = [name for name, value in _CONSTRAINTS.items() if value is constraint]
-    if names:
-        return names[0]
-    kinds = [name for name, value in _CONSTRAINTS.items() if value is type(constraint)]
+    names = {id(value): name for name, value in _CONSTRAINTS.items()}
+    if id(constraint) in names:
+        return names[id(constraint)]
+    kind = names.get(id(type(constraint)))
     held = {n: _describe(v) if isinstance(v, Constraint) else v for n, v in vars(constraint).items()}
-    if not kinds or not all(isinstance(v, int | float | str | list) for v in held.values()):
+    if kind is None or not all(isinstance(v, int | float | str | list) for v in held.values()):
         raise InputError(
             f"expected parameters under a constraint of Pyro between plain numbers, got {constraint}"
         )
-    return [kinds[0], held]
+    return [kind, held]
 
 
 def _build(description: Any) -> Any:

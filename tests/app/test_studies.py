@@ -106,16 +106,17 @@ def test_a_run_has_its_page(finished):
         assert html.count("<figure>") == 4
 
 
-@pytest.mark.parametrize(("above", "warned"), [(0, False), (1, False), (30, True)])
-def test_the_page_warns_in_words_where_many_weights_are_heavy(above, warned):
+@pytest.mark.parametrize(("untrusted", "warned"), [(0, False), (1, False), (30, True)])
+def test_the_page_warns_in_words_where_many_weights_are_heavy(untrusted, warned):
     estimate = {
-        "num_data": 100, "num_unreliable": above, "num_samples": 50, "median_ess": 3.0,
-        "standard_error": 0.1, "data_standard_error": float("nan"),
+        "num_data": 100, "num_unreliable": untrusted, "num_samples": 50, "median_ess": 3.0,
+        "standard_error": 0.1, "data_standard_error": float("nan"), "expected_bias": -0.005,
     }  # fmt: skip
     page = pages.Page("t")
     pages.add_reliability(page, estimate)
     html = page.html()
-    assert f"{above} of 100 data points have Pareto k above 0.7" in html
+    assert f"{untrusted} of 100 data points can't be trusted" in html
+    assert "-0.0050" in html
     assert ("<strong>Warning:</strong>" in html) == warned
 
 

@@ -27,7 +27,7 @@ def small_vae():
 
 def estimate(model, guide, x, **options):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ data have Pareto k")
+        warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ data points have Pareto k")
         return pv.log_marginal(model, guide, x, num_samples=101, seed=0, **options)
 
 

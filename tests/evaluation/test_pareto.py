@@ -6,11 +6,16 @@ import math
 import pytest
 import torch
 
-from pyro_vae.evaluation.pareto import TailWeights, generalized_pareto_shape, tail_length
+from pyro_vae.evaluation.pareto import (
+    TailWeights,
+    generalized_pareto_shape,
+    pareto_k_limit,
+    tail_length,
+)
 
 
-def streamed(log_weights, chunk=7):
-    tail = TailWeights(len(log_weights))
+def streamed(log_weights, chunk=7, dtype=torch.float64):
+    tail = TailWeights(len(log_weights), torch.finfo(dtype).eps)
     for part in log_weights.split(chunk):
         tail.add(part)
     return tail.pareto_k()
@@ -68,7 +73,30 @@ def test_equal_weights_are_fine():
     log_weights = torch.full((100, 3), -50.0).double()
     log_weights[:, 1] += 1e-6 * torch.randn(100).double()  # rounding of float32 sums
     log_weights[:50, 2] = -math.inf  # half of the draws impossible, the others equal
-    assert streamed(log_weights).tolist() == [0, 0, 0]
+    assert streamed(log_weights, dtype=torch.float32).tolist() == [0, 0, 0]
+    k = streamed(log_weights)  # in float64 the same differences are no rounding
+    assert k[[0, 2]].tolist() == [0, 0]
+    assert k[1] != 0
+
+
+def test_large_log_weights_have_the_tail_of_their_differences():
+    """An offset of a million nats leaves ten digits of float64, and less than one of float32."""
+    exponential = torch.rand(1000, 5).double().log().neg()
+    heavy = exponential * torch.linspace(0.6, 1.4, 5)
+    for offset in (-1e6, 1e6):
+        torch.testing.assert_close(streamed(heavy + offset), streamed(heavy), rtol=1e-5, atol=1e-5)
+    equal = torch.full((1000, 1), -1e6).double()
+    assert streamed(equal) == 0
+    # What float32 rounds to the same number may have had any tail.
+    assert streamed(equal, dtype=torch.float32).isnan().all()
+    assert streamed(equal + 10 * torch.randn(1000, 1), dtype=torch.float32).isfinite().all()
+
+
+def test_the_limit_grows_with_the_number_of_samples():
+    limits = pareto_k_limit(torch.tensor([10, 21, 100, 1000, 2200, 10**6]))
+    wanted = [0, 1 - 1 / math.log10(21), 0.5, 2 / 3, 0.7, 0.7]
+    assert limits.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert not pareto_k_limit(1) >= -1  # nothing is below it
 
 
 def test_edges():

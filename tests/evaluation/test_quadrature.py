@@ -1,11 +1,13 @@
 """KL to the true posterior on a grid, against closed forms."""
 
+import itertools
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import integrate
 
 import pyro_vae as pv
 from pyro_vae.errors import InputError
@@ -102,3 +104,118 @@ def test_a_latent_may_be_a_number():
     result = pv.evaluation.posterior_divergence(model, guide, x, seed=0)
     # Normals of one variance v: (m - m')^2 / (2 v).
     torch.testing.assert_close(result.kl, torch.full((3,), 0.09, dtype=F64), rtol=1e-6, atol=1e-6)
+
+
+def saturating(prior, slopes):
+    """Bits whose odds stop to grow with z: far out the posterior is as heavy as the prior."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+            logits = 3 * z.tanh() * slopes
+            pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.3 * (x @ slopes)[:, None], 0.6).to_event(1))
+
+    return model, guide
+
+
+def student(z, degrees):
+    """Log-density of Student's t."""
+    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    return (
+        constant - 0.5 * math.log(degrees * math.pi) - (degrees + 1) / 2 * math.log1p(z**2 / degrees)
+    )
+
+
+@pytest.mark.parametrize(
+    ("prior", "log_prior"),
+    [
+        (lambda *place: dist.StudentT(4.0, *place), lambda z: student(z, 4)),
+        (dist.Cauchy, lambda z: student(z, 1)),
+        (dist.Laplace, lambda z: -abs(z) - math.log(2)),
+    ],
+    ids=["t4", "cauchy", "laplace"],
+)
+def test_heavy_tails_are_within_the_error_that_is_said(prior, log_prior):
+    slopes = torch.tensor([1.5, -1.0, 2.0], dtype=F64)
+    x = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=F64)
+    result = pv.evaluation.posterior_divergence(*saturating(prior, slopes), x, seed=0)
+    for row, bits in enumerate(x):
+        signs, centre = ((2 * bits - 1) * slopes).tolist(), 0.3 * (bits @ slopes).item()
+
+        def log_joint(z, signs=signs):
+            odds = 3 * math.tanh(z)
+            return log_prior(z) - sum(math.log1p(math.exp(-odds * sign)) for sign in signs)
+
+        def loss(z, log_joint=log_joint, centre=centre):
+            log_q = -0.5 * ((z - centre) / 0.6) ** 2 - math.log(0.6 * math.sqrt(2 * math.pi))
+            return math.exp(log_q) * (log_q - log_joint(z))
+
+        edges = [-math.inf, -30, -3, 0, 3, 30, math.inf]
+        how = {"epsabs": 1e-13, "limit": 200}
+        evidence = sum(
+            integrate.quad(lambda z, log_joint=log_joint: math.exp(log_joint(z)), *ends, **how)[0]
+            for ends in itertools.pairwise(edges)
+        )
+        mean = integrate.quad(loss, -7, 0, **how)[0] + integrate.quad(loss, 0, 8, **how)[0]
+        error = result.error[row]
+        assert error < 1e-3
+        assert abs(result.log_prob[row] - math.log(evidence)) <= error + 1e-9
+        assert abs(result.kl[row] - mean - math.log(evidence)) <= error + 1e-9
+
+
+def normal_data(guide):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def q(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", guide(x).to_event(1))
+
+    return model, q
+
+
+def test_a_posterior_far_from_the_guide_and_much_narrower_is_resolved():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=F64), 10.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.003).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 1.0).to_event(1))
+
+    x = torch.tensor([[0.7], [-2.9], [1.0]], dtype=F64)
+    result = pv.evaluation.posterior_divergence(model, guide, x, seed=0)
+    precision = 1 / 0.003**2 + 0.01
+    posterior = dist.Normal(x / 0.003**2 / precision, precision**-0.5)
+    wanted = torch.distributions.kl_divergence(dist.Normal(0 * x, 1.0), posterior)[:, 0]
+    torch.testing.assert_close(result.kl, wanted, rtol=1e-5, atol=0)
+    assert ((result.kl - wanted).abs() <= result.error + 1e-8 * wanted).all()
+
+
+def test_a_divergence_that_is_infinite_is_refused():
+    """The guide's tails are those of a Cauchy, the posterior's of a normal: no KL."""
+    model, guide = normal_data(lambda x: dist.Cauchy(x, torch.ones_like(x)))
+    x = torch.tensor([[0.3], [1.0], [-2.0]], dtype=F64)
+    with pytest.raises(InputError, match=r"a grid resolves, got none for 3 of 3 data points: raise"):
+        pv.evaluation.posterior_divergence(model, guide, x, seed=0)
+    found = pv.compare(
+        {"a": (model, guide)}, x, posterior="quadrature", num_samples=50, num_elbo_samples=10, seed=0
+    )
+    assert found.pairs["a"].posterior_divergence.value.isnan().all()
+    assert "not resolved" in str(found)
+    assert found.to_dict()["pairs"]["a"]["posterior_divergence"] is None
+
+
+def test_pseudo_likelihoods_are_marked():
+    pair = saturating(dist.Laplace, torch.ones(2, dtype=F64))
+    for value, marked in ((1.0, False), (0.5, True)):
+        x = torch.full((2, 2), value, dtype=F64)
+        found = pv.evaluation.posterior_divergence(*pair, x, seed=0)
+        assert found.pseudo_likelihood == marked

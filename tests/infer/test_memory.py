@@ -28,7 +28,7 @@ def test_epochs_and_checkpoints_leave_nothing(tmp_path):
     assert len(set(counts[5:])) == 1, counts
 
 
-@pytest.mark.filterwarnings("ignore:.* data have Pareto k")
+@pytest.mark.filterwarnings("ignore:.* data points have Pareto k")
 def test_runs_and_evaluations_leave_nothing():
     vae, x, counts = make_vae(), torch.bernoulli(torch.rand(40, PIXELS)), []
     for _ in range(6):

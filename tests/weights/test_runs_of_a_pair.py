@@ -50,7 +50,7 @@ CALLS = {
     "posterior_divergence": (
         57,  # the prior's draws are taken one by one: 50 of them
         9,
-        lambda _, *pair: evaluation.posterior_divergence(*pair, X, num_points=31, seed=0),
+        lambda _, *pair: evaluation.posterior_divergence(*pair, X, num_points=129, seed=0),
     ),
     "representation": (
         4,
