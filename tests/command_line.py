@@ -35,7 +35,6 @@ ESTIMATE_KEYS = {
     "num_data",
     "num_unreliable",
     "num_annealed",
-    "num_untrusted",
     "median_ess",
     "acceptance",
     "method",

@@ -81,9 +81,10 @@ def compare_families(
             held = None
             if hold == "model":
                 held = study.run(f"model-{_folder_name(first[index])}", first[index])[0]
-            for name, own in members.items():
-                found, likelihood, training_seconds = _run(study, own[index], how, held)
-                runs[name].append(found)
+            chosen = {name: own[index] for name, own in members.items()}
+            found, likelihood = _run(study, chosen, how, held)
+            for name, (measured, training_seconds) in found.items():
+                runs[name].append(measured)
                 seconds[name].append(training_seconds)
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
         data = study.dataset
@@ -97,19 +98,22 @@ def compare_families(
 
 
 def _run(
-    study: Study, settings: TrainSettings, how: EvaluateSettings, held: VAE | None
-) -> tuple[Measured, str, float]:
-    """Train and measure one run, or read what an earlier call found; return its seconds too."""
-    name = _folder_name(settings)
-    vae, metrics = study.run(name, settings, held=held)
-    folder = study.folder / RUNS / name
-    if own_file(folder, _MEASURED) is None:
+    study: Study, chosen: Mapping[str, TrainSettings], how: EvaluateSettings, held: VAE | None
+) -> tuple[dict[str, tuple[Measured, float]], str]:
+    """Train one run of each and measure all, or read what an earlier call found; with seconds."""
+    names = {name: _folder_name(settings) for name, settings in chosen.items()}
+    trained = {n: study.run(names[n], settings, held=held) for n, settings in chosen.items()}
+    folders = {name: study.folder / RUNS / folder for name, folder in names.items()}
+    missing = [name for name, folder in folders.items() if own_file(folder, _MEASURED) is None]
+    if missing and how.method == "auto":
+        missing = list(folders)  # what one does not clear is annealed in all
+    if missing:
         annealing = {"num_chains": how.num_chains, "num_steps": how.num_steps}
         if how.method == "auto":
             annealing["max_annealed"] = how.max_annealed
         methods = {"auto": ("auto",), "both": ("importance", "annealed")}
         comparison = compare(
-            {name: (vae.model, vae.guide)},
+            {name: (trained[name][0].model, trained[name][0].guide) for name in missing},
             study.dataset.test[: how.num_data].to(study.device),
             num_samples=how.num_samples,
             num_elbo_samples=_ELBO_SAMPLES,
@@ -119,11 +123,15 @@ def _run(
             hold="model" if held is not None else None,
             seed=_SEED,
         )
-        save_measured(comparison.pairs[name], comparison.likelihood, folder)
-    measured, likelihood = load_measured(folder)
-    seconds, epochs = metrics["training_seconds"], len(metrics["history"]["train_elbo"])
-    per_epoch = seconds / epochs if epochs else math.nan
-    return replace(measured, seconds_per_epoch=per_epoch), likelihood, seconds
+        for name, measured in comparison.pairs.items():
+            save_measured(measured, comparison.likelihood, folders[name])
+    found, likelihood = {}, ""
+    for name, (_, metrics) in trained.items():
+        measured, likelihood = load_measured(folders[name])
+        seconds, epochs = metrics["training_seconds"], len(metrics["history"]["train_elbo"])
+        per_epoch = seconds / epochs if epochs else math.nan
+        found[name] = replace(measured, seconds_per_epoch=per_epoch), seconds
+    return found, likelihood
 
 
 def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -270,7 +278,7 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
             tensors[_ESTIMATE + part.name] = value
     plain = ("exact_kl", "num_parameters", "num_guide_parameters", "seconds_per_1000")
     numbers = json.dumps({name: getattr(measured, name) for name in plain})
-    notes = {"plain": numbers, "likelihood": likelihood}
+    notes = {"plain": numbers, "likelihood": likelihood, "method": measured.estimate.method}
     # Contiguous copies: safetensors refuses views that share memory.
     content = serialised({name: value.clone() for name, value in tensors.items()}, notes)
     write_whole(folder / _MEASURED, content)
@@ -296,7 +304,7 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
         measured = Measured(
             **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
             **json.loads(notes["plain"]),
-            estimate=LogMarginal(**estimate),
+            estimate=LogMarginal(**estimate, method=notes.get("method", "importance")),
         )
         return measured, notes["likelihood"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

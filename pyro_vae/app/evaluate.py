@@ -50,7 +50,7 @@ _LABELS = {
     "num_samples": "draws per datum",
     "median_ess": "median effective sample size",
     "num_annealed": "data points annealed",
-    "num_untrusted": "data points not trusted",
+    "num_unreliable": "data points not trusted",
     "acceptance": "acceptance of annealing",
 }
 
@@ -208,7 +208,6 @@ def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
         "num_unreliable": estimate.num_unreliable,
         "median_ess": estimate.ess.median().item(),
         "num_annealed": estimate.methods.count("annealed"),
-        "num_untrusted": estimate.num_untrusted,
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }

@@ -21,7 +21,7 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pareto import TailWeights
-from pyro_vae.evaluation.pilot import CHAINS, Evidence, Tuning, explore, fit_start
+from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles, check_weights
 
@@ -128,7 +128,12 @@ def anneal(
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
     """Return how many data points may be annealed together for their chains to fit the memory."""
     budget = pair.memory(max_memory)
-    size = budget // (GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains)
+    # And a factor at each of some twenty stops of the pilot.
+    sizes = (latent.shape_for(1).numel() for latent in pair.structure.latents.values())
+    coordinates = sum(sizes)
+    factors = 160 * coordinates * min(coordinates, DENSE)
+    moves = GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
+    size = budget // (moves + factors)
     return max(2, min(BLOCK, size))
 
 

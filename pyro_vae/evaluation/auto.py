@@ -62,10 +62,15 @@ def why_not_annealed(pair: OpenedPair, start: str = "both") -> str | None:
     return None
 
 
+def is_unclear(estimate: LogMarginal) -> Tensor:
+    """Return which data points their weights do not clear, bool ``(N,)``."""
+    return ~((estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite())
+
+
 def look_again(pair: OpenedPair, estimate: LogMarginal, options: AutoOptions) -> Tensor:
     """Return which data points are cleared, bool ``(N,)``: by their weights and from the prior."""
     samples = estimate.num_samples.double()
-    cleared = (estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite()
+    cleared = ~is_unclear(estimate)
     rows = cleared.nonzero()[:, 0][: LOOKS * options.max_annealed]
     if len(rows) < pair.num_data and not pair.is_divisible():
         rows = rows[:0]  # it takes all of its data or none
@@ -93,12 +98,15 @@ def anneal_uncleared(
     cleared: Tensor,
     options: AutoOptions,
     *,
+    urgent: Tensor,
     max_memory: int | None = None,
 ) -> LogMarginal:
-    """Return the estimate with the numbers of the first data points not cleared from annealing."""
+    """Return the estimate with the numbers of data points not cleared from annealing.
+
+    Where the budget is too small for all, ``urgent`` ones ``(N,)`` come first.
+    """
     rows = (~cleared).nonzero()[:, 0]
-    # First those whose weights are known to be bad, for they are known to need it.
-    rows = rows[(estimate.pareto_k[rows] <= _PARETO_K_LIMIT).long().argsort(stable=True)]
+    rows = rows[(~urgent[rows]).long().argsort(stable=True)]
     whole_needed = len(rows) < pair.num_data or len(rows) > options.max_annealed
     if whole_needed and not pair.is_divisible():
         rows = rows[:0]

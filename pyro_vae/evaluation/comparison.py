@@ -17,6 +17,7 @@ from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import (
     AutoOptions,
     anneal_uncleared,
+    is_unclear,
     look_again,
     why_not_annealed,
 )
@@ -343,11 +344,17 @@ def _anneal_alike(
                 return
             cleared.append(look_again(pair, runs[name][0].estimate, auto))
     by_all = torch.stack(cleared).all(0)
+    urgent = torch.stack([is_unclear(measured.estimate) for (measured,) in runs.values()]).any(0)
     for name, pair in pairs.items():
         (measured,) = runs[name]
         with pair.evaluating((settings.seed + 3) % 2**32):
             found = anneal_uncleared(
-                pair, measured.estimate, by_all, auto, max_memory=settings.max_memory
+                pair,
+                measured.estimate,
+                by_all,
+                auto,
+                urgent=urgent,
+                max_memory=settings.max_memory,
             )
         log_prob = PerDatum(found.log_prob, found.standard_error)
         runs[name] = [replace(measured, estimate=found, log_prob=log_prob)]

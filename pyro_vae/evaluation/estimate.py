@@ -17,15 +17,6 @@ from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import pareto_k_limit
 from pyro_vae.pair.opened import Progress
 
-# What each of annealing's diagnostics says, as a warning names it.
-_CHECKS = {
-    "steps": "too few steps",
-    "halves": "halves of the chains that disagree",
-    "acceptance": "moves that are rejected",
-    "weights": "too few effective chains",
-    "prior": "a higher evidence from the prior",
-}
-
 
 class Convergence(NamedTuple):
     """Estimates ``(T, N)``, nats, from the first ``num_samples`` ``(T,)`` of each datum."""
@@ -315,10 +306,7 @@ def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
     annealed = (
         torch.ones_like(estimate.trusted) if estimate.was_annealed is None else estimate.was_annealed
     )
-    failed = {
-        _CHECKS[name]: int((~(value <= 1) & annealed).sum())
-        for name, value in estimate.diagnostics.items()
-    }
+    failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
     failed["not being annealed"] = estimate.methods.count("not annealed")
     more = " or a higher max_annealed" if failed["not being annealed"] else ""
     reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
-from pyro_vae.evaluation.auto import AutoOptions, anneal_uncleared, look_again, why_not_annealed
+from pyro_vae.evaluation.auto import (
+    AutoOptions,
+    anneal_uncleared,
+    is_unclear,
+    look_again,
+    why_not_annealed,
+)
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import (
     Block,
@@ -203,7 +209,9 @@ def estimate_log_prob(
             warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
             return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
         cleared = look_again(pair, first, options)
-        return anneal_uncleared(pair, first, cleared, options, max_memory=max_memory)
+        return anneal_uncleared(
+            pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory
+        )
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
     mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}

@@ -37,7 +37,7 @@ def test_the_default_anneals_within_a_budget_told_before(digits):
     values = json.loads(result.out)
     assert values["method"] == "auto"
     assert values["num_annealed"] <= 4
-    assert values["num_untrusted"] >= 4  # of the 20 at most 16 are looked at
+    assert values["num_unreliable"] >= 4  # of the 20 at most 16 are looked at
     assert result.err.startswith("log p(x) of 20 data points by importance sampling; up to 16 ")
     assert "20 data points are not trusted" in result.err
 
