@@ -46,11 +46,12 @@ def gather(source: Any, *functions: Any) -> Any:
 
 
 def _takes(function: Any, number: int) -> bool:
+    wanted = getattr(getattr(function, "__self__", None), "num_inputs", number)  # of a VAE
     try:
         inspect.signature(function).bind(*[None] * number)
     except (TypeError, ValueError):
         return False
-    return True
+    return bool(wanted == number)
 
 
 def _stack(batches: Iterable[Any], kind: str) -> tuple[np.ndarray, ...]:
