@@ -90,7 +90,7 @@ class Rows:
             raise ValueError(f"rows of shapes {first.shape[1:]} and {part.shape[1:]}")
         self._parts.append(part.astype(first.dtype, copy=False))
         self._count += len(part)
-        if self._count * first[:1].nbytes <= LARGE:
+        if self._file is None and self._count * int(np.prod(first.strides[:1])) <= LARGE:
             return
         try:
             self._file = self._file or tempfile.TemporaryFile(prefix="pyro-vae-")  # noqa: SIM115
