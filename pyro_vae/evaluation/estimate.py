@@ -139,11 +139,6 @@ class LogMarginal:
         return int((~known).sum())
 
     @property
-    def num_untrusted(self) -> int:
-        """How many data points are not ``trusted``; 0 where nothing was checked."""
-        return 0 if self.trusted is None else int((~self.trusted).sum())
-
-    @property
     def methods(self) -> list[str]:
         """What gave the number of each data point: ``"importance"`` or ``"annealed"``.
 
@@ -301,19 +296,17 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
 
 
 def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
-    if estimate.trusted is None or not estimate.num_untrusted:
+    if not estimate.num_unreliable:
         return
-    annealed = (
-        torch.ones_like(estimate.trusted) if estimate.was_annealed is None else estimate.was_annealed
-    )
+    annealed = torch.tensor([method == "annealed" for method in estimate.methods])
     failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
     failed["not being annealed"] = estimate.methods.count("not annealed")
     more = " or a higher max_annealed" if failed["not being annealed"] else ""
     reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
     warnings.warn(
-        f"{estimate.num_untrusted} of {len(estimate.log_prob)} data points are not trusted"
-        f"{f' ({reasons})' if reasons else ''}: their log p(x) may be off by more than their "
-        f"standard errors say; use more steps or chains{more}",
+        f"{estimate.num_unreliable} of {len(estimate.log_prob)} data points are not trusted "
+        f"({reasons}): their log p(x) may be off by more than their standard errors say; use more "
+        f"steps or chains{more}",
         stacklevel=stacklevel + 1,
     )
 

@@ -75,7 +75,7 @@ def estimated(name: str, vae: pv.VAE, x: torch.Tensor, **options: object) -> Log
     k = "" if estimate.method == "annealed" else f"{estimate.num_unreliable / len(x):.1%}"
     print(
         f"| {name} | {len(x)} | {estimate.mean:.3f} | {estimate.mean_standard_error:.3f} | "
-        f"{estimate.data_standard_error:.2f} | {k} | {1 - estimate.num_untrusted / len(x):.1%} | "
+        f"{estimate.data_standard_error:.2f} | {k} | {1 - estimate.num_unreliable / len(x):.1%} | "
         f"{annealed} | {cost:.0f} | {seconds:.0f} |",
         flush=True,
     )
