@@ -118,7 +118,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npy":
         mode: Any = "c" if path.stat().st_size > LARGE else None
         return {"x": np.load(path, mmap_mode=mode, allow_pickle=False)}
-    with np.load(path, allow_pickle=False) as content, zipfile.ZipFile(path) as archive:
+    with (
+        path.open("rb") as stream,
+        np.load(stream, allow_pickle=False) as content,
+        zipfile.ZipFile(path) as archive,
+    ):
         sizes = {each.filename.removesuffix(".npy"): each.file_size for each in archive.infolist()}
         return {name: _read_member(archive, name, sizes[name], content) for name in content.files}
 
