@@ -112,3 +112,23 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise InputError(f"expected a finite {name} above 0, got {number}")
     return number
+
+
+def check_room(what: str, needed: int, advice: str) -> None:
+    """Refuse what needs more bytes than the memory has, before it is full."""
+    available = available_memory()
+    if needed > available:
+        raise InputError(
+            f"expected {what} that fit in memory, got {needed / 2**30:,.1f} GiB with "
+            f"{available / 2**30:.1f} GiB free: {advice}"
+        )
+
+
+def available_memory() -> int:
+    """Return the bytes that can be had without swapping; where the system doesn't say, 2**62."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, ValueError, LookupError):
+        return 1 << 62

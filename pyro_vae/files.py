@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,10 +26,21 @@ PART = ".part-"
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
+# Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
+MOST_BYTES = 1 << 26
+# The entropy of NumPy's seeds has 39; Python takes ever longer to read longer numbers.
+_MOST_DIGITS = 400
+
+
 def finite_or_none(value: Any) -> Any:
-    """Return plain JSON values with None for every number that is not finite."""
+    """Return plain JSON values, also of NumPy's numbers and torch's; None for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(name): finite_or_none(inner) for name, inner in value.items()}
+        plain = {str(name): finite_or_none(inner) for name, inner in value.items()}
+        if len(plain) < len(value):
+            raise ValueError("two names that are one as text")
+        return plain
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, list | tuple):
         return [finite_or_none(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -36,11 +48,60 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
+def serialise(content: Mapping[str, Any]) -> str:
+    """Return JSON that :func:`parse_json` reads; refuse what it would not read."""
+    try:
+        text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
+        parse_json(text)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists in themselves, or without end
+        raise InputError(
+            "expected numbers, text, lists and dicts of them, which can be read again, got: "
+            f"{first_line(error)}"
+        ) from error
+    return text
+
+
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """Read JSON; refuse what Python's reader accepts although it isn't, or what is said twice."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{len(text):,} bytes, of {MOST_BYTES:,} at most")
+
+    def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            raise ValueError("an object with a name twice")
+        return members
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"a number that no float holds ({digits[:20]})")
+        return value
+
+    def whole_number(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:
+            raise ValueError(f"a whole number of {len(digits)} digits")
+        return int(digits)
+
+    def constant(name: str) -> float:
+        if finite:
+            raise ValueError(f"{name}, which JSON has not")
+        return float(name)
+
+    return json.loads(
+        text, object_pairs_hook=no_twice, parse_float=number, parse_int=whole_number,
+        parse_constant=constant,
+    )  # fmt: skip
+
+
 def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
     """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it."""
     try:
-        return Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:
+        expanded = Path(path).expanduser()
+        if kind == "folder":
+            str(expanded).encode()  # safetensors opens no path that is not UTF-8
+        return expanded
+    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
         raise InputError(
             f"expected the path of a {kind}, got {first_line(repr(path))}: {first_line(error)}"
         ) from error

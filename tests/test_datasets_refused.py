@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae import errors
 from pyro_vae.datasets import load
 
 RANDOM = np.random.default_rng(0)
@@ -166,3 +167,8 @@ def test_arguments_of_another_kind_are_refused(source, options):
     with pytest.raises(pv.InputError, match=r"expected|unknown") as caught:
         load(source, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_what_linux_says_is_available_is_between_nothing_and_everything():
+    available = errors.available_memory()
+    assert available == 1 << 62 or 0 < available < 1 << 50

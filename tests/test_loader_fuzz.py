@@ -5,14 +5,20 @@ import json
 import random
 import shutil
 import struct
+import warnings
 import zipfile
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from command_line import run, sketching
 from safetensors.torch import load_file, save_file
 
 import pyro_vae as pv
+from pyro_vae.app import study, sweep
+from pyro_vae.app.compare import load_measured
+from pyro_vae.app.run import open_run, read_run
 from pyro_vae.runs.description import describe
 
 SHAPE = (1, 4, 4)
@@ -295,3 +301,121 @@ def test_a_mutated_idx_file_gives_one_clear_error_or_images(tmp_path, cases):
         else:
             problem = "" if data.data_shape == (1, 28, 28) else f"shape {data.data_shape}"
         assert not problem, f"case {number}, {name}: {problem}"
+
+
+# --- what commands read: a finished sweep of one run, its checkpoints, what a comparison measured ---
+
+
+class Files:
+    """The files that commands read, and how each is read; what is read must be what was written."""
+
+    def __init__(self, folder):
+        self.x = torch.bernoulli(torch.rand(12, 6))
+        np.save(folder / "bits.npy", self.x.numpy())
+        options = ("--hidden", 3, "--latent-dim", 2, "--device", "cpu", "--epochs", 1)
+        data = ("--dataset", folder / "bits.npy", "--batch-size", 8)
+        made = (
+            ("sweep", *options, *data, "--betas", "1", "--output", folder / "swept"),
+            ("train", *options, *data, "--output", folder / "run"),
+            ("compare", *options, *data, "--guides", "mean-field", "--seeds", 1, "--num-samples", 30,
+             "--output", folder / "compared"),
+        )  # fmt: skip
+        with sketching():
+            for command in made:
+                result = run(*command)
+                assert result.code == 0, result.err
+        self.kept = folder / "kept"
+        self.fit(make_small())
+        self.swept, self.run = folder / "swept", folder / "run"
+        self.asked = json.loads((self.swept / "study.json").read_text())["asked"]
+        (self.compared,) = (folder / "compared" / "runs").iterdir()
+
+    def fit(self, vae, **options):
+        pv.fit(vae.model, vae.guide, self.x, epochs=2, seed=0, checkpoint=self.kept, **options)
+        return vae
+
+    def read_run(self):
+        vae, settings, limits = open_run(self.run, torch.device("cpu"))
+        record, _ = read_run(self.run)
+        return vae, (settings, limits, record["checksums"], record["processes"])
+
+    def read_metrics(self):
+        folder = study.Study(self.swept, None, torch.device("cpu"))
+        vae, metrics = folder.run("beta-1", None)
+        return vae, sweep._row(1.0, metrics)
+
+    def read_study(self):
+        return pv.load(self.run), study._check_folder(self.swept, self.asked)
+
+    def read_checkpoint(self):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the checkpoint .* can't be read")
+            return self.fit(make_small(), resume=True), None
+
+    def read_measured(self):
+        load_measured(self.compared)
+        return pv.load(self.run), None  # numbers carry no checksum: that they are read is all
+
+    def all(self):
+        checkpoint = max(self.kept.iterdir())
+        return {
+            "config.json": (self.run / "config.json", self.read_run, [mutate_bytes, mutate_settings]),
+            "metrics.json": (
+                self.swept / "runs" / "beta-1" / "metrics.json",
+                self.read_metrics,
+                [mutate_bytes, mutate_settings],
+            ),
+            "study.json": (
+                self.swept / "study.json",
+                self.read_study,
+                [mutate_bytes, mutate_settings],
+            ),
+            "checkpoint": (checkpoint, self.read_checkpoint, [mutate_bytes, mutate_header]),
+            "measured": (
+                self.compared / "measured.safetensors",
+                self.read_measured,
+                [mutate_bytes, mutate_header],
+            ),
+        }
+
+
+def make_small():
+    torch.manual_seed(0)
+    return pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Bernoulli(pv.networks.MLPDecoder(2, (3,)), (6,)),
+        pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((6,), (3,)), 2),
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    with pyro.get_param_store().scope():
+        return Files(tmp_path_factory.mktemp("read"))
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.json", "study.json", "checkpoint", "measured"]
+)
+def test_a_mutated_file_of_a_command_gives_one_clear_error_or_the_same(files, request, name, capsys):
+    path, read, mutations = files.all()[name]
+    content, original = path.read_bytes(), read()
+    draw = random.Random(0)
+    refused, number = 0, request.config.getoption("--cases") or CASES // 5
+    for case in range(number):
+        mutate = draw.choice(mutations)
+        mutate(path, draw)
+        try:
+            found = read()
+        except pv.InputError as error:
+            refused += 1
+            problem = "" if 10 < len(str(error)) < 1000 else str(error)
+        else:
+            same = is_equal(found[0], original[0])
+            problem = "" if same else "another model"
+        finally:
+            path.write_bytes(content)
+        assert not problem, f"case {case}, {mutate.__name__} of {name}: {problem}"
+    print(f"{name}: {refused} of {number} refused")
+    assert refused > 0.2 * number

@@ -1,8 +1,10 @@
 """Saving and loading: equal results, equal bytes, whatever the components."""
 
+import functools
 import json
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -187,3 +189,68 @@ def test_what_cannot_be_described_is_not_saved(tmp_path):
             super().__init__()
 
     refuse_to_save(make_vae(Forgetful(2)), tmp_path / "run", "keep its argument 'latent_dim'")
+
+
+PLAIN = {
+    "a whole number of more than 64 bits": np.random.SeedSequence(1 << 127).entropy,
+    "of 39 digits": int("9" * 39),
+    "NumPy's": [np.float32(0.5), np.int64(3), np.bool_(True), np.array(2.5)],
+    "torch's": {"k": torch.tensor(3), "x": torch.tensor(0.25, dtype=torch.float64)},
+    "text of any kind": ["\udcff", "\0", "$[b]\n", "\N{SNOWMAN}"],
+    "a tuple": (1, 2),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_settings_that_are_saved_are_read_again(tmp_path, kind):
+    folder = pv.save(make_vae(), tmp_path / "run", settings={"told": PLAIN[kind]})
+    assert pv.load(folder)
+    read = json.loads((folder / "config.json").read_text())["run"]["told"]
+    plain = {
+        "NumPy's": [0.5, 3, True, 2.5],
+        "torch's": {"k": 3, "x": 0.25},
+        "a tuple": [1, 2],
+    }
+    assert read == plain.get(kind, PLAIN[kind])
+
+
+def endless():
+    inside = []
+    inside.append(inside)
+    return inside
+
+
+UNREADABLE = {
+    "a set": {"told": {"a"}},
+    "an array": {"told": np.zeros(3)},
+    "a tensor": {"told": torch.zeros(3)},
+    "bytes": {"told": b"a"},
+    "a complex number": {"told": torch.tensor(1j)},
+    "a number without end": {"told": 10**500},
+    "a list in itself": {"told": endless()},
+    "lists without end": {"told": functools.reduce(lambda inner, _: [inner], range(5000), 1)},
+    "one name twice": {1: "a", "1": "b"},
+    "64 MiB": {"told": "x" * (1 << 26)},
+    "no dict": [1, 2],
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_settings_that_could_not_be_read_again_are_not_saved(tmp_path, kind):
+    with pytest.raises(
+        pv.InputError, match=r"which can be read again, got: |settings as a dict"
+    ) as caught:
+        pv.save(make_vae(), tmp_path / "run", settings=UNREADABLE[kind])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_could_not_be_read_again_are_not_saved(tmp_path):
+    broken, mixed = make_vae(), make_vae()
+    next(broken.parameters()).data[0] = torch.nan
+    mixed.likelihood.double()
+    for vae, message in ((broken, "expected finite weights"), (mixed, "of one floating-point type")):
+        with pytest.raises(pv.InputError, match=message):
+            pv.save(vae, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

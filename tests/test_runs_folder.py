@@ -262,7 +262,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
     write_json(path, {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf}})
     assert json.loads(path.read_text()) == {"a": [None, 1.5, [None, 2]], "b": {"c": None}}
-    with pytest.raises(TypeError):
+    with pytest.raises(pv.InputError, match="which can be read again, got: Object of type object"):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"][1] == 1.5
     assert list(tmp_path.iterdir()) == [path]

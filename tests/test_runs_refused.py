@@ -99,6 +99,7 @@ CONFIGS = {
     "not a number": ('{"format": 1, "model": NaN}', "NaN, which JSON has not"),
     "infinity": ('{"format": 1, "model": -Infinity}', "-Infinity, which JSON has not"),
     "beyond floats": ('{"format": 1, "model": 1e999}', "no float holds"),
+    "too many bytes": ('{"format": 1, "a": "' + "x" * (1 << 26) + '"}', "67,108,864 at most"),
     "beyond sizes": ('{"format": 1, "model": ' + "9" * 5000 + "}", "of 5000 digits"),
     "deep lists": ('{"format": 1, "model": ' + "[" * 100_000 + "]" * 100_000 + "}", "expected JSON"),
     "deep objects": (
@@ -225,13 +226,13 @@ def test_settings_of_any_size_take_neither_memory_nor_time(saved, case):
 
 def test_the_bound_on_sizes_leaves_room_for_every_component(saved, monkeypatch):
     tightest = []
-    check = description._Bounded._check
+    check = description.Bounded._check
 
     def noted(self, fits):
         tightest.append(self.left)
         check(self, fits)
 
-    monkeypatch.setattr(description._Bounded, "_check", noted)
+    monkeypatch.setattr(description.Bounded, "_check", noted)
     pv.load(saved)
     assert min(tightest) > 0.8 * description._ELEMENTS_AT_LEAST
 

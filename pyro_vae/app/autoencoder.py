@@ -19,7 +19,6 @@ from pyro_vae.app.report import Page, print_line, print_table
 from pyro_vae.app.settings import (
     as_record,
     build_vae,
-    check_choice,
     check_settings,
     fit_options,
     tell_defaults,
@@ -27,6 +26,7 @@ from pyro_vae.app.settings import (
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
+from pyro_vae.errors import unknown_name
 from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.likelihoods import Likelihood
@@ -49,7 +49,8 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
     """
     settings = check_settings(settings)
     loss = loss or ("bce" if settings.likelihood in names.UNIT_INTERVAL else "mse")
-    check_choice("loss", loss, LOSSES)
+    if loss not in LOSSES:
+        raise unknown_name("loss", loss, LOSSES)
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset
         settings = tell_defaults(settings, dataset.train, dataset.validation)

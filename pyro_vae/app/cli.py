@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ import typer
 
 from pyro_vae.app import names
 from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, first_line
 
 app = typer.Typer(
     help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
@@ -40,12 +41,21 @@ def main() -> None:
     code 2; a warning is one line on standard error.
     """
     _open_closed_streams()
-    with warnings.catch_warnings(), _terminable():
-        warnings.showwarning = lambda message, *_, **__: tell(f"warning: {message}")
+    with warnings.catch_warnings(), ExitStack() as at_end:
+        # Where nobody else has said what SIGTERM does, it ends a command as an interruption does.
+        before = signal.getsignal(signal.SIGTERM)
+        if before == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
+            at_end.callback(signal.signal, signal.SIGTERM, before)
         try:
             app()
         except InputError as error:
             tell(str(error))
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("(can't|to) allocate|(out of|not enough) memory", str(error)):
+                raise
+            tell(f"expected work that fits in memory, got: {first_line(error)}; ask for less at once")
             sys.exit(2)
         except OSError as error:
             where = error.filename or "the output"
@@ -62,27 +72,13 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, io.StringIO())
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a command as an interruption does, where nobody else has said what it does."""
-    before = signal.getsignal(signal.SIGTERM)
-    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
@@ -110,10 +106,11 @@ def train(
 ) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
+    from pyro_vae.app.run import Checkpointing
     from pyro_vae.distributed import join_processes
 
     if resume is None:
-        when = work.Checkpointing(checkpoint_every, checkpoint_minutes)
+        when = Checkpointing(checkpoint_every, checkpoint_minutes)
         with join_processes(settings.device):
             work.train(settings, output, checkpointing=when)
         return

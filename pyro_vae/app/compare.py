@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
@@ -22,8 +22,6 @@ from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
 from pyro_vae.app.settings import (
     as_record,
-    check_counts,
-    check_evaluation,
     check_settings,
     tell_defaults,
 )
@@ -33,7 +31,7 @@ from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.files import write_whole
+from pyro_vae.files import UNREADABLE, parse_json, write_whole
 from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
@@ -57,8 +55,6 @@ def compare_families(
     training, not in data. With ``hold="model"`` the first guide's VAE is trained, and then every
     guide against its frozen model.
     """
-    check_evaluation(how)
-    check_counts({"seeds": combined.seeds})
     if how.method == "annealed":
         raise InputError("expected the method auto, importance or both, got annealed: both has it")
     seeds, hold = combined.seeds, combined.hold
@@ -288,7 +284,7 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
     """Read what :func:`save_measured` wrote."""
     path = folder / _MEASURED
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:  # a regular one, as the caller has seen
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             notes = file.metadata()
         estimate = {
@@ -303,11 +299,11 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
         }
         measured = Measured(
             **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
-            **json.loads(notes["plain"]),
+            **parse_json(notes["plain"], finite=False),
             estimate=LogMarginal(**estimate, method=notes.get("method", "importance")),
         )
         return measured, notes["likelihood"]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (*UNREADABLE, RecursionError) as error:
         raise InputError(
             f"expected the numbers of a comparison in {path}, got none that can be read: delete it"
         ) from error

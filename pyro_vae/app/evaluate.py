@@ -21,7 +21,6 @@ from pyro_vae.app.pages import TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
-from pyro_vae.app.settings import check_evaluation
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
@@ -72,7 +71,6 @@ def evaluate(
     Warns:
         UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
     """
-    check_evaluation(how)
     if picture is not None:
         picture = check_picture(picture)
     place = resolve_device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -55,6 +56,14 @@ VIEWS = ("scatter", "manifold")
 PLANES = ("active", "pca")
 ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
 
+# Whole numbers are 1 at least, but for these; and 2**31 - 1 at most (torch keeps some sizes in 32
+# bits), but for what NumPy seeds, and what would take memory for nothing.
+FROM_ZERO = ("epochs", "warmup_epochs", "validation_size", "seed", "data_seed")
+AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "seeds": 1000, "num": 10_000}
+
+# What messages for Python advise, and how the command line has it.
+SPOKEN = {"the right root": "the right --data-root", "allow the download": "allow it by --download"}
+
 _Value = TypeVar("_Value")
 
 
@@ -67,19 +76,21 @@ class OnlyWith(NamedTuple):
 
 def option(
     default: _Value,
-    text: str,
+    text: str = "",
     *,
     flags: str | None = None,
     only_with: OnlyWith | None = None,
     show_default: bool = True,
+    choices: Collection[str] = (),
 ) -> _Value:
     """Declare a setting that is an option of the command line.
 
     ``flags`` is how it is written, where that is not its name; ``only_with`` what it needs to have an
-    effect.
+    effect; of ``choices`` it is one, and the text names them by default.
     """
+    text = text or ", ".join(choices)
     how = {"help": text, "flags": flags, "only_with": only_with, "show_default": show_default}
-    return field(default=default, metadata=how)
+    return field(default=default, metadata={**how, "choices": choices})
 
 
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
@@ -104,15 +115,17 @@ class TrainSettings:
         None, "Data held out of training; default a tenth, 0 = none."
     )
     binarize: str | None = option(
-        None, "dynamic, static, threshold or none; default: dynamic for bernoulli, else none."
+        None,
+        "dynamic, static, threshold or none; default: dynamic for bernoulli, else none.",
+        choices=("dynamic", "static", "threshold", "none"),
     )
-    prior: str = option("standard-normal", ", ".join(PRIORS))
+    prior: str = option("standard-normal", choices=PRIORS)
     num_components: int | None = option(
         None,
         "Components of gaussian-mixture (10) or vamp (a tenth of the data).",
         only_with=OnlyWith("prior", ("gaussian-mixture", "vamp")),
     )
-    likelihood: str = option("bernoulli", ", ".join(LIKELIHOODS))
+    likelihood: str = option("bernoulli", choices=LIKELIHOODS)
     sigma: str | None = option(
         None,
         "Scale of gaussian, student-t or discretized-logistic: a number, learned, per-column or "
@@ -135,21 +148,20 @@ class TrainSettings:
         None,
         "Of counts: learned (one latent is the logarithm of a datum's size); default: none.",
         only_with=OnlyWith("likelihood", COUNTS),
+        choices=("learned",),
     )
-    guide: str = option("mean-field", ", ".join(FAMILIES))
+    guide: str = option("mean-field", choices=FAMILIES)
     latent_dim: int = option(8, "Size of the latent vector.")
     hidden: str = option(
         "512,256", "Widths from the data to the latent side; the decoder mirrors them."
     )
-    activation: str = option("relu", ", ".join(ACTIVATIONS))
+    activation: str = option("relu", choices=ACTIVATIONS)
     beta: float = option(1.0, "Weight of the KL term.")
     warmup_epochs: int | None = option(
         None,
         "Epochs over which beta rises from 0; default: a tenth of the epochs, more in short runs.",
     )
-    objective: str = option(
-        "analytic-kl", ", ".join(OBJECTIVES) + "; analytic-kl is the elbo with closed-form rates."
-    )
+    objective: str = option("analytic-kl", choices=OBJECTIVES)
     num_particles: int | None = option(None, "Draws per datum and step; default 1, for iwae 5.")
     free_bits: float | None = option(
         None, "Objective free-bits: nats of each latent dimension that cost nothing."
@@ -160,7 +172,7 @@ class TrainSettings:
     schedule: str = option("constant", "Of the learning rate: constant, or cosine (down to 0).")
     gradient_clip: float | None = option(None, "Greatest norm of the gradient per datum.")
     precision: str = option("float32", "float32, tf32 or bfloat16.")
-    compile: str = option("auto", "auto, on or off: compile the training step.")
+    compile: str = option("auto", "auto, on or off: compile the training step.", choices=COMPILE)
     patience: int | None = option(
         None,
         "Stop after so many epochs without a better validation ELBO and keep the best; default: a "
@@ -182,7 +194,7 @@ class TrainSettings:
 class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
-    method: str = option("auto", ", ".join(METHODS))
+    method: str = option("auto", choices=METHODS)
     num_samples: int = option(5000, "Importance samples per datum.", only_with=_SAMPLING)
     target_standard_error: float | None = option(
         None,
@@ -251,7 +263,7 @@ class Complete:
     missing: str = option(
         "right", "lower, upper, left, right (of vectors left, right), or random:SHARE."
     )
-    method: str = option(COMPLETIONS[0], ", ".join(COMPLETIONS))
+    method: str = option(COMPLETIONS[0], choices=COMPLETIONS)
     num: int | None = option(None, "How many; default: 8 images or 200 vectors.")
     num_draws: int = option(6, "Completions of each.")
     num_steps: int = option(
@@ -268,11 +280,14 @@ class Complete:
 class Latent:
     """Show a run's latent space in a picture: the test data's codes, or the manifold."""
 
-    view: str = option(VIEWS[0], "scatter of the codes, or manifold: what a grid decodes to.")
+    view: str = option(
+        VIEWS[0], "scatter of the codes, or manifold: what a grid decodes to.", choices=VIEWS
+    )
     plane: str = option(
         PLANES[0],
         "Axes of the scatter: active (the two most active latents) or pca.",
         only_with=OnlyWith("view", ("scatter",)),
+        choices=PLANES,
     )
     num: int | None = option(None, "How many test data; default: 5000.")
     num_steps: int | None = option(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields, is_dataclass
 from inspect import Parameter, Signature, signature
@@ -12,8 +14,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pyro_vae.app import names
 from pyro_vae.app.names import OnlyWith
-from pyro_vae.errors import InputError, printable
+from pyro_vae.errors import InputError, printable, unknown_name
 
 CommandFunction = Callable[..., None]
 
@@ -53,6 +56,10 @@ def as_command(
     declared = [each for part in gathered.values() for each in part]
 
     def command(*, context: typer.Context, debug: bool, **values: Any) -> None:
+        own_names = frozenset(options)
+        warnings.showwarning = lambda said, *_, **__: tell(
+            f"warning: {in_options(str(said), own_names)}"
+        )
         try:
             if unless is None or values[unless] is None:
                 _refuse_without_effect(context, declared)
@@ -60,10 +67,13 @@ def as_command(
                 values[name] = own[name].annotation(
                     **{each.name: values.pop(each.name) for each in part}
                 )
+                check_values(values[name])
             function(**values, **({"context": context} if "context" in own else {}))
-        except (InputError, OSError):
+        except (InputError, OSError) as error:
             if debug:
                 traceback.print_exc()
+            if isinstance(error, InputError):
+                error.args = (in_options(str(error), own_names),)
             raise
         except KeyboardInterrupt as interruption:
             told = [*getattr(interruption, "__notes__", ()), "the same command"]
@@ -82,9 +92,53 @@ def as_command(
     return command
 
 
+def in_options(text: str, own: Container[str] | None = None) -> str:
+    """Return what the library says with the names of options and their values in place of Python's.
+
+    ``own`` are the options of the command; one of ``evaluate`` alone is shown with its command.
+    """
+    settings = (names.TrainSettings, names.EvaluateSettings, names.CompareSettings, names.Complete)
+    known = {each.name for kind in settings for each in fields(kind)}
+    known |= {"checkpoint_every", "checkpoint_minutes"}
+
+    def spoken(found: re.Match[str]) -> str:
+        name, value = (*found.groups(), "True")[:2]
+        told = _flag(name) + ("" if value == "True" else f" {value}")
+        return told if own is None or name in own else f"`pyro-vae evaluate RUN {told}`"
+
+    # Not where it is a part of a path or of another word.
+    before, words = r"(?<![\w/.'\"`-])", sorted(known, key=len, reverse=True)
+    text = re.sub(rf"{before}({'|'.join(words)})=[\"']?([\w-]+)[\"']?", spoken, text)
+    apart = "|".join(word for word in words if "_" in word)
+    text = re.sub(rf"{before}({apart})(?![\w/=.'])", spoken, text)
+    families = {python: told for told, python in names.FAMILIES.items()}
+    classes = f"({'|'.join(families)})"
+    advised = re.search(rf"\buse {classes}( or {classes})*$", text)
+    if advised:
+        told = re.sub(classes, lambda found: families[found[0]], advised[0].removeprefix("use "))
+        text = f"{text[: advised.start()]}use --guide {told}"
+    for python, told in names.SPOKEN.items():
+        text = text.replace(python, told)
+    return text
+
+
 def tell(text: str) -> None:
     """Write one line on standard error."""
     sys.stderr.write(f"pyro-vae: {printable(text)}\n")
+
+
+def check_values(settings: Any) -> None:
+    """Refuse names that are not known, and whole numbers out of range."""
+    for each in fields(settings):
+        name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise unknown_name(name.replace("_", " "), value, choices)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        least, most = int(name not in names.FROM_ZERO), names.AT_MOST.get(name, 2**31 - 1)
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"expected {_flag(name)} of {bound}, got {value}")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

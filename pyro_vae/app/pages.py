@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pyro_vae.app.options import in_options
 from pyro_vae.app.report import Page, plus_minus
 from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.files import write_whole
@@ -62,7 +63,7 @@ def write_run_page(
     _add_result(page, metrics)
     page.section("Training")
     for text in metrics["warnings"]:
-        page.warning(f"{text}.")
+        page.warning(f"{in_options(text)}.")
     page.text(_training_text(settings, metrics))
     if "training" in pictures:
         page.figure(pictures["training"], caption=_CAPTIONS["training"])

@@ -16,16 +16,12 @@ from torch import Tensor
 from pyro_vae import likelihoods, plots, tasks
 from pyro_vae.app import names
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
-from pyro_vae.app.settings import check_choice, check_counts, check_seed
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.vae import VAE
 
-_MOST_PICTURED = 10_000
-# Steps of a way: more than fit into a picture would take memory for nothing.
-_MOST_STEPS = 200
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 100
 
@@ -74,8 +70,9 @@ class Subject:
 
 def draw(run: Path, what: names.Picture, settings: names.PictureSettings) -> Path:
     """Draw a picture of a finished run, write it, by default into its folder, and return the file."""
-    _check(what)
-    check_seed(settings.seed)
+    num_steps = vars(what).get("num_steps")
+    if num_steps is not None and not isinstance(what, names.Complete) and not 2 <= num_steps <= 200:
+        raise InputError(f"expected --num-steps from 2 to 200, got {num_steps}")
     vae, trained, limits = open_run(run, torch.device("cpu"))
     draw_figure, name = _PICTURES[type(what)]
     name = name.format(**vars(what)).replace(":", "-")
@@ -227,6 +224,8 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     x = subject.test(what.num or subject.either(8, 200))
     hidden = hide_part(what.missing, subject.data_shape, len(x), seed=subject.seed)
     by_importance = what.method == "importance"
+    each = max(what.num_draws, what.num_samples * by_importance)
+    check_room("completions", 8 * x.numel() * each, "lower num, num_draws or num_samples")
     completed = subject.run(
         tasks.complete,
         x,
@@ -300,21 +299,6 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise InputError(f"expected a share between 0 and 1 after random:, got {text!r}")
     return share
-
-
-def _check(what: names.Picture) -> None:
-    """Refuse names and numbers out of range, before the run is opened."""
-    given = vars(what)
-    known = {"view": names.VIEWS, "plane": names.PLANES, "method": names.COMPLETIONS}
-    for name in known.keys() & given.keys():
-        check_choice(name, given[name], known[name])
-    number, num_steps = what.num, given.get("num_steps")
-    if number is not None and not 1 <= number <= _MOST_PICTURED:
-        raise InputError(f"expected a number from 1 to {_MOST_PICTURED:,} to show, got {number}")
-    if isinstance(what, names.Complete):
-        check_counts({name: given[name] for name in ("num_draws", "num_steps", "num_samples")})
-    elif num_steps is not None and not 2 <= num_steps <= _MOST_STEPS:
-        raise InputError(f"expected from 2 to {_MOST_STEPS} steps, got {num_steps}")
 
 
 def _most_active(means: Tensor, number: int) -> tuple[int, ...]:

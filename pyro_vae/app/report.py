@@ -220,7 +220,9 @@ def print_table(
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
         table.add_row(*(Text(printable(_cell(value, decimals))) for value in row))
-    _Terminal().print(table)
+    terminal = _Terminal()
+    terminal.width = max(terminal.width, 20)  # some say that they have no columns at all
+    terminal.print(table)
 
 
 def print_line(text: str) -> None:

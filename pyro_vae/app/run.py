@@ -8,9 +8,10 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import matplotlib
 import pyro
@@ -20,8 +21,8 @@ from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import refuse_to_write
-from pyro_vae.runs.files import CONFIG, RUNS, STUDY, WEIGHTS, read_config
+from pyro_vae.files import PART, expand_path, refuse_to_write
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
@@ -29,30 +30,81 @@ from pyro_vae.version import __version__
 # Of a run, written last: a folder that has it is whole.
 METRICS = "metrics.json"
 
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a run writes its state: after so many epochs, and after so many minutes."""
+
+    every: int | None = None
+    minutes: float | None = 1.0
+
+
+# What is read of these files, see check_schema; None stands for a number that is not finite. A run
+# may know less of itself: a version before did.
+_NUMBER = float | int | None
+_BOUND = dict.fromkeys(("elbo", "rate", "distortion"), _NUMBER)
+_ESTIMATE = dict.fromkeys(("log_marginal", "standard_error", "data_standard_error"), _NUMBER) | _BOUND
+METRICS_SCHEMA = {
+    "history": {"train_elbo": [_NUMBER]},
+    "training_seconds": float | int,
+    "test": _BOUND,
+    "test_log_marginal": _ESTIMATE
+    | {"num_unreliable": int | None, "num_data": int, "num_samples": int},
+    "test_data_standard_errors": _BOUND,
+    "active_units": int,
+    "pseudo_likelihood": bool,
+}
+_RUN_SCHEMA = {
+    "limits": [float | int, float | int],
+    "settings": dict,
+    "checkpoints": dict | None,
+    "checksums": dict | None,
+    "processes": int,
+    "versions": dict,
+    "command": str,
+}
+
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
 
 # --- reading ---------------------------------------------------------------------------------
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
+    """Return what a run of `pyro-vae train` says of itself, and its settings."""
+    run = read_config(folder).get("run", {})
+    if "settings" not in run or "limits" not in run:
+        raise InputError(
+            f"expected a run of `pyro-vae train` in {folder}, got a folder by pv.save: use the "
+            "library on it"
+        )
+    kinds = {name: _RUN_SCHEMA[name] for name in _RUN_SCHEMA.keys() & run.keys()}
+    check_schema(run, kinds, f"{folder / CONFIG}: run")
+    settings = run["settings"]
+    hints = get_type_hints(TrainSettings)
+    newer = settings.keys() - hints.keys()
+    if newer:
+        raise InputError(
+            f"expected the settings of `pyro-vae train` in {folder}, got {min(newer)[:80]!r} among "
+            "them: it was changed, or written by a newer pyro_vae"
+        )
+    kinds = {name: hints[name] | (int if hints[name] is float else hints[name]) for name in settings}
+    check_schema(settings, kinds, f"{folder / CONFIG}: settings")
+    # An earlier version knew no other way than the data as they come.
+    return run, TrainSettings(**{"standardize": False, **settings})
+
+
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
     """Load a run's VAE, its settings, and the values shown as white and as black."""
     check_single(run)
-    config = read_config(run)
+    read_config(run)
     if not (run / WEIGHTS).exists():
         raise InputError(
             f"expected a finished run, {run} has no weights yet: go on with it by `pyro-vae train "
             f"--resume {shlex.quote(str(run))}`"
         )
-    vae = runs.load(run, device=str(device))
-    try:
-        low, high = config["run"]["limits"]
-        settings = TrainSettings(**config["run"]["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"expected the settings of `pyro-vae train` in {run}, got a folder by pv.save: use the "
-            "library on it"
-        ) from error
+    vae, (record, settings) = runs.load(run, device=str(device)), read_run(run)
+    low, high = record["limits"]
     return vae, replace(settings, download=False), (low, high)  # that was leave to train, not to look
 
 
@@ -122,7 +174,7 @@ def describe_origin() -> dict[str, Any]:
 
 def check_picture(path: Path) -> Path:
     """Return the file to write a picture to; refuse another kind, or one that can't be written."""
-    path = path.expanduser()
+    path = expand_path(path, kind="picture")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"expected a picture file .png, .svg or .pdf, got {path.name!r}")
     if path.is_dir():
@@ -136,16 +188,17 @@ def check_new_folder(folder: Path) -> None:
     check_free(folder)
     if has_files(folder):
         raise InputError(f"expected a new or empty folder, {folder} has files in it: choose another")
-    check_writable(folder / CONFIG)
+    # The longest of the paths below it.
+    check_writable(folder / CHECKPOINTS / "step-0000000000.safetensors")
 
 
 def check_writable(path: Path) -> None:
     """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
-    reason = 0
-    if not folder.is_dir():
-        reason = errno.ENOTDIR
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = errno.EACCES
-    if reason:
-        refuse_to_write(path, OSError(reason, os.strerror(reason)))
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path.absolute().with_name(PART + path.name))  # a name may be too long for it
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        refuse_to_write(path, error)

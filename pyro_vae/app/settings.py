@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
 from pyro_vae.app import names
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
+from pyro_vae.app.options import check_values
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, available_memory, check_room
 from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
+from pyro_vae.runs.description import Bounded
 from pyro_vae.vae import VAE
+
+# A weight, its gradient and its two moments.
+_BYTES_PER_WEIGHT = 16
 
 # --- what a VAE is made of -------------------------------------------------------------------
 
@@ -31,6 +36,11 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
         if len(part):
             vae.check_data(part)
     start_vae(vae, settings, dataset.train)
+    # What the layers give, for the gradient once more.
+    widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))
+    particles = settings.num_particles or _default_particles(settings.objective)
+    batch = min(settings.batch_size, len(dataset.train)) * particles
+    check_room("training steps", 8 * batch * widths, "lower batch_size, num_particles or the widths")
     return vae
 
 
@@ -43,26 +53,21 @@ def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
 
 def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
     """Put the VAE that the settings name together, its weights drawn from the global random state."""
-    check_choice("prior", settings.prior, names.PRIORS)
-    check_choice("likelihood", settings.likelihood, names.LIKELIHOODS)
-    check_choice("guide", settings.guide, names.FAMILIES)
-    check_choice("activation", settings.activation, names.ACTIVATIONS)
     hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
     how = {"activation": settings.activation}
     options = _likelihood_options(settings, data_shape)
     codes = latent_dim - (options.get("size_factor") == "learned")
-    try:
+    refusal = (
+        f"expected networks that fit in memory, got hidden widths {settings.hidden[:80]} and latent "
+        f"dimension {latent_dim}: make them smaller"
+    )
+    with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
         encoder = networks.MLPEncoder(data_shape, hidden, **how)
         decoder = networks.MLPDecoder(codes, hidden[::-1], **how)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
-    except RuntimeError as error:  # torch's word for memory that is not there
-        raise InputError(
-            f"expected networks that fit in memory, got hidden widths {settings.hidden} and latent "
-            f"dimension {latent_dim}: make them smaller"
-        ) from error
 
 
 def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -72,7 +77,6 @@ def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) ->
     if settings.likelihood in names.LEVELS:
         options[names.LEVELS[settings.likelihood]] = settings.levels or 256
     if settings.likelihood in names.COUNTS and settings.size_factor is not None:
-        check_choice("size factor", settings.size_factor, ("learned",))
         options["size_factor"] = settings.size_factor
     return options
 
@@ -135,11 +139,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
 
     What is returned tells the data's binarisation, and where they are found from any other folder.
     """
-    if settings.binarize is not None:
-        check_choice("binarisation", settings.binarize, datasets.BINARIZATIONS)
-    check_choice("choice of compile", settings.compile, names.COMPILE)
-    check_seed(settings.seed)
-    check_seed(settings.split_seed)
+    check_values(settings)
     FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
     with seeded(settings.seed):
         assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
@@ -199,8 +199,6 @@ def fit_options(settings: TrainSettings) -> dict[str, Any]:
 def _objective_of(settings: TrainSettings) -> Bound:
     """Return the objective that the settings name."""
     name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
-    check_choice("objective", name, names.OBJECTIVES)
-    check_counts({"num_particles": particles})
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
         raise InputError(
@@ -213,36 +211,3 @@ def _objective_of(settings: TrainSettings) -> Bound:
 
 def _default_particles(objective: str) -> int:
     return 5 if objective == "iwae" else 1  # the smaller number of Burda et al. 2016
-
-
-# --- how it is evaluated ---------------------------------------------------------------------
-
-
-def check_evaluation(how: EvaluateSettings) -> None:
-    """Refuse options of an evaluation that are out of range, before anything is read."""
-    check_choice("method", how.method, names.METHODS)
-    counts = ("num_samples", "num_chains", "num_steps", "num_data", "max_annealed")
-    check_counts({name: getattr(how, name) for name in counts})
-    check_seed(how.seed)
-
-
-def check_choice(kind: str, name: str, known: Collection[str]) -> None:
-    """Refuse a name that is not known."""
-    if name not in known:
-        raise unknown_name(kind, name, known)
-
-
-def check_counts(counts: Mapping[str, int | None]) -> None:
-    """Refuse a number below 1, by the name of its option; None is the default."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(
-                f"expected --{name.replace('_', '-')} of at least 1, got {value}: leave it out for "
-                "the default"
-            )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that is not in NumPy's range."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")

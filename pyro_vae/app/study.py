@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
     METRICS,
+    METRICS_SCHEMA,
+    check_new_folder,
     check_same,
     check_writable,
     describe_origin,
@@ -27,10 +28,18 @@ from pyro_vae.app.run import (
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import finite_or_none, write_whole
+from pyro_vae.files import expand_path, finite_or_none, parse_json, serialise, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import FORMAT, RUNS, STUDY, own_file, own_folder, write_json
-from pyro_vae.runs.folder import has_files, locked, new_folder
+from pyro_vae.runs.files import (
+    FORMAT,
+    RUNS,
+    STUDY,
+    check_schema,
+    own_folder,
+    read_json,
+    write_json,
+)
+from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 
 
@@ -48,9 +57,10 @@ class Study:
         Arguments are those of :func:`train_run`; the run's metrics are returned beside the VAE.
         """
         folder = own_folder(own_folder(self.folder, RUNS), name)
-        if own_file(folder, METRICS):
+        metrics = read_json(folder, METRICS)
+        if metrics is not None:
+            check_schema(metrics, METRICS_SCHEMA, METRICS)
             vae = runs.load(folder, device=str(self.device))
-            metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
             how = "finished before"
         else:
             if folder.exists():
@@ -75,7 +85,7 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     A study that ends before its first run is whole leaves nothing behind. What is asked is everything
     that decides its result, as plain values; the settings name data and device of all its runs.
     """
-    device, folder = resolve_device(settings.device), folder.expanduser()
+    device, folder = resolve_device(settings.device), expand_path(folder)
     begun = _check_folder(folder, asked)
     dataset = load_data(settings)
     if begun not in (None, dataset.checksums):
@@ -107,27 +117,15 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
     """Refuse a folder that can't be this study's; return the checksums of one that is begun."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"expected a folder, {folder} is a file: choose another")
-    path = folder / STUDY
-    check_writable(path)
-    if own_file(folder, STUDY) is None:
-        if has_files(folder):
-            raise InputError(
-                f"expected a new folder or one to continue, {folder} has other files in it: choose "
-                "another"
-            )
+    found = read_json(folder, STUDY)
+    if found is None:
+        check_new_folder(folder)
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        begun, checksums = dict(found["asked"]), dict(found["checksums"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"expected a study's settings in {path}, got none that can be read"
-        ) from error
+    check_writable(folder / STUDY)
+    check_schema(found, {"asked": dict, "checksums": dict}, str(folder / STUDY))
+    begun = dict(found["asked"])
     if "standardize" not in begun:  # an earlier version took data as they come
         has_sigma = "gaussian" in f"{begun.get('likelihood')} {begun.get('likelihoods')}"
         begun |= {"standardize": False} if has_sigma else {"standardize": None, "sigma": None}
-    as_read = json.loads(json.dumps(asked))
-    check_same(begun, as_read, folder, "repeat it or choose another folder")
-    return checksums
+    check_same(begun, parse_json(serialise(asked)), folder, "repeat it or choose another folder")
+    return found["checksums"]

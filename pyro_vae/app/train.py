@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from torch import nn
 from pyro_vae import plots
 from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
+from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
     METRICS,
+    Checkpointing,
     check_new_folder,
     check_same,
     check_single,
     describe_origin,
     load_data,
     load_data_of_run,
+    read_run,
 )
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
@@ -34,12 +37,12 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
-from pyro_vae.files import check_in_place, is_regular
+from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
 from pyro_vae.runs.description import describe
-from pyro_vae.runs.files import CHECKPOINTS, CONFIG, own_folder, read_config, write_json
+from pyro_vae.runs.files import CHECKPOINTS, CONFIG, check_schema, own_folder, read_config, write_json
 from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
 from pyro_vae.vae import VAE
@@ -47,14 +50,6 @@ from pyro_vae.vae import VAE
 # The estimate at the end of a training run is a first look: at most so many data and samples.
 _QUICK_DATA, _QUICK_SAMPLES = 1000, 500
 _SEED = 0  # of what is drawn from the trained model
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """When a run writes its state: after so many epochs, and after so many minutes."""
-
-    every: int | None = None
-    minutes: float | None = 1.0
 
 
 def train(
@@ -90,17 +85,17 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
 
     Settings that are given once more must be the run's own.
     """
-    processes, folder = Processes.current(), folder.expanduser()
+    processes, folder = Processes.current(), expand_path(folder)
     check_single(folder)
-    run = read_config(folder)["run"]
-    try:
-        # An earlier version knew no other way than the data as they come.
-        settings = TrainSettings(**{"standardize": False, **run["settings"]})
-        when = Checkpointing(**run["checkpoints"])
-    except (KeyError, TypeError) as error:
+    run, settings = read_run(folder)
+    if run.get("checkpoints") is None:
         raise InputError(
-            f"expected a run of `pyro-vae train` in {folder}, got another folder: check the path"
-        ) from error
+            f"expected a run that `pyro-vae train` began in {folder}, got one of several: repeat the "
+            "command that began them"
+        )
+    kinds: dict[str, Any] = {"every": int | None, "minutes": float | int | None}
+    check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
+    when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
     told = check_settings(replace(settings, **given))
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if _is_finished(folder, processes):
@@ -184,8 +179,7 @@ def train_run(
                 first = (dataset.test[:1].to(device),)
                 model = frozen.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
             result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
-        if begun is not None:
-            check_in_place(folder, begun)
+        if processes.is_first:
             save_weights(vae, folder)
         metrics, estimate = _measure(vae, dataset, result, processes)
         if begun is not None:
@@ -209,7 +203,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
         while output.exists():
             number += 1
             output = Path("runs") / f"{name}-{number}"
-    output = output.expanduser()
+    output = expand_path(output)
     check_new_folder(output)
     return output
 
@@ -308,7 +302,7 @@ def _print_summary(folder: Path, metrics: dict[str, Any]) -> None:
         f"{estimate['standard_error']:.3f} Monte Carlo",
         f"{epochs} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}",
         f"training step: {metrics['compile_choice']}",
-        *(f"warning: {text}" for text in metrics["warnings"]),
+        *(f"warning: {in_options(text)}" for text in metrics["warnings"]),
         f"run folder: {folder}",
     ):
         print_line(line)

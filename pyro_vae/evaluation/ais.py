@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts
+from pyro_vae.errors import InputError, check_counts, check_room
 from pyro_vae.evaluation.estimate import (
     Block,
     LogMarginal,
@@ -54,6 +54,7 @@ class AnnealingOptions:
 
     def __post_init__(self) -> None:
         check_counts(**{n: value for n, value in vars(self).items() if n.startswith("num_")})
+        check_room("temperatures", 32 * self.num_steps, "lower num_steps")
         if self.start not in ("both", "guide", "prior"):
             raise InputError(f"expected start 'both', 'guide' or 'prior', got {self.start!r}")
         if self.schedule not in ("adaptive", "sigmoid", "linear"):
@@ -127,6 +128,9 @@ def anneal(
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
     """Return how many data points may be annealed together for their chains to fit the memory."""
+    if pair.device.type == "cpu":
+        least = 2 * GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
+        check_room("chains", least, "lower num_chains")
     budget = pair.memory(max_memory)
     # And a factor at each of some twenty stops of the pilot.
     sizes = (latent.shape_for(1).numel() for latent in pair.structure.latents.values())

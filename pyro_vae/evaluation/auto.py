@@ -67,29 +67,35 @@ def is_unclear(estimate: LogMarginal) -> Tensor:
     return ~((estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite())
 
 
-def look_again(pair: OpenedPair, estimate: LogMarginal, options: AutoOptions) -> Tensor:
-    """Return which data points are cleared, bool ``(N,)``: by their weights and from the prior."""
+def look_again(
+    pair: OpenedPair, estimate: LogMarginal, options: AutoOptions
+) -> tuple[LogMarginal, Tensor]:
+    """Return which data points are cleared, bool ``(N,)``: by their weights and from the prior.
+
+    The estimate is returned with what the look cost.
+    """
     samples = estimate.num_samples.double()
     cleared = ~is_unclear(estimate)
     rows = cleared.nonzero()[:, 0][: LOOKS * options.max_annealed]
     if len(rows) < pair.num_data and not pair.is_divisible():
         rows = rows[:0]  # it takes all of its data or none
-    found = torch.zeros_like(cleared)
+    found, cost = torch.zeros_like(cleared), estimate.cost.clone()
     if not len(rows):
-        return found
+        return estimate, found
     part = pair.part(rows)
     for block, small in part.blocks(annealing_block_size(part, CHAINS, None)):
         path = AnnealingPath(Particles(small), "prior")
         own = rows[block]
         value, error = (v[own].to(pair.device) for v in (estimate.log_prob, estimate.standard_error))
         pilot = explore(path, options.annealing.num_leapfrog_steps)
+        cost[own] += pilot.tuning.cost
         latents, log_jacobian = path.latents(pilot.position)
         log_weights = pilot.log_joint - path.particles.score_proposal(latents) - log_jacobian
         rare = log_weights - value > (samples[own].to(value) / _VISITS).log()
         doubt = torch.hypot(pilot.evidence.variance.sqrt(), error)
         higher = pilot.evidence.log_prob - value > _DEVIATIONS * doubt
         found[own] = (~rare.any(0) & ~higher).cpu()
-    return found
+    return replace(estimate, cost=cost), found
 
 
 def anneal_uncleared(

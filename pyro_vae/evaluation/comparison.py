@@ -337,20 +337,21 @@ def _anneal_alike(
     settings: _Settings,
 ) -> None:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
-    cleared = []
+    cleared, estimates = [], {}
     for name, pair in pairs.items():
         with pair.evaluating((settings.seed + 2) % 2**32):
             if why_not_annealed(pair) is not None:
                 return
-            cleared.append(look_again(pair, runs[name][0].estimate, auto))
+            estimates[name], own = look_again(pair, runs[name][0].estimate, auto)
+            cleared.append(own)
     by_all = torch.stack(cleared).all(0)
-    urgent = torch.stack([is_unclear(measured.estimate) for (measured,) in runs.values()]).any(0)
+    urgent = torch.stack([is_unclear(estimate) for estimate in estimates.values()]).any(0)
     for name, pair in pairs.items():
         (measured,) = runs[name]
         with pair.evaluating((settings.seed + 3) % 2**32):
             found = anneal_uncleared(
                 pair,
-                measured.estimate,
+                estimates[name],
                 by_all,
                 auto,
                 urgent=urgent,

@@ -132,7 +132,7 @@ def _check_site(site: str, first: str, wanted: Observed, name: str, got: Observe
         )
 
 
-def _observe(site: Site, plate: str) -> Observed:
+def _observe(site: Site, plate: str | None) -> Observed:
     values = site["value"].detach().movedim(value_axis(site, plate), 0)
     return Observed(likelihood_kind(site), values.double().cpu())
 

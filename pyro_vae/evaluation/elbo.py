@@ -145,7 +145,7 @@ class Moments:
         return torch.where(self.sum.isfinite(), error, math.inf)
 
 
-def _exact_kl(traces: TracePair, plate: str) -> Tensor | None:
+def _exact_kl(traces: TracePair, plate: str | None) -> Tensor | None:
     """Return KL(q || p(z)) per datum where it has a closed form, else None.
 
     Only for a pair with one latent: with several, the prior of one depends on draws of another.

@@ -447,6 +447,26 @@ def pointwise_densities(
     return arviz.ELPDData(**numbers, **kind, elpd_i=per_datum["elpd"])
 
 
+def rank_normalized_r_hat(values: Tensor) -> Tensor:
+    """Return the largest of ArviZ's rank-normalised R-hats of ``(C, T, N, Q)`` over Q, ``(N,)``.
+
+    A number that is constant says nothing; infinite where each chain has a constant of its own.
+    """
+    import arviz
+    import numpy as np
+    import xarray
+
+    if values.shape[0] < 2 or values.shape[1] < 4:
+        return torch.full(values.shape[2:3], math.nan, dtype=torch.float64)
+    numbers = xarray.DataArray(values.numpy(), dims=("chain", "draw", "data", "number"), name="x")
+    with np.errstate(all="ignore"):  # constants
+        found = torch.as_tensor(arviz.rhat(numbers.to_dataset())["x"].values)
+    stuck = (values == values[:, :1]).all(1).all(0) & (values[:, 0] != values[0, 0]).any(0)
+    known = torch.where(stuck, math.inf, found)
+    largest = known.nan_to_num(nan=-math.inf, posinf=math.inf).amax(1)
+    return torch.where(known.isnan().all(1), math.nan, largest)
+
+
 def calibration_groups(ranks: dict[str, Tensor]) -> Any:
     """Return normalised ranks ``(M, D)`` by site in ArviZ's group for calibration, ``prior_sbc``."""
     import xarray

@@ -92,6 +92,10 @@ class AnnealingPath:
         model_sites, guide_sites = self._stable_sites()
         if start in ("guide", "both"):
             check_density_known(guide_sites.values(), 'use start="prior"')
+        if not model_sites:
+            raise InputError(
+                "expected a latent to anneal, got none that isn't summed out: use method='importance'"
+            )
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
@@ -100,7 +104,9 @@ class AnnealingPath:
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}  # of one datum
         self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any] | None] = {}
-        shown = self.position({name: site["value"][None] for name, site in model_sites.items()})
+        shown = self.position(
+            {n: particles.with_axis(n, site["value"][None]) for n, site in model_sites.items()}
+        )
         self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
 
     def leave_from(self, start: str | MixtureSameFamily) -> AnnealingPath:
@@ -210,10 +216,11 @@ class AnnealingPath:
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair; at the first time a few times, to refuse latents that change."""
-        knowledge = self.particles.pair.knowledge
+        knowledge, summed = self.particles.pair.knowledge, self.particles.pair.structure.summed
         runs = (self.particles.traces() for _ in range(1 if knowledge.is_stable else _STRUCTURE_RUNS))
         shown, *others = (
-            [{site["name"]: site for site in latent_sites(trace)} for trace in run] for run in runs
+            [{s["name"]: s for s in latent_sites(trace) if s["name"] not in summed} for trace in run]
+            for run in runs
         )
         for first, other in (both for run in others for both in zip(shown, run, strict=True)):
             changed = sorted(set(first) ^ set(other)) or sorted(

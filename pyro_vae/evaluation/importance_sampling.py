@@ -34,6 +34,7 @@ from pyro_vae.evaluation.estimate import (
 )
 from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.infer.settings import check_callables
+from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
 from pyro_vae.pair.precision import check_precision, compute_in, multiply_in
@@ -95,7 +96,7 @@ def log_marginal(
     keep_draws: int | None = None,
     compile: bool | None = None,
     precision: str = "float32",
-    plate: str = "data",
+    plate: str | None = "data",
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     running_mean: Callable[[float], None] | None = None,
@@ -137,7 +138,9 @@ def log_marginal(
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
         precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
             ``bfloat16`` the estimate is that of networks so rounded.
-        plate: name of the data plate.
+        plate: name of the data plate. None: the whole data set is one datum (see
+            :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
+            one weight, shared and local ones alike: with many local ones it takes annealing.
         seed: seed of the draws; the generators' state is restored afterwards. None draws from the
             global state.
         progress: called with (data done, N) as the work goes on.
@@ -178,7 +181,7 @@ def log_marginal(
     check_optional_counts(max_memory=max_memory)
     check_optional_counts(keep_draws=keep_draws, least=0)
     check_callables(progress=progress, running_mean=running_mean)
-    pair = open_pair(model, guide, x, plate=plate)
+    pair = open_pair(model, guide, x, plate=plate, serves=Serves.WHOLE | Serves.SUMMED)
     report = Report(pair.num_data, progress, running_mean)
     check_precision(precision)
     with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
@@ -208,7 +211,7 @@ def estimate_log_prob(
         if reason is not None:
             warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
             return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
-        cleared = look_again(pair, first, options)
+        first, cleared = look_again(pair, first, options)
         return anneal_uncleared(
             pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory
         )

@@ -15,6 +15,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vae.errors import InputError
+from pyro_vae.pair.enumeration import is_enumerated, sum_out
 from pyro_vae.pair.sites import TracePair, plate_scale
 
 
@@ -48,12 +49,17 @@ class Bound(ELBO):
     The loss is the negative bound on log p(x): plates' subsampling scales it, beta does not.
     :class:`TraceBound` alone keeps beta in its loss, as Pyro's ``Trace_ELBO`` does.
 
+    Attributes:
+        sums_out: whether it sums over what the model enumerates and the guide does not draw.
+
     Args:
         num_particles: draws per datum.
         max_plate_nesting: as in Pyro's ``ELBO``.
         vectorize_particles: draw the particles in one outer plate instead of one after the other.
         options: the other options of Pyro's ``ELBO``.
     """
+
+    sums_out = False
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion.
@@ -165,24 +171,35 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
     """Return rate and distortion of an ELBO's traces, ``(2,)``, sums over the full plates.
 
     Beta is taken out, masks and the scales of plates that subsample are kept, so minus their sum
-    estimates the ELBO of all the data points whatever was optimised. NaN for an ELBO that sums over
-    enumerated values, whose traces hold no single draw.
+    estimates the ELBO of all the data points whatever was optimised. What the model enumerates alone
+    is summed out of both. NaN for an ELBO that sums over enumerated values of the guide, whose traces
+    hold no single draw.
     """
-    sites = [
-        (site, trace is guide_trace)
-        for model_trace, guide_trace in traces
-        for trace in (model_trace, guide_trace)
-        for _, site in _samples(trace)
-        if not site_is_subsample(site)
-    ]
-    if any(site["infer"].get("_enumerate_dim") is not None for site, _ in sites):
-        return torch.full((2,), torch.nan, device=sites[0][0]["value"].device)
     terms: list[list[Tensor]] = [[], []]
-    for site, of_guide in sites:
-        log_prob = wide(site["unscaled_log_prob"].detach())
-        total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
-        terms[site["is_observed"] and not of_guide].append(total if of_guide else -total)
+    for model_trace, guide_trace in traces:
+        for trace in (model_trace, guide_trace):
+            of_guide = trace is guide_trace
+            sites = [site for _, site in _samples(trace) if not site_is_subsample(site)]
+            if any(is_enumerated(site) for site in sites):
+                if of_guide or any(is_enumerated(site) for _, site in _samples(guide_trace)):
+                    return torch.full((2,), torch.nan, device=sites[0]["value"].device)
+                for term, value in zip(terms, _summed_terms(trace, sites), strict=True):
+                    term.append(value)
+                continue
+            for site in sites:
+                log_prob = wide(site["unscaled_log_prob"].detach())
+                total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
+                terms[site["is_observed"] and not of_guide].append(total if of_guide else -total)
     return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+
+
+def _summed_terms(trace: Any, sites: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return minus log p(z) and minus log p(x|z) of a model trace, enumerated latents summed out."""
+    prior, joint = (
+        torch.stack([plate_scale(site) * term.sum() for site, term in sum_out(trace, some)]).sum()
+        for some in ([site for site in sites if not site["is_observed"]], sites)
+    )
+    return -prior.detach(), (prior - joint).detach()
 
 
 def particle_options(objective: ELBO) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, is_regular, write_whole
+from pyro_vae.files import UNREADABLE, checksum_of, is_regular, parse_json, write_whole
 
 _FORMAT = 1
 _ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not is_regular(path):
             raise _DamagedError("it is no file of its own")
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_ENTRY])
+            content = parse_json((file.metadata() or {})[_ENTRY], finite=False)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if type(content["format"]) is int and content["format"] > _FORMAT:
             raise InputError(

@@ -10,9 +10,10 @@ import numpy as np
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import PairFunction, evaluation_mode, owned_modules, seeded
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import draw_traces, innermost, latent_sites
+from pyro_vae.pair.sites import draw_traces, innermost, is_inside, latent_sites, value_axis
 from pyro_vae.scale import describe_scale
 
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
@@ -36,8 +37,7 @@ def diagnose(
     model: PairFunction,
     guide: PairFunction,
     batch: Inputs,
-    *,
-    warmup_epochs: int,
+    settings: FitSettings,
 ) -> tuple[str, ...]:
     """Name what went wrong by the metrics per epoch, one line each, with what to try."""
     if not rows:
@@ -45,7 +45,7 @@ def diagnose(
     with seeded(0), evaluation_mode(model, guide):
         model_trace, guide_trace = draw_traces(model, guide, batch)
     found = (
-        _collapse(rows, guide_trace, len(batch[0]), warmup_epochs),
+        _collapse(rows, guide_trace, settings),
         _explosion(rows),
         _runaway_sigma(rows, model_trace),
     )
@@ -68,11 +68,13 @@ def _standardizers(model: PairFunction) -> list[Any]:
 
 
 def _collapse(
-    rows: Sequence[Mapping[str, float]], guide_trace: Trace, num_data: int, warmup_epochs: int
+    rows: Sequence[Mapping[str, float]], guide_trace: Trace, settings: FitSettings
 ) -> str | None:
-    after = rows[warmup_epochs:]
+    after = rows[settings.warmup_epochs :]
     rate = float(np.mean([row["train_rate"] for row in after[-_AVERAGED:]])) if after else math.nan
-    units = sum(site["value"].numel() for site in latent_sites(guide_trace)) // num_data
+    inside = [site for site in latent_sites(guide_trace) if is_inside(site, settings.plate)]
+    shapes = [(s["value"].shape, value_axis(s, settings.plate)) for s in inside]
+    units = sum(shape.numel() // shape[axis] for shape, axis in shapes)
     # Written so that a rate that is not a number says nothing.
     if not units or not abs(rate) < _CODES_NOTHING * units:
         return None

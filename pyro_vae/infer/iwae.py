@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vae.beta import unscaled_function
 from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
+from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.sites import Latents
 from pyro_vae.pair.state import Remembered
@@ -51,7 +52,7 @@ class IWAE(Bound):
     Args:
         num_particles: draws per datum, K.
         gradient: ``"doubly-reparameterized"`` or ``"plain"``.
-        plate: name of the data plate.
+        plate: name of the data plate; None: the whole data set is one datum.
 
     Raises:
         InputError: options out of range; at the first use, a pair without a weight per datum (a site
@@ -70,8 +71,10 @@ class IWAE(Bound):
         >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
+    sums_out = True
+
     def __init__(
-        self, num_particles: int, gradient: str = "doubly-reparameterized", *, plate: str = "data"
+        self, num_particles: int, gradient: str = _GRADIENTS[0], *, plate: str | None = "data"
     ) -> None:
         num_particles = whole_number("num_particles", num_particles, least=1)
         if gradient not in _GRADIENTS:
@@ -111,7 +114,10 @@ class IWAE(Bound):
         functions = unscaled_function(model), unscaled_function(guide)
         known = self._known.get(*functions)
         knowledge = Knowledge() if known is None else known
-        pair = OpenedPair(model, guide, args, kwargs, plate=self.plate, knowledge=knowledge)
+        serves = Serves.WHOLE | Serves.SUMMED
+        pair = OpenedPair(
+            model, guide, args, kwargs, plate=self.plate, serves=serves, knowledge=knowledge
+        )
         if known is not None:
             return pair
         refuse_handler(guide)

@@ -49,7 +49,7 @@ class FitSettings:
     on_nonfinite: str = "stop"
     nonfinite_limit: int = 20
     seed: int | None = None
-    plate: str = "data"
+    plate: str | None = "data"
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {

@@ -37,6 +37,7 @@ class StockBound(Bound):
     def __init__(self, objective: ELBO) -> None:
         super().__init__(num_particles=objective.num_particles)
         self.objective = objective
+        self.sums_out = isinstance(objective, infer.TraceEnum_ELBO)
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,13 @@ from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
 from pyro_vae.infer.diagnosis import unscaled
 from pyro_vae.infer.settings import FitSettings
+from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.updates import Updates
 from pyro_vae.pair.functions import PairFunction, has_batch_norm, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.precision import multiply_in
+from pyro_vae.pair.sites import SharedTerms
 from pyro_vae.pair.state import accumulating_leaves
 
 # What a step leaves behind, one number each.
@@ -48,7 +50,7 @@ class NotFiniteError(InputError):
 class DataPlate(Messenger):
     """Notes how many data points the data plate stands for: without one, the rows of a batch."""
 
-    def __init__(self, plate: str, num_rows: int) -> None:
+    def __init__(self, plate: str | None, num_rows: int) -> None:
         super().__init__()
         self.plate, self.full_size = plate, num_rows
 
@@ -63,6 +65,10 @@ class TrainingObjective:
     """A bound's mean per data point of a batch, as one training step needs it.
 
     Where a batch is one process's share of it, its gradients are clipped only as a whole.
+
+    Attributes:
+        shared_by: data points whose batches share what stands outside the data plate, to count once
+            in all; None where nothing does, or the plate says for how many data points it stands.
     """
 
     bound: Bound
@@ -70,6 +76,7 @@ class TrainingObjective:
     _: KW_ONLY
     transform: Transform | None = None
     is_share: bool = False
+    shared_by: int | None = None
 
     def transform_batch(self, batch: Inputs) -> Inputs:
         """Return what the pair is given for a batch."""
@@ -77,17 +84,19 @@ class TrainingObjective:
 
     def terms(self, model: PairFunction, guide: PairFunction, batch: Inputs) -> BoundTerms:
         """Return loss, rate and distortion summed over the batch; the surrogate is a mean."""
-        data = DataPlate(self.settings.plate, len(batch[0]))
+        plate = self.settings.plate
+        rows = 1 if plate is None else len(batch[0])
+        data, outside = DataPlate(plate, rows), SharedTerms(plate, rows / (self.shared_by or rows))
         validates = poutine.is_validation_enabled()
         # Pyro's warnings of NaN wait for the device; what is not finite is flagged by ``finish``.
         poutine.enable_validation(validates and batch[0].device.type == "cpu")
         try:
-            with data, multiply_in(self.settings.precision):
+            with data, outside, multiply_in(self.settings.precision):
                 loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
         finally:
             poutine.enable_validation(validates)
         number = data.full_size
-        share = len(batch[0]) / number
+        share = rows / number
         return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
 
     def finish(
@@ -124,6 +133,7 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.guide, self.train = pair.model, pair.guide, pair.inputs
+        self.pair, self.num_data = pair, pair.num_data
         self.objective, self.settings, self.device = objective, settings, device
         self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
         self.batch_sizes = _batch_sizes(pair, settings)
@@ -132,6 +142,7 @@ class Trainer:
         self.updates = Updates(settings, settings.epochs * steps_per_epoch)
         self.shown: Inputs = ()
         self.count = self.skipped = 0
+        self.shares = False  # whether sites stand outside the data plate; seen at the first step
         self._store_size = -1
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
         self._epoch: _Epoch | None = None
@@ -153,7 +164,7 @@ class Trainer:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
             rows = own if len(own) else index[:1]
-            batch = tuple(move(value[rows], self.device) for value in self.train)
+            batch = self._take(rows)
             summary = self._step(batch, len(own) / len(index))
             epoch.summaries[epoch.taken].copy_(summary)
             epoch.taken += 1
@@ -174,6 +185,11 @@ class Trainer:
             "data_per_second": int(sizes.sum()) / seconds,
         }
 
+    def _take(self, rows: slice | Tensor) -> Inputs:
+        """Return some data points on the device; where all are one datum, that."""
+        some = self.train if self.pair.plate is None else [value[rows] for value in self.train]
+        return tuple(move(value, self.device) for value in some)
+
     def metrics_of(self, summary: Tensor, num_data: int) -> dict[str, float]:
         """Return the metrics of a step on so many data points, one that was left out included."""
         values = summary.detach().clone()
@@ -183,8 +199,8 @@ class Trainer:
         return means | {"beta": self.beta.current, "learning_rate": float(self.updates.learning_rate)}
 
     def _begin_epoch(self, number: int) -> _Epoch:
-        size = len(self.train[0])
         # On the device wherever the data are: a seed gives the same order.
+        size = self.num_data
         order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
         self.processes.take_first([order])
         shape = len(self.batch_sizes), len(SUMMARY)
@@ -287,14 +303,23 @@ class Trainer:
     def _inspect(self, batch: Inputs) -> None:
         """Check the pair and what its transform returns, and learn its parameters."""
         self.shown = batch
-        known = Knowledge(whole=len(self.train[0]))
-        pair = OpenedPair(self.model, self.guide, batch, plate=self.settings.plate, knowledge=known)
+        pair = replace(self.pair, arguments=batch, knowledge=Knowledge(whole=self.num_data))
         if self.objective.transform is not None:  # data that stay as they are were checked whole
             self.processes.check_together(lambda: _check_transformed(pair))
         # Every device is named, for torch warns of several that are not.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), poutine.trace(param_only=True) as seen:
-            pair.inspect(pair.num_data, may_subsample=True)
+            structure = pair.inspect(pair.num_data, may_subsample=True)
+        weighed = self.settings.beta != 1 or self.settings.warmup_epochs
+        if structure.summed and weighed and isinstance(self.objective.bound, StockBound):
+            raise InputError(
+                f"expected beta 1 and no warm-up where {min(structure.summed)!r} is summed out, got "
+                f"beta {self.settings.beta:g} and {self.settings.warmup_epochs} epochs: one weight "
+                "goes through the whole sum; leave them out, or use IWAE"
+            )
+        self.shares = structure.shares and pair.plate is not None
+        if self.shares and structure.full_size == pair.num_data:
+            self.objective.shared_by = self.num_data
         self._learn(_parameters_of(seen.trace))
 
     def _learn(self, found: dict[str, Tensor]) -> None:
@@ -356,8 +381,8 @@ class Trainer:
             summaries = state["own"]["summaries"].to(self.device)
             self._epoch = _Epoch(**position, summaries=summaries)
         if self.updates.optimizer is None:
-            first = (value[: self.settings.batch_size].to(self.device) for value in self.train)
-            self._inspect(self.objective.transform_batch(tuple(first)))
+            first = self._take(slice(self.settings.batch_size))
+            self._inspect(self.objective.transform_batch(first))
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self.updates.leaves]
         if kept != own or self.updates.optimizer is None:

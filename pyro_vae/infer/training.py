@@ -31,7 +31,8 @@ from pyro_vae.infer.settings import (
 )
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
-from pyro_vae.infer.validation import EarlyStopping, validate
+from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
+from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction, place_pair
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
@@ -43,6 +44,7 @@ HISTORY = (
     "train_rate",
     "train_distortion",
     "train_bound",
+    "global_rate",
     "validation_elbo",
     "validation_rate",
     "validation_distortion",
@@ -63,12 +65,15 @@ class FitResult:
             ``validation_rate``, ``validation_distortion`` (NaN without validation data). The ELBO is
             minus rate minus distortion whatever the beta and the objective; ``train_bound`` is minus
             the objective's own loss (with beta in it under ``Trace_ELBO``). Under
-            ``TraceEnum_ELBO``, which sums over discrete values, there is no draw to split:
-            ``train_elbo``, ``train_rate`` and ``train_distortion`` are NaN, and ``train_bound`` has
-            the pair's own scales in it too. ``beta`` is that of the coming step;
-            ``gradient_norm`` the mean over the steps of the norm of the gradient of the mean loss
-            per datum, before clipping; ``seconds`` those of the training steps, a compilation
-            included; ``data_per_second`` the training data over them.
+            ``TraceEnum_ELBO`` what the model alone enumerates is summed out of both; where the guide
+            enumerates there is no draw to split: ``train_elbo``, ``train_rate`` and
+            ``train_distortion`` are NaN, and ``train_bound`` has the pair's own scales in it too.
+            ``global_rate`` is that of the latents outside the data plate, of which ``train_rate``
+            has the N-th part: nats for the whole data set, at the epoch's end, in closed form where
+            there is one; NaN where there is none of them, or one joint draw with others. ``beta`` is
+            that of the coming step; ``gradient_norm`` the mean over the steps of the norm of the
+            gradient of the mean loss per datum, before clipping; ``seconds`` those of the training
+            steps, a compilation included; ``data_per_second`` the training data over them.
         best_epoch: epoch (from 1) whose parameters were kept; the last one without early stopping.
         stopped_early: whether the validation ELBO stopped improving, or a callback ended the run,
             before the last epoch.
@@ -127,7 +132,7 @@ def fit(
     transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
     device: str | torch.device = "auto",
     seed: int | None = None,
-    plate: str = "data",
+    plate: str | None = "data",
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     checkpoint_minutes: float | None = 1.0,
@@ -213,7 +218,10 @@ def fit(
             there; plain functions stay where their parameters are.
         seed: seed of everything random in the run; the generators' state is restored afterwards.
             None draws from the global state.
-        plate: name of the data plate.
+        plate: name of the data plate. What stands outside it (topics, weights, hyper-parameters)
+            counts once for the whole data set: B / N of it in a batch of B of N data points, unless
+            the plate itself says for how many data points a batch stands. None: the whole data set
+            is one datum, every step takes all of it, and what is per datum is its total.
         checkpoint: folder for the run's state: parameters, optimiser, schedules, place in the epoch,
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
@@ -319,6 +327,7 @@ def fit(
             row = trainer.run_epoch(epoch, after_step=after_step)
             trainer.updates.swap_averages()
             row |= validate(run.validation, processes)
+            row["global_rate"] = global_rate(trainer)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
@@ -333,9 +342,9 @@ def fit(
         checkpoints.finish()
         trainer.updates.swap_averages()
         best.restore(trainer)
-        found = diagnose(rows, model, guide, trainer.shown, warmup_epochs=settings.warmup_epochs)
+        found = diagnose(rows, model, guide, trainer.shown, settings)
     result = FitResult(
-        history={name: np.array([row[name] for row in rows]) for name in HISTORY},
+        history={name: np.array([row.get(name, math.nan) for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
         stopped_early=len(rows) < settings.epochs,
         device=str(run.device),
@@ -383,8 +392,13 @@ def _open(
             draw, after = data.draw, transform
             transform = draw if after is None else lambda batch: after(draw(batch))
         data = data.train
-    inputs = as_inputs(gather(data, model))
-    held_out = None if validation is None else as_inputs(gather(validation, model))
+    share_rows = settings.plate is not None
+    if not share_rows and processes.are_several:
+        raise InputError("expected one process with plate=None, got several: one datum has no shares")
+    inputs = as_inputs(gather(data, model), share_rows=share_rows)
+    held_out = (
+        None if validation is None else as_inputs(gather(validation, model), share_rows=share_rows)
+    )
     if settings.patience is not None and held_out is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
@@ -392,18 +406,22 @@ def _open(
     if held_out is not None:
         check_data(model, held_out)
     place = place_pair(model, guide, device, inputs[0].device)
-    inputs = tuple(v.detach() for v in as_inputs(inputs, model, guide, are_given=is_given))
-    pair, to_validate = OpenedPair(model, guide, inputs, plate=settings.plate), None
-    if held_out is not None:
-        held_out = as_inputs(held_out, model, guide)
-        to_validate = OpenedPair(model, guide, held_out, plate=settings.plate)
+    inputs = as_inputs(inputs, model, guide, are_given=is_given, share_rows=share_rows)
+    inputs = tuple(value.detach() for value in inputs)
     plain_objective, own_beta = uncompiled(settings.objective)
+    bound = bound_of(plain_objective)
+    serves = Serves.WHOLE | Serves.SHARED
+    serves |= Serves.SUMMED if bound.sums_out else Serves.NOTHING
+    pair = OpenedPair(model, guide, inputs, plate=settings.plate, serves=serves)
+    to_validate = None
+    if held_out is not None:
+        to_validate = pair.on(as_inputs(held_out, model, guide, share_rows=share_rows))
     settings = replace(settings, beta=settings.beta * own_beta)
     if warmup_epochs is None:
         warmup = default_warmup_epochs(settings.epochs, settings.steps_per_epoch(pair.num_data))
         settings = replace(settings, warmup_epochs=warmup)
     objective = TrainingObjective(
-        bound_of(plain_objective), settings, transform=transform, is_share=processes.are_several
+        bound, settings, transform=transform, is_share=processes.are_several
     )
     num_steps = settings.epochs * settings.steps_per_epoch(pair.num_data)
     capture = StepCapture(objective, settings, device=place, num_steps=num_steps)
@@ -419,6 +437,8 @@ def _open(
 def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them."""
     pair = run.pair
+    if pair.plate is None:
+        return False
     if run.objective.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
         return True
     if run.settings.batch_size >= pair.num_data and not processes.are_several:
@@ -429,7 +449,8 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     advice = "in one process" if processes.are_several else "by batch_size=len(x)"
     raise InputError(
         "expected a pair that takes any part of its data in any order, got one that ties something "
-        f"of its own, such as parameters, to each of the {pair.num_data} data points: train it on "
+        "of its own, such as parameters or one joint draw of all latents, to each of the "
+        f"{pair.num_data} data points: train it on "
         f"all of them at once {advice}, or let a network make the parameters from x"
     )
 

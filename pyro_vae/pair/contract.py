@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch.distributions.constraints import _Cat, _Stack
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.distributions.sphere import unit_sphere
 from pyro_vae.errors import InputError
+from pyro_vae.pair.enumeration import summed_sites
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
     Site,
@@ -34,10 +36,23 @@ from pyro_vae.pair.sites import (
 )
 
 
+class Serves(enum.Flag):
+    """What a function takes besides latents of each data point alone, drawn by the guide."""
+
+    NOTHING = 0
+    WHOLE = enum.auto()  # ``plate=None``: the whole data set as one datum
+    SHARED = enum.auto()  # sites outside the data plate
+    SUMMED = enum.auto()  # latents that the model enumerates
+
+
 def check_pair(
-    model_trace: Trace, guide_trace: Trace, plate: str, num_data: int | None = None
+    model_trace: Trace,
+    guide_trace: Trace,
+    plate: str | None,
+    num_data: int | None = None,
+    serves: Serves = Serves.NOTHING,
 ) -> None:
-    """Refuse a traced pair that has no densities per data point.
+    """Refuse a traced pair that has no densities per data point, or is of a kind that is not served.
 
     That is no latent, none observed, functions that are swapped, a latent of one side only, a site
     outside the data plate or without one value there for each of ``num_data`` points (None: as many
@@ -49,14 +64,20 @@ def check_pair(
             f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
             "model before the guide"
         )
-    if not latent_sites(guide_trace):
+    summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
+    if not latent_sites(guide_trace) and not (summed and Serves.SUMMED in serves):
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
-    _check_latents(model_trace, guide_trace)
+    _check_latents(model_trace, guide_trace, summed, Serves.SUMMED in serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
         for site in sample_sites(trace):
-            _check_site(function, site, plate, num_data)
-    if not any(site["is_observed"] for site in sample_sites(model_trace)):
+            # A value that is summed over is one of all the data only where these are one datum.
+            own = serves & ~Serves.SHARED if site["name"] in summed else serves
+            _check_site(function, site, plate, num_data, own)
+    observed_sites = [site for site in sample_sites(model_trace) if site["is_observed"]]
+    if not observed_sites:
         raise nothing_observed()
+    if plate is not None and not any(is_inside(site, plate) for site in observed_sites):
+        raise _outside_plate("model", observed_sites[0], plate, serves)
     for site in sample_sites(guide_trace):
         if site_is_factor(site):
             raise InputError(
@@ -80,16 +101,18 @@ def check_devices(function: str, trace: Trace, device: torch.device) -> None:
                 )
 
 
-def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str) -> str | None:
+def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -> str | None:
     """Return the refusal of what can be trained, but has no weight per data point; None without one.
 
-    That is a subsampling plate inside the data's, a scale of the user's own, or auxiliary sites that
-    do not become latents one to one.
+    That is a site outside the data plate, a subsampling plate inside the data's, a scale of the
+    user's own, or auxiliary sites that do not become latents one to one.
     """
     try:
         _check_auxiliary(model_trace, guide_trace)
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
             for site in sample_sites(trace):
+                if plate is not None and not is_inside(site, plate):
+                    raise _outside_plate(function, site, plate, Serves.WHOLE)
                 _refuse_subsampling(site, plate)
                 _check_scale(function, site)
     except InputError as error:
@@ -107,19 +130,21 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                     raise _outside("model", {**site, "value": whole})
 
 
-def check_rows_inside(function: str, sites: list[Site], plate: str, num_data: int) -> None:
+def check_rows_inside(function: str, sites: list[Site], plate: str | None, num_data: int) -> None:
     """Refuse sites inside the data plate that are of another number of data points."""
     for site in sites:
         if is_inside(site, plate):
             check_rows(function, site, plate, num_data)
 
 
-def check_rows(function: str, site: Site, plate: str, num_data: int) -> None:
+def check_rows(function: str, site: Site, plate: str | None, num_data: int) -> None:
     """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
     _check_size(function, site, plate, site["fn"].batch_shape, num_data)
 
 
-def _check_size(function: str, site: Site, plate: str, shape: torch.Size, num_data: int) -> None:
+def _check_size(
+    function: str, site: Site, plate: str | None, shape: torch.Size, num_data: int
+) -> None:
     dim = data_dim(site, plate)
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
@@ -129,25 +154,33 @@ def _check_size(function: str, site: Site, plate: str, shape: torch.Size, num_da
         )
 
 
-def _check_site(function: str, site: Site, plate: str, num_data: int | None) -> None:
+def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> InputError:
+    kind = "observed site" if site["is_observed"] else "latent"
+    whole = ", or take the whole data set as one datum by plate=None" * (Serves.WHOLE in serves)
+    return InputError(
+        f"expected {kind} {site['name']!r} of the {function} inside the data plate {plate!r}: a site "
+        "that the data share has no weight per datum; move it there, or name your plate by "
+        f"plate={whole}"
+    )
+
+
+def _check_site(
+    function: str, site: Site, plate: str | None, num_data: int | None, serves: Serves
+) -> None:
     """Refuse a site without one log-probability per data point."""
     name = site["name"]
-    frames = [frame for frame in site["cond_indep_stack"] if frame.name == plate]
-    if not frames or not frames[0].vectorized:
-        kind = "observed site" if site["is_observed"] else "latent"
-        raise InputError(
-            f"expected {kind} {name!r} of the {function} inside the data plate "
-            f"{plate!r}: a site that the data share has no weight per datum; move it there, or name "
-            "your plate by plate="
-        )
+    frames = [frame for frame in vectorized_frames(site) if frame.name == plate]
+    if plate is not None and not frames and Serves.SHARED not in serves:
+        raise _outside_plate(function, site, plate, serves)
     try:
         log_prob, takes = site_log_prob(site), _takes(site["fn"], site["value"])
     except ValueError as error:  # of torch's validation
         raise _outside(function, site) from error
     if not takes:
         raise _outside(function, site)
-    wanted = frames[0].size if num_data is None else num_data
-    _check_size(function, site, plate, log_prob.shape, wanted)
+    if frames:
+        wanted = frames[0].size if num_data is None else num_data
+        _check_size(function, site, plate, log_prob.shape, wanted)
     plates = {frame.dim for frame in vectorized_frames(site)}
     stray = [
         dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
@@ -193,12 +226,13 @@ def _check_scale(function: str, site: Site) -> None:
         )
 
 
-def _refuse_subsampling(site: Site, plate: str) -> None:
+def _refuse_subsampling(site: Site, plate: str | None) -> None:
     """Refuse plates inside the data's that subsample."""
     for frame in site["cond_indep_stack"]:
         if frame.name != plate and frame.full_size and frame.full_size > frame.size:
+            where = "one datum" if plate is None else "the data plate"
             raise InputError(
-                f"expected no subsampling inside the data plate, plate {frame.name!r} at site "
+                f"expected no subsampling inside {where}, plate {frame.name!r} at site "
                 f"{site['name']!r} does: the log of a mean of weights can't be subsampled"
             )
 
@@ -209,15 +243,19 @@ def check_latents_match(model_trace: Trace, guide_trace: Trace) -> None:
     _check_auxiliary(model_trace, guide_trace)
 
 
-def _check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+def _check_latents(
+    model_trace: Trace, guide_trace: Trace, summed: Iterable[str] = (), sums_out: bool = False
+) -> None:
     """Refuse latents that only one of model and guide draws, or draws in another shape."""
     in_model = {site["name"] for site in latent_sites(model_trace)}
+    in_model -= set(summed) if sums_out else set()
     guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
     missing = sorted(in_model - set(guide_sites))
     if missing:
+        enumerated = ", for here nothing is summed out" * (missing[0] in set(summed))
         raise InputError(
             f"expected a guide that draws every latent, {missing[0]!r} is missing: "
-            "add pyro.sample for it, or observe it in the model"
+            f"add pyro.sample for it{enumerated}, or observe it in the model"
         )
     surplus = {name: site for name, site in guide_sites.items() if name not in in_model}
     named = sorted(name for name, site in surplus.items() if not site["infer"].get("is_auxiliary"))

@@ -23,13 +23,17 @@ _SHARE_OF_DEVICE = 0.5
 
 
 def as_inputs(
-    x: Tensor | Sequence[Tensor], *functions: PairFunction, are_given: bool = True
+    x: Tensor | Sequence[Tensor],
+    *functions: PairFunction,
+    are_given: bool = True,
+    share_rows: bool = True,
 ) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
     With functions, that is on the device of their parameters and, for floating-point data, in their
     type where they have one; whole numbers too where the model says that its data are numbers, for
     elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
+    ``share_rows``: whether their first dimension counts the data, or they are of any shapes.
     """
     if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
         raise InputError(
@@ -50,9 +54,9 @@ def as_inputs(
     for value in inputs:
         _check_tensor(value)
     lengths = [len(value) if value.dim() else 0 for value in inputs]
-    if len(set(lengths)) != 1:
+    if share_rows and len(set(lengths)) != 1:
         raise InputError(f"expected inputs that share their first dimension, got {lengths}")
-    if lengths[0] == 0:
+    if share_rows and lengths[0] == 0:
         raise InputError("expected at least one datum, got an empty data set")
     if not functions:
         return inputs
@@ -86,7 +90,7 @@ def tile_inputs(inputs: Inputs, count: int) -> Inputs:
 def take_rows(inputs: Inputs, rows: slice | Tensor, device: torch.device) -> Inputs:
     """Return some rows of inputs on a device."""
     rows_at = (rows.to(v.device) if isinstance(rows, Tensor) else rows for v in inputs)
-    return tuple(move(v[at], device) for v, at in zip(inputs, rows_at, strict=True))
+    return tuple(move(v[at] if v.dim() else v, device) for v, at in zip(inputs, rows_at, strict=True))
 
 
 def move(value: Tensor, device: torch.device) -> Tensor:

@@ -18,12 +18,14 @@ from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.pair.contract import (
+    Serves,
     check_devices,
     check_pair,
     check_rest,
     check_rows_inside,
     why_unweighable,
 )
+from pyro_vae.pair.enumeration import enumerate_latents, sum_out, summed_sites
 from pyro_vae.pair.functions import (
     HANDLER_LOCK,
     PairFunction,
@@ -80,25 +82,27 @@ Progress = Callable[[int, int], None]
 class Latent(NamedTuple):
     """What is known of a latent site."""
 
-    axis: int  # the (negative) axis of its value that counts the data
+    axis: int  # the (negative) axis of its value that counts the data; what they share gets one
     shape: torch.Size  # of one draw for the data points that were inspected
+    is_shared: bool  # whether it stands outside the data plate
     family: str  # name of the distribution that the guide draws it from
     is_point_mass: bool  # whether the guide places it by the other sites
     is_reparameterized: bool  # whether its draws carry a gradient
     is_enumerated: bool  # whether Pyro may sum over its values in place of drawing it
 
     @classmethod
-    def of(cls, site: Site, plate: str) -> Latent:
+    def of(cls, site: Site, plate: str | None) -> Latent:
         """Describe a traced site of the guide."""
-        fn = site["fn"]
+        fn, value, is_shared = site["fn"], site["value"], not is_inside(site, plate)
+        value = value[None] if is_shared else value
+        axis = -value.dim() if is_shared else value_axis(site, plate)
         kind = type(fn).__name__, is_delta(fn), bool(fn.has_rsample)
-        is_enumerated = bool(site["infer"].get("enumerate"))
-        return cls(value_axis(site, plate), site["value"].shape, *kind, is_enumerated)
+        return cls(axis, value.shape, is_shared, *kind, bool(site["infer"].get("enumerate")))
 
     def shape_for(self, num_data: int) -> torch.Size:
         """Return the shape of one draw for so many data points."""
         shape = list(self.shape)
-        shape[self.axis] = num_data
+        shape[self.axis] = 1 if self.is_shared else num_data
         return torch.Size(shape)
 
 
@@ -110,6 +114,9 @@ class Structure(NamedTuple):
         nesting: depth of the plates.
         bytes_per_datum, guide_bytes_per_datum: memory that one particle of a data point allocates
             under the model and under the guide, at most.
+        full_size: how many data points the data plate stands for.
+        shares: whether sites stand outside it.
+        summed: the model's latents that are summed out.
         reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
             may take the right side for a few particles by luck.
         precision: relative spacing of the numbers that its densities are computed in, the coarsest.
@@ -121,6 +128,9 @@ class Structure(NamedTuple):
     nesting: int
     bytes_per_datum: int
     guide_bytes_per_datum: int
+    full_size: int
+    shares: bool
+    summed: frozenset[str]
     reads_values: frozenset[str]
     precision: float
     likelihoods: frozenset[str]
@@ -139,19 +149,33 @@ class Knowledge:
 
 
 def open_pair(
-    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    plate: str | None = "data",
+    serves: Serves = Serves.NOTHING,
 ) -> OpenedPair:
     """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
-    inputs = as_inputs(x, model, guide)
+    inputs = as_inputs(x, model, guide, share_rows=plate is not None)
     check_data(model, inputs)
-    return OpenedPair(model, guide, inputs, plate=plate)
+    return OpenedPair(model, guide, inputs, plate=plate, serves=serves)
 
 
 def open_function(
     function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
 ) -> OpenedFunction:
     """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
+    _check_plate(plate, Serves.NOTHING)
     return OpenedFunction(function, as_inputs(x, function), plate)
+
+
+def _check_plate(plate: str | None, serves: Serves) -> None:
+    if plate is None and Serves.WHOLE not in serves:
+        raise InputError(
+            "expected the name of the data plate, got plate=None: what is asked for is of each data "
+            "point, and fit, log_weights and log_marginal alone take all of them as one"
+        )
 
 
 class OpenedFunction(NamedTuple):
@@ -159,7 +183,7 @@ class OpenedFunction(NamedTuple):
 
     function: PairFunction
     inputs: Inputs
-    plate: str
+    plate: str | None
 
     @property
     def num_data(self) -> int:
@@ -196,6 +220,8 @@ class OpenedPair:
 
     Attributes:
         arguments: for all but training tensors that share their first dimension, N.
+        plate: name of the data plate; None: all the data are one datum, which has no parts.
+        serves: what is taken besides latents of each data point alone.
         knowledge: what is known of the pair already.
     """
 
@@ -204,8 +230,12 @@ class OpenedPair:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any] = field(default_factory=dict)
     _: KW_ONLY
-    plate: str = "data"
+    plate: str | None = "data"
+    serves: Serves = Serves.NOTHING
     knowledge: Knowledge = field(default_factory=Knowledge)
+
+    def __post_init__(self) -> None:
+        _check_plate(self.plate, self.serves)
 
     @property
     def inputs(self) -> Inputs:
@@ -215,7 +245,7 @@ class OpenedPair:
     @property
     def num_data(self) -> int:
         """Number of data points, N."""
-        return len(self.arguments[0])
+        return 1 if self.plate is None else len(self.arguments[0])
 
     @property
     def device(self) -> torch.device:
@@ -248,9 +278,19 @@ class OpenedPair:
         with HANDLER_LOCK, seeded(seed), training_mode(self.model, self.guide):
             yield
 
-    def trace(self) -> TracePair:
-        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        return draw_traces(self.model, self.guide, self.arguments, self.keywords)
+    def trace(self, *, sum_out: bool = False) -> TracePair:
+        """Run the guide, then the model on its draws, plainly: (model trace, guide trace).
+
+        ``sum_out``: where the model enumerates latents that no guide draws, it holds all values.
+        """
+        traces = draw_traces(self.model, self.guide, self.arguments, self.keywords)
+        enumerates = sum_out and summed_sites(*traces)
+        return (self._enumerate(traces), traces[1]) if enumerates else traces
+
+    def _enumerate(self, traces: TracePair) -> Trace:
+        drawn = {n: s["value"] for n, s in traces[1].nodes.items() if s["type"] == "sample"}
+        run = poutine.trace(enumerate_latents(self.model, _nesting(traces), drawn))
+        return run.get_trace(*self.arguments, **self.keywords)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -269,6 +309,7 @@ class OpenedPair:
 
     def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
+        rows = slice(None) if self.plate is None else rows
         return replace(self, arguments=take_rows(self.inputs, rows, self.device))
 
     def with_guide(self, guide: PairFunction) -> OpenedPair:
@@ -381,18 +422,27 @@ class OpenedPair:
                 check_rows_inside("model", sample_sites(alone), self.plate, num_data)
             raise
         check_devices("model", model_trace, self.device)
-        check_pair(model_trace, guide_trace, self.plate, num_data)
+        check_pair(model_trace, guide_trace, self.plate, num_data, self.serves)
         check_rest(model_trace, self.arguments, rest or self.arguments)
         latents = latent_sites(guide_trace)
         sites = sample_sites(guide_trace) + sample_sites(model_trace)
         frames = [frame for site in sites for frame in vectorized_frames(site)]
-        rows = max(1, next(frame.size for frame in frames if frame.name == self.plate))
+        own = next((frame for frame in frames if frame.name == self.plate), None)
+        rows = 1 if own is None else max(1, own.size)
+        summed = frozenset(site["name"] for site in summed_sites(model_trace, guide_trace))
+        if summed:
+            with RunObserver() as in_model:
+                trace = self._enumerate((model_trace, guide_trace))
+                sum_out(trace, sample_sites(trace))
         observers = {"guide": in_guide, "model": in_model}
         return Structure(
             latents={site["name"]: Latent.of(site, self.plate) for site in latents},
-            nesting=max(-frame.dim for frame in frames),
+            nesting=_nesting((model_trace, guide_trace)),
             bytes_per_datum=max(1, in_model.bytes // rows),
             guide_bytes_per_datum=max(1, in_guide.bytes // rows),
+            full_size=rows if own is None else own.full_size or rows,
+            shares=any(not is_inside(site, self.plate) for site in sites),
+            summed=summed,
             reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
             precision=max(torch.finfo(site_log_prob(site).dtype).eps for site in sites),
             likelihoods=_likelihood_kinds(model_trace),
@@ -431,6 +481,11 @@ class OpenedPair:
                 # Its parameters are made for the data of its first call: these are all of them.
                 self.guide(*self.arguments, **self.keywords)
             yield
+
+
+def _nesting(traces: TracePair) -> int:
+    sites = [site for trace in traces for site in sample_sites(trace)]
+    return max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=0)
 
 
 def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
@@ -508,14 +563,20 @@ def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
     """Compare the densities of some rows of the first data points with those of all of these."""
     whole, others = pair.part(slice(count)), pair.part(rows)
     rows = rows.to(pair.device)
-    guide_trace = whole.alone(pair.guide).trace()
-    sites = [site for site in latent_sites(guide_trace) if is_inside(site, pair.plate)]
-    axes = {site["name"]: value_axis(site, pair.plate) for site in sites}
+    traces = _trace_given(whole, {})
+    sites = latent_sites(traces[1]) + summed_sites(*traces)
+    inside = [site for site in sites if is_inside(site, pair.plate)]
+    axes = {site["name"]: value_axis(site, pair.plate) for site in inside}
     # A point mass follows from the other sites.
-    random = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
-    expected = _densities(whole, random)
+    drawn = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
+    random = {name: value for name, value in drawn.items() if name in axes}
+    shared = {name: value for name, value in drawn.items() if name not in axes}
+    expected = _densities(whole, traces)
     shown = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in random.items()}
-    found = _densities(others, shown)
+    found = _densities(others, _trace_given(others, shared | shown))
+
+    def again(latents: Latents) -> tuple[Tensor, ...]:
+        return _densities(whole, _trace_given(whole, latents))
 
     def plain(latents: Latents) -> tuple[Tensor, ...]:
         filled = {}
@@ -523,21 +584,26 @@ def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
             values = random[name].movedim(axes[name], 0).clone()
             values[rows] = value.movedim(axes[name], 0)
             filled[name] = values.movedim(0, axes[name])
-        return tuple(term[rows] for term in _densities(whole, filled))
+        return tuple(term[rows] for term in again(shared | filled))
 
     if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
         return False
     # What is drawn outside the sites (noise on the data) says nothing about a data point's place.
-    return agree(found, plain, shown) or not all_close(_densities(whole, random), expected)
+    return agree(found, plain, shown) or not all_close(again(drawn), expected)
 
 
-def _densities(pair: OpenedPair, latents: Latents) -> tuple[Tensor, ...]:
-    """Return log q, log p(x|z) and log p(z) of given latents per data point, each ``(N,)``."""
+def _trace_given(pair: OpenedPair, latents: Latents) -> TracePair:
+    """Run the guide with the latents that are given, and the model with all of them."""
     with Given(latents):
         guide_trace = pair.alone(pair.guide).trace()
     drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-    with Given(drawn):
-        model_trace = pair.alone(pair.model).trace()
+    with Given(latents | drawn):
+        return pair.alone(pair.model).trace(), guide_trace
+
+
+def _densities(pair: OpenedPair, traces: TracePair) -> tuple[Tensor, ...]:
+    """Return log q, log p(x|z) and log p(z) of traced latents per data point, each ``(N,)``."""
+    model_trace, guide_trace = traces
     sites = sample_sites(model_trace)
     groups = (
         sample_sites(guide_trace),

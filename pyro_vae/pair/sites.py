@@ -35,6 +35,29 @@ class Given(Messenger):
             message["done"] = True
 
 
+_SHARE = "pyro_vae_share_of_data"
+
+
+class SharedTerms(Messenger):
+    """Let a batch count its share of what stands outside the data plate: once per data set in all."""
+
+    def __init__(self, plate: str | None, share: float) -> None:
+        super().__init__()
+        self.plate, self.share = plate, share
+
+    def _pyro_sample(self, message: Any) -> None:
+        if self.share != 1 and not (site_is_subsample(message) or is_inside(message, self.plate)):
+            message["scale"] = message["scale"] * self.share
+            message["infer"] = {**message["infer"], _SHARE: self.share}
+
+
+def share_terms(trace: Trace, plate: str | None, share: float) -> None:
+    """Mark what a trace has outside the data plate, as :class:`SharedTerms` does while it runs."""
+    for site in sample_sites(trace):
+        if share != 1 and not is_inside(site, plate):
+            site["infer"][_SHARE] = share
+
+
 def sample_sites(trace: Trace) -> list[Site]:
     """Return the sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
     return [
@@ -109,7 +132,7 @@ def sum_to(log_prob: Tensor, kept: tuple[int, ...]) -> Tensor:
     return log_prob.sum(others) if others else log_prob
 
 
-def data_dim(site: Site, plate: str) -> int:
+def data_dim(site: Site, plate: str | None) -> int:
     """Return the (negative) batch dimension of the data plate at a site; refuse one outside it."""
     for frame in vectorized_frames(site):
         if frame.name == plate:
@@ -120,12 +143,12 @@ def data_dim(site: Site, plate: str) -> int:
     )
 
 
-def value_axis(site: Site, plate: str) -> int:
+def value_axis(site: Site, plate: str | None) -> int:
     """Return the (negative) axis of a site's value that counts the data (see :func:`data_dim`)."""
     return int(data_dim(site, plate) - site["fn"].event_dim)
 
 
-def is_inside(site: Site, plate: str) -> bool:
+def is_inside(site: Site, plate: str | None) -> bool:
     """Tell whether a site is inside the data plate."""
     return any(frame.name == plate for frame in vectorized_frames(site))
 
@@ -148,12 +171,13 @@ def draw_traces(
 
 
 def plate_scale(site: dict[str, Any]) -> float:
-    """Return by how much the plates around a site scale it because they subsample."""
+    """Return by how much plates that subsample scale a site, or :class:`SharedTerms` one outside."""
     frames = (frame for frame in site["cond_indep_stack"] if frame.full_size and frame.full_size > 0)
-    return math.prod(frame.full_size / frame.size for frame in frames)
+    share = float(site["infer"].get(_SHARE, 1.0))
+    return share * math.prod(frame.full_size / frame.size for frame in frames)
 
 
-def subsamples(trace: Trace, plate: str) -> bool:
+def subsamples(trace: Trace, plate: str | None) -> bool:
     """Tell whether a plate draws some of its elements, or stands for more than it is given."""
     frames = (frame for site in sample_sites(trace) for frame in vectorized_frames(site))
     known = (frame for frame in frames if frame.name == plate and frame.full_size)
@@ -172,12 +196,12 @@ def innermost(distribution: Any) -> Any:
     return distribution
 
 
-def total(sites: list[Site], plate: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Sum the sites' log-probabilities per datum, ``(N,)``, float64."""
-    terms = [sum_to(site_log_prob(site), (data_dim(site, plate),)) for site in sites]
-    if not terms:
-        return torch.zeros(len(inputs[0]), dtype=torch.float64, device=inputs[0].device)
-    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+def total(sites: list[Site], plate: str | None, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Sum the sites' log-probabilities per datum, ``(N,)``, float64; each has those of none."""
+    kept = [(data_dim(site, plate),) if is_inside(site, plate) else () for site in sites]
+    terms = [sum_to(site_log_prob(site), dims) for site, dims in zip(sites, kept, strict=True)]
+    nothing = torch.zeros(len(inputs[0]), dtype=torch.float64, device=inputs[0].device)
+    return torch.stack(torch.broadcast_tensors(nothing, *terms)).sum(0)
 
 
 # --- agreement up to rounding ---

@@ -58,7 +58,13 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
     """Build a VAE from what :func:`describe` returned, and the caller's own classes by name."""
     parts: dict[str, Any] = {}
     try:
-        with torch.device("cpu"), _Bounded(num_weights) as bound:
+        most = max(_ELEMENTS_AT_LEAST, _PER_WEIGHT * num_weights)
+        refusal = (
+            f"expected settings that fit the weights, {CONFIG} describes networks far larger than "
+            "the weights beside it: the two are not of one run"
+        )
+        largest_size = max(_LARGEST_SIZE, num_weights)
+        with torch.device("cpu"), Bounded(most, refusal, largest_size) as bound:
             for part in _PARTS:
                 parts[part] = _build(config["model"][part], components, parts, bound)
                 if not isinstance(parts[part], nn.Module):
@@ -73,8 +79,8 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
         ) from error
 
 
-class _Bounded(TorchFunctionMode):
-    """Refuse to make more elements than the weights' file can need: settings may ask for any size."""
+class Bounded(TorchFunctionMode):
+    """Refuse, in these words, to make more elements than so many: settings may ask for any size."""
 
     _MAKERS: tuple[Callable[..., Any], ...] = (
         *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint),
@@ -82,10 +88,9 @@ class _Bounded(TorchFunctionMode):
         *(torch.tril_indices, torch.triu_indices),
     )
 
-    def __init__(self, num_weights: int) -> None:
+    def __init__(self, most: int, refusal: str, largest_size: int = 0) -> None:
         super().__init__()
-        self.left = max(_ELEMENTS_AT_LEAST, _PER_WEIGHT * num_weights)
-        self.largest_size = max(_LARGEST_SIZE, num_weights)
+        self.left, self.refusal, self.largest_size = most, refusal, largest_size
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -104,10 +109,7 @@ class _Bounded(TorchFunctionMode):
 
     def _check(self, fits: bool) -> None:
         if not fits:
-            raise InputError(
-                f"expected settings that fit the weights, {CONFIG} describes networks far larger "
-                "than the weights beside it: the two are not of one run"
-            )
+            raise InputError(self.refusal)
 
 
 def _registry() -> dict[str, type[nn.Module]]:
@@ -158,7 +160,7 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
     )
 
 
-def _build(description: Any, components: Components, parts: dict[str, Any], bound: _Bounded) -> Any:
+def _build(description: Any, components: Components, parts: dict[str, Any], bound: Bounded) -> Any:
     """Build what :func:`_describe` described."""
     if isinstance(description, list):
         return tuple(_build(inner, components, parts, bound) for inner in description)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import finite_or_none, write_whole
+from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 
@@ -19,30 +17,52 @@ STUDY, RUNS = "study.json", "runs"
 
 FORMAT = 1
 
-# Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
-_MOST_CONFIG_BYTES = 1 << 26
-
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read a run's settings; refuse what is no JSON object of a known format."""
-    path = own_file(folder, CONFIG)
-    if path is None:
+    config = read_json(folder, CONFIG)
+    if config is None:
         raise InputError(
             f"expected a run folder at {folder}, found no {CONFIG} in it: check the path"
         )
+    _check_format(config, Path(folder) / CONFIG)
+    return config
+
+
+def read_json(folder: str | Path, name: str) -> Any:
+    """Read a file of a run folder as strict JSON; return None where there is none."""
+    path = own_file(folder, name)
+    if path is None:
+        return None
     try:
-        size = path.stat().st_size
-        if size > _MOST_CONFIG_BYTES:
-            raise InputError(
-                f"expected at most {_MOST_CONFIG_BYTES:,} bytes of settings in {path}, got {size:,}"
-            )
-        config = _parse(path.read_text(encoding="utf-8"))
-    except InputError:
-        raise
+        with path.open("rb") as stream:
+            found = parse_json(stream.read(MOST_BYTES + 1).decode())
     except (ValueError, OSError, RecursionError) as error:  # lists in lists without end
         raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
-    _check_format(config, path)
-    return config
+    return {} if found is None else found
+
+
+def check_schema(value: Any, kind: Any, place: str) -> None:
+    """Refuse a JSON value that is not of a kind.
+
+    A kind is a type or a union of types; a dict of kinds by name; a list of one kind for any number
+    of values, or of several for as many.
+    """
+    fits, parts = isinstance(value, type(kind)), []
+    if isinstance(kind, dict):
+        parts = [(name, value.get(name, ...), each) for name, each in kind.items()] if fits else []
+    elif isinstance(kind, list):
+        kinds = kind * len(value) if fits and len(kind) == 1 else kind
+        fits = fits and len(kinds) == len(value)
+        parts = (
+            [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
+        )
+    else:  # True is 1 to Python
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise InputError(f"expected another value as {place}, got {_short(value)}: it was changed")
+    for name, part, each in parts:
+        check_schema(part, each, f"{place}: {name}")
 
 
 def own_file(folder: str | Path, name: str) -> Path | None:
@@ -78,38 +98,7 @@ def _refuse_link(path: Path) -> NoReturn:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
-    text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
-    write_whole(path, text.encode())
-
-
-def _parse(text: str) -> Any:
-    """Read JSON; refuse what Python's reader accepts although it isn't, or what is said twice."""
-
-    def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        if len(members) < len(pairs):
-            raise ValueError("an object with a name twice")
-        return members
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"a number that no float holds ({digits[:20]})")
-        return value
-
-    def whole_number(digits: str) -> int:
-        # No size, seed or count is longer; Python takes ever longer to read such numbers.
-        if len(digits) > 20:
-            raise ValueError(f"a whole number of {len(digits)} digits")
-        return int(digits)
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name}, which JSON has not")
-
-    return json.loads(
-        text, object_pairs_hook=no_twice, parse_float=number, parse_int=whole_number,
-        parse_constant=no_constant,
-    )  # fmt: skip
+    write_whole(path, serialise(content).encode())
 
 
 def _check_format(config: Any, path: Path) -> None:

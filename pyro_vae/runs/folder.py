@@ -38,7 +38,7 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
 
     Raises:
         InputError: what is no VAE, a folder that holds a run, is in use or can't be written, or a
-            component that can't be described. Nothing is left behind.
+            component, settings or weights that :func:`load` would not read. Nothing is left behind.
     """
     if not isinstance(vae, VAE):
         raise InputError(
@@ -46,6 +46,8 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
             "saves any other pair"
         )
     folder = expand_path(folder)
+    if not isinstance(settings, Mapping | None):
+        raise InputError(f"expected settings as a dict, got {type(settings).__name__}")
     check_free(folder)
     with new_run(folder, describe(vae, settings)):
         save_weights(vae, folder)

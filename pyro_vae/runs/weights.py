@@ -24,6 +24,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
+    _check_values(_state(vae))  # or they could not be loaded
     write_weights(folder, describe(vae)["model"], _state(vae))
 
 
@@ -56,16 +57,22 @@ def assign(
 ) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
     check_weights(_state(vae), weights)
+    types = _check_values(weights)
+    check_checksum(model, weights, checksum)
+    for dtype in types:
+        vae.to(dtype)
+    vae.load_state_dict(weights, strict=False)  # the names were checked above
+
+
+def _check_values(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
+    """Refuse numbers that are not finite, or of several floating-point types; return the type."""
     for name, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"expected finite weights, got NaN or infinity in {name}")
     types = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(types) > 1:
         raise InputError(f"expected weights of one floating-point type, got {len(types)}")
-    check_checksum(model, weights, checksum)
-    for dtype in types:
-        vae.to(dtype)
-    vae.load_state_dict(weights, strict=False)  # the names were checked above
+    return types
 
 
 def check_checksum(description: Any, weights: Mapping[str, Tensor], checksum: str | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
 from pyro_vae.evaluation.elbo import Moments
+from pyro_vae.evaluation.estimate import rank_normalized_r_hat
 from pyro_vae.evaluation.simulate import changed_site
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
@@ -39,6 +42,14 @@ _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
 
+# Share of the proposals of latents that are the prior's: a chain far from the guide leaves by the
+# bounded weight p(x | z) / share.
+_PRIOR_SHARE = 0.1
+
+# What the chains are judged by: at most so many projections of latents and of hidden values, at so
+# many steps; and the R-hat above which they are said to disagree.
+_PROJECTIONS, _JUDGED_STEPS, _R_HAT_LIMIT = 4, 50, 1.1
+
 
 class Completion(NamedTuple):
     """Draws of p(x_missing given x_observed), and how far they can be trusted.
@@ -49,8 +60,10 @@ class Completion(NamedTuple):
         standard_deviation: likewise; 0 where observed.
         method: how the draws were made, one of :data:`METHODS`.
         acceptance: share of accepted proposals, ``(N,)``; metropolis only.
-        r_hat: potential scale reduction of log p(x, z) over the chains' second halves, ``(N,)``;
-            metropolis with at least 2 draws. Well above 1.01 the chains still remember their starts.
+        r_hat: rank-normalised split R-hat over the chains' second halves, ``(N,)``, the largest over
+            log p(x, z), the latents and the hidden values (of many values, over fixed projections);
+            metropolis only. Above 1.1 the chains still remember their starts, half of which are the
+            prior's. NaN (not known) for a single chain, below 4 steps, or where nothing moves.
         ess: effective number of the importance samples, ``(N,)``; importance only.
     """
 
@@ -93,10 +106,11 @@ def complete(
     .. math:: \min\left(1, \frac{p(x_{obs}, x_{mis} | z') p(z')\, q(z | x_{obs}, x_{mis})}
         {p(x_{obs}, x_{mis} | z) p(z)\, q(z' | x_{obs}, x_{mis})}\right),
 
-    then :math:`x_{mis} \sim p(x_{mis} | z)`. Each draw is the end of a chain of its own, so draws are
-    independent of each other. ``pseudo-gibbs`` accepts every z': its limit is not the conditional
-    unless the guide is the exact posterior. ``importance`` draws z from the guide at the data as
-    filled first, weighs it by :math:`p(x_{obs}, z) / q(z)` and resamples.
+    then :math:`x_{mis} \sim p(x_{mis} | z)`. A tenth of the z' are the prior's (q is that mixture),
+    so that a chain can leave places where the guide puts too little. Each draw is the end of a chain
+    of its own, so draws are independent of each other. ``pseudo-gibbs`` accepts every z': its limit
+    is not the conditional unless the guide is the exact posterior. ``importance`` draws z from the
+    guide at the data as filled first, weighs it by :math:`p(x_{obs}, z) / q(z)` and resamples.
 
     Args:
         model: a generative function whose observed site is elementwise given the latents.
@@ -110,7 +124,8 @@ def complete(
         num_steps: steps of each chain, by default 200; of the other two methods only. ``mean`` and
             ``standard_deviation`` are averages over the second half of all chains.
         initial: what the hidden places are filled with first: a number, or a tensor that broadcasts
-            to the data. By default the model's own mean of them, over latents from the prior.
+            to the data, where the guide is to start from. By default each chain has draws of its
+            own, of the model; every second one starts from a draw of the prior in any case.
         observed: name of the observed site with missing values; needed where the model has several.
         position: which of the inputs has the missing values.
         plate: name of the data plate.
@@ -127,10 +142,14 @@ def complete(
             elsewhere than at its observed site, or a pair that can't be weighed (see
             :func:`pyro_vae.log_weights`).
 
+    Warns:
+        UserWarning: how many data points' chains disagree or can't be judged.
+
     Source:
-        metropolis: Mattei, Frellsen 2018, "Leveraging the exact likelihood of deep latent variable
-        models", algorithm 2; importance: Mattei, Frellsen 2019, "MIWAE", section 4; pseudo-gibbs:
-        Rezende, Mohamed, Wierstra 2014, appendix F.
+        R-hat: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-Normalization, Folding, and
+        Localization: An Improved R-hat"; metropolis: Mattei, Frellsen 2018, "Leveraging the exact
+        likelihood of deep latent variable models", algorithm 2; importance: Mattei, Frellsen 2019,
+        "MIWAE", section 4; pseudo-gibbs: Rezende, Mohamed, Wierstra 2014, appendix F.
     """
     _check_options(method, num_samples, num_steps)
     check_counts(num_draws=num_draws)
@@ -172,8 +191,17 @@ def complete(
             else:
                 together = max(1, rows // len(part.missing)) if divisible else 1
                 steps = num_steps or _NUM_STEPS
-                parts.append(_by_chains(part, method, num_draws, steps, together))
-    return _join(parts, given, missing)
+                parts.append(_by_chains(part, method, num_draws, steps, together, initial is None))
+    found = _join(parts, given, missing)
+    if found.r_hat is not None:
+        count = int((~(found.r_hat <= _R_HAT_LIMIT)).sum())
+        if count:
+            warnings.warn(
+                f"{count} of {len(given)} data points have R-hat > {_R_HAT_LIMIT} or not known: the "
+                "draws may depend on where chains started; use more num_steps and num_draws",
+                stacklevel=2,
+            )
+    return found
 
 
 class _Problem(NamedTuple):
@@ -202,6 +230,25 @@ class _Problem(NamedTuple):
         *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
         return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the prior may propose beside the guide: not where this places point masses."""
+        latents = self.pair.structure.latents.values()
+        return not any(latent.is_point_mass for latent in latents)
+
+    def draw_prior(self) -> Latents:
+        """Draw latents from the model's prior."""
+        trace = self.pair.alone(self.pair.model).trace()
+        return {name: trace.nodes[name]["value"] for name in self.pair.axes}
+
+    def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
+        """Take latents of one or the other, by one truth value for each data point."""
+        shapes = {name: (-1, *[1] * (-axis - 1)) for name, axis in self.pair.axes.items()}
+        return {
+            name: torch.where(truth.view(shapes[name]), value, other[name])
+            for name, value in one.items()
+        }
+
     def trace(self, function: PairFunction, latents: Latents) -> Any:
         with Given(latents):
             return self.pair.alone(function).trace()
@@ -216,57 +263,83 @@ def _replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
 
 
 def _by_chains(
-    problem: _Problem, method: str, num_draws: int, num_steps: int, together: int
+    problem: _Problem, method: str, num_draws: int, num_steps: int, together: int, spread_out: bool
 ) -> Completion:
     """Run a chain per draw, as many at once as the memory allows."""
-    accept_all = method == "pseudo-gibbs"
-    runs = [
-        _run_chains(problem, min(together, num_draws - done), num_steps, accept_all=accept_all)
-        for done in range(0, num_draws, together)
-    ]
-    columns = zip(*runs, strict=True)
-    x, mean, square, acceptance, log_joint, variance = (torch.cat(column) for column in columns)
-    kept = num_steps - num_steps // 2
+    runs = []
+    for first in range(0, num_draws, together):
+        chains = range(first, min(first + together, num_draws))
+        runs.append(_run_chains(problem, chains, num_steps, method == "pseudo-gibbs", spread_out))
+    x, mean, square, acceptance, judged = (torch.cat(each) for each in zip(*runs, strict=True))
     share = r_hat = None
-    if not accept_all:
-        share = acceptance.mean(0)
-        if num_draws >= 2:  # Gelman, Rubin 1992, "Inference from iterative simulation ..."
-            r_hat = ((kept - 1) / kept + log_joint.var(0) / variance.mean(0)).sqrt()
+    if method == "metropolis":
+        share, r_hat = acceptance.mean(0), rank_normalized_r_hat(judged)
     return Completion(x, *_spread(mean.mean(0), square.mean(0)), method, share, r_hat)
 
 
 class _State(NamedTuple):
-    """Where chains are: latents, fill, log p(x, z) ``(N,)``, mean and mean square of x given z."""
+    """Where chains are: latents, fill, log-densities ``(N,)``, moments of x given z."""
 
     latents: Latents
     problem: _Problem
-    log_joint: Tensor
+    log_joint: Tensor  # log p(x, z)
+    log_prior: Tensor  # log p(z)
     mean: Tensor
     square: Tensor
 
 
 def _run_chains(
-    problem: _Problem, num_chains: int, num_steps: int, *, accept_all: bool
+    problem: _Problem, chains: range, num_steps: int, accept_all: bool, spread_out: bool
 ) -> tuple[Tensor, ...]:
-    """Run C chains at once from the fill of the problem; the first proposal is always accepted.
+    """Run some of the chains at once; those of odd number start from the prior.
 
     Returns ``(C, N, ...)``: the last fill; means over the second half of the steps of E[x | z] and
-    E[x^2 | z]; the share of accepted proposals; mean and variance of log p(x, z) over that half.
+    E[x^2 | z]; the share of accepted proposals; and ``(C, T, N, Q)``, what they are judged by.
     """
-    count = len(problem.missing)
-    problem = problem.tile(num_chains)
-    state = _redraw(problem, _propose(problem)[0])
+    shape = (len(chains), len(problem.missing))
+    problem = problem.tile(len(chains))
+    is_odd = torch.tensor(chains, device=problem.x.device).remainder(2).bool()
+    state = _start(problem, is_odd.repeat_interleave(shape[1]), accept_all, spread_out)
     accepted = torch.zeros(len(problem.missing), device=problem.x.device)
-    moments = [Moments() for _ in range(3)]
+    moments, judged = [Moments() for _ in range(2)], []
+    half = num_steps // 2
     for step in range(num_steps):
         state, moved = _step(state, accept_all)
         accepted += moved
-        if step >= num_steps // 2:
-            _add(moments, state.mean, state.square, state.log_joint)
-    mean, square, log_joint = (each.mean() for each in moments)
-    variance = moments[2].variance()
-    results = (state.problem.x, mean, square, accepted / num_steps, log_joint, variance)
-    return tuple(value.unflatten(0, (num_chains, count)) for value in results)
+        if step >= half:
+            _add(moments, state.mean, state.square)
+            if not accept_all and (step - half) % -(-(num_steps - half) // _JUDGED_STEPS) == 0:
+                judged.append(_numbers_of(state).unflatten(0, shape))
+    results = (state.problem.x, *(each.mean() for each in moments), accepted / num_steps)
+    untiled = (value.unflatten(0, shape) for value in results)
+    return (*untiled, torch.stack(judged, 1) if judged else torch.zeros(0))
+
+
+def _start(problem: _Problem, from_prior: Tensor, accept_all: bool, spread_out: bool) -> _State:
+    """Draw latents of some chains from the prior, of the others from the guide.
+
+    The guide sees the first fill or, ``spread_out``, hidden values of each chain's own.
+    """
+    if accept_all or not problem.mixes:
+        return _redraw(problem, _propose(problem)[0])
+    prior = problem.draw_prior()
+    seen = _redraw(problem, prior).problem if spread_out else problem
+    return _redraw(problem, problem.choose(from_prior, prior, _propose(seen)[0]))
+
+
+def _numbers_of(state: _State) -> Tensor:
+    """Return what chains are judged by, ``(rows, Q)``: log p(x, z), latents and hidden values."""
+    problem, rows = state.problem, len(state.log_joint)
+    values = [value.movedim(problem.pair.axes[n], 0) for n, value in state.latents.items()]
+    values.append(problem.x * problem.missing)
+    columns = [state.log_joint[:, None]]
+    for value in (each.reshape(rows, -1).double() for each in values):
+        if value.shape[1] > _PROJECTIONS:
+            fixed = torch.Generator().manual_seed(0)
+            directions = torch.randn(value.shape[1], _PROJECTIONS, generator=fixed)
+            value = value @ directions.to(value)
+        columns.append(value)
+    return torch.cat(columns, 1).cpu()
 
 
 def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Site]:
@@ -293,28 +366,34 @@ def _value_moments(site: Site) -> tuple[Tensor, Tensor]:
 def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     """Propose latents, accept or not, redraw the hidden values: one step of every chain."""
     problem = state.problem
-    proposal, sites = _propose(problem)
     if accept_all:
-        return _redraw(problem, proposal), torch.ones_like(state.log_joint)
-    log_joint = problem.log_prob(sample_sites(problem.trace(problem.pair.model, proposal)))
-    log_proposal = problem.log_prob(sites)
-    # Back to the latents the chains are at, given the data as filled now: of a single site the
-    # distribution is there, and the guide need not run again.
-    if len(sites) == 1:
-        sites = [{**sites[0], "value": state.latents[sites[0]["name"]]}]
-    else:
-        sites = sample_sites(problem.trace(problem.pair.guide, state.latents))
-    log_ratio = log_joint - log_proposal - state.log_joint + problem.log_prob(sites)
+        return _redraw(problem, _propose(problem)[0]), torch.ones_like(state.log_joint)
+    proposal, sites = _propose(problem)
+
+    def log_guide(latents: Latents) -> Tensor:
+        """Score latents given the data as filled now; of a single site the distribution is there."""
+        if len(sites) == 1:
+            return problem.log_prob([{**sites[0], "value": latents[sites[0]["name"]]}])
+        return problem.log_prob(sample_sites(problem.trace(problem.pair.guide, latents)))
+
+    if problem.mixes:
+        from_prior = torch.rand_like(state.log_joint) < _PRIOR_SHARE
+        proposal = problem.choose(from_prior, problem.draw_prior(), proposal)
+    scored = sample_sites(problem.trace(problem.pair.model, proposal))
+    log_prior = problem.log_prob([site for site in scored if not site["is_observed"]])
+    log_proposal, back = log_guide(proposal), log_guide(state.latents)
+    if problem.mixes:
+        log_proposal, back = _mix(log_proposal, log_prior), _mix(back, state.log_prior)
+    log_ratio = problem.log_prob(scored) - log_proposal - state.log_joint + back
     # NaN: neither point has a density; stay.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
-    latents = {
-        # One truth value for each place along the axis that counts the data points.
-        name: torch.where(
-            accepted.view(-1, *[1] * (-problem.pair.axes[name] - 1)), value, state.latents[name]
-        )
-        for name, value in proposal.items()
-    }
-    return _redraw(problem, latents), accepted.to(log_ratio.dtype)
+    latents = problem.choose(accepted, proposal, state.latents)
+    return _redraw(problem, latents), accepted.to(state.log_joint)
+
+
+def _mix(log_guide: Tensor, log_prior: Tensor) -> Tensor:
+    """Return the log-density of proposals from the guide and, of a share, from the prior."""
+    return torch.logaddexp(log_guide + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE))
 
 
 def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
@@ -324,8 +403,9 @@ def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
 
 def _redraw(problem: _Problem, latents: Latents) -> _State:
     x, sites, site = _draw_hidden(problem, latents)
-    problem = problem.fill(x)
-    return _State(latents, problem, problem.log_prob(sites), *_value_moments(site))
+    log_prior = problem.log_prob([each for each in sites if not each["is_observed"]])
+    log_joint = problem.log_prob(sites)
+    return _State(latents, problem.fill(x), log_joint, log_prior, *_value_moments(site))
 
 
 def _weigh_observed(problem: _Problem, divisible: bool) -> OpenedPair:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError, whole_number
+from pyro_vae.pair.contract import Serves
+from pyro_vae.pair.enumeration import enumerate_latents, sum_out
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
 from pyro_vae.pair.inputs import tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
@@ -41,6 +43,9 @@ from pyro_vae.pair.sites import (
     sum_to,
 )
 from pyro_vae.weights.pathwise import PathwiseDraws, gated, has_score
+
+# Stands for the draws of a guide that has nothing to draw, where the model sums all its latents out.
+_NOTHING_DRAWN = "nothing drawn"
 
 # Particles on which a way of batching is held against plain calls: one shows whether particles met
 # each other's numbers. More where Python reads values, for a branch on them may take the right side
@@ -91,7 +96,7 @@ def log_weights(
     x: Tensor | Sequence[Tensor],
     *,
     num_samples: int,
-    plate: str = "data",
+    plate: str | None = "data",
 ) -> Tensor:
     """Draw from the guide and return log importance weights, one row per draw.
 
@@ -99,14 +104,16 @@ def log_weights(
 
     Sums over every plate but the data's and accumulates in float64. The scales of plates
     (subsampling) and of the beta handler are taken out; masks are kept. Gradients flow if they are
-    enabled, and modules keep their mode.
+    enabled, and modules keep their mode. Discrete latents that the model marks
+    ``infer={"enumerate": "parallel"}`` and the guide does not draw are summed out exactly.
 
     Args:
         model: the generative function of the pair.
         guide: the variational function of the pair.
         x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
         num_samples: draws per datum.
-        plate: name of the data plate.
+        plate: name of the data plate. None: the whole data set is one datum, whatever plates and
+            latents the model has, and p(x) its joint evidence; N is 1.
 
     Returns:
         ``(num_samples, N)``, float64, nats.
@@ -120,7 +127,7 @@ def log_weights(
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 7.
     """
     num_samples = whole_number("num_samples", num_samples, least=1)
-    pair = open_pair(model, guide, x, plate=plate)
+    pair = open_pair(model, guide, x, plate=plate, serves=Serves.WHOLE | Serves.SUMMED)
     with HANDLER_LOCK:
         densities = Particles(pair.part()).draw(num_samples)
     check_weights(densities)
@@ -145,7 +152,8 @@ class Particles:
         if pair.structure.why_unweighable is not None:
             raise InputError(pair.structure.why_unweighable)
         self.pair = pair
-        self.axes = pair.axes
+        self.axes = pair.axes or {_NOTHING_DRAWN: -1}
+        self._shared = {n for n, latent in pair.structure.latents.items() if latent.is_shared}
 
     # --- what an estimator asks for ---
 
@@ -166,7 +174,10 @@ class Particles:
         for _ in range(num_samples):
             sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        drawn = [name for name in rows[0] if name not in self.pair.structure.summed]
+        return {
+            name: self.with_axis(name, torch.stack([row[name] for row in rows])) for name in drawn
+        }
 
     def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Score latents ``(num_samples, ...)``: log p(x|z), log p(z), each ``(num_samples, N)``."""
@@ -179,7 +190,16 @@ class Particles:
 
     def data_first(self, latents: Latents) -> Latents:
         """Move the data's axis of latents to the front: each ``(num_samples, N, ...)``, as a view."""
-        return {name: latents[name].movedim(self.axes[name], 1) for name in latents}
+        named = [name for name in latents if name != _NOTHING_DRAWN]
+        return {name: latents[name].movedim(self.axes[name], 1) for name in named}
+
+    def with_axis(self, name: str, values: Tensor) -> Tensor:
+        """Give a site's values ``(num_samples, ...)`` an axis for the data where they share it."""
+        return values.unsqueeze(1) if name in self._shared else values
+
+    def _without_axis(self, latents: Latents) -> Latents:
+        """Return one particle's latents as the sites have them."""
+        return {n: v[0] if n in self._shared else v for n, v in latents.items()}
 
     def traces(self) -> TracePair:
         """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
@@ -212,6 +232,10 @@ class Particles:
 
     def draw_from_guide(self, num_particles: int, *, gates: bool = False) -> Draws:
         """Draw from the guide; ``gates`` keeps the draws apart from what is computed of them."""
+        if _NOTHING_DRAWN in self.axes:
+            nothing = torch.zeros(num_particles, self.num_data, dtype=torch.float64)
+            nothing = nothing.to(self.pair.device)
+            return Draws({_NOTHING_DRAWN: nothing}, nothing, nothing, [], {}, 1.0, 1.0)
         return self._run_first_that_holds(
             "draws",
             num_particles,
@@ -226,10 +250,9 @@ class Particles:
             with Given(rows[0].subsample if rows else {}):
                 trace, found = self._run_guide(self.pair.guide, self.pair, gates)
             groups = [
-                (slice(index, index + 1), *({n: v[None] for n, v in group.items()} for group in one))
-                for one in found
+                (slice(index, index + 1), *(self._as_rows(group) for group in one)) for one in found
             ]
-            latents = {name: trace.nodes[name]["value"][None] for name in self.axes}
+            latents = self._as_rows({name: trace.nodes[name]["value"] for name in self.axes})
             rows.append(self._draws(trace, latents, groups, lambda value: value[None]))
         return rows[0]._replace(
             latents={name: torch.cat([row.latents[name] for row in rows]) for name in self.axes},
@@ -238,17 +261,25 @@ class Particles:
             gates=[group for row in rows for group in row.gates],
         )
 
+    def _as_rows(self, latents: Latents) -> Latents:
+        return {name: self.with_axis(name, value[None]) for name, value in latents.items()}
+
     def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
         dim = -self.pair.structure.nesting - 1
         batched = pyro.plate("_particles", num_particles, dim=dim)(self.pair.guide)
         with pyro.validation_enabled(False):
             trace, found = self._run_guide(batched, self.pair, gates)
-        latents = {}
-        for name, latent in self.pair.structure.latents.items():
-            value = trace.nodes[name]["value"]
-            own = value.shape[value.dim() - len(latent.shape) :]
-            latents[name] = value.reshape(num_particles, *own)
-        groups = [(slice(None), *one) for one in found]
+
+        def unplate(values: Latents) -> Latents:
+            unplated = {}
+            for name, value in values.items():
+                rank = len(self.pair.structure.latents[name].shape) - (name in self._shared)
+                own = value.reshape(num_particles, *value.shape[value.dim() - rank :])
+                unplated[name] = self.with_axis(name, own)
+            return unplated
+
+        latents = unplate({name: trace.nodes[name]["value"] for name in self.axes})
+        groups = [(slice(None), *(map(unplate, one) if self._shared else one)) for one in found]
         return self._draws(trace, latents, groups, lambda value: value, dim)
 
     def _draw_tiled(self, num_particles: int, gates: bool) -> Draws:
@@ -316,7 +347,7 @@ class Particles:
             rows = []
             for index in range(count):
                 values = {name: value[index] for name, value in given.items()}
-                with Given({**values, **draws.subsample}):
+                with Given({**self._without_axis(values), **draws.subsample}):
                     row = self._draw_plain(1, False)
                 rows.append((row.log_proposal, *row.latents.values()))
             return tuple(torch.cat(column) for column in zip(*rows, strict=True))
@@ -333,6 +364,9 @@ class Particles:
         Subsampling plates take the indices in ``subsample``.
         """
         given = subsample or {}
+        if _NOTHING_DRAWN in latents:  # all particles are alike
+            rows = self._score_plain(function, {n: value[:1] for n, value in latents.items()}, given)
+            return Scored(*(term.expand(_count(latents), -1) for term in rows))
 
         def hold(scored: Scored, count: int) -> bool:
             first = {name: value[:count].detach() for name, value in latents.items()}
@@ -375,7 +409,10 @@ class Particles:
         self, function: str, pair: OpenedPair, latents: Latents, subsample: dict[str, Any]
     ) -> Scored:
         """Score one particle: each term ``(N,)``."""
-        with Given({**latents, **subsample}):
+        given = {**self._without_axis(latents), **subsample}
+        if function == "model" and pair.structure.summed:
+            return self._score_summed(pair, given)
+        with Given(given):
             run = poutine.trace(pair.model if function == "model" else pair.guide)
             sites = sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
         observed, _ = self._sum([site for site in sites if site["is_observed"]])
@@ -385,12 +422,31 @@ class Particles:
         terms = (observed, latent, scaled)
         return Scored(*(nothing if term is None else term for term in terms))
 
+    def _score_summed(self, pair: OpenedPair, given: Latents) -> Scored:
+        """Score one particle under the model with what it enumerates summed out."""
+        run = poutine.trace(enumerate_latents(pair.model, pair.structure.nesting, given))
+        trace = run.get_trace(*pair.arguments, **pair.keywords)
+        joint, prior = torch.zeros(2, pair.num_data, dtype=torch.float64, device=pair.device)
+        latents = [site for site in sample_sites(trace) if not site["is_observed"]]
+        for site, term in sum_out(trace, sample_sites(trace)):
+            joint = joint + sum_to(term, self._kept(site, None))
+        for site, term in sum_out(trace, latents):
+            prior = prior + sum_to(term, self._kept(site, None))
+        observed = torch.where(prior.isneginf(), 0.0, joint - prior)
+        return Scored(observed, prior, prior * latent_scale_of(latents[0]))
+
+    def _kept(self, site: Site, particle_dim: int | None) -> tuple[int, ...]:
+        own = () if self.pair.plate is None else (data_dim(site, self.pair.plate),)
+        return (*own, particle_dim or 0)
+
     def _sum(self, sites: list[Site], particle_dim: int | None = None) -> Any:
         """Sum over all but data and particles, plainly and with the beta handler's scale; or None."""
         if not sites:
             return None, None
-        kept = [(data_dim(site, self.pair.plate), particle_dim or 0) for site in sites]
+        kept = [self._kept(site, particle_dim) for site in sites]
         plain = [sum_to(site_log_prob(site), dims) for site, dims in zip(sites, kept, strict=True)]
+        if self.pair.plate is None:
+            plain = [term.unsqueeze(-1) for term in plain]
         total = torch.stack(torch.broadcast_tensors(*plain)).sum(0)
         scales = [latent_scale_of(site) for site in sites]
         if all(not isinstance(scale, Tensor) and scale == 1 for scale in scales):

@@ -1,6 +1,8 @@
 """Every mistake on the command line: one clear line, exit code 2, nothing touched."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from command_line import SMALL, WARNED, refused, run, snapshot
 
 import pyro_vae as pv
 from pyro_vae import datasets
+from pyro_vae.app.options import in_options
 
 pytestmark = WARNED
 
@@ -17,8 +20,8 @@ BAD_SETTINGS = {
     "--latent-dim 0": "latent",
     "--latent-dim -3": "latent",
     "--latent-dim 1000000000": "fit in memory",
-    "--latent-dim 100000000000000": "expected latent_dim of at most",
-    "--epochs -1": "expected epochs of at least 0, got -1",
+    "--latent-dim 100000000000000": "expected --latent-dim of at most 2147483647, got",
+    "--epochs -1": "expected --epochs of at least 0, got -1",
     "--beta -1": "beta",
     "--beta nan": "beta",
     "--beta inf": "beta",
@@ -26,16 +29,16 @@ BAD_SETTINGS = {
     "--learning-rate inf": "finite learning rate above 0, got inf",
     "--learning-rate -1e-3": "finite learning rate above 0, got -0.001",
     "--learning-rate 0": "finite learning rate above 0, got 0",
-    "--batch-size 0": "batch size of at least 1, got 0",
-    "--warmup-epochs -1": "warm-up",
+    "--batch-size 0": "expected --batch-size of at least 1, got 0",
+    "--warmup-epochs -1": "--warmup-epochs of at least 0",
     "--patience 0": "patience",
     "--hidden 512,,x": "'512,,x': e.g. 512,256",
     "--hidden ,": "e.g. 512,256",
     "--hidden 0": "e.g. 512,256",
     "--hidden 64,-2": "e.g. 512,256",
     "--hidden 1.5": "e.g. 512,256",
-    "--seed -1": "expected a seed from 0",
-    "--seed 4294967296": "expected a seed from 0",
+    "--seed -1": "expected --seed of at least 0",
+    "--seed 4294967296": "expected --seed of at most 4294967295",
     "--device cuda:9": "'cuda:9'",
     "--device gpu": "'gpu'",
     "--likelihood gaussian --sigma 0": "sigma above 0, got 0",
@@ -50,17 +53,17 @@ BAD_SETTINGS = {
     "--guide meanfield": "did you mean 'mean-field'?",
     "--activation rely": "did you mean 'relu'?",
     "--binarize statik": "did you mean 'static'?",
-    "--data-seed -1": "expected a seed from 0",
+    "--data-seed -1": "expected --data-seed of at least 0",
     "--objective iwea": "did you mean 'iwae'?",
     "--num-particles 0": "--num-particles of at least 1, got 0",
     "--objective free-bits": "expected --free-bits with --objective free-bits",
     "--free-bits 0.1": "got 0.1 with analytic-kl",
     "--objective free-bits --free-bits -1": "floor of at least 0",
     "--schedule linear": "expected a schedule constant, cosine",
-    "--gradient-clip 0": "gradient_clip above 0",
+    "--gradient-clip 0": "finite --gradient-clip above 0",
     "--precision float16": "expected a precision float32",
     "--compile yes": "choose from auto, off, on",
-    "--prior von-mises-fisher --guide mean-field": "latents on the unit sphere",
+    "--prior von-mises-fisher --guide mean-field": "on the real): use --guide von-mises-fisher",
 }
 
 
@@ -93,8 +96,9 @@ BAD_DATA = {
     "--dataset data.txt": "unknown data set (and no .npy, .npz, .csv file) 'data.txt'",
     "--dataset data.csv": "expected a data file at",
     "--labels kind": "with a table, whose columns have names",
-    "--dataset mnist --data-root nowhere": "give the right root or allow the download",
-    "--validation-size -1": "validation size of at least 0, got -1",
+    "--dataset mnist --data-root nowhere": "You can use --download to download it; give the right "
+    "--data-root or allow it by --download",
+    "--validation-size -1": "--validation-size of at least 0, got -1",
     "--validation-size 100000": "expected at least 100001 training data",
     "--validation-size 0 --patience 3": "expected validation data for patience",
 }
@@ -131,6 +135,7 @@ def test_a_loss_that_diverges_leaves_the_state_before_it_alone(here):
         ("text.npy", "is a file: choose another"),
         ("text.npy/run", "Not a directory"),
         ("a" * 300, "File name too long"),
+        ("/".join(["a" * 200] * 20), "File name too long"),  # for what is written later alone
     ],
 )
 def test_an_output_that_is_taken_is_left_alone(here, output, message):
@@ -153,25 +158,58 @@ def test_an_output_that_is_taken_is_left_alone(here, output, message):
         ("evaluate run --method both --num-chains 0", "--num-chains of at least 1"),
         ("evaluate run --method annealed --num-steps 0", "--num-steps of at least 1"),
         ("evaluate run --num-data 0", "--num-data of at least 1"),
-        ("evaluate run --target-standard-error 0", "target_standard_error above 0"),
+        ("evaluate run --target-standard-error 0", "--target-standard-error above 0"),
         ("evaluate run --picture k.txt", "picture file"),
         ("evaluate run --num-samples -5", "at least 1, got -5"),
         ("evaluate run --device cuda:9", "'cuda:9'"),
-        ("evaluate run --seed -1", "expected a seed from 0"),
-        ("sample run --num 0", "expected a number from 1"),
-        ("sample run --num 10001", "expected a number from 1"),
-        ("sample run --seed -1", "expected a seed from 0"),
+        ("evaluate run --seed -1", "expected --seed of at least 0"),
+        ("sample run --num 0", "expected --num of at least 1"),
+        ("sample run --num 10001", "expected --num of at most 10000"),
+        ("sample run --seed -1", "expected --seed of at least 0"),
         ("sample run --output picture.txt", "expected a picture file .png, .svg or .pdf"),
         (
             "sample run --output text.npy/picture.png",
             "expected to write 'text.npy/picture.png', got: Not a directory",
         ),
-        ("reconstruct run --num -1", "expected a number from 1"),
+        ("reconstruct run --num -1", "expected --num of at least 1"),
         ("reconstruct run --output picture", "expected a picture file .png, .svg or .pdf"),
     ],
 )
 def test_mistakes_with_a_run_are_refused(here, arguments, message):
     refused(here, *arguments.split(), message=message)
+
+
+def test_a_number_out_of_range_is_refused_before_torch_is_imported():
+    code = (
+        "import sys\nfrom pyro_vae.app.cli import main\n"
+        "sys.argv[1:] = ['train', '--latent-dim', '0']\n"
+        "try: main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "2 False\n"
+    assert told.stderr == "pyro-vae: expected --latent-dim of at least 1, got 0\n"
+
+
+def test_warnings_speak_of_options(here):
+    result = run("evaluate", "run", "--num-samples", 30, "--json", "--device", "cpu")
+    assert result.code == 0
+    assert "use --method annealed, a wider guide" in result.err
+    assert in_options('use method="annealed" or more') == "use --method annealed or more"
+    collapsed = "try a longer warm-up (warmup_epochs), a smaller beta"
+    assert in_options(collapsed) == "try a longer warm-up (--warmup-epochs), a smaller beta"
+    for path in ("/data/latent_dim/x.npy", "'num_steps'", "my_epochs_file"):
+        assert in_options(f"expected a file at {path}") == f"expected a file at {path}"
+    elsewhere = in_options('use method="annealed"', {"epochs"})
+    assert elsewhere == "use `pyro-vae evaluate RUN --method annealed`"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_picture_whose_name_is_too_long_is_refused_before_anything_is_computed(
+    here, monkeypatch, suffix
+):
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
+    name = "k" * (255 - len(suffix)) + suffix  # itself it could be written
+    refused(here, "evaluate", "run", "--picture", name, message="File name too long")
 
 
 def test_damaged_runs_are_refused(here):
@@ -259,7 +297,7 @@ def test_options_with_an_effect_are_taken(here, options):
         "--dataset": "--data-root . --download",
     }[option].split()
     # What is refused is the other mistake.
-    message = "expected epochs of at least 0"
+    message = "expected --epochs of at least 0"
     arguments = ("--output", "new", option, value, *belonging, "--epochs", -1)
     refused(here, "compare", *arguments, message=message)
 

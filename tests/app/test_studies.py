@@ -334,10 +334,10 @@ def test_other_data_under_the_same_name_are_refused(here):
 def test_folders_of_something_else_are_left_alone(here, command):
     (here / "busy").mkdir()
     (here / "busy" / "notes.txt").write_text("x")
-    refused(here, *command, "--output", "busy", message="has other files in it: choose another")
+    refused(here, *command, "--output", "busy", message="has files in it: choose another")
     refused(here, *command, "--output", "bits.npy", message="is a file: choose another")
     (here / "busy" / "study.json").write_text("{")
-    refused(here, *command, "--output", "busy", message="expected a study's settings")
+    refused(here, *command, "--output", "busy", message="expected JSON in busy/study.json")
 
 
 @pytest.mark.parametrize("command", [SWEEP, COMPARE])

@@ -110,6 +110,8 @@ def test_auto_leaves_alone_what_is_cleared_and_names_what_is_beyond_its_budget()
         estimate = pv.log_marginal(model, guide, x, method="auto", max_annealed=2, seed=0)
     assert estimate.methods == ["importance", "annealed", "annealed", "importance", "not annealed"]
     assert estimate.trusted.tolist() == [True, True, True, True, False]
+    assert (estimate.cost[:4] > 5000).all()  # a look or annealing besides the samples
+    assert estimate.cost[4] == 5000
     assert estimate.diagnostics["halves"].isnan().tolist() == [False] * 4 + [True]
     error = (estimate.log_prob[:3] - exact).abs()
     assert (error < 5 * estimate.standard_error[:3] + 1e-3).all()

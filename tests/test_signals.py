@@ -1,0 +1,151 @@
+"""Commands ended by signals at random moments give, gone on with, what they give undisturbed.
+
+``python -m pytest -m slow -s tests/test_signals.py --cases 40`` tries 40 moments and prints each.
+"""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import WARNED, run, sketching
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, *WARNED]
+
+# What a clock decides.
+TIMES = {
+    *("seconds", "data_per_second", "training_seconds", "seconds_per_epoch", "seconds_per_1000"),
+    "command",
+}
+SMALL = (
+    *("--dataset", "bits.npy", "--output", "out", "--hidden", "8", "--latent-dim", "2"),
+    *("--batch-size", "16", "--validation-size", "20", "--device", "cpu", "--epochs"),
+)
+COMMANDS = {
+    "train": ("train", *SMALL, "12", "--checkpoint-minutes", "0", "--patience", "100"),
+    "sweep": ("sweep", *SMALL, "3", "--betas", "0.5,2"),
+    "compare": (
+        "compare", *SMALL, "2", "--guides", "mean-field,full-rank", "--seeds", "1",
+        "--num-samples", "30",
+    ),
+    "autoencoder": ("autoencoder", *SMALL, "6"),
+}  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+# The file whose appearance begins a phase, and the seconds of which the signal comes at a random one.
+PHASES = {
+    "start": (None, 6.0),
+    "before the settings": (".lock", 0.01),
+    "training": ("config.json", 0.4),
+    "a checkpoint": (".part-step-*", 0.002),
+    "evaluation": ("model.safetensors", 0.6),
+    "pictures": ("*.png", 0.3),
+    "the page": ("*report.html", 0.05),
+}
+
+
+@pytest.fixture(scope="module")
+def bits():
+    return np.random.default_rng(0).integers(0, 2, (120, 6))
+
+
+def untimed(value):
+    """Return a JSON value without what a clock decides."""
+    if isinstance(value, dict):
+        return {name: untimed(inner) for name, inner in value.items() if name not in TIMES}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def ending(folder):
+    """All that a command leaves and no clock decides: weights, numbers, histories, tables."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "model.safetensors":
+            found[name] = path.read_bytes()
+        elif path.suffix == ".safetensors" and "step" not in path.name:
+            found[name] = {key: value.tolist() for key, value in load_file(path).items()}
+        elif path.suffix == ".json" and path.name not in ("config.json", "study.json"):
+            found[name] = untimed(json.loads(path.read_text()))
+        elif path.is_file() and path.name.startswith((".part", ".lock")):
+            found[name] = "left behind"
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(bits, tmp_path_factory):
+    """What each command leaves undisturbed."""
+    endings = {}
+    for command, arguments in COMMANDS.items():
+        with pytest.MonkeyPatch.context() as patch, sketching():
+            folder = tmp_path_factory.mktemp(command)
+            np.save(folder / "bits.npy", bits)
+            patch.chdir(folder)
+            result = run(*arguments)
+            assert result.code == 0, result.err
+            endings[command] = ending(folder / "out")
+    return endings
+
+
+def wait_for(process, folder, pattern):
+    """Wait until a file appears, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(folder.rglob(pattern)):
+            return
+        time.sleep(0.001)
+
+
+def disturb(arguments, phase, number, draw):
+    """Start a command in a process of its own and end it by a signal; return its code and error."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pyro_vae", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    pattern, seconds = PHASES[phase]
+    if pattern is not None:
+        wait_for(process, Path("out"), pattern)
+    time.sleep(draw.uniform(0, seconds))
+    while process.poll() is None:  # one that falls into a destructor is lost to Python
+        process.send_signal(number)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            continue
+    return process.returncode, process.stderr.read()
+
+
+def test_a_signal_at_a_random_moment_loses_nothing(bits, whole, tmp_path, monkeypatch, request):
+    for case in range(request.config.getoption("--cases") or 4):
+        draw = random.Random(case)
+        command = list(COMMANDS)[case % len(COMMANDS)]
+        phase, number = draw.choice(list(PHASES)), draw.choice(SIGNALS)
+        if phase == "a checkpoint" and command in ("sweep", "compare"):
+            phase = "training"  # these begin a run anew
+        here = tmp_path / f"case-{case}"
+        here.mkdir()
+        np.save(here / "bits.npy", bits)
+        monkeypatch.chdir(here)
+        code, err = disturb(COMMANDS[command], phase, number, draw)
+        left = sorted(path.name for path in (here / "out").rglob("*") if path.is_file())
+        print(f"seed {case}: {command}, {number.name} at {phase}: code {code}, {len(left)} files")
+        if code == 128 + number:
+            assert err.count("\n") == 1, err
+            assert err.startswith("pyro-vae: interrupted: go on by "), err
+        again = COMMANDS[command]
+        if "--resume" in err:
+            again = shlex.split(err.split("`")[1])[1:]
+        elif command == "train" and (here / "out" / "config.json").exists():
+            again = ("train", "--resume", "out")
+        with sketching():
+            result = run(*again)
+        assert result.code == 0, (result.err, left)
+        assert ending(here / "out") == whole[command]
