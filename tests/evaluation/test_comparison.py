@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +21,8 @@ from compared_pairs import (
 )
 
 import pyro_vae as pv
+from pyro_vae.evaluation.elbo import PerDatum
+from pyro_vae.evaluation.paired_difference import judge
 
 F64 = torch.float64
 
@@ -145,6 +148,48 @@ def test_the_error_of_a_difference_covers_both_spreads():
     # Student's t with 39 degrees of freedom has standard deviation 1.027.
     assert abs(scores.std() - 1.027) < 5 * 1.027 / math.sqrt(2 * 400)
     assert abs(scores.mean()) < 5 / math.sqrt(400)
+
+
+def test_a_verdict_is_withheld_where_the_numbers_cannot_carry_it():
+    torch.manual_seed(0)
+    exact = torch.zeros(100, dtype=F64)
+    theirs, noise = [PerDatum(exact, exact)], 0.05 * torch.randn(100, dtype=F64)
+    behind, tied = [PerDatum(noise - 0.1, exact)], [PerDatum(noise - noise.mean(), exact)]
+    trusted = torch.ones(100, dtype=torch.bool)
+    assert judge(behind, theirs, trusted) == "behind"
+    assert judge(tied, theirs, trusted) == "tied"
+    trusted[:5] = False  # a few, without which the verdict is the same
+    assert judge(behind, theirs, trusted) == "behind"
+    few = noise - noise.mean() + 0.02
+    few[:5] -= 5.0  # a few that decide
+    assert judge([PerDatum(few, exact)], theirs, trusted) == "withheld"
+    trusted[:11] = False
+    assert judge(behind, theirs, trusted) == judge(tied, theirs, trusted) == "withheld"
+    # An error of 0.4 nats in each estimate biases it by -0.08, which is most of the difference.
+    biased = [PerDatum(noise - 0.1, exact + 0.44)]
+    assert judge(biased, theirs, torch.ones(100, dtype=torch.bool)) == "withheld"
+
+
+def test_shared_draws_do_not_widen_the_error_of_a_difference():
+    """Monte Carlo noise that both pairs have in common drops out of their difference."""
+    noise, spread = torch.randn(50, dtype=F64), 0.01 * torch.randn(50, dtype=F64)
+    error = torch.ones(50, dtype=F64)
+    found = comparison_of(
+        a=[measured(noise, error)], b=[measured(noise + spread - 0.1, error)]
+    ).difference("b", to="a")
+    assert found.standard_error == pytest.approx(spread.std().item() / math.sqrt(50))
+    assert found.monte_carlo_standard_error == pytest.approx(math.sqrt(2 / 50))
+    assert not found.is_tie
+
+
+@pytest.mark.slow
+def test_the_interval_of_a_difference_holds_the_exact_one():
+    from benchmarks.coverage import count_covered
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        covered = count_covered(40, num_data=60, num_samples=50)
+    assert abs(covered - 38) <= 5 * math.sqrt(40 * 0.95 * 0.05)
 
 
 def test_what_is_unknown_is_a_tie():
