@@ -12,6 +12,7 @@ from pyro_vae.version import __version__ as __version__
 
 _NAMES = {
     "VAE": "pyro_vae.vae",
+    "ConditionalVAE": "pyro_vae.vae",
     "Autoencoder": "pyro_vae.autoencoder",
     "VAETransformer": "pyro_vae.transformer",
     "InputError": "pyro_vae.errors",
@@ -32,6 +33,7 @@ __all__ = [
     "VAE",
     "Autoencoder",
     "Comparison",
+    "ConditionalVAE",
     "FitResult",
     "InputError",
     "LogMarginal",
@@ -82,7 +84,7 @@ if TYPE_CHECKING:
     from pyro_vae.infer.training import FitResult, fit
     from pyro_vae.runs import load, load_pair, save, save_pair
     from pyro_vae.transformer import VAETransformer
-    from pyro_vae.vae import VAE
+    from pyro_vae.vae import VAE, ConditionalVAE
     from pyro_vae.weights.particles import log_weights
 
 

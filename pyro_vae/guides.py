@@ -71,21 +71,22 @@ class VariationalFamily(nn.Module):
         self.encoder = encoder
         self.latent_dim = size("latent_dim", latent_dim)
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, *given: Tensor) -> dict[str, Tensor]:
         """Return the unconstrained parameters of q for each datum, each ``(*batch, ...)``.
 
-        As it stands: what the heads named in ``parameter_names`` make of the encoder's features.
+        As it stands: what the heads named in ``parameter_names`` make of the encoder's features,
+        which depend on what is ``given`` beside x too.
         """
-        features = self.encoder(x)
+        features = self.encoder(x, *given)
         return {name: getattr(self, name)(features) for name in self.parameter_names}
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return q: batch shape ``batch``, event shape ``(latent_dim,)``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> dist.Distribution:
+    def forward(self, x: Tensor, *given: Tensor) -> dist.Distribution:
         """Return q(z given x) for data ``(*batch, *data_shape)``."""
-        return self.distribution(self.encode(x))
+        return self.distribution(self.encode(x, *given))
 
 
 class MeanFieldNormal(VariationalFamily):
@@ -399,9 +400,9 @@ class VonMisesFisher(VariationalFamily):
         start = math.log(math.expm1(STARTING_CONCENTRATION_PER_DIMENSION))
         self.raw_concentration.start_at(bias=start)
 
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, *given: Tensor) -> dict[str, Tensor]:
         """Return ``direction`` ``(*batch, latent_dim)`` and ``raw_concentration`` ``(*batch,)``."""
-        parameters = super().encode(x)
+        parameters = super().encode(x, *given)
         return {**parameters, "raw_concentration": parameters["raw_concentration"].squeeze(-1)}
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:

@@ -445,12 +445,8 @@ class Categorical(Likelihood):
         self.logits = Head(feature_shape(decoder), (channels * self.num_categories, *rest))
 
     def start_at_mean(self, mean: Tensor) -> None:
-        """Set the output bias to the binomial distribution of that mean, one for each value."""
-        top = self.num_categories - 1
-        share = (mean / top).clamp(1e-3, 1 - 1e-3).unsqueeze(1)
-        numbers = torch.arange(top + 1).to(mean).reshape(1, -1, *[1] * (mean.dim() - 1))
-        start = dist.Binomial(top, share, validate_args=False).log_prob(numbers)
-        self.logits.start_at(bias=start.flatten(0, 1))
+        """Start with categories alike, of which a mean does not tell the shares."""
+        self.logits.start_at()
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent categories."""
@@ -488,6 +484,7 @@ class Poisson(Likelihood):
     accepts = (0.0, math.inf)
     step = 1.0
     instead = "these are no counts; use Gaussian, or StudentT"
+    overdispersed: ClassVar[bool] = False
 
     def __init__(
         self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
@@ -500,6 +497,8 @@ class Poisson(Likelihood):
         self.size_factor = size_factor
         self.log_rate = Head(feature_shape(decoder), self.data_shape)
         self.takes_sizes = size_factor == "observed"
+        if self.overdispersed:
+            self.log_theta = nn.Parameter(torch.zeros(self.data_shape))
         if size_factor == "learned":
             self.latent_dim = None if self.latent_dim is None else self.latent_dim + 1
             self.log_size_scale = nn.Parameter(torch.zeros(()))
@@ -536,11 +535,7 @@ class NegativeBinomial(Poisson):
     of :class:`Poisson`.
     """
 
-    def __init__(
-        self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
-    ) -> None:
-        super().__init__(decoder, data_shape, size_factor=size_factor)
-        self.log_theta = nn.Parameter(torch.zeros(self.data_shape))
+    overdispersed = True
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
         logits = log_rate - self.log_theta

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from pyro_vae.errors import InputError, size, sizes, unknown_name
 
 __all__ = [
     "ACTIVATIONS",
+    "Conditional",
     "ConvDecoder",
     "ConvEncoder",
     "Head",
@@ -64,6 +66,7 @@ class MLPEncoder(nn.Module):
         data_shape: shape of one datum.
         hidden: widths of the hidden layers; the last one is the number of features.
         activation: one of :data:`ACTIVATIONS`, after every layer.
+        log1p: whether it sees log(1 + x), which suits counts.
 
     Shapes:
         ``(*batch, *data_shape)`` to ``(*batch, hidden[-1])``.
@@ -78,8 +81,10 @@ class MLPEncoder(nn.Module):
         hidden: Sequence[int] = (512, 256),
         *,
         activation: str = "relu",
+        log1p: bool = False,
     ) -> None:
         super().__init__()
+        self.log1p = log1p
         self.data_shape = sizes("data_shape", data_shape)
         self.hidden = sizes("hidden widths", hidden)
         self.activation = activation
@@ -89,6 +94,7 @@ class MLPEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the features ``(*batch, hidden[-1])`` of data ``(*batch, *data_shape)``."""
         check_shape(x, self.data_shape)
+        x = x.log1p() if self.log1p else x
         return self.body(x.flatten(start_dim=x.dim() - len(self.data_shape)))
 
 
@@ -122,23 +128,86 @@ class MLPDecoder(nn.Module):
         return self.body(z)
 
 
-class ConvEncoder(nn.Module):
-    """Convolutional encoder for images: strided convolutions, then one fully connected layer.
+class _ResidualBlock(nn.Module):
+    """Two convolutions whose output is added to their input; it starts as the identity."""
 
-    Every convolution halves height and width (rounded up). There is no batch normalisation: it would
+    def __init__(self, dims: int, width: int, activation: str, norm: str | None) -> None:
+        super().__init__()
+        self.body = nn.Sequential()
+        for _ in range(2):
+            convolution = _CONVOLUTIONS[dims](width, width, kernel_size=3, padding=1)
+            self.body.extend([*_norm(norm, width), _activation(activation), convolution])
+        for parameter in convolution.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.body(maps)
+
+
+class _Convolutional(nn.Module):
+    """What the convolutional networks share: their options, and what follows each convolution."""
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        channels: Sequence[int],
+        activation: str,
+        norm: str | None,
+        residual_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.data_shape = sizes("data_shape", data_shape)
+        self.dims = len(self.data_shape) - 1
+        if self.dims not in _CONVOLUTIONS:
+            raise InputError(
+                "expected curves of shape (channels, length) or images of shape (channels, height, "
+                f"width), got {self.data_shape}: use an MLP for other data"
+            )
+        self.channels = sizes("channels", channels)
+        self.activation, self.norm = activation, norm
+        self.residual_blocks = size("residual_blocks", residual_blocks, least=0)
+
+    def after(self, width: int) -> list[nn.Module]:
+        """Return what follows a convolution to so many channels."""
+        how = self.dims, width, self.activation, self.norm
+        blocks = [_ResidualBlock(*how) for _ in range(self.residual_blocks)]
+        return [*_norm(self.norm, width), _activation(self.activation), *blocks]
+
+
+_CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+def _norm(name: str | None, width: int) -> list[nn.Module]:
+    if name not in (None, "group", "layer"):
+        raise unknown_name("norm", name, ("group", "layer"))
+    # At least 4 channels a group: one channel of one pixel would be normalised away.
+    fit = (groups for groups in (8, 4, 2) if width % groups == 0 and width >= 4 * groups)
+    groups = next(fit, 1) if name == "group" else 1
+    return [] if name is None else [nn.GroupNorm(groups, width)]
+
+
+class ConvEncoder(_Convolutional):
+    """Convolutional encoder of curves and images: strided convolutions, then one dense layer.
+
+    Every convolution halves each length (rounded up). There is no batch normalisation: it would
     tie the data of a batch together, and each datum's ELBO must depend on that datum alone.
 
     Args:
-        data_shape: ``(channels, height, width)`` of one image.
+        data_shape: ``(channels, length)`` or ``(channels, height, width)`` of one datum.
         channels: output channels of the convolutions.
         features: width of the fully connected layer.
         activation: one of :data:`ACTIVATIONS`.
+        norm: after each convolution, of one datum: ``"group"`` (Wu, He 2018, 8 groups), ``"layer"``
+            or None. Deep networks without one start with features that hardly differ between data,
+            and colour images can then end with no latent in use.
+        residual_blocks: blocks of two convolutions after each (He et al. 2016, "Identity Mappings
+            in Deep Residual Networks").
 
     Shapes:
-        ``(*batch, channels, height, width)`` to ``(*batch, features)``, any number of batch axes.
+        ``(*batch, *data_shape)`` to ``(*batch, features)``, any number of batch axes.
 
     Raises:
-        InputError: data that are not images, a size below 1, or an unknown activation.
+        InputError: data of another kind, a size below 1, or an unknown activation or norm.
     """
 
     def __init__(
@@ -148,46 +217,46 @@ class ConvEncoder(nn.Module):
         *,
         features: int = 256,
         activation: str = "relu",
+        norm: str | None = None,
+        residual_blocks: int = 0,
     ) -> None:
-        super().__init__()
-        self.data_shape = _image_shape(data_shape)
-        self.channels = sizes("channels", channels)
+        super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.features = size("features", features)
-        self.activation = activation
         self.out_shape = (self.features,)
-        in_channels, height, width = self.data_shape
+        in_channels, *extent = self.data_shape
         self.convolutions = nn.Sequential()
         for width_in, width_out in itertools.pairwise((in_channels, *self.channels)):
-            convolution = nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1)
-            self.convolutions.extend([convolution, _activation(activation)])
-            height, width = -(-height // 2), -(-width // 2)
-        self.body = _MLP(self.channels[-1] * height * width, (self.features,), activation)
+            kind = _CONVOLUTIONS[self.dims]
+            convolution = kind(width_in, width_out, kernel_size=3, stride=2, padding=1)
+            self.convolutions.extend([convolution, *self.after(width_out)])
+            extent = [-(-length // 2) for length in extent]
+        self.body = _MLP(self.channels[-1] * math.prod(extent), (self.features,), activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features ``(*batch, features)`` of images ``(*batch, *data_shape)``."""
+        """Return the features ``(*batch, features)`` of data ``(*batch, *data_shape)``."""
         check_shape(x, self.data_shape)
-        batch = x.shape[:-3]
+        batch = x.shape[: x.dim() - len(self.data_shape)]
         maps = self.convolutions(x.reshape(-1, *self.data_shape))
         return self.body(maps.flatten(1)).reshape(*batch, self.features)
 
 
-class ConvDecoder(nn.Module):
-    """Convolutional decoder for images: one fully connected layer, then upsampled convolutions.
+class ConvDecoder(_Convolutional):
+    """Convolutional decoder of curves and images: one dense layer, then upsampled convolutions.
 
-    Each stage doubles height and width by nearest-neighbour interpolation and convolves (which leaves
+    Each stage doubles each length by nearest-neighbour interpolation and convolves (which leaves
     no checkerboard, unlike a strided transposed convolution; Odena, Dumoulin, Olah 2016).
 
     Args:
         latent_dim: size of the latent vector.
-        data_shape: ``(channels, height, width)`` of one image.
+        data_shape: ``(channels, length)`` or ``(channels, height, width)`` of one datum.
         channels: channels of the maps, from the latent side to the data side.
-        activation: one of :data:`ACTIVATIONS`.
+        activation, norm, residual_blocks: as :class:`ConvEncoder` has them.
 
     Shapes:
-        ``(*batch, latent_dim)`` to ``(*batch, channels[-1], height, width)``.
+        ``(*batch, latent_dim)`` to ``(*batch, channels[-1], *data_shape[1:])``.
 
     Raises:
-        InputError: data that are not images, a size below 1, or an unknown activation.
+        InputError: data of another kind, a size below 1, or an unknown activation or norm.
     """
 
     def __init__(
@@ -197,28 +266,26 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] = (64, 32),
         *,
         activation: str = "relu",
+        norm: str | None = None,
+        residual_blocks: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.latent_dim = size("latent_dim", latent_dim)
-        self.data_shape = _image_shape(data_shape)
-        self.channels = sizes("channels", channels)
-        self.activation = activation
-        _, height, width = self.data_shape
-        self.out_shape = (self.channels[-1], height, width)
-        extents = [(height, width)]
+        extents = [self.data_shape[1:]]
+        self.out_shape = (self.channels[-1], *extents[0])
         for _ in self.channels:
-            extents.insert(0, (-(-extents[0][0] // 2), -(-extents[0][1] // 2)))
+            extents.insert(0, tuple(-(-length // 2) for length in extents[0]))
         self.extents = extents
         self.body = _MLP(self.latent_dim, (self.channels[0] * math.prod(extents[0]),), activation)
         widths = itertools.pairwise((self.channels[0], *self.channels))
         self.stages = nn.ModuleList()
         for (width_in, width_out), extent in zip(widths, extents[1:], strict=True):
-            convolution = nn.Conv2d(width_in, width_out, kernel_size=3, padding=1)
+            convolution = _CONVOLUTIONS[self.dims](width_in, width_out, kernel_size=3, padding=1)
             upsample = nn.Upsample(size=extent, mode="nearest")
-            self.stages.append(nn.Sequential(upsample, convolution, _activation(activation)))
+            self.stages.append(nn.Sequential(upsample, convolution, *self.after(width_out)))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return feature maps ``(*batch, channels[-1], height, width)`` of latents."""
+        """Return feature maps ``(*batch, *out_shape)`` of latents."""
         batch = z.shape[:-1]
         maps = self.body(z).reshape(-1, self.channels[0], *self.extents[0])
         for stage in self.stages:
@@ -250,17 +317,58 @@ class Standardized(nn.Module):
         self.register_buffer("loc", torch.zeros(self.data_shape))
         self.register_buffer("scale", torch.ones(self.data_shape))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
         """Return the features ``(*batch, *out_shape)`` of data ``(*batch, *data_shape)``."""
         check_shape(x, self.data_shape)
-        return self.encoder((x - self.loc) / self.scale)
+        return self.encoder((x - self.loc) / self.scale, *given)
+
+
+class Conditional(nn.Module):
+    """A network that is given a condition too: a decoder as further latents, an encoder at its end.
+
+    Args:
+        network: a decoder of ``latent_dim + condition_dim`` latents, or an encoder, whose features
+            and the condition then pass one more layer.
+        condition_dim: size of a condition.
+        activation: of that layer, one of :data:`ACTIVATIONS`.
+
+    Shapes:
+        ``(*batch, latent_dim)`` or ``(*batch, *data_shape)``, and ``(*batch, condition_dim)``, to the
+        features, an encoder's flat.
+
+    Raises:
+        InputError: a decoder that leaves no latents, or a network without ``out_shape``.
+    """
+
+    def __init__(self, network: nn.Module, condition_dim: int, *, activation: str = "relu") -> None:
+        super().__init__()
+        self.network, self.activation = network, activation
+        self.condition_dim = size("condition_dim", condition_dim)
+        self.out_shape = feature_shape(network)
+        self.decodes = hasattr(network, "latent_dim")
+        if self.decodes:
+            whole: Any = network.latent_dim
+            self.latent_dim = size("latent_dim beside the condition", whole - condition_dim)
+        else:
+            width = math.prod(self.out_shape)
+            self.out_shape = (width,)
+            self.body = _MLP(width + self.condition_dim, self.out_shape, activation)
+
+    def forward(self, inputs: Tensor, condition: Tensor) -> Tensor:
+        """Return the features of latents or data, and conditions that particles share."""
+        if not self.decodes:
+            axes = len(feature_shape(self.network))
+            inputs = self.network(inputs).flatten(start_dim=-axes)
+        shared = condition.expand(*inputs.shape[:-1], self.condition_dim)
+        joined = torch.cat([inputs, shared.to(inputs.dtype)], -1)
+        return self.network(joined) if self.decodes else self.body(joined)
 
 
 class Head(nn.Module):
     """The affine map from a network's features to one parameter of a distribution.
 
-    Feature maps as large as the wanted image are mapped pixel by pixel (a convolution with kernel
-    size 1); anything else is flattened and mapped by one linear layer.
+    Feature maps as large as the wanted curve or image are mapped pixel by pixel (a convolution with
+    kernel size 1); anything else is flattened and mapped by one linear layer.
 
     Args:
         in_shape: shape of the features of one datum.
@@ -274,11 +382,11 @@ class Head(nn.Module):
         super().__init__()
         self.in_shape = sizes("in_shape", in_shape)
         self.out_shape = sizes("out_shape", out_shape)
-        both_maps = len(self.in_shape) == 3 == len(self.out_shape)
-        self.pixelwise = both_maps and self.in_shape[1:] == self.out_shape[1:]
-        self.map: nn.Conv2d | nn.Linear
+        dims = len(self.in_shape) - 1
+        self.pixelwise = dims in _CONVOLUTIONS and self.in_shape[1:] == self.out_shape[1:]
+        self.map: nn.Conv1d | nn.Conv2d | nn.Linear
         if self.pixelwise:
-            self.map = nn.Conv2d(self.in_shape[0], self.out_shape[0], kernel_size=1)
+            self.map = _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
         else:
             self.map = nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
 
@@ -298,7 +406,9 @@ class Head(nn.Module):
         self.map.weight.mul_(weight_scale)
         start = torch.as_tensor(bias).to(self.map.bias).expand(self.out_shape)
         if self.pixelwise:
-            start = start.mean(dim=(-2, -1))  # one bias per channel serves every pixel
+            start = start.mean(
+                dim=tuple(range(1, start.dim()))
+            )  # one bias per channel serves every pixel
         self.map.bias.copy_(start.flatten())
 
 
@@ -326,13 +436,3 @@ def feature_shape(network: nn.Module) -> tuple[int, ...]:
             "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
         )
     return tuple(shape)
-
-
-def _image_shape(data_shape: Sequence[int]) -> tuple[int, int, int]:
-    shape = sizes("data_shape", data_shape)
-    if len(shape) != 3:
-        raise InputError(
-            f"expected images of shape (channels, height, width), got {shape}: "
-            "use an MLP for data that are not images"
-        )
-    return shape[0], shape[1], shape[2]

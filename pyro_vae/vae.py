@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import guides
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, size
 from pyro_vae.networks import Standardized
 from pyro_vae.scale import location_and_scale
 
@@ -53,9 +54,9 @@ class VAE(nn.Module):
 
     def __init__(
         self,
-        prior: Callable[[], dist.Distribution],
-        likelihood: Callable[[Tensor], dist.Distribution],
-        guide: Callable[[Tensor], dist.Distribution],
+        prior: Callable[..., dist.Distribution],
+        likelihood: Callable[..., dist.Distribution],
+        guide: Callable[..., dist.Distribution],
     ) -> None:
         super().__init__()
         _check_components(prior, likelihood, guide)
@@ -79,7 +80,11 @@ class VAE(nn.Module):
         """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
         self._register("variational_family")
         with pyro.plate("data", len(x)), _made_beside(x):
-            pyro.sample("z", self.variational_family(x))
+            pyro.sample("z", self.variational_family(*self.family_inputs(x, *given)))
+
+    def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return what of the inputs q depends on: x alone."""
+        return (x,)
 
     def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
@@ -229,6 +234,98 @@ class VAE(nn.Module):
 def _made_beside(x: Tensor) -> AbstractContextManager[Any]:
     """Let a component's ``torch.zeros(8)`` be made on the device of the data."""
     return nullcontext() if x.device.type == "cpu" else x.device
+
+
+class ConditionalVAE(VAE):
+    """A VAE whose data come with a condition c: p(z given c), p(x given z, c) and q(z given x, c).
+
+    ``model(x, c)`` and ``guide(x, c)`` are a pair of data ``(x, c)``, in :func:`pyro_vae.fit`,
+    :func:`pyro_vae.log_marginal` and the tasks; ``tasks.generate(vae.model, (like, c))`` draws under
+    given conditions.
+
+    Args:
+        prior: p(z), as :class:`VAE` has it, or p(z given c): a callable of c, such as a family,
+            ``MeanFieldNormal(MLPEncoder((condition_dim,)), latent_dim)``.
+        likelihood, guide: as :class:`VAE` has them, called with c too; the package's own hand c on to
+            their network, see :class:`pyro_vae.networks.Conditional`.
+        num_classes: conditions are labels 0 to num_classes - 1, ``(N,)``, which components get as
+            vectors with a single 1; None: they are covariates ``(N, condition_dim)`` or ``(N,)``.
+
+    Raises:
+        InputError: as of :class:`VAE`; conditions that are no such labels, or not finite.
+
+    Source:
+        Sohn, Lee, Yan 2015, "Learning Structured Output Representation using Deep Conditional
+        Generative Models".
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> encoder = pv.networks.Conditional(pv.networks.MLPEncoder((6,)), 3)
+        >>> decoder = pv.networks.Conditional(pv.networks.MLPDecoder(2 + 3), 3)
+        >>> likelihood = pv.likelihoods.Bernoulli(decoder, (6,))
+        >>> guide = pv.guides.MeanFieldNormal(encoder, 2)
+        >>> vae = pv.ConditionalVAE(pv.priors.StandardNormal(2), likelihood, guide, num_classes=3)
+        >>> pv.tasks.generate(vae.model, (torch.zeros(4, 6), torch.tensor([0, 1, 2, 2]))).shape
+        torch.Size([4, 6])
+    """
+
+    def __init__(
+        self,
+        prior: Callable[..., dist.Distribution],
+        likelihood: Callable[..., dist.Distribution],
+        guide: Callable[..., dist.Distribution],
+        *,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(prior, likelihood, guide)
+        self.num_classes = None if num_classes is None else size("num_classes", num_classes)
+        call = prior.forward if isinstance(prior, nn.Module) else prior
+        self.has_conditional_prior = bool(inspect.signature(call).parameters)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many tensors model and guide take, x and c included."""
+        return 1 + super().num_inputs
+
+    def model(self, x: Tensor, condition: Tensor, *given: Tensor) -> None:  # type: ignore[override]
+        """Draw z given the condition and score x ``(N, *data_shape)`` under the likelihood."""
+        self._register("prior")
+        self._register("likelihood")
+        c = self.as_vectors(condition)
+        with pyro.plate("data", len(x)), _made_beside(x):
+            z = pyro.sample("z", self.prior(c) if self.has_conditional_prior else self._prior())
+            pyro.sample("x", self.likelihood(z, c, *given), obs=x)
+
+    def guide(self, x: Tensor, condition: Tensor, *given: Tensor) -> None:  # type: ignore[override]
+        """Draw z from q(z given x, c)."""
+        super().guide(x, condition, *given)
+
+    def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return what of the inputs q depends on: x and the condition."""
+        return x, self.as_vectors(given[0])
+
+    def as_vectors(self, condition: Tensor) -> Tensor:
+        """Return conditions as components get them, ``(N, condition_dim)``."""
+        if self.num_classes is None:
+            return condition.unsqueeze(-1) if condition.dim() == 1 else condition
+        kind = condition.dtype if condition.is_floating_point() else torch.get_default_dtype()
+        classes = torch.arange(self.num_classes, device=condition.device)
+        return (condition.unsqueeze(-1) == classes).to(kind)
+
+    def check_data(self, x: Tensor, *given: Tensor) -> None:
+        """Refuse data the likelihood is not defined for, and what is no condition."""
+        condition, *sizes = given
+        fits = bool(condition.isfinite().all()) and condition.dim() in (1, 2)
+        wanted = "conditions as finite numbers (N,) or (N, condition_dim)"
+        if self.num_classes is not None:
+            wanted = f"labels (N,) from 0 to {self.num_classes - 1} as conditions"
+            fits = condition.dim() == 1 and bool((self.as_vectors(condition).sum(-1) == 1).all())
+        if not fits:
+            raise InputError(
+                f"expected {wanted}, got shape {tuple(condition.shape)} and values from "
+                f"{condition.min():g} to {condition.max():g}: pass (x, conditions)"
+            )
+        super().check_data(x, *sizes)
 
 
 def _training_data(x: Any) -> Tensor:

@@ -205,15 +205,18 @@ def test_counts_start_at_their_mean_for_each_size(make, size_factor):
         torch.testing.assert_close(mean / sizes[:, None], mean[:1].expand(4, 3) / sizes[0])
 
 
-def test_categories_start_near_the_mean():
+def test_categories_start_alike_channel_by_channel():
     likelihood = likelihoods.Categorical(ConvDecoder(2, (2, 4, 4), (3,)), (2, 4, 4), num_categories=5)
-    likelihood.start_at_mean(torch.tensor([1.0, 3.0]).reshape(2, 1, 1).expand(2, 4, 4))
+    likelihood.start_at_mean(torch.ones(2, 4, 4))
     with torch.no_grad():
         likelihood.logits.map.weight.zero_()
+    shares = likelihood(torch.zeros(7, 2)).base_dist.probs
+    torch.testing.assert_close(shares, torch.full((7, 2, 4, 4, 5), 0.2))
+    with torch.no_grad():  # the last category of the first channel, and of no other
+        likelihood.logits.map.bias[4] = 50.0
     mean = likelihood(torch.zeros(7, 2)).mean
-    assert mean.shape == (7, 2, 4, 4)
-    torch.testing.assert_close(mean[:, 0], torch.ones(7, 4, 4))
-    torch.testing.assert_close(mean[:, 1], torch.full((7, 4, 4), 3.0))
+    torch.testing.assert_close(mean[:, 0], torch.full((7, 4, 4), 4.0))
+    torch.testing.assert_close(mean[:, 1], torch.full((7, 4, 4), 2.0))
 
 
 def test_probabilities_and_densities_are_scipys():

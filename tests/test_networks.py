@@ -7,7 +7,15 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.app import names
-from pyro_vae.networks import ACTIVATIONS, ConvDecoder, ConvEncoder, Head, MLPDecoder, MLPEncoder
+from pyro_vae.networks import (
+    ACTIVATIONS,
+    Conditional,
+    ConvDecoder,
+    ConvEncoder,
+    Head,
+    MLPDecoder,
+    MLPEncoder,
+)
 
 LEADING = [(), (5,), (2, 5)]
 
@@ -15,10 +23,22 @@ ENCODERS = {
     "vector": (MLPEncoder((6,), (7, 4)), (6,), (4,)),
     "image": (MLPEncoder((1, 5, 3), (7,)), (1, 5, 3), (7,)),
     "conv": (ConvEncoder((3, 9, 6), (4, 5), features=7), (3, 9, 6), (7,)),
+    "conv of curves": (ConvEncoder((2, 11), (4, 5), features=7, norm="layer"), (2, 11), (7,)),
+    "resnet": (
+        ConvEncoder((3, 9, 6), (4, 8), features=7, norm="group", residual_blocks=2),
+        (3, 9, 6),
+        (7,),
+    ),
+    "counts": (MLPEncoder((6,), (7, 4), log1p=True), (6,), (4,)),
 }
 DECODERS = {
     "mlp": (MLPDecoder(3, (4, 7)), (7,)),
     "conv": (ConvDecoder(3, (1, 9, 6), (5, 4)), (4, 9, 6)),
+    "conv of curves": (ConvDecoder(3, (2, 11), (5, 4), norm="layer"), (4, 11)),
+    "resnet": (
+        ConvDecoder(3, (1, 9, 6), (8, 4), norm="group", residual_blocks=2),
+        (4, 9, 6),
+    ),
     "conv of one pixel": (ConvDecoder(3, (1, 1, 1), (5, 4, 2)), (2, 1, 1)),
 }
 
@@ -37,6 +57,7 @@ def agrees_with_single_data(network, x, event_dim):
 def test_encoders_take_any_leading_axes(name, leading):
     network, data_shape, out_shape = ENCODERS[name]
     x = torch.randn(*leading, *data_shape)
+    x = x.exp() if name == "counts" else x
     assert network(x).shape == (*leading, *out_shape)
     assert network.out_shape == out_shape
     agrees_with_single_data(network, x, len(data_shape))
@@ -66,7 +87,9 @@ def test_gradients_reach_every_weight(name):
     for activation in network.modules():  # a dead ReLU would hide a weight that is connected
         if isinstance(activation, torch.nn.ReLU):
             activation.register_forward_hook(lambda module, inputs, output: inputs[0].sin())
-    network(torch.randn(4, *shape)).square().sum().backward()
+    for weight in network.parameters():  # a residual block starts with a 0 that hides another weight
+        torch.nn.init.normal_(weight, std=0.3)
+    network(torch.rand(4, *shape)).square().sum().backward()
     for weight in network.parameters():
         assert weight.grad.abs().max() > 0
 
@@ -78,6 +101,8 @@ def test_gradients_reach_every_weight(name):
         ((7,), (4,), False),
         ((7,), (3, 5, 6), False),
         ((4, 5, 6), (3, 5, 6), True),
+        ((4, 5), (3, 5), True),
+        ((4, 5), (3, 6), False),
         ([4, 5, 6], (3, 5, 6), True),
         ((4, 5, 6), (3, 6, 5), False),
         ((4, 5, 6), (2,), False),
@@ -91,10 +116,57 @@ def test_head_maps_pixel_by_pixel_where_sizes_agree(leading, in_shape, out_shape
     assert got.shape == (*leading, *out_shape)
     weight, bias = head.map.weight.flatten(1), head.map.bias
     if pixelwise:
-        expected = torch.einsum("oc,...chw->...ohw", weight, features) + bias[:, None, None]
+        pixels = features.flatten(len(leading) + 1)
+        mapped = torch.einsum("oc,...cp->...op", weight, pixels) + bias[:, None]
+        expected = mapped.reshape(*leading, *out_shape)
     else:
         expected = (features.flatten(len(leading)) @ weight.T + bias).reshape(*leading, *out_shape)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_features_of_deep_networks_differ_between_data_from_the_start(norm):
+    torch.manual_seed(0)
+    x = 0.5 + 0.1 * torch.randn(50, 3, 1, 1) + 0.02 * torch.randn(50, 3, 16, 16)
+    spread = {}
+    for name in (None, norm):
+        encoder = ConvEncoder((3, 16, 16), (16, 32, 64, 64), norm=name, residual_blocks=1)
+        features = encoder(x).detach()
+        spread[name] = (features.std(0).square().mean() / features.square().mean()).sqrt()
+    assert spread[norm] > 3 * spread[None]
+
+
+def test_residual_blocks_start_as_the_identity():
+    torch.manual_seed(0)
+    plain = ConvDecoder(3, (1, 8, 8), (8, 8), norm="group")
+    deep = ConvDecoder(3, (1, 8, 8), (8, 8), norm="group", residual_blocks=3)
+    assert len(deep.state_dict()) > len(plain.state_dict())
+    deep.load_state_dict(plain.state_dict(), strict=False)
+    z = torch.randn(5, 3)
+    torch.testing.assert_close(deep(z), plain(z))
+
+
+def test_networks_with_a_condition_see_it():
+    encoder = Conditional(ConvEncoder((1, 8), (4,), features=6), 2)
+    decoder = Conditional(MLPDecoder(5, (7,)), 2)
+    assert (encoder.out_shape, decoder.latent_dim, decoder.out_shape) == ((6,), 3, (7,))
+    x, z, c = torch.randn(4, 5, 1, 8), torch.randn(4, 5, 3), torch.randn(5, 2)
+    for network, given in ((encoder, x), (decoder, z)):
+        both = network(given, c)
+        assert both.shape == (4, 5, *network.out_shape)
+        torch.testing.assert_close(both[1], network(given[1], c))
+        assert not torch.allclose(both, network(given, c + 1))
+    with pytest.raises(pv.InputError, match="latent_dim beside the condition of at least 1, got 0"):
+        Conditional(MLPDecoder(5, (7,)), 5)
+
+
+def test_unknown_norms_and_data_without_a_grid_are_refused():
+    with pytest.raises(pv.InputError, match="unknown norm 'batch'"):
+        ConvEncoder((1, 8, 8), norm="batch")
+    with pytest.raises(
+        pv.InputError, match=r"expected curves .* or images .* got \(8,\): use an MLP"
+    ):
+        ConvDecoder(2, (8,))
 
 
 def test_head_starts_where_told():
@@ -132,7 +204,7 @@ def test_widths_are_positive_whole_numbers(network, hidden):
         lambda: ConvEncoder((1, 8, 8), (0,)),
         lambda: ConvEncoder((1, 8, 8), features=0),
         lambda: ConvEncoder((64,)),
-        lambda: ConvDecoder(2, (8, 8)),
+        lambda: ConvDecoder(2, (1, 8, 8, 8)),
         lambda: ConvDecoder(-1, (1, 8, 8)),
         lambda: Head((), (3,)),
     ],

@@ -112,8 +112,9 @@ def test_a_title_is_wide_enough_for_one_image():
 def test_vectors_are_shown_beside_the_data(shape):
     drawn, data = RANDOM.random((30, *shape)), RANDOM.random((50, *shape))
     figure = plots.samples(drawn, data, title="t")
-    (axes,) = figure.axes
-    assert axes.get_title(loc="left") == "t"
+    axes = figure.axes[0]
+    title = figure.get_suptitle() if len(figure.axes) > 1 else axes.get_title(loc="left")
+    assert title == "t"
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"data", "drawn"}
     assert axes.get_xlabel()
     assert axes.get_ylabel()
@@ -344,3 +345,26 @@ def test_completed_vectors_are_shown_where_they_were_missing():
     names = {text.get_text() for text in bits.axes[0].get_legend().get_texts()}
     assert names == {"truth 0", "truth 1"}
     pixels(bits)
+
+
+def test_curves_are_drawn_beside_data_and_over_their_reconstructions():
+    data, drawn = RANDOM.random((30, 2, 15)), RANDOM.random((40, 2, 15))
+    left, right = plots.samples(drawn, data, title="t").axes
+    for axes, values in ((left, data), (right, drawn)):
+        assert len(axes.lines) == 20 * 2
+        np.testing.assert_array_equal(axes.lines[3].get_ydata(), values[1, 1])
+    places = plots.reconstructions(data, drawn[:30], title="t").axes
+    shown = [axes for axes in places if axes.lines]
+    assert len(shown) == 12
+    np.testing.assert_array_equal(shown[5].lines[2].get_ydata(), drawn[5, 0])
+
+
+def test_correlations_of_a_table_are_those_drawn_against_those_of_the_data():
+    mixing = np.array([[1.0, 0.8, -0.5, 0.0], [0.0, 1.0, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    data, drawn = RANDOM.normal(size=(200, 3)) @ mixing, RANDOM.normal(size=(300, 3)) @ mixing
+    axes = plots.samples(drawn, data, title="t").axes[1]
+    points = axes.collections[0].get_offsets()
+    assert points.shape == (3, 2)  # the last column does not vary
+    np.testing.assert_allclose(
+        points[0], [np.corrcoef(x[:, 0], x[:, 1])[0, 1] for x in (data, drawn)]
+    )

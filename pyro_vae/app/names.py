@@ -42,6 +42,7 @@ FAMILIES = {
     "von-mises-fisher": "VonMisesFisher",
     "beta": "Beta",
 }
+NETWORKS = ("mlp", "conv", "resnet")
 METHODS = ("auto", "importance", "annealed", "both")
 OBJECTIVES = {
     "elbo": "TraceBound",
@@ -152,8 +153,16 @@ class TrainSettings:
     )
     guide: str = option("mean-field", choices=FAMILIES)
     latent_dim: int = option(8, "Size of the latent vector.")
+    network: str = option("mlp", choices=NETWORKS)
     hidden: str = option(
-        "512,256", "Widths from the data to the latent side; the decoder mirrors them."
+        "512,256",
+        "Widths from the data to the latent side; the decoder mirrors them.",
+        only_with=OnlyWith("network", ("mlp",)),
+    )
+    channels: str = option(
+        "32,64",
+        "Channels of conv and resnet, likewise; each halves the data's lengths.",
+        only_with=OnlyWith("network", ("conv", "resnet")),
     )
     activation: str = option("relu", choices=ACTIVATIONS)
     beta: float = option(1.0, "Weight of the KL term.")

@@ -53,21 +53,35 @@ def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
 
 def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
     """Put the VAE that the settings name together, its weights drawn from the global random state."""
-    hidden, latent_dim = _hidden(settings.hidden), settings.latent_dim
-    how = {"activation": settings.activation}
+    latent_dim = settings.latent_dim
     options = _likelihood_options(settings, data_shape)
     codes = latent_dim - (options.get("size_factor") == "learned")
+    widths = settings.hidden if settings.network == "mlp" else settings.channels
     refusal = (
-        f"expected networks that fit in memory, got hidden widths {settings.hidden[:80]} and latent "
-        f"dimension {latent_dim}: make them smaller"
+        f"expected networks that fit in memory, got widths {widths[:80]} and latent dimension "
+        f"{latent_dim}: make them smaller"
     )
     with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
-        encoder = networks.MLPEncoder(data_shape, hidden, **how)
-        decoder = networks.MLPDecoder(codes, hidden[::-1], **how)
+        encoder, decoder = _networks(settings, data_shape, codes)
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
+
+
+def _networks(
+    settings: TrainSettings, data_shape: tuple[int, ...], latent_dim: int
+) -> tuple[nn.Module, nn.Module]:
+    how: dict[str, Any] = {"activation": settings.activation}
+    if settings.network == "mlp":
+        widths = _widths("hidden widths", settings.hidden)
+        log1p = settings.likelihood in names.COUNTS
+        encoder = networks.MLPEncoder(data_shape, widths, log1p=log1p, **how)
+        return encoder, networks.MLPDecoder(latent_dim, widths[::-1], **how)
+    channels = _widths("channels", settings.channels)
+    how |= {"norm": "group", "residual_blocks": 2 if settings.network == "resnet" else 0}
+    decoder = networks.ConvDecoder(latent_dim, data_shape, channels[::-1], **how)
+    return networks.ConvEncoder(data_shape, channels, **how), decoder
 
 
 def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -100,15 +114,15 @@ def _default_components(prior: str, num_data: int) -> int:
     return max(1, min(500, num_data // 10)) if prior == "vamp" else 10
 
 
-def _hidden(text: str) -> tuple[int, ...]:
+def _widths(kind: str, text: str) -> tuple[int, ...]:
     try:
         widths = tuple(int(part) for part in text.split(","))
     except ValueError:
         widths = ()
     if not widths or min(widths) < 1:
         raise InputError(
-            f"expected hidden widths as whole numbers of at least 1 between commas, got {text!r}: "
-            "e.g. 512,256"
+            f"expected {kind} as whole numbers of at least 1 between commas, got {text!r}: "
+            f"e.g. {names.TrainSettings.hidden}"
         )
     return widths
 
@@ -142,7 +156,8 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     check_values(settings)
     FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
     with seeded(settings.seed):
-        assemble_vae(settings, (1,), 10)  # on stand-in data: sizes are refused before any are read
+        # On stand-in data: sizes are refused before any are read.
+        assemble_vae(settings, (1,) if settings.network == "mlp" else (1, 1), 10)
     if settings.binarize is None:
         bits = settings.likelihood == "bernoulli"
         settings = replace(settings, binarize="dynamic" if bits else "none")

@@ -276,6 +276,9 @@ class _Refinement:
 
     def _encode(self, inputs: Inputs) -> Parameters:
         """Return the family's parameters of each datum; refuse what has no row for each."""
+        owners: Any = owned_modules(self.pair.guide)  # a VAE knows what of them its q depends on
+        if owners and getattr(owners[0], "variational_family", None) is self.family:
+            inputs = owners[0].family_inputs(*inputs)
         parameters: Any = self.family.encode(*inputs)
         if not isinstance(parameters, dict) or any(
             not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]

@@ -27,6 +27,11 @@ def is_image(data_shape: Sequence[int]) -> bool:
     return len(data_shape) == 2 and min(data_shape) >= 4
 
 
+def is_curve(data_shape: Sequence[int]) -> bool:
+    """Say whether data of this shape are shown as curves: ``(channels, length)``, few of many."""
+    return len(data_shape) == 2 and data_shape[0] < 4 <= data_shape[1]
+
+
 def image_grid(
     rows: Sequence[Array],
     *,
@@ -73,7 +78,9 @@ def image_grid(
 
 
 def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0)) -> Figure:
-    """Show drawn data: images as a square grid, vectors beside the data's own distribution.
+    """Show drawn data: images as a square grid, curves and vectors beside the data's own.
+
+    Of vectors of three and more values the correlations are shown too, drawn against data.
 
     Args:
         drawn: new data ``(N, *data_shape)``.
@@ -86,8 +93,19 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         columns = math.ceil(math.sqrt(len(drawn) * cell_height / cell_width))
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
+    if is_curve(drawn.shape[1:]):
+        figure, places = style.panels(title, (9, 3.4), columns=2, sharey=True)
+        for axes, values, colour, label in zip(
+            places, (data, drawn), (BLUE, ORANGE), ("data", "drawn"), strict=True
+        ):
+            _lines(axes, values[:_CURVES], colour, label)
+        return figure
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
-    figure, axes = style.one_panel(title, (6.4, 4))
+    if data.shape[1] > 2:
+        figure, (axes, other) = style.panels(title, (9, 4), columns=2, width_ratios=[3, 2])
+        _correlations(other, data, drawn)
+    else:
+        figure, axes = style.one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
         style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
@@ -106,7 +124,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
 def reconstructions(
     data: Array, rebuilt: Array, *, title: str, limits: Limits = (0.0, 1.0)
 ) -> Figure:
-    """Show data beside their reconstructions: images in two rows, vectors value against value.
+    """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
     Args:
         data: ``(N, *data_shape)``.
@@ -117,6 +135,13 @@ def reconstructions(
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
         return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
+    if is_curve(data.shape[1:]):
+        shown = min(len(data), 12)
+        figure, places = style.panels(title, (9, 6), 3, 4, shown=shown, sharey=True)
+        for index, axes in enumerate(places):
+            _lines(axes, data[index : index + 1], BLUE, "data")
+            _lines(axes, rebuilt[index : index + 1], ORANGE, "data and rebuilt")
+        return figure
     figure, axes = style.one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
     if style.are_bits(data):
@@ -207,6 +232,28 @@ def show_image(
     """Show an image between left, right, bottom and top, whatever its proportions are."""
     shown, (low, high) = flat_image(image, limits), limits
     axes.imshow(shown, cmap=style.INK, vmin=low, vmax=high, extent=extent, aspect="auto")
+
+
+# Curves in one panel.
+_CURVES = 20
+
+
+def _lines(axes: Axes, curves: Array, colour: str, label: str) -> None:
+    """Show curves ``(N, channels, length)``, every channel a line."""
+    position = np.arange(1, curves.shape[2] + 1)
+    axes.plot(position, curves.reshape(-1, curves.shape[2]).T, color=colour, linewidth=0.8, alpha=0.7)
+    axes.set_title(label, fontsize=9)
+
+
+def _correlations(axes: Axes, data: Array, drawn: Array) -> None:
+    """Show the correlation of each two columns that vary, drawn against data."""
+    varies = (data.std(0) > 0) & (drawn.std(0) > 0)
+    pairs = np.triu_indices(int(varies.sum()), 1)
+    found = [np.corrcoef(values[:, varies].T)[pairs] for values in (data, drawn) if len(pairs[0])]
+    axes.plot([-1, 1], [-1, 1], color="0.6", linewidth=1)
+    if found:
+        axes.scatter(found[0], found[1], s=5, color=BLUE, alpha=0.5, linewidths=0)
+    axes.set(xlabel="correlation in the data", ylabel="drawn", xlim=(-1, 1), ylim=(-1, 1))
 
 
 def _bands(axes: Axes, data: Array, drawn: Array) -> None:

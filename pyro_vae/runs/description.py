@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.errors import InputError, first_line, unknown_name
 from pyro_vae.runs.files import CONFIG, FORMAT
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, ConditionalVAE
 from pyro_vae.version import __version__
 
 # The parts of a VAE, in the order they are built: a prior may use the variational family.
@@ -51,6 +51,8 @@ def describe(vae: VAE, settings: Mapping[str, Any] | None = None) -> dict[str, A
         component = getattr(vae, part)
         model[part] = _describe(component, shared)
         shared[id(component)] = part
+    if isinstance(vae, ConditionalVAE):
+        model["conditional"] = {"num_classes": vae.num_classes}
     return {"format": FORMAT, "pyro_vae": __version__, "model": model, "run": dict(settings or {})}
 
 
@@ -69,7 +71,10 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
                 parts[part] = _build(config["model"][part], components, parts, bound)
                 if not isinstance(parts[part], nn.Module):
                     raise InputError(f"expected a class for the {part} in {CONFIG}, got none")
-            return VAE(parts["prior"], parts["likelihood"], parts["variational_family"])
+            components_of = (parts["prior"], parts["likelihood"], parts["variational_family"])
+            if "conditional" not in config["model"]:
+                return VAE(*components_of)
+            return ConditionalVAE(*components_of, **config["model"]["conditional"])
     except InputError:
         raise
     except _UNBUILDABLE as error:

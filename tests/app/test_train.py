@@ -270,6 +270,21 @@ def test_the_bernoulli_starts_at_the_training_mean():
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("network", "shape"), [("conv", (3, 5, 6)), ("resnet", (2, 9))])
+def test_convolutional_networks_by_name(tmp_path, monkeypatch, network, shape):
+    monkeypatch.chdir(tmp_path)
+    np.save("own.npy", np.random.default_rng(0).random((60, *shape)))
+    options = ("--dataset", "own.npy", "--likelihood", "gaussian", "--channels", "4,6")
+    small = ("--latent-dim", "2", "--device", "cpu", "--epochs", "1")
+    assert run("train", *options, "--network", network, *small, "--output", "run").code == 0
+    vae = pv.load("run")
+    encoder = vae.variational_family.encoder
+    assert (encoder.channels, encoder.norm) == ((4, 6), "group")
+    assert vae.likelihood.decoder.channels == (6, 4)
+    assert encoder.residual_blocks == (2 if network == "resnet" else 0)
+    assert run("reconstruct", "run").code == run("sample", "run", "--num", "5").code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "bits"),
     [
