@@ -70,6 +70,9 @@ def train(
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
+    if dataset.is_mapped:
+        size = sum(part.nbytes for part in (dataset.train, dataset.validation, dataset.test)) / 2**30
+        print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
     when = checkpointing or Checkpointing()
     with _say_how_to_go_on(folder):
         metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
@@ -136,7 +139,7 @@ def train_run(
     :func:`check_settings` returned, and name the data.
     """
     device, processes = resolve_device(settings.device), Processes.current()
-    settings = tell_defaults(settings, len(dataset.train))
+    settings = tell_defaults(settings, dataset.train, dataset.validation)
     with ExitStack() as stack, seeded(settings.seed):
         vae = build_vae(settings, dataset)
         if start is not None:
