@@ -9,6 +9,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_room, first_line, unknown_name, whole_number
+from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
 from pyro_vae.files import expand_path
+from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
-FILE_TYPES = (".npy", ".npz")
+FILE_TYPES = (".npy", ".npz", ".csv")
 
 _PARTS = ("train", "validation", "test")
 
@@ -38,11 +40,8 @@ _UNREADABLE = (
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 
-# What to do with data that are larger than the memory.
-_IN_PARTS = (
-    "keep them as a float32 .npy file and pass numpy.load(path, mmap_mode='r') itself to fit, which "
-    "reads it batch by batch"
-)
+# scikit-learn's names of arrays.
+_OTHER_NAMES = {"data": "x", "target": "y"}
 
 # Largest number that torch takes for a seed or a size.
 _LARGEST = 2**63 - 1
@@ -62,11 +61,12 @@ class Dataset:
         train: training data; with ``binarize="dynamic"`` still grey, drawn afresh for each batch.
         validation: validation data, binarised once; may have length 0.
         test: test data, binarised once.
-        train_labels: class labels ``(N,)``, where there are any.
+        train_labels: class labels ``(N,)``, or numbers, where there are any.
         validation_labels: likewise of the validation data.
         test_labels: likewise of the test data.
         binarize: how grey values are turned into bits, one of :data:`BINARIZATIONS`.
         checksums: SHA-256 of each part as it is here.
+        is_mapped: whether the data stay on the disk and are read from there, in the file's order.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Dataset:
     test_labels: Tensor | None = None
     binarize: str = "none"
     checksums: dict[str, str] | None = None
+    is_mapped: bool = False
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -90,21 +91,29 @@ class Dataset:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: Any,
     root: str | Path | None = None,
     *,
     binarize: str = "dynamic",
     validation_size: int | None = None,
     seed: int = 0,
     download: bool = False,
+    labels: str | None = None,
+    leave_out: Sequence[str] = (),
+    allow_missing: bool = False,
 ) -> Dataset:
-    """Load a named data set or a file of the user's own.
+    """Load a named data set, a file of the user's own, or what holds data in another way.
+
+    Data of a user's own with labels are split so that each class has its share of every part. What is
+    larger than 128 MiB stays on the disk, in a temporary file if need be, and is split in its order.
 
     Args:
         name_or_path: ``digits`` (8x8 handwritten digits that come with scikit-learn), ``mnist``,
-            ``fashion-mnist``, ``kmnist``, ``omniglot``, or the path of a ``.npy`` or ``.npz`` file.
-            A ``.npz`` holds either one array (or one named ``x``, with labels ``y``) or ``train``,
-            ``test`` and perhaps ``validation`` and ``*_labels``.
+            ``fashion-mnist``, ``kmnist``, ``omniglot``, or the path of a ``.npy``, ``.npz`` or
+            ``.csv`` file. A ``.npz`` holds either one array (or one named ``x`` or ``data``, with
+            labels ``y`` or ``target``) or ``train``, ``test`` and perhaps ``validation`` and
+            ``*_labels``. Or a pandas ``DataFrame``, a ``torch.utils.data.Dataset`` (so a folder of
+            images too), a ``DataLoader`` or any iterable of batches, with labels or without.
         root: folder of the named sets, as torchvision lays it out; by default the variable
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae``.
         binarize: ``dynamic`` draws bits with the grey values as probabilities, afresh for every
@@ -114,6 +123,9 @@ def load(
             By default a tenth, 10,000 at most.
         seed: seed of the split and of the bits drawn once.
         download: allow torchvision to download a set that is missing.
+        labels: name of a table's column that holds labels: classes, which may be words, or numbers.
+        leave_out: names of a table's columns that are no data.
+        allow_missing: keep NaN, where values are missing (see :func:`pyro_vae.tasks.nan_as_missing`).
 
     Returns:
         the data set. Images have shape ``(channels, height, width)`` and values in [0, 1]; files keep
@@ -125,23 +137,31 @@ def load(
     """
     if binarize not in BINARIZATIONS:
         raise unknown_name("binarisation", binarize, BINARIZATIONS)
-    if not isinstance(name_or_path, str | Path):
-        raise InputError(
-            f"expected the name or the file of a data set, got {type(name_or_path).__name__}: pass "
-            "tensors to fit themselves, or as a Dataset"
-        )
     seed = whole_number("a seed", seed, most=_LARGEST)
     if validation_size is not None:
         validation_size = whole_number("a validation size", validation_size, most=_LARGEST)
     generator = torch.Generator().manual_seed(seed)
-    if str(name_or_path) in NAMES:
+    is_path = isinstance(name_or_path, str | Path)
+    is_named = is_path and str(name_or_path) in NAMES
+    if is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv"):
+        path = _data_file(Path(name_or_path)) if is_path else name_or_path
+        loaded: dict[str, Any] = read_table(path, labels, leave_out)
+    elif labels is not None or leave_out:
+        raise InputError(
+            "expected labels and leave_out with a table, whose columns have names, got them without: "
+            "pass a pandas DataFrame or a CSV file"
+        )
+    elif is_named:
         loaded = _load_named(str(name_or_path), root_of(root), download)
     else:
-        loaded = _load_file(Path(name_or_path))
-    tensors = {name: _as_tensor(name, value) for name, value in loaded.items()}
-    parts = _binarize(_split(tensors, validation_size, generator), binarize, generator)
+        loaded = _load_file(Path(name_or_path)) if is_path else _load_rows(name_or_path)
+    tensors = {name: _as_tensor(name, value, allow_missing) for name, value in loaded.items()}
+    is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
+    split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
+    parts = _binarize(split, binarize, generator)
     checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in _PARTS}
-    return Dataset(name=str(name_or_path), binarize=binarize, checksums=checksums, **parts)
+    name = str(name_or_path) if is_path else type(name_or_path).__name__
+    return Dataset(name=name, binarize=binarize, checksums=checksums, is_mapped=is_mapped, **parts)
 
 
 def root_of(root: str | Path | None) -> Path:
@@ -194,19 +214,31 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
     return parts
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def _load_rows(source: Any) -> dict[str, Any]:
+    """Return data, and labels where there are any, of a Dataset, a loader or an iterable."""
+    columns = gather(source)
+    if columns is source or len(columns) > 2:
+        got = type(source).__name__ if columns is source else f"{len(columns)} tensors in each batch"
+        raise InputError(
+            "expected the name or the file of a data set, a DataFrame, a torch Dataset or batches of "
+            f"data and perhaps labels, got {got}: pass tensors and arrays to fit themselves"
+        )
+    return dict(zip(("x", "y"), columns, strict=False))
+
+
+def _data_file(path: Path) -> Path:
     if path.suffix not in FILE_TYPES:
-        raise unknown_name("data set (and no .npy or .npz file)", str(path), NAMES)
+        raise unknown_name(f"data set (and no {', '.join(FILE_TYPES)} file)", str(path), NAMES)
     path = expand_path(path, kind="data file")
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, found none: check the path")
+    return path
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    path = _data_file(path)
     try:
-        check_room("data", _bytes_of(path), _IN_PARTS)
-        with path.open("rb") as stream:
-            content = np.load(stream, allow_pickle=False)
-            if isinstance(content, np.ndarray):
-                return {"x": content}
-            arrays = {name: content[name] for name in content.files}
+        arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
     except InputError:
         raise
     except _UNREADABLE as error:
@@ -225,23 +257,11 @@ def _load_file(path: Path) -> dict[str, Any]:
     return arrays
 
 
-def _bytes_of(path: Path) -> int:
-    """Return how many bytes a file is once unpacked."""
-    if path.suffix == ".npy":
-        return path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        return sum(member.file_size for member in archive.infolist())
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    """Return data as float32 and labels as int64; refuse what is no data."""
-    array = np.asarray(value)
+def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
+    """Return data as float32, and labels as int64 or, if they are fractions, too; refuse no data."""
+    array = np.asanyarray(value)
     if name == "y" or name.endswith("_labels"):
-        if array.dtype.kind not in "iub" or array.ndim != 1:
-            raise InputError(
-                f"expected labels {name!r} as whole numbers (N,), got {array.dtype} {array.shape}"
-            )
-        return torch.as_tensor(array.astype(np.int64))
+        return _labels(name, np.asarray(array))
     if array.dtype.kind not in "fiub":
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
     if array.ndim < 2 or 0 in array.shape:
@@ -249,21 +269,45 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         raise InputError(
             f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
         )
-    if array.dtype != np.float32:
-        check_room(f"float32 {name!r}", 4 * array.size, _IN_PARTS)
     with np.errstate(over="ignore"):  # what float32 can't hold is refused below
+        is_ready = array.dtype == np.float32 and array.flags.c_contiguous
+        if isinstance(array, np.memmap) and not is_ready:
+            rows = Rows()
+            for start in range(0, len(array), step := max(1, LARGE * len(array) // array.nbytes)):
+                rows.add(np.asarray(array[start : start + step], np.float32))
+            array = rows.finish()
         tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
-    if not tensor.isfinite().all():
+    blocks = tensor.split(max(1, LARGE * len(tensor) // tensor.nbytes))
+    if any(b.isinf().any() or (b.isnan().any() and not allow_missing) for b in blocks):
         raise InputError(
-            f"expected finite float32 data in {name!r}, got NaN or infinity: clean them first"
+            f"expected finite float32 data in {name!r}, got NaN or infinity: clean them first, or, "
+            "if NaN stands for missing values, say so: allow_missing=True"
         )
     return tensor
 
 
+def _labels(name: str, array: np.ndarray) -> Tensor:
+    """Return labels ``(N,)``: whole numbers, fractions, or words numbered in their order."""
+    if array.ndim != 1 or array.dtype.kind not in "iubfUO":
+        raise InputError(
+            f"expected labels {name!r} of shape (N,), as numbers or words, got {array.dtype} "
+            f"{array.shape}"
+        )
+    if array.dtype.kind in "UO":
+        array = np.unique(array.astype(str), return_inverse=True)[1]
+    if array.dtype.kind == "f" and not (array == np.round(array)).all():
+        return torch.as_tensor(array.astype(np.float32))
+    return torch.as_tensor(array.astype(np.int64))
+
+
 def _split(
-    parts: dict[str, Any], validation_size: int | None, generator: torch.Generator
+    parts: dict[str, Any],
+    validation_size: int | None,
+    generator: torch.Generator | None,
+    *,
+    stratify: bool,
 ) -> dict[str, Any]:
-    """Bring any of the accepted layouts to train, validation and test."""
+    """Bring any of the accepted layouts to train, validation and test; without generator in order."""
     for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
         if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
             raise InputError(
@@ -274,7 +318,7 @@ def _split(
         x, y = parts["x"], parts.get("y")
         test_size = max(1, round(_TEST_SHARE * len(x)))
         _check_size("data", len(x), test_size + 1)
-        parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator)
+        parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator, stratify)
     shapes = {name: tuple(parts[name].shape[1:]) for name in _PARTS if name in parts}
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
@@ -285,21 +329,38 @@ def _split(
     if validation_size is None:
         validation_size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
     _check_size("training data", len(parts["train"]), validation_size + 1)
-    return _cut(parts, "validation", validation_size, generator)
+    return _cut(parts, "validation", validation_size, generator, stratify)
 
 
-def _cut(parts: dict[str, Any], name: str, size: int, generator: torch.Generator) -> dict[str, Any]:
-    """Move ``size`` random data points from the training part to a new part."""
+def _cut(
+    parts: dict[str, Any], name: str, size: int, generator: torch.Generator | None, stratify: bool
+) -> dict[str, Any]:
+    """Move ``size`` random data points, or the last ones, from the training part to a new part."""
     if size == 0:
         return {**parts, name: parts["train"][:0]}
-    order = torch.randperm(len(parts["train"]), generator=generator)
-    taken, kept = order[:size].sort().values, order[size:].sort().values
+    taken: Any = slice(-size, None)
+    kept: Any = slice(None, -size)
+    if generator is not None:
+        order = torch.randperm(len(parts["train"]), generator=generator)
+        labels = parts.get("train_labels")
+        if stratify and labels is not None and not labels.is_floating_point():
+            order = _spread_classes(order, labels)
+        taken, kept = order[:size].sort().values, order[size:].sort().values
     cut = dict(parts)
     for kind in ("", "_labels"):
         if parts.get(f"train{kind}") is not None:
             cut[f"{name}{kind}"] = parts[f"train{kind}"][taken]
             cut[f"train{kind}"] = parts[f"train{kind}"][kept]
     return cut
+
+
+def _spread_classes(order: Tensor, labels: Tensor) -> Tensor:
+    """Return an order of which any first part has each class in its share of the whole."""
+    place = torch.empty(len(order), dtype=torch.float64)
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        place[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
+    return order[place[order].argsort(stable=True)]
 
 
 def _check_size(what: str, size: int, least: int) -> None:

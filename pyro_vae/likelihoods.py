@@ -23,6 +23,7 @@ from pyro_vae.distributions.values import (
 )
 from pyro_vae.errors import InputError, positive_number, size
 from pyro_vae.networks import Head, check_shape, feature_shape
+from pyro_vae.scale import moments
 
 __all__ = [
     "Bernoulli",
@@ -35,6 +36,8 @@ __all__ = [
     "Poisson",
     "StudentT",
 ]
+
+SIGMAS = ("learned", "per-column", "per-pixel")
 
 
 class Likelihood(nn.Module):
@@ -92,6 +95,16 @@ class Likelihood(nn.Module):
             mean: mean of the training data, ``data_shape``.
         """
         raise NotImplementedError
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Take the decoder's output as that of ``(x - loc) / scale``; the density stays that of x.
+
+        Both have ``data_shape``. Refused by a likelihood of values with a range of their own.
+        """
+        raise InputError(
+            f"expected a likelihood of real values to standardise, got {type(self).__name__}: its "
+            "data stay as they are; divide x by one number yourself, or use Gaussian"
+        )
 
     def check(self, x: Tensor) -> None:
         """Refuse data this density is not defined for; called once per data set.
@@ -214,10 +227,15 @@ class Gaussian(Likelihood):
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
-        sigma: a positive number (fixed), ``"learned"`` (one for all pixels), or ``"per-pixel"`` (from
-            a second head, depending on z).
+        sigma: a positive number (fixed), ``"learned"`` (one for all pixels), ``"per-column"`` (one
+            learned for each value of a datum, whatever z) or ``"per-pixel"`` (from a second head,
+            depending on z). Where it is learned it starts at the data's own deviation, through
+            :func:`pyro_vae.fit` or :meth:`pyro_vae.VAE.start_at_data`.
         floor: least sigma where it is learned. Without one, a pixel that never changes drives sigma
             to 0 and the density to infinity. The default is half a grey level of an 8-bit image.
+        standardized: whether mean, floor and learned sigma are in units of the buffers ``loc`` and
+            ``scale`` (see :meth:`standardize`), so that f(z) = loc + scale * the head's output. x,
+            its density and a fixed sigma are in the data's own units all the same.
 
     Raises:
         InputError: a sigma or a floor that is not positive, or an unknown word.
@@ -232,6 +250,9 @@ class Gaussian(Likelihood):
         torch.Size([5])
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -239,42 +260,78 @@ class Gaussian(Likelihood):
         *,
         sigma: float | str = 0.1,
         floor: float = 0.5 / 255,
+        standardized: bool = False,
     ) -> None:
         super().__init__(decoder, data_shape)
-        if isinstance(sigma, str) and sigma not in ("learned", "per-pixel"):
+        if isinstance(sigma, str) and sigma not in SIGMAS:
             raise InputError(
-                f"expected sigma as a positive number, 'learned' or 'per-pixel', got {sigma!r}"
+                f"expected sigma as a positive number, {', '.join(SIGMAS)}, got {sigma!r}"
             )
         self.sigma = sigma if isinstance(sigma, str) else positive_number("sigma", sigma)
         self.floor = positive_number("floor", floor)
         self.mean = Head(feature_shape(decoder), self.data_shape)
-        # sigma = floor + softplus(raw); raw = 0 starts sigma near 0.7.
-        if self.sigma == "learned":
-            self.raw_sigma = nn.Parameter(torch.zeros(()))
+        # sigma = floor + softplus(raw); until it starts at the data's deviation, raw is 0.
+        if self.sigma in ("learned", "per-column"):
+            shape = () if self.sigma == "learned" else self.data_shape
+            self.raw_sigma = nn.Parameter(torch.zeros(shape))
         elif self.sigma == "per-pixel":
             self.raw_sigma_head = Head(feature_shape(decoder), self.data_shape)
             self.raw_sigma_head.start_at(weight_scale=0.1)
+        self.standardized = bool(standardized)
+        if self.standardized:
+            self.standardize(torch.zeros(self.data_shape), torch.ones(self.data_shape))
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Take mean, floor and learned sigma in units of ``scale``, the mean from ``loc`` on."""
+        self.standardized = True
+        weight = self.mean.map.weight
+        self.register_buffer("loc", loc.to(weight))
+        self.register_buffer("scale", scale.to(weight))
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to ``mean``."""
-        self.mean.start_at(bias=mean)
+        self.mean.start_at(bias=(mean - self.loc) / self.scale if self.standardized else mean)
+
+    @torch.no_grad()
+    def start_sigma(self, x: Tensor, *, again: bool = True) -> None:
+        """Start a learned sigma at the deviation of data ``(N, *data_shape)``, ``again`` or once."""
+        if not isinstance(self.sigma, str):
+            return
+        raw = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
+        assert raw is not None
+        if raw.any() and not again:
+            return
+        deviation = moments(x)[1]
+        if self.standardized:
+            deviation = deviation / self.scale.to(deviation)
+        start = deviation.square().mean().sqrt().clamp(min=2 * self.floor)
+        if self.sigma != "learned":  # a value that does not vary says nothing of its noise
+            start = torch.where(deviation > 2 * self.floor, deviation, start)
+        start = start - self.floor
+        start = start + (-torch.expm1(-start)).log()  # the inverse of softplus
+        if self.sigma == "per-pixel":
+            self.raw_sigma_head.start_at(bias=start)
+        else:
+            raw.copy_(start)
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent pixels, normal ones unless a subclass has others."""
         features = self.decoder(z, *given)
         mean = self.mean(features)
-        pixels = self._pixels(mean, self._scale(features).expand_as(mean))
-        return pixels.to_event(len(self.data_shape))
+        scale = self._scale(features)
+        if self.standardized:
+            mean = self.loc + self.scale * mean
+        return self._pixels(mean, scale.expand_as(mean)).to_event(len(self.data_shape))
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
         return dist.Normal(mean, scale, validate_args=False)
 
     def _scale(self, features: Tensor) -> Tensor:
-        if self.sigma == "learned":
-            return self.floor + F.softplus(self.raw_sigma)
-        if self.sigma == "per-pixel":
-            return self.floor + F.softplus(self.raw_sigma_head(features))
-        return features.new_full((), float(self.sigma))
+        if not isinstance(self.sigma, str):
+            return features.new_full((), self.sigma)
+        raw = self.raw_sigma_head(features) if self.sigma == "per-pixel" else self.raw_sigma
+        scale = self.floor + F.softplus(raw)
+        return self.scale * scale if self.standardized else scale
 
 
 class StudentT(Gaussian):
@@ -286,7 +343,7 @@ class StudentT(Gaussian):
         decoder, data_shape: as :class:`Likelihood` has them.
         df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
             that there is a mean, from 5 on.
-        sigma, floor: as :class:`Gaussian` has them.
+        sigma, floor, standardized: as :class:`Gaussian` has them.
 
     Raises:
         InputError: a df, a sigma or a floor that is not positive, or an unknown word.
@@ -303,8 +360,9 @@ class StudentT(Gaussian):
         df: float | str = "learned",
         sigma: float | str = "learned",
         floor: float = 0.5 / 255,
+        standardized: bool = False,
     ) -> None:
-        super().__init__(decoder, data_shape, sigma=sigma, floor=floor)
+        super().__init__(decoder, data_shape, sigma=sigma, floor=floor, standardized=standardized)
         self.df = df if df == "learned" else positive_number("df", df)
         if self.df == "learned":
             self.raw_df = nn.Parameter(torch.tensor(4.0).expm1().log())
@@ -343,6 +401,7 @@ class DiscretizedLogistic(Gaussian):
 
     accepts = (0.0, 1.0)
     instead = "divide by the largest possible value (255 for bytes) and say how many levels there are"
+    standardize = Likelihood.standardize  # levels have a range of their own
 
     def __init__(
         self,

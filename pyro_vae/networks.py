@@ -27,6 +27,7 @@ __all__ = [
     "Head",
     "MLPDecoder",
     "MLPEncoder",
+    "Standardized",
 ]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -292,6 +293,36 @@ class ConvDecoder(_Convolutional):
         return maps.reshape(*batch, *self.out_shape)
 
 
+class Standardized(nn.Module):
+    """An encoder that sees ``(x - loc) / scale`` of data x: buffers that are kept with it.
+
+    Args:
+        encoder: network from data to features.
+        data_shape: shape of one datum, of ``loc`` and of ``scale``, which start as 0 and 1.
+
+    Shapes:
+        those of the encoder.
+
+    Raises:
+        InputError: an encoder without ``out_shape``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, encoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder, self.data_shape = encoder, sizes("data_shape", data_shape)
+        self.out_shape = feature_shape(encoder)
+        self.register_buffer("loc", torch.zeros(self.data_shape))
+        self.register_buffer("scale", torch.ones(self.data_shape))
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        """Return the features ``(*batch, *out_shape)`` of data ``(*batch, *data_shape)``."""
+        check_shape(x, self.data_shape)
+        return self.encoder((x - self.loc) / self.scale, *given)
+
+
 class Conditional(nn.Module):
     """A network that is given a condition too: a decoder as further latents, an encoder at its end.
 
@@ -387,9 +418,12 @@ def check_shape(
     """Refuse data that are not ``(*batch, *data_shape)``, or ``(N, *data_shape)`` with batch N."""
     axes = 1 if batch == "N" else x.dim() - len(data_shape)
     if axes < 0 or tuple(x.shape[axes:]) != data_shape:
+        advice = f"build the {owner} with the data's own shape"
+        if tuple(x.shape) == data_shape:
+            advice = "of one datum pass x[None]"
         raise InputError(
             f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
-            f"got {tuple(x.shape)}: build the {owner} with the data's own shape"
+            f"got {tuple(x.shape)}: {advice}"
         )
 
 

@@ -15,7 +15,7 @@ from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layer
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
 from pyro_vae.distributions.stable_beta import StableBeta
 from pyro_vae.errors import InputError, positive_number, size, sizes
-from pyro_vae.networks import check_shape
+from pyro_vae.networks import Standardized, check_shape
 
 __all__ = [
     "Beta",
@@ -345,7 +345,9 @@ class VampPrior(Prior):
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs u, ``(num_pseudo_inputs, *data_shape)``."""
-        raw = self.raw_pseudo_inputs
+        raw: Tensor = self.raw_pseudo_inputs
+        if isinstance(encoder := getattr(self.guide, "encoder", None), Standardized):
+            raw = encoder.loc + encoder.scale * raw  # trained at the scale that the encoder sees
         return raw.sigmoid() if self.unit_interval else raw
 
     @torch.no_grad()
@@ -370,6 +372,8 @@ class VampPrior(Prior):
         if self.unit_interval:
             # At the very ends the sigmoid would no longer move.
             start = start.clamp(0.01, 0.99).logit()
+        if isinstance(encoder := getattr(self.guide, "encoder", None), Standardized):
+            start = (start - encoder.loc) / encoder.scale
         raw.copy_(start)
 
     def forward(self) -> dist.Distribution:

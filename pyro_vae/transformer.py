@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae import tasks
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.settings import assemble_vae, fit_options, tell_defaults
+from pyro_vae.app.settings import assemble_vae, fit_options, start_vae, tell_defaults
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.infer.training import fit
@@ -41,7 +41,10 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             or ``beta``.
         hidden: widths of the encoder's layers, or the width of one; the decoder mirrors them.
         activation: name of the activation.
-        sigma: the Gaussian likelihood's: a number, ``"learned"`` or ``"per-pixel"``.
+        sigma: the Gaussian likelihood's: a number, ``"learned"``, ``"per-column"`` (the default) or
+            ``"per-pixel"``.
+        standardize: whether the networks see standardised columns (see
+            :meth:`pyro_vae.VAE.standardize`); by default they do under the Gaussian likelihood.
         num_components: components of the prior, where it has any.
         beta: weight of the KL term.
         warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs, more in
@@ -76,7 +79,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         guide: str = "mean-field",
         hidden: Sequence[int] | int = (512, 256),
         activation: str = "relu",
-        sigma: float | str = "learned",
+        sigma: float | str | None = None,
+        standardize: bool | None = None,
         num_components: int | None = None,
         beta: float = 1.0,
         warmup_epochs: int | None = None,
@@ -95,6 +99,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.hidden = hidden
         self.activation = activation
         self.sigma = sigma
+        self.standardize = standardize
         self.num_components = num_components
         self.beta = beta
         self.warmup_epochs = warmup_epochs
@@ -110,6 +115,9 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
         Raises:
             InputError: an option out of range, or data the likelihood is not defined for.
+
+        Warns:
+            UserWarning: what went wrong in training (see :class:`pyro_vae.FitResult`).
         """
         check_counts(epochs=self.epochs, least=0)
         # The samples are of the scores, which come after training.
@@ -117,15 +125,17 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         x = self._validate(X, reset=True)
         own = self.get_params(deep=False)
         own["hidden"] = ",".join(map(str, np.atleast_1d(self.hidden).tolist()))
-        own["sigma"] = str(self.sigma)
+        own["sigma"] = None if self.sigma is None else str(self.sigma)
         names = {each.name for each in fields(TrainSettings)}
         settings = TrainSettings(**{name: own[name] for name in names & own.keys()})
-        settings = tell_defaults(settings, len(x))
+        settings = tell_defaults(settings, x)
         with _own_parameters(), seeded(self.seed):
             vae = assemble_vae(settings, tuple(x.shape[1:]), len(x))
-            vae.start_at_data(x)
+            start_vae(vae, settings, x)
             options = fit_options(settings)
             result = fit(vae.model, vae.guide, x, **options, device=self.device, progress=False)
+        for text in result.warnings:
+            warnings.warn(text, stacklevel=2)
         self.vae_ = vae.eval()
         self.history_ = result.history
         self._n_features_out = self.latent_dim

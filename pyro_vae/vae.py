@@ -16,6 +16,8 @@ from torch.distributions import Distribution
 
 from pyro_vae import guides
 from pyro_vae.errors import InputError, size
+from pyro_vae.networks import Standardized
+from pyro_vae.scale import location_and_scale
 
 _numbers = itertools.count()
 
@@ -99,8 +101,8 @@ class VAE(nn.Module):
         """Set what training starts from to the data, before :func:`pyro_vae.fit`.
 
         The decoder's first mean becomes the data's, so that the latents are not spent on it (see
-        :meth:`pyro_vae.likelihoods.Likelihood.start_at_mean`); the pseudo-inputs of a VampPrior are
-        drawn around the data. ``pyro-vae train`` and
+        :meth:`pyro_vae.likelihoods.Likelihood.start_at_mean`), and a Gaussian's learned sigma their
+        deviation; the pseudo-inputs of a VampPrior are drawn around the data. ``pyro-vae train`` and
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Args:
@@ -124,6 +126,56 @@ class VAE(nn.Module):
         self.check_data(x, *given)
         # Of counts, what their mean is with a size factor of 1.
         mean = x.mean(0) / (given[-1].mean() if self._takes_sizes else 1)
+        self._start_at(x, mean)
+
+    def standardize(self, x: Tensor) -> None:
+        """Let the networks see standardised data, in place of :meth:`start_at_data`.
+
+        The encoder is given ``(x - loc) / scale`` and the likelihood's output is mapped back, so that
+        data in any units are trained as well as standardised ones. Both numbers are buffers of the
+        components, saved with them. Everything that goes in and comes out, ``log p(x)`` too, stays in
+        the data's own units. The scale is one for images and sequences and each column's own for
+        tables ``(N, columns)``, 1 for a column that does not vary. Then training starts at the data.
+
+        Args:
+            x: training data ``(N, *data_shape)``, a tensor or an array; NaN, where values are
+                missing, is left out.
+
+        Raises:
+            InputError: data of another shape; a likelihood without such a map, such as one of values
+                in [0, 1]; a family that has no encoder.
+
+        Example:
+            >>> import torch, pyro_vae as pv
+            >>> likelihood = pv.likelihoods.Gaussian(pv.networks.MLPDecoder(2), (2,), sigma="learned")
+            >>> guide = pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((2,)), 2)
+            >>> vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, guide)
+            >>> vae.standardize(torch.tensor([[1000.0, 0.0], [3000.0, 0.0]]))
+            >>> likelihood.scale
+            tensor([1000.,    1.])
+        """
+        x = _training_data(x)
+        family, likelihood = self.variational_family, self.likelihood
+        encoder = getattr(family, "encoder", None)
+        if not hasattr(likelihood, "standardize") or not isinstance(encoder, nn.Module):
+            raise InputError(
+                "expected a likelihood with a method standardize and a family with an encoder, got "
+                f"{type(likelihood).__name__} and {type(family).__name__}: give the pair (x - mean) "
+                "/ deviation, and subtract the sum of log(deviation) over a datum from its log p(x)"
+            )
+        is_whole = not x.amin().isnan()
+        self.check_data(x if is_whole else x[:1].nan_to_num())
+        loc, scale = location_and_scale(x)
+        likelihood.standardize(loc, scale)
+        if not isinstance(encoder, Standardized):
+            family.encoder = encoder = Standardized(encoder, loc.shape)  # type: ignore[attr-defined]
+        first = next(self.parameters(), loc)
+        encoder.to(first).loc.copy_(loc)
+        encoder.scale.copy_(scale)
+        x = x if is_whole else torch.where(x.isnan(), loc.to(x), x)
+        self._start_at(x, x.mean(0))
+
+    def _start_at(self, x: Tensor, mean: Tensor) -> None:
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
@@ -134,6 +186,8 @@ class VAE(nn.Module):
                 f"{type(self.likelihood).__name__}: give it start_at_mean (see "
                 "pyro_vae.likelihoods.Likelihood), or train without start_at_data"
             ) from None
+        if hasattr(self.likelihood, "start_sigma"):
+            self.likelihood.start_sigma(x)
         start_at_data = getattr(self.prior, "start_at_data", None)
         if start_at_data is not None:
             start_at_data(x)

@@ -53,7 +53,7 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
         raise unknown_name("loss", loss, LOSSES)
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset
-        settings = tell_defaults(settings, len(dataset.train))
+        settings = tell_defaults(settings, dataset.train, dataset.validation)
         comparison, fits = _train(settings, loss, dataset, study.folder / RUNS)
         result = {
             "table": comparison.table(),

@@ -83,7 +83,8 @@ def compare_families(
                 runs[name].append(measured)
                 seconds[name].append(training_seconds)
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
-        told = [tell_defaults(own[0], len(study.dataset.train)) for own in members.values()]
+        data = study.dataset
+        told = [tell_defaults(own[0], data.train, data.validation) for own in members.values()]
         used = _merge([as_record(each) for each in told])
         used["device"] = str(study.device)
         used |= {name: value for name, value in varied.items() if value is not None}

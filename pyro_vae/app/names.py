@@ -28,6 +28,7 @@ LIKELIHOODS = {
     "negative-binomial": "NegativeBinomial",
 }
 # Those with a sigma, of values from 0 to 1, of levels, and of counts.
+REAL = ("gaussian", "student-t")
 WITH_SIGMA = ("gaussian", "student-t", "discretized-logistic")
 UNIT_INTERVAL = ("bernoulli", "continuous-bernoulli", "discretized-logistic")
 LEVELS = {"discretized-logistic": "levels", "categorical": "num_categories"}
@@ -103,8 +104,10 @@ class TrainSettings:
     """Everything ``pyro-vae train`` can be told; the defaults suit the digits."""
 
     dataset: str = option(
-        "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz file."
+        "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz/.csv file."
     )
+    labels: str | None = option(None, "Column of a .csv file that holds labels.")
+    leave_out: str | None = option(None, "Columns of a .csv file, between commas, that are no data.")
     data_root: str | None = option(
         None, "Folder of the named sets; default: $PYRO_VAE_DATA.", only_with=_NAMED
     )
@@ -124,10 +127,18 @@ class TrainSettings:
         only_with=OnlyWith("prior", ("gaussian-mixture", "vamp")),
     )
     likelihood: str = option("bernoulli", choices=LIKELIHOODS)
-    sigma: str = option(
-        "learned",
-        "Scale of gaussian, student-t or discretized-logistic: a number, learned, or per-pixel.",
+    sigma: str | None = option(
+        None,
+        "Scale of gaussian, student-t or discretized-logistic: a number, learned, per-column or "
+        "per-pixel; default: per-column for tables, else learned.",
         only_with=OnlyWith("likelihood", WITH_SIGMA),
+    )
+    standardize: bool | None = option(
+        None,
+        "The networks see standardised data (log p(x) is that of the data all the same); default: "
+        "they do.",
+        flags="--standardize/--no-standardize",
+        only_with=OnlyWith("likelihood", REAL),
     )
     levels: int | None = option(
         None,
@@ -159,7 +170,7 @@ class TrainSettings:
         None,
         "Epochs over which beta rises from 0; default: a tenth of the epochs, more in short runs.",
     )
-    objective: str = option("elbo", choices=OBJECTIVES)
+    objective: str = option("analytic-kl", choices=OBJECTIVES)
     num_particles: int | None = option(None, "Draws per datum and step; default 1, for iwae 5.")
     free_bits: float | None = option(
         None, "Objective free-bits: nats of each latent dimension that cost nothing."
@@ -171,7 +182,11 @@ class TrainSettings:
     gradient_clip: float | None = option(None, "Greatest norm of the gradient per datum.")
     precision: str = option("float32", "float32, tf32 or bfloat16.")
     compile: str = option("auto", "auto, on or off: compile the training step.", choices=COMPILE)
-    patience: int | None = option(None, "Stop after so many epochs without a better validation ELBO.")
+    patience: int | None = option(
+        None,
+        "Stop after so many epochs without a better validation ELBO and keep the best; default: a "
+        "fifth of the epochs, 20 at least, for gaussian and student-t, else none.",
+    )
     seed: int = option(0, "Seed of initial weights and training.")
     data_seed: int | None = option(
         None, "Seed of the split and of the bits drawn once; default: the seed."

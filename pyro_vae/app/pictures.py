@@ -156,7 +156,7 @@ def _draw_latent(subject: Subject, what: names.Latent) -> Figure:
             title += f": the two most active of {means.shape[1]} latents"
     return plots.latent_scatter(
         _array(points),
-        None if labels is None else labels[: len(x)].numpy(),
+        None if labels is None or labels.is_floating_point() else labels[: len(x)].numpy(),
         title=title,
         axis_labels=axis_labels,
         unit_circle=subject.is_on_sphere and not pca,

@@ -90,7 +90,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
         )
     kinds = {name: hints[name] | (int if hints[name] is float else hints[name]) for name in settings}
     check_schema(settings, kinds, f"{folder / CONFIG}: settings")
-    return run, TrainSettings(**settings)
+    # An earlier version knew no other way than the data as they come.
+    return run, TrainSettings(**{"standardize": False, **settings})
 
 
 def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple[float, float]]:
@@ -138,6 +139,8 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
         validation_size=settings.validation_size,
         seed=settings.split_seed,
         download=settings.download,
+        labels=settings.labels,
+        leave_out=tuple(filter(None, (settings.leave_out or "").split(","))),
     )
 
 

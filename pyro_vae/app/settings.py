@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
 from pyro_vae.app import names
@@ -35,7 +35,7 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     for part in (dataset.train, dataset.validation, dataset.test):
         if len(part):
             vae.check_data(part)
-    vae.start_at_data(dataset.train)
+    start_vae(vae, settings, dataset.train)
     # What the layers give, for the gradient once more.
     widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))
     particles = settings.num_particles or _default_particles(settings.objective)
@@ -44,10 +44,17 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     return vae
 
 
+def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
+    """Set what training starts from to the training data, which the networks may see standardised."""
+    by_default = settings.likelihood in names.REAL
+    wanted = by_default if settings.standardize is None else settings.standardize
+    (vae.standardize if wanted else vae.start_at_data)(train)
+
+
 def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
     """Put the VAE that the settings name together, its weights drawn from the global random state."""
     latent_dim = settings.latent_dim
-    options = _likelihood_options(settings)
+    options = _likelihood_options(settings, data_shape)
     codes = latent_dim - (options.get("size_factor") == "learned")
     if latent_dim == 1 and not codes:
         raise InputError(
@@ -81,10 +88,10 @@ def _networks(
     return networks.ConvEncoder(data_shape, channels, **how), decoder
 
 
-def _likelihood_options(settings: TrainSettings) -> dict[str, Any]:
+def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if settings.likelihood in names.WITH_SIGMA:
-        options["sigma"] = _sigma(settings.sigma)
+        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
     if settings.likelihood in names.LEVELS:
         options[names.LEVELS[settings.likelihood]] = settings.levels or 256
     if settings.likelihood in names.COUNTS and settings.size_factor is not None:
@@ -124,16 +131,23 @@ def _widths(kind: str, text: str) -> tuple[int, ...]:
     return widths
 
 
+def _default_sigma(data_shape: tuple[int, ...]) -> str:
+    # Columns of a table differ in unit and noise; pixels of an image are of one kind.
+    return "per-column" if len(data_shape) == 1 else "learned"
+
+
 def _sigma(text: str) -> float | str:
-    if text in ("learned", "per-pixel"):
+    if text in likelihoods.SIGMAS:
         return text
     try:
         return float(text)
     except ValueError:
-        raise InputError(
-            f"expected sigma as a positive number, 'learned' or 'per-pixel', got {text!r}"
-        ) from None
+        words = ", ".join(likelihoods.SIGMAS)
+        raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
 
+
+# Epochs without a better validation ELBO that are waited for at the least.
+_PATIENCE = 20
 
 # --- how it is trained -----------------------------------------------------------------------
 
@@ -159,9 +173,19 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
 
 
-def tell_defaults(settings: TrainSettings, num_data: int) -> TrainSettings:
-    """Return the settings with the defaults as they are for so many training data."""
+def tell_defaults(
+    settings: TrainSettings, train: Tensor, validation: Tensor | None = None
+) -> TrainSettings:
+    """Return the settings with the defaults as they are for the data."""
+    num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
+    if settings.likelihood in names.WITH_SIGMA:
+        told["sigma"] = settings.sigma or _default_sigma(tuple(train.shape[1:]))
+    if settings.likelihood in names.REAL:
+        told["standardize"] = settings.standardize is not False
+        if settings.patience is None and validation is not None and len(validation):
+            # Where sigma is learned too, data learned by heart cost the held-out ones ever more nats.
+            told["patience"] = max(_PATIENCE, settings.epochs // 5)
     if settings.num_components is None:
         told["num_components"] = _default_components(settings.prior, num_data)
     if settings.warmup_epochs is None:
@@ -191,8 +215,8 @@ def fit_options(settings: TrainSettings) -> dict[str, Any]:
     return options | {"objective": objective, "compile": compile}
 
 
-def _objective_of(settings: TrainSettings) -> Bound | None:
-    """Return the objective that the settings name; None for the plain ELBO."""
+def _objective_of(settings: TrainSettings) -> Bound:
+    """Return the objective that the settings name."""
     name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
@@ -200,8 +224,6 @@ def _objective_of(settings: TrainSettings) -> Bound | None:
             f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
         )
     particles = particles or _default_particles(name)
-    if name == "elbo" and particles == 1:
-        return None
     kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
 

@@ -123,7 +123,9 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
         return None
     check_writable(folder / STUDY)
     check_schema(found, {"asked": dict, "checksums": dict}, str(folder / STUDY))
-    check_same(
-        found["asked"], parse_json(serialise(asked)), folder, "repeat it or choose another folder"
-    )
+    begun = dict(found["asked"])
+    if "standardize" not in begun:  # an earlier version took data as they come
+        has_sigma = "gaussian" in f"{begun.get('likelihood')} {begun.get('likelihoods')}"
+        begun |= {"standardize": False} if has_sigma else {"standardize": None, "sigma": None}
+    check_same(begun, parse_json(serialise(asked)), folder, "repeat it or choose another folder")
     return found["checksums"]

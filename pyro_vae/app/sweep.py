@@ -48,7 +48,7 @@ def sweep(
         figure = _figure(rows, settings)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
-        told = tell_defaults(settings, len(study.dataset.train))
+        told = tell_defaults(settings, study.dataset.train, study.dataset.validation)
         used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
         used["device"] = str(study.device)
         if warm_start and settings.warmup_epochs is None:

@@ -41,7 +41,7 @@ from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
-from pyro_vae.runs.description import describe
+from pyro_vae.runs.description import describe, known_to
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, check_schema, own_folder, read_config, write_json
 from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
@@ -70,6 +70,9 @@ def train(
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
+    if dataset.is_mapped:
+        size = sum(part.nbytes for part in (dataset.train, dataset.validation, dataset.test)) / 2**30
+        print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
     when = checkpointing or Checkpointing()
     with _say_how_to_go_on(folder):
         metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
@@ -136,7 +139,7 @@ def train_run(
     :func:`check_settings` returned, and name the data.
     """
     device, processes = resolve_device(settings.device), Processes.current()
-    settings = tell_defaults(settings, len(dataset.train))
+    settings = tell_defaults(settings, dataset.train, dataset.validation)
     with ExitStack() as stack, seeded(settings.seed):
         vae = build_vae(settings, dataset)
         if start is not None:
@@ -229,7 +232,8 @@ def _is_finished(folder: Path, processes: Processes) -> bool:
 @contextmanager
 def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Refuse to go on with a run of another model."""
-    if read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
+    begun = read_config(folder).get("model")
+    if begun != known_to(begun, json.loads(json.dumps(config["model"]))):
         raise InputError(
             f"expected the model that {folder} describes, its settings build another one: its "
             f"{CONFIG} was changed, or another version wrote it"

@@ -13,9 +13,23 @@ from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.errors import InputError, real_number
-from pyro_vae.infer.bounds import Bound, BoundTerms, elbo_terms, wide
+from pyro_vae.infer.bounds import (
+    Bound,
+    BoundTerms,
+    TraceBound,
+    elbo_terms,
+    particle_options,
+    wide,
+)
 from pyro_vae.pair.contract import refuse_score_function
-from pyro_vae.pair.sites import Site, is_delta, latent_sites, plate_scale, sample_sites
+from pyro_vae.pair.sites import (
+    Site,
+    TracePair,
+    is_delta,
+    latent_sites,
+    plate_scale,
+    sample_sites,
+)
 
 _PARTICLES = "num_particles_vectorized"  # Pyro's name of the outer plate of particles
 
@@ -125,15 +139,17 @@ class AnalyticKL(Bound):
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion."""
+        return self.terms_of(list(self._get_traces(model, guide, args, kwargs)))
+
+    def terms_of(self, traces: list[TracePair]) -> BoundTerms:
+        """Return the same of pairs that are traced and scored, one for each particle."""
         found: list[list[Divergence]] = []
         scaled: Any = 0.0
-        traces = []
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+        for model_trace, guide_trace in traces:
             refuse_score_function(sample_sites(guide_trace), type(self).__name__)
             observed = [site for site in sample_sites(model_trace) if site["is_observed"]]
             scaled = scaled - sum(site["log_prob_sum"] for site in observed)
             found.append(divergences(model_trace, guide_trace))
-            traces.append((model_trace, guide_trace))
         self.exact_sites = {row.site["name"]: row.exact for row in found[0]}
         count = self.num_particles
         rows = [_weighed(row, plate_scale(row.site)) for particle in found for row in particle]
@@ -150,6 +166,40 @@ class AnalyticKL(Bound):
 
 def _weighed(row: Divergence, scale: Any) -> Tensor:
     return scale_and_mask(wide(row.per_batch_element), scale=scale)
+
+
+class DefaultBound(AnalyticKL):
+    """The ELBO that ``fit`` maximises by default: :class:`AnalyticKL` where it can be.
+
+    A pair with latents that are not reparameterised, or with a scale or a mask in one function alone
+    (which a closed form takes from the guide), has the terms of :class:`TraceBound`. The first use
+    decides; it reads values, so that it must not be captured.
+    """
+
+    is_analytic: bool | None = None
+
+    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
+        """Draw once and return loss, surrogate, rate and distortion."""
+        traces = list(self._get_traces(model, guide, args, kwargs))
+        if self.is_analytic is None:
+            self.is_analytic = _admits_closed_forms(*traces[0])
+        if self.is_analytic:
+            return self.terms_of(traces)
+        return TraceBound(**particle_options(self)).terms_of(traces)
+
+
+def _admits_closed_forms(model_trace: Trace, guide_trace: Trace) -> bool:
+    in_guide = {site["name"]: site for site in latent_sites(guide_trace)}
+    shared = [(in_guide[site["name"]], site) for site in latent_sites(model_trace)]
+    return all(site["fn"].has_rsample for site in in_guide.values()) and all(
+        _is_same(site[name], other[name]) for site, other in shared for name in ("scale", "mask")
+    )
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (first, second))))
 
 
 class FreeBits(AnalyticKL):

@@ -123,11 +123,13 @@ class TraceBound(Bound):
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
         """Draw once and return loss, surrogate, rate and distortion (beta stays in the loss)."""
+        return self.terms_of(list(self._get_traces(model, guide, args, kwargs)))
+
+    def terms_of(self, traces: list[TracePair]) -> BoundTerms:
+        """Return the same of pairs that are traced and scored, one for each particle."""
         loss: Any = 0.0
         surrogate: Any = 0.0
-        traces: list[TracePair] = []
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            traces.append((model_trace, guide_trace))
+        for model_trace, guide_trace in traces:
             for sign, trace in ((-1.0, model_trace), (1.0, guide_trace)):
                 for _, site in _samples(trace):
                     loss = loss + sign * wide(site["log_prob_sum"].detach())

@@ -103,6 +103,12 @@ class Checkpoints:
         if error is None and (number := self._ask()[0]) is not None:
             raise Interrupted(number, self.folder)
 
+    def objective(self) -> str | None:
+        """Return the name of the objective that the run to resume was begun with, if there is one."""
+        folder = self.folder
+        found = self.processes.decide(lambda: read_newest(folder) if folder else None)
+        return None if found is None else found["settings"].get("objective")
+
     def begin(
         self,
         settings: Mapping[str, Any],

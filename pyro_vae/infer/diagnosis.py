@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.infer.settings import FitSettings
-from pyro_vae.pair.functions import PairFunction, evaluation_mode, seeded
+from pyro_vae.pair.functions import PairFunction, evaluation_mode, owned_modules, seeded
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import draw_traces, innermost, is_inside, latent_sites, value_axis
+from pyro_vae.scale import describe_scale
 
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
 # 0.01, the usual test for an active one (Burda et al. 2016, appendix C), costs log(1.01) / 2 = 0.005;
@@ -28,6 +28,8 @@ _EXPLODES = 100.0
 # Learned sigma over the spread of the data: a model that explains all but 1e-4 of their variance has
 # found data that don't vary, or learned them by heart.
 _RUNS_AWAY = 0.01
+# Data points whose scale is looked at.
+_LOOKED_AT = 4096
 
 
 def diagnose(
@@ -47,7 +49,22 @@ def diagnose(
         _explosion(rows),
         _runaway_sigma(rows, model_trace),
     )
-    return tuple(text for text in found if text)
+    wrong = [text for text in found if text]
+    # What a VAE is given it can standardise; a pair of the user's own may do so inside.
+    scale = unscaled(model, batch[0]) if wrong or _standardizers(model) else None
+    return tuple([f"scale: {scale}", *wrong] if scale else wrong)
+
+
+def unscaled(model: PairFunction, x: Tensor) -> str | None:
+    """Say at what scale the data are and what to do, if it is far from 1 and nothing knows of it."""
+    if not x.is_floating_point() or any(each.standardized for each in _standardizers(model)):
+        return None
+    return describe_scale(x[:_LOOKED_AT])
+
+
+def _standardizers(model: PairFunction) -> list[Any]:
+    parts = [getattr(owner, "likelihood", None) for owner in owned_modules(model)]
+    return [part for part in parts if hasattr(part, "standardized")]
 
 
 def _collapse(
@@ -87,10 +104,15 @@ def _runaway_sigma(rows: Sequence[Mapping[str, float]], model_trace: Trace) -> s
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
-        sigma, value = _learned_scale(site["fn"]), site["value"]
-        if sigma is None or len(value) < 2:
+        scale, value = _learned_scale(site["fn"]), site["value"]
+        if scale is None or len(value) < 2:
             continue
-        spread = float(value.double().var(0).mean().sqrt())
+        # A scale for each value is compared with that value's own spread: columns may differ in unit.
+        variance = value.double().var(0)
+        is_shared = bool((scale == scale.flatten()[0]).all())
+        spreads = (variance.mean() if is_shared else variance).sqrt().expand_as(scale).flatten()
+        middle = (scale.flatten() / spreads).argsort()[len(spreads) // 2]
+        sigma, spread = float(scale.flatten()[middle]), float(spreads[middle])
         if sigma < _RUNS_AWAY * spread:
             return (
                 f"sigma runs to 0: at site {site['name']!r} it is {sigma:.2g}, the data's spread is "
@@ -101,9 +123,9 @@ def _runaway_sigma(rows: Sequence[Mapping[str, float]], model_trace: Trace) -> s
     return None
 
 
-def _learned_scale(distribution: Any) -> float | None:
-    """Return the median scale of a location-scale family, where parameters decide it."""
+def _learned_scale(distribution: Any) -> Tensor | None:
+    """Return the scale of a location-scale family, where parameters decide it."""
     scale = getattr(innermost(distribution), "scale", None)
     if not isinstance(scale, Tensor) or not scale.requires_grad:
         return None
-    return float(torch.median(scale.detach()))
+    return scale.detach()

@@ -90,7 +90,7 @@ class FitSettings:
         if not isinstance(self.objective, ELBO | None):
             raise InputError(
                 "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
-                f"{first_line(repr(self.objective))}"
+                f"{first_line(repr(self.objective))}{_advice_for(self.objective)}"
             )
 
     def _check_optimizer(self) -> None:
@@ -139,6 +139,11 @@ class FitSettings:
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
+
+
+def _advice_for(objective: Any) -> str:
+    is_class = isinstance(objective, type) and issubclass(objective, ELBO)
+    return f": pass an instance, {objective.__name__}(...)" if is_class else ""
 
 
 def as_dict(option: str, value: object) -> dict[str, Any]:

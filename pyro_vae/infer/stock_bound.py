@@ -12,13 +12,16 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.analytic_kl import AnalyticKL
+from pyro_vae.infer.analytic_kl import AnalyticKL, DefaultBound
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.sites import TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
 # Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
 _BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
+
+# What a first step may find out and note.
+_FOUND_OUT = ("max_plate_nesting", "is_analytic")
 
 _JIT = (
     infer.JitTrace_ELBO,
@@ -83,9 +86,9 @@ def _record_traces(objective: ELBO) -> Iterator[list[TracePair]]:
 
 
 def bound_of(objective: ELBO | None) -> Bound:
-    """Return the bound that an objective stands for; without one the ELBO."""
+    """Return the bound that an objective stands for; without one the default ELBO."""
     if objective is None:
-        return TraceBound()
+        return DefaultBound()
     if isinstance(objective, Bound):
         return objective
     name = type(objective).__name__
@@ -104,10 +107,9 @@ def bound_of(objective: ELBO | None) -> Bound:
 def name_of(bound: Bound) -> str:
     """Return a bound's class and its plain options, by which another one is told."""
     objective = bound.objective if isinstance(bound, StockBound) else bound
-    # A first step may find out the nesting of the plates and note it.
     options = {
         name: value
         for name, value in sorted(vars(objective).items())
-        if isinstance(value, bool | int | float | str) and name != "max_plate_nesting"
+        if isinstance(value, bool | int | float | str) and name not in _FOUND_OUT
     }
     return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"

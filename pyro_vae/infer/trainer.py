@@ -20,10 +20,11 @@ from pyro_vae.beta import BetaSchedule, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
+from pyro_vae.infer.diagnosis import unscaled
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.updates import Updates
-from pyro_vae.pair.functions import PairFunction, modules_of
+from pyro_vae.pair.functions import PairFunction, has_batch_norm, modules_of
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, check_number, move
 from pyro_vae.pair.opened import Knowledge, OpenedPair
 from pyro_vae.pair.precision import multiply_in
@@ -135,7 +136,8 @@ class Trainer:
         self.pair, self.num_data = pair, pair.num_data
         self.objective, self.settings, self.device = objective, settings, device
         self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
-        steps_per_epoch = settings.steps_per_epoch(pair.num_data)
+        self.batch_sizes = _batch_sizes(pair, settings)
+        steps_per_epoch = len(self.batch_sizes)
         self.beta = BetaSchedule(settings.beta, settings.warmup_epochs * steps_per_epoch)
         self.updates = Updates(settings, settings.epochs * steps_per_epoch)
         self.shown: Inputs = ()
@@ -157,7 +159,7 @@ class Trainer:
             self._epoch = self._begin_epoch(number)
         epoch = self._epoch
         self._seen_buffers = self._buffers()
-        batches = epoch.order.to(self.train[0].device).split(self.settings.batch_size)
+        batches = epoch.order.to(self.train[0].device).split(self.batch_sizes)
         for index in batches[epoch.taken :]:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
@@ -201,13 +203,14 @@ class Trainer:
         size = self.num_data
         order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
         self.processes.take_first([order])
-        shape = self.settings.steps_per_epoch(size), len(SUMMARY)
+        shape = len(self.batch_sizes), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
     def _refuse_not_finite(self, table: np.ndarray, epoch: _Epoch) -> None:
         bad, limit = np.flatnonzero(table[:, -1]), self.settings.skip_limit
         self.skipped += len(bad)
-        if self.skipped <= (limit or 0):
+        nothing_left = 0 < len(table) == len(bad)
+        if self.skipped <= (limit or 0) and not nothing_left:
             return
         loss, norm = table[bad[0], 0], table[bad[0], -2]
         what, value = ("gradient norm", norm) if np.isfinite(loss) else ("loss", loss)
@@ -218,10 +221,14 @@ class Trainer:
             epoch.summaries[epoch.taken :] = 0
             self.skipped, self.beta.steps = 0, self.count
             self._stopped.zero_()
+        if nothing_left and limit is not None:
+            skips = f" (no step of the epoch was left, {self.skipped} were skipped)"
+        scale = unscaled(self.model, self.train[0])
+        first = f"{scale}; or " if scale else ""
         raise NotFiniteError(
             f"expected a finite {what}, got {value} in epoch {epoch.number}, batch {bad[0] + 1}"
-            f"{skips}: lower the learning rate, clip the gradient, or look for data outside the "
-            "likelihood's support"
+            f"{skips}: {first}lower the learning rate, clip the gradient, or "
+            "look for data outside the likelihood's support"
         )
 
     def _step(self, batch: Inputs, share: float) -> Tensor:
@@ -405,10 +412,27 @@ class _Epoch:
         return time.perf_counter() - self._start
 
 
+def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:
+    """Return how many data points each batch of a pass takes; the last one has the rest.
+
+    A batch norm knows no variance of one data point: a rest of one goes with the batch before it.
+    """
+    full, rest = divmod(pair.num_data, settings.batch_size)
+    sizes = [settings.batch_size] * full + [rest] * (rest > 0)
+    if sizes[-1] == 1 and has_batch_norm(pair.model, pair.guide):
+        if len(sizes) == 1 or settings.batch_size == 1:
+            raise InputError(
+                "expected at least 2 data points in each batch for a batch norm, got a batch of 1: "
+                "take a larger batch_size, more data, or another norm"
+            )
+        sizes[-2:] = [settings.batch_size + 1]
+    return sizes
+
+
 def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
     """Return the means of a pass per data point, over the steps (of so many) that were applied."""
     applied = summaries[:, -1] == 0
-    count = max(int(sizes[applied].sum()), 1)
+    count = int(sizes[applied].sum())
     loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
     return {
         "train_bound": -loss / count,

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.infer.bounds import TraceBound
 from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
@@ -36,6 +37,7 @@ from pyro_vae.pair.functions import PairFunction, place_pair
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
+from pyro_vae.sources import gather
 
 HISTORY = (
     "train_elbo",
@@ -62,7 +64,7 @@ class FitResult:
             ``train_elbo``, ``train_rate``, ``train_distortion``, ``validation_elbo``,
             ``validation_rate``, ``validation_distortion`` (NaN without validation data). The ELBO is
             minus rate minus distortion whatever the beta and the objective; ``train_bound`` is minus
-            the objective's own loss, beta in it: a bound on log p(x) where beta is 1. Under
+            the objective's own loss (with beta in it under ``Trace_ELBO``). Under
             ``TraceEnum_ELBO`` what the model alone enumerates is summed out of both; where the guide
             enumerates there is no draw to split: ``train_elbo``, ``train_rate`` and
             ``train_distortion`` are NaN, and ``train_bound`` has the pair's own scales in it too.
@@ -156,7 +158,9 @@ def fit(
         model: the generative function of the pair.
         guide: the variational function of the pair.
         data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used), a tensor
-            ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
+            ``(N, ...)``, a tuple of tensors passed as ``model(*x)``, or what gives such: a pandas
+            table of numbers, a ``torch.utils.data.Dataset``, a ``DataLoader`` or another iterable of
+            batches, read once and kept (on the disk from 128 MiB on).
         epochs: passes over the training data.
         batch_size: data per step; the last batch of an epoch may be smaller. A pair that ties
             parameters to data points is trained by ``batch_size=len(x)``: on all of them at once, in
@@ -177,8 +181,10 @@ def fit(
             step weighs so much less than the one after it. Validation, early stopping and
             ``on_epoch`` see the averaged parameters, and they are what the run leaves. Buffers are
             not averaged.
-        objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO of
-            ``Trace_ELBO()``. Pyro's ``TraceMeanField_ELBO`` runs as
+        objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO with
+            the closed-form rate of every latent that has one, as :class:`pyro_vae.infer.AnalyticKL`
+            has it, and that of ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
+            ``TraceMeanField_ELBO`` runs as
             :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run eagerly, but for
             ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
         beta: weight of the latent terms, at least 0.
@@ -276,6 +282,8 @@ def fit(
         resume=resume,
         processes=processes,
     )
+    if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
+        settings = replace(settings, objective=TraceBound())  # an earlier version's default
     run = _open(model, guide, data, validation, transform, device, settings, processes, warmup_epochs)
     settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
     processes.check_same(
@@ -387,12 +395,14 @@ def _open(
     share_rows = settings.plate is not None
     if not share_rows and processes.are_several:
         raise InputError("expected one process with plate=None, got several: one datum has no shares")
-    inputs = as_inputs(data, share_rows=share_rows)
-    held_out = None if validation is None else as_inputs(validation, share_rows=share_rows)
+    inputs = as_inputs(gather(data, model), share_rows=share_rows)
+    held_out = (
+        None if validation is None else as_inputs(gather(validation, model), share_rows=share_rows)
+    )
     if settings.patience is not None and held_out is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
-        check_data(model, inputs)
+        check_data(model, inputs, to_train=True)
     if held_out is not None:
         check_data(model, held_out)
     place = place_pair(model, guide, device, inputs[0].device)

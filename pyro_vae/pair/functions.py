@@ -90,6 +90,12 @@ def modules_of(*functions: PairFunction) -> list[nn.Module]:
     return _unique_modules(_reach(functions, set()))
 
 
+def has_batch_norm(*functions: PairFunction) -> bool:
+    """Tell whether the functions reach a batch norm of vectors, which fails on one data point."""
+    parts = (part for module in modules_of(*functions) for part in module.modules())
+    return any(isinstance(part, nn.BatchNorm1d) for part in parts)
+
+
 def tensors_of(*functions: PairFunction) -> list[Tensor]:
     """Return every tensor the functions can reach in the same way that is no module's parameter."""
     found: list[Any] = list(_reach(functions, set()))

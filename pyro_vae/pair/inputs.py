@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_modules
+from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
 
@@ -39,14 +40,17 @@ def as_inputs(
             "expected a default device that holds numbers, got 'meta': "
             "torch.set_default_device(None) puts it back"
         )
+    x = gather(x, *functions)
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
-        raise InputError(
-            f"expected x as a tensor or a tuple of tensors, got {got}: of a Dataset pass one part, "
-            "e.g. data.test"
-        )
+        advice = "make it one by torch.as_tensor or numpy.asarray"
+        if got == "Dataset":
+            advice = "of a Dataset pass one part, e.g. data.test"
+        elif got in ("str", "PosixPath"):
+            advice = "load the file by pyro_vae.datasets.load, or by numpy or pandas"
+        raise InputError(f"expected x as a tensor or a tuple of tensors, got {got}: {advice}")
     for value in inputs:
         _check_tensor(value)
     lengths = [len(value) if value.dim() else 0 for value in inputs]
@@ -96,13 +100,19 @@ def move(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, non_blocking=device.type == "cuda")
 
 
-def check_data(model: PairFunction, inputs: Inputs) -> None:
-    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has."""
+def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -> None:
+    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has.
+
+    A likelihood that begins ``to_train`` starts a learned sigma at the scale of the data.
+    """
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
         # A pair made of one, such as that of the observed part, takes more.
         if check is not None and len(inputs) == getattr(owner, "num_inputs", 1):
             check(*inputs)
+            start = getattr(getattr(owner, "likelihood", None), "start_sigma", None)
+            if to_train and start is not None:
+                start(inputs[0], again=False)
 
 
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
@@ -160,6 +170,11 @@ def _check_tensor(value: Tensor) -> None:
 def check_number(inputs: Inputs, *functions: PairFunction) -> None:
     """Refuse another number of tensors than the functions take."""
     for function in functions:
+        if isinstance(function, nn.Module) and type(function).forward is nn.Module.forward:
+            raise InputError(
+                f"expected two functions, got a {type(function).__name__} without forward: pass its "
+                "methods, e.g. vae.model and vae.guide"
+            )
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one
@@ -172,8 +187,9 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
                 raise TypeError
         except TypeError:
             name = getattr(function, "__name__", type(function).__name__)
-            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs[:4])
             raise InputError(
                 f"expected as many tensors as {name}{signature} takes, got {len(inputs)} of shapes "
-                f"{shapes}: pass one for each argument, labels only where they are an argument"
+                f"{shapes}: pass one for each argument, labels only where they are an argument, and "
+                "a list of data points as one tensor by torch.stack"
             ) from None

@@ -320,5 +320,5 @@ def test_values_of_each_kind_are_trained_evaluated_and_drawn(tmp_path, monkeypat
     ],
 )
 def test_the_default_warm_up_is_a_tenth_but_long_enough(options, num_data, expected):
-    settings = app_settings.tell_defaults(TrainSettings(**options), num_data)
+    settings = app_settings.tell_defaults(TrainSettings(**options), torch.empty(num_data, 1))
     assert settings.warmup_epochs == expected

@@ -282,3 +282,64 @@ def test_every_module_of_the_pair_is_in_eval_mode_while_it_is_measured(way):
     pv.log_marginal(model, guide, make_data(), num_samples=30)
     assert net.modes == {False}
     assert net.training
+
+
+class Normed(nn.Module):
+    """An encoder with a batch norm, which has no variance of one data point."""
+
+    out_shape = (8,)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.sizes = []
+
+    def forward(self, x):
+        if self.training:
+            self.sizes.append(len(x))
+        return self.layers(x)
+
+
+def normed_pair():
+    torch.manual_seed(0)
+    decoder = pv.networks.MLPDecoder(2, (8,))
+    likelihood = pv.likelihoods.Gaussian(decoder, (6,), sigma=1.0)
+    encoder = Normed()
+    guide = pv.guides.MeanFieldNormal(encoder, 2)
+    return pv.VAE(pv.priors.StandardNormal(2), likelihood, guide), encoder
+
+
+@pytest.mark.parametrize(
+    ("number", "last"), [(33, [17]), (34, [16, 16, 2]), (32, [16, 16]), (17, [17])]
+)
+def test_a_last_batch_of_one_goes_with_the_one_before_it_where_there_is_a_batch_norm(number, last):
+    vae, encoder = normed_pair()
+    seen = []
+    result = pv.fit(
+        vae.model, vae.guide, torch.randn(number, 6), epochs=1, batch_size=16, seed=0, compile=False,
+        schedule=lambda done: seen.append(done) or 1.0,
+    )  # fmt: skip
+    assert encoder.sizes[-len(last) :] == last
+    assert seen[-1] < 1
+    assert np.isfinite(result.history["train_elbo"]).all()
+
+
+@pytest.mark.parametrize(("number", "size"), [(1, 16), (5, 1)])
+def test_a_batch_norm_given_one_data_point_says_so(number, size):
+    vae, _ = normed_pair()
+    with pytest.raises(pv.InputError, match="at least 2 data points in each batch for a batch norm"):
+        pv.fit(vae.model, vae.guide, torch.randn(number, 6), epochs=1, batch_size=size, compile=False)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+def test_an_epoch_of_which_no_step_is_left_is_an_error():
+    vae, _ = normed_pair()
+    x = torch.randn(32, 6)
+    x[:, 0] = 1e30
+    options = {"epochs": 2, "batch_size": 16, "on_nonfinite": "skip", "seed": 0, "compile": False}
+    with pytest.raises(pv.InputError, match=r"batch 1 \(no step of the epoch was left, 2 were"):
+        pv.fit(vae.model, vae.guide, x, **options)
+    x[1:, 0] = 1.0  # one batch of the two is left
+    result = pv.fit(vae.model, vae.guide, x, **options)
+    assert result.skipped_steps == 2
+    assert np.isfinite(result.history["train_elbo"]).all()

@@ -22,6 +22,7 @@ from pyro_vae.infer import (
     StickingTheLanding,
     TraceBound,
 )
+from pyro_vae.infer.analytic_kl import DefaultBound
 from pyro_vae.infer.engine import Engine
 from pyro_vae.infer.stock_bound import bound_of
 
@@ -116,7 +117,7 @@ def test_captured_fit_is_eager_fit(make, options, x, captures):
     found = run(make, data, objective=CompiledTrace_ELBO(backend="eager"), **options)
     # Batches of 16, 16 and 8: the last is never captured, and beta is an input of the one graph.
     assert [shapes[0] for shapes in captures] == [(16, PIXELS)]
-    assert_same(found, run(make, data, compile=False, **options))
+    assert_same(found, run(make, data, compile=False, objective=TraceBound(), **options))
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,10 @@ def test_captured_fit_is_eager_fit(make, options, x, captures):
         IWAE(3),
         StickingTheLanding(),
         AnalyticKL(),
+        DefaultBound(),
         TraceBound(num_particles=2, vectorize_particles=True),
     ],
-    ids=["IWAE", "sticking the landing", "closed form", "vectorised particles"],
+    ids=["IWAE", "sticking the landing", "closed form", "default", "vectorised particles"],
 )
 def test_other_bounds_are_captured(objective, x):
     found = run(make_vae, x, objective=Compiled(objective, backend="eager"))
@@ -185,7 +187,7 @@ def test_only_bounds_are_compiled():
 
 def test_beta_of_a_compiled_objective_is_a_factor(x):
     found = run(make_vae, x, objective=CompiledTrace_ELBO(beta=2.0, backend="eager"), beta=0.5)
-    assert_same(found, run(make_vae, x, compile=False))
+    assert_same(found, run(make_vae, x, compile=False, objective=TraceBound()))
 
 
 def test_validation_between_epochs_recaptures_nothing(x, captures):
@@ -310,13 +312,14 @@ def test_a_step_that_is_not_finite_is_not_applied(kind, options, x):
     with pytest.raises(pv.InputError, match=f"finite {kind}, got .* in epoch 1, batch 1:"):
         pv.fit(model, guide, spoiled, **settings)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    result = pv.fit(model, guide, spoiled, on_nonfinite="skip", **settings)
+    with pytest.raises(pv.InputError, match=r"no step of the epoch was left, 4 were skipped\)"):
+        pv.fit(model, guide, spoiled, on_nonfinite="skip", **settings)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    assert result.skipped_steps == 8
-    with pytest.raises(pv.InputError, match=r"epoch 2, batch 1 \(8 steps were skipped\)"):
-        pv.fit(model, guide, spoiled, on_nonfinite="skip", nonfinite_limit=5, **settings)
     one = x.clone()
     one[7, 0] = -1.0
+    with pytest.raises(pv.InputError, match=r"epoch 2, batch \d \(2 steps were skipped\)"):
+        pv.fit(model, guide, one, on_nonfinite="skip", nonfinite_limit=1, **settings)
+    net.load_state_dict(before)
     result = pv.fit(model, guide, one, on_nonfinite="skip", **settings)
     assert result.skipped_steps == 2
     assert all(parameter.isfinite().all() for parameter in net.parameters())

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import (
     JitTrace_ELBO,
     Trace_ELBO,
@@ -20,6 +21,7 @@ from small_vae import PIXELS, make_vae
 from training_pairs import changed, make_data
 
 import pyro_vae as pv
+from pyro_vae.infer import AnalyticKL, TraceBound
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,55 @@ def test_training_bound_with_many_particles_is_per_particle():
     standard_error = weights.std().item() * math.sqrt(1 / 200 + 1 / 200)
     assert abs(bounds[1] - weights.mean().item()) < 5 * standard_error
     assert abs(bounds[0] - weights.mean().item()) < 5 * weights.std().item()
+
+
+def test_by_default_rates_are_closed_forms_where_they_can_be():
+    x = torch.bernoulli(torch.full((40, PIXELS), 0.5))
+    found = {}
+    for name, objective in {
+        "default": None, "closed": AnalyticKL(), "drawn": Trace_ELBO(), "bound": TraceBound()
+    }.items():  # fmt: skip
+        vae = make_vae(0)
+        result = pv.fit(
+            vae.model, vae.guide, x, epochs=2, objective=objective, beta=2.0, seed=0, compile=False
+        )
+        found[name] = result.history["train_rate"], vae.state_dict()
+    for left, right in (("default", "closed"), ("drawn", "bound")):
+        np.testing.assert_array_equal(found[left][0], found[right][0])
+        torch.testing.assert_close(found[left][1], found[right][1], rtol=0, atol=0)
+    assert (found["default"][0] != found["drawn"][0]).all()
+
+
+def own_pair(latent, *, scale=None):
+    """A pair whose guide draws from ``latent``, with a scale of the user's own in the model alone."""
+    pyro.clear_param_store()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale or 1.0):
+                z = pyro.sample(
+                    "z", dist.Normal(0.0, 1.0) if latent != "bits" else dist.Bernoulli(0.5)
+                )
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "z", dist.Normal(loc, 1.0) if latent != "bits" else dist.Bernoulli(loc.sigmoid())
+            )
+
+    return model, guide
+
+
+@pytest.mark.parametrize(("latent", "scale"), [("bits", None), ("real", 0.25)])
+def test_what_has_no_closed_form_is_trained_by_draws_as_before(latent, scale):
+    x = torch.linspace(-1, 2, 30)
+    found = []
+    for objective in (None, Trace_ELBO()):
+        result = pv.fit(
+            *own_pair(latent, scale=scale), x, epochs=3, batch_size=10, seed=0, objective=objective
+        )
+        found.append((result.history["train_bound"], pyro.param("loc").detach()))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
