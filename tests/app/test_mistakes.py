@@ -84,7 +84,7 @@ BAD_DATA = {
     "--dataset grey.npy --likelihood discretized-logistic": "expected multiples of 0.00392157 for",
     "--dataset grey.npy --likelihood poisson": "expected whole numbers for Poisson",
     "--dataset negative.npy --likelihood negative-binomial": "x in [0, inf] for NegativeBinomial",
-    "--dataset bits.npy --network conv": "expected curves of shape (channels, length) or images",
+    "--dataset bits.npy --network conv": "use an MLP for other data",
     "--dataset negative.npy --binarize none": "expected x in [0, 1] for Bernoulli",
     "--dataset nan.npy --likelihood gaussian": "got NaN or infinity",
     "--dataset inf.npy --likelihood gaussian": "got NaN or infinity",
