@@ -41,7 +41,7 @@ from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
 from pyro_vae.pair.functions import PairFunction, resolve_device, seeded
-from pyro_vae.runs.description import describe
+from pyro_vae.runs.description import describe, known_to
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, check_schema, own_folder, read_config, write_json
 from pyro_vae.runs.folder import locked, new_run
 from pyro_vae.runs.weights import save_weights
@@ -232,7 +232,8 @@ def _is_finished(folder: Path, processes: Processes) -> bool:
 @contextmanager
 def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Refuse to go on with a run of another model."""
-    if read_config(folder).get("model") != json.loads(json.dumps(config["model"])):
+    begun = read_config(folder).get("model")
+    if begun != known_to(begun, json.loads(json.dumps(config["model"]))):
         raise InputError(
             f"expected the model that {folder} describes, its settings build another one: its "
             f"{CONFIG} was changed, or another version wrote it"

@@ -84,6 +84,14 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
         ) from error
 
 
+def known_to(earlier: Any, described: Any) -> Any:
+    """Return a description without the settings that an earlier version's lacks and that are off."""
+    if not (isinstance(earlier, dict) and isinstance(described, dict)):
+        return described
+    kept = {name: value for name, value in described.items() if name in earlier or value}
+    return {name: known_to(earlier.get(name), value) for name, value in kept.items()}
+
+
 class Bounded(TorchFunctionMode):
     """Refuse, in these words, to make more elements than so many: settings may ask for any size."""
 

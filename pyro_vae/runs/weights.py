@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import UNREADABLE, checksum_of, write_whole
-from pyro_vae.runs.description import describe
-from pyro_vae.runs.files import WEIGHTS, own_file
+from pyro_vae.runs.files import WEIGHTS, own_file, read_config
 from pyro_vae.vae import VAE
 
 # One entry alone: the order of several in the file would differ from process to process.
@@ -25,7 +24,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
     _check_values(_state(vae))  # or they could not be loaded
-    write_weights(folder, describe(vae)["model"], _state(vae))
+    write_weights(folder, read_config(folder)["model"], _state(vae))
 
 
 def write_weights(folder: Path, description: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -270,3 +270,46 @@ def test_a_name_that_is_taken_names_the_cure():
                 pv.fit(*pairs, x, **OPTIONS)
             pyro.clear_param_store()
         assert len(pv.fit(*pairs, x, **OPTIONS).history["train_elbo"]) == 1
+
+
+def shared_latent():
+    def model(x):
+        level = pyro.sample("level", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(level, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("level", dist.Normal(torch.zeros(()), 0.5))
+        standard_guide(x)
+
+    return model, guide, data()
+
+
+def enumerated_latent():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            level = pyro.sample("level", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + level, 1.0), obs=x)
+
+    return model, standard_guide, data()
+
+
+SERVED = {
+    shared_latent: {"fit", "bound_terms"} | {n for n in FUNCTIONS if n.startswith("fit by")},
+    enumerated_latent: {"fit by IWAE", "bound_terms", "log_weights", "log_marginal", "annealed"},
+}
+SERVED[shared_latent] -= {"fit by IWAE"}
+
+
+@pytest.mark.parametrize("kind", SERVED, ids=lambda kind: kind.__name__)
+def test_other_kinds_of_latents_are_served_or_refused_by_name(kind):
+    for name, function in FUNCTIONS.items():
+        pyro.clear_param_store()
+        if name in SERVED[kind]:
+            assert function(*kind()) is not None, name
+            continue
+        with pytest.raises(pv.InputError) as caught:
+            function(*kind())
+        assert "'level'" in str(caught.value), (name, str(caught.value))
