@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import tasks
 from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.options import check_values
 from pyro_vae.app.settings import assemble_vae, fit_options, start_vae, tell_defaults
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.importance_sampling import log_marginal
@@ -128,6 +129,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         own["sigma"] = None if self.sigma is None else str(self.sigma)
         names = {each.name for each in fields(TrainSettings)}
         settings = TrainSettings(**{name: own[name] for name in names & own.keys()})
+        check_values(settings)
         settings = tell_defaults(settings, x)
         with _own_parameters(), seeded(self.seed):
             vae = assemble_vae(settings, tuple(x.shape[1:]), len(x))
