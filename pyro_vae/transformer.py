@@ -129,7 +129,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         own["sigma"] = None if self.sigma is None else str(self.sigma)
         names = {each.name for each in fields(TrainSettings)}
         settings = TrainSettings(**{name: own[name] for name in names & own.keys()})
-        check_values(settings)
+        check_values(settings, in_python=True)
         settings = tell_defaults(settings, x)
         with _own_parameters(), seeded(self.seed):
             vae = assemble_vae(settings, tuple(x.shape[1:]), len(x))

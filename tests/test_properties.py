@@ -16,6 +16,8 @@ from pyro_vae.app import names
 EXAMPLES = 15
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
 SMALL = st.integers(1, 4)
+# What a likelihood can't be made without, besides its decoder and the shape of the data.
+NEEDED = {"categorical": {"num_categories": 2}}
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def models(draw):
     name = draw(st.sampled_from(sorted(names.FAMILIES)))
     family = getattr(pv.guides, names.FAMILIES[name])(encoder, latent_dim)
     kind = draw(st.sampled_from(sorted(names.LIKELIHOODS)))
-    options = {}
+    options = dict(NEEDED.get(kind, {}))
     if kind == "gaussian":
         odd = st.sampled_from([1e-3, 0.0, -1.0, math.inf, math.nan, "lerned"])
         options["sigma"] = draw(often(draw(st.sampled_from([0.3, "learned", "per-pixel"])), odd))
@@ -209,7 +211,9 @@ def test_every_prior_with_every_family_trains_or_is_refused(tmp_path, prior, fam
     encoder, decoder = pv.networks.MLPEncoder(shape, (6,)), pv.networks.MLPDecoder(2, (6,))
     guide = getattr(pv.guides, names.FAMILIES[family])(encoder, 2)
     first = (guide, shape) if prior == "vamp" else (2,)
-    kind = getattr(pv.likelihoods, names.LIKELIHOODS[likelihood])
+    kind = functools.partial(
+        getattr(pv.likelihoods, names.LIKELIHOODS[likelihood]), **NEEDED.get(likelihood, {})
+    )
     matching = MATCHING.get(family, REAL)
     parts = (getattr(pv.priors, names.PRIORS[prior])(*first), kind(decoder, shape), guide)
     if prior not in (*matching, "vamp"):

@@ -127,8 +127,8 @@ def tell(text: str) -> None:
     sys.stderr.write(f"pyro-vae: {printable(text)}\n")
 
 
-def check_values(settings: Any) -> None:
-    """Refuse names that are not known, and whole numbers out of range."""
+def check_values(settings: Any, *, in_python: bool = False) -> None:
+    """Refuse names that are not known, and whole numbers out of range, by the option or argument."""
     for each in fields(settings):
         name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
         if choices and value is not None and value not in choices:
@@ -138,7 +138,8 @@ def check_values(settings: Any) -> None:
         least, most = int(name not in names.FROM_ZERO), names.AT_MOST.get(name, 2**31 - 1)
         if not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
-            raise InputError(f"expected {_flag(name)} of {bound}, got {value}")
+            told = name if in_python else _flag(name)
+            raise InputError(f"expected {told} of {bound}, got {value}")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
@@ -58,7 +58,8 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
             [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
         )
     else:  # True is 1 to Python
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        kinds = get_args(kind) or (kind,)
+        fits = isinstance(value, kind) and (bool in kinds or not isinstance(value, bool))
     if not fits:
         raise InputError(f"expected another value as {place}, got {_short(value)}: it was changed")
     for name, part, each in parts:

@@ -84,7 +84,6 @@ BAD_DATA = {
     "--dataset grey.npy --likelihood discretized-logistic": "expected multiples of 0.00392157 for",
     "--dataset grey.npy --likelihood poisson": "expected whole numbers for Poisson",
     "--dataset negative.npy --likelihood negative-binomial": "x in [0, inf] for NegativeBinomial",
-    "--dataset bits.npy --network conv": "use an MLP for other data",
     "--dataset negative.npy --binarize none": "expected x in [0, 1] for Bernoulli",
     "--dataset nan.npy --likelihood gaussian": "got NaN or infinity",
     "--dataset inf.npy --likelihood gaussian": "got NaN or infinity",
@@ -111,6 +110,11 @@ BAD_DATA = {
 def test_bad_data_are_refused(here, options):
     for output in ((), ("--output", "new/folder")):
         refused(here, "train", *SMALL, *options.split(), *output, message=BAD_DATA[options])
+
+
+def test_rows_are_refused_by_convolutions(here):
+    options = ("--dataset", "bits.npy", "--network", "conv", "--output", "new/folder")
+    refused(here, "train", *options, message="use an MLP for other data")
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own word

@@ -352,7 +352,7 @@ BAD = {
     "sweep --betas 1,1.0": "expected each beta once",
     "sweep --betas 1,-1": "beta",
     "sweep --betas 1,nan": "beta",
-    "sweep --epochs -1": "expected epochs of at least 0",
+    "sweep --epochs -1": "expected --epochs of at least 0",
     "compare --guides mean-field,mean-field": "expected each guide once",
     "compare --guides mean-field,": "expected each guide once",
     "compare --guides mean-feld": "did you mean 'mean-field'?",

@@ -115,7 +115,8 @@ def test_gradient_norm_bound_and_speed_are_logged():
     (Trace_ELBO().differentiable_loss(*pair, x) / 12).backward()
     leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
     expected = torch.cat([leaf.grad.flatten() for leaf in leaves]).norm().item()
-    result = pv.fit(model, guide, x, epochs=2, batch_size=12, learning_rate=1e-9, beta=2.0)
+    options = {"learning_rate": 1e-9, "beta": 2.0, "objective": Trace_ELBO()}
+    result = pv.fit(model, guide, x, epochs=2, batch_size=12, **options)
     history = result.history
     np.testing.assert_allclose(history["gradient_norm"], expected, rtol=1e-4)
     bound = -(history["train_distortion"] + 2 * history["train_rate"])

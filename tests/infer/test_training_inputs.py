@@ -112,19 +112,6 @@ def test_tensors_unknown_to_pyro_are_refused_whatever_the_objective():
             pv.fit(model, guide, make_data(), epochs=1, objective=objective)
 
 
-def test_latent_outside_the_data_plate_is_refused_by_name():
-    def model(x):
-        shared = pyro.sample("shared", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(shared, 1.0).expand([PIXELS]).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.sample("shared", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
-
-    with pytest.raises(pv.InputError, match="'shared'"):
-        pv.fit(model, guide, make_data(), epochs=1)
-
-
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own word before our error
 def test_loss_that_is_not_finite_is_refused_before_the_step():
     vae, x = make_vae(), make_data()

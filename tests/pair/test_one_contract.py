@@ -226,6 +226,7 @@ def test_the_same_words_whoever_asks(kind, validates):
             raise AssertionError(text)
 
 
+@pytest.mark.filterwarnings("ignore:.* are not trusted")  # chains as short as they are
 def test_the_pair_they_differ_from_is_served():
     for name, function in FUNCTIONS.items():
         if name in ("interpolate", "traverse", "inference_gaps", "calibration", "bidirectional"):
