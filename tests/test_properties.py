@@ -1,5 +1,6 @@
 """Any model of the components on any data: it trains and evaluates, or is refused in one line."""
 
+import functools
 import math
 import shutil
 import warnings

@@ -63,7 +63,7 @@ CALLS = {
         lambda _, *pair: evaluation.calibration(*pair, X, num_data=100, num_draws=19, seed=0),
     ),
     "complete": (
-        28,  # 16 of them for the first fill
+        31,  # 16 of them for the first fill, three for what the prior proposes
         9,
         lambda _, *pair: tasks.complete(*pair, X, X > 0, num_steps=1, num_draws=1, seed=0),
     ),
