@@ -137,6 +137,7 @@ def test_a_run_without_room_at_its_start_leaves_nothing(bits, tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_without_room_on_its_way_keeps_its_checkpoints_and_goes_on(bits, whole, tmp_path):
     folder = tmp_path / "run"
     with full_disk(4):  # the settings and three checkpoints are written

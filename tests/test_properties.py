@@ -168,6 +168,7 @@ def use(vae, x, how, folder):
     assert torch.equal(again.log_prob, estimate.log_prob)
 
 
+@pytest.mark.slow
 def test_any_model_on_any_data_works_or_is_refused_in_one_line(settings, tmp_path):
     outcomes = {"served": 0, "refused": 0}
 

@@ -112,6 +112,7 @@ def assert_told(result, call):
         assert all(line.isprintable() for line in warned), (call, warned)
 
 
+@pytest.mark.slow
 def test_a_hostile_value_is_refused_in_one_line_or_let_to_the_work(here, request, capsys):
     before, draw = snapshot(here), random.Random(0)
     counts = {"refused": 0, "at work": 0, "of use": 0}

@@ -110,8 +110,8 @@ def called(monkeypatch, out, err, *arguments):
     "setting",
     [
         {"TERM": "dumb", "COLUMNS": "20"},
-        {"COLUMNS": "0", "NO_COLOR": "1"},
-        {"TERM": "", "LINES": "x"},
+        pytest.param({"COLUMNS": "0", "NO_COLOR": "1"}, marks=pytest.mark.slow),
+        pytest.param({"TERM": "", "LINES": "x"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_terminal_of_any_kind(digits, monkeypatch, setting):
@@ -123,6 +123,7 @@ def test_a_terminal_of_any_kind(digits, monkeypatch, setting):
         assert out.buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_where_nobody_reads_the_work_goes_on(digits, tmp_path, monkeypatch, bits):
     np.save(tmp_path / "bits.npy", bits)
     small = (*SMALL, "--epochs", 1, "--dataset", tmp_path / "bits.npy")

@@ -121,6 +121,7 @@ def test_mean_field_misses_by_the_closed_form(problem, mean_field):
     assert mean_field.converged
 
 
+@pytest.mark.slow
 def test_full_rank_misses_nothing_and_the_encoder_all(problem):
     family = problem.family(diagonal=False)
     gaps = gaps_of(problem, family)

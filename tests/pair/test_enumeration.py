@@ -76,6 +76,7 @@ def test_a_mixture_is_its_summed_density():
     torch.testing.assert_close(whole.log_prob, log_mixture(X).sum()[None], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_latents_that_are_drawn_stand_beside_summed_ones_in_nested_plates():
     exact = log_shifted_mixture(X)
     for options in ({"num_samples": 2000}, {"method": "annealed", "num_steps": 10}):

@@ -120,6 +120,7 @@ class FactorModel(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
+@pytest.mark.slow
 def test_a_model_learns_from_incomplete_data_what_filling_by_zeros_would_hide():
     """The data's mean is 3: zeros in a third of the places would pull it to 2."""
     W, num_data = torch.tensor([[1.0], [-1.0], [0.5], [1.0]]), 1000
