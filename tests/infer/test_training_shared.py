@@ -49,7 +49,7 @@ def posterior_of_mean(x, noise=NOISE):
 
 
 def divergence(mean, deviation):
-    return dist.kl_divergence(dist.Normal(mean, deviation), dist.Normal(0.0, WIDTH))
+    return torch.distributions.kl_divergence(dist.Normal(mean, deviation), dist.Normal(0.0, WIDTH))
 
 
 def many_draws():
