@@ -28,7 +28,7 @@ from pyro_vae.infer.checkpoint import Interrupted
 from pyro_vae.infer.trainer import Trainer
 from pyro_vae.infer.validation import bound_terms
 
-PIXELS, SEEDS, MARK = 6, range(8), 77.0
+PIXELS, SEEDS, MARK = 6, range(12), 77.0
 
 
 def normal_data(number, seed=0):
