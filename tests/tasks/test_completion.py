@@ -63,7 +63,9 @@ def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
     # Each draw ends a chain of its own: together they may be right before a single chain has mixed.
     assert result.r_hat.isfinite().all()
     if scale == 1:
-        assert (result.acceptance == 1).all()
+        # Nine tenths of the proposals are the posterior's own, so that its density is at most 10/9 of
+        # theirs, and a proposal is accepted with probability 0.9 at least; 200,000 were made.
+        assert (result.acceptance > 0.9 - 5 * math.sqrt(0.09 / 200_000)).all()
     else:
         assert ((result.acceptance > 0.1) & (result.acceptance < 0.9)).all()
 
