@@ -94,6 +94,25 @@ def whole(bits, tmp_path_factory):
     return endings
 
 
+def check_equal(found, expected, place=""):
+    """Check two endings: weights and histories to the bit, what is measured by them to its digits.
+
+    A model that was read again lies elsewhere in memory, and a sum may be taken in another order.
+    """
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for name, value in expected.items():
+            check_equal(found[name], value, f"{place}/{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), place
+        for each, other in zip(found, expected, strict=True):
+            check_equal(each, other, place)
+    elif isinstance(expected, float) and "/history" not in place:
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True), place
+    else:
+        assert found == expected, place
+
+
 def wait_for(process, folder, pattern):
     """Wait until a file appears, or the process has ended."""
     deadline = time.monotonic() + 120
@@ -148,4 +167,4 @@ def test_a_signal_at_a_random_moment_loses_nothing(bits, whole, tmp_path, monkey
         with sketching():
             result = run(*again)
         assert result.code == 0, (result.err, left)
-        assert ending(here / "out") == whole[command]
+        check_equal(ending(here / "out"), whole[command])
