@@ -3,12 +3,17 @@
 import gc
 import os
 import re
+import signal
 
 import pyro
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell ignores SIGINT for what it begins in the background, and a fit leaves an ignored one so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

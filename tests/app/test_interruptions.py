@@ -39,14 +39,6 @@ LAST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _interruptible():
-    """Tests begun in the background have SIGINT ignored, and a command leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder with nothing but a data file."""
