@@ -298,7 +298,7 @@ def _run_chains(
     """
     shape = (len(chains), len(problem.missing))
     problem = problem.tile(len(chains))
-    is_odd = torch.tensor(chains, device=problem.x.device).remainder(2).bool()
+    is_odd = torch.tensor([number % 2 == 1 for number in chains], device=problem.x.device)
     state = _start(problem, is_odd.repeat_interleave(shape[1]), accept_all, spread_out)
     accepted = torch.zeros(len(problem.missing), device=problem.x.device)
     moments, judged = [Moments() for _ in range(2)], []
