@@ -58,8 +58,8 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
             [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
         )
     else:  # True is 1 to Python
-        kinds = get_args(kind) or (kind,)
-        fits = isinstance(value, kind) and (bool in kinds or not isinstance(value, bool))
+        types = get_args(kind) or (kind,)
+        fits = isinstance(value, kind) and (bool in types or not isinstance(value, bool))
     if not fits:
         raise InputError(f"expected another value as {place}, got {_short(value)}: it was changed")
     for name, part, each in parts:
