@@ -113,10 +113,11 @@ def likelihood_kind(site: Site) -> str:
         support = support.base_constraint
     if not support.is_discrete:
         return "density on the sphere" if support is constraints.sphere else "density"
-    whole = not values.is_floating_point() or bool(
-        ((values == values.round()) | values.isnan()).all()
-    )
-    return "probability" if whole else "pseudo-likelihood"
+    missing = values.isnan()
+    for _ in range(support.event_dim):
+        missing = missing.any(-1)
+    taken = bool((support.check(values) | missing).all())
+    return "probability" if taken else "pseudo-likelihood"
 
 
 def site_log_prob(site: Site) -> Tensor:
