@@ -129,6 +129,10 @@ def main(arguments: list[str]) -> int:
     install()
     sys.modules["cuda_stand_in"] = sys.modules["__main__"]
     sys.path[0] = os.getcwd() if arguments[0] == "-m" else str(Path(arguments[0]).parent)
+    if arguments[:2] == ["-m", "pytest"]:
+        import pytest
+
+        return pytest.main(arguments[2:], plugins=[EveryTestRuns()])
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -2,6 +2,8 @@
 
 import collections
 import importlib.util
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -516,3 +518,25 @@ def test_a_part_of_the_script_leaves_its_row_or_why_not(case, gpu_script, monkey
 
 def test_the_limits_of_the_script_add_up_to_less_than_eight_minutes(gpu_script):
     assert sum(limit for _, limit in gpu_script.PARTS.values()) < 480
+
+
+def test_a_test_that_is_left_out_on_the_stand_in_fails_the_run(tmp_path):
+    (tmp_path / "test_whole.py").write_text("def test_it(): pass\n")
+    (tmp_path / "test_part.py").write_text(
+        "import pytest\ndef test_it(): pass\ndef test_no(): pytest.skip('not here')\n"
+    )
+    code = (
+        "import sys, pytest, cuda_stand_in\n"
+        "for name in sys.argv[1:]:\n"
+        "    plugins = [cuda_stand_in.EveryTestRuns()]\n"
+        "    print('ended', int(pytest.main(['-q', '-p', 'no:cacheprovider', name], plugins)))\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / f"test_{n}.py") for n in ("whole", "part"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    ended = [line for line in told.stdout.splitlines() if line.startswith("ended")]
+    assert ended == ["ended 0", "ended 1"], told.stdout + told.stderr
+    assert "expected 2 tests that pass on the stand-in, got 1" in told.stdout
