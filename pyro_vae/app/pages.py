@@ -255,15 +255,18 @@ def _add_warnings(page: Page, comparison: Comparison) -> None:
     ]
     if heavy:
         page.warning(
-            f"More than {MANY_UNRELIABLE:.0%} of the data points have a Pareto k that is too high or "
-            f"not known under {', '.join(heavy)}: neither log p(x) nor its Monte Carlo error can be "
-            "trusted there. Annealing checks it: --method both."
+            f"More than {MANY_UNRELIABLE:.0%} of the data points are not trusted under "
+            f"{', '.join(heavy)}: there neither log p(x) nor its Monte Carlo error means what it "
+            "says. Annealing, with more steps or of more data points, checks it: --method auto, "
+            "--num-steps, --max-annealed."
         )
 
 
 def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
     quantity = comparison.ranked_by
     method = "annealing" if quantity == "annealed" else "importance sampling"
+    if any(pair.estimate.method == "auto" for pair in comparison.pairs.values()):
+        method = "importance sampling, annealed where that is not trusted,"
     parts = ("", "_standard_error", "_data_standard_error", "_run_deviation")
     header = ["", log_prob_name(comparison.likelihood == "pseudo-likelihood")]
     header += ["error, Monte Carlo", "error, over data", "deviation between runs"]

@@ -216,7 +216,7 @@ def _anneal_block(
     if bad.any():
         raise InputError(
             f"expected finite log-probabilities where the chains start, got NaN or infinity for "
-            f"{int(bad.sum())} of {len(bad)} data: look for NaN parameters"
+            f"{int(bad.sum())} of {len(bad)} data points: look for NaN parameters"
         )
     log_weights, state, acceptance = annealed_weights(
         plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,15 @@ def why_not_annealed(pair: OpenedPair, start: str = "both") -> str | None:
     return None
 
 
+def trust_nothing(reason: str, *estimates: LogMarginal, stacklevel: int) -> tuple[LogMarginal, ...]:
+    """Warn, and return estimates with no data point trusted, for none can be looked at again."""
+    warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=stacklevel + 1)
+    return tuple(
+        replace(each, method="auto", trusted=torch.zeros(len(each.log_prob), dtype=torch.bool))
+        for each in estimates
+    )
+
+
 def is_unclear(estimate: LogMarginal) -> Tensor:
     """Return which data points their weights do not clear, bool ``(N,)``."""
     return ~((estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite())
@@ -113,8 +123,8 @@ def anneal_uncleared(
     """
     rows = (~cleared).nonzero()[:, 0]
     rows = rows[(~urgent[rows]).long().argsort(stable=True)]
-    whole_needed = len(rows) < pair.num_data or len(rows) > options.max_annealed
-    if whole_needed and not pair.is_divisible():
+    takes_a_part = len(rows) < pair.num_data or len(rows) > options.max_annealed
+    if takes_a_part and not pair.is_divisible():
         rows = rows[:0]
     rows = rows[: options.max_annealed]
     numbers: dict[str, Any] = {

@@ -19,6 +19,7 @@ from pyro_vae.evaluation.auto import (
     anneal_uncleared,
     is_unclear,
     look_again,
+    trust_nothing,
     why_not_annealed,
 )
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
@@ -98,8 +99,9 @@ def compare(
         num_elbo_samples: draws per datum for the ELBO, its parts and the importance-weighted bound.
         num_importance: draws in one importance-weighted bound.
         methods: ``"importance"``, with or without ``"annealed"``, or ``"auto"`` alone, which anneals
-            a data point that any pair fails to clear in every pair. Annealing is left out for a pair
-            that can't be annealed (latents that are discrete or on a sphere), and auto for all then.
+            a data point that any pair fails to clear in every pair. Of a pair that can't be annealed
+            (latents that are discrete or on a sphere) annealing is left out; under auto no data point
+            of any pair is trusted then, for none could be annealed in all.
         annealing_options: options of :func:`pyro_vae.log_marginal` for annealing, e.g. ``num_steps``;
             with auto ``max_annealed`` too.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
@@ -337,19 +339,26 @@ def _anneal_alike(
     settings: _Settings,
 ) -> None:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
+    for name, pair in pairs.items():
+        with pair.evaluating(settings.seed):
+            reason = why_not_annealed(pair)
+        if reason is not None:
+            found = (measured.estimate for (measured,) in runs.values())
+            untrusted = trust_nothing(f"{name}: {reason}", *found, stacklevel=3)
+            for each, own in zip(runs, untrusted, strict=True):
+                runs[each] = [replace(runs[each][0], estimate=own)]
+            return
     cleared, estimates = [], {}
     for name, pair in pairs.items():
         with pair.evaluating((settings.seed + 2) % 2**32):
-            if why_not_annealed(pair) is not None:
-                return
-            estimates[name], own = look_again(pair, runs[name][0].estimate, auto)
-            cleared.append(own)
+            estimates[name], clear = look_again(pair, runs[name][0].estimate, auto)
+            cleared.append(clear)
     by_all = torch.stack(cleared).all(0)
     urgent = torch.stack([is_unclear(estimate) for estimate in estimates.values()]).any(0)
     for name, pair in pairs.items():
         (measured,) = runs[name]
         with pair.evaluating((settings.seed + 3) % 2**32):
-            found = anneal_uncleared(
+            annealed = anneal_uncleared(
                 pair,
                 estimates[name],
                 by_all,
@@ -357,5 +366,5 @@ def _anneal_alike(
                 urgent=urgent,
                 max_memory=settings.max_memory,
             )
-        log_prob = PerDatum(found.log_prob, found.standard_error)
-        runs[name] = [replace(measured, estimate=found, log_prob=log_prob)]
+        log_prob = PerDatum(annealed.log_prob, annealed.standard_error)
+        runs[name] = [replace(measured, estimate=annealed, log_prob=log_prob)]

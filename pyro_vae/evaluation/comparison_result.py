@@ -423,9 +423,11 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         yield "All guides were measured against one frozen model."
     untrusted = [name for name, pair in comparison.pairs.items() if pair.estimate.num_unreliable]
     if untrusted and comparison.ranked_by == "log_prob":
+        by_weights = all(pair.estimate.method == "importance" for pair in comparison.pairs.values())
+        advice = '; methods=("auto",) anneals them' * by_weights
         yield (
-            f"Some data points of {', '.join(untrusted)} have a Pareto k that is too high or not "
-            'known: log p(x) can\'t be trusted there; methods=("importance", "annealed") checks it.'
+            f"Some data points of {', '.join(untrusted)} are not trusted: log p(x) may be off there "
+            f"by more than its errors say{advice}."
         )
     if "withheld" in map(comparison.verdict, comparison.pairs):
         yield "withheld: the numbers can't carry a verdict, see Comparison.verdict."

@@ -257,11 +257,16 @@ def transition(
     # Drawn anew each time: a trajectory of fixed length may close on itself, and then moves nothing.
     length = int(torch.randint(1, num_leapfrog_steps + 1, ()))
     before = state.log_density(beta) - kinetic(momentum)
-    proposal = state
+
+    def kick(at: State) -> Tensor:
+        return 0.5 * steps * multiply(factor, at.gradient(beta), transposed=True)
+
+    proposal, pull = state, kick(state)
     for _ in range(length):
-        momentum = momentum + 0.5 * steps * multiply(factor, proposal.gradient(beta), transposed=True)
+        momentum = momentum + pull
         proposal = path.evaluate(proposal.position + steps * multiply(factor, momentum))
-        momentum = momentum + 0.5 * steps * multiply(factor, proposal.gradient(beta), transposed=True)
+        pull = kick(proposal)
+        momentum = momentum + pull
     gain = proposal.log_density(beta) - kinetic(momentum) - before
     # NaN: neither point has a density (or the trajectory ran away); stay.
     probability = gain.nan_to_num(nan=-math.inf, posinf=math.inf).clamp(max=0).exp()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from pyro_vae.evaluation.auto import (
     anneal_uncleared,
     is_unclear,
     look_again,
+    trust_nothing,
     why_not_annealed,
 )
 from pyro_vae.evaluation.compiled_score import compiled_score
@@ -209,8 +209,7 @@ def estimate_log_prob(
         )
         reason = why_not_annealed(pair)
         if reason is not None:
-            warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=3)
-            return replace(first, method="auto", trusted=first.pareto_k < -math.inf)
+            return trust_nothing(reason, first, stacklevel=3)[0]
         first, cleared = look_again(pair, first, options)
         return anneal_uncleared(
             pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory

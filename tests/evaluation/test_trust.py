@@ -211,3 +211,37 @@ def test_of_random_exact_problems_what_is_trusted_is_right():
     # Of 93 % the share of so few is lower by chance, by three deviations.
     assert inside.double().mean() > 0.93 - 3 * math.sqrt(0.93 * 0.07 / len(inside))
     assert kept > 0.8 * first_right
+
+
+def test_a_comparison_with_a_pair_that_can_not_be_annealed_trusts_nothing_and_says_so_once():
+    """As `log_marginal` does: Pareto k alone clears no data point of either pair."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("x", dist.Normal(kind, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Bernoulli(torch.full_like(x, 0.5)))
+
+    def normal_model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def normal_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.71))
+
+    pairs = {"normal": (normal_model, normal_guide), "kinds": (model, guide)}
+    with pytest.warns(
+        UserWarning, match="no data point is trusted without annealing: kinds:"
+    ) as told:
+        found = pv.compare(pairs, torch.randn(3), methods=("auto",), num_elbo_samples=10, seed=0)
+    assert len([each for each in told if "without annealing" in str(each.message)]) == 1
+    assert told[0].filename == __file__
+    for pair in found.pairs.values():
+        assert not pair.estimate.trusted.any()
+    assert found.verdict("normal") == found.verdict("kinds") == "withheld"
+    assert "are not trusted" in str(found)
