@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import MixtureSameFamily, biject_to
+from torch.distributions import MixtureSameFamily, biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.errors import InputError
@@ -22,6 +22,11 @@ from pyro_vae.weights.particles import Particles
 
 # Runs of a pair that must show the same latents, with the same shapes and supports.
 _STRUCTURE_RUNS = 4
+
+# Values of a latent that are looked at, and the share of them that may lie on the last number before
+# an end of its support: of the mass there, beyond which all positions have one value, log p(x) would
+# lack about that share.
+_LOOKED_AT, _PILED_UP = 4096, 0.02
 
 
 class State(NamedTuple):
@@ -99,6 +104,7 @@ class AnnealingPath:
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
+            _check_apart(name, site, transform)
             axis = particles.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
@@ -233,6 +239,24 @@ class AnnealingPath:
                 )
         knowledge.is_stable = True
         return shown[0], shown[1]
+
+
+def _check_apart(name: str, site: Site, transform: Any) -> None:
+    """Refuse a latent much of whose mass lies where its numbers don't tell positions apart."""
+    if transform.codomain is constraints.real or not isinstance(site["value"], Tensor):
+        return
+    drawn = site["fn"].sample((max(1, _LOOKED_AT // max(1, site["value"].numel())),))
+    free = transform.inv(drawn)
+    here = transform(free)
+    stuck = (transform(free + 1) == here) | (transform(free - 1) == here)
+    share = stuck.flatten(0, -1 - site["fn"].event_dim).double().mean(0).max().item()
+    if share > _PILED_UP:
+        wider = "compute in float64, " * (drawn.dtype != torch.float64)
+        raise InputError(
+            f"expected a prior of {name!r} whose draws numbers tell apart, {share:.0%} of them are the "
+            f"last number before an end of its support: {wider}keep it from the ends, or use "
+            "method='importance'"
+        )
 
 
 def transition(
