@@ -1,6 +1,6 @@
 """Of random exact problems: which data points `auto` trusts, and how many of these are right.
 
-``--limits`` shows what `auto`'s own limit of Pareto k rests on: of the importance-sampling numbers that
+``--limits`` shows what the limit of Pareto k that `auto` takes rests on: of the numbers that
 the second look clears at any k, how many lie within two of their errors, by limit. Set it on one half
 of the problems (``--problems 30``) and hold it against the other (``--first-seed 30``).
 """
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _print_limits(seeds: range, num_data: int) -> None:
-    """Print how the numbers that the look from the prior clears are covered, up to each limit of k."""
+    """Print how the numbers cleared by the look from the prior are covered, up to each limit of k."""
     auto._PARETO_K_LIMIT = float("inf")  # the second look alone decides
     importance = ImportanceOptions(compile=False)
     how = auto.AutoOptions(importance, AnnealingOptions())
