@@ -25,12 +25,7 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
-from pyro_vae.evaluation.estimate import (
-    Convergence,
-    LogMarginal,
-    concatenate,
-    warn_if_unreliable,
-)
+from pyro_vae.evaluation.estimate import Convergence, LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none

@@ -13,23 +13,9 @@ from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.errors import InputError, real_number
-from pyro_vae.infer.bounds import (
-    Bound,
-    BoundTerms,
-    TraceBound,
-    elbo_terms,
-    particle_options,
-    wide,
-)
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.contract import refuse_score_function
-from pyro_vae.pair.sites import (
-    Site,
-    TracePair,
-    is_delta,
-    latent_sites,
-    plate_scale,
-    sample_sites,
-)
+from pyro_vae.pair.sites import Site, TracePair, is_delta, latent_sites, plate_scale, sample_sites
 
 _PARTICLES = "num_particles_vectorized"  # Pyro's name of the outer plate of particles
 

@@ -110,11 +110,7 @@ class Checkpoints:
         return None if found is None else found["settings"].get("objective")
 
     def begin(
-        self,
-        settings: Mapping[str, Any],
-        trainer: Trainer,
-        best: EarlyStopping,
-        rows: _Rows,
+        self, settings: Mapping[str, Any], trainer: Trainer, best: EarlyStopping, rows: _Rows
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
         if self.folder is None:

@@ -23,12 +23,7 @@ from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.settings import (
-    FitSettings,
-    Schedule,
-    check_callables,
-    default_warmup_epochs,
-)
+from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
