@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
+from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
 
@@ -178,18 +178,14 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
         return {"x": digits.images[:, None] / 16, "y": digits.target}
     import torchvision.datasets as sets
 
-    try:
+    advice = "give the right root or allow the download"
+    if download:
+        advice = "check the network or put the files there"
+    with expecting(f"data set {name!r} below {root}", *_UNREADABLE, advice=advice):
         if name == "omniglot":
             return _load_omniglot(sets, root, download)
         classes = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "kmnist": sets.KMNIST}
         train, test = (classes[name](root, train=part, download=download) for part in (True, False))
-    except _UNREADABLE as error:
-        advice = "give the right root or allow the download"
-        if download:
-            advice = "check the network or put the files there"
-        raise InputError(
-            f"expected data set {name!r} below {root}, got: {first_line(error)}; {advice}"
-        ) from error
     parts: dict[str, Any] = {}
     for part, images in (("train", train), ("test", test)):
         if tuple(images.data.shape[1:]) != _IDX_SHAPE:
@@ -237,15 +233,9 @@ def _data_file(path: Path) -> Path:
 
 def _load_file(path: Path) -> dict[str, Any]:
     path = _data_file(path)
-    try:
+    advice = "write it by numpy.save"
+    with expecting(f"an array file of numbers at {path}", *_UNREADABLE, advice=advice):
         arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(
-            f"expected an array file of numbers at {path}, got: {first_line(error)}; write it by "
-            "numpy.save"
-        ) from error
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
     known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from safetensors import safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
@@ -22,12 +21,12 @@ from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.files import UNREADABLE, parse_json, write_whole
+from pyro_vae.files import UNREADABLE, parse_json, read_tensors, write_whole
 from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
@@ -279,15 +278,11 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
 def load_measured(folder: Path) -> tuple[Measured, str]:
     """Read what :func:`save_measured` wrote."""
     path = folder / _MEASURED
-    try:
-        with safe_open(path, framework="pt") as file:  # a regular one, as the caller has seen
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            notes = file.metadata()
-        estimate = {
-            name.removeprefix(_ESTIMATE): value
-            for name, value in tensors.items()
-            if name.startswith(_ESTIMATE)
-        }
+    what = f"the numbers of a comparison in {path}"
+    with expecting(what, *UNREADABLE, RecursionError, advice="delete it"):
+        tensors, notes = read_tensors(path)  # a regular file, as the caller has seen
+        own = [name for name in tensors if name.startswith(_ESTIMATE)]
+        estimate: dict[str, Any] = {name.removeprefix(_ESTIMATE): tensors[name] for name in own}
         quantities: dict[str, Any] = {
             name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
             for name in _QUANTITIES
@@ -299,7 +294,3 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
             estimate=LogMarginal(**estimate, method=notes.get("method", "importance")),
         )
         return measured, notes["likelihood"]
-    except (*UNREADABLE, RecursionError) as error:
-        raise InputError(
-            f"expected the numbers of a comparison in {path}, got none that can be read: delete it"
-        ) from error
