@@ -25,7 +25,7 @@ from pyro_vae.distributions.values import (
     PreciseStudentT,
 )
 from pyro_vae.errors import InputError, positive_number, size
-from pyro_vae.networks import Head, check_shape, feature_shape
+from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
 
 __all__ = [
@@ -124,15 +124,7 @@ class Likelihood(nn.Module):
             InputError: another shape, a value that is not finite, or one outside ``accepts``.
         """
         check_shape(x, self.data_shape, "likelihood", batch="N")
-        low, high = self.accepts
-        smallest, largest = (value.item() for value in x.aminmax())
-        if not (math.isfinite(smallest) and math.isfinite(largest)):
-            raise InputError("expected finite data, got NaN or infinity: remove or fill them")
-        if smallest < low or largest > high:
-            raise InputError(
-                f"expected x in [{low:g}, {high:g}] for {type(self).__name__}, "
-                f"got values from {smallest:g} to {largest:g}: {self.instead}"
-            )
+        check_range(x, self.accepts, type(self).__name__, self.instead)
         off = torch.zeros(()) if self.step is None else x / self.step
         off = (off - off.round()).abs()
         if off.max() > 1e-3:

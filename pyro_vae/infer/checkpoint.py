@@ -53,9 +53,9 @@ class Checkpoints:
     def __init__(
         self,
         folder: str | Path | None,
-        *,
         every: int | None,
         minutes: float | None,
+        *,
         resume: bool,
         processes: Processes = ALONE,
     ) -> None:
