@@ -28,7 +28,7 @@ NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz", ".csv")
 
-_PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test")
 
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
@@ -159,7 +159,7 @@ def load(
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
-    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in _PARTS}
+    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in PARTS}
     name = str(name_or_path) if is_path else type(name_or_path).__name__
     return Dataset(name=name, binarize=binarize, checksums=checksums, is_mapped=is_mapped, **parts)
 
@@ -238,7 +238,7 @@ def _load_file(path: Path) -> dict[str, Any]:
         arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
-    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}
+    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(PARTS)}
     if not ({"x"} <= set(arrays) <= {"x", "y"} or {"train", "test"} <= set(arrays) <= known):
         raise InputError(
             f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
@@ -298,7 +298,7 @@ def _split(
     stratify: bool,
 ) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test; without generator in order."""
-    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
+    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in PARTS)):
         if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
             raise InputError(
                 f"expected one label per datum, got {len(parts[labels])} {labels!r} for "
@@ -309,7 +309,7 @@ def _split(
         test_size = max(1, round(_TEST_SHARE * len(x)))
         _check_size("data", len(x), test_size + 1)
         parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator, stratify)
-    shapes = {name: tuple(parts[name].shape[1:]) for name in _PARTS if name in parts}
+    shapes = {name: tuple(parts[name].shape[1:]) for name in PARTS if name in parts}
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
     if "validation" in parts:
@@ -362,7 +362,7 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
     """Turn grey into bits, except training data of which every batch draws its own."""
     if how == "none":
         return parts
-    for part in (parts[name] for name in _PARTS):
+    for part in (parts[name] for name in PARTS):
         if len(part) and not (part.min() >= 0 and part.max() <= 1):
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
@@ -375,5 +375,5 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
             return (part > 0.5).float()
         return torch.bernoulli(part, generator=generator)
 
-    drawn = _PARTS[1:] if how == "dynamic" else _PARTS
+    drawn = PARTS[1:] if how == "dynamic" else PARTS
     return {**parts, **{name: bits(parts[name]) for name in drawn}}
