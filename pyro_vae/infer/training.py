@@ -451,9 +451,6 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     )
 
 
-# --- the progress bar ---
-
-
 def epoch_progress(epochs: int, show: bool | None) -> Progress:
     """Return a bar on standard error with epoch, time left and metrics, by default on a terminal.
 
