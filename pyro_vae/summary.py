@@ -52,7 +52,8 @@ def table(title: str, rows: list[list[str]], notes: Iterable[str] = ()) -> str:
 def summarize(result: Any) -> Summary:
     """Return a result's title and rows."""
     if hasattr(result, "_summary"):
-        return result._summary()  # type: ignore[no-any-return]
+        own: Summary = result._summary()
+        return own
     names = getattr(result, "_fields", None) or vars(result)
     fields = {name: brief(getattr(result, name)) for name in names}
     return type(result).__name__, {name: text for name, text in fields.items() if text}
