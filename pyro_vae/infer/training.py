@@ -24,6 +24,7 @@ from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
+from pyro_vae.infer.objectives import objective_named
 from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
@@ -123,7 +124,7 @@ def fit(
     parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     ema: float | None = None,
-    objective: ELBO | None = None,
+    objective: ELBO | str | None = None,
     beta: float = 1.0,
     warmup_epochs: int | None = 0,
     validation: Tensor | Sequence[Tensor] | None = None,
@@ -186,12 +187,12 @@ def fit(
             step weighs so much less than the one after it. Validation, early stopping and
             ``on_epoch`` see the averaged parameters, and they are what the run leaves. Buffers are
             not averaged.
-        objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO with
-            the closed-form rate of every latent that has one, as :class:`pyro_vae.infer.AnalyticKL`
-            has it, and that of ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
-            ``TraceMeanField_ELBO`` runs as
-            :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run eagerly, but for
-            ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
+        objective: an objective of :mod:`pyro_vae.infer`, by its name on the command line too
+            (``"iwae"``), or any Pyro ELBO; by default the ELBO with the closed-form rate of every
+            latent that has one, as :class:`pyro_vae.infer.AnalyticKL` has it, and that of
+            ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
+            ``TraceMeanField_ELBO`` runs as :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run
+            eagerly, but for ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
             Without it a pair on few data can settle on ignoring its latents (posterior collapse).
@@ -270,6 +271,8 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
+    if isinstance(objective, str):
+        objective = objective_named(objective)
     settings = FitSettings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
         parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
