@@ -466,7 +466,7 @@ def epoch_progress(epochs: int, show: bool | None) -> Any:
         warnings.simplefilter("ignore")  # that a notebook has no widgets: a line does as well
         from tqdm.auto import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         monitor_interval = 0  # no thread beside the training's
 
     shape = "epoch {n_fmt}/{total_fmt} {remaining} {desc}"
