@@ -171,11 +171,9 @@ class Autoencoder(nn.Module):
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         for part in (data, validation):
-            if part is not None and not isinstance(part, Dataset) and len(as_inputs(part)) != 1:
-                raise InputError(
-                    f"expected one tensor of data, got {len(as_inputs(part))}: an autoencoder has "
-                    "no more"
-                )
+            count = 1 if part is None or isinstance(part, Dataset) else len(as_inputs(part))
+            if count != 1:
+                raise InputError(f"expected one tensor of data, got {count}: there are no more")
         pair = _PointMassPair(self, loss)
 
         def note(epoch: int, row: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -244,13 +245,8 @@ class FlowPrior(Prior):
         self.num_bins = size("num_bins", num_bins, least=2)
         self.bound = positive_number("bound", bound)
         self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
-        self.layers = spline_layers(
-            self.latent_dim,
-            self.num_layers,
-            hidden=self.hidden,
-            num_bins=self.num_bins,
-            bound=self.bound,
-        )
+        how: Any = {"num_bins": self.num_bins, "bound": self.bound, "hidden": self.hidden}
+        self.layers = spline_layers(self.latent_dim, self.num_layers, **how)
 
     def forward(self) -> dist.Distribution:
         """Return the flow's distribution."""

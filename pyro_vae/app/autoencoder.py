@@ -81,16 +81,14 @@ def _train(
         vae: Any = build_vae(settings, dataset)
         encoder = copy.deepcopy(vae.variational_family.encoder)
         baseline = Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
-        deterministic = baseline.fit(
-            dataset, loss=loss, checkpoint=states / "autoencoder", **shared, **how
-        )
+        kept = states / "autoencoder"
+        deterministic = baseline.fit(dataset, loss=loss, checkpoint=kept, **shared, **how)
         variational = fit(vae.model, vae.guide, dataset, checkpoint=states / "vae", **options, **how)
     device = next(vae.parameters()).device
     with seeded(_SEED):
         train = dataset.draw(dataset.train.to(device))
-    comparison = compare_autoencoder(
-        baseline, vae.model, vae.guide, train, dataset.test.to(device), seed=_SEED
-    )
+    test = dataset.test.to(device)
+    comparison = compare_autoencoder(baseline, vae.model, vae.guide, train, test, seed=_SEED)
     return comparison, {"autoencoder": deterministic, "vae": variational}
 
 

@@ -112,9 +112,7 @@ class TrainSettings:
         None, "Folder of the named sets; default: $PYRO_VAE_DATA.", only_with=_NAMED
     )
     download: bool = option(False, "Download a named set that is missing.", only_with=_NAMED)
-    validation_size: int | None = option(
-        None, "Data held out of training; default a tenth, 0 = none."
-    )
+    validation_size: int | None = option(None, "Data held out of training; default a tenth, 0: none.")
     binarize: str | None = option(
         None,
         "dynamic, static, threshold or none; default: dynamic for bernoulli, else none.",
@@ -188,9 +186,7 @@ class TrainSettings:
         "fifth of the epochs, 20 at least, for gaussian and student-t, else none.",
     )
     seed: int = option(0, "Seed of initial weights and training.")
-    data_seed: int | None = option(
-        None, "Seed of the split and of the bits drawn once; default: the seed."
-    )
+    data_seed: int | None = option(None, "Seed of split and bits drawn once; default: the seed.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
     @property

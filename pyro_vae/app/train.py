@@ -101,9 +101,8 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
             "start as many by torchrun, or one without it"
         )
-    dataset = processes.first_before_others(
-        lambda: load_data_of_run(folder, told, given.get("data_root"))
-    )
+    where = given.get("data_root")
+    dataset = processes.first_before_others(lambda: load_data_of_run(folder, told, where))
     with ExitStack() as stack:
         processes.decide(lambda: stack.enter_context(locked(folder)))
         if _is_finished(folder, processes):  # by another process, which held the lock till now
