@@ -199,4 +199,4 @@ def _unknown(name: str) -> InputError:
     own = name.removeprefix("custom.")[:80]
     if not own.isidentifier():
         return InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
-    return InputError(f"expected the class of {own!r}: pass it, components={{{own!r}: {own}}}")
+    return InputError(f"expected the class of component {own!r}: pass components={{{own!r}: {own}}}")
