@@ -262,7 +262,6 @@ def _describe(row: dict[str, float]) -> str:
 def _ask_size(network: nn.Module, name: str, given: Any) -> Any:
     value = getattr(network, name, None) if given is None else given
     if value is None:
-        raise InputError(
-            f"expected {name}, {type(network).__name__} does not say it: pass {name}= to Autoencoder"
-        )
+        kind = type(network).__name__
+        raise InputError(f"expected {name}, {kind} does not say it: pass {name}= to Autoencoder")
     return value

@@ -102,10 +102,8 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
     except InputError:
         found = ()
     if not found:
-        advice = "" if is_sequence else ": for one write it as (32,)"
-        raise InputError(
-            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}{advice}"
-        )
+        told = first_line(repr(values)) + ("" if is_sequence else ": for one write it as (32,)")
+        raise InputError(f"expected {name} as whole numbers of at least 1, got {told}")
     return found
 
 

@@ -156,9 +156,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """
         vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
-            estimate = log_marginal(
-                vae.model, vae.guide, x, num_samples=self.num_samples, keep_draws=0, seed=self.seed
-            )
+            how: Any = {"num_samples": self.num_samples, "keep_draws": 0, "seed": self.seed}
+            estimate = log_marginal(vae.model, vae.guide, x, **how)
         return estimate.log_prob.numpy()
 
     def score(self, X: Any, y: Any = None) -> float:

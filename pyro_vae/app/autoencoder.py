@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
         data, sides = comparison.held_out.numpy(), (comparison.autoencoder, comparison.vae)
         figure = plots.autoencoder_and_vae(data, *sides, title=title, limits=limits_of(dataset))
         save_picture(figure, study.folder / "autoencoder.png")
-        rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
+        table = result["table"].items()
+        rows: list[Any] = [(name, row["autoencoder"], row["vae"]) for name, row in table]
         rows.append(("training seconds", *result["training_seconds"].values()))
         _write_page(study.folder, result, rows, figure)
         write_json(study.folder / "autoencoder.json", result)
@@ -92,9 +92,7 @@ def _train(
     return comparison, {"autoencoder": deterministic, "vae": variational}
 
 
-def _write_page(
-    folder: Path, result: Mapping[str, Any], rows: Sequence[Sequence[object]], figure: Figure
-) -> None:
+def _write_page(folder: Path, result: dict[str, Any], rows: list[Any], figure: Figure) -> None:
     page = Page(f"Autoencoder and VAE {folder.name}", subtitle=f"autoencoder's loss {result['loss']}")
     page.section("Result")
     page.table(_HEADER, rows, caption=_CAPTION, decimals=3)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, is_image, show_image
-from pyro_vae.plots.style import Array, Labels, Limits
+from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
@@ -168,7 +168,7 @@ def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title
 
 
 def autoencoder_and_vae(
-    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = (0.0, 1.0)
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
 

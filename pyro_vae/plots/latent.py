@@ -13,7 +13,7 @@ from matplotlib.patches import Circle
 
 from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
-from pyro_vae.plots.style import Array, Labels, Limits
+from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -80,7 +80,7 @@ def manifold(
     *,
     title: str,
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
@@ -112,7 +112,7 @@ def manifold(
 
 
 def traversals(
-    data: Array, values: Array, names: Labels, *, title: str, limits: Limits = (0.0, 1.0)
+    data: Array, values: Array, names: Labels, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show what one latent after the other does to a datum.
 
@@ -129,7 +129,7 @@ def traversals(
 
 
 def interpolations(
-    start: Array, way: Array, end: Array, *, title: str, limits: Limits = (0.0, 1.0)
+    start: Array, way: Array, end: Array, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 

@@ -15,6 +15,7 @@ from pyro_vae.errors import printable
 Array = np.ndarray
 Labels = Sequence[str]
 Limits = tuple[float, float]  # the values shown as white and as black
+UNIT: Limits = (0.0, 1.0)
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"
 # Behind values that are not there.
