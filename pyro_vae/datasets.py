@@ -28,25 +28,19 @@ __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz", ".csv")
-
 PARTS = ("train", "validation", "test")
-
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
-
 # What the readers of archives, arrays, IDX files and pictures raise at bytes that are none.
 _UNREADABLE = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-
 # scikit-learn's names of arrays.
 _OTHER_NAMES = {"data": "x", "target": "y"}
-
 # Largest number that torch takes for a seed or a size.
 _LARGEST = 2**63 - 1
-
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
 # Share of the training part kept for validation unless a size is given, and its largest size.

@@ -140,7 +140,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vae = self._place()
         z = torch.from_numpy(check_array(X, dtype=np.float32))
         if z.shape[1] != self._n_features_out:
-            raise InputError(f"expected latents of size {self._n_features_out}, got {z.shape[1]}")
+            count = self._n_features_out
+            raise InputError(f"expected latents of {count} coordinates, got {z.shape[1]}")
         assert isinstance(self.n_features_in_, int)
         if getattr(vae.prior, "latent_support", None) == "unit sphere":
             z = torch.nn.functional.normalize(z, dim=-1)

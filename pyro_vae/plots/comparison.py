@@ -88,14 +88,7 @@ def families_and_runs(
 def datum_against_datum(
     first: Array, second: Array, *, labels: tuple[str, str], title: str
 ) -> Figure:
-    """Show one quantity of every datum under two pairs.
-
-    Args:
-        first: values under the first pair, ``(N,)``, nats.
-        second: values under the second, ``(N,)``.
-        labels: names of the two.
-        title: a line above the picture.
-    """
+    """Show one quantity of every datum under two pairs with these labels, ``(N,)`` each, nats."""
     figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)
     first, second = first[finite], second[finite]
@@ -116,11 +109,8 @@ def datum_against_datum(
 def rank_histograms(counts: Array, band: Limits, labels: Labels, *, title: str) -> Figure:
     """Show histograms of ranks, which are flat where a guide is calibrated.
 
-    Args:
-        counts: data in each bin of ranks, ``(D, B)``.
-        band: numbers of data between which a bin should lie.
-        labels: a line above each panel, D of them.
-        title: a line above the picture.
+    ``counts`` are the data points in each bin, ``(D, B)``, ``band`` the numbers between which a bin
+    should lie, ``labels`` the lines above the D panels.
     """
     figure, places = _labelled_panels(labels, title)
     for axes, row in zip(places, counts, strict=False):
@@ -138,11 +128,8 @@ def observed_and_replicated(
 ) -> Figure:
     """Show the distribution of statistics over the data, and over data drawn in their place.
 
-    Args:
-        observed: by statistic, its value for each datum, ``(N,)``.
-        replicated: by statistic, its values for the drawn data, ``(S, N)``.
-        labels: a line above each panel.
-        title: a line above the picture.
+    By statistic, ``observed`` has its value for each datum, ``(N,)``, ``replicated`` those for the
+    drawn data, ``(S, N)``; ``labels`` are the lines above the panels.
     """
     figure, places = _labelled_panels(labels, title)
     pairs = [(observed[name], replicated[name].reshape(-1)) for name in observed]
@@ -153,11 +140,7 @@ def observed_and_replicated(
 def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title: str) -> Figure:
     """Show draws of the aggregate posterior beside draws of the prior, one panel per dimension.
 
-    Args:
-        aggregate: draws of the guide over the data, ``(S, D)``.
-        prior: draws of the prior, ``(S, D)``.
-        labels: a line above each panel, D of them.
-        title: a line above the picture.
+    Both are ``(S, D)``; ``labels`` are the lines above the D panels.
     """
     figure, places = _labelled_panels(labels, title)
     pairs = list(zip(prior.T, aggregate.T, strict=True))

@@ -80,13 +80,8 @@ def image_grid(
 def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
-    Of vectors of three and more values the correlations are shown too, drawn against data.
-
-    Args:
-        drawn: new data ``(N, *data_shape)``.
-        data: real data of the same shape, to compare vectors with.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Of vectors of three and more values the correlations are shown too, drawn against data. Both are
+    ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(drawn.shape[1:]):
         cell_width, cell_height = _cell(drawn.shape[1:])
@@ -121,11 +116,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> 
 def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
-    Args:
-        data: ``(N, *data_shape)``.
-        rebuilt: their reconstructions, of the same shape.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Both are ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")

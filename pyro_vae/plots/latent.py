@@ -114,14 +114,10 @@ def manifold(
 def traversals(
     data: Array, values: Array, names: Labels, *, title: str, limits: Limits = UNIT
 ) -> Figure:
-    """Show what one latent after the other does to a datum.
+    """Show what one latent after the other, of these names, does to a datum.
 
-    Args:
-        data: decoded data ``(latents, steps, *data_shape)``.
-        values: value of the moved latent, ``(latents, steps)``.
-        names: name of each latent.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
+    moved latent; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[2:]):
         return image_grid(list(data), title=title, row_labels=names, limits=limits)
@@ -133,12 +129,8 @@ def interpolations(
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
-    Args:
-        start: ``(N, *data_shape)``.
-        way: decoded data ``(steps, N, *data_shape)``.
-        end: ``(N, *data_shape)``.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``; ``limits``
+    are the values shown as white and as black.
     """
     shares = np.linspace(0, 1, len(way))
     if is_image(start.shape[1:]):
