@@ -222,7 +222,7 @@ def to_arviz(
     weights = log_weights.softmax(0).nan_to_num(nan=1.0)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
-    return _structure(
+    return structure(
         {
             "posterior": _chosen_draws(latents, chosen, names),
             "log_likelihood": _chosen_draws({"x": log_likelihood}, chosen, names),
@@ -476,10 +476,10 @@ def calibration_groups(ranks: dict[str, Tensor]) -> Any:
     for name, value in ranks.items():
         variables[name] = (("chain", "draw", f"{name}_dim_0"), value[None].numpy())
         coordinates |= {"draw": range(len(value)), f"{name}_dim_0": range(value.shape[1])}
-    return _structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
+    return structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
 
 
-def _structure(groups: dict[str, Any]) -> Any:
+def structure(groups: dict[str, Any]) -> Any:
     """Return groups in the data structure of the installed ArviZ."""
     import arviz
 
