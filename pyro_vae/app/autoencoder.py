@@ -16,13 +16,7 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
 from pyro_vae.app.report import Page, print_line, print_table
-from pyro_vae.app.settings import (
-    as_record,
-    build_vae,
-    check_settings,
-    fit_options,
-    tell_defaults,
-)
+from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
@@ -66,12 +60,9 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
             "num_parameters": {side: made.num_parameters for side, made in fits.items()},
             **study.describe(as_record(settings)),
         }
-        figure = plots.autoencoder_and_vae(
-            comparison.held_out.numpy(),
-            *(_as_arrays(side) for side in (comparison.autoencoder, comparison.vae)),
-            title=f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data",
-            limits=limits_of(dataset),
-        )
+        title = f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data"
+        data, sides = comparison.held_out.numpy(), (comparison.autoencoder, comparison.vae)
+        figure = plots.autoencoder_and_vae(data, *sides, title=title, limits=limits_of(dataset))
         save_picture(figure, study.folder / "autoencoder.png")
         rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
         rows.append(("training seconds", *result["training_seconds"].values()))
@@ -114,10 +105,6 @@ def _autoencoder_like(vae: VAE) -> Autoencoder:
     return Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
 
 
-def _as_arrays(side: Any) -> Any:
-    return side._replace(**{name: value.numpy() for name, value in side._asdict().items()})
-
-
 def _write_page(
     folder: Path, result: Mapping[str, Any], rows: Sequence[Sequence[object]], figure: Figure
 ) -> None:
@@ -126,9 +113,7 @@ def _write_page(
     page.table(_HEADER, rows, caption=_CAPTION, decimals=3)
     page.figure(
         figure,
-        caption=(
-            "Reconstructions, decoded random latents, latents between the codes of four data points, "
-            "and how far random latents are from the training codes."
-        ),
+        caption="Reconstructions, decoded random latents, latents between the codes of four data "
+        "points, and how far random latents are from the training codes.",
     )
     write_page(page, folder, result)

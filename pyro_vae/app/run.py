@@ -21,7 +21,7 @@ from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import PART, expand_path, refuse_to_write
+from pyro_vae.files import PART, expand_path, writing_to
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
 from pyro_vae.vae import VAE
@@ -195,10 +195,8 @@ def check_new_folder(folder: Path) -> None:
 def check_writable(path: Path) -> None:
     """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
-    try:
+    with writing_to(path):
         with suppress(FileNotFoundError):
             os.lstat(path.absolute().with_name(PART + path.name))  # a name may be too long for it
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        refuse_to_write(path, error)

@@ -102,9 +102,7 @@ def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) ->
 def _prior(
     settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
 ) -> nn.Module:
-    number = settings.num_components
-    if number is None:
-        number = _default_components(settings.prior, num_data)
+    number = settings.num_components or _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
         bounded = settings.likelihood in names.UNIT_INTERVAL
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
@@ -217,13 +215,13 @@ def fit_options(settings: TrainSettings) -> dict[str, Any]:
 
 def _objective_of(settings: TrainSettings) -> Bound:
     """Return the objective that the settings name."""
-    name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
+    name, floor = settings.objective, settings.free_bits
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
         raise InputError(
             f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
         )
-    particles = particles or _default_particles(name)
+    particles = settings.num_particles or _default_particles(name)
     kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
 

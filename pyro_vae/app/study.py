@@ -30,15 +30,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.files import expand_path, finite_or_none, parse_json, serialise, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import (
-    FORMAT,
-    RUNS,
-    STUDY,
-    check_schema,
-    own_folder,
-    read_json,
-    write_json,
-)
+from pyro_vae.runs.files import FORMAT, RUNS, STUDY, check_schema, own_folder, read_json, write_json
 from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import nn
 
-from pyro_vae import plots
+from pyro_vae import datasets, plots
 from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
@@ -71,7 +71,7 @@ def train(
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
     if dataset.is_mapped:
-        size = sum(part.nbytes for part in (dataset.train, dataset.validation, dataset.test)) / 2**30
+        size = sum(getattr(dataset, part).nbytes for part in datasets.PARTS) / 2**30
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
     when = checkpointing or Checkpointing()
     with _say_how_to_go_on(folder):
@@ -100,8 +100,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
     if _is_finished(folder, processes):
         return folder
-    begun = run.get("processes", 1)
-    if begun != processes.size:
+    if (begun := run.get("processes", 1)) != processes.size:
         raise InputError(
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
             "start as many by torchrun, or one without it"
@@ -145,7 +144,8 @@ def train_run(
         if start is not None:
             vae.load_state_dict(start.state_dict())
         if held is not None:
-            _take_over_model(vae, held)
+            for part in ("prior", "likelihood"):
+                getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
         start_of = "training data" if start is None else "weights of the run before"
         record = {
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
@@ -153,9 +153,7 @@ def train_run(
             "device": str(device),
             # What a run must know about itself from its first second on.
             "settings": as_record(settings),
-            "num_data": {
-                part: len(getattr(dataset, part)) for part in ("train", "validation", "test")
-            },
+            "num_data": {part: len(getattr(dataset, part)) for part in datasets.PARTS},
             "checksums": dataset.checksums,
             "limits": pictures.limits_of(dataset),
             "processes": processes.size,
@@ -167,11 +165,8 @@ def train_run(
         begun = folder.stat() if processes.is_first else None
         how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
         if checkpointing is not None:
-            how |= {
-                "checkpoint": own_folder(folder, CHECKPOINTS),
-                "checkpoint_every": checkpointing.every,
-                "checkpoint_minutes": checkpointing.minutes,
-            }
+            how["checkpoint"] = own_folder(folder, CHECKPOINTS)
+            how |= {f"checkpoint_{name}": value for name, value in asdict(checkpointing).items()}
         vae.to(device)
         model: PairFunction = vae.model
         with ExitStack() as frozen:
@@ -186,8 +181,7 @@ def train_run(
             check_in_place(folder, begun)
             drawn = _write_pictures(vae, dataset, result, folder)
             drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
-            # What began the run is in its folder; a version that knew less of itself may have
-            # done so.
+            # What began the run is in its folder; a version that knew less may have done so.
             made = record | read_config(folder)["run"] | {"settings": record["settings"]}
             write_run_page(folder, made, metrics, drawn)
             write_json(folder / METRICS, metrics)
@@ -198,11 +192,8 @@ def train_run(
 def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     if output is None:
         name = f"{Path(settings.dataset).stem}-{settings.prior}-{settings.guide}"
-        output = Path("runs") / name
-        number = 1
-        while output.exists():
-            number += 1
-            output = Path("runs") / f"{name}-{number}"
+        paths = (Path("runs") / f"{name}{end}" for end in chain([""], (f"-{n}" for n in count(2))))
+        output = next(path for path in paths if not path.exists())
     output = expand_path(output)
     check_new_folder(output)
     return output
@@ -239,14 +230,6 @@ def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]
             f"{CONFIG} was changed, or another version wrote it"
         )
     yield
-
-
-def _take_over_model(vae: VAE, held: VAE) -> None:
-    """Give a VAE the weights of another one's prior and likelihood."""
-    for part in ("prior", "likelihood"):
-        mine, theirs = getattr(vae, part), getattr(held, part)
-        assert isinstance(mine, nn.Module)  # the commands build no other
-        mine.load_state_dict(theirs.state_dict())
 
 
 def _measure(

@@ -12,9 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.evaluation.estimate import LogMarginal, log_mean_weights, structure
+from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain, structure
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
@@ -57,17 +56,8 @@ class PredictiveLogProb:
         Of the data that the guide was fitted to ``arviz.loo`` leaves one out at a time, and
         ``arviz.compare`` ranks models by that.
         """
-        import xarray
-
-        def group(values: Latents, *names: str) -> Any:
-            rows = {}
-            for name, value in values.items():
-                dims = names or (f"{name}_dim_{index}" for index in range(value.dim() - 1))
-                rows[name] = (("chain", "draw", *dims), value[None].numpy())
-            return xarray.Dataset(rows)
-
-        likelihood = group({"x": self.log_likelihood}, "data")
-        return structure({"posterior": group(self.draws), "log_likelihood": likelihood})
+        likelihood = one_chain({"x": self.log_likelihood}, data=range(len(self.log_prob)))
+        return structure({"posterior": one_chain(self.draws), "log_likelihood": likelihood})
 
 
 def predictive_log_prob(
@@ -139,7 +129,7 @@ def predictive_log_prob(
             if progress is not None:
                 progress(index + 1, num_draws)
     rows, ratio = torch.stack([each.log_prob for each in inside]), torch.stack(ratios)[:, None]
-    numbers = _measure(rows, pair.structure.precision)
+    numbers = measure_weights(rows, pair.structure.precision)
     if inside[0].num_samples[0] > 1:
         numbers["trusted"] &= torch.stack([each.trusted for each in inside]).double().mean(0) > 0.5
     unknown = int((~numbers["trusted"]).sum())
@@ -151,7 +141,7 @@ def predictive_log_prob(
             stacklevel=2,
         )
     joint = LogMarginal(
-        **_measure(rows.sum(1, keepdim=True) + ratio, pair.structure.precision),
+        **measure_weights(rows.sum(1, keepdim=True) + ratio, pair.structure.precision),
         rate=-ratio.mean(0),
         distortion=-rows.sum(1).mean(0, keepdim=True),
         num_samples=torch.tensor([num_draws]),
@@ -199,12 +189,3 @@ def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Know
     fixed = replace(pair, model=model, guide=guide, serves=serves, knowledge=known)
     count = num_samples if fixed.structure.latents else 1
     return estimate_log_prob(fixed, ImportanceOptions(count, compile=False), keep_draws=0)
-
-
-def _measure(log_weights: Tensor, precision: float) -> dict[str, Tensor]:
-    """Return what log weights ``(S, N)`` give and whether it is trusted, each ``(N,)``."""
-    tail = TailWeights(len(log_weights), precision)
-    tail.add(log_weights)
-    pareto_k = tail.pareto_k()
-    trusted = pareto_k <= pareto_k_limit(len(log_weights))
-    return {**log_mean_weights(log_weights), "pareto_k": pareto_k, "trusted": trusted}

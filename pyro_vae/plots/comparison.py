@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.images import flat_image, is_image
+from pyro_vae.plots.images import flat_image, is_image, show_image
 from pyro_vae.plots.style import (
     BLUE,
-    INK,
     ORANGE,
     Array,
     Limits,
@@ -199,14 +198,14 @@ def autoencoder_and_vae(
         title: a line above the picture.
         limits: the values shown as white and as black.
     """
-    image = is_image(data.shape[1:])
+    data, image = np.asarray(data), is_image(data.shape[1:])
     figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
     figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
     heights = [1.9, 1.5, 1] if image else [1]
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     sides = (("autoencoder", autoencoder), ("VAE", vae))
     if image:
-        rows = [np.asarray(data)]
+        rows = [data]
         for part in ("reconstructions", "random"):
             rows += [np.asarray(getattr(side, part)) for _, side in sides]
         shown = min(_SHOWN, *(len(row) for row in rows))
@@ -272,22 +271,14 @@ def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Ax
 
 
 def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
-    """Show rows of images as one picture with thin lines between them."""
-    low, high = limits
-    strips = []
-    for row in rows:
-        images = [flat_image(image, limits) for image in row]
-        if images[0].ndim == 3:
-            tiles = [np.pad(each, ((0, 1), (0, 1), (0, 0)), constant_values=0.2) for each in images]
-        else:
-            line = low + 0.2 * (high - low)
-            tiles = [np.pad(each, (0, 1), constant_values=line) for each in images]
-        strips.append(np.concatenate(tiles, axis=1))
-    picture = np.concatenate(strips, axis=0)
-    axes.imshow(picture, cmap=INK, vmin=low, vmax=high)
-    height = picture.shape[0] / len(rows)
+    """Show rows of images from the top, with thin lines between them."""
+    height, width = flat_image(rows[0][0], limits).shape[:2]
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            show_image(axes, image, (column, column + 0.96, row + 0.96, row), limits)
+    axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0), aspect=height / width)
     axes.set_xticks([])
-    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
+    axes.set_yticks([index + 0.5 for index in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

@@ -201,10 +201,10 @@ def completions(
 
 def flat_image(image: Array, limits: Limits) -> Array:
     """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
-    channel_axis = _channel_axis(image.shape)
-    if channel_axis is None:
+    channel = channel_axis(image.shape)
+    if channel is None:
         return image
-    image = np.moveaxis(image, channel_axis, -1)
+    image = np.moveaxis(image, channel, -1)
     if image.shape[2] == 1:
         return image[:, :, 0]
     low, high = limits
@@ -214,13 +214,14 @@ def flat_image(image: Array, limits: Limits) -> Array:
 
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
     """Return the width and height in inches at which an image is shown: of its own proportions."""
-    height, width = (size for axis, size in enumerate(shape) if axis != _channel_axis(shape))
+    height, width = (size for axis, size in enumerate(shape) if axis != channel_axis(shape))
     side = math.sqrt(height * width)
     inches = min(max(0.58, side / 48), 1.3)
     return inches * width / side, inches * height / side
 
 
-def _channel_axis(shape: Sequence[int]) -> int | None:
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Return which axis of an image holds its channels, if there is one."""
     if len(shape) == 2:
         return None
     return 0 if shape[0] in (1, 3) else 2

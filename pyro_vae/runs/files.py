@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
@@ -34,11 +34,9 @@ def read_json(folder: str | Path, name: str) -> Any:
     path = own_file(folder, name)
     if path is None:
         return None
-    try:
-        with path.open("rb") as stream:
-            found = parse_json(stream.read(MOST_BYTES + 1).decode())
-    except (ValueError, OSError, RecursionError) as error:  # lists in lists without end
-        raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
+    # A RecursionError: lists in lists without end.
+    with expecting(f"JSON in {path}", ValueError, OSError, RecursionError), path.open("rb") as stream:
+        found = parse_json(stream.read(MOST_BYTES + 1).decode())
     return {} if found is None else found
 
 
@@ -69,14 +67,11 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
 def own_file(folder: str | Path, name: str) -> Path | None:
     """Return the path of a regular file of a run folder, or None; refuse a link out of it."""
     path = Path(folder) / name
-    try:
+    # A name too long, or with a zero byte in it.
+    with expecting(f"a run folder by the name {str(folder)!r}", OSError, ValueError):
         if not path.is_file():
             return None
         inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
-        raise InputError(
-            f"expected a run folder, got {str(folder)!r}: {first_line(error)}"
-        ) from error
     if not inside:
         _refuse_link(path)
     return path

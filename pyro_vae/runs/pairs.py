@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_vae.distributions import unit_sphere
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import expand_path
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
 from pyro_vae.runs.files import CONFIG, FORMAT, read_config
@@ -93,15 +93,11 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     check_checksum(named, weights, checksum)
     with HANDLER_LOCK, torch.no_grad():
         own, store = _tensors_of(model, guide), pyro.get_param_store()
-        try:
+        with expecting(f"a description of a pair in {folder}", LookupError, TypeError, ValueError):
             names = {where: str(entry["name"]) for where, entry in named.items()}
             # Those of pyro.module belong into a module that is there.
             rest = {w: weights[w] for w, name in names.items() if w not in own and "$$$" not in name}
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
-        except (LookupError, TypeError, ValueError) as error:
-            raise InputError(
-                f"expected a description of a pair in {folder}, got: {first_line(error)}"
-            ) from error
         check_weights(own, {where: value for where, value in weights.items() if where not in rest})
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, write_whole
+from pyro_vae.errors import InputError, expecting
+from pyro_vae.files import UNREADABLE, checksum_of, read_tensors, write_whole
 from pyro_vae.runs.files import WEIGHTS, own_file, read_config
 from pyro_vae.vae import VAE
 
@@ -30,8 +29,7 @@ def save_weights(vae: VAE, folder: Path) -> None:
 def write_weights(folder: Path, description: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, with a checksum over them and what describes them."""
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {_CHECKSUM: checksum_of(description, state)}
-    write_whole(folder / WEIGHTS, serialised(state, metadata=metadata))
+    write_whole(folder / WEIGHTS, serialised(state, {_CHECKSUM: checksum_of(description, state)}))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -41,14 +39,9 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise InputError(
             f"expected weights at {folder / WEIGHTS}, found none: the run did not finish"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-            return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
-    except UNREADABLE as error:
-        raise InputError(
-            f"expected safetensors weights in {path}, got: {first_line(error)}"
-        ) from error
+    with expecting(f"safetensors weights in {path}", *UNREADABLE):
+        weights, metadata = read_tensors(path)
+    return weights, metadata.get(_CHECKSUM)
 
 
 def assign(

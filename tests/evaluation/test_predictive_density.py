@@ -1,4 +1,4 @@
-"""log p(x | data) given draws of what the data points share: closed forms, and exact leave-one-out."""
+"""log p(x | data) given draws of what is shared, against closed forms and exact leave-one-out."""
 
 import pyro
 import pyro.distributions as dist
