@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain, structure
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
@@ -28,17 +27,15 @@ class PredictiveLogProb:
 
     Attributes:
         log_prob: log of the mean over the draws of p(x_n | theta), ``(N,)``.
-        standard_error: its Monte Carlo standard error by the delta method, ``(N,)``; the data points
-            have their draws in common, so theirs are no independent errors.
-        ess, pareto_k: effective number of draws and tail index of p(x_n | theta_s), ``(N,)``.
-        trusted: whose Pareto k is below its limit, over the draws and, for most of these, of the
-            weights inside, bool ``(N,)``.
+        standard_error: of ``log_prob`` by the delta method, ``(N,)``. The data points have their
+            draws in common: these errors are not independent.
+        ess, pareto_k: effective number of the draws and tail index over them, ``(N,)``.
+        trusted: whose Pareto k is low, over the draws and of most weights inside, bool ``(N,)``.
         log_likelihood: log p(x_n | theta_s), ``(S, N)``.
         draws: the shared latents of the model, each ``(S, ...)``.
-        joint: log p(x) of all these data points as one, where ``log_marginal(..., plate=None)`` has
-            too many latents in one weight: theta_s is weighed by p(theta) / q(theta) and by the
-            product of its p(x_n | theta_s), whose estimates leave the weight without bias. None for a
-            guide without a density of theta.
+        joint: log p(x) of all data points as one, without one weight for all their latents: theta_s
+            is weighed by p(theta) / q(theta) and the product of its p(x_n | theta_s), estimated
+            without bias (Tran et al. 2013). None for a guide without a density of theta.
     """
 
     log_prob: Tensor
@@ -51,10 +48,9 @@ class PredictiveLogProb:
     joint: LogMarginal | None
 
     def to_arviz(self) -> Any:
-        """Return the draws and, as variable ``x`` of ``log_likelihood``, log p(x_n | theta_s).
+        """Return the draws and, as ``x`` of ``log_likelihood``, what ``arviz.loo`` and ``compare`` take.
 
-        Of the data that the guide was fitted to ``arviz.loo`` leaves one out at a time, and
-        ``arviz.compare`` ranks models by that.
+        They leave one data point out at a time, where these are what the guide was fitted to.
         """
         likelihood = one_chain({"x": self.log_likelihood}, data=range(len(self.log_prob)))
         return structure({"posterior": one_chain(self.draws), "log_likelihood": likelihood})
@@ -70,43 +66,39 @@ def predictive_log_prob(
     num_samples: int = 100,
     plate: str = "data",
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> PredictiveLogProb:
     r"""Estimate log p(x_n | data) under a model with latents that all data points share.
 
     .. math:: \log p(x_n | data) \approx \log \frac1S \sum_s p(x_n | \theta_s),
               \quad \theta_s \sim q(\theta)
 
-    What stands outside the data plate is theta, and the guide's draws stand for the posterior's.
+    Theta is what stands outside the data plate, and the guide's draws stand for the posterior's.
     Latents of a data point are weighed inside, p(x_n given theta_s) being the mean of
-    ``num_samples`` importance weights; what the model enumerates is summed out. Runs in eval mode.
+    ``num_samples`` importance weights; what the model enumerates is summed out.
 
     Args:
         model: the generative function of the pair.
-        guide: the variational function of the pair, fitted.
+        guide: its variational function, fitted.
         x: data ``(N, ...)``, held out or not, or a tuple of tensors passed as ``model(*x)``.
         given: the data that theta is drawn for, where the guide looks at them.
         num_draws: draws of theta, S.
         num_samples: draws of the latents of each data point for each theta.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-        progress: called with (draws done, S).
 
     Raises:
-        InputError: a pair that shares no latent, one whose data points can't be weighed rightly (see
-            :func:`pyro_vae.log_weights`), a guide that draws theta for the data and no ``given``, or
-            an option out of range.
+        InputError: no shared latent, data points that can't be weighed rightly (see
+            :func:`pyro_vae.log_weights`), a guide that looks at the data and no ``given``.
 
     Warns:
         UserWarning: how many data points can't be trusted.
 
     Source:
         Gelman, Hwang, Vehtari 2014, "Understanding predictive information criteria for Bayesian
-        models", equation 5; leave one out: Vehtari, Gelman, Gabry 2017; the joint p(x): Tran,
-        Scharth, Gunawan, Kohn, Nott 2013, "Importance sampling squared for Bayesian inference".
+        models", equation 5; Vehtari, Gelman, Gabry 2017, on leave-one-out; Tran, Scharth, Gunawan,
+        Kohn, Nott 2013, "Importance sampling squared for Bayesian inference in latent variable models".
     """
     check_counts(num_draws=num_draws, num_samples=num_samples)
-    check_callables(progress=progress)
     serves = Serves.SHARED | Serves.SUMMED
     pair = open_pair(model, guide, x, plate=plate, serves=serves)
     seen = pair if given is None else open_pair(model, guide, given, plate=plate, serves=serves)
@@ -114,20 +106,18 @@ def predictive_log_prob(
     with pair.evaluating(seed):
         if not any(latent.is_shared for latent in pair.structure.latents.values()):
             raise InputError(
-                "expected a latent outside the data plate, got none: data points that share nothing "
-                "have log p(x) of their own, use log_marginal"
+                "expected a latent outside the data plate, got none: use log_marginal, for data points "
+                "that share nothing"
             )
         if given is None:
             _check_independent(pair.part())
         known, has_density = Knowledge(), why_unweighable(*seen.part().trace(), None) is None
-        for index in range(num_draws):
+        for _ in range(num_draws):
             theta, log_proposal = _shared(guide, seen, {})
             own, log_prior = _shared(model, seen, theta)
             inside.append(_weigh_given(pair, theta, num_samples, known))
             draws.append({name: value.cpu() for name, value in own.items()})
             ratios.append((log_prior - log_proposal).cpu())
-            if progress is not None:
-                progress(index + 1, num_draws)
     rows, ratio = torch.stack([each.log_prob for each in inside]), torch.stack(ratios)[:, None]
     numbers = measure_weights(rows, pair.structure.precision)
     if inside[0].num_samples[0] > 1:
@@ -136,8 +126,7 @@ def predictive_log_prob(
     if unknown:
         warnings.warn(
             f"{unknown} of {rows.shape[1]} data points have too high a Pareto k, or too few draws to "
-            "know it: neither their log p(x | data) nor its standard error can be trusted; use more "
-            "draws or samples, or a better guide",
+            "know it: their log p(x | data) can't be trusted; use more of both, or a better guide",
             stacklevel=2,
         )
     joint = LogMarginal(

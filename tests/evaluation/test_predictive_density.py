@@ -186,7 +186,9 @@ def test_refusals_say_what_is_missing():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, NOISE))
 
-    with pytest.raises(pv.InputError, match=r"latent outside the data plate, got none.*log_marginal"):
+    with pytest.raises(
+        pv.InputError, match=r"latent outside the data plate, got none: use log_marginal"
+    ):
         evaluation.predictive_log_prob(model, guide, torch.zeros(4), num_draws=2)
 
 
