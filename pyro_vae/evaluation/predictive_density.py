@@ -16,9 +16,8 @@ from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import Knowledge, OpenedPair, open_pair
-from pyro_vae.pair.sites import CALLING_ERRORS, Given, Latents, is_inside, latent_sites, site_log_prob
+from pyro_vae.pair.sites import Given, Latents, all_close, is_inside, latent_sites, site_log_prob
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class PredictiveLogProb:
 
     Attributes:
         log_prob: log of the mean over the draws of p(x_n | theta), ``(N,)``.
-        standard_error: of ``log_prob`` by the delta method, ``(N,)``. The data points have their
-            draws in common: these errors are not independent.
+        standard_error: its Monte Carlo error by the delta method, ``(N,)``; all have the same draws.
         ess, pareto_k: effective number of the draws and tail index over them, ``(N,)``.
         trusted: whose Pareto k is low, over the draws and of most weights inside, bool ``(N,)``.
         log_likelihood: log p(x_n | theta_s), ``(S, N)``.
@@ -48,9 +46,9 @@ class PredictiveLogProb:
     joint: LogMarginal | None
 
     def to_arviz(self) -> Any:
-        """Return the draws and, as ``x`` of ``log_likelihood``, what ``arviz.loo`` and ``compare`` take.
+        """Return draws and ``log_likelihood`` as ``arviz.loo`` and ``arviz.compare`` take them.
 
-        They leave one data point out at a time, where these are what the guide was fitted to.
+        These leave one data point out at a time, of those that the guide was fitted to.
         """
         likelihood = one_chain({"x": self.log_likelihood}, data=range(len(self.log_prob)))
         return structure({"posterior": one_chain(self.draws), "log_likelihood": likelihood})
@@ -69,8 +67,7 @@ def predictive_log_prob(
 ) -> PredictiveLogProb:
     r"""Estimate log p(x_n | data) under a model with latents that all data points share.
 
-    .. math:: \log p(x_n | data) \approx \log \frac1S \sum_s p(x_n | \theta_s),
-              \quad \theta_s \sim q(\theta)
+    .. math:: p(x_n | data) \approx \frac1S \sum_s p(x_n | \theta_s), \quad \theta_s \sim q(\theta)
 
     Theta is what stands outside the data plate, and the guide's draws stand for the posterior's.
     Latents of a data point are weighed inside, p(x_n given theta_s) being the mean of
@@ -96,22 +93,20 @@ def predictive_log_prob(
     Source:
         Gelman, Hwang, Vehtari 2014, "Understanding predictive information criteria for Bayesian
         models", equation 5; Vehtari, Gelman, Gabry 2017, on leave-one-out; Tran, Scharth, Gunawan,
-        Kohn, Nott 2013, "Importance sampling squared for Bayesian inference in latent variable models".
+        Kohn, Nott 2013, "Importance sampling squared".
     """
     check_counts(num_draws=num_draws, num_samples=num_samples)
     serves = Serves.SHARED | Serves.SUMMED
     pair = open_pair(model, guide, x, plate=plate, serves=serves)
     seen = pair if given is None else open_pair(model, guide, given, plate=plate, serves=serves)
-    inside, draws, ratios = [], [], []
+    inside, draws, ratios, known = [], [], [], Knowledge()
     with pair.evaluating(seed):
         if not any(latent.is_shared for latent in pair.structure.latents.values()):
-            raise InputError(
-                "expected a latent outside the data plate, got none: use log_marginal, for data points "
-                "that share nothing"
-            )
+            raise InputError("expected a latent outside the data plate, got none: use log_marginal")
         if given is None:
             _check_independent(pair.part())
-        known, has_density = Knowledge(), why_unweighable(*seen.part().trace(), None) is None
+        seen = seen.part()
+        has_density = why_unweighable(*seen.trace(), None) is None
         for _ in range(num_draws):
             theta, log_proposal = _shared(guide, seen, {})
             own, log_prior = _shared(model, seen, theta)
@@ -119,14 +114,13 @@ def predictive_log_prob(
             draws.append({name: value.cpu() for name, value in own.items()})
             ratios.append((log_prior - log_proposal).cpu())
     rows, ratio = torch.stack([each.log_prob for each in inside]), torch.stack(ratios)[:, None]
-    numbers = measure_weights(rows, pair.structure.precision)
+    found = measure_weights(rows, pair.structure.precision)
     if inside[0].num_samples[0] > 1:
-        numbers["trusted"] &= torch.stack([each.trusted for each in inside]).double().mean(0) > 0.5
-    unknown = int((~numbers["trusted"]).sum())
-    if unknown:
+        found["trusted"] &= torch.stack([each.trusted for each in inside]).double().mean(0) > 0.5
+    if not found["trusted"].all():
         warnings.warn(
-            f"{unknown} of {rows.shape[1]} data points have too high a Pareto k, or too few draws to "
-            "know it: their log p(x | data) can't be trusted; use more of both, or a better guide",
+            f"{int((~found['trusted']).sum())} of {rows.shape[1]} data points have too high a Pareto "
+            "k, or too few draws to know it: their log p(x | data) can't be trusted; use more draws",
             stacklevel=2,
         )
     joint = LogMarginal(
@@ -140,31 +134,28 @@ def predictive_log_prob(
     )
     theta = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     return PredictiveLogProb(
-        **numbers, log_likelihood=rows, draws=theta, joint=joint if has_density else None
+        **found, log_likelihood=rows, draws=theta, joint=joint if has_density else None
     )
 
 
-def _shared(
-    function: PairFunction, pair: OpenedPair, given: Latents, inputs: Inputs | None = None
-) -> tuple[Latents, Tensor]:
-    """Run a function on the shared latents that it is given: which it has, and their density."""
+def _shared(function: PairFunction, pair: OpenedPair, given: Latents) -> tuple[Latents, Tensor]:
+    """Run a function, given shared latents or none: return those that it has, and their density."""
     with Given(given):
-        trace = poutine.trace(function).get_trace(*(inputs or pair.part().inputs))
-    sites = [site for site in latent_sites(trace) if not is_inside(site, pair.plate)]
-    log_prob = sum(site_log_prob(site).double().sum() for site in sites)
-    return {site["name"]: site["value"] for site in sites}, torch.as_tensor(log_prob)
+        sites = latent_sites(poutine.trace(function).get_trace(*pair.inputs))
+    sites = [site for site in sites if not is_inside(site, pair.plate)]
+    log_prob = torch.stack([site_log_prob(site).double().sum() for site in sites]).sum()
+    return {site["name"]: site["value"] for site in sites}, log_prob
 
 
 def _check_independent(pair: OpenedPair) -> None:
-    """Refuse a guide whose density of what is shared is another one for other data: for zeros."""
+    """Refuse a guide whose density of what is shared is another one for other data."""
     theta, _ = _shared(pair.guide, pair, {})
-    densities = []
-    for inputs in (pair.inputs, tuple(map(torch.zeros_like, pair.inputs))):
-        try:
-            densities.append(_shared(pair.guide, pair, theta, inputs)[1])
-        except CALLING_ERRORS:  # zeros are no data to it
-            densities.append(torch.tensor(torch.nan, dtype=torch.float64))
-    if not torch.equal(*densities):
+    first = torch.zeros(
+        pair.num_data, dtype=torch.long
+    )  # again and again, or where it is alone zeros
+    others = pair.part(first).inputs if pair.num_data > 1 else map(torch.zeros_like, pair.inputs)
+    both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
+    if not all_close(*both):
         raise InputError(
             f"expected the data that {min(theta)!r} of the guide depends on, got none: pass those "
             "that it was fitted to by given="
