@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain, structure
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import Knowledge, OpenedPair, open_pair
 from pyro_vae.pair.sites import Given, Latents, all_close, is_inside, latent_sites, site_log_prob
+from pyro_vae.weights.particles import Particles, check_weights
 
 
 @dataclass(frozen=True)
@@ -99,42 +99,45 @@ def predictive_log_prob(
     serves = Serves.SHARED | Serves.SUMMED
     pair = open_pair(model, guide, x, plate=plate, serves=serves)
     seen = pair if given is None else open_pair(model, guide, given, plate=plate, serves=serves)
-    inside, draws, ratios, known = [], [], [], Knowledge()
+    rows, draws, ratios, known = [], [], [], Knowledge()
     with pair.evaluating(seed):
-        if not any(latent.is_shared for latent in pair.structure.latents.values()):
+        are_shared = {latent.is_shared for latent in pair.structure.latents.values()}
+        if True not in are_shared:
             raise InputError("expected a latent outside the data plate, got none: use log_marginal")
         if given is None:
             _check_independent(pair.part())
-        seen = seen.part()
+        precision, pseudo_likelihood = pair.structure.precision, pair.is_pseudo_likelihood()
+        parts, seen = [part for _, part in pair.blocks()], seen.part()
         has_density = why_unweighable(*seen.trace(), None) is None
         for _ in range(num_draws):
             theta, log_proposal = _shared(guide, seen, {})
             own, log_prior = _shared(model, seen, theta)
-            inside.append(_weigh_given(pair, theta, num_samples, known))
+            inside = [_weigh_given(part, theta, num_samples, known) for part in parts]
+            rows.append({name: torch.cat([each[name] for each in inside]) for name in inside[0]})
             draws.append({name: value.cpu() for name, value in own.items()})
             ratios.append((log_prior - log_proposal).cpu())
-    rows, ratio = torch.stack([each.log_prob for each in inside]), torch.stack(ratios)[:, None]
-    found = measure_weights(rows, pair.structure.precision)
-    if inside[0].num_samples[0] > 1:
-        found["trusted"] &= torch.stack([each.trusted for each in inside]).double().mean(0) > 0.5
+    likelihood, ratio = torch.stack([row["log_prob"] for row in rows]), torch.stack(ratios)[:, None]
+    found = measure_weights(likelihood, precision)
+    if False in are_shared:
+        found["trusted"] &= torch.stack([row["trusted"] for row in rows]).double().mean(0) > 0.5
     if not found["trusted"].all():
         warnings.warn(
-            f"{int((~found['trusted']).sum())} of {rows.shape[1]} data points have too high a Pareto "
-            "k, or too few draws to know it: their log p(x | data) can't be trusted; use more draws",
+            f"{int((~found['trusted']).sum())} of {likelihood.shape[1]} data points have too high a "
+            "Pareto k, or too few draws to know it: their log p(x | data) can't be trusted; use more",
             stacklevel=2,
         )
     joint = LogMarginal(
-        **measure_weights(rows.sum(1, keepdim=True) + ratio, pair.structure.precision),
+        **measure_weights(likelihood.sum(1, keepdim=True) + ratio, precision),
         rate=-ratio.mean(0),
-        distortion=-rows.sum(1).mean(0, keepdim=True),
+        distortion=-likelihood.sum(1).mean(0, keepdim=True),
         num_samples=torch.tensor([num_draws]),
-        cost=num_draws * inside[0].cost[:1],
+        cost=torch.tensor([num_draws * num_samples]),
         method="importance, each data point weighed inside",
-        pseudo_likelihood=inside[0].pseudo_likelihood,
+        pseudo_likelihood=pseudo_likelihood,
     )
     theta = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     return PredictiveLogProb(
-        **found, log_likelihood=rows, draws=theta, joint=joint if has_density else None
+        **found, log_likelihood=likelihood, draws=theta, joint=joint if has_density else None
     )
 
 
@@ -162,10 +165,17 @@ def _check_independent(pair: OpenedPair) -> None:
         )
 
 
-def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge) -> LogMarginal:
+def _weigh_given(
+    pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge
+) -> dict[str, Tensor]:
     """Estimate log p(x_n | theta): model and guide take the shared latents and hide them."""
     model, guide = (poutine.block(Given(theta)(f), hide=[*theta]) for f in (pair.model, pair.guide))
     serves = Serves.SUMMED | Serves.NO_LATENT
-    fixed = replace(pair, model=model, guide=guide, serves=serves, knowledge=known)
-    count = num_samples if fixed.structure.latents else 1
-    return estimate_log_prob(fixed, ImportanceOptions(count, compile=False), keep_draws=0)
+    particles = Particles(replace(pair, model=model, guide=guide, serves=serves, knowledge=known))
+    count = num_samples if particles.latent_shapes else 1
+    chunk = max(1, pair.memory() // (particles.bytes_per_datum * pair.num_data))
+    densities = [particles.draw(min(chunk, count - done)) for done in range(0, count, chunk)]
+    for some in densities:
+        check_weights(some)
+    weights = torch.cat([some.log_weights for some in densities]).cpu()
+    return measure_weights(weights, particles.pair.structure.precision)

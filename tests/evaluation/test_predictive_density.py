@@ -65,7 +65,7 @@ def test_held_out_data_have_their_closed_form():
 
 def test_each_row_is_the_density_given_its_draw():
     data = draw(5)
-    found = evaluation.predictive_log_prob(regression, fitted(data), data, num_draws=25, seed=0)
+    found = evaluation.predictive_log_prob(regression, fitted(data), data, num_draws=100, seed=0)
     each = dist.Normal(found.draws["weights"] @ data[0].T, NOISE).log_prob(data[1])
     torch.testing.assert_close(found.log_likelihood, each)
     # With the exact posterior each draw weighs the evidence.
@@ -138,7 +138,7 @@ def test_what_the_model_enumerates_is_summed_inside():
     def mean_alone(x):
         pyro.sample("mean", dist.Normal(torch.tensor(0.4), 0.2))
 
-    found = evaluation.predictive_log_prob(summed, mean_alone, x, num_draws=25, seed=0)
+    found = evaluation.predictive_log_prob(summed, mean_alone, x, num_draws=100, seed=0)
     centre = found.draws["mean"][:, None].double()
     tails, heads = (dist.Normal(centre + coin, NOISE).log_prob(x.double()).exp() for coin in (0, 1))
     expected = (0.7 * tails + 0.3 * heads).log()
@@ -168,7 +168,7 @@ def test_auto_guides_give_draws_and_point_masses_no_evidence():
         pyro.clear_param_store()
         guide = kind(regression)
         guide(*data)
-        found = evaluation.predictive_log_prob(regression, guide, draw(4), num_draws=25, seed=0)
+        found = evaluation.predictive_log_prob(regression, guide, draw(4), num_draws=100, seed=0)
         assert set(found.draws) == {"weights"}
         assert (found.joint is None) is (kind is AutoDelta)
 
