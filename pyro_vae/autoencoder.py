@@ -154,26 +154,11 @@ class Autoencoder(nn.Module):
         prior: its negative ELBO is the loss up to a constant. Pyro's parameter store is left as it
         was.
 
-        Args:
-            data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used, and bits drawn
-                afresh for every batch if it is dynamic), or a tensor ``(N, *data_shape)`` of any
-                real type.
-            epochs: passes over the training data.
-            batch_size: data per step; the last batch of an epoch may be smaller.
-            learning_rate: Adam's step size.
-            loss: ``"mse"``, the squared error, or ``"bce"``, the binary cross-entropy in nats of data
-                in [0, 1]; both summed over a datum's values and averaged over data.
-            validation: data to evaluate after every epoch.
-            patience: stop after this many epochs without a better validation loss and put the best
-                weights back. None trains to the end and keeps the last ones.
-            device: ``auto`` takes CUDA where there is one.
-            seed: seed of everything random in the run; the generators' state is restored afterwards.
-            checkpoint: folder for the run's state, as in :func:`pyro_vae.fit`.
-            checkpoint_every: epochs after which one is written.
-            checkpoint_minutes: minutes after which one is written; None: not by time.
-            resume: go on from the newest checkpoint, or start where there is none.
-            on_epoch: called with (epoch from 1, that epoch's metrics).
-            progress: show a progress bar on standard error; by default only on a terminal.
+        Options are those of :func:`pyro_vae.fit`, with the validation loss in place of the ELBO.
+        ``data`` is a :class:`pyro_vae.datasets.Dataset` or a tensor ``(N, *data_shape)`` of any real
+        type. ``loss`` is ``"mse"``, the squared error, or ``"bce"``, the binary cross-entropy in nats
+        of data in [0, 1]; both summed over a datum's values and averaged over data. ``on_epoch`` is
+        called with (epoch from 1, that epoch's row of the history).
 
         Returns:
             history and settings of the run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +125,22 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise InputError(f"expected a finite {name} above 0, got {number}")
     return number
+
+
+def check_same(
+    begun: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: str,
+    advice: str,
+    free: Container[str] = (),
+) -> None:
+    """Refuse settings that are not those that something was begun with, but for the free ones."""
+    for name in {**now, **begun}:
+        if name not in free and now.get(name) != begun.get(name):
+            raise InputError(
+                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {where} was begun with, "
+                f"got {now.get(name)!r}: {advice}"
+            )
 
 
 def check_room(what: str, needed: int, advice: str) -> None:

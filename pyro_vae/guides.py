@@ -14,20 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae import distributions
-from pyro_vae.distributions.flows import (
-    FlowDistribution,
-    Shift,
-    autoregressive_layers,
-    spline_layers,
-    standard_normal,
-)
-from pyro_vae.distributions.normal import (
-    CholeskyNormal,
-    DiagonalNormalMixture,
-    lower_cholesky,
-    raw_cholesky,
-    variance_of_means,
-)
+from pyro_vae.distributions import flows, normal
 from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.networks import Head, feature_shape
 
@@ -147,15 +134,15 @@ class FullRankNormal(VariationalFamily):
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__(encoder, latent_dim)
-        start = raw_cholesky(torch.eye(self.latent_dim))
+        start = normal.raw_cholesky(torch.eye(self.latent_dim))
         self.add_heads(loc=(self.latent_dim,), raw_cholesky=(len(start),))
         # A row of L has up to latent_dim random entries: small weights keep q at the prior's scale.
         self.raw_cholesky.start_at(weight_scale=0.1, bias=start)
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the normal with ``loc`` and ``raw_cholesky``, the rows of L's triangle."""
-        factor = lower_cholesky(parameters["raw_cholesky"], self.latent_dim)
-        return CholeskyNormal(parameters["loc"], scale_tril=factor, validate_args=False)
+        factor = normal.lower_cholesky(parameters["raw_cholesky"], self.latent_dim)
+        return normal.CholeskyNormal(parameters["loc"], scale_tril=factor, validate_args=False)
 
 
 class MixtureOfNormals(VariationalFamily):
@@ -183,14 +170,14 @@ class MixtureOfNormals(VariationalFamily):
         self.num_components = size("num_components", num_components)
         shape = (self.num_components, self.latent_dim)
         self.add_heads(logits=(self.num_components,), loc=shape, log_variance=shape)
-        share = variance_of_means(self.latent_dim)
+        share = normal.variance_of_means(self.latent_dim)
         self.loc.start_at(bias=math.sqrt(share) * torch.randn(shape))
         self.log_variance.start_at(bias=math.log(1 - share))
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the mixture; ``logits`` ``(*batch, K)``, the others ``(*batch, K, latent_dim)``."""
         scale = (0.5 * parameters["log_variance"]).exp()
-        return DiagonalNormalMixture(parameters["logits"], parameters["loc"], scale)
+        return normal.DiagonalNormalMixture(parameters["logits"], parameters["loc"], scale)
 
 
 class _FlowFamily(VariationalFamily):
@@ -236,7 +223,7 @@ class InverseAutoregressiveFlow(_FlowFamily):
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)
-        self.layers = autoregressive_layers(
+        self.layers = flows.autoregressive_layers(
             self.latent_dim,
             self.num_layers,
             hidden=self.hidden,
@@ -245,9 +232,9 @@ class InverseAutoregressiveFlow(_FlowFamily):
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that starts at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = Shift(parameters["loc"], parameters["log_scale"])
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
         layers = [shift, *self.layers]
-        return FlowDistribution(standard_normal(shift.loc), layers, parameters["context"])
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 class NeuralSplineFlow(_FlowFamily):
@@ -287,7 +274,7 @@ class NeuralSplineFlow(_FlowFamily):
         self.hidden = sizes("hidden widths", hidden)
         self.num_bins = size("num_bins", num_bins, least=2)
         self.bound = positive_number("bound", bound)
-        self.layers = spline_layers(
+        self.layers = flows.spline_layers(
             self.latent_dim,
             self.num_layers,
             hidden=self.hidden,
@@ -298,9 +285,9 @@ class NeuralSplineFlow(_FlowFamily):
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that ends at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = Shift(parameters["loc"], parameters["log_scale"])
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
         layers = [*self.layers, shift]
-        return FlowDistribution(standard_normal(shift.loc), layers, parameters["context"])
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 # The concentration per dimension says how far q is from uniform, whatever m. At 1/4 (mean resultant

@@ -14,16 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae.distributions.continuous_bernoulli import (
-    StableContinuousBernoulli,
-    continuous_bernoulli_mean,
-)
-from pyro_vae.distributions.values import (
-    LevelsOfLogistic,
-    NumberedCategorical,
-    PreciseNegativeBinomial,
-    PreciseStudentT,
-)
+from pyro_vae.distributions import continuous_bernoulli, values
 from pyro_vae.errors import InputError, positive_number, size
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
@@ -188,7 +179,7 @@ class ContinuousBernoulli(_UnitInterval):
         Variational Autoencoders", equation 6.
     """
 
-    pixels = StableContinuousBernoulli
+    pixels = continuous_bernoulli.StableContinuousBernoulli
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the natural parameter whose mean is ``mean``."""
@@ -198,7 +189,7 @@ class ContinuousBernoulli(_UnitInterval):
         low, high = torch.full_like(mean, -32.0), torch.full_like(mean, 32.0)
         for _ in range(40):  # bisection: the mean rises with eta
             middle = (low + high) / 2
-            below = continuous_bernoulli_mean(middle) < mean
+            below = continuous_bernoulli.continuous_bernoulli_mean(middle) < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         self.logits.start_at(bias=low)
 
@@ -341,7 +332,7 @@ class StudentT(Gaussian):
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
         fixed = mean.new_tensor(self.df) if isinstance(self.df, float) else None
         df = 1 + F.softplus(self.raw_df) if fixed is None else fixed
-        return PreciseStudentT(df, mean, scale, validate_args=False)
+        return values.PreciseStudentT(df, mean, scale, validate_args=False)
 
 
 class DiscretizedLogistic(Gaussian):
@@ -386,7 +377,7 @@ class DiscretizedLogistic(Gaussian):
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
         # sqrt(3) / pi is the scale of a logistic whose deviation is 1.
-        return LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
+        return values.LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
 
 
 class Categorical(Likelihood):
@@ -417,7 +408,7 @@ class Categorical(Likelihood):
         """Return independent categories."""
         logits, dims = self.logits(self.decoder(z, *given)), len(self.data_shape)
         logits = logits.unflatten(-dims, (self.data_shape[0], self.num_categories))
-        pixels = NumberedCategorical(logits=logits.movedim(-dims, -1), validate_args=False)
+        pixels = values.NumberedCategorical(logits=logits.movedim(-dims, -1), validate_args=False)
         return pixels.to_event(dims)
 
 
@@ -504,4 +495,6 @@ class NegativeBinomial(Poisson):
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
         logits = log_rate - self.log_theta
-        return PreciseNegativeBinomial(self.log_theta.exp(), logits=logits, validate_args=False)
+        return values.PreciseNegativeBinomial(
+            self.log_theta.exp(), logits=logits, validate_args=False
+        )

@@ -21,13 +21,10 @@ from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
-from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.training import FitResult, fit
-from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.files import RUNS, write_json
 from pyro_vae.tasks.autoencoder_comparison import AutoencoderComparison, compare_autoencoder
-from pyro_vae.vae import VAE
 
 _SEED = 0  # of what is drawn from the trained models
 
@@ -81,8 +78,9 @@ def _train(
     shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
     how: dict[str, Any] = {"device": settings.device, "resume": True}
     with seeded(settings.seed):
-        vae = build_vae(settings, dataset)
-        baseline = _autoencoder_like(vae)
+        vae: Any = build_vae(settings, dataset)
+        encoder = copy.deepcopy(vae.variational_family.encoder)
+        baseline = Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
         deterministic = baseline.fit(
             dataset, loss=loss, checkpoint=states / "autoencoder", **shared, **how
         )
@@ -94,15 +92,6 @@ def _train(
         baseline, vae.model, vae.guide, train, dataset.test.to(device), seed=_SEED
     )
     return comparison, {"autoencoder": deterministic, "vae": variational}
-
-
-def _autoencoder_like(vae: VAE) -> Autoencoder:
-    """Return an autoencoder with copies of a VAE's networks."""
-    # The commands build no other components.
-    assert isinstance(vae.variational_family, VariationalFamily)
-    assert isinstance(vae.likelihood, Likelihood)
-    encoder = copy.deepcopy(vae.variational_family.encoder)
-    return Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
 
 
 def _write_page(

@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +66,6 @@ _RUN_SCHEMA = {
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
 
-# --- reading ---------------------------------------------------------------------------------
-
 
 def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
     """Return what a run of `pyro-vae train` says of itself, and its settings."""
@@ -117,16 +114,6 @@ def check_single(folder: Path) -> None:
         )
 
 
-def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> None:
-    """Refuse settings that are not those that a folder was begun with."""
-    for name in {**now, **begun}:
-        if name not in FREE and now.get(name) != begun.get(name):
-            raise InputError(
-                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
-                f"got {now.get(name)!r}: {advice}"
-            )
-
-
 def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
     """Load the data that the settings name, which may have moved to ``data_root`` since."""
     source = Path(settings.dataset)
@@ -153,9 +140,6 @@ def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) 
             "or give --data-root"
         )
     return dataset
-
-
-# --- writing ---------------------------------------------------------------------------------
 
 
 def describe_origin() -> dict[str, Any]:

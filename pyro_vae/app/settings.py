@@ -23,8 +23,8 @@ from pyro_vae.vae import VAE
 
 # A weight, its gradient and its two moments.
 _BYTES_PER_WEIGHT = 16
-
-# --- what a VAE is made of -------------------------------------------------------------------
+# Epochs without a better validation ELBO that are waited for at the least.
+_PATIENCE = 20
 
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
@@ -142,12 +142,6 @@ def _sigma(text: str) -> float | str:
     except ValueError:
         words = ", ".join(likelihoods.SIGMAS)
         raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
-
-
-# Epochs without a better validation ELBO that are waited for at the least.
-_PATIENCE = 20
-
-# --- how it is trained -----------------------------------------------------------------------
 
 
 def check_settings(settings: TrainSettings) -> TrainSettings:

@@ -21,10 +21,10 @@ from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
+    FREE,
     METRICS,
     Checkpointing,
     check_new_folder,
-    check_same,
     check_single,
     describe_origin,
     load_data,
@@ -34,7 +34,7 @@ from pyro_vae.app.run import (
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_same
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
 from pyro_vae.files import check_in_place, expand_path, is_regular
@@ -53,11 +53,7 @@ _SEED = 0  # of what is drawn from the trained model
 
 
 def train(
-    settings: TrainSettings,
-    output: Path | None,
-    *,
-    checkpointing: Checkpointing | None = None,
-    progress: bool | None = None,
+    settings: TrainSettings, output: Path | None, *, checkpointing: Checkpointing | None = None
 ) -> Path:
     """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
@@ -75,7 +71,7 @@ def train(
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
     when = checkpointing or Checkpointing()
     with _say_how_to_go_on(folder):
-        metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
+        metrics = train_run(settings, dataset, folder, checkpointing=when)[1]
     _print_summary(folder, metrics)
     return folder
 
@@ -97,7 +93,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
     when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
     told = check_settings(replace(settings, **given))
-    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
+    check_same(vars(settings), vars(told), str(folder), "leave it out, or train anew", FREE)
     if _is_finished(folder, processes):
         return folder
     if (begun := run.get("processes", 1)) != processes.size:
@@ -127,7 +123,6 @@ def train_run(
     held: VAE | None = None,
     checkpointing: Checkpointing | None = None,
     resumed: bool = False,
-    progress: bool | None = None,
 ) -> tuple[VAE, dict[str, Any]]:
     """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
@@ -163,7 +158,7 @@ def train_run(
         config = describe(vae, record)
         processes.decide(lambda: stack.enter_context(begin(folder, config)))
         begun = folder.stat() if processes.is_first else None
-        how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
+        how: dict[str, Any] = {"device": device, "resume": resumed}
         if checkpointing is not None:
             how["checkpoint"] = own_folder(folder, CHECKPOINTS)
             how |= {f"checkpoint_{name}": value for name, value in asdict(checkpointing).items()}

@@ -16,6 +16,7 @@ from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.pair.opened import Progress
+from pyro_vae.summary import Summary, plus_minus, shown
 
 
 class Convergence(NamedTuple):
@@ -33,6 +34,7 @@ class PosteriorDraws(NamedTuple):
     log_weights: Tensor
 
 
+@shown
 @dataclass(frozen=True)
 class LogMarginal:
     """An estimate of log p(x), one value per datum (nats, float64, on the CPU).
@@ -154,14 +156,19 @@ class LogMarginal:
             )
         ]
 
-    def __repr__(self) -> str:
-        count, pseudo = len(self.log_prob), " (pseudo-likelihood)" if self.pseudo_likelihood else ""
-        return (
-            f"LogMarginal(log p(x){pseudo} of {count} data points by {self.method}: mean "
-            f"{self.mean:.4f} nats, standard error {self.mean_standard_error:.2g} Monte Carlo and "
-            f"{self.data_standard_error:.2g} over the data points, expected bias "
-            f"{self.mean_expected_bias:.2g}; {self.num_unreliable} of {count} not trusted)"
-        )
+    def _summary(self) -> Summary:
+        count, mark = len(self.log_prob), " (pseudo-likelihood)" * self.pseudo_likelihood
+        rows = {
+            "mean": plus_minus(self.mean, self.mean_standard_error) + " nats, Monte Carlo error",
+            "error over data points": f"{self.data_standard_error:.2g}",
+            "expected bias": f"{self.mean_expected_bias:.2g}",
+            "trusted": f"{count - self.num_unreliable} of {count} data points",
+        }
+        if self.num_unreliable:
+            more = "num_steps, then num_chains, higher"
+            rows["next"] = 'method="auto"' if self.method == "importance" else more
+        means = {"importance": "importance sampling", "annealed": "annealing"}
+        return f"log p(x){mark} of {count} data points by {means.get(self.method, self.method)}", rows
 
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None

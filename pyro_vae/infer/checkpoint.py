@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pyro_vae.distributed import ALONE, Processes
-from pyro_vae.errors import InputError, expecting, real_number, whole_number
+from pyro_vae.errors import InputError, check_same, expecting, real_number, whole_number
 from pyro_vae.files import check_in_place, checksum_of, expand_path, writing_to
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
@@ -121,7 +121,9 @@ class Checkpoints:
         found = self.processes.decide(lambda: read_newest(folder) if self.resume else None)
         if found is None:
             return
-        self.processes.check_together(lambda: _refuse_other(settings, found["settings"], folder))
+        where, advice = f"the run in {folder}", "repeat its options or choose another folder"
+        kept, own = (dict(sorted(each.items())) for each in (found["settings"], settings))
+        self.processes.check_together(lambda: check_same(kept, own, where, advice))
         what = f"a checkpoint of this run in {self.folder} that fits"
         kinds = (LookupError, TypeError, ValueError, RuntimeError, AttributeError)
         with expecting(what, *kinds):
@@ -223,19 +225,6 @@ def data_checksum(train: Inputs, validation: Inputs | None) -> str:
     tensors = {f"train {i}": value.cpu() for i, value in enumerate(train)}
     tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(validation or ())}
     return checksum_of("", tensors)
-
-
-def _refuse_other(settings: Mapping[str, Any], kept: Mapping[str, Any], folder: Path) -> None:
-    for name in sorted(settings.keys() | kept.keys()):
-        if settings.get(name) != kept.get(name):
-            shown = name.replace("_", " ")
-            raise InputError(
-                f"expected {shown} {kept.get(name)!r} as the run in {folder} was begun with, got "
-                f"{settings.get(name)!r}: repeat its options or choose another folder"
-            )
-
-
-# --- random generators ---
 
 
 def _generator_states(device: torch.device) -> dict[str, Any]:

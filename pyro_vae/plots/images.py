@@ -94,11 +94,9 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     if is_curve(drawn.shape[1:]):
-        figure, places = style.panels(title, (9, 3.4), columns=2, sharey=True)
-        for axes, values, colour, label in zip(
-            places, (data, drawn), (BLUE, ORANGE), ("data", "drawn"), strict=True
-        ):
-            _lines(axes, values[:_CURVES], colour, label)
+        figure, (axes, other) = style.panels(title, (9, 3.4), columns=2, sharey=True)
+        _lines(axes, data[:_CURVES], BLUE, "data")
+        _lines(other, drawn[:_CURVES], ORANGE, "drawn")
         return figure
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     if data.shape[1] > 2:
@@ -111,8 +109,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
-            first, second = values.T
+        for (first, second), colour, label in ((data.T, BLUE, "data"), (drawn.T, ORANGE, "drawn")):
             axes.scatter(first, second, s=6, color=colour, alpha=0.5, label=label, linewidths=0)
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:

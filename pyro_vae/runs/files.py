@@ -25,7 +25,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"expected a run folder at {folder}, found no {CONFIG} in it: check the path"
         )
-    _check_format(config, Path(folder) / CONFIG)
+    path, version = Path(folder) / CONFIG, config.get("format") if isinstance(config, dict) else None
+    # True is 1 to Python, and so is 1.0.
+    if type(version) is not int or version != FORMAT:
+        newer = type(version) is int and version > FORMAT
+        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
+        raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
+    if not isinstance(config.get("run", {}), dict):
+        raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")
     return config
 
 
@@ -52,9 +59,8 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
     elif isinstance(kind, list):
         kinds = kind * len(value) if fits and len(kind) == 1 else kind
         fits = fits and len(kinds) == len(value)
-        parts = (
-            [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
-        )
+        pairs = zip(value, kinds, strict=True) if fits else ()
+        parts = [(str(i), *pair) for i, pair in enumerate(pairs)]
     else:  # True is 1 to Python
         types = get_args(kind) or (kind,)
         fits = isinstance(value, kind) and (bool in types or not isinstance(value, bool))
@@ -95,17 +101,6 @@ def _refuse_link(path: Path) -> NoReturn:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
     write_whole(path, serialise(content).encode())
-
-
-def _check_format(config: Any, path: Path) -> None:
-    version = config.get("format") if isinstance(config, dict) else None
-    # True is 1 to Python, and so is 1.0.
-    if type(version) is not int or version != FORMAT:
-        newer = type(version) is int and version > FORMAT
-        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
-        raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
-    if not isinstance(config.get("run", {}), dict):
-        raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,13 @@ from pyro_vae.files import expand_path
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
 from pyro_vae.runs.files import CONFIG, FORMAT, read_config
 from pyro_vae.runs.folder import check_free, new_run
-from pyro_vae.runs.weights import check_checksum, check_weights, read_weights, write_weights
+from pyro_vae.runs.weights import (
+    check_checksum,
+    check_weights,
+    read_weights,
+    tensors_of,
+    write_weights,
+)
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
 
@@ -116,12 +122,7 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
 
 
 def _tensors_of(model: PairFunction, guide: PairFunction) -> dict[str, Tensor]:
-    """Return parameters and buffers of the pair's modules; a shared one under its first name."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for number, module in enumerate(modules_of(model, guide)):
-        for name, value in module.state_dict(keep_vars=True).items():
-            found.setdefault(id(value), (f"{number}.{name}", value))
-    return dict(found.values())
+    return tensors_of({f"{i}.": module for i, module in enumerate(modules_of(model, guide))})
 
 
 def _describe(constraint: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as serialised
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import UNREADABLE, checksum_of, read_tensors, write_whole
@@ -22,8 +22,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
-    _check_values(_state(vae))  # or they could not be loaded
-    write_weights(folder, read_config(folder)["model"], _state(vae))
+    _check_values(state := tensors_of({"": vae}))  # or they could not be loaded
+    write_weights(folder, read_config(folder)["model"], state)
 
 
 def write_weights(folder: Path, description: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -48,7 +48,7 @@ def assign(
     vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
 ) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
-    check_weights(_state(vae), weights)
+    check_weights(tensors_of({"": vae}), weights)
     types = _check_values(weights)
     check_checksum(model, weights, checksum)
     for dtype in types:
@@ -95,10 +95,10 @@ def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor])
             raise InputError(f"expected weight {name} as {wanted.dtype}, got {value.dtype}")
 
 
-def _state(vae: VAE) -> dict[str, Tensor]:
-    """Return the tensors to keep by name; one shared by two components once, under its first name."""
-    names: dict[int, str] = {}
-    state = vae.state_dict(keep_vars=True)  # the very tensors, so that shared ones can be told
-    for name, value in state.items():
-        names.setdefault(id(value), name)
-    return {name: state[name] for name in names.values()}
+def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return parameters and buffers of modules by name; a shared one once, under its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in modules.items():
+        for name, value in module.state_dict(keep_vars=True).items():  # the very tensors
+            found.setdefault(id(value), (prefix + name, value))
+    return dict(found.values())
