@@ -255,7 +255,7 @@ def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:
     return summarise(largest, weights.sum(0), weights.square().sum(0), len(log_weights))
 
 
-def measure_weights(log_weights: Tensor, precision: float) -> dict[str, Tensor]:
+def measure_weights(log_weights: Tensor, precision: float) -> dict[str, Any]:
     """Estimate log p(x) from log weights ``(K, N)``, with Pareto k and trust in it, ``(N,)`` each."""
     tail = TailWeights(len(log_weights), precision)
     tail.add(log_weights)
