@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.pareto import pareto_k_limit
+from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.pair.opened import Progress
 from pyro_vae.summary import Summary, plus_minus, shown
 
@@ -229,11 +229,11 @@ def to_arviz(
     weights = log_weights.softmax(0).nan_to_num(nan=1.0)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
-    return _structure(
+    return structure(
         {
-            "posterior": _chosen_draws(latents, chosen, names),
-            "log_likelihood": _chosen_draws({"x": log_likelihood}, chosen, names),
-            "sample_stats": _chosen_draws({"log_weight": log_weights}, chosen, names),
+            "posterior": _choose(latents, chosen, names),
+            "log_likelihood": _choose({"x": log_likelihood}, chosen, names),
+            "sample_stats": _choose({"log_weight": log_weights}, chosen, names),
             "importance": xarray.Dataset(
                 variables,
                 coords={"sample": list(range(len(log_weights))), "data": names},
@@ -253,6 +253,15 @@ def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:
     largest = log_weights.amax(0)
     weights = (log_weights - torch.where(largest.isneginf(), 0.0, largest)).exp()
     return summarise(largest, weights.sum(0), weights.square().sum(0), len(log_weights))
+
+
+def measure_weights(log_weights: Tensor, precision: float) -> dict[str, Any]:
+    """Estimate log p(x) from log weights ``(K, N)``, with Pareto k and trust in it, ``(N,)`` each."""
+    tail = TailWeights(len(log_weights), precision)
+    tail.add(log_weights)
+    pareto_k = tail.pareto_k()
+    trusted = pareto_k <= pareto_k_limit(len(log_weights))
+    return {**log_mean_weights(log_weights), "pareto_k": pareto_k, "trusted": trusted}
 
 
 def summarise(
@@ -474,19 +483,7 @@ def rank_normalized_r_hat(values: Tensor) -> Tensor:
     return torch.where(known.isnan().all(1), math.nan, largest)
 
 
-def calibration_groups(ranks: dict[str, Tensor]) -> Any:
-    """Return normalised ranks ``(M, D)`` by site in ArviZ's group for calibration, ``prior_sbc``."""
-    import xarray
-
-    variables: dict[str, Any] = {}
-    coordinates: dict[str, Any] = {"chain": [0]}
-    for name, value in ranks.items():
-        variables[name] = (("chain", "draw", f"{name}_dim_0"), value[None].numpy())
-        coordinates |= {"draw": range(len(value)), f"{name}_dim_0": range(value.shape[1])}
-    return _structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
-
-
-def _structure(groups: dict[str, Any]) -> Any:
+def structure(groups: dict[str, Any]) -> Any:
     """Return groups in the data structure of the installed ArviZ."""
     import arviz
 
@@ -499,15 +496,23 @@ def _structure(groups: dict[str, Any]) -> Any:
     return old(**groups, warn_on_custom_groups=False)
 
 
-def _chosen_draws(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
-    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
+def one_chain(values: Mapping[str, Tensor], **named: Sequence[Any]) -> Any:
+    """Return values ``(S, ...)`` as ArviZ's draws of one chain.
+
+    The dimensions behind the draws have the names and coordinates given, the others numbers.
+    """
     import xarray
 
-    variables: dict[str, Any] = {}
-    coordinates: dict[str, Any] = {"chain": [0], "draw": list(range(len(chosen))), "data": names}
+    variables, coordinates = {}, {"chain": [0], **named}
     for name, value in values.items():
-        picked = value[chosen, torch.arange(chosen.shape[1])][None]
-        sizes = {f"{name}_dim_{index}": range(size) for index, size in enumerate(picked.shape[3:])}
-        variables[name] = (("chain", "draw", "data", *sizes), picked.numpy())
-        coordinates |= sizes
+        sizes = enumerate(value.shape[1 + len(named) :])
+        others = {f"{name}_dim_{index}": range(size) for index, size in sizes}
+        variables[name] = (("chain", "draw", *named, *others), value[None].numpy())
+        coordinates |= {"draw": range(len(value)), **others}
     return xarray.Dataset(variables, coords=coordinates)
+
+
+def _choose(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
+    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
+    columns = torch.arange(chosen.shape[1])
+    return one_chain({n: value[chosen, columns] for n, value in values.items()}, data=names)

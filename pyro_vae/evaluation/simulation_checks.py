@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.evaluation.estimate import calibration_groups
+from pyro_vae.evaluation.estimate import one_chain, structure
 from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
@@ -324,7 +324,7 @@ class Calibration:
         ``arviz.plot_ecdf(values, cdf=scipy.stats.uniform.cdf, difference=True)``.
         """
         middles = {n: (ranks + 0.5) / (self.num_draws + 1) for n, ranks in self.ranks.items()}
-        return calibration_groups(middles)
+        return structure({"prior_sbc": one_chain(middles)})
 
 
 def calibration(
