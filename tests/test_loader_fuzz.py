@@ -337,7 +337,8 @@ class Files:
     def read_run(self):
         vae, settings, limits = open_run(self.run, torch.device("cpu"))
         record, _ = read_run(self.run)
-        return vae, (settings, limits, record["checksums"], record["processes"])
+        # A run may know less of itself, as an earlier version's does.
+        return vae, (settings, limits, record.get("checksums"), record.get("processes"))
 
     def read_metrics(self):
         folder = study.Study(self.swept, None, torch.device("cpu"))

@@ -41,6 +41,9 @@ def main() -> None:
     code 2; a warning is one line on standard error.
     """
     _open_closed_streams()
+    if sys.flags.optimize > 1:
+        tell("expected Python with docstrings, got -OO, under which Pyro can't be imported: use -O")
+        sys.exit(2)
     with warnings.catch_warnings(), ExitStack() as at_end:
         # Where nobody else has said what SIGTERM does, it ends a command as an interruption does.
         before = signal.getsignal(signal.SIGTERM)
@@ -52,8 +55,8 @@ def main() -> None:
         except InputError as error:
             tell(str(error))
             sys.exit(2)
-        except (MemoryError, RuntimeError) as error:
-            if not re.search("(can't|to) allocate|(out of|not enough) memory", str(error)):
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if not re.search("(can't|to) (allocate|map)|(out of|not enough) memory", str(error)):
                 raise
             tell(f"expected work that fits in memory, got: {first_line(error)}; ask for less at once")
             sys.exit(2)
