@@ -40,10 +40,6 @@ def main() -> None:
     A user's mistake, and a file that can't be read or written, is one line on standard error and exit
     code 2; a warning is one line on standard error.
     """
-    _open_closed_streams()
-    if sys.flags.optimize > 1:
-        tell("expected Python with docstrings, got -OO, under which Pyro can't be imported: use -O")
-        sys.exit(2)
     with warnings.catch_warnings(), ExitStack() as at_end:
         # Where nobody else has said what SIGTERM does, it ends a command as an interruption does.
         before = signal.getsignal(signal.SIGTERM)
@@ -51,6 +47,11 @@ def main() -> None:
             signal.signal(signal.SIGTERM, _interrupt)
             at_end.callback(signal.signal, signal.SIGTERM, before)
         try:
+            _open_closed_streams()
+            if sys.flags.optimize > 1:
+                raise InputError(
+                    "expected Python with docstrings, for Pyro reads them, got -OO: use -O"
+                )
             app()
         except InputError as error:
             tell(str(error))

@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 
 from pyro_vae.distributions import unit_sphere
@@ -98,7 +99,9 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
             # Those of pyro.module belong into a module that is there.
             rest = {w: weights[w] for w, name in names.items() if w not in own and "$$$" not in name}
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
-        except (LookupError, TypeError, ValueError) as error:
+            for where, value in rest.items():
+                transform_to(limits[names[where]])(value)  # or the first use of it would fail
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"expected a description of a pair in {folder}, got: {first_line(error)}"
             ) from error

@@ -89,6 +89,8 @@ def test_python_without_docstrings_is_refused_in_one_line(here):
         capture_output=True, text=True,
     )  # fmt: skip
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith("pyro-vae: expected Python with docstrings, got -OO")
+    assert process.stderr.startswith(
+        "pyro-vae: expected Python with docstrings, for Pyro reads them, got -OO: use -O"
+    )
     assert process.stderr.count("\n") == 1
     assert not (here / "out").exists()

@@ -120,7 +120,11 @@ def assert_same(found, expected):
         (make_vae, {"objective": RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=False)}),
         (make_vae, {"patience": 1, "learning_rate": 0.5, "validation": "data"}),
         (Drawing, {"validation": "data"}),
-        (make_vae, {"objective": CompiledTrace_ELBO(backend="eager"), "compile": True}),
+        pytest.param(
+            make_vae,
+            {"objective": CompiledTrace_ELBO(backend="eager"), "compile": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["schedules", "IWAE", "Renyi", "early stopping", "plain functions", "recorded steps"],
 )
