@@ -49,9 +49,7 @@ def main() -> None:
         try:
             _open_closed_streams()
             if sys.flags.optimize > 1:
-                raise InputError(
-                    "expected Python with docstrings, for Pyro reads them, got -OO: use -O"
-                )
+                raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
             app()
         except InputError as error:
             tell(str(error))
