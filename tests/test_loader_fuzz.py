@@ -174,7 +174,7 @@ def mutate_tensors(path, draw):
         weights[name] = value.reshape(-1)
     elif how == 2:
         weights[name] = value.to(draw.choice([torch.float16, torch.int32, torch.bool]))
-    elif how == 3:
+    elif how == 3 and value.is_floating_point():
         value.reshape(-1)[0] = draw.choice([np.nan, np.inf, -np.inf, 7.0])
         weights[name] = value
     elif how == 4:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def descriptors_left(number):
 
 
 def test_few_descriptors_are_enough_or_one_line(here):
-    before, codes = snapshot(here), []
+    before, codes, weights, out = snapshot(here), [], set(), here / "out"
     for number in range(5):
         with descriptors_left(number):
             result = run("train", *TINY, "--output", "out")
@@ -47,10 +48,14 @@ def test_few_descriptors_are_enough_or_one_line(here):
         if result.code:
             assert (result.code, result.out, result.err.count("\n")) == (2, "", 1), result
             assert "Too many open files" in result.err
-            assert snapshot(here) == before
+        if out.exists():  # a run that has trained is gone on with
+            assert result.code == 0 or run("train", "--resume", "out").code == 0
+            weights.add((out / "model.safetensors").read_bytes())
+            shutil.rmtree(out)
+        assert snapshot(here) == before
     assert codes[0] == 2
     assert codes[-1] == 0
-    assert (here / "out" / "metrics.json").is_file()
+    assert len(weights) == 1
 
 
 def test_no_home_is_needed(here, monkeypatch):
