@@ -18,40 +18,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
+from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
+from pyro_vae.summary import Summary, shown
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz", ".csv")
-
-_PARTS = ("train", "validation", "test")
-
+PARTS = ("train", "validation", "test")
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
-
 # What the readers of archives, arrays, IDX files and pictures raise at bytes that are none.
 _UNREADABLE = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-
 # scikit-learn's names of arrays.
 _OTHER_NAMES = {"data": "x", "target": "y"}
-
 # Largest number that torch takes for a seed or a size.
 _LARGEST = 2**63 - 1
-
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
 # Share of the training part kept for validation unless a size is given, and its largest size.
 _VALIDATION_SHARE, _VALIDATION_MOST = 0.1, 10_000
 
 
+@shown
 @dataclass(frozen=True)
 class Dataset:
     """A data set in three parts, each a float32 tensor ``(N, *data_shape)``.
@@ -79,6 +75,16 @@ class Dataset:
     binarize: str = "none"
     checksums: dict[str, str] | None = None
     is_mapped: bool = False
+
+    def _summary(self) -> Summary:
+        labels = self.train_labels
+        rows = {name: f"{len(getattr(self, name)):,} data points" for name in PARTS}
+        rows["each of shape"] = f"{self.data_shape}{', read from the disk' * self.is_mapped}"
+        rows["binarize"] = self.binarize
+        if labels is not None:
+            is_class = not labels.is_floating_point()
+            rows["labels"] = f"{len(labels.unique())} classes" if is_class else "numbers"
+        return f"data set {self.name}", rows
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -162,7 +168,7 @@ def load(
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
-    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in _PARTS}
+    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in PARTS}
     name = str(name_or_path) if is_path else type(name_or_path).__name__
     return Dataset(name=name, binarize=binarize, checksums=checksums, is_mapped=is_mapped, **parts)
 
@@ -181,18 +187,14 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
         return {"x": digits.images[:, None] / 16, "y": digits.target}
     import torchvision.datasets as sets
 
-    try:
+    advice = "give the right root or allow the download"
+    if download:
+        advice = "check the network or put the files there"
+    with expecting(f"data set {name!r} below {root}", *_UNREADABLE, advice=advice):
         if name == "omniglot":
             return _load_omniglot(sets, root, download)
         classes = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "kmnist": sets.KMNIST}
         train, test = (classes[name](root, train=part, download=download) for part in (True, False))
-    except _UNREADABLE as error:
-        advice = "give the right root or allow the download"
-        if download:
-            advice = "check the network or put the files there"
-        raise InputError(
-            f"expected data set {name!r} below {root}, got: {first_line(error)}; {advice}"
-        ) from error
     parts: dict[str, Any] = {}
     for part, images in (("train", train), ("test", test)):
         if tuple(images.data.shape[1:]) != _IDX_SHAPE:
@@ -209,9 +211,8 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
     for part, background in (("train", True), ("test", False)):
         images = sets.Omniglot(root, background=background, download=download)
         # 105x105 pixels, ink dark; 28x28 with ink bright is how the field uses the set.
-        small = [
-            255 - np.asarray(image.convert("L").resize((28, 28), resample=4)) for image, _ in images
-        ]
+        grey = (image.convert("L").resize((28, 28), resample=4) for image, _ in images)
+        small = [255 - np.asarray(image) for image in grey]
         parts[part] = np.stack(small)[:, None] / 255
         parts[f"{part}_labels"] = np.array([label for _, label in images._flat_character_images])
     return parts
@@ -240,18 +241,12 @@ def _data_file(path: Path) -> Path:
 
 def _load_file(path: Path) -> dict[str, Any]:
     path = _data_file(path)
-    try:
+    advice = "write it by numpy.save"
+    with expecting(f"an array file of numbers at {path}", *_UNREADABLE, advice=advice):
         arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(
-            f"expected an array file of numbers at {path}, got: {first_line(error)}; write it by "
-            "numpy.save"
-        ) from error
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
-    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}
+    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(PARTS)}
     if not ({"x"} <= set(arrays) <= {"x", "y"} or {"train", "test"} <= set(arrays) <= known):
         raise InputError(
             f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
@@ -269,9 +264,8 @@ def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
     if array.ndim < 2 or 0 in array.shape:
         advice = "reshape to (N, 1)" if array.ndim == 1 and len(array) else "check the file"
-        raise InputError(
-            f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
-        )
+        what = f"{name!r} of shape (N, ...), N at least 1"
+        raise InputError(f"expected {what}, got {array.shape}: {advice}")
     with np.errstate(over="ignore"):  # what float32 can't hold is refused below
         is_ready = array.dtype == np.float32 and array.flags.c_contiguous
         if isinstance(array, np.memmap) and not is_ready:
@@ -304,14 +298,10 @@ def _labels(name: str, array: np.ndarray) -> Tensor:
 
 
 def _split(
-    parts: dict[str, Any],
-    validation_size: int | None,
-    generator: torch.Generator | None,
-    *,
-    stratify: bool,
+    parts: dict[str, Any], held_out: int | None, generator: torch.Generator | None, *, stratify: bool
 ) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test; without generator in order."""
-    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
+    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in PARTS)):
         if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
             raise InputError(
                 f"expected one label per datum, got {len(parts[labels])} {labels!r} for "
@@ -322,17 +312,17 @@ def _split(
         test_size = max(1, round(_TEST_SHARE * len(x)))
         _check_size("data", len(x), test_size + 1)
         parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator, stratify)
-    shapes = {name: tuple(parts[name].shape[1:]) for name in _PARTS if name in parts}
+    shapes = {name: tuple(parts[name].shape[1:]) for name in PARTS if name in parts}
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
     if "validation" in parts:
-        if validation_size is not None:
+        if held_out is not None:
             raise InputError("expected no validation size for data with a validation part")
         return parts
-    if validation_size is None:
-        validation_size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
-    _check_size("training data", len(parts["train"]), validation_size + 1)
-    return _cut(parts, "validation", validation_size, generator, stratify)
+    if held_out is None:
+        held_out = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
+    _check_size("training data", len(parts["train"]), held_out + 1)
+    return _cut(parts, "validation", held_out, generator, stratify)
 
 
 def _cut(
@@ -375,7 +365,7 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
     """Turn grey into bits, except training data of which every batch draws its own."""
     if how == "none":
         return parts
-    for part in (parts[name] for name in _PARTS):
+    for part in (parts[name] for name in PARTS):
         if len(part) and not (part.min() >= 0 and part.max() <= 1):
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
@@ -388,5 +378,5 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
             return (part > 0.5).float()
         return torch.bernoulli(part, generator=generator)
 
-    drawn = _PARTS[1:] if how == "dynamic" else _PARTS
+    drawn = PARTS[1:] if how == "dynamic" else PARTS
     return {**parts, **{name: bits(parts[name]) for name in drawn}}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["InputError"]
@@ -49,6 +50,18 @@ def first_line(error: object) -> str:
     return lines[0].rstrip(".")[:_LONGEST] if lines else type(error).__name__
 
 
+@contextmanager
+def expecting(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Refuse what raises such an error inside: what was expected, what came, and what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise InputError(f"expected {what}, got: {reason}{advice and f'; {advice}'}") from error
+
+
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
     """Return an option that is a whole number; refuse any other value."""
     try:
@@ -89,10 +102,8 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
     except InputError:
         found = ()
     if not found:
-        advice = "" if is_sequence else ": for one write it as (32,)"
-        raise InputError(
-            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}{advice}"
-        )
+        told = first_line(repr(values)) + ("" if is_sequence else ": for one write it as (32,)")
+        raise InputError(f"expected {name} as whole numbers of at least 1, got {told}")
     return found
 
 
@@ -112,6 +123,18 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise InputError(f"expected a finite {name} above 0, got {number}")
     return number
+
+
+def check_same(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, advice: str, free: Container[str] = ()
+) -> None:
+    """Refuse settings that are not those that something was begun with, but for the free ones."""
+    for name in {**new, **old}:
+        if name not in free and new.get(name) != old.get(name):
+            raise InputError(
+                f"expected {name.replace('_', ' ')} {old.get(name)!r} as {where} was begun with, got "
+                f"{new.get(name)!r}: {advice}"
+            )
 
 
 def check_room(what: str, needed: int, advice: str) -> None:

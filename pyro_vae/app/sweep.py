@@ -19,16 +19,14 @@ from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.runs.files import write_json
-from pyro_vae.vae import VAE
 
+_Rows = list[dict[str, Any]]
 _PICTURE = "rate-distortion.png"
 # Of a run, as its row has them and tables show them.
 _MEANS = ("rate", "distortion", "elbo", "log_marginal")
 
 
-def sweep(
-    settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
-) -> list[dict[str, Any]]:
+def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path) -> _Rows:
     """Train one run per beta, and write table, rate-distortion picture and page; return the rows.
 
     A series of the same settings that was begun in the folder is continued. With a warm start, each
@@ -49,7 +47,7 @@ def sweep(
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
         told = tell_defaults(settings, study.dataset.train, study.dataset.validation)
-        used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
+        used = as_record(told) | {"beta": list(values), "warm_start": warm_start}
         used["device"] = str(study.device)
         if warm_start and settings.warmup_epochs is None:
             used["warmup_epochs"] = [told.warmup_epochs, *(0 for _ in values[1:])]
@@ -62,10 +60,10 @@ def sweep(
 
 def _train(
     study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> list[dict[str, Any]]:
+) -> _Rows:
     """Train or load a run per beta; return a row of each."""
-    rows: list[dict[str, Any]] = []
-    before: VAE | None = None
+    rows: _Rows = []
+    before = None
     for beta in betas:
         own = replace(settings, beta=beta)
         if before is not None and settings.warmup_epochs is None:
@@ -77,8 +75,11 @@ def _train(
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate = _restore_nan(metrics["test_log_marginal"])
-    errors = _restore_nan(metrics["test_data_standard_errors"])
+    estimate, errors = (
+        # Numbers as they were before JSON made null of those that are not finite.
+        {name: math.nan if value is None else value for name, value in metrics[part].items()}
+        for part in ("test_log_marginal", "test_data_standard_errors")
+    )
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}
@@ -93,12 +94,7 @@ def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _restore_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """Return numbers as they were before JSON made null of those that are not finite."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
+def _figure(rows: _Rows, settings: TrainSettings) -> Figure:
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     return plots.rate_distortion(
         *(columns[name] for name in ("beta", "rate", "distortion")),
@@ -109,14 +105,11 @@ def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
     )
 
 
-def _write_page(
-    folder: Path, rows: list[dict[str, Any]], figure: Figure, made: dict[str, Any]
-) -> None:
+def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any]) -> None:
     settings = made["settings"]
     parts = ", ".join((settings["prior"], settings["likelihood"], settings["guide"]))
-    page = Page(
-        "Rate and distortion over beta", subtitle=f"{Path(settings['dataset']).name}: {parts}"
-    )
+    about = f"{Path(settings['dataset']).name}: {parts}"
+    page = Page("Rate and distortion over beta", subtitle=about)
     page.section("Result")
     best = max(rows, key=lambda row: row["elbo"])
     page.text(
@@ -151,11 +144,10 @@ def _write_page(
     write_page(page, folder, made)
 
 
-def _print(folder: Path, rows: list[dict[str, Any]]) -> None:
+def _print(folder: Path, rows: _Rows) -> None:
     label = log_prob_name(rows[0]["pseudo_likelihood"])
-    shown = [
-        [f"{row['beta']:g}", *(row[name] for name in _MEANS), row["active_units"]] for row in rows
-    ]
+    names = (*_MEANS, "active_units")
+    shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
     header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
     print_table("Test part, nats per datum", header, shown)
     print_line(f"sweep: {folder}")
@@ -165,9 +157,7 @@ def _betas(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(
-            f"expected betas as numbers between commas, got {text!r}: e.g. 0.5,1,2"
-        ) from None
+        raise InputError(f"expected betas as numbers between commas, got {text!r}") from None
     if len(set(values)) < len(values):
         raise InputError(f"expected each beta once, got {text!r}")
     return values

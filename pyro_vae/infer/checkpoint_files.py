@@ -10,12 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, is_regular, parse_json, write_whole
+from pyro_vae.errors import InputError, expecting, first_line
+from pyro_vae.files import UNREADABLE, checksum_of, is_regular, parse_json, read_tensors, write_whole
 
 _FORMAT = 1
 _ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
@@ -26,15 +25,10 @@ _TENSOR = "__tensor__"
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the newest last."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(
-            f"expected a folder for checkpoints, got {folder}: {error.strerror}; choose another"
-        ) from error
-    return [folder / name for name in names]
+    what = f"a folder for checkpoints at {folder}"
+    with expecting(what, OSError, advice="choose another"):
+        found = folder.iterdir() if folder.exists() else ()
+        return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def write_checkpoint(
@@ -59,10 +53,9 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     """Return settings and state of the newest checkpoint that can be read, or None without any."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoint_files(folder)):
-        try:
-            found = _read(path)
-        except _DamagedError as error:
-            damaged[path] = first_line(error)
+        found = _read(path)
+        if isinstance(found, str):
+            damaged[path] = found
             continue
         for other, reason in damaged.items():
             warnings.warn(
@@ -80,17 +73,13 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-class _DamagedError(Exception):
-    """A file that is no checkpoint, or no longer the one that was written."""
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | str:
+    """Return settings and state, or why the file is not a checkpoint that was written."""
     try:
         if not is_regular(path):
-            raise _DamagedError("it is no file of its own")
-        with safe_open(path, framework="pt") as file:
-            content = parse_json((file.metadata() or {})[_ENTRY], finite=False)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return "it is no file of its own"
+        tensors, metadata = read_tensors(path)
+        content = parse_json(metadata[_ENTRY], finite=False)
         if type(content["format"]) is int and content["format"] > _FORMAT:
             raise InputError(
                 f"expected format {_FORMAT} in {path}, got {content['format']}: it was written by a "
@@ -98,12 +87,12 @@ def _read(path: Path) -> dict[str, Any]:
             )
         written = content.pop("checksum")
         if content["format"] != _FORMAT or written != checksum_of(content, tensors):
-            raise _DamagedError("its checksum is another")
+            return "its checksum is another"
         return {"settings": dict(content["settings"]), "state": _unpack(content["state"], tensors)}
     except InputError:
         raise
     except (*UNREADABLE, RecursionError) as error:
-        raise _DamagedError(first_line(error)) from error
+        return first_line(error)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -77,10 +77,8 @@ class FitSettings:
             object.__setattr__(self, name, value)
         schedule = self.schedule
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
-            raise InputError(
-                "expected a schedule constant, cosine or a function of the fraction, got "
-                f"{schedule!r}"
-            )
+            what = "a schedule constant, cosine or a function of the fraction"
+            raise InputError(f"expected {what}, got {schedule!r}")
         self._check_optimizer()
         check_precision(self.precision)
         if self.compile not in (True, False, "auto"):
@@ -88,9 +86,11 @@ class FitSettings:
         if self.on_nonfinite not in ("stop", "skip"):
             raise InputError(f"expected on_nonfinite stop or skip, got {self.on_nonfinite!r}")
         if not isinstance(self.objective, ELBO | None):
+            is_class = isinstance(self.objective, type) and issubclass(self.objective, ELBO)
+            advice = f": pass an instance, {self.objective.__name__}(...)" if is_class else ""
             raise InputError(
                 "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
-                f"{first_line(repr(self.objective))}{_advice_for(self.objective)}"
+                f"{first_line(repr(self.objective))}{advice}"
             )
 
     def _check_optimizer(self) -> None:
@@ -130,20 +130,13 @@ class FitSettings:
         schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
         multiplier = float(schedule(fraction))
         if not 0 <= multiplier < math.inf:
-            raise InputError(
-                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
-                f"{multiplier}"
-            )
+            what = f"a finite multiplier of at least 0 from schedule({fraction:.4g})"
+            raise InputError(f"expected {what}, got {multiplier}")
         return multiplier
 
     def steps_per_epoch(self, num_data: int) -> int:
         """Return how many batches a pass over so many data points takes."""
         return -(-num_data // self.batch_size)
-
-
-def _advice_for(objective: Any) -> str:
-    is_class = isinstance(objective, type) and issubclass(objective, ELBO)
-    return f": pass an instance, {objective.__name__}(...)" if is_class else ""
 
 
 def as_dict(option: str, value: object) -> dict[str, Any]:
@@ -167,9 +160,6 @@ def check_callables(**functions: object) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise InputError(f"expected {name} as a function, got {type(function).__name__}")
-
-
-# --- warm-up and learning rate ---------------------------------------------------------------
 
 
 # Steps of the shortest warm-up: eight epochs of the digits give up their latents without one, and use

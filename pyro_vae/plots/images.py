@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
-from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits
+from pyro_vae.plots.style import BLUE, ORANGE, UNIT, Array, Limits
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -38,7 +38,7 @@ def image_grid(
     title: str,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
@@ -77,16 +77,11 @@ def image_grid(
     return figure
 
 
-def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0)) -> Figure:
+def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
-    Of vectors of three and more values the correlations are shown too, drawn against data.
-
-    Args:
-        drawn: new data ``(N, *data_shape)``.
-        data: real data of the same shape, to compare vectors with.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Of vectors of three and more values the correlations are shown too, drawn against data. Both are
+    ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(drawn.shape[1:]):
         cell_width, cell_height = _cell(drawn.shape[1:])
@@ -94,11 +89,9 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     if is_curve(drawn.shape[1:]):
-        figure, places = style.panels(title, (9, 3.4), columns=2, sharey=True)
-        for axes, values, colour, label in zip(
-            places, (data, drawn), (BLUE, ORANGE), ("data", "drawn"), strict=True
-        ):
-            _lines(axes, values[:_CURVES], colour, label)
+        figure, (axes, other) = style.panels(title, (9, 3.4), columns=2, sharey=True)
+        _lines(axes, data[:_CURVES], BLUE, "data")
+        _lines(other, drawn[:_CURVES], ORANGE, "drawn")
         return figure
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     if data.shape[1] > 2:
@@ -111,8 +104,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
-            first, second = values.T
+        for (first, second), colour, label in ((data.T, BLUE, "data"), (drawn.T, ORANGE, "drawn")):
             axes.scatter(first, second, s=6, color=colour, alpha=0.5, label=label, linewidths=0)
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
@@ -121,16 +113,10 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
     return figure
 
 
-def reconstructions(
-    data: Array, rebuilt: Array, *, title: str, limits: Limits = (0.0, 1.0)
-) -> Figure:
+def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
-    Args:
-        data: ``(N, *data_shape)``.
-        rebuilt: their reconstructions, of the same shape.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Both are ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
@@ -164,7 +150,7 @@ def completions(
     draws: Array,
     *,
     title: str,
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show completed data: images as panels, vectors value against value.
 
@@ -201,10 +187,10 @@ def completions(
 
 def flat_image(image: Array, limits: Limits) -> Array:
     """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
-    channel_axis = _channel_axis(image.shape)
-    if channel_axis is None:
+    channel = channel_axis(image.shape)
+    if channel is None:
         return image
-    image = np.moveaxis(image, channel_axis, -1)
+    image = np.moveaxis(image, channel, -1)
     if image.shape[2] == 1:
         return image[:, :, 0]
     low, high = limits
@@ -214,21 +200,20 @@ def flat_image(image: Array, limits: Limits) -> Array:
 
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
     """Return the width and height in inches at which an image is shown: of its own proportions."""
-    height, width = (size for axis, size in enumerate(shape) if axis != _channel_axis(shape))
+    height, width = (size for axis, size in enumerate(shape) if axis != channel_axis(shape))
     side = math.sqrt(height * width)
     inches = min(max(0.58, side / 48), 1.3)
     return inches * width / side, inches * height / side
 
 
-def _channel_axis(shape: Sequence[int]) -> int | None:
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Return which axis of an image holds its channels, if there is one."""
     if len(shape) == 2:
         return None
     return 0 if shape[0] in (1, 3) else 2
 
 
-def show_image(
-    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: Limits
-) -> None:
+def show_image(axes: Axes, image: Array, extent: Any, limits: Limits) -> None:
     """Show an image between left, right, bottom and top, whatever its proportions are."""
     shown, (low, high) = flat_image(image, limits), limits
     axes.imshow(shown, cmap=style.INK, vmin=low, vmax=high, extent=extent, aspect="auto")

@@ -11,17 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
+from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
-from pyro_vae.plots.style import (
-    BLUE,
-    MAP,
-    Array,
-    Limits,
-    class_colours,
-    legend_beside,
-    one_panel,
-    panels,
-)
+from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -36,7 +28,7 @@ def latent_scatter(
     labels: Array | None = None,
     *,
     title: str,
-    axis_labels: Sequence[str] = ("latent 1", "latent 2"),
+    axis_labels: Labels = ("latent 1", "latent 2"),
     unit_circle: bool = False,
 ) -> Figure:
     """Show latent codes in the plane, coloured by label; a single latent as histograms.
@@ -49,18 +41,30 @@ def latent_scatter(
         title: a line above the picture.
     """
     classes = [] if labels is None else list(np.unique(labels))
+    named = classes if len(classes) <= _MOST_CLASSES else []
+    groups: list[tuple[Any, dict[str, Any]]] = [
+        (codes[labels == value].T, {"color": [colour], "label": str(value)})
+        for value, colour in zip(named, style.class_colours(len(named)), strict=True)
+    ]
     if codes.shape[1] == 1:
-        return _histograms(codes[:, 0], labels, classes, title, axis_labels[0])
-    figure, axes = one_panel(title, (6.2 if classes else 5.4, 5.4))
+        figure, axes = style.one_panel(title, (6.2, 4))
+        bins = np.histogram_bin_edges(codes, bins=50).tolist()
+        for (own,), how in groups:
+            axes.hist(own, bins, histtype="step", linewidth=1.3, **how)
+        if groups:
+            style.legend_beside(axes, marker_scale=1)
+        else:
+            axes.hist(codes[:, 0], bins, color=style.BLUE, alpha=0.5)
+        axes.set(xlabel=axis_labels[0], ylabel="data")
+        return figure
+    figure, axes = style.one_panel(title, (6.2 if classes else 5.4, 5.4))
     size = max(1.5, min(12.0, 12_000 / len(codes)))
-    if 0 < len(classes) <= _MOST_CLASSES:
-        assert labels is not None
-        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
-            x, y = codes[labels == value].T
-            axes.scatter(x, y, s=size, color=[colour], label=str(value), linewidths=0)
-        legend_beside(axes, marker_scale=6 / math.sqrt(size))
+    for own, how in groups:
+        axes.scatter(own[0], own[1], s=size, linewidths=0, **how)
+    if groups:
+        style.legend_beside(axes, marker_scale=6 / math.sqrt(size))
     else:
-        axes.scatter(codes[:, 0], codes[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
+        axes.scatter(codes[:, 0], codes[:, 1], s=size, color=style.BLUE, alpha=0.6, linewidths=0)
     if unit_circle:
         axes.add_patch(Circle((0, 0), 1, fill=False, ec="0.6", linewidth=0.8))
         axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
@@ -76,7 +80,7 @@ def manifold(
     *,
     title: str,
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
@@ -97,26 +101,23 @@ def manifold(
     for axes, coordinate in zip(places, shown, strict=True):
         axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
         if rows == 1:
-            axes.plot(first, values[0, :, coordinate], color=BLUE, linewidth=1.3)
+            axes.plot(first, values[0, :, coordinate], color=style.BLUE, linewidth=1.3)
             axes.set_xlabel(axis_labels[0])
             continue
-        mesh = axes.pcolormesh(first, second, values[:, :, coordinate], cmap=MAP, shading="gouraud")
+        height = values[:, :, coordinate]
+        mesh = axes.pcolormesh(first, second, height, cmap=style.MAP, shading="gouraud")
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
         figure.colorbar(mesh, ax=axes, label="decoded mean")
     return figure
 
 
 def traversals(
-    data: Array, values: Array, names: Sequence[str], *, title: str, limits: Limits = (0.0, 1.0)
+    data: Array, values: Array, names: Labels, *, title: str, limits: Limits = UNIT
 ) -> Figure:
-    """Show what one latent after the other does to a datum.
+    """Show what one latent after the other, of these names, does to a datum.
 
-    Args:
-        data: decoded data ``(latents, steps, *data_shape)``.
-        values: value of the moved latent, ``(latents, steps)``.
-        names: name of each latent.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
+    moved latent; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[2:]):
         return image_grid(list(data), title=title, row_labels=names, limits=limits)
@@ -124,42 +125,21 @@ def traversals(
 
 
 def interpolations(
-    start: Array, way: Array, end: Array, *, title: str, limits: Limits = (0.0, 1.0)
+    start: Array, way: Array, end: Array, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
-    Args:
-        start: ``(N, *data_shape)``.
-        way: decoded data ``(steps, N, *data_shape)``.
-        end: ``(N, *data_shape)``.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``; ``limits``
+    are the values shown as white and as black.
     """
     shares = np.linspace(0, 1, len(way))
     if is_image(start.shape[1:]):
-        rows = [
-            np.concatenate([start[n : n + 1], way[:, n], end[n : n + 1]]) for n in range(len(start))
-        ]
+        ways = zip(start, way.swapaxes(0, 1), end, strict=True)
+        rows = [np.stack([first, *middle, last]) for first, middle, last in ways]
         labels = ["from", *(f"{share:.2g}" for share in shares), "to"]
         return image_grid(rows, title=title, column_labels=labels, limits=limits)
     names = [f"pair {n + 1}: share of the way" for n in range(len(start))]
     return _vector_walks(way.swapaxes(0, 1), [shares] * len(start), names, title)
-
-
-def _histograms(
-    codes: Array, labels: Array | None, classes: Sequence[Any], title: str, name: str
-) -> Figure:
-    figure, axes = one_panel(title, (6.2, 4))
-    bins = np.histogram_bin_edges(codes, bins=50).tolist()
-    if labels is not None and 0 < len(classes) <= _MOST_CLASSES:
-        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
-            chosen = codes[labels == value]
-            axes.hist(chosen, bins, histtype="step", color=colour, label=str(value), linewidth=1.3)
-        legend_beside(axes, marker_scale=1)
-    else:
-        axes.hist(codes, bins, color=BLUE, alpha=0.5)
-    axes.set(xlabel=name, ylabel="data")
-    return figure
 
 
 def _image_manifold(
@@ -170,7 +150,7 @@ def _image_manifold(
     # About 7 inches in all, each image with its own proportions.
     cell = 6.4 / max(columns * image_width, rows * image_height, 10 * image_height)
     width, height = cell * columns * image_width, cell * rows * image_height
-    figure, axes = one_panel(title, (max(width + 1.1, 0.075 * len(title) + 1), height + 1.1))
+    figure, axes = style.one_panel(title, (max(width + 1.1, 0.075 * len(title) + 1), height + 1.1))
     gap = 0.03  # of a cell: neighbours are told apart
     for row in range(rows):
         for column in range(columns):
@@ -194,9 +174,7 @@ def _ticks(values: Array) -> tuple[list[float], list[str]]:
     return [index + 0.5 for index in chosen], [f"{values[index]:.{digits}f}" for index in chosen]
 
 
-def _vector_walks(
-    data: Array, positions: Sequence[Array], names: Sequence[str], title: str
-) -> Figure:
+def _vector_walks(data: Array, positions: Sequence[Array], names: Labels, title: str) -> Figure:
     """Show vectors along ways ``(ways, steps, *data_shape)``: as lines, or many as a map."""
     data = data.reshape(*data.shape[:2], -1)[:_MOST_PANELS]
     many = data.shape[2] > _MOST_LINES
@@ -205,11 +183,12 @@ def _vector_walks(
     for axes, way, position, name in zip(places, data, positions, names, strict=False):
         axes.set_xlabel(name)
         if many:
-            how: dict[str, Any] = {"cmap": MAP, "vmin": data.min(), "vmax": data.max()}
+            how: dict[str, Any] = {"cmap": style.MAP, "vmin": data.min(), "vmax": data.max()}
             mesh = axes.pcolormesh(position, coordinates, way.T, shading="nearest", **how)
             axes.set_ylabel("coordinate")
             continue
-        for coordinate, colour in zip(coordinates, class_colours(len(coordinates)), strict=True):
+        colours = style.class_colours(len(coordinates))
+        for coordinate, colour in zip(coordinates, colours, strict=True):
             label = f"coordinate {coordinate}"
             axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
         axes.set_ylabel("decoded mean")
@@ -232,4 +211,4 @@ def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes
     columns = min(3, number)
     rows = math.ceil(number / columns)
     size = 3.2 * columns + 1.3, 2.6 * rows + 0.4
-    return panels(title, size, rows, columns, shown=number, framed=framed)
+    return style.panels(title, size, rows, columns, shown=number, framed=framed)
