@@ -105,23 +105,23 @@ def test_a_run_that_recorded_its_settings_as_asked_is_read_and_gone_on_with(here
     assert "<td>training data</td>" in Path("run/report.html").read_text()
 
 
-def test_train_says_what_was_measured_and_where(here, tmp_path):
-    result = train("--dataset", "bits.npy", "--output", tmp_path / "run", epochs=1)
+def test_train_says_what_was_measured_and_where(here):
+    result = train("--dataset", "bits.npy", "--output", here / "own", epochs=1)
     assert "log p(x)" in result.out
     assert "20 x 500" in result.out
-    assert f"run folder: {tmp_path / 'run'}" in result.out
+    assert f"run folder: {here / 'own'}" in result.out
     assert "pseudo" not in result.out
     assert max(map(len, result.out.splitlines()[:-1])) <= 80
 
 
-def test_the_choice_of_compiling_is_printed_and_recorded(here, digits, tmp_path):
+def test_the_choice_of_compiling_is_printed_and_recorded(here, digits):
     metrics = json.loads((digits / "metrics.json").read_text())
     assert metrics["compiled"] is False
     assert "compiling pays from" in metrics["compile_choice"]
-    own = ("--dataset", "bits.npy", "--output", tmp_path / "own")
+    own = ("--dataset", "bits.npy", "--output", "own")
     result = train("--compile", "off", *own, epochs=0)
     assert "training step: eager as asked" in result.out
-    assert "eager as asked" in (tmp_path / "own" / "report.html").read_text()
+    assert "eager as asked" in (here / "own" / "report.html").read_text()
 
 
 OBJECTIVES = {
