@@ -14,14 +14,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
-from pyro_vae.evaluation.auto import (
-    AutoOptions,
-    anneal_uncleared,
-    is_unclear,
-    look_again,
-    trust_nothing,
-    why_not_annealed,
-)
+from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import (
     Observed,
@@ -339,32 +332,12 @@ def _anneal_alike(
     settings: _Settings,
 ) -> None:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
-    for name, pair in pairs.items():
-        with pair.evaluating(settings.seed):
-            reason = why_not_annealed(pair)
-        if reason is not None:
-            found = (measured.estimate for (measured,) in runs.values())
-            untrusted = trust_nothing(f"{name}: {reason}", *found, stacklevel=3)
-            for each, own in zip(runs, untrusted, strict=True):
-                runs[each] = [replace(runs[each][0], estimate=own)]
-            return
-    cleared, estimates = [], {}
-    for name, pair in pairs.items():
-        with pair.evaluating((settings.seed + 2) % 2**32):
-            estimates[name], clear = look_again(pair, runs[name][0].estimate, auto)
-            cleared.append(clear)
-    by_all = torch.stack(cleared).all(0)
-    urgent = torch.stack([is_unclear(estimate) for estimate in estimates.values()]).any(0)
-    for name, pair in pairs.items():
-        (measured,) = runs[name]
-        with pair.evaluating((settings.seed + 3) % 2**32):
-            annealed = anneal_uncleared(
-                pair,
-                estimates[name],
-                by_all,
-                auto,
-                urgent=urgent,
-                max_memory=settings.max_memory,
-            )
+
+    def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
+        return pair.evaluating((settings.seed + number) % 2**32)
+
+    first = {name: measured.estimate for name, (measured,) in runs.items()}
+    found = anneal_alike(pairs, first, auto, run, max_memory=settings.max_memory)
+    for name, annealed in found.items():
         log_prob = PerDatum(annealed.log_prob, annealed.standard_error)
-        runs[name] = [replace(measured, estimate=annealed, log_prob=log_prob)]
+        runs[name] = [replace(runs[name][0], estimate=annealed, log_prob=log_prob)]

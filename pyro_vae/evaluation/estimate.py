@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,16 @@ class PosteriorDraws(NamedTuple):
     latents: dict[str, Tensor]
     log_likelihood: Tensor
     log_weights: Tensor
+
+    def choose(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Choose draws by their weights, ``(count, N)``; where all weights are 0 none is better."""
+        weights = self.log_weights.softmax(0).nan_to_num(nan=1.0).T
+        return torch.multinomial(weights, count, replacement=True, generator=generator).T
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PosteriorDraws:
+        """Return the draws with all of their tensors changed alike."""
+        latents = {name: change(value) for name, value in self.latents.items()}
+        return PosteriorDraws(latents, change(self.log_likelihood), change(self.log_weights))
 
 
 @dataclass(frozen=True)
@@ -218,10 +227,7 @@ def to_arviz(
     if estimate.trusted is not None:
         variables["trusted"] = (("data",), estimate.trusted.numpy())
         variables["method"] = (("data",), estimate.methods)
-    # A datum whose every weight is 0 has no posterior to resample; its draws are left as they are.
-    weights = log_weights.softmax(0).nan_to_num(nan=1.0)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
+    chosen = estimate.draws.choose(num_draws, torch.Generator().manual_seed(seed))
     return _structure(
         {
             "posterior": _chosen_draws(latents, chosen, names),
@@ -336,68 +342,44 @@ class Report:
         self.done, self.total = self.done + len(log_prob), self.total + log_prob.sum().item()
 
 
-class Block(NamedTuple):
-    """What a block of the data gave, on the CPU: fields of :class:`LogMarginal`, ``(n,)`` each."""
-
-    positions: Tensor
-    per_datum: dict[str, Tensor]
-    draws: PosteriorDraws
-    convergence: Convergence | None = None
-    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
-
-
-def join_blocks(
-    blocks: list[Block], *, keep_draws: int | None = None, convergence: bool = False, **fields: Any
+def concatenate(
+    parts: Sequence[LogMarginal],
+    *,
+    positions: Sequence[Tensor] = (),
+    keep_draws: int | None = 0,
+    **changed: Any,
 ) -> LogMarginal:
-    """Put the blocks' data points back in their order, with ``keep_draws`` draws of each at most.
+    """Put estimates of several sets of data points together, one after the other or at ``positions``.
 
-    ``convergence`` says whether that of all blocks is of the same numbers of samples.
+    What they share, their method, is the first one's. Draws are kept of each as far as all have them,
+    ``keep_draws`` at most.
     """
-    order = torch.cat([block.positions for block in blocks]).argsort()
+    order = torch.cat(list(positions)).argsort() if positions else None
 
-    def join(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
-        return torch.cat(list(parts), dim).index_select(dim, order)
+    def join(values: Iterable[Tensor], dim: int = 0) -> Tensor:
+        joined = torch.cat(list(values), dim)
+        return joined if order is None else joined.index_select(dim, order)
 
-    joined: dict[str, Any] = {
-        name: join(block.per_datum[name] for block in blocks) for name in blocks[0].per_datum
-    }
-    kept = min(len(block.draws.log_weights) for block in blocks)
-    kept = kept if keep_draws is None else min(kept, keep_draws)
-
-    def join_draws(parts: Iterable[Tensor]) -> Tensor:
-        return join((part[:kept] for part in parts), 1)
-
-    draws = history = None
-    if kept:
-        latents, *terms = zip(*(block.draws for block in blocks), strict=True)
-        draws = PosteriorDraws(
-            {name: join_draws(each[name] for each in latents) for name in latents[0]},
-            *map(join_draws, terms),
-        )
-    histories = [block.convergence for block in blocks if block.convergence is not None]
-    if convergence and histories:
-        log_prob = join((each.log_prob for each in histories), 1)
-        history = Convergence(histories[0].num_samples, log_prob)
-    joined.setdefault("trusted", joined["pareto_k"] <= pareto_k_limit(fields["num_samples"]))
-    joined["diagnostics"] = {
-        name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
-    }
-    return LogMarginal(**joined, convergence=history, draws=draws, **fields)
-
-
-def concatenate(parts: Sequence[LogMarginal], **changed: Any) -> LogMarginal:
-    """Put estimates of several sets of data points one after the other, without their draws.
-
-    What they share, their method, is the first one's.
-    """
     whole: dict[str, Any] = {}
     for each in fields(LogMarginal):
         values = [getattr(part, each.name) for part in parts]
         if all(isinstance(value, Tensor) for value in values):
-            whole[each.name] = torch.cat(values)
-    names = set.intersection(*(set(part.diagnostics) for part in parts))
-    whole["diagnostics"] = {n: torch.cat([part.diagnostics[n] for part in parts]) for n in names}
+            whole[each.name] = join(values)
+    names = [n for n in parts[0].diagnostics if all(n in part.diagnostics for part in parts)]
+    whole["diagnostics"] = {n: join(part.diagnostics[n] for part in parts) for n in names}
     whole["pseudo_likelihood"] = any(part.pseudo_likelihood for part in parts)
+    curves = [part.convergence for part in parts if part.convergence is not None]
+    numbers = {tuple(curve.num_samples.tolist()) for curve in curves}
+    if len(curves) == len(parts) and len(numbers) == 1:
+        log_prob = join((curve.log_prob for curve in curves), 1)
+        whole["convergence"] = Convergence(curves[0].num_samples, log_prob)
+    draws = [part.draws for part in parts if part.draws is not None]
+    kept = min(len(each.log_weights) for each in draws) if len(draws) == len(parts) else 0
+    kept = kept if keep_draws is None else min(kept, keep_draws)
+    if kept:
+        latents, *terms = zip(*(each.map(lambda value: value[:kept]) for each in draws), strict=True)
+        together = {name: join((each[name] for each in latents), 1) for name in latents[0]}
+        whole["draws"] = PosteriorDraws(together, *(join(each, 1) for each in terms))
     return LogMarginal(**{**whole, "method": parts[0].method, **changed})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,26 +14,18 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
-from pyro_vae.evaluation.auto import (
-    AutoOptions,
-    anneal_uncleared,
-    is_unclear,
-    look_again,
-    trust_nothing,
-    why_not_annealed,
-)
+from pyro_vae.evaluation.auto import AutoOptions, anneal_alike
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import (
-    Block,
     Convergence,
     LogMarginal,
     PosteriorDraws,
     Report,
-    join_blocks,
+    concatenate,
     summarise,
     warn_if_unreliable,
 )
-from pyro_vae.evaluation.pareto import TailWeights
+from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction
@@ -207,24 +200,18 @@ def estimate_log_prob(
         first = estimate_log_prob(
             pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
         )
-        reason = why_not_annealed(pair)
-        if reason is not None:
-            return trust_nothing(reason, first, stacklevel=3)[0]
-        first, cleared = look_again(pair, first, options)
-        return anneal_uncleared(
-            pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory
-        )
+        one, found = {"": pair}, {"": first}
+        return anneal_alike(one, found, options, lambda *_: nullcontext(), max_memory=max_memory)[""]
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
-    mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}
     target, num_pilot = options.target_standard_error, options.num_samples
     counts = torch.full((pair.num_data,), num_pilot)
     budget = pair.memory(max_memory)
+    mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}
     if target is None:
-        blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-        return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True, **mark)
-    blocks = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
-    pilot = join_blocks(blocks, num_samples=counts, cost=counts)
+        found = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+        return replace(found, **mark)
+    pilot = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
     most = options.max_samples or 20 * num_pilot
     wanted = num_pilot * (pilot.standard_error / target).square()
     # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one. One step more:
@@ -234,9 +221,9 @@ def estimate_log_prob(
     counts = (1.25**steps).ceil().long().clamp(min(200, most), most)
     if not pair.is_divisible():
         counts = counts.max().expand(pair.num_data)
-    blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-    found = join_blocks(blocks, num_samples=counts, cost=counts + num_pilot, **mark)
-    return replace(found, missed_target=~(found.standard_error <= target))
+    found = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+    missed, cost = ~(found.standard_error <= target), counts + num_pilot
+    return replace(found, cost=cost, missed_target=missed, convergence=None, **mark)
 
 
 def _sample_all(
@@ -246,9 +233,9 @@ def _sample_all(
     keep_draws: int | None,
     compile: bool | None,
     report: Report,
-) -> list[Block]:
+) -> LogMarginal:
     """Take so many samples of each data point, those of one number together."""
-    blocks = []
+    blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
         for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
@@ -260,9 +247,10 @@ def _sample_all(
             stream = _Stream(particles, count, budget, min(fewest, most))
             for fraction in stream.run(compile):
                 report.tell(fraction * len(positions), partial(stream.log_prob, len(positions)))
-            blocks.append(stream.result(positions))
-            report.finish(blocks[-1].per_datum["log_prob"])
-    return blocks
+            blocks.append(stream.result(len(positions)))
+            places.append(positions)
+            report.finish(blocks[-1].log_prob)
+    return concatenate(blocks, positions=places, keep_draws=None)
 
 
 def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
@@ -342,24 +330,25 @@ class _Stream:
         """Return the estimates so far of the first ``count`` data points."""
         return self.moments.result()["log_prob"][:count]
 
-    def result(self, positions: Tensor) -> Block:
-        """Return what the block gave for its first data points, which stand at ``positions``."""
-        count = len(positions)
+    def result(self, count: int) -> LogMarginal:
+        """Return the estimate of the first ``count`` data points."""
         per_datum = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
-        nothing = torch.zeros(0, count, dtype=torch.float64)
-        draws = PosteriorDraws({}, nothing, nothing)
+        per_datum = {name: value[:count].cpu() for name, value in per_datum.items()}
+        num_samples = torch.full((count,), self.num_samples)
+        draws = None
         if self.draws:
             rows, *terms = zip(*self.draws, strict=True)
             latents = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            draws = PosteriorDraws(
-                {n: value[:, :count] for n, value in self.particles.data_first(latents).items()},
-                *(torch.cat(term)[:, :count] for term in terms),
-            )
-        return Block(
-            positions,
-            {name: value[:count].cpu() for name, value in per_datum.items()},
-            draws,
-            Convergence(torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]),
+            draws = PosteriorDraws(self.particles.data_first(latents), *map(torch.cat, terms))
+        return LogMarginal(
+            **per_datum,
+            num_samples=num_samples,
+            cost=num_samples,
+            trusted=per_datum["pareto_k"] <= pareto_k_limit(num_samples),
+            convergence=Convergence(
+                torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]
+            ),
+            draws=draws and draws.map(lambda value: value[:, :count]),
         )
 
 
