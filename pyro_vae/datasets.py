@@ -94,7 +94,7 @@ def load(
     name_or_path: Any,
     root: str | Path | None = None,
     *,
-    binarize: str = "dynamic",
+    binarize: str | None = None,
     validation_size: int | None = None,
     seed: int = 0,
     download: bool = False,
@@ -118,7 +118,8 @@ def load(
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae``.
         binarize: ``dynamic`` draws bits with the grey values as probabilities, afresh for every
             training batch and once, by ``seed``, for validation and test; ``static`` draws once for
-            every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are.
+            every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are. By default
+            tables are kept and everything else is drawn by ``dynamic``.
         validation_size: data taken from the training part for validation; 0 trains on all of it.
             By default a tenth, 10,000 at most.
         seed: seed of the split and of the bits drawn once.
@@ -135,15 +136,17 @@ def load(
         InputError: an unknown name, missing or unreadable files, data that can't be split or
             binarised as asked.
     """
+    is_path = isinstance(name_or_path, str | Path)
+    has_columns = is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv")
+    binarize = binarize or ("none" if has_columns else "dynamic")
     if binarize not in BINARIZATIONS:
         raise unknown_name("binarisation", binarize, BINARIZATIONS)
     seed = whole_number("a seed", seed, most=_LARGEST)
     if validation_size is not None:
         validation_size = whole_number("a validation size", validation_size, most=_LARGEST)
     generator = torch.Generator().manual_seed(seed)
-    is_path = isinstance(name_or_path, str | Path)
     is_named = is_path and str(name_or_path) in NAMES
-    if is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv"):
+    if has_columns:
         path = _data_file(Path(name_or_path)) if is_path else name_or_path
         loaded: dict[str, Any] = read_table(path, labels, leave_out)
     elif labels is not None or leave_out:
