@@ -26,11 +26,12 @@ from pyro_vae.evaluation.comparison_training import (
     check_comparable,
     check_fit_options,
     check_training,
+    frozen_model,
     observed_sites,
+    parameters_in,
     train_pairs,
 )
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import as_dict, check_callables
@@ -157,7 +158,14 @@ def compare(
     with HANDLER_LOCK:
         opened = open_all(pairs)
         first = next(iter(opened.values()))
-        likelihood, owned = _look_at_all(opened, settings, hold)
+        if hold == "model":
+            observed = {"the frozen model": _look_at(first, settings)[0]}
+            owned = {name: _look_at_guide(pair, settings) for name, pair in opened.items()}
+        else:
+            looks = {name: _look_at(pair, settings) for name, pair in opened.items()}
+            observed = {name: found for name, (found, _) in looks.items()}
+            owned = {name: trained for name, (_, trained) in looks.items()}
+        likelihood = check_comparable(observed)
         if train is not None:
             check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
@@ -175,7 +183,7 @@ def compare(
                 for name, pair in opened.items()
             }
             if auto is not None:
-                _anneal_alike(opened, runs, auto, settings)
+                runs = _anneal_alike(opened, runs, auto, settings)
     return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
 
 
@@ -225,20 +233,6 @@ def _check_options(
             "leave them out, or ask for annealing"
         )
     return annealing, max_annealed
-
-
-def _look_at_all(
-    pairs: Mapping[str, OpenedPair], settings: _Settings, hold: str | None
-) -> tuple[str, dict[str, Trained]]:
-    """Return the likelihood's kind and what trains of each pair; refuse what can't be compared."""
-    if hold == "model":
-        observed = {"the frozen model": _look_at(next(iter(pairs.values())), settings)[0]}
-        owned = {name: _look_at_guide(pair, settings) for name, pair in pairs.items()}
-    else:
-        looks = {name: _look_at(pair, settings) for name, pair in pairs.items()}
-        observed = {name: found for name, (found, _) in looks.items()}
-        owned = {name: trained for name, (_, trained) in looks.items()}
-    return check_comparable(observed), owned
 
 
 def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed], Trained]:
@@ -297,7 +291,10 @@ def _measure(
     estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
     seconds = time.perf_counter() - start
     annealed = annealed_trusted = divergence = None
-    if settings.annealing and _can_be_annealed(pair, settings.annealing.start, settings.seed):
+    with pair.evaluating(settings.seed):
+        how = settings.annealing
+        anneals = how is not None and why_not_annealed(pair, how.start) is None
+    if anneals:
         found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
         annealed = PerDatum(found.log_prob, found.standard_error)
         annealed_trusted = found.trusted
@@ -320,17 +317,12 @@ def _measure(
     )
 
 
-def _can_be_annealed(pair: OpenedPair, start: str, seed: int) -> bool:
-    with pair.evaluating(seed):
-        return why_not_annealed(pair, start) is None
-
-
 def _anneal_alike(
     pairs: Mapping[str, OpenedPair],
     runs: dict[str, list[Measured]],
     auto: AutoOptions,
     settings: _Settings,
-) -> None:
+) -> dict[str, list[Measured]]:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
 
     def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
@@ -338,6 +330,7 @@ def _anneal_alike(
 
     first = {name: measured.estimate for name, (measured,) in runs.items()}
     found = anneal_alike(pairs, first, auto, run, max_memory=settings.max_memory)
-    for name, annealed in found.items():
-        log_prob = PerDatum(annealed.log_prob, annealed.standard_error)
-        runs[name] = [replace(runs[name][0], estimate=annealed, log_prob=log_prob)]
+    return {
+        n: [replace(runs[n][0], estimate=e, log_prob=PerDatum(e.log_prob, e.standard_error))]
+        for n, e in found.items()
+    }

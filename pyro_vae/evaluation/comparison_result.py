@@ -123,7 +123,11 @@ class Comparison:
         Raises:
             InputError: none, or comparisons of other pairs, settings or numbers of data points.
         """
-        kinds = [each._describe() for each in comparisons]
+        kinds = [
+            f"{', '.join(each.runs)} on {each.num_data} data points ({each.likelihood}, num_samples "
+            f"{each.num_samples}, num_importance {each.num_importance}, hold {each.hold})"
+            for each in comparisons
+        ]
         if not kinds:
             raise InputError("expected at least one comparison, got none")
         other = next((kind for kind in kinds if kind != kinds[0]), None)
@@ -318,12 +322,6 @@ class Comparison:
         width = 40 + sum(max(28, len(name) + 4) for name in self.pairs)
         Console(file=file, width=width, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
-
-    def _describe(self) -> str:
-        return (
-            f"{', '.join(self.runs)} on {self.num_data} data points ({self.likelihood}, num_samples "
-            f"{self.num_samples}, num_importance {self.num_importance}, hold {self.hold})"
-        )
 
     def _pareto_k(self, name: str) -> Tensor:
         """Return the largest tail index of each datum among the runs, NaN where one is not known."""

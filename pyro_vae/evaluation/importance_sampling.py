@@ -156,16 +156,11 @@ def log_marginal(
         raise InputError(f"expected method 'importance', 'annealed' or 'auto', got {method!r}")
     options: ImportanceOptions | AnnealingOptions | AutoOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
-    if method == "annealed":
+    if method == "annealed" and (compile or target_standard_error is not None):
+        name, advice = "target_standard_error", "set num_chains and num_steps instead"
         if compile:
-            raise InputError(
-                "expected method='importance' with compile=True, got 'annealed': leave it out"
-            )
-        if target_standard_error is not None:
-            raise InputError(
-                "expected method='importance' with target_standard_error, got 'annealed': "
-                "set num_chains and num_steps instead"
-            )
+            name, advice = "compile=True", "leave it out"
+        raise InputError(f"expected method='importance' with {name}, got 'annealed': {advice}")
     if method != "importance":
         annealing = AnnealingOptions(
             num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
@@ -272,9 +267,11 @@ class _Stream:
         self.particles, self.num_samples, self.kept = particles, num_samples, kept
         self.moments = _RunningMoments()
         self.tail = TailWeights(num_samples, particles.pair.structure.precision)
-        self.checkpoints = _checkpoints(num_samples)
+        powers = range(int(math.log10(num_samples)) + 1)
+        rounds = {factor * 10**power for power in powers for factor in (1, 2, 5)}
+        self.checkpoints = sorted(n for n in rounds | {num_samples} if n <= num_samples)
         self.history: list[Tensor] = []
-        self.draws: list[tuple[Latents, Tensor, Tensor]] = []
+        self.draws: list[PosteriorDraws] = []
         # Half of the budget holds the latents drawn in one pass of the guide, the other half the
         # chunk of them that the model scores. Chunks are of equal size, as far as possible.
         scored = budget // (2 * particles.bytes_per_datum * particles.num_data)
@@ -316,9 +313,8 @@ class _Stream:
         self.tail.add(densities.log_weights)
         missing = self.kept - self.moments.count
         if missing > 0:
-            kept = {name: value[:missing].cpu() for name, value in latents.items()}
-            terms = (densities.log_likelihood[:missing].cpu(), densities.log_weights[:missing].cpu())
-            self.draws.append((kept, *terms))
+            draws = PosteriorDraws(latents, densities.log_likelihood, densities.log_weights)
+            self.draws.append(draws.map(lambda value: value[:missing].cpu()))
         while len(densities.log_proposal):
             until = self.checkpoints[len(self.history)] - self.moments.count
             self.moments.add(LogDensities(*(term[:until] for term in densities)))
@@ -382,13 +378,6 @@ class _RunningMoments:
             "rate": self.sum_rate / self.count,
             "distortion": self.sum_distortion / self.count,
         }
-
-
-def _checkpoints(num_samples: int) -> list[int]:
-    """Return numbers of samples 1, 2, 5, 10, 20, 50, ... up to ``num_samples``."""
-    powers = range(int(math.log10(num_samples)) + 1)
-    counts = {factor * 10**power for power in powers for factor in (1, 2, 5)}
-    return sorted(count for count in counts | {num_samples} if count <= num_samples)
 
 
 def _pad_and_score(score: Callable[[Latents], Terms], size: int, latents: Latents) -> Terms:

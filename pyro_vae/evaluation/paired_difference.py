@@ -62,7 +62,11 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
         by the rows and by the columns of a table: Cameron, Gelbach, Miller 2011, "Robust Inference
         with Multiway Clustering", section 2, here without the term that is subtracted there.
     """
-    runs = [_subtract(*both) for both in zip(mine, theirs, strict=True)]
+    runs = []
+    for (value, error), (other, its) in zip(mine, theirs, strict=True):
+        impossible: Tensor = value.isneginf() & other.isneginf()
+        difference = torch.where(impossible, 0.0, value - other)
+        runs.append(PerDatum(difference, torch.hypot(error, its)))
     count, paired = len(runs), average_runs(runs)
     over_data = paired.data_standard_error
     by_run = tuple(run.mean for run in runs)
@@ -104,14 +108,6 @@ def deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return torch.tensor(values, dtype=torch.float64).std().item()
-
-
-def _subtract(mine: PerDatum, theirs: PerDatum) -> PerDatum:
-    both_impossible: Tensor = mine.value.isneginf() & theirs.value.isneginf()
-    return PerDatum(
-        torch.where(both_impossible, 0.0, mine.value - theirs.value),
-        torch.hypot(mine.standard_error, theirs.standard_error),
-    )
 
 
 def _student(degrees: int) -> float:

@@ -32,8 +32,7 @@ def as_inputs(
 
     With functions, that is on the device of their parameters and, for floating-point data, in their
     type where they have one; whole numbers too where the model says that its data are numbers, for
-    elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
-    ``share_rows``: whether their first dimension counts the data, or they are of any shapes.
+    elsewhere they may be labels. Their number is checked if they ``are_given`` to the functions.
     """
     if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
         raise InputError(

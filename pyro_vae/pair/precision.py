@@ -69,9 +69,8 @@ def multiply_in(precision: str) -> Iterator[None]:
 def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32 if asked for, and else not.
 
-    What torch's flags say of matrix products, convolutions and recurrent layers is put back as it
-    was, said by the old ones (``allow_tf32``, ``set_float32_matmul_precision``) or by the new ones
-    (``fp32_precision``). Inside both say the same, for torch raises where they differ.
+    What torch's flags say, the old ones (``allow_tf32``, ``set_float32_matmul_precision``) and the
+    new (``fp32_precision``), is put back. Inside both say the same, for torch raises else.
     """
     if device.type != "cuda":
         yield

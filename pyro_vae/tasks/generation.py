@@ -207,9 +207,8 @@ def generate(
         raise InputError(f"expected a finite temperature above 0, got {temperature}")
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
-    pair = None
-    if guide is not None:
-        pair = open_pair(model, guide, like if data is None else data, plate=plate)
+    source = like if data is None else data
+    pair = None if guide is None else open_pair(model, guide, source, plate=plate)
     with opened.evaluating(seed, guide):
         name = observed_site(opened.trace(), observed)
         latents: Latents = {}
@@ -297,22 +296,15 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
         return draw(pair.part(picked))
     # A guide with parameters per datum takes all its data at once: a datum picked for the k-th time
     # gets the k-th draw.
-    turn = _occurrence(picked)
+    values, order = picked.sort(stable=True)
+    before = torch.arange(len(picked), device=picked.device) - torch.searchsorted(values, values)
+    turn = torch.empty_like(picked).scatter_(0, order, before)
     draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
     latents = {}
     for name, axis in pair.axes.items():
         rows = torch.stack([each[name].movedim(axis, 0) for each in draws])
         latents[name] = rows[turn, picked].movedim(0, axis)
     return latents
-
-
-def _occurrence(picked: Tensor) -> Tensor:
-    """Return how often each entry's value has come before it."""
-    values, order = picked.sort(stable=True)
-    position = torch.arange(len(picked), device=picked.device)
-    occurrence = torch.empty_like(picked)
-    occurrence[order] = position - torch.searchsorted(values, values)
-    return occurrence
 
 
 class _AtTemperature(Messenger):
@@ -344,19 +336,17 @@ def _spread(name: str, fn: Any, factor: float) -> Any:
         shift = distributions.AffineTransform(fn.loc * (1 - factor), factor)
         return dist.TransformedDistribution(fn, [shift])
     if isinstance(fn, distributions.MultivariateNormal):
-        factors = fn.scale_tril * factor
-        return dist.MultivariateNormal(fn.loc, scale_tril=factors, validate_args=False)
+        how = {"scale_tril": fn.scale_tril * factor, "validate_args": False}
+        return dist.MultivariateNormal(fn.loc, **how)
     if isinstance(fn, distributions.MixtureSameFamily):
-        components = _spread(name, fn.component_distribution, factor)
-        weights = fn.mixture_distribution
-        return dist.MixtureSameFamily(weights, components, validate_args=False)
+        parts = fn.mixture_distribution, _spread(name, fn.component_distribution, factor)
+        return dist.MixtureSameFamily(*parts, validate_args=False)
     if isinstance(fn, DiagonalNormalMixture):
         return DiagonalNormalMixture(fn.log_weights, fn.loc, fn.scale * factor)
     if isinstance(fn, FlowDistribution):
         return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
     if isinstance(fn, distributions.TransformedDistribution):
-        base = _spread(name, fn.base_dist, factor)
-        return dist.TransformedDistribution(base, fn.transforms)
+        return dist.TransformedDistribution(_spread(name, fn.base_dist, factor), fn.transforms)
     raise InputError(
         f"expected latents with a scale that a temperature multiplies, {name!r} is "
         f"{type(fn).__name__}: leave temperature at 1"

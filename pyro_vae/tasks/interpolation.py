@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, real_number, whole_number
-from pyro_vae.evaluation.latent_codes import Code, choose_site, mean_codes
+from pyro_vae.evaluation.latent_codes import choose_site, mean_codes
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
@@ -108,8 +108,7 @@ def interpolate(
         last = mean_codes(encoder._replace(inputs=ends), _CODE_DRAWS)
         ways = {}
         for name, code in codes.items():
-            _refuse_discrete(name, code)
-            start, end = code.decodable(), last[name].decodable()
+            start, end = code.continuous(name), last[name].continuous(name)
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
             way = start + shares * (end - start)
@@ -233,7 +232,7 @@ class _Walker:
         codes = mean_codes(pair.alone(pair.guide), _CODE_DRAWS)
         self.site = choose_site(codes, site)
         self.support = codes[self.site].support
-        _refuse_discrete(self.site, codes[self.site])
+        codes[self.site].continuous(self.site)
         self.codes = {name: code.decodable() for name, code in codes.items()}
         self.shape = self.codes[self.site].shape[1:]
         self.flat = self.codes[self.site].reshape(pair.num_data, -1)
@@ -262,7 +261,7 @@ class _Walker:
         self.model = self.model.first()
 
     def axis(self, dimension: int) -> Tensor:
-        return torch.eye(self.size, dtype=self.flat.dtype, device=self.flat.device)[dimension]
+        return torch.eye(self.size).to(self.flat)[dimension]
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
         """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
@@ -302,10 +301,9 @@ class _Walker:
         codes = []
         for sine in height:
             for angle in longitude:
-                code = up * sine
+                codes.append(up * sine)
                 level = (1 - sine.square()).sqrt()
-                code[:, first], code[:, second] = level * angle.cos(), level * angle.sin()
-                codes.append(code)
+                codes[-1][:, first], codes[-1][:, second] = level * angle.cos(), level * angle.sin()
         return longitude.rad2deg(), height.asin().rad2deg(), codes
 
     def decode(self, flat: Sequence[Tensor]) -> Tensor:
@@ -341,8 +339,3 @@ def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
     length = vector.norm(dim=-1, keepdim=True)
     tiny = length < 10 * torch.finfo(vector.dtype).eps
     return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
-
-
-def _refuse_discrete(name: str, code: Code) -> None:
-    if code.support == "discrete":
-        raise InputError(f"expected a continuous latent to walk through, {name!r} is discrete")

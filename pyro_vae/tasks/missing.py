@@ -202,6 +202,5 @@ def _inside(base: Any, value: Tensor) -> Tensor:
         centre = base.mean
     except NotImplementedError:
         centre = base.sample()
-    if base.support.is_discrete:
-        centre = centre.round()
+    centre = centre.round() if base.support.is_discrete else centre
     return centre.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
