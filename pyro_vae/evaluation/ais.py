@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -230,7 +230,7 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
-    per_datum = {
+    per_datum: dict[str, Any] = {
         **estimate,
         "pareto_k": tail.pareto_k(),
         "rate": rate,

@@ -195,8 +195,8 @@ def estimate_log_prob(
         first = estimate_log_prob(
             pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
         )
-        one, found = {"": pair}, {"": first}
-        return anneal_alike(one, found, options, lambda *_: nullcontext(), max_memory=max_memory)[""]
+        one, run = {"": pair}, lambda *_: nullcontext()
+        return anneal_alike(one, {"": first}, options, run, max_memory=max_memory)[""]
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
     target, num_pilot = options.target_standard_error, options.num_samples
@@ -328,8 +328,8 @@ class _Stream:
 
     def result(self, count: int) -> LogMarginal:
         """Return the estimate of the first ``count`` data points."""
-        per_datum = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
-        per_datum = {name: value[:count].cpu() for name, value in per_datum.items()}
+        found = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
+        per_datum: dict[str, Any] = {name: value[:count].cpu() for name, value in found.items()}
         num_samples = torch.full((count,), self.num_samples)
         draws = None
         if self.draws:

@@ -119,9 +119,7 @@ class Structure(NamedTuple):
     # Which of "model" and "guide" read tensors' values in Python: a branch on them may take the right
     # side for a few particles by luck.
     reads_values: frozenset[str]
-    precision: (
-        float  # relative spacing of the numbers that its densities are computed in, the coarsest
-    )
+    precision: float  # relative spacing of the numbers of its densities, the coarsest
     likelihoods: frozenset[str]  # of the observed sites, see :func:`likelihood_kind`
     why_unweighable: str | None  # why it has no weight per data point, though it may be trained
 
@@ -300,7 +298,7 @@ class OpenedPair:
     def blocks(
         self, size: int = BLOCK, progress: Progress | None = None
     ) -> Iterator[tuple[slice, OpenedPair]]:
-        """Yield one block's rows and their pair after another; ``progress`` is told when it is done."""
+        """Yield the rows and the pair of each block; ``progress`` is told when one is done."""
         for rows in self.split(size):
             yield rows, self.part(rows)
             if progress is not None:
@@ -402,7 +400,7 @@ class OpenedPair:
                 check_rows(kind, site, self.plate, num_data)
 
     def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
-        """Trace a function with validation on; if Pyro's is off and it doesn't survive it, without."""
+        """Trace a function with validation on, or where Pyro's is off and that fails, without."""
         traced = poutine.trace(function)
         try:
             with validation_enabled(True), RunObserver() as observer:

@@ -449,8 +449,9 @@ def _spread(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     """Join blocks of data, and put the observed values back as they came."""
-    columns = zip(*(part[1:3] + part[4:] for part in parts), strict=True)
-    mean, deviation, *found = (None if each[0] is None else torch.cat(each) for each in columns)
+    columns: Any = zip(*(part[1:3] + part[4:] for part in parts), strict=True)
+    joined: Any = (None if each[0] is None else torch.cat(each) for each in columns)
+    mean, deviation, *found = joined
     draws = torch.cat([part.draws for part in parts], dim=1)
     return Completion(
         torch.where(missing, draws, x),

@@ -237,11 +237,12 @@ class Particles:
             ]
             latents = self._as_rows({name: trace.nodes[name]["value"] for name in self.axes})
             rows.append(self._draws(trace, latents, groups, lambda value: value[None]))
-        densities = ("log_proposal", "scaled_log_proposal")
+        names = ("log_proposal", "scaled_log_proposal")
+        densities: Any = {n: torch.cat([getattr(row, n) for row in rows]) for n in names}
         return rows[0]._replace(
             latents={name: torch.cat([row.latents[name] for row in rows]) for name in self.axes},
             gates=[group for row in rows for group in row.gates],
-            **{name: torch.cat([getattr(row, name) for row in rows]) for name in densities},
+            **densities,
         )
 
     def _as_rows(self, latents: Latents) -> Latents:
