@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
-from pyro_vae.app.pages import TERMS, log_prob_name
+from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
@@ -74,11 +74,7 @@ def evaluate(
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
     if estimate.pseudo_likelihood:
-        warnings.warn(
-            "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
-            "density",
-            stacklevel=2,
-        )
+        warnings.warn(PSEUDO.rstrip("."), stacklevel=2)
     values = as_dict(estimate, vae)
     try:
         if how.method == "both":
