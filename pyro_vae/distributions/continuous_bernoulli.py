@@ -19,7 +19,11 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats."""
-        return self.logits * (value - 0.5) - _log_sinh_ratio(self.logits)
+        # log(sinh(eta/2) / (eta/2)), even in eta.
+        small, square, size = _near_and_far(self.logits)
+        series = square * _even_series(square, lambda n: 1 / (2 * n))
+        closed = 0.5 * size + torch.log1p(-torch.exp(-size)) - size.log()
+        return self.logits * (value - 0.5) - torch.where(small, series, closed)
 
     @property
     def mean(self) -> Tensor:
@@ -65,14 +69,6 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
         bent = torch.logaddexp(torch.log1p(-u), u.log() + safe) / safe
         quantile = torch.where(flat, series, torch.where(steep, bent, curved))
         return torch.where(positive, 1 - quantile, quantile)
-
-
-def _log_sinh_ratio(eta: Tensor) -> Tensor:
-    """Return log(sinh(eta/2) / (eta/2)), even in eta."""
-    small, square, size = _near_and_far(eta)
-    series = square * _even_series(square, lambda n: 1 / (2 * n))
-    closed = 0.5 * size + torch.log1p(-torch.exp(-size)) - size.log()
-    return torch.where(small, series, closed)
 
 
 def continuous_bernoulli_mean(eta: Tensor) -> Tensor:

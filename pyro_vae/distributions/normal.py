@@ -87,11 +87,8 @@ class CholeskyNormal(LatestDraw, dist.MultivariateNormal):
 
 
 def variance_of_means(size: int) -> float:
-    """Return how much of a variance of 1 a fresh mixture has between its means, not within them.
-
-    Two means then lie sqrt(2) of a component's deviations apart, whatever the number of dimensions.
-    """
-    return 1 / (size + 1)
+    """Return how much of a variance of 1 a fresh mixture has between its means, not within them."""
+    return 1 / (size + 1)  # two lie sqrt(2) of a component's deviations apart, at any size
 
 
 class DiagonalNormalMixture(TorchDistribution):

@@ -134,14 +134,10 @@ class StableBeta(dist.Beta):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``(*sample_shape, *batch_shape)``, with gradients."""
         shape = self._extended_shape(sample_shape)
-        concentrations = self.concentration1.expand(shape), self.concentration0.expand(shape)
-        drawn = torch.sigmoid(torch.sub(*map(_log_gamma_draw, concentrations)))
+        logarithms = []
+        for each in (self.concentration1.expand(shape), self.concentration0.expand(shape)):
+            larger = dist.Gamma(each + 1, torch.ones_like(each), validate_args=False).rsample()
+            logarithms.append(larger.log() + torch.log1p(-torch.rand_like(each)) / each)
+        drawn = torch.sigmoid(logarithms[0] - logarithms[1])
         limits = torch.finfo(drawn.dtype)
         return drawn.clamp(limits.tiny, 1 - limits.eps / 2)
-
-
-def _log_gamma_draw(concentration: Tensor) -> Tensor:
-    larger = dist.Gamma(
-        concentration + 1, torch.ones_like(concentration), validate_args=False
-    ).rsample()
-    return larger.log() + torch.log1p(-torch.rand_like(concentration)) / concentration

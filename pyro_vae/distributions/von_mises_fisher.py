@@ -16,6 +16,7 @@ from .special_functions import CosineCumulants, angle_derivative, cosine_cumulan
 from .sphere import (
     SphereDistribution,
     check_dimension,
+    describe_norms,
     log_sphere_area,
     random_directions,
     unit_sphere,
@@ -50,11 +51,7 @@ class VonMisesFisher(SphereDistribution):
     Args:
         loc: mean direction mu, unit vectors, shape ``(*batch, m)``, m >= 2, float32 or float64.
         concentration: kappa >= 0, shape ``(*batch,)`` or a number.
-        validate_args: whether to check the values of parameters and samples; Pyro's setting if
-            None.
-
-    Shapes:
-        batch shape ``batch``, event shape ``(m,)``.
+        validate_args: whether to check parameters and samples; Pyro's setting if None.
 
     Raises:
         InputError: if shapes or dtypes don't fit; with validation on, if ``loc`` is not of unit
@@ -117,12 +114,8 @@ class VonMisesFisher(SphereDistribution):
     def cosine_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what densities, entropies and divergences are made of, each of shape ``batch``.
 
-        Float64 whatever the dtype of the parameters, because sums of them cancel, and with gradients
-        to ``concentration``.
-
-        Returns:
-            the concentration k; log E[e^(k mu.x)] under the uniform law, in nats; its derivative in
-            k, which is the mean E[mu.x] = I_(m/2)(k) / I_(m/2-1)(k).
+        The concentration k; log E[e^(k mu.x)] under the uniform law, nats; its derivative in k, which
+        is the mean E[mu.x] = I_(m/2)(k) / I_(m/2-1)(k). Float64, because sums of them cancel.
         """
         # One upcast for all three: their gradients then also cancel in float64.
         k = self.concentration.double()
@@ -159,14 +152,9 @@ class VonMisesFisher(SphereDistribution):
         return log_density_at_mode - 0.5 * self.concentration * chord
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draw reparameterised samples.
+        """Draw unit vectors ``(*sample, *batch, m)``, reparameterised.
 
-        Args:
-            sample_shape: shape of the independent draws.
-
-        Returns:
-            Unit vectors, shape ``(*sample, *batch, m)``. A draw whose every proposal is rejected
-            is NaN, never a wrong value; the chance is below 1e-16.
+        A draw whose every proposal is rejected is NaN; the chance is below 1e-16.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         concentration = self.concentration.expand(shape[:-1])
@@ -209,11 +197,7 @@ def _parameter_message(loc: Tensor, concentration: Tensor) -> str:
             f"expected concentration >= 0, got minimum {concentration.min().item():.6g}: "
             "map it through softplus"
         )
-    norm = torch.linalg.vector_norm(loc.detach(), dim=-1)
-    return (
-        f"expected loc of unit length, got norms from {norm.min().item():.9g} to "
-        f"{norm.max().item():.9g}: divide it by its norm"
-    )
+    return f"expected loc of unit length, got {describe_norms(loc)}: divide it by its norm"
 
 
 class _CosineMoments(torch.autograd.Function):

@@ -180,9 +180,8 @@ def frozen_model(
 ) -> Iterator[PairFunction]:
     """Yield the model with nothing in it that trains, in eval mode, on a device.
 
-    A module, or the owner of a method, is copied and the original left alone: what the model takes
-    from the guide's side (the family under a VampPrior) is copied with it, and stays as it was. The
-    parameters of a plain function are frozen in place and given back afterwards.
+    A module, or the owner of a method, is copied with what it takes from the guide's side (the family
+    under a VampPrior); parameters of a plain function are frozen in place and given back afterwards.
     """
     owners, run = owned_modules(model), model
 

@@ -117,10 +117,7 @@ class LogMarginal:
 
     @property
     def data_standard_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate over the data's distribution.
-
-        NaN (unknown) for a single datum.
-        """
+        """Standard error of :attr:`mean` over the data's distribution; NaN for a single datum."""
         return PerDatum(self.log_prob, self.standard_error).data_standard_error
 
     @property
@@ -155,13 +152,9 @@ class LogMarginal:
         """
         if self.was_annealed is None or self.trusted is None:
             return [self.method] * len(self.log_prob)
-        otherwise = {True: "importance", False: "not annealed"}
-        return [
-            "annealed" if annealed else otherwise[trusted or self.method != "auto"]
-            for annealed, trusted in zip(
-                self.was_annealed.tolist(), self.trusted.tolist(), strict=True
-            )
-        ]
+        names = ["not annealed", "importance", "annealed"]
+        own = (self.trusted | (self.method != "auto")).long().masked_fill(self.was_annealed, 2)
+        return [names[index] for index in own.tolist()]
 
     def __repr__(self) -> str:
         count, pseudo = len(self.log_prob), " (pseudo-likelihood)" if self.pseudo_likelihood else ""
@@ -278,43 +271,36 @@ def summarise(
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
     """Warn of data points that no check clears, and of those that missed the wanted error."""
-    count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
-    if estimate.method != "importance":
-        _warn_of_untrusted(estimate, stacklevel=stacklevel + 1)
-    elif count:
+    count, total, texts = estimate.num_unreliable, len(estimate.log_prob), []
+    if count and estimate.method == "importance":
         limits = " to ".join(sorted({f"{limit:.2g}" for limit in estimate.pareto_k_limit.aminmax()}))
         unknown = estimate.pareto_k.isnan()
-        why = [f"> {limits}"] * (not unknown.all()) + ["not known (below 21 samples)"] * bool(
-            unknown.any()
+        why = [f"> {limits}"] * (not unknown.all())
+        why += ["not known (below 21 samples)"] * bool(unknown.any())
+        texts.append(
+            f"{count} of {total} data points have Pareto k {' or '.join(why)}: neither their log "
+            'p(x) nor its standard error can be trusted; use method="annealed", a wider guide or '
+            "more samples"
         )
-        warnings.warn(
-            f"{count} of {len(estimate.log_prob)} data points have Pareto k {' or '.join(why)}: "
-            f"neither their log p(x) nor its standard error can be trusted; use {advice}",
-            stacklevel=stacklevel + 1,
+    elif count:
+        annealed = torch.tensor([method == "annealed" for method in estimate.methods])
+        failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
+        failed["not being annealed"] = left = estimate.methods.count("not annealed")
+        reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
+        texts.append(
+            f"{count} of {total} data points are not trusted ({reasons}): their log p(x) may be off "
+            "by more than their standard errors say; use more steps or chains"
+            + " or a higher max_annealed"
+            * bool(left)
         )
     missed = estimate.missed_target
     if missed is not None and missed.any():
-        warnings.warn(
-            f"{int(missed.sum())} of {len(missed)} data points missed target_standard_error: theirs "
-            f"is up to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples",
-            stacklevel=stacklevel + 1,
+        texts.append(
+            f"{int(missed.sum())} of {total} data points missed target_standard_error: theirs is up "
+            f"to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples"
         )
-
-
-def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
-    if not estimate.num_unreliable:
-        return
-    annealed = torch.tensor([method == "annealed" for method in estimate.methods])
-    failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
-    failed["not being annealed"] = estimate.methods.count("not annealed")
-    more = " or a higher max_annealed" if failed["not being annealed"] else ""
-    reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
-    warnings.warn(
-        f"{estimate.num_unreliable} of {len(estimate.log_prob)} data points are not trusted "
-        f"({reasons}): their log p(x) may be off by more than their standard errors say; use more "
-        f"steps or chains{more}",
-        stacklevel=stacklevel + 1,
-    )
+    for text in texts:
+        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 @dataclass
@@ -351,8 +337,7 @@ def concatenate(
 ) -> LogMarginal:
     """Put estimates of several sets of data points together, one after the other or at ``positions``.
 
-    What they share, their method, is the first one's. Draws are kept of each as far as all have them,
-    ``keep_draws`` at most.
+    What they share is the first one's; of the draws as many as all have are kept, or ``keep_draws``.
     """
     order = torch.cat(list(positions)).argsort() if positions else None
 
@@ -401,11 +386,9 @@ def pointwise_densities(
     import arviz
     import xarray
 
-    count = len(log_prob)
+    count, attributes = len(log_prob), _mark(pseudo_likelihood)
     per_datum = {
-        name: xarray.DataArray(
-            value.numpy(), {"data": range(count)}, "data", name, attrs=_mark(pseudo_likelihood)
-        )
+        name: xarray.DataArray(value.numpy(), {"data": range(count)}, "data", name, attrs=attributes)
         for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
     }
     numbers = {
@@ -430,10 +413,8 @@ def pointwise_densities(
 
 
 def rank_normalized_r_hat(values: Tensor) -> Tensor:
-    """Return the largest of ArviZ's rank-normalised R-hats of ``(C, T, N, Q)`` over Q, ``(N,)``.
-
-    A number that is constant says nothing; infinite where each chain has a constant of its own.
-    """
+    """Return the largest of ArviZ's rank-normalised R-hats of ``(C, T, N, Q)`` over Q, ``(N,)``."""
+    # A number that is constant says nothing; infinite where each chain has a constant of its own.
     import arviz
     import numpy as np
     import xarray

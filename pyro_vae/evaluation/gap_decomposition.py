@@ -1,7 +1,4 @@
-"""The inference gap of a pair, split into what the family and what the encoder loses.
-
-The best member of the family is found for each datum by gradient ascent on its bound.
-"""
+"""The inference gap of a pair, split into what the family and what the encoder loses."""
 
 from __future__ import annotations
 
@@ -47,8 +44,7 @@ class InferenceGaps:
     Attributes:
         log_prob: estimate of log p(x), with ``log_prob_standard_error``.
         elbo: the bound with the guide as it is, with ``elbo_standard_error``.
-        best_elbo: the bound with the best member of the family found for each datum, with
-            ``best_elbo_standard_error``.
+        best_elbo: that with the best member of the family for each datum, and its error likewise.
         refined_guide: that best member as a guide for exactly these data, e.g. as the proposal of
             ``log_marginal(model, gaps.refined_guide, x)``.
         log_marginal: the estimate that ``log_prob`` comes from, with its diagnostics.

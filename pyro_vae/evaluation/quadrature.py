@@ -242,11 +242,9 @@ class _Grid:
 
 
 def _integrals(log_joint: Tensor, log_q: Tensor, log_cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL, log p(x) and what the box leaves out of the guide's mass and of the KL, ``(N,)``.
-
-    The ends of the box are empty, so the trapezoidal rule is a plain sum. The KL's part beyond them
-    is taken as what a box of twice the size would add if its integrand stayed what it is there.
-    """
+    """Return KL, log p(x) and what the box leaves out of the guide's mass and of the KL, ``(N,)``."""
+    # The ends of the box are empty, so the trapezoidal rule is a plain sum. The KL's part beyond them
+    # is taken as what a box of twice the size would add if its integrand stayed what it is there.
     dims = tuple(range(log_q.dim() - 1))
     log_prob = log_joint.logsumexp(dims) + log_cell
     q = (log_q + log_cell).exp()

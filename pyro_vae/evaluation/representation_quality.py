@@ -257,11 +257,7 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
 def _probe(
     features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
 ) -> dict[str, Any]:
-    """Return the accuracies of nearest neighbours and logistic regression, and the folds used.
-
-    Each datum is predicted by a classifier that was fitted to the other folds, on features
-    standardised there; the folds hold the classes in equal shares.
-    """
+    """Return both accuracies and the number of folds, which hold the classes in equal shares."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
@@ -433,10 +429,7 @@ def _rates(
 
 
 def _standard_error(terms: Tensor) -> Tensor:
-    """Return the error of the mean over draws and data ``(num_samples, N, ...)``, the data fixed.
-
-    Draws of one datum vary about that datum's own mean, which a spread over all would overstate.
-    """
+    """Return the error of the mean over draws and data ``(num_samples, N, ...)``, the data fixed."""
     num_samples, num_data = terms.shape[:2]
     return (terms.var(0).mean(0) / (num_samples * num_data)).sqrt()
 

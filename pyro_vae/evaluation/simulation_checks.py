@@ -382,11 +382,7 @@ def calibration(
 
 
 def _ranks(true: Tensor, draws: Tensor) -> Tensor:
-    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random.
-
-    Among draws that equal the true value, as those of a discrete latent do, every place is as
-    likely: without that the ranks of a posterior would not be uniform.
-    """
+    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random."""
     below, equal = (draws < true).sum(0), (draws == true).sum(0)
     place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
     return below + place.long().minimum(equal)
@@ -408,10 +404,7 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
 
 
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
-    """Draw data from the model of an open pair; return their pair, and their latents, data first.
-
-    Each input that is observed is replaced: it is to be observed at one site, and used nowhere else.
-    """
+    """Draw data from the model of an open pair; return their pair, and their latents, data first."""
     model = template.model
     observed = sample_sites(poutine.trace(model).get_trace(*template.inputs))
     sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}

@@ -297,10 +297,10 @@ class _State(NamedTuple):
 def _run_chains(
     problem: _Problem, chains: range, num_steps: int, accept_all: bool, spread_out: bool
 ) -> tuple[Tensor, ...]:
-    """Run some of the chains at once; those of odd number start from the prior.
+    """Run some of the chains at once, those of odd number from the prior; return ``(C, N, ...)``.
 
-    Returns ``(C, N, ...)``: the last fill; moments of x, means over the second half of the steps;
-    the share of accepted proposals; and ``(C, T, N, Q)``, what they are judged by.
+    That is the last fill, mean moments of x over the second half of the steps, the share of accepted
+    proposals, and what they are judged by, ``(C, T, N, Q)``.
     """
     shape = (len(chains), len(problem.missing))
     problem = problem.tile(len(chains))
@@ -321,10 +321,7 @@ def _run_chains(
 
 
 def _start(problem: _Problem, from_prior: Tensor, accept_all: bool, spread_out: bool) -> _State:
-    """Draw latents of some chains from the prior, of the others from the guide.
-
-    The guide sees the first fill or, ``spread_out``, hidden values of each chain's own.
-    """
+    """Draw latents from the prior or the guide; it sees each chain's own fill if ``spread_out``."""
     guide = problem.pair.guide
     if accept_all or not problem.mixes:
         return _redraw(problem, problem.draw(guide)[0])
