@@ -180,8 +180,7 @@ class DiagonalNormalMixture(TorchDistribution):
         log_before = F.pad(log_density[..., :-1].cumsum(-1), (1, 0))
         weights = (self.log_weights[..., None] + log_before).softmax(-2)
         fixed_weights = weights.detach()
-        # In the upper tail 1 - F keeps the digits that F loses; as the weights sum to 1, F and F - 1
-        # have the same derivatives.
+        # In the upper tail 1 - F keeps the digits that F loses; F - 1 has the same derivatives.
         upper = (fixed_weights * standardised).sum(-2, keepdim=True) > 0
         tail = torch.special.ndtr(torch.where(upper, -standardised, standardised))
         component_cdf = torch.where(upper, -tail, tail)

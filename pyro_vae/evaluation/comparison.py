@@ -87,8 +87,7 @@ def compare(
 
     Args:
         pairs: ``{name: (model, guide)}``, trained already unless ``train`` is given.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``; taken to each pair's
-            device.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``, on any device.
         num_samples: draws per datum for log p(x).
         num_elbo_samples: draws per datum for the ELBO, its parts and the importance-weighted bound.
         num_importance: draws in one importance-weighted bound.
@@ -96,8 +95,7 @@ def compare(
             a data point that any pair fails to clear in every pair. Of a pair that can't be annealed
             (latents that are discrete or on a sphere) annealing is left out; under auto no data point
             of any pair is trusted then, for none could be annealed in all.
-        annealing_options: options of :func:`pyro_vae.log_marginal` for annealing, e.g. ``num_steps``;
-            with auto ``max_annealed`` too.
+        annealing_options: of :func:`pyro_vae.log_marginal`, e.g. ``num_steps``; auto: ``max_annealed``.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
         train: training data; each pair is then trained by :func:`pyro_vae.fit`, in place.
         hold: ``"model"`` measures all guides against one frozen copy of the first pair's model (which

@@ -98,8 +98,7 @@ class Comparison:
 
     Attributes:
         runs: what was measured of each run, by the pair's name; as many runs of every pair.
-        likelihood: kind of the likelihood, the same for all: ``"density"``, ``"probability"`` or
-            ``"pseudo-likelihood"``.
+        likelihood: the kind of all: ``"density"``, ``"probability"`` or ``"pseudo-likelihood"``.
         num_importance: draws in the importance-weighted bound.
         num_samples: draws of the importance estimate.
         hold: ``"model"`` where all guides were measured against one frozen model.

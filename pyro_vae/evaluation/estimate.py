@@ -50,22 +50,19 @@ class LogMarginal:
         log_prob: estimate of log p(x), ``(N,)``. Its expectation is a lower bound that tightens with
             the number of samples; ``-inf`` where every sample had likelihood 0.
         standard_error: Monte Carlo standard error of ``log_prob`` by the delta method, ``(N,)``; NaN
-            (unknown) for a single sample, infinite where ``log_prob`` is ``-inf``. It does not
-            contain ``expected_bias``.
+            (unknown) for a single sample, infinite with ``log_prob``. ``expected_bias`` is not in it.
         ess: effective sample size, (sum w)^2 / sum w^2, ``(N,)``.
         pareto_k: estimated tail index of the weights, ``(N,)``. Above ``pareto_k_limit`` neither the
             estimate nor its standard error can be trusted; it does not say on which side a datum
             errs. 0 for equal weights, NaN (not known) below 21 weights.
-        rate: E_q[log q(z|x) - log p(z)], ``(N,)``, Monte Carlo from draws of the guide; NaN where
-            none were taken.
+        rate: E_q[log q(z|x) - log p(z)], ``(N,)``, from draws of the guide; NaN without any.
         distortion: -E_q[log p(x|z)], ``(N,)``, as the rate.
         num_samples: weights the estimate rests on, ``(N,)``: draws, or annealing chains.
         cost: evaluations of the model spent on each datum, pilots included, ``(N,)``.
         method: ``"importance"``, ``"annealed"`` or ``"auto"``.
         trusted: which data points passed every check of their number, bool ``(N,)``; see
             ``diagnostics`` and the Pareto k. None where nothing was checked.
-        was_annealed: which data points' number annealing gave, bool ``(N,)``; None: all or none of
-            them, as ``method`` says.
+        was_annealed: which number annealing gave, bool ``(N,)``; None: all or none, by ``method``.
         diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit; what is above 1,
             or NaN (unknown), is not trusted. ``"steps"``: what half of the steps gives differently,
             ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
@@ -77,8 +74,7 @@ class LogMarginal:
             (grey pixels under a Bernoulli): then no number here is a log-density or a log-probability
             of the data, and none compares with one.
         acceptance: mean acceptance probability of the transitions, ``(N,)``; annealing only.
-        convergence: the estimate after fewer samples; None where data got different numbers of
-            samples, and for annealing.
+        convergence: the estimate after fewer samples, if all data points got one number of them.
         draws: weighted draws kept for :meth:`to_arviz`.
     """
 
@@ -201,8 +197,7 @@ def to_arviz(
         labels: names of the data points, N of them; by default their positions.
 
     Raises:
-        InputError: no draws were kept (``keep_draws=0``), labels of another length, or a number of
-            draws below 1.
+        InputError: no draws were kept (``keep_draws=0``), other labels than N, or below one draw.
     """
     if estimate.draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
@@ -380,8 +375,7 @@ def pointwise_densities(
     effective number of parameters (``p`` is 0).
 
     ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
-    (below about -700 nats) use ``method="pseudo-BMA"``. A pseudo-likelihood is named in the
-    attributes of the values per datum.
+    (below about -700 nats) use ``method="pseudo-BMA"``. Attributes name a pseudo-likelihood.
     """
     import arviz
     import xarray

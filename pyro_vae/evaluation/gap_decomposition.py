@@ -158,8 +158,7 @@ def inference_gaps(
 
     Raises:
         InputError: a guide without that split, with several latent sites or without reparameterised
-            draws, a family that is not the guide's, an estimate of other data, or an option out of
-            range.
+            draws, a family not the guide's, an estimate of other data, or an option out of range.
 
     Source:
         Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", section 3.

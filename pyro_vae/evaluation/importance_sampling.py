@@ -118,15 +118,12 @@ def log_marginal(
         num_steps: annealing: intermediate distributions; of the adaptive schedule at most so many.
         num_leapfrog_steps: annealing: most gradient evaluations of a transition.
         num_transitions: annealing: transitions at each intermediate distribution.
-        start: annealing: ``"guide"``, ``"prior"``, or ``"both"``: a mixture of normals fitted to
-            where a pilot from each arrives.
-        schedule: annealing: ``"adaptive"`` by the spread of the weights, ``"sigmoid"`` or
-            ``"linear"``.
+        start: annealing: ``"guide"``, ``"prior"``, or ``"both"``, where pilots from each arrive.
+        schedule: annealing: ``"adaptive"`` by the weights' spread, ``"sigmoid"`` or ``"linear"``.
         max_annealed: auto: data points to anneal at most; four times as many are looked at.
         max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
             quarter of a smaller one's). More data than fit are taken block by block.
-        keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
-            and of annealing every chain's end.
+        keep_draws: draws per datum kept for ``to_arviz``; by default 8 MiB, or every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
         precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
@@ -134,8 +131,7 @@ def log_marginal(
         plate: name of the data plate. None: the whole data set is one datum (see
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
             one weight, shared and local ones alike: with many local ones it takes annealing.
-        seed: seed of the draws; the generators' state is restored afterwards. None draws from the
-            global state.
+        seed: seed of the draws; the generators' state is restored afterwards.
         progress: called with (data done, N) as the work goes on.
         running_mean: called beside ``progress`` with the mean estimate over the data begun so far.
 
@@ -145,8 +141,7 @@ def log_marginal(
 
     Warns:
         UserWarning: how many data points can't be trusted (of importance sampling: with a Pareto k
-            above min(0.7, 1 - 1 / log10 S), or too few samples for one), and how many missed
-            ``target_standard_error``.
+            above min(0.7, 1 - 1 / log10 S), or not known), or missed ``target_standard_error``.
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:

@@ -71,8 +71,7 @@ def draw_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Tensor]:
 def mean_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Code]:
     """Return the posterior mean of each latent: in closed form, or from ``num_draws`` draws.
 
-    The mean of a site's distribution is that of q(z given x) if it is the same whatever the other
-    latents drew.
+    The mean of a site's distribution is that of q(z given x) if other latents don't move it.
     """
     (sites, _), (again, _) = _draw_sites(guide), _draw_sites(guide)
     codes, moments = {}, None

@@ -25,8 +25,7 @@ class Difference(NamedTuple):
         monte_carlo_standard_error: with the data points held fixed and the pairs' draws independent.
         run_standard_error: its standard error over the runs: the spread over them of the differences
             averaged over the data points; NaN (unknown) for a single run.
-        half_width: half the width of a 95% interval of the mean; of a single run it says nothing of
-            what other runs would give.
+        half_width: half a 95% interval of the mean; of a single run it says nothing of others.
         by_run: the mean difference of each run to the other pair's run of the same number.
     """
 

@@ -42,8 +42,7 @@ class PosteriorDivergence(NamedTuple):
         kl: the divergence.
         log_prob: log p(x) on the same grid.
         error: numerical error, an upper one in practice: how much a grid of twice the spacing
-            differs, and by how much the grid misses the guide's mass; infinite where the mass has no
-            end within the numbers' range.
+            differs, and by how much the grid misses the guide's mass; infinite where it finds no end.
         pseudo_likelihood: whether ``log_prob`` is one, as in :class:`pyro_vae.LogMarginal`.
     """
 

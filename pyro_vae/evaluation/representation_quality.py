@@ -68,8 +68,7 @@ class Representation:
         num_samples: draws of each datum's posterior.
         unit_variances: Var_x E[z_d given x], ``(D,)``; for means from draws less their own variance.
         means_exact: whether E[z given x] has a closed form, or comes from draws.
-        kl_per_dimension: mean over data of KL(q(z_d given x) || p(z_d)), ``(D,)``; None unless both
-            have independent coordinates.
+        kl_per_dimension: mean KL(q(z_d given x) || p(z_d)), ``(D,)``, of independent coordinates.
         kl_per_dimension_standard_error: Monte Carlo standard error of it, ``(D,)``; 0 where analytic.
         rate: mean KL(q(z given x) || p(z)).
         rate_method: "analytic" or "Monte Carlo", of ``rate`` and ``kl_per_dimension``.
@@ -77,8 +76,7 @@ class Representation:
         mutual_information_upper: the same with a mixture of the other N - 1 data; infinite or huge
             where posteriors of different data don't overlap.
         marginal_kl: KL(q(z) || p(z)).
-        total_correlation: KL(q(z) || prod_d q(z_d)); None where the coordinates' posteriors are not
-            known one by one.
+        total_correlation: KL(q(z) || prod_d q(z_d)), where each coordinate's posterior is known.
         dimension_wise_kl: sum_d KL(q(z_d) || p(z_d)); None where the prior's are not either.
         unavailable: for each measure that is None, why.
         nearest_neighbour_accuracy: cross-validated accuracy of labels from the posterior means, with
@@ -213,8 +211,7 @@ def unit_variances(
 ) -> Tensor:
     """Return Var_x E[z_d given x] of each latent coordinate, ``(D,)``, float64, on the CPU.
 
-    As in :func:`representation`, without the rest of its measures: a coordinate is active where it is
-    above 0.01.
+    As in :func:`representation`: a coordinate is active where it is above 0.01.
     """
     opened = open_function(guide, x, plate=plate)
     with opened.evaluating(seed):
@@ -375,8 +372,7 @@ def _aggregate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Score one draw per datum under the mixture of all data's posteriors.
 
-    Returns log q(z) ``(N,)``, the same without the draw's own datum, and log q(z_d) ``(N, D)`` if
-    known.
+    Returns log q(z) ``(N,)``, the same without its own datum, and log q(z_d) ``(N, D)`` if known.
     """
     num_data = particles.num_data
     elements = sum(value[0].numel() for value in rows.values())

@@ -215,8 +215,7 @@ def aggregate_posterior(
         model: the generative function of the pair.
         guide: its variational function.
         x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
-        num_draws: draws per datum. Several of one datum are no independent draws of the aggregate,
-            and make the p-values too small.
+        num_draws: draws per datum. Several of one are not independent: p-values are too small.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
 

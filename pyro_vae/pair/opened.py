@@ -116,9 +116,7 @@ class Structure(NamedTuple):
     full_size: int  # how many data points the data plate stands for
     shares: bool  # whether sites stand outside it
     summed: frozenset[str]  # the model's latents that are summed out
-    # Which of "model" and "guide" read tensors' values in Python: a branch on them may take the right
-    # side for a few particles by luck.
-    reads_values: frozenset[str]
+    reads_values: frozenset[str]  # which of "model" and "guide" read tensors' values in Python
     precision: float  # relative spacing of the numbers of its densities, the coarsest
     likelihoods: frozenset[str]  # of the observed sites, see :func:`likelihood_kind`
     why_unweighable: str | None  # why it has no weight per data point, though it may be trained

@@ -15,8 +15,7 @@ from pyro_vae.errors import InputError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-# What layers multiply in besides float32, and round differently from kernel to kernel: TF32 has the
-# mantissa of float16.
+# What layers multiply in besides float32, rounded by kernel: TF32 has the mantissa of float16.
 ROUNDING = {"tf32": (torch.float16,), "bfloat16": (torch.bfloat16,)}
 
 # What layers multiply by their weights. Products of tensors that are none of a layer's (a

@@ -31,8 +31,7 @@ class Side(NamedTuple):
         held_out_distance: from the first held-out codes to the nearest training code, ``(M,)``.
         random_distance: from a random latent to the nearest training code, ``(S,)``.
         random: the random latents decoded, ``(S, *data_shape)``.
-        random_data_distance: root-mean-square distance of those to the nearest training datum,
-            ``(S,)``.
+        random_data_distance: root-mean-square distance of those to the nearest datum, ``(S,)``.
         grid: decoded latents between the codes of four held-out data, ``(G, G, *data_shape)``.
         grid_distance: from these latents to the nearest training code, ``(G, G)``.
     """

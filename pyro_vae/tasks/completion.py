@@ -42,8 +42,7 @@ _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
 
-# Share of the proposals of latents that are the prior's: a chain far from the guide leaves by the
-# bounded weight p(x | z) / share.
+# Share of the proposals that are the prior's: weights far off are at most p(x | z) / share.
 _PRIOR_SHARE = 0.1
 
 # What the chains are judged by: at most so many projections of latents and of hidden values, at so
@@ -115,8 +114,7 @@ def complete(
     Args:
         model: a generative function whose observed site is elementwise given the latents.
         guide: its variational function.
-        x: data ``(N, *data_shape)``, or a tuple of tensors passed as ``model(*x)``. Hidden places
-            may hold anything, also NaN.
+        x: data ``(N, *data_shape)``, or a tuple of tensors; hidden places may hold anything.
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.
         num_draws: draws per datum: chains, or resampled importance samples.
@@ -129,8 +127,7 @@ def complete(
         observed: name of the observed site with missing values; needed where the model has several.
         position: which of the inputs has the missing values.
         plate: name of the data plate.
-        max_memory: bytes that a pass may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
-            quarter of a smaller one's).
+        max_memory: bytes that a pass may need; by default as in :func:`pyro_vae.log_marginal`.
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Returns:

@@ -108,8 +108,7 @@ def decode(
         model: the generative function of a pair.
         z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
             name. Sites that are not named are drawn from the prior.
-        like: inputs ``(N, ...)`` that give shape and conditions of the data; the values of the
-            observed site are not looked at.
+        like: inputs ``(N, ...)`` that give shape and conditions; observed values are not used.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
@@ -180,12 +179,10 @@ def generate(
             values of the observed site are not looked at.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
-            from. The conditions are those of ``like`` all the same: where p(z) depends on them, give
-            ``data`` that share them.
+            from. Conditions are those of ``like``: where p(z) depends on them, ``data`` share them.
         data: inputs ``(M, ...)`` whose posteriors are mixed; by default ``like``.
         temperature: factor of the spread (standard deviation) of the distributions that latents are
-            drawn from: normal and other location-scale families, mixtures (each component's) and
-            flows (the base's).
+            drawn from: location-scale families, mixtures (each component's), flows (the base's).
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
@@ -196,8 +193,7 @@ def generate(
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
-            a plate that subsamples the data; data without a guide; a temperature not above 0, or with
-            latents that have no scale.
+            a plate that subsamples; data without a guide; a temperature not above 0, or of no scale.
 
     Source:
         Aggregate posterior: Makhzani et al. 2016, "Adversarial Autoencoders", equation 1.
@@ -294,8 +290,7 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
     picked = torch.randint(pair.num_data, (number,), device=pair.device)
     if pair.is_divisible():
         return draw(pair.part(picked))
-    # A guide with parameters per datum takes all its data at once: a datum picked for the k-th time
-    # gets the k-th draw.
+    # A guide with parameters per datum takes all its data: one picked again gets the next draw.
     values, order = picked.sort(stable=True)
     before = torch.arange(len(picked), device=picked.device) - torch.searchsorted(values, values)
     turn = torch.empty_like(picked).scatter_(0, order, before)

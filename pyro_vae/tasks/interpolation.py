@@ -18,8 +18,7 @@ from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
 from pyro_vae.pair.sites import value_axis
 from pyro_vae.tasks.generation import decode_latents
 
-# Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
-# known to 0.03.
+# Draws of the prior whose quantiles a walk follows: a normal's at 2.5 % is then known to 0.03.
 _PRIOR_DRAWS = 10_000
 # Draws that a code without a mean in closed form rests on.
 _CODE_DRAWS = 200
@@ -46,8 +45,7 @@ class Manifold(NamedTuple):
         dimensions: the two coordinates, counted from 0.
         first: values of the first, ``(num_steps,)``; on a sphere the longitude in degrees, turning
             from the first coordinate to the second.
-        second: values of the second, ``(num_steps,)``; on a sphere the latitude in degrees, above
-            the two coordinates' plane.
+        second: values of the second, ``(num_steps,)``; on a sphere the latitude in degrees.
         data: the decoded means, ``(num_steps, num_steps, *data_shape)``, second coordinate first;
             on a circle, which has no latitude, ``(1, num_steps, *data_shape)``.
         on_sphere: whether the coordinates are longitude and latitude.
@@ -73,8 +71,7 @@ def interpolate(
 ) -> Tensor:
     """Decode the way from the codes of some data to those of others.
 
-    The way is straight, and on a sphere the shorter arc of the great circle; every latent site walks
-    its own.
+    The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
     Args:
         model: the generative function of a pair.

@@ -322,8 +322,7 @@ class Particles:
         """Compare batched draws with plain calls that are given the same random values."""
         count = min(count, len(draws.log_proposal))
         first = {name: value[:count].detach() for name, value in draws.latents.items()}
-        # A point mass follows from the other sites; given a value that was rounded differently it
-        # would report a density of 0.
+        # A point mass follows from the other sites; rounded differently its density would be 0.
         known = self.pair.structure.latents
         random = {name: v for name, v in first.items() if not known[name].is_point_mass}
 
