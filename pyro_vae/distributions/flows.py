@@ -177,9 +177,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
         self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
-    ) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         """Return independent copies; the context broadcasts from the right as it did."""
         return FlowDistribution(self.base.expand(torch.Size(batch_shape)), self.layers, self.context)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -117,9 +118,7 @@ class DiagonalNormalMixture(TorchDistribution):
         self.log_weights, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: DiagonalNormalMixture | None = None
-    ) -> DiagonalNormalMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalNormalMixture:
         """Return independent copies."""
         batch = torch.Size(batch_shape)
         return DiagonalNormalMixture(

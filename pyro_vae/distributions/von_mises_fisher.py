@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -82,11 +83,14 @@ class VonMisesFisher(SphereDistribution):
         try:
             super().__init__(batch_shape, event_shape, validate_args=validate_args)
         except ValueError as error:
-            raise InputError(_parameter_message(self.loc, self.concentration)) from error
+            least = self.concentration.min().item()
+            text = f"expected concentration >= 0, got minimum {least:.6g}: map it through softplus"
+            if least >= 0:
+                norms = describe_norms(self.loc)
+                text = f"expected loc of unit length, got {norms}: divide it by its norm"
+            raise InputError(text) from error
 
-    def expand(
-        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
-    ) -> VonMisesFisher:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> VonMisesFisher:
         """Return the same distribution with its parameters expanded to another batch shape."""
         new: VonMisesFisher = self._get_checked_instance(VonMisesFisher, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -185,19 +189,8 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
             f"expected concentration of shape {tuple(loc.shape[:-1])} for loc of shape "
             f"{tuple(loc.shape)}, got {tuple(concentration.shape)}: one number for each vector"
         ) from error
-    return (
-        loc.to(dtype).expand(batch_shape + loc.shape[-1:]),
-        concentration.to(dtype).expand(batch_shape),
-    )
-
-
-def _parameter_message(loc: Tensor, concentration: Tensor) -> str:
-    if not bool((concentration >= 0).all()):
-        return (
-            f"expected concentration >= 0, got minimum {concentration.min().item():.6g}: "
-            "map it through softplus"
-        )
-    return f"expected loc of unit length, got {describe_norms(loc)}: divide it by its norm"
+    loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
+    return loc, concentration.to(dtype).expand(batch_shape)
 
 
 class _CosineMoments(torch.autograd.Function):
@@ -226,13 +219,9 @@ class _CosineMoments(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             _, mean = _CosineMoments.apply(concentration, log_partition, mean, variance)
             variance = _EndOfDerivatives.apply(concentration, variance)
-        gradient = None
-        if log_partition_gradient is not None:
-            gradient = log_partition_gradient * mean
-        if mean_gradient is not None:
-            through_mean = mean_gradient * variance
-            gradient = through_mean if gradient is None else gradient + through_mean
-        return gradient, None, None, None
+        both = ((log_partition_gradient, mean), (mean_gradient, variance))
+        through = [gradient * slope for gradient, slope in both if gradient is not None]
+        return sum(through[1:], through[0]) if through else None, None, None, None
 
 
 class _ImplicitAngle(torch.autograd.Function):

@@ -95,7 +95,7 @@ def compare(
             a data point that any pair fails to clear in every pair. Of a pair that can't be annealed
             (latents that are discrete or on a sphere) annealing is left out; under auto no data point
             of any pair is trusted then, for none could be annealed in all.
-        annealing_options: of :func:`pyro_vae.log_marginal`, e.g. ``num_steps``; auto: ``max_annealed``.
+        annealing_options: of :func:`pyro_vae.log_marginal`, e.g. ``num_steps``, ``max_annealed``.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
         train: training data; each pair is then trained by :func:`pyro_vae.fit`, in place.
         hold: ``"model"`` measures all guides against one frozen copy of the first pair's model (which

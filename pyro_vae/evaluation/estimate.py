@@ -68,8 +68,7 @@ class LogMarginal:
             ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
             worst place of the path, ``"weights"``: chains per effective one, and with
             ``start="both"`` ``"prior"``: by how much a pilot from the prior found more evidence.
-        missed_target: which data points' standard error is above ``target_standard_error``, bool
-            ``(N,)``; None where none was asked for.
+        missed_target: whose error is above ``target_standard_error``, bool ``(N,)``; None without.
         pseudo_likelihood: whether the model scores values that its discrete distribution can't take
             (grey pixels under a Bernoulli): then no number here is a log-density or a log-probability
             of the data, and none compares with one.

@@ -84,8 +84,7 @@ def posterior_divergence(
 
     Raises:
         InputError: several latent sites, a latent of another size or support, a number of points that
-            is even or below 9, another option out of range, or densities that the finest grid does
-            not resolve to a hundredth of 1 + KL nats.
+            is even or below 9, another option out of range, or densities that no grid resolves.
 
     Source:
         Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", sections 5 and 14.

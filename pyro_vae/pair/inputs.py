@@ -17,8 +17,7 @@ from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
 
-# Bytes of data that are moved to a device whole, as a share of what is free there: the other half is
-# for the networks and for what they compute.
+# Bytes of data moved to a device whole, as a share of what is free there; the rest is to compute in.
 _SHARE_OF_DEVICE = 0.5
 
 

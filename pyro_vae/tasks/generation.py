@@ -175,8 +175,7 @@ def generate(
 
     Args:
         model: the generative function of a pair.
-        like: inputs ``(N, ...)`` that give the number, shape and conditions of the new data; the
-            values of the observed site are not looked at.
+        like: inputs ``(N, ...)`` that give number, shape and conditions, not the observed values.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
             from. Conditions are those of ``like``: where p(z) depends on them, ``data`` share them.

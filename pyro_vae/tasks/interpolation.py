@@ -182,8 +182,7 @@ def manifold(
     Args:
         model: the generative function of a pair.
         guide: its variational function.
-        x: data ``(N, ...)`` whose mean code the other coordinates take; the first datum gives the
-            conditions and the other sites' codes.
+        x: data ``(N, ...)`` whose mean code is taken; the first gives conditions and other sites.
         dimensions: the two coordinates of the (flattened) latent, from 0.
         num_steps: values per coordinate.
         coverage: probability under the prior between a coordinate's first value and its last.

@@ -47,8 +47,7 @@ def observed_pair(
     Args:
         model: a generative function whose observed site is elementwise given the latents.
         guide: its variational function.
-        observed: name of the site that observes the data. By default the site whose ``obs`` is the
-            very tensor that the model was called with.
+        observed: name of the site that observes the data; by default that of the very input.
         position: which of the pair's own inputs has missing values.
         fill: what the guide sees in hidden places: a number, or a tensor that broadcasts to the data.
 
@@ -57,8 +56,7 @@ def observed_pair(
         of the incomplete input, which may hold anything there, also NaN).
 
     Raises:
-        InputError: when called: no such site, one whose distribution is not elementwise, or a
-            ``missing`` of another shape or type.
+        InputError: when called: no such site, one not elementwise, or a ``missing`` that doesn't fit.
 
     Source:
         Mattei, Frellsen 2019, "MIWAE: deep generative modelling and imputation of incomplete data
