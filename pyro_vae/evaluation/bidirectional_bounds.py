@@ -1,7 +1,5 @@
 """Bidirectional Monte Carlo: a lower and an upper bound of log p(x) on data drawn from the model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Train pairs where asked, and measure each in the same way on the same data."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The pairs of a comparison: what is refused before any is trained, training, and a model held."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

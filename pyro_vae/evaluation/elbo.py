@@ -1,7 +1,5 @@
 """ELBO, importance-weighted bound, rate and distortion per datum, each with its standard error."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The inference gap of a pair, split into what the family and what the encoder loses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """log p(x) by importance sampling: streamed over samples, per datum, with its standard error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Latent codes: what a guide says of each datum's latents, as means or as draws."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The paired difference of two pairs over data points and runs, its interval, and what is a tie."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

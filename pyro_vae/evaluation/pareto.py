@@ -1,7 +1,5 @@
 """The Pareto tail index of importance weights, from a stream of them and for many data at once."""
 
-from __future__ import annotations
-
 import math
 
 import torch

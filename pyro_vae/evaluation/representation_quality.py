@@ -10,8 +10,6 @@ coordinates). Nothing but the Monte Carlo error stands between these numbers and
 how they relate to the distribution the data were drawn from is said at :class:`Representation`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

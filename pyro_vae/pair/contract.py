@@ -1,7 +1,5 @@
 """What a pair must keep: refused here, by the site's name, in the same words whoever asks."""
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Iterable

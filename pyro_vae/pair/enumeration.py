@@ -1,7 +1,5 @@
 """Discrete latents that the model enumerates and the guide does not draw, summed out exactly."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """A pair's two functions: the modules they reach, their device, mode, lock and random state."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import operator

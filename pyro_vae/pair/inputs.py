@@ -1,7 +1,5 @@
 """The inputs of a pair: made tensors, checked, placed on its device, cut and repeated."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Sequence

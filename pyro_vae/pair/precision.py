@@ -1,7 +1,5 @@
 """The precision that products are computed in: float32, TF32 on CUDA, or bfloat16 inside layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any

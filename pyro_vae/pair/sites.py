@@ -1,7 +1,5 @@
 """Sample sites of a traced pair: their densities, plates and latents, and when two results agree."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The deterministic autoencoder beside a VAE: reconstruction, random latents, holes between codes."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple

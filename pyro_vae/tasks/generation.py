@@ -1,7 +1,5 @@
 """From data to latents and back: encode, decode, reconstruct given data, generate new ones."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence

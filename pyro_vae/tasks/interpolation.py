@@ -1,7 +1,5 @@
 """Walk through the latents and decode what is met: interpolations, traversals, the manifold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Data with missing values: the likelihood of what was observed, for any pair as it stands."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
