@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +119,8 @@ def anneal(
         blocks.append(_anneal_block(Particles(part), options, report))
         report.finish(blocks[-1].log_prob)
         report.tell()
-    pseudo_likelihood = pair.is_pseudo_likelihood()
-    return concatenate(blocks, keep_draws=keep_draws, pseudo_likelihood=pseudo_likelihood)
+    whole = concatenate(blocks, keep_draws=keep_draws)
+    return replace(whole, pseudo_likelihood=pair.is_pseudo_likelihood())
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:

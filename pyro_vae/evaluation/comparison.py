@@ -199,10 +199,7 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
 
 
 def _check_options(
-    methods: Sequence[str],
-    annealing_options: Mapping[str, Any] | None,
-    posterior: str | None,
-    hold: str | None,
+    methods: Sequence[str], given: Mapping[str, Any] | None, posterior: str | None, hold: str | None
 ) -> tuple[AnnealingOptions, int]:
     """Refuse options out of range or without effect; return annealing's, and how many data points."""
     named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
@@ -215,7 +212,7 @@ def _check_options(
         raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
     if hold not in (None, "model"):
         raise InputError(f"expected hold None or 'model', got {hold!r}")
-    options = as_dict("annealing_options", annealing_options)
+    options = as_dict("annealing_options", given)
     known = set(AnnealingOptions.__dataclass_fields__)
     if named == {"auto"}:
         known.add("max_annealed")
@@ -266,35 +263,30 @@ def _hold(
 
 
 def _measure(
-    name: str,
-    pair: OpenedPair,
-    settings: _Settings,
-    report: Report,
-    owned: Trained,
-    fit: FitResult | None,
+    name: str, pair: OpenedPair, how: _Settings, report: Report, owned: Trained, fit: FitResult | None
 ) -> Measured:
-    def run(measure: Callable[..., Any], number: int, what: str, *how: Any, **options: Any) -> Any:
+    def run(measure: Callable[..., Any], number: int, what: str, *given: Any, **options: Any) -> Any:
         """Measure by a seed of its own: log p(x) is to be independent of the bounds."""
 
         def share(done: int, total: int) -> None:
             report(name, what, done / total)
 
-        with pair.evaluating((settings.seed + number) % 2**32):
-            return measure(pair, *how, max_memory=settings.max_memory, progress=share, **options)
+        with pair.evaluating((how.seed + number) % 2**32):
+            return measure(pair, *given, max_memory=how.max_memory, progress=share, **options)
 
-    bounds = run(measure_bounds, 0, "bounds", **settings.bounds)
+    bounds = run(measure_bounds, 0, "bounds", **how.bounds)
     start = time.perf_counter()
-    estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
+    estimate = run(estimate_log_prob, 1, "log p(x)", how.importance)
     seconds = time.perf_counter() - start
     annealed = annealed_trusted = divergence = None
-    with pair.evaluating(settings.seed):
-        how = settings.annealing
-        anneals = how is not None and why_not_annealed(pair, how.start) is None
-    if anneals:
-        found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
-        annealed = PerDatum(found.log_prob, found.standard_error)
-        annealed_trusted = found.trusted
-    if settings.posterior == "quadrature":
+    if how.annealing is not None:
+        with pair.evaluating(how.seed):
+            reason = why_not_annealed(pair, how.annealing.start)
+        if reason is None:
+            found = run(estimate_log_prob, 2, "log p(x), annealed", how.annealing)
+            annealed = PerDatum(found.log_prob, found.standard_error)
+            annealed_trusted = found.trusted
+    if how.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
@@ -317,15 +309,15 @@ def _anneal_alike(
     pairs: Mapping[str, OpenedPair],
     runs: dict[str, list[Measured]],
     auto: AutoOptions,
-    settings: _Settings,
+    how: _Settings,
 ) -> dict[str, list[Measured]]:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
 
     def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
-        return pair.evaluating((settings.seed + number) % 2**32)
+        return pair.evaluating((how.seed + number) % 2**32)
 
     first = {name: measured.estimate for name, (measured,) in runs.items()}
-    found = anneal_alike(pairs, first, auto, run, max_memory=settings.max_memory)
+    found = anneal_alike(pairs, first, auto, run, max_memory=how.max_memory)
     return {
         n: [replace(runs[n][0], estimate=e, log_prob=PerDatum(e.log_prob, e.standard_error))]
         for n, e in found.items()

@@ -323,11 +323,7 @@ class Report:
 
 
 def concatenate(
-    parts: Sequence[LogMarginal],
-    *,
-    positions: Sequence[Tensor] = (),
-    keep_draws: int | None = 0,
-    **changed: Any,
+    parts: Sequence[LogMarginal], *, positions: Sequence[Tensor] = (), keep_draws: int | None = 0
 ) -> LogMarginal:
     """Put estimates of several sets of data points together, one after the other or at ``positions``.
 
@@ -359,7 +355,7 @@ def concatenate(
         latents, *terms = zip(*(each.map(lambda value: value[:kept]) for each in draws), strict=True)
         together = {name: join((each[name] for each in latents), 1) for name in latents[0]}
         whole["draws"] = PosteriorDraws(together, *(join(each, 1) for each in terms))
-    return LogMarginal(**{**whole, "method": parts[0].method, **changed})
+    return LogMarginal(**whole, method=parts[0].method)
 
 
 def pointwise_densities(

@@ -201,11 +201,7 @@ def representation(
 
 
 def unit_variances(
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    plate: str = "data",
-    seed: int | None = 0,
+    guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data", seed: int | None = 0
 ) -> Tensor:
     """Return Var_x E[z_d given x] of each latent coordinate, ``(D,)``, float64, on the CPU.
 
@@ -275,8 +271,10 @@ def _probe(
 
 
 class _Coordinates(NamedTuple):
-    """What is known of the coordinates of the only latent, each with batch shape ``(N, D)``."""
+    """The distributions of the only latent, and of its coordinates, with batch shape ``(N, D)``."""
 
+    posterior: Distribution | None = None
+    prior: Distribution | None = None
     of_posterior: Distribution | None = None
     of_prior: Distribution | None = None
     independent: tuple[Distribution, Distribution] | None = None  # both, where both are independent
@@ -307,7 +305,7 @@ def _information(
             for name, term in terms.items()
             if name != "kl_per_dimension"
         },
-        **_rates(terms, coordinates, posterior, prior),
+        **_rates(terms, coordinates),
         "unavailable": unavailable,
     }
 
@@ -320,7 +318,8 @@ def _coordinates(
     if posterior is None or prior is None:
         return _Coordinates(), dict.fromkeys(names, "the pair has several latents, or a masked one")
     if posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
-        return _Coordinates(), dict.fromkeys(names, "the latent is not one vector per datum")
+        reason = "the latent is not one vector per datum"
+        return _Coordinates(posterior, prior), dict.fromkeys(names, reason)
     each, own, given = (
         _coordinate_marginals(posterior),
         _independent_coordinates(posterior),
@@ -336,7 +335,7 @@ def _coordinates(
     if own is None:
         unavailable["kl_per_dimension"] = dependent.format(type(posterior).__name__)
     both = None if own is None or given is None else (own, given)
-    return _Coordinates(each, given, both), unavailable
+    return _Coordinates(posterior, prior, each, given, both), unavailable
 
 
 def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
@@ -398,12 +397,7 @@ def _aggregate(
     return torch.cat(aggregate), torch.cat(others), together
 
 
-def _rates(
-    terms: dict[str, Tensor],
-    coordinates: _Coordinates,
-    posterior: Distribution | None,
-    prior: Distribution | None,
-) -> dict[str, Any]:
+def _rates(terms: dict[str, Tensor], coordinates: _Coordinates) -> dict[str, Any]:
     """Return the rate and its share of each coordinate, in closed form where there is one."""
     each = total = per_dimension = error = None
     if coordinates.independent is not None:
@@ -413,8 +407,8 @@ def _rates(
     if each is not None:
         total, per_dimension = each.sum(-1), each.double().mean(0).cpu()
         error = torch.zeros_like(per_dimension)
-    elif posterior is not None and prior is not None:
-        total = closed_form_kl(posterior, prior)
+    elif coordinates.posterior is not None and coordinates.prior is not None:
+        total = closed_form_kl(coordinates.posterior, coordinates.prior)
     rates: dict[str, Any] = {"rate_method": "Monte Carlo"}
     if total is not None:
         rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)

@@ -457,11 +457,7 @@ def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
 
 
 def _fill_first(
-    pair: OpenedPair,
-    missing: Tensor,
-    position: int,
-    initial: float | Tensor | None,
-    observed: str | None,
+    pair: OpenedPair, missing: Tensor, position: int, initial: Any, observed: str | None
 ) -> OpenedPair:
     """Return the pair with the hidden places filled as asked, or by the model's own mean."""
     x = pair.inputs[position]
