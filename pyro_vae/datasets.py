@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
+from pyro_vae.summary import Summary, shown
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
@@ -52,6 +53,7 @@ _TEST_SHARE = 0.2
 _VALIDATION_SHARE, _VALIDATION_MOST = 0.1, 10_000
 
 
+@shown
 @dataclass(frozen=True)
 class Dataset:
     """A data set in three parts, each a float32 tensor ``(N, *data_shape)``.
@@ -79,6 +81,16 @@ class Dataset:
     binarize: str = "none"
     checksums: dict[str, str] | None = None
     is_mapped: bool = False
+
+    def _summary(self) -> Summary:
+        labels = self.train_labels
+        rows = {name: f"{len(getattr(self, name)):,} data points" for name in PARTS}
+        rows["each of shape"] = f"{self.data_shape}{', read from the disk' * self.is_mapped}"
+        rows["binarize"] = self.binarize
+        if labels is not None:
+            is_class = not labels.is_floating_point()
+            rows["labels"] = f"{len(labels.unique())} classes" if is_class else "numbers"
+        return f"data set {self.name}", rows
 
     @property
     def data_shape(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.evaluation.estimate import LogMarginal, to_arviz
 from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.predictive_density import PredictiveLogProb, predictive_log_prob
 from pyro_vae.evaluation.quadrature import PosteriorDivergence, posterior_divergence
 from pyro_vae.evaluation.representation_quality import Estimate, Representation, representation
 from pyro_vae.evaluation.simulation_checks import (
@@ -27,6 +28,7 @@ __all__ = [
     "LogMarginal",
     "PosteriorDivergence",
     "PosteriorPredictive",
+    "PredictiveLogProb",
     "Representation",
     "aggregate_posterior",
     "bidirectional",
@@ -36,6 +38,7 @@ __all__ = [
     "log_marginal",
     "posterior_divergence",
     "posterior_predictive",
+    "predictive_log_prob",
     "representation",
     "to_arviz",
 ]

@@ -31,6 +31,7 @@ from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import OpenedPair, open_function, open_pair
 from pyro_vae.pair.sites import Latents, latent_sites
+from pyro_vae.summary import Summary, plus_minus, shown
 from pyro_vae.weights.particles import Particles
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
@@ -47,7 +48,17 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
+    def __float__(self) -> float:
+        return self.value
 
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
+    def __str__(self) -> str:
+        return plus_minus(*self)
+
+
+@shown
 @dataclass(frozen=True)
 class Representation:
     """What the latents hold of N data; information in nats.
@@ -113,7 +124,7 @@ class Representation:
         """How many coordinates are active."""
         return int(self.active.sum())
 
-    def __str__(self) -> str:
+    def _summary(self) -> Summary:
         said = {
             f"rate ({self.rate_method})": self.rate,
             "mutual information": self.mutual_information,
@@ -124,8 +135,8 @@ class Representation:
             "linear-probe accuracy": self.linear_accuracy,
         }
         units = f"{self.active_units} of {self.latent_dim} units active"
-        rows = [f"{n:28}{e.value:9.4f} +- {e.standard_error:.4f}" for n, e in said.items() if e]
-        return "\n".join([f"{self.num_data} data, {units}, nats per datum", *rows])
+        rows = {name: plus_minus(*estimate) for name, estimate in said.items() if estimate}
+        return f"latents of {self.num_data} data points, {units}, nats per data point", rows
 
 
 def representation(

@@ -34,6 +34,7 @@ from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
 from pyro_vae.sources import gather
+from pyro_vae.summary import Summary, shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,6 +46,7 @@ HISTORY = (
 )
 
 
+@shown
 @dataclass(frozen=True)
 class FitResult:
     """What a run of :func:`fit` left behind besides the trained parameters.
@@ -89,6 +91,19 @@ class FitResult:
     compile_choice: str
     skipped_steps: int
     warnings: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        kept, last = self.best_epoch - 1, len(self.history["train_elbo"])
+        title = f"{last} epochs on {self.device}, {self.seconds:.1f} s of training"
+        rows = {f"epoch {self.best_epoch}, kept": "nats per data point"}
+        for name in ("train_elbo", "train_rate", "train_distortion", "validation_elbo"):
+            if np.isfinite(value := self.history[name][kept]):
+                rows[name.replace("_", " ").replace("elbo", "ELBO")] = f"{value:.2f}"
+        rows["parameters"] = f"{self.num_parameters:,}"
+        rows["steps"] = self.compile_choice
+        if self.skipped_steps:
+            rows["steps skipped"] = f"{self.skipped_steps}"
+        return title, rows | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
 
     @property
     def seconds(self) -> float:

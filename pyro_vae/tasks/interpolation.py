@@ -14,6 +14,7 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
 from pyro_vae.pair.sites import value_axis
+from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode_latents
 
 # Draws of the prior whose quantiles a walk follows: a normal's at 2.5 % is then known to 0.03.
@@ -22,6 +23,7 @@ _PRIOR_DRAWS = 10_000
 _CODE_DRAWS = 200
 
 
+@shown
 class Traversal(NamedTuple):
     """Data met where one latent coordinate moves and the others stay.
 
@@ -36,6 +38,7 @@ class Traversal(NamedTuple):
     data: Tensor
 
 
+@shown
 class Manifold(NamedTuple):
     """Data decoded over two latent coordinates.
 
