@@ -36,7 +36,7 @@ lint: $(BIN)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The API documentation, every warning an error: open docs/build/index.html.
+# The documentation, every warning an error: open docs/build/index.html.
 docs: $(BIN)/.test
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/build
 
@@ -45,4 +45,4 @@ notebooks: $(BIN)/.test
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 clean:
-	rm -rf $(VENV) build docs/build docs/reference *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build docs/build docs/reference docs/notebooks *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Settings of Sphinx: the API documentation, built from the docstrings of every public name."""
+"""Settings of Sphinx: the guide's pages, the notebooks, and the reference from the docstrings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import notebook_pages
 import reference
 
 import pyro_vae
@@ -19,7 +20,8 @@ project = "pyro_vae"
 author = "the pyro_vae contributors"
 version = release = pyro_vae.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath"]  # as the notebooks write it
 html_math_renderer = "mathml"  # written into the pages, which then need no network
 exclude_patterns = ["build"]
 html_theme = "furo"
@@ -51,8 +53,9 @@ nitpick_ignore_regex = [
 
 
 def setup(app: Sphinx) -> None:
-    """Write one page per public module before Sphinx looks for pages; see to properties."""
+    """Write the pages of modules and notebooks before Sphinx looks for pages; see to properties."""
     app.connect("builder-inited", lambda app: reference.write_pages(Path(app.srcdir)))
+    app.connect("builder-inited", lambda app: notebook_pages.write_pages(Path(app.srcdir)))
     app.connect("autodoc-process-docstring", _spare_colon, priority=400)
     app.add_html_math_renderer("mathml", (_write_inline, None), (_write_block, None))
 

@@ -29,63 +29,41 @@ _NAMES = {
     "save_pair": "pyro_vae.runs",
 }
 
-__all__ = [
-    "VAE",
-    "Autoencoder",
-    "Comparison",
-    "ConditionalVAE",
-    "FitResult",
-    "InputError",
-    "LogMarginal",
-    "VAETransformer",
-    "compare",
-    "datasets",
-    "distributions",
-    "errors",
-    "evaluation",
-    "fit",
-    "guides",
-    "infer",
-    "likelihoods",
-    "load",
-    "load_pair",
-    "log_marginal",
-    "log_weights",
-    "networks",
-    "plots",
-    "priors",
-    "runs",
-    "save",
-    "save_pair",
-    "tasks",
-]
+_MODULES = (
+    *("datasets", "distributions", "errors", "evaluation", "guides", "infer", "likelihoods"),
+    *("networks", "plots", "priors", "runs", "tasks"),
+)
+__all__ = sorted((*_NAMES, *_MODULES))
 
 if TYPE_CHECKING:
-    from pyro_vae import (
-        datasets,
-        distributions,
-        errors,
-        evaluation,
-        guides,
-        infer,
-        likelihoods,
-        networks,
-        plots,
-        priors,
-        runs,
-        tasks,
-    )
-    from pyro_vae.autoencoder import Autoencoder
-    from pyro_vae.errors import InputError
-    from pyro_vae.evaluation.comparison import compare
-    from pyro_vae.evaluation.comparison_result import Comparison
-    from pyro_vae.evaluation.estimate import LogMarginal
-    from pyro_vae.evaluation.importance_sampling import log_marginal
-    from pyro_vae.infer.training import FitResult, fit
-    from pyro_vae.runs import load, load_pair, save, save_pair
-    from pyro_vae.transformer import VAETransformer
-    from pyro_vae.vae import VAE, ConditionalVAE
-    from pyro_vae.weights.particles import log_weights
+    from pyro_vae import datasets as datasets
+    from pyro_vae import distributions as distributions
+    from pyro_vae import errors as errors
+    from pyro_vae import evaluation as evaluation
+    from pyro_vae import guides as guides
+    from pyro_vae import infer as infer
+    from pyro_vae import likelihoods as likelihoods
+    from pyro_vae import networks as networks
+    from pyro_vae import plots as plots
+    from pyro_vae import priors as priors
+    from pyro_vae import runs as runs
+    from pyro_vae import tasks as tasks
+    from pyro_vae.autoencoder import Autoencoder as Autoencoder
+    from pyro_vae.errors import InputError as InputError
+    from pyro_vae.evaluation.comparison import compare as compare
+    from pyro_vae.evaluation.comparison_result import Comparison as Comparison
+    from pyro_vae.evaluation.estimate import LogMarginal as LogMarginal
+    from pyro_vae.evaluation.importance_sampling import log_marginal as log_marginal
+    from pyro_vae.infer.training import FitResult as FitResult
+    from pyro_vae.infer.training import fit as fit
+    from pyro_vae.runs import load as load
+    from pyro_vae.runs import load_pair as load_pair
+    from pyro_vae.runs import save as save
+    from pyro_vae.runs import save_pair as save_pair
+    from pyro_vae.transformer import VAETransformer as VAETransformer
+    from pyro_vae.vae import VAE as VAE
+    from pyro_vae.vae import ConditionalVAE as ConditionalVAE
+    from pyro_vae.weights.particles import log_weights as log_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ from torch.distributions import constraints
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.infer.training import EpochProgress, fit
-from pyro_vae.networks import Head, check_shape, feature_shape
+from pyro_vae.infer.training import epoch_progress, fit
+from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.pair.functions import HANDLER_LOCK
 from pyro_vae.pair.inputs import as_inputs
 
@@ -154,26 +154,11 @@ class Autoencoder(nn.Module):
         prior: its negative ELBO is the loss up to a constant. Pyro's parameter store is left as it
         was.
 
-        Args:
-            data: a :class:`pyro_vae.datasets.Dataset` (its validation part is used, and bits drawn
-                afresh for every batch if it is dynamic), or a tensor ``(N, *data_shape)`` of any
-                real type.
-            epochs: passes over the training data.
-            batch_size: data per step; the last batch of an epoch may be smaller.
-            learning_rate: Adam's step size.
-            loss: ``"mse"``, the squared error, or ``"bce"``, the binary cross-entropy in nats of data
-                in [0, 1]; both summed over a datum's values and averaged over data.
-            validation: data to evaluate after every epoch.
-            patience: stop after this many epochs without a better validation loss and put the best
-                weights back. None trains to the end and keeps the last ones.
-            device: ``auto`` takes CUDA where there is one.
-            seed: seed of everything random in the run; the generators' state is restored afterwards.
-            checkpoint: folder for the run's state, as in :func:`pyro_vae.fit`.
-            checkpoint_every: epochs after which one is written.
-            checkpoint_minutes: minutes after which one is written; None: not by time.
-            resume: go on from the newest checkpoint, or start where there is none.
-            on_epoch: called with (epoch from 1, that epoch's metrics).
-            progress: show a progress bar on standard error; by default only on a terminal.
+        Options are those of :func:`pyro_vae.fit`, with the validation loss in place of the ELBO.
+        ``data`` is a :class:`pyro_vae.datasets.Dataset` or a tensor ``(N, *data_shape)`` of any real
+        type. ``loss`` is ``"mse"``, the squared error, or ``"bce"``, the binary cross-entropy in nats
+        of data in [0, 1]; both summed over a datum's values and averaged over data. ``on_epoch`` is
+        called with (epoch from 1, that epoch's row of the history).
 
         Returns:
             history and settings of the run.
@@ -195,13 +180,13 @@ class Autoencoder(nn.Module):
 
         def note(epoch: int, row: dict[str, float]) -> None:
             losses = pair.losses(row)
-            bar.show(epoch, _describe(losses))
+            bar.update(bar.task_ids[0], completed=epoch, description=_describe(losses))
             if on_epoch is not None:
                 on_epoch(epoch, losses)
 
         # A store of its own: no other pair's names are in the way, and none is left there.
         store = pyro.get_param_store()
-        with HANDLER_LOCK, store.scope(), EpochProgress(epochs, progress) as bar:
+        with HANDLER_LOCK, store.scope(), epoch_progress(epochs, progress) as bar:
             result = fit(
                 pair.model, pair.guide, data, epochs=epochs, batch_size=batch_size,
                 learning_rate=learning_rate, validation=validation, patience=patience,
@@ -263,19 +248,10 @@ class _PointMassPair(nn.Module):
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data of another shape, not finite, or out of the loss's range."""
-        if tuple(x.shape[1:]) != self.autoencoder.data_shape:
-            raise InputError(
-                f"expected data of shape (N, {', '.join(map(str, self.autoencoder.data_shape))}), "
-                f"got {tuple(x.shape)}: build the networks with the data's own shape"
-            )
-        low, high = (value.item() for value in x.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError("expected finite data, got NaN or infinity: remove or fill them")
-        if self.loss == "bce" and not (low >= 0 and high <= 1):
-            raise InputError(
-                f"expected x in [0, 1] for loss 'bce', got values from {low:g} to {high:g}: divide "
-                "by the largest possible value, or use loss='mse'"
-            )
+        check_shape(x, self.autoencoder.data_shape, batch="N")
+        accepts = (0.0, 1.0) if self.loss == "bce" else (-math.inf, math.inf)
+        advice = "divide by the largest possible value, or use loss='mse'"
+        check_range(x, accepts, "loss 'bce'", advice)
 
 
 def _describe(row: dict[str, float]) -> str:

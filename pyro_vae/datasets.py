@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line, unknown_name, whole_number
+from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
+from pyro_vae.summary import Summary, shown
 
 __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 
@@ -28,7 +29,7 @@ NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz", ".csv")
 
-_PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test")
 
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
@@ -52,6 +53,7 @@ _TEST_SHARE = 0.2
 _VALIDATION_SHARE, _VALIDATION_MOST = 0.1, 10_000
 
 
+@shown
 @dataclass(frozen=True)
 class Dataset:
     """A data set in three parts, each a float32 tensor ``(N, *data_shape)``.
@@ -80,6 +82,16 @@ class Dataset:
     checksums: dict[str, str] | None = None
     is_mapped: bool = False
 
+    def _summary(self) -> Summary:
+        labels = self.train_labels
+        rows = {name: f"{len(getattr(self, name)):,} data points" for name in PARTS}
+        rows["each of shape"] = f"{self.data_shape}{', read from the disk' * self.is_mapped}"
+        rows["binarize"] = self.binarize
+        if labels is not None:
+            is_class = not labels.is_floating_point()
+            rows["labels"] = f"{len(labels.unique())} classes" if is_class else "numbers"
+        return f"data set {self.name}", rows
+
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of one datum."""
@@ -94,7 +106,7 @@ def load(
     name_or_path: Any,
     root: str | Path | None = None,
     *,
-    binarize: str = "dynamic",
+    binarize: str | None = None,
     validation_size: int | None = None,
     seed: int = 0,
     download: bool = False,
@@ -118,7 +130,8 @@ def load(
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae``.
         binarize: ``dynamic`` draws bits with the grey values as probabilities, afresh for every
             training batch and once, by ``seed``, for validation and test; ``static`` draws once for
-            every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are.
+            every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are. By default
+            tables are kept and everything else is drawn by ``dynamic``.
         validation_size: data taken from the training part for validation; 0 trains on all of it.
             By default a tenth, 10,000 at most.
         seed: seed of the split and of the bits drawn once.
@@ -135,15 +148,17 @@ def load(
         InputError: an unknown name, missing or unreadable files, data that can't be split or
             binarised as asked.
     """
+    is_path = isinstance(name_or_path, str | Path)
+    has_columns = is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv")
+    binarize = binarize or ("none" if has_columns else "dynamic")
     if binarize not in BINARIZATIONS:
         raise unknown_name("binarisation", binarize, BINARIZATIONS)
     seed = whole_number("a seed", seed, most=_LARGEST)
     if validation_size is not None:
         validation_size = whole_number("a validation size", validation_size, most=_LARGEST)
     generator = torch.Generator().manual_seed(seed)
-    is_path = isinstance(name_or_path, str | Path)
     is_named = is_path and str(name_or_path) in NAMES
-    if is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv"):
+    if has_columns:
         path = _data_file(Path(name_or_path)) if is_path else name_or_path
         loaded: dict[str, Any] = read_table(path, labels, leave_out)
     elif labels is not None or leave_out:
@@ -159,7 +174,7 @@ def load(
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
-    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in _PARTS}
+    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in PARTS}
     name = str(name_or_path) if is_path else type(name_or_path).__name__
     return Dataset(name=name, binarize=binarize, checksums=checksums, is_mapped=is_mapped, **parts)
 
@@ -178,18 +193,14 @@ def _load_named(name: str, root: Path, download: bool) -> dict[str, Any]:
         return {"x": digits.images[:, None] / 16, "y": digits.target}
     import torchvision.datasets as sets
 
-    try:
+    advice = "give the right root or allow the download"
+    if download:
+        advice = "check the network or put the files there"
+    with expecting(f"data set {name!r} below {root}", *_UNREADABLE, advice=advice):
         if name == "omniglot":
             return _load_omniglot(sets, root, download)
         classes = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "kmnist": sets.KMNIST}
         train, test = (classes[name](root, train=part, download=download) for part in (True, False))
-    except _UNREADABLE as error:
-        advice = "give the right root or allow the download"
-        if download:
-            advice = "check the network or put the files there"
-        raise InputError(
-            f"expected data set {name!r} below {root}, got: {first_line(error)}; {advice}"
-        ) from error
     parts: dict[str, Any] = {}
     for part, images in (("train", train), ("test", test)):
         if tuple(images.data.shape[1:]) != _IDX_SHAPE:
@@ -237,18 +248,12 @@ def _data_file(path: Path) -> Path:
 
 def _load_file(path: Path) -> dict[str, Any]:
     path = _data_file(path)
-    try:
+    advice = "write it by numpy.save"
+    with expecting(f"an array file of numbers at {path}", *_UNREADABLE, advice=advice):
         arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(
-            f"expected an array file of numbers at {path}, got: {first_line(error)}; write it by "
-            "numpy.save"
-        ) from error
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
-    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(_PARTS)}
+    known = {field for field in Dataset.__dataclass_fields__ if field.startswith(PARTS)}
     if not ({"x"} <= set(arrays) <= {"x", "y"} or {"train", "test"} <= set(arrays) <= known):
         raise InputError(
             f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
@@ -308,7 +313,7 @@ def _split(
     stratify: bool,
 ) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test; without generator in order."""
-    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in _PARTS)):
+    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in PARTS)):
         if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
             raise InputError(
                 f"expected one label per datum, got {len(parts[labels])} {labels!r} for "
@@ -319,7 +324,7 @@ def _split(
         test_size = max(1, round(_TEST_SHARE * len(x)))
         _check_size("data", len(x), test_size + 1)
         parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator, stratify)
-    shapes = {name: tuple(parts[name].shape[1:]) for name in _PARTS if name in parts}
+    shapes = {name: tuple(parts[name].shape[1:]) for name in PARTS if name in parts}
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
     if "validation" in parts:
@@ -372,7 +377,7 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
     """Turn grey into bits, except training data of which every batch draws its own."""
     if how == "none":
         return parts
-    for part in (parts[name] for name in _PARTS):
+    for part in (parts[name] for name in PARTS):
         if len(part) and not (part.min() >= 0 and part.max() <= 1):
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
@@ -385,5 +390,5 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
             return (part > 0.5).float()
         return torch.bernoulli(part, generator=generator)
 
-    drawn = _PARTS[1:] if how == "dynamic" else _PARTS
+    drawn = PARTS[1:] if how == "dynamic" else PARTS
     return {**parts, **{name: bits(parts[name]) for name in drawn}}

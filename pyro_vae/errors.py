@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["InputError"]
@@ -47,6 +48,18 @@ def first_line(error: object) -> str:
     """Return the first line of what an error says, or its type's name where it says nothing."""
     lines = str(error).splitlines()
     return lines[0].rstrip(".")[:_LONGEST] if lines else type(error).__name__
+
+
+@contextmanager
+def expecting(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Refuse what raises such an error inside: what was expected, what came, and what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise InputError(f"expected {what}, got: {reason}{advice and f'; {advice}'}") from error
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
@@ -112,6 +125,22 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise InputError(f"expected a finite {name} above 0, got {number}")
     return number
+
+
+def check_same(
+    begun: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: str,
+    advice: str,
+    free: Container[str] = (),
+) -> None:
+    """Refuse settings that are not those that something was begun with, but for the free ones."""
+    for name in {**now, **begun}:
+        if name not in free and now.get(name) != begun.get(name):
+            raise InputError(
+                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {where} was begun with, "
+                f"got {now.get(name)!r}: {advice}"
+            )
 
 
 def check_room(what: str, needed: int, advice: str) -> None:

@@ -8,16 +8,16 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting, first_line
 
 # Begins the name of the file in which a file is written.
 PART = ".part-"
@@ -50,14 +50,10 @@ def finite_or_none(value: Any) -> Any:
 
 def serialise(content: Mapping[str, Any]) -> str:
     """Return JSON that :func:`parse_json` reads; refuse what it would not read."""
-    try:
+    what = "numbers, text, lists and dicts of them, which can be read again"
+    with expecting(what, TypeError, ValueError, RuntimeError):  # lists in themselves, or without end
         text = json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
         parse_json(text)
-    except (TypeError, ValueError, RuntimeError) as error:  # lists in themselves, or without end
-        raise InputError(
-            "expected numbers, text, lists and dicts of them, which can be read again, got: "
-            f"{first_line(error)}"
-        ) from error
     return text
 
 
@@ -96,33 +92,29 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
     """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it."""
-    try:
+    kinds, advice = (TypeError, RuntimeError, UnicodeEncodeError), f"check {first_line(repr(path))}"
+    with expecting(f"the path of a {kind}", *kinds, advice=advice):
         expanded = Path(path).expanduser()
         if kind == "folder":
             str(expanded).encode()  # safetensors opens no path that is not UTF-8
         return expanded
-    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
-        raise InputError(
-            f"expected the path of a {kind}, got {first_line(repr(path))}: {first_line(error)}"
-        ) from error
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file by way of a temporary one, which takes its place when all is on the disk."""
     temporary = path.with_name(PART + path.name)
     try:
-        # What a killed process left; or a link or a pipe put there, which is never written through.
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as stream:
-            if isinstance(content, bytes):
-                stream.write(content)
-            else:
-                content(stream)
-            stream.flush()
-            os.fsync(stream.fileno())  # the name never precedes the content
-        os.replace(temporary, path)
-    except OSError as error:
-        refuse_to_write(path, error)
+        with writing_to(path):
+            # What a killed process left; or a link or pipe put there, which is never written through.
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as stream:
+                if isinstance(content, bytes):
+                    stream.write(content)
+                else:
+                    content(stream)
+                stream.flush()
+                os.fsync(stream.fileno())  # the name never precedes the content
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -147,12 +139,16 @@ def check_in_place(folder: Path, before: os.stat_result) -> None:
     )
 
 
-def refuse_to_write(path: Path, error: OSError | ValueError) -> NoReturn:
+def writing_to(path: Path) -> AbstractContextManager[None]:
     """Turn what the system says of a path into the one error of this package."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-    raise InputError(
-        f"expected to write {str(path)!r}, got: {reason}; make room or choose another folder"
-    ) from error
+    advice = "make room or choose another folder"
+    return expecting(f"to write {str(path)!r}", OSError, ValueError, advice=advice)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and its metadata; may raise UNREADABLE."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def checksum_of(description: Any, tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,7 @@
-"""Variational families q(z given x): modules that turn data into an approximate posterior."""
+"""Variational families q(z given x): modules that turn data into an approximate posterior.
+
+Arguments, shapes and errors that all of them share stand at :class:`VariationalFamily`.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae import distributions
-from pyro_vae.distributions.flows import (
-    FlowDistribution,
-    Shift,
-    autoregressive_layers,
-    spline_layers,
-    standard_normal,
-)
-from pyro_vae.distributions.normal import (
-    CholeskyNormal,
-    DiagonalNormalMixture,
-    lower_cholesky,
-    raw_cholesky,
-    variance_of_means,
-)
+from pyro_vae.distributions import flows, normal
 from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.networks import Head, feature_shape
 
@@ -48,18 +38,33 @@ class VariationalFamily(nn.Module):
     call in two, ``distribution(encode(x))``:
 
     1. keep every constructor argument under its own name;
-    2. ``encode`` returns a dict of unconstrained per-datum tensors ``(*batch, ...)``: build a
-       :class:`pyro_vae.networks.Head` for each and list them in ``parameter_names``, or write it;
+    2. ``encode`` returns a dict of unconstrained per-datum tensors ``(*batch, ...)``: let
+       :meth:`add_heads` build one for each, or write it;
     3. ``distribution`` turns such a dict into q, whatever the values of its tensors;
     4. say where the latents live in ``latent_support``.
 
     The split is what lets the best member of the family for one datum be found by optimising what
     ``encode`` would have given.
 
+    Args:
+        encoder: network from data to features.
+        latent_dim: size of the latent vector.
+
+    Shapes:
+        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
+
     Attributes:
         latent_dim: size of the latent vector.
         latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
         parameter_names: the heads whose outputs ``encode`` returns.
+
+    Raises:
+        InputError: a size below 1, another option out of range, or an encoder without ``out_shape``.
+
+    Example:
+        >>> from pyro_vae.networks import MLPEncoder
+        >>> MeanFieldNormal(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
+        torch.Size([5])
     """
 
     latent_support: str = "real"
@@ -70,6 +75,12 @@ class VariationalFamily(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.latent_dim = size("latent_dim", latent_dim)
+
+    def add_heads(self, **shapes: tuple[int, ...]) -> None:
+        """Build a head on the encoder's features for each parameter of q, by name and shape."""
+        for name, shape in shapes.items():
+            setattr(self, name, Head(feature_shape(self.encoder), shape))
+        self.parameter_names = tuple(shapes)
 
     def encode(self, x: Tensor, *given: Tensor) -> dict[str, Tensor]:
         """Return the unconstrained parameters of q for each datum, each ``(*batch, ...)``.
@@ -94,32 +105,13 @@ class MeanFieldNormal(VariationalFamily):
 
     .. math:: q(z | x) = N(z; \mu(x), diag(\sigma^2(x)))
 
-    Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 1, or an encoder without ``out_shape``.
-
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", section 3, equation 9.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> MeanFieldNormal(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
-
-    parameter_names = ("loc", "log_variance")
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
-        self.loc = Head(features, (self.latent_dim,))
-        self.log_variance = Head(features, (self.latent_dim,))
+        self.add_heads(loc=(self.latent_dim,), log_variance=(self.latent_dim,))
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the normal with ``loc`` and ``log_variance``, each ``(*batch, latent_dim)``."""
@@ -134,40 +126,23 @@ class FullRankNormal(VariationalFamily):
 
     L is lower triangular with a positive diagonal (through softplus) and starts near the identity.
 
-    Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 1, or an encoder without ``out_shape``.
-
     Source:
         Kingma, Welling 2019, "An Introduction to Variational Autoencoders", section 2.5.1.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> FullRankNormal(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
-    parameter_names = ("loc", "raw_cholesky")
+    raw_cholesky: Head
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
-        start = raw_cholesky(torch.eye(self.latent_dim))
-        self.loc = Head(features, (self.latent_dim,))
-        self.raw_cholesky = Head(features, (len(start),))
+        start = normal.raw_cholesky(torch.eye(self.latent_dim))
+        self.add_heads(loc=(self.latent_dim,), raw_cholesky=(len(start),))
         # A row of L has up to latent_dim random entries: small weights keep q at the prior's scale.
         self.raw_cholesky.start_at(weight_scale=0.1, bias=start)
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the normal with ``loc`` and ``raw_cholesky``, the rows of L's triangle."""
-        factor = lower_cholesky(parameters["raw_cholesky"], self.latent_dim)
-        return CholeskyNormal(parameters["loc"], scale_tril=factor, validate_args=False)
+        factor = normal.lower_cholesky(parameters["raw_cholesky"], self.latent_dim)
+        return normal.CholeskyNormal(parameters["loc"], scale_tril=factor, validate_args=False)
 
 
 class MixtureOfNormals(VariationalFamily):
@@ -179,59 +154,41 @@ class MixtureOfNormals(VariationalFamily):
     would learn in step: their means are drawn as in :class:`pyro_vae.priors.GaussianMixture`.
 
     Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
+        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_components: number of components, K.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a size below 1, or an encoder without ``out_shape``.
 
     Source:
         Jaakkola, Jordan 1998, "Improving the Mean Field Approximation via the Use of Mixture
         Distributions"; the gradient: see :class:`DiagonalNormalMixture`.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> MixtureOfNormals(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
-    parameter_names = ("logits", "loc", "log_variance")
+    loc: Head
+    log_variance: Head
 
     def __init__(self, encoder: nn.Module, latent_dim: int, *, num_components: int = 5) -> None:
         super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
         self.num_components = size("num_components", num_components)
         shape = (self.num_components, self.latent_dim)
-        self.logits = Head(features, (self.num_components,))
-        self.loc = Head(features, shape)
-        self.log_variance = Head(features, shape)
-        share = variance_of_means(self.latent_dim)
+        self.add_heads(logits=(self.num_components,), loc=shape, log_variance=shape)
+        share = normal.variance_of_means(self.latent_dim)
         self.loc.start_at(bias=math.sqrt(share) * torch.randn(shape))
         self.log_variance.start_at(bias=math.log(1 - share))
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the mixture; ``logits`` ``(*batch, K)``, the others ``(*batch, K, latent_dim)``."""
         scale = (0.5 * parameters["log_variance"]).exp()
-        return DiagonalNormalMixture(parameters["logits"], parameters["loc"], scale)
+        return normal.DiagonalNormalMixture(parameters["logits"], parameters["loc"], scale)
 
 
 class _FlowFamily(VariationalFamily):
     """What the flow families share: heads for a location, a scale and the context of the layers."""
 
-    parameter_names = ("loc", "log_scale", "context")
     layers: nn.ModuleList
 
     def __init__(self, encoder: nn.Module, latent_dim: int, context_features: int) -> None:
         super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
-        self.context_features = size("context_features", context_features)
-        self.loc = Head(features, (self.latent_dim,))
-        self.log_scale = Head(features, (self.latent_dim,))
-        self.context = Head(features, (self.context_features,))
+        self.context_features, shape = size("context_features", context_features), (self.latent_dim,)
+        self.add_heads(loc=shape, log_scale=shape, context=(self.context_features,))
 
 
 class InverseAutoregressiveFlow(_FlowFamily):
@@ -244,26 +201,14 @@ class InverseAutoregressiveFlow(_FlowFamily):
     other point costs one pass per coordinate and layer.
 
     Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
+        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of layers T; the order of the coordinates is reversed from one to the next.
         hidden: widths of each layer's masked network.
         context_features: size of the context.
 
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a size below 1, or an encoder without ``out_shape``.
-
     Source:
         Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow",
         algorithm 1, equations 13 and 14.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> InverseAutoregressiveFlow(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
     def __init__(
@@ -278,7 +223,7 @@ class InverseAutoregressiveFlow(_FlowFamily):
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)
-        self.layers = autoregressive_layers(
+        self.layers = flows.autoregressive_layers(
             self.latent_dim,
             self.num_layers,
             hidden=self.hidden,
@@ -287,9 +232,9 @@ class InverseAutoregressiveFlow(_FlowFamily):
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that starts at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = Shift(parameters["loc"], parameters["log_scale"])
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
         layers = [shift, *self.layers]
-        return FlowDistribution(standard_normal(shift.loc), layers, parameters["context"])
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 class NeuralSplineFlow(_FlowFamily):
@@ -302,27 +247,15 @@ class NeuralSplineFlow(_FlowFamily):
     other point two.
 
     Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
+        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.
         bound: the splines bend [-bound, bound] and leave the rest as it is.
         context_features: size of the context.
 
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a size below 1, a bound that is not positive, or an encoder without ``out_shape``.
-
     Source:
         Durkan et al. 2019, "Neural Spline Flows", section 3; as posterior: section 5.2.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> NeuralSplineFlow(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
     def __init__(
@@ -341,7 +274,7 @@ class NeuralSplineFlow(_FlowFamily):
         self.hidden = sizes("hidden widths", hidden)
         self.num_bins = size("num_bins", num_bins, least=2)
         self.bound = positive_number("bound", bound)
-        self.layers = spline_layers(
+        self.layers = flows.spline_layers(
             self.latent_dim,
             self.num_layers,
             hidden=self.hidden,
@@ -352,9 +285,9 @@ class NeuralSplineFlow(_FlowFamily):
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that ends at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = Shift(parameters["loc"], parameters["log_scale"])
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
         layers = [*self.layers, shift]
-        return FlowDistribution(standard_normal(shift.loc), layers, parameters["context"])
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 # The concentration per dimension says how far q is from uniform, whatever m. At 1/4 (mean resultant
@@ -363,40 +296,23 @@ STARTING_CONCENTRATION_PER_DIMENSION = 0.25
 
 
 class VonMisesFisher(VariationalFamily):
-    r"""Von Mises-Fisher distribution on the unit sphere of R^m, m = latent_dim.
+    r"""Von Mises-Fisher distribution on the unit sphere of R^m, m = latent_dim, at least 2.
 
     .. math:: q(z | x) = C_m(k(x)) \exp(k(x) \mu(x) \cdot z)
 
     The mean direction is a head's output divided by its length; the concentration is m times the
     softplus of another's, so that the same head serves few dimensions and many.
 
-    Args:
-        encoder: network from data to features.
-        latent_dim: m, the dimension of the ambient space; the sphere has one less.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 2, or an encoder without ``out_shape``.
-
     Source:
         Davidson et al. 2018, "Hyperspherical Variational Auto-Encoders", section 3.
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> VonMisesFisher(MLPEncoder((64,)), 3)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
     latent_support = "unit sphere"
-    parameter_names = ("direction", "raw_concentration")
+    raw_concentration: Head
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__(encoder, size("latent_dim", latent_dim, least=2))
-        features = feature_shape(encoder)
-        self.direction = Head(features, (self.latent_dim,))
-        self.raw_concentration = Head(features, (1,))
+        self.add_heads(direction=(self.latent_dim,), raw_concentration=(1,))
         start = math.log(math.expm1(STARTING_CONCENTRATION_PER_DIMENSION))
         self.raw_concentration.start_at(bias=start)
 
@@ -424,34 +340,16 @@ class Beta(VariationalFamily):
 
     Gradients pass through the draws by implicit differentiation.
 
-    Args:
-        encoder: network from data to features.
-        latent_dim: size of the latent vector.
-
-    Shapes:
-        x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 1, or an encoder without ``out_shape``.
-
     Source:
         Figurnov, Mohamed, Mnih 2018, "Implicit Reparameterization Gradients"; Jankowiak, Obermeyer
         2018, "Pathwise Derivatives Beyond the Reparameterization Trick".
-
-    Example:
-        >>> from pyro_vae.networks import MLPEncoder
-        >>> Beta(MLPEncoder((64,)), 2)(torch.zeros(5, 64)).batch_shape
-        torch.Size([5])
     """
 
     latent_support = "unit interval"
-    parameter_names = ("raw_concentration1", "raw_concentration0")
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__(encoder, latent_dim)
-        features = feature_shape(encoder)
-        self.raw_concentration1 = Head(features, (self.latent_dim,))
-        self.raw_concentration0 = Head(features, (self.latent_dim,))
+        self.add_heads(raw_concentration1=(self.latent_dim,), raw_concentration0=(self.latent_dim,))
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the Betas with concentrations 1/2 + softplus(raw)."""

@@ -1,4 +1,7 @@
-"""Likelihoods p(x given z): modules whose call turns latents into the distribution of the data."""
+"""Likelihoods p(x given z): modules whose call turns latents into the distribution of the data.
+
+Arguments, shapes and errors that all of them share stand at :class:`Likelihood`.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae.distributions.continuous_bernoulli import (
-    StableContinuousBernoulli,
-    continuous_bernoulli_mean,
-)
-from pyro_vae.distributions.values import (
-    LevelsOfLogistic,
-    NumberedCategorical,
-    PreciseNegativeBinomial,
-    PreciseStudentT,
-)
+from pyro_vae.distributions import continuous_bernoulli, values
 from pyro_vae.errors import InputError, positive_number, size
-from pyro_vae.networks import Head, check_shape, feature_shape
+from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
 
 __all__ = [
@@ -60,13 +54,18 @@ class Likelihood(nn.Module):
         z ``(*batch, latent_dim)``; the call returns batch shape ``batch``, event ``data_shape``.
 
     Raises:
-        InputError: a decoder without ``out_shape``.
+        InputError: a decoder without ``out_shape``; of the likelihoods here, an option out of range.
 
     Attributes:
         accepts: the closed interval of the data's values.
         step: distance between two of the data's values; None where any value is accepted.
         takes_sizes: whether the call takes size factors ``(N,)`` after z, as counts may.
         data_shape: shape of one datum.
+
+    Example:
+        >>> from pyro_vae.networks import MLPDecoder
+        >>> Bernoulli(MLPDecoder(2), (64,))(torch.zeros(5, 2)).event_shape
+        torch.Size([64])
     """
 
     accepts: tuple[float, float] = (-math.inf, math.inf)
@@ -116,15 +115,7 @@ class Likelihood(nn.Module):
             InputError: another shape, a value that is not finite, or one outside ``accepts``.
         """
         check_shape(x, self.data_shape, "likelihood", batch="N")
-        low, high = self.accepts
-        smallest, largest = (value.item() for value in x.aminmax())
-        if not (math.isfinite(smallest) and math.isfinite(largest)):
-            raise InputError("expected finite data, got NaN or infinity: remove or fill them")
-        if smallest < low or largest > high:
-            raise InputError(
-                f"expected x in [{low:g}, {high:g}] for {type(self).__name__}, "
-                f"got values from {smallest:g} to {largest:g}: {self.instead}"
-            )
+        check_range(x, self.accepts, type(self).__name__, self.instead)
         off = torch.zeros(()) if self.step is None else x / self.step
         off = (off - off.round()).abs()
         if off.max() > 1e-3:
@@ -152,8 +143,7 @@ class _UnitInterval(Likelihood):
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent pixels with the logits that the head gives."""
-        logits = self.logits(self.decoder(z, *given))
-        pixels = self.pixels(logits=logits, validate_args=False)
+        pixels = self.pixels(logits=self.logits(self.decoder(z, *given)), validate_args=False)
         return pixels.to_event(len(self.data_shape))
 
 
@@ -163,16 +153,8 @@ class Bernoulli(_UnitInterval):
     Grey values in [0, 1] are accepted. The result is then a pseudo-likelihood (the cross-entropy with
     the grey values as probabilities), not a density, and is not comparable with one.
 
-    Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
-
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", appendix C.1, equation 11.
-
-    Example:
-        >>> from pyro_vae.networks import MLPDecoder
-        >>> Bernoulli(MLPDecoder(2), (64,))(torch.zeros(5, 2)).event_shape
-        torch.Size([64])
     """
 
     pixels = dist.Bernoulli
@@ -192,20 +174,12 @@ class ContinuousBernoulli(_UnitInterval):
     The Bernoulli's cross-entropy with the normaliser it lacks for grey values. eta is the logit of
     the parameter lambda of the source.
 
-    Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
-
     Source:
         Loaiza-Ganem, Cunningham 2019, "The Continuous Bernoulli: Fixing a Pervasive Error in
         Variational Autoencoders", equation 6.
-
-    Example:
-        >>> from pyro_vae.networks import MLPDecoder
-        >>> ContinuousBernoulli(MLPDecoder(2), (64,))(torch.zeros(5, 2)).event_shape
-        torch.Size([64])
     """
 
-    pixels = StableContinuousBernoulli
+    pixels = continuous_bernoulli.StableContinuousBernoulli
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the natural parameter whose mean is ``mean``."""
@@ -215,7 +189,7 @@ class ContinuousBernoulli(_UnitInterval):
         low, high = torch.full_like(mean, -32.0), torch.full_like(mean, 32.0)
         for _ in range(40):  # bisection: the mean rises with eta
             middle = (low + high) / 2
-            below = continuous_bernoulli_mean(middle) < mean
+            below = continuous_bernoulli.continuous_bernoulli_mean(middle) < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         self.logits.start_at(bias=low)
 
@@ -237,17 +211,9 @@ class Gaussian(Likelihood):
             ``scale`` (see :meth:`standardize`), so that f(z) = loc + scale * the head's output. x,
             its density and a fixed sigma are in the data's own units all the same.
 
-    Raises:
-        InputError: a sigma or a floor that is not positive, or an unknown word.
-
     Source:
         Kingma, Welling 2014, appendix C.2, equation 12; learned sigma: Rybkin, Daniilidis, Levine
         2021, "Simple and Effective VAE Training with Calibrated Decoders".
-
-    Example:
-        >>> from pyro_vae.networks import MLPDecoder
-        >>> Gaussian(MLPDecoder(2), (64,), sigma="learned")(torch.zeros(5, 2)).batch_shape
-        torch.Size([5])
     """
 
     loc: Tensor
@@ -317,8 +283,7 @@ class Gaussian(Likelihood):
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:
         """Return independent pixels, normal ones unless a subclass has others."""
         features = self.decoder(z, *given)
-        mean = self.mean(features)
-        scale = self._scale(features)
+        mean, scale = self.mean(features), self._scale(features)
         if self.standardized:
             mean = self.loc + self.scale * mean
         return self._pixels(mean, scale.expand_as(mean)).to_event(len(self.data_shape))
@@ -345,9 +310,6 @@ class StudentT(Gaussian):
             that there is a mean, from 5 on.
         sigma, floor, standardized: as :class:`Gaussian` has them.
 
-    Raises:
-        InputError: a df, a sigma or a floor that is not positive, or an unknown word.
-
     Source:
         Takahashi et al. 2018, "Student-t Variational Autoencoder for Robust Density Estimation".
     """
@@ -370,7 +332,7 @@ class StudentT(Gaussian):
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
         fixed = mean.new_tensor(self.df) if isinstance(self.df, float) else None
         df = 1 + F.softplus(self.raw_df) if fixed is None else fixed
-        return PreciseStudentT(df, mean, scale, validate_args=False)
+        return values.PreciseStudentT(df, mean, scale, validate_args=False)
 
 
 class DiscretizedLogistic(Gaussian):
@@ -383,11 +345,8 @@ class DiscretizedLogistic(Gaussian):
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
-        levels: number of levels; data are k / (levels - 1).
+        levels: number of levels, at least 2; data are k / (levels - 1).
         sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
-
-    Raises:
-        InputError: fewer than 2 levels, a sigma or a floor that is not positive, or an unknown word.
 
     Source:
         Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow".
@@ -418,7 +377,7 @@ class DiscretizedLogistic(Gaussian):
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
         # sqrt(3) / pi is the scale of a logistic whose deviation is 1.
-        return LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
+        return values.LevelsOfLogistic(mean, scale * (math.sqrt(3) / math.pi), self.levels)
 
 
 class Categorical(Likelihood):
@@ -428,10 +387,7 @@ class Categorical(Likelihood):
 
     Args:
         decoder, data_shape: as :class:`Likelihood` has them.
-        num_categories: K.
-
-    Raises:
-        InputError: fewer than 2 categories.
+        num_categories: K, at least 2.
     """
 
     step = 1.0
@@ -452,7 +408,7 @@ class Categorical(Likelihood):
         """Return independent categories."""
         logits, dims = self.logits(self.decoder(z, *given)), len(self.data_shape)
         logits = logits.unflatten(-dims, (self.data_shape[0], self.num_categories))
-        pixels = NumberedCategorical(logits=logits.movedim(-dims, -1), validate_args=False)
+        pixels = values.NumberedCategorical(logits=logits.movedim(-dims, -1), validate_args=False)
         return pixels.to_event(dims)
 
 
@@ -469,7 +425,7 @@ class Poisson(Likelihood):
             the decoder has one latent less than prior and family.
 
     Raises:
-        InputError: an unknown word; called without the size factors that are to be observed.
+        InputError: called without the size factors that are to be observed.
 
     Source:
         Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics".
@@ -539,4 +495,6 @@ class NegativeBinomial(Poisson):
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
         logits = log_rate - self.log_theta
-        return PreciseNegativeBinomial(self.log_theta.exp(), logits=logits, validate_args=False)
+        return values.PreciseNegativeBinomial(
+            self.log_theta.exp(), logits=logits, validate_args=False
+        )

@@ -4,7 +4,8 @@ A network knows nothing of probability. It returns features, and the likelihood 
 family that uses it owns the head that turns them into parameters; so one network serves any of them.
 
 A network of your own serves here if it maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)`` and
-says the latter in an attribute ``out_shape`` (a tuple of ints).
+says the latter in an attribute ``out_shape`` (a tuple of ints). Those here raise an InputError for a
+size below 1, an unknown activation or norm, and data of another kind or shape.
 """
 
 from __future__ import annotations
@@ -70,9 +71,6 @@ class MLPEncoder(nn.Module):
 
     Shapes:
         ``(*batch, *data_shape)`` to ``(*batch, hidden[-1])``.
-
-    Raises:
-        InputError: a width below 1, an unknown activation, or data of another shape.
     """
 
     def __init__(
@@ -108,9 +106,6 @@ class MLPDecoder(nn.Module):
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, hidden[-1])``.
-
-    Raises:
-        InputError: a size below 1 or an unknown activation.
     """
 
     def __init__(
@@ -205,9 +200,6 @@ class ConvEncoder(_Convolutional):
 
     Shapes:
         ``(*batch, *data_shape)`` to ``(*batch, features)``, any number of batch axes.
-
-    Raises:
-        InputError: data of another kind, a size below 1, or an unknown activation or norm.
     """
 
     def __init__(
@@ -254,9 +246,6 @@ class ConvDecoder(_Convolutional):
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, channels[-1], *data_shape[1:])``.
-
-    Raises:
-        InputError: data of another kind, a size below 1, or an unknown activation or norm.
     """
 
     def __init__(
@@ -301,10 +290,7 @@ class Standardized(nn.Module):
         data_shape: shape of one datum, of ``loc`` and of ``scale``, which start as 0 and 1.
 
     Shapes:
-        those of the encoder.
-
-    Raises:
-        InputError: an encoder without ``out_shape``.
+        those of the encoder, which says its ``out_shape``.
     """
 
     loc: Tensor
@@ -384,11 +370,11 @@ class Head(nn.Module):
         self.out_shape = sizes("out_shape", out_shape)
         dims = len(self.in_shape) - 1
         self.pixelwise = dims in _CONVOLUTIONS and self.in_shape[1:] == self.out_shape[1:]
-        self.map: nn.Conv1d | nn.Conv2d | nn.Linear
-        if self.pixelwise:
-            self.map = _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
-        else:
-            self.map = nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
+        self.map: nn.Conv1d | nn.Conv2d | nn.Linear = (
+            _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
+            if self.pixelwise
+            else nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the parameter ``(*batch, *out_shape)`` of features ``(*batch, *in_shape)``."""
@@ -405,10 +391,8 @@ class Head(nn.Module):
         assert self.map.bias is not None
         self.map.weight.mul_(weight_scale)
         start = torch.as_tensor(bias).to(self.map.bias).expand(self.out_shape)
-        if self.pixelwise:
-            start = start.mean(
-                dim=tuple(range(1, start.dim()))
-            )  # one bias per channel serves every pixel
+        if self.pixelwise:  # one bias per channel serves every pixel
+            start = start.mean(dim=tuple(range(1, start.dim())))
         self.map.bias.copy_(start.flatten())
 
 
@@ -424,6 +408,18 @@ def check_shape(
         raise InputError(
             f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
             f"got {tuple(x.shape)}: {advice}"
+        )
+
+
+def check_range(x: Tensor, accepts: tuple[float, float], owner: str, advice: str) -> None:
+    """Refuse data that are not finite, or not in the closed interval that the owner accepts."""
+    (low, high), (smallest, largest) = accepts, (value.item() for value in x.aminmax())
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise InputError("expected finite data, got NaN or infinity: remove or fill them")
+    if smallest < low or largest > high:
+        raise InputError(
+            f"expected x in [{low:g}, {high:g}] for {owner}, got values from {smallest:g} to "
+            f"{largest:g}: {advice}"
         )
 
 

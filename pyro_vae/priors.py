@@ -1,4 +1,7 @@
-"""Priors p(z): modules whose call returns the distribution of one datum's latent vector."""
+"""Priors p(z): modules whose call returns the distribution of one datum's latent vector.
+
+Shapes and errors that all of them share stand at :class:`Prior`.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,20 @@ class Prior(nn.Module):
     2. say where the latents live in ``latent_support``;
     3. return the distribution from ``forward``, its tensors on the module's device.
 
+    Shapes:
+        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
+
     Attributes:
         latent_dim: size of the latent vector.
         latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
+
+    Raises:
+        InputError: of the priors here, a size below 1, or a scale, bound or concentration that is
+            not positive and finite.
+
+    Example:
+        >>> StandardNormal(2)().event_shape
+        torch.Size([2])
     """
 
     latent_support: str = "real"
@@ -67,22 +81,12 @@ class StandardNormal(Prior):
     .. math:: p(z) = N(z; 0, s^2 I)
 
     Args:
-        latent_dim: size of the latent vector.
+        latent_dim: as :class:`Prior` has it.
         scale: the standard deviation s, or its start where it is learned.
         learn_scale: whether s is trained (through its logarithm).
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 1 or a scale that is not positive and finite.
-
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", section 3.
-
-    Example:
-        >>> StandardNormal(2)().event_shape
-        torch.Size([2])
     """
 
     loc: Tensor
@@ -114,24 +118,14 @@ class GaussianMixture(Prior):
     standard normal, about which a fresh encoder scatters (see :func:`variance_of_means`).
 
     Args:
-        latent_dim: size of the latent vector.
+        latent_dim: as :class:`Prior` has it.
         num_components: number of components, K.
         learn_weights: whether the weights are trained; if not, they stay as they are.
         learn_components: whether means and covariances are trained.
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a size below 1.
-
     Source:
         Dilokthanakul et al. 2016, "Deep Unsupervised Clustering with Gaussian Mixture Variational
         Autoencoders"; Jiang et al. 2017, "Variational Deep Embedding", section 3.
-
-    Example:
-        >>> GaussianMixture(2, num_components=3)().event_shape
-        torch.Size([2])
     """
 
     logits: Tensor
@@ -221,25 +215,15 @@ class FlowPrior(Prior):
     one learned spline.
 
     Args:
-        latent_dim: size of the latent vector.
+        latent_dim: as :class:`Prior` has it.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.
         bound: the splines bend [-bound, bound] and leave the rest as it is.
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a size below 1, or a bound that is not positive and finite.
-
     Source:
         Durkan et al. 2019, "Neural Spline Flows", section 3; as a prior: Chen et al. 2017,
         "Variational Lossy Autoencoder", section 3.2.
-
-    Example:
-        >>> FlowPrior(2)().event_shape
-        torch.Size([2])
     """
 
     loc: Tensor
@@ -270,8 +254,7 @@ class FlowPrior(Prior):
 
     def forward(self) -> dist.Distribution:
         """Return the flow's distribution."""
-        layers = [Inverse(layer) for layer in self.layers]
-        return FlowDistribution(standard_normal(self.loc), layers)
+        return FlowDistribution(standard_normal(self.loc), [Inverse(layer) for layer in self.layers])
 
 
 class VampPrior(Prior):
@@ -292,9 +275,6 @@ class VampPrior(Prior):
         unit_interval: whether the data lie in [0, 1]; the pseudo-inputs are then kept inside (through
             a sigmoid, whose gradient, unlike a clamp's, vanishes nowhere).
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(guide.latent_dim,)``.
-
     Raises:
         InputError: fewer than one pseudo-input, or a family that does not say its ``latent_dim``.
 
@@ -305,8 +285,6 @@ class VampPrior(Prior):
         >>> from pyro_vae.guides import MeanFieldNormal
         >>> from pyro_vae.networks import MLPEncoder
         >>> prior = VampPrior(MeanFieldNormal(MLPEncoder((64,)), 2), (64,), num_pseudo_inputs=20)
-        >>> prior().event_shape
-        torch.Size([2])
     """
 
     guide: Callable[[Tensor], dist.Distribution]
@@ -322,8 +300,7 @@ class VampPrior(Prior):
         unit_interval: bool = True,
     ) -> None:
         super().__init__()
-        latent_dim = getattr(guide, "latent_dim", None)
-        if latent_dim is None:
+        if getattr(guide, "latent_dim", None) is None:
             raise InputError(
                 f"expected a family with an attribute latent_dim, got {type(guide).__name__}: "
                 "set it to the size of the latent vector"
@@ -331,15 +308,14 @@ class VampPrior(Prior):
         # Past nn.Module's own __setattr__, which would register the family as a part of the prior and
         # so save it, list its parameters and hand it to Pyro a second time.
         object.__setattr__(self, "guide", guide)
-        self.latent_dim = latent_dim
+        self.latent_dim = guide.latent_dim  # type: ignore[attr-defined]
         self.latent_support = getattr(guide, "latent_support", "real")
         self.data_shape = tuple(int(size) for size in data_shape)
         self.num_pseudo_inputs = size("num_pseudo_inputs", num_pseudo_inputs)
         self.learn_weights = learn_weights
         self.unit_interval = unit_interval
         # Noise that fills the data's range, until start_at_data brings something better.
-        raw = torch.randn(self.num_pseudo_inputs, *self.data_shape)
-        self.raw_pseudo_inputs = nn.Parameter(raw)
+        self.raw_pseudo_inputs = nn.Parameter(torch.randn(self.num_pseudo_inputs, *self.data_shape))
         self.keep("logits", torch.zeros(self.num_pseudo_inputs), learn=learn_weights)
 
     @property
@@ -391,23 +367,13 @@ class VonMisesFisher(Prior):
     The mean direction mu starts at the first axis.
 
     Args:
-        latent_dim: m, the dimension of the ambient space; the sphere has one less.
+        latent_dim: m, the dimension of the ambient space, at least 2; the sphere has one less.
         concentration: k, or its start where it is learned.
         learn_loc: whether mu is trained (as a vector that is divided by its length).
         learn_concentration: whether k is trained (through its logarithm).
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 2, or a concentration that is not positive and finite.
-
     Source:
         Davidson et al. 2018, "Hyperspherical Variational Auto-Encoders", section 3.1.
-
-    Example:
-        >>> VonMisesFisher(3, concentration=5.0)().event_shape
-        torch.Size([3])
     """
 
     latent_support = "unit sphere"
@@ -443,20 +409,10 @@ class HypersphericalUniform(Prior):
     .. math:: p(z) = \Gamma(m/2) / (2 \pi^{m/2})
 
     Args:
-        latent_dim: m, the dimension of the ambient space; the sphere has one less.
-
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 2.
+        latent_dim: m, the dimension of the ambient space, at least 2; the sphere has one less.
 
     Source:
         Davidson et al. 2018, "Hyperspherical Variational Auto-Encoders", section 3.1.
-
-    Example:
-        >>> HypersphericalUniform(3)().event_shape
-        torch.Size([3])
     """
 
     latent_support = "unit sphere"
@@ -485,24 +441,14 @@ class Beta(Prior):
     draws are near which end is right at any concentration.
 
     Args:
-        latent_dim: size of the latent vector.
+        latent_dim: as :class:`Prior` has it.
         concentration1: a, or its start where it is learned.
         concentration0: b, or its start where it is learned.
         learn_concentrations: whether a and b are trained, one pair per coordinate (through their
             logarithms).
 
-    Shapes:
-        the call returns batch shape ``()``, event shape ``(latent_dim,)``.
-
-    Raises:
-        InputError: a latent dimension below 1, or a concentration that is not positive and finite.
-
     Source:
         Figurnov, Mohamed, Mnih 2018, "Implicit Reparameterization Gradients", section 6.
-
-    Example:
-        >>> Beta(2, concentration1=2.0)().event_shape
-        torch.Size([2])
     """
 
     latent_support = "unit interval"

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting
 
 # Bytes from which on rows are read from the disk in place of filling the memory.
 LARGE = 1 << 27
@@ -56,7 +56,9 @@ def _takes(function: Any, number: int) -> bool:
 
 def _stack(batches: Iterable[Any], kind: str) -> tuple[np.ndarray, ...]:
     columns: list[Rows] = []
-    try:
+    what = f"batches of tensors, alike but for their length, from the {kind}"
+    advice = "give it a transform or a collate_fn that returns tensors"
+    with expecting(what, TypeError, ValueError, advice=advice):
         for batch in batches:
             values = batch if isinstance(batch, list | tuple) else (batch,)
             columns = columns or [Rows() for _ in values]
@@ -64,11 +66,6 @@ def _stack(batches: Iterable[Any], kind: str) -> tuple[np.ndarray, ...]:
                 if not isinstance(value, Tensor | np.ndarray):
                     raise TypeError(f"a batch with a {type(value).__name__}")
                 rows.add(value.numpy(force=True) if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"expected batches of tensors, alike but for their length, from the {kind}, got: "
-            f"{first_line(error)}; give it a transform or a collate_fn that returns tensors"
-        ) from error
     if not columns:
         raise InputError(f"expected a batch at least, got none from the {kind}: was it read before?")
     return tuple(rows.finish() for rows in columns)
@@ -92,16 +89,12 @@ class Rows:
         self._count += len(part)
         if self._file is None and self._count * int(np.prod(first.strides[:1])) <= LARGE:
             return
-        try:
+        room = f"room for {self._count} rows in {tempfile.gettempdir()}"
+        with expecting(room, OSError, advice="set TMPDIR to a folder on a larger disk"):
             self._file = self._file or tempfile.TemporaryFile(prefix="pyro-vae-")  # noqa: SIM115
             for each in self._parts:
                 self._file.write(each.data)
             self._file.flush()
-        except OSError as error:
-            raise InputError(
-                f"expected room for {self._count} rows in {tempfile.gettempdir()}, got: "
-                f"{first_line(error)}; set TMPDIR to a folder on a larger disk"
-            ) from error
         self._parts = [first[:0]]
 
     def finish(self) -> np.ndarray:
@@ -124,24 +117,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         zipfile.ZipFile(path) as archive,
     ):
         sizes = {each.filename.removesuffix(".npy"): each.file_size for each in archive.infolist()}
-        return {name: _read_member(archive, name, sizes[name], content) for name in content.files}
+        return {
+            name: _map_member(archive, f"{name}.npy") if sizes[name] > LARGE else content[name]
+            for name in content.files
+        }
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, size: int, content: Any) -> np.ndarray:
-    if size <= LARGE:
-        return np.asarray(content[name])
-    with archive.open(f"{name}.npy") as stream:
-        is_first = np.lib.format.read_magic(stream) == (1, 0)
-        read = (
-            np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-        )
-        shape, in_columns, dtype = read(stream)
-        if in_columns or dtype.hasobject or not shape:
-            return np.asarray(content[name])
-        rows, row = Rows(), dtype.itemsize * int(np.prod(shape[1:]))
-        while part := stream.read(row * max(1, LARGE // (4 * row))):
-            rows.add(np.frombuffer(part, dtype).reshape(-1, *shape[1:]))
-        return rows.finish()
+def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return an array in a temporary file, which its mapping outlives."""
+    what, advice = f"room for {name}", "set TMPDIR to a folder on a larger disk"
+    with (
+        expecting(f"{what} in {tempfile.gettempdir()}", OSError, advice=advice),
+        tempfile.TemporaryDirectory(prefix="pyro-vae-") as folder,
+    ):
+        return np.asanyarray(np.load(archive.extract(name, folder), "c", allow_pickle=False))
 
 
 def is_table(source: Any) -> bool:
@@ -165,10 +154,8 @@ def read_table(table: Any, labels: str | None, leave_out: Sequence[str]) -> dict
     if not is_table(table):
         import pandas  # type: ignore[import-untyped, unused-ignore]
 
-        try:
+        with expecting(f"a CSV table in {table}", ValueError, OSError):
             table = pandas.read_csv(table)
-        except (ValueError, OSError) as error:
-            raise InputError(f"expected a CSV table in {table}, got: {first_line(error)}") from error
     wanted = [*leave_out, *([] if labels is None else [labels])]
     for name in wanted:
         if name not in table:

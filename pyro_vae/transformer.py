@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE
 
 
+@dataclass(eq=False, repr=False)
 class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Variational autoencoder as a scikit-learn transformer.
 
@@ -71,45 +72,25 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         (50, 2)
     """
 
-    def __init__(
-        self,
-        latent_dim: int = 8,
-        *,
-        prior: str = "standard-normal",
-        likelihood: str = "gaussian",
-        guide: str = "mean-field",
-        hidden: Sequence[int] | int = (512, 256),
-        activation: str = "relu",
-        sigma: float | str | None = None,
-        standardize: bool | None = None,
-        num_components: int | None = None,
-        beta: float = 1.0,
-        warmup_epochs: int | None = None,
-        epochs: int = 100,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        num_samples: int = 500,
-        seed: int = 0,
-        device: str = "auto",
-    ) -> None:
-        # Stored as they came and checked by fit: scikit-learn clones estimators by these attributes.
-        self.latent_dim = latent_dim
-        self.prior = prior
-        self.likelihood = likelihood
-        self.guide = guide
-        self.hidden = hidden
-        self.activation = activation
-        self.sigma = sigma
-        self.standardize = standardize
-        self.num_components = num_components
-        self.beta = beta
-        self.warmup_epochs = warmup_epochs
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.num_samples = num_samples
-        self.seed = seed
-        self.device = device
+    # As they came: scikit-learn clones estimators by these attributes. They are checked by fit.
+    latent_dim: int = 8
+    _: KW_ONLY
+    prior: str = "standard-normal"
+    likelihood: str = "gaussian"
+    guide: str = "mean-field"
+    hidden: Sequence[int] | int = (512, 256)
+    activation: str = "relu"
+    sigma: float | str | None = None
+    standardize: bool | None = None
+    num_components: int | None = None
+    beta: float = 1.0
+    warmup_epochs: int | None = None
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    num_samples: int = 500
+    seed: int = 0
+    device: str = "auto"
 
     def fit(self, X: Any, y: Any = None) -> VAETransformer:
         """Train on data ``(N, n_features)``; ``y`` is not used.

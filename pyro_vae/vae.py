@@ -214,7 +214,8 @@ class VAE(nn.Module):
 
     def _register(self, part: str) -> None:
         component = getattr(self, part)
-        if isinstance(component, nn.Module):
+        # One that is frozen as a whole has nothing for Pyro to know, and is no reason to warn.
+        if isinstance(component, nn.Module) and any(p.requires_grad for p in component.parameters()):
             pyro.module(f"{self.name}.{part}", component)
 
     def __getstate__(self) -> dict[str, Any]:

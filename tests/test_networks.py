@@ -46,7 +46,7 @@ DECODERS = {
 def agrees_with_single_data(network, x, event_dim):
     """Each datum's result is what it gives alone, wherever it stands in the batch.
 
-    In float64: kernels of one shape and another differ in float32 by what no bound of ours should hold.
+    In float64: float32 kernels of one shape and of another differ by what no bound should hold.
     """
     network, x = copy.deepcopy(network).double(), x.double()
     together = network(x)

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import nn
+from torch.distributions import constraints
 
 import pyro_vae as pv
 
@@ -159,3 +160,64 @@ def test_deep_markov_model():
         torch.manual_seed(0)
         weights.append(pv.log_weights(nets.model, nets.guide, (each, mask), num_samples=50))
     torch.testing.assert_close(*weights)
+
+
+TOPICS, WORDS, LENGTH = 2, 4, 5
+
+
+def topics(documents):
+    """Latent Dirichlet allocation: a topic is summed out for every word of ``(N, LENGTH)``."""
+    with pyro.plate("topics", TOPICS):
+        topic = pyro.sample("topic", dist.Dirichlet(torch.ones(WORDS)))
+    with pyro.plate("data", len(documents)):
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(TOPICS)))
+        with pyro.plate("words", LENGTH, dim=-2):
+            of = pyro.sample("of", dist.Categorical(shares), infer={"enumerate": "parallel"})
+            pyro.sample("word", dist.Categorical(topic[of]), obs=documents.T)
+
+
+def topics_guide(net):
+    def guide(documents):
+        pyro.module("shares_net", net)
+        start = 1 + torch.eye(TOPICS, WORDS)
+        concentration = pyro.param("topics", start, constraint=constraints.positive)
+        with pyro.plate("topics", TOPICS):
+            pyro.sample("topic", dist.Dirichlet(concentration))
+        counts = nn.functional.one_hot(documents, WORDS).float().sum(1)
+        with pyro.plate("data", len(documents)):
+            shares = nn.functional.softplus(net(counts)) + 0.5
+            pyro.sample("shares", dist.Dirichlet(shares))
+
+    return guide
+
+
+def documents_given(topic, documents):
+    """log p(document | topic) over all topics of its words, exactly: ``(N,)``."""
+    of = torch.cartesian_prod(*[torch.arange(TOPICS)] * LENGTH)
+    words = topic[of[:, None], documents].log().sum(-1)
+    counts = nn.functional.one_hot(of, TOPICS).sum(1).double()
+    prior = (counts + 1).lgamma().sum(-1) - math.lgamma(LENGTH + TOPICS)
+    return (words + prior[:, None]).logsumexp(0)
+
+
+def test_latent_dirichlet_allocation():
+    kind = torch.rand(40, LENGTH) < torch.rand(40, 1)
+    documents = torch.where(kind, torch.randint(2, (40, LENGTH)), torch.randint(2, 4, (40, LENGTH)))
+    guide = topics_guide(nn.Linear(WORDS, TOPICS))
+    options = {"batch_size": 10, "epochs": 15, "learning_rate": 0.05, "seed": 0, "compile": False}
+    result = pv.fit(
+        topics, guide, documents, objective=TraceEnum_ELBO(max_plate_nesting=2), **options
+    )
+    bound = result.history["train_bound"]
+    assert bound[-5:].mean() > bound[:5].mean() + 0.05
+    assert (result.history["global_rate"] > 0).all()
+    few = documents[:6]
+    found = pv.evaluation.predictive_log_prob(
+        topics, guide, few, num_draws=50, num_samples=200, seed=0
+    )
+    exact = torch.stack([documents_given(topic.double(), few) for topic in found.draws["topic"]])
+    exact = exact.logsumexp(0) - math.log(50)
+    assert ((found.log_prob - exact).abs() < 5 * found.standard_error).all()
+    whole = pv.log_marginal(topics, guide, few, num_samples=2000, plate=None, seed=0)
+    error = torch.hypot(whole.standard_error, found.joint.standard_error)
+    assert (whole.log_prob - found.joint.log_prob).abs() < 5 * error

@@ -16,24 +16,15 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
 from pyro_vae.app.report import Page, print_line, print_table
-from pyro_vae.app.settings import (
-    as_record,
-    build_vae,
-    check_settings,
-    fit_options,
-    tell_defaults,
-)
+from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import unknown_name
-from pyro_vae.guides import VariationalFamily
 from pyro_vae.infer.training import FitResult, fit
-from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.files import RUNS, write_json
 from pyro_vae.tasks.autoencoder_comparison import AutoencoderComparison, compare_autoencoder
-from pyro_vae.vae import VAE
 
 _SEED = 0  # of what is drawn from the trained models
 
@@ -66,12 +57,9 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
             "num_parameters": {side: made.num_parameters for side, made in fits.items()},
             **study.describe(as_record(settings)),
         }
-        figure = plots.autoencoder_and_vae(
-            comparison.held_out.numpy(),
-            *(_as_arrays(side) for side in (comparison.autoencoder, comparison.vae)),
-            title=f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data",
-            limits=limits_of(dataset),
-        )
+        title = f"Autoencoder ({loss}) and VAE on {Path(dataset.name).name}: test data"
+        data, sides = comparison.held_out.numpy(), (comparison.autoencoder, comparison.vae)
+        figure = plots.autoencoder_and_vae(data, *sides, title=title, limits=limits_of(dataset))
         save_picture(figure, study.folder / "autoencoder.png")
         rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
         rows.append(("training seconds", *result["training_seconds"].values()))
@@ -90,8 +78,9 @@ def _train(
     shared = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "patience")}
     how: dict[str, Any] = {"device": settings.device, "resume": True}
     with seeded(settings.seed):
-        vae = build_vae(settings, dataset)
-        baseline = _autoencoder_like(vae)
+        vae: Any = build_vae(settings, dataset)
+        encoder = copy.deepcopy(vae.variational_family.encoder)
+        baseline = Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
         deterministic = baseline.fit(
             dataset, loss=loss, checkpoint=states / "autoencoder", **shared, **how
         )
@@ -105,19 +94,6 @@ def _train(
     return comparison, {"autoencoder": deterministic, "vae": variational}
 
 
-def _autoencoder_like(vae: VAE) -> Autoencoder:
-    """Return an autoencoder with copies of a VAE's networks."""
-    # The commands build no other components.
-    assert isinstance(vae.variational_family, VariationalFamily)
-    assert isinstance(vae.likelihood, Likelihood)
-    encoder = copy.deepcopy(vae.variational_family.encoder)
-    return Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
-
-
-def _as_arrays(side: Any) -> Any:
-    return side._replace(**{name: value.numpy() for name, value in side._asdict().items()})
-
-
 def _write_page(
     folder: Path, result: Mapping[str, Any], rows: Sequence[Sequence[object]], figure: Figure
 ) -> None:
@@ -126,9 +102,7 @@ def _write_page(
     page.table(_HEADER, rows, caption=_CAPTION, decimals=3)
     page.figure(
         figure,
-        caption=(
-            "Reconstructions, decoded random latents, latents between the codes of four data points, "
-            "and how far random latents are from the training codes."
-        ),
+        caption="Reconstructions, decoded random latents, latents between the codes of four data "
+        "points, and how far random latents are from the training codes.",
     )
     write_page(page, folder, result)

@@ -146,8 +146,7 @@ def evaluate(
 
     with join_processes(device) as processes:
         own = picture if processes.is_first else None
-        where: dict[str, Any] = {"data_root": data_root, "device": device, "picture": own}
-        work.evaluate(run, how, **where, as_json=as_json)
+        work.evaluate(run, how, data_root=data_root, device=device, picture=own, as_json=as_json)
 
 
 @command(
@@ -189,19 +188,10 @@ def sweep(
 
 
 # The autoencoder's training has no schedule, no clipping and no precision.
-@command(
-    without={
-        names.TrainSettings: (
-            "prior",
-            "num_components",
-            "guide",
-            "beta",
-            "schedule",
-            "gradient_clip",
-            "precision",
-        )
-    }
-)
+_OF_A_VAE = ("prior", "num_components", "guide", "beta", "schedule", "gradient_clip", "precision")
+
+
+@command(without={names.TrainSettings: _OF_A_VAE})
 def autoencoder(
     *,
     output: StudyFolder,

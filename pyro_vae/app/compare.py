@@ -6,12 +6,11 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from safetensors import safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
@@ -20,18 +19,14 @@ from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
-from pyro_vae.app.settings import (
-    as_record,
-    check_settings,
-    tell_defaults,
-)
+from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.files import UNREADABLE, parse_json, write_whole
+from pyro_vae.files import UNREADABLE, parse_json, read_tensors, write_whole
 from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
@@ -59,9 +54,8 @@ def compare_families(
         raise InputError("expected the method auto, importance or both, got annealed: both has it")
     seeds, hold = combined.seeds, combined.hold
     axes = {
-        "prior": _split(combined.priors),
-        "likelihood": _split(combined.likelihoods),
-        "guide": _split(combined.guides),
+        axis: tuple(part.strip() for part in getattr(combined, f"{axis}s").split(","))
+        for axis in ("prior", "likelihood", "guide")
     }
     _check_axes(axes, hold)
     members = _combine(settings, axes, seeds)
@@ -70,18 +64,16 @@ def compare_families(
     varied = axes | {"seeds": seeds, "hold": hold}
     asked = asdict(first[0]) | varied | {name: getattr(how, name) for name in measuring}
     with open_study(output, asked, first[0]) as study:
-        runs: dict[str, list[Measured]] = {name: [] for name in members}
-        seconds: dict[str, list[float]] = {name: [] for name in members}
-        likelihood = ""
+        found, likelihood = [], ""
         for index in range(seeds):
             held = None
             if hold == "model":
                 held = study.run(f"model-{_folder_name(first[index])}", first[index])[0]
             chosen = {name: own[index] for name, own in members.items()}
-            found, likelihood = _run(study, chosen, how, held)
-            for name, (measured, training_seconds) in found.items():
-                runs[name].append(measured)
-                seconds[name].append(training_seconds)
+            of_seed, likelihood = _run(study, chosen, how, held)
+            found.append(of_seed)
+        runs = {name: [each[name][0] for each in found] for name in members}
+        seconds = {name: [each[name][1] for each in found] for name in members}
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
         data = study.dataset
         told = [tell_defaults(own[0], data.train, data.validation) for own in members.values()]
@@ -146,7 +138,18 @@ def _write(
     settings: dict[str, Any],
 ) -> None:
     folder, rows = study.folder, comparison.to_dict()["pairs"]
-    singles = _single_runs(comparison, seconds, settings["seed"])
+    singles = [
+        {
+            "name": name,
+            "seed": settings["seed"] + index,
+            **measured.means(comparison.quantities),
+            "unreliable_share": measured.unreliable_share,
+            "median_ess": measured.median_ess,
+            "training_seconds": seconds[name][index],
+        }
+        for name, own in comparison.runs.items()
+        for index, measured in enumerate(own)
+    ]
     figures = _figures(comparison, Path(settings["dataset"]).name)
     for name, figure in figures.items():
         save_picture(figure, folder / f"{name}.png")
@@ -163,40 +166,20 @@ def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
     names = list(comparison.pairs)
     labels = {comparison.ranked_by: "log p(x)", "elbo": "ELBO"}
     differences = [[comparison.difference(name, each) for name in names] for each in labels]
-    figures = {
-        "differences": plots.families_and_runs(
-            names,
-            [[each.by_run for each in row] for row in differences],
-            [[each.mean for each in row] for row in differences],
-            [[each.half_width for each in row] for row in differences],
-            labels=list(labels.values()),
-            title=f"{data}: mean over {comparison.num_runs} runs, 95% interval; small dots: single "
-            "runs",
-        )
-    }
+    shown = (
+        [[getattr(each, part) for each in row] for row in differences]
+        for part in ("by_run", "mean", "half_width")
+    )
+    runs = f"mean over {comparison.num_runs} runs, 95% interval; small dots: single runs"
+    figure = plots.families_and_runs(
+        names, *shown, labels=list(labels.values()), title=f"{data}: {runs}"
+    )
+    figures = {"differences": figure}
     if len(names) > 1:
         best = comparison.best()
         other = next(name for name in names if name != best)
         figures["per-datum"] = comparison.scatter(other, best)
     return figures
-
-
-def _single_runs(
-    comparison: Comparison, seconds: Mapping[str, Sequence[float]], first_seed: int
-) -> list[dict[str, Any]]:
-    """Return one row of numbers per run."""
-    return [
-        {
-            "name": name,
-            "seed": first_seed + index,
-            **measured.means(comparison.quantities),
-            "unreliable_share": measured.unreliable_share,
-            "median_ess": measured.median_ess,
-            "training_seconds": seconds[name][index],
-        }
-        for name, own in comparison.runs.items()
-        for index, measured in enumerate(own)
-    ]
 
 
 def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -205,9 +188,12 @@ def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str,
     shown = []
     for name, row in rows.items():
         difference, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
-        to_best = plus_minus(difference, half_width, 3)
-        deviation = row[f"{quantity}_run_deviation"]
-        shown.append([name, row[quantity], deviation, to_best, row["elbo"], row["verdict"]])
+        values = (
+            row[quantity],
+            row[f"{quantity}_run_deviation"],
+            plus_minus(difference, half_width, 3),
+        )
+        shown.append([name, *values, row["elbo"], row["verdict"]])
     header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
     print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")
@@ -238,20 +224,13 @@ def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
             "expected likelihoods whose log p(x) can be subtracted, got bernoulli, a probability of "
             "bits, beside densities: compare them apart"
         )
-    if hold == "model":
-        if len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1:
-            raise InputError(
-                "expected one prior and one likelihood to hold, got several: give one each"
-            )
-        if axes["prior"] == ("vamp",):
-            raise InputError(
-                "expected a prior that is no part of a guide to hold, got vamp: use pv.compare with "
-                'hold="model"'
-            )
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    if hold == "model" and (len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1):
+        raise InputError("expected one prior and one likelihood to hold, got several: give one each")
+    if hold == "model" and axes["prior"] == ("vamp",):
+        raise InputError(
+            "expected a prior that is no part of a guide to hold, got vamp: use pv.compare with "
+            'hold="model"'
+        )
 
 
 def _folder_name(settings: TrainSettings) -> str:
@@ -268,10 +247,9 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
         quantity: PerDatum | None = getattr(measured, name)
         if quantity is not None:
             tensors[name], tensors[f"{name}_standard_error"] = quantity.value, quantity.standard_error
-    for part in fields(LogMarginal):
-        value = getattr(measured.estimate, part.name)
+    for name, value in vars(measured.estimate).items():
         if isinstance(value, Tensor):
-            tensors[_ESTIMATE + part.name] = value
+            tensors[_ESTIMATE + name] = value
     plain = ("exact_kl", "num_parameters", "num_guide_parameters", "seconds_per_1000")
     numbers = json.dumps({name: getattr(measured, name) for name in plain})
     notes = {"plain": numbers, "likelihood": likelihood, "method": measured.estimate.method}
@@ -283,15 +261,11 @@ def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
 def load_measured(folder: Path) -> tuple[Measured, str]:
     """Read what :func:`save_measured` wrote."""
     path = folder / _MEASURED
-    try:
-        with safe_open(path, framework="pt") as file:  # a regular one, as the caller has seen
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            notes = file.metadata()
-        estimate = {
-            name.removeprefix(_ESTIMATE): value
-            for name, value in tensors.items()
-            if name.startswith(_ESTIMATE)
-        }
+    what = f"the numbers of a comparison in {path}"
+    with expecting(what, *UNREADABLE, RecursionError, advice="delete it"):
+        tensors, notes = read_tensors(path)  # a regular file, as the caller has seen
+        own = [name for name in tensors if name.startswith(_ESTIMATE)]
+        estimate: dict[str, Any] = {name.removeprefix(_ESTIMATE): tensors[name] for name in own}
         quantities: dict[str, Any] = {
             name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
             for name in _QUANTITIES
@@ -303,7 +277,3 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
             estimate=LogMarginal(**estimate, method=notes.get("method", "importance")),
         )
         return measured, notes["likelihood"]
-    except (*UNREADABLE, RecursionError) as error:
-        raise InputError(
-            f"expected the numbers of a comparison in {path}, got none that can be read: delete it"
-        ) from error

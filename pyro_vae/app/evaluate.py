@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateSettings
-from pyro_vae.app.pages import TERMS, log_prob_name
+from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
 from pyro_vae.app.run import check_picture, load_data_of_run, open_run
@@ -25,12 +25,7 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
-from pyro_vae.evaluation.estimate import (
-    Convergence,
-    LogMarginal,
-    concatenate,
-    warn_if_unreliable,
-)
+from pyro_vae.evaluation.estimate import Convergence, LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
@@ -80,11 +75,7 @@ def evaluate(
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
     if estimate.pseudo_likelihood:
-        warnings.warn(
-            "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, not comparable with a "
-            "density",
-            stacklevel=2,
-        )
+        warnings.warn(PSEUDO.rstrip("."), stacklevel=2)
     values = as_dict(estimate, vae)
     try:
         if how.method == "both":
@@ -136,19 +127,14 @@ def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarg
             warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             how = replace(how, seed=processes.own_seed(how.seed))
             part = replace(_estimate(vae, own, how, show=processes.is_first), draws=None)
-    whole = _join_parts([part for part in processes.gather(part) if part is not None])
-    warn_if_unreliable(whole, stacklevel=2)
-    return whole
-
-
-def _join_parts(parts: list[LogMarginal]) -> LogMarginal:
-    """Return the estimate of all the data from the estimates of their parts, in order."""
-    curves = [part.convergence for part in parts if part.convergence is not None]
-    convergence = None
+    parts = [part for part in processes.gather(part) if part is not None]
+    curves, convergence = [part.convergence for part in parts if part.convergence is not None], None
     if len(curves) == len(parts):
         log_prob = torch.cat([curve.log_prob for curve in curves], dim=1)
         convergence = Convergence(curves[0].num_samples, log_prob)
-    return concatenate(parts, convergence=convergence)
+    whole = concatenate(parts, convergence=convergence)
+    warn_if_unreliable(whole, stacklevel=2)
+    return whole
 
 
 def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:

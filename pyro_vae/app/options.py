@@ -16,7 +16,7 @@ import typer
 
 from pyro_vae.app import names
 from pyro_vae.app.names import OnlyWith
-from pyro_vae.errors import InputError, printable, unknown_name
+from pyro_vae.errors import InputError, printable, unknown_name, whole_number
 
 CommandFunction = Callable[..., None]
 
@@ -133,13 +133,9 @@ def check_values(settings: Any, *, in_python: bool = False) -> None:
         name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise unknown_name(name.replace("_", " "), value, choices)
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        least, most = int(name not in names.FROM_ZERO), names.AT_MOST.get(name, 2**31 - 1)
-        if not least <= value <= most:
-            bound = f"at least {least}" if value < least else f"at most {most}"
-            told = name if in_python else _flag(name)
-            raise InputError(f"expected {told} of {bound}, got {value}")
+        if isinstance(value, int) and not isinstance(value, bool):
+            least, most = int(name not in names.FROM_ZERO), names.AT_MOST.get(name, 2**31 - 1)
+            whole_number(name if in_python else _flag(name), value, least=least, most=most)
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -59,7 +59,9 @@ def write_run_page(
     There is none named ``training`` after no epochs.
     """
     settings = run["settings"]
-    page = Page(f"Run {folder.name}", subtitle=_parts(settings, metrics["num_parameters"]))
+    parts = ", ".join(f"{settings[part]} {part}" for part in ("prior", "likelihood", "guide"))
+    about = f"{Path(settings['dataset']).name}: {parts}, {metrics['num_parameters']:,} parameters"
+    page = Page(f"Run {folder.name}", subtitle=about)
     _add_result(page, metrics)
     page.section("Training")
     for text in metrics["warnings"]:
@@ -90,21 +92,21 @@ def log_prob_name(pseudo: bool) -> str:
 def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
     """Say in words and numbers how far an estimate of log p(x) can be trusted."""
     count, untrusted = estimate["num_data"], estimate["num_unreliable"]
-    said = f"{untrusted:,} of {count:,} data points"
-    why = (
-        "the Pareto k of their importance weights is above min(0.7, 1 - 1 / log10 of the number of "
-        "samples), or not known, which takes 21 samples"
+    said = (
+        f"{untrusted:,} of {count:,} data points can't be trusted: the Pareto k of their importance "
+        "weights is above min(0.7, 1 - 1 / log10 of the number of samples), or not known, which "
+        "takes 21 samples."
     )
     if untrusted > MANY_UNRELIABLE * count:
         page.warning(
-            f"{said} can't be trusted: {why}. Neither their log p(x) nor its standard error means "
-            "what it says, nor does the mean over the data. Annealing (pyro-vae evaluate RUN "
-            "--method annealed), a richer variational family or more samples help."
+            f"{said} Neither their log p(x) nor its standard error means what it says, nor does the "
+            "mean over the data. Annealing (pyro-vae evaluate RUN --method annealed), a richer "
+            "variational family or more samples help."
         )
     else:
         page.text(
-            f"{said} can't be trusted: {why}. The weights of the others have a tail light enough for "
-            "the estimate and its standard error to mean what they say."
+            f"{said} The weights of the others have a tail light enough for the estimate and its "
+            "standard error to mean what they say."
         )
     page.table(
         ["diagnostic", "value"],
@@ -170,26 +172,15 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
 
 
 def _training_text(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    epochs, best = len(metrics["history"]["train_elbo"]), metrics["best_epoch"]
+    best, warmup = metrics["best_epoch"], settings["warmup_epochs"]
     kept = f"; the parameters of epoch {best} were kept" if "patience" in settings else ""
-    warmup = settings["warmup_epochs"]
     rising = f", which rises over {warmup} epochs" if warmup else ""
     return (
-        f"{epochs:,} epochs in {metrics['training_seconds']:.1f} s on {metrics['device']}, batches "
-        f"of {settings['batch_size']}, objective {settings['objective']}, beta "
-        f"{settings['beta']:g}{rising}{kept}. Training step: {metrics['compile_choice']}."
+        f"{len(metrics['history']['train_elbo']):,} epochs in {metrics['training_seconds']:.1f} s on "
+        f"{metrics['device']}, batches of {settings['batch_size']}, objective "
+        f"{settings['objective']}, beta {settings['beta']:g}{rising}{kept}. Training step: "
+        f"{metrics['compile_choice']}."
     )
-
-
-def _parts(settings: Mapping[str, Any], num_parameters: int) -> str:
-    prior, likelihood, guide = (settings[part] for part in ("prior", "likelihood", "guide"))
-    return (
-        f"{Path(settings['dataset']).name}: {prior} prior, {likelihood} likelihood, {guide} guide, "
-        f"{num_parameters:,} parameters"
-    )
-
-
-# --- a comparison --------------------------------------------------------------------------
 
 
 def write_comparison_page(
@@ -248,12 +239,9 @@ def conclude(comparison: Comparison) -> str:
 def _add_warnings(page: Page, comparison: Comparison) -> None:
     if comparison.likelihood == "pseudo-likelihood":
         page.warning(PSEUDO)
-    heavy = [
-        name
-        for name, pair in comparison.pairs.items()
-        if pair.unreliable_share > MANY_UNRELIABLE and comparison.ranked_by == "log_prob"
-    ]
-    if heavy:
+    pairs = comparison.pairs.items()
+    heavy = [name for name, pair in pairs if pair.unreliable_share > MANY_UNRELIABLE]
+    if heavy and comparison.ranked_by == "log_prob":
         page.warning(
             f"More than {MANY_UNRELIABLE:.0%} of the data points are not trusted under "
             f"{', '.join(heavy)}: there neither log p(x) nor its Monte Carlo error means what it "
@@ -292,15 +280,13 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[
 
 def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
     ranked_by, bound = comparison.ranked_by, f"IWAE-{comparison.num_importance}"
+    means = ("elbo", "iwae", ranked_by)
     page.table(
         ["", "ELBO", bound, "log p(x)", "log p(x) - ELBO", "rate (KL)", "KL", "distortion"],
         [
             [
                 name,
-                *(
-                    plus_minus(row[each], row[f"{each}_run_deviation"], 3)
-                    for each in ("elbo", "iwae", ranked_by)
-                ),
+                *(plus_minus(row[key], row[f"{key}_run_deviation"], 3) for key in means),
                 comparison.per_datum(name, ranked_by).mean - comparison.pairs[name].elbo.mean,
                 row["rate"],
                 "exact" if row["exact_kl"] else "Monte Carlo",

@@ -20,6 +20,7 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
+from pyro_vae.plots.images import channel_axis
 from pyro_vae.vae import VAE
 
 # Draws that a posterior mean without closed form rests on.
@@ -235,8 +236,7 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
         num_steps=None if by_importance else what.num_steps,
         num_samples=what.num_samples if by_importance else None,
     )
-    share = 100 * hidden.double().mean()
-    told = [f"{len(x)} test data points, {share:.0f}% hidden", completed.method]
+    told = [f"{len(x)} test data points, {hidden.double().mean():.0%} hidden", completed.method]
     if completed.acceptance is not None:
         told.append(f"mean acceptance {completed.acceptance.mean():.2f}")
     if completed.ess is not None:
@@ -265,9 +265,7 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
     pixel by itself with that probability, all its channels together.
     """
     image = plots.is_image(data_shape)
-    channel = None
-    if image and len(data_shape) == 3:
-        channel = 0 if data_shape[0] in (1, 3) else 2
+    channel = channel_axis(data_shape) if image else None
     plane = [size for axis, size in enumerate(data_shape) if axis != channel]
     word, _, text = missing.partition(":")
     if word == "random":
@@ -279,13 +277,9 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
             raise InputError(
                 f"expected as missing {', '.join(halves)} or random:SHARE, got {missing!r}"
             )
-        axis = halves[missing]
-        size = plane[axis]
-        first = torch.arange(size) < (size + (missing in ("left", "upper"))) // 2
-        half = first if missing in ("left", "upper") else ~first
-        rows = [1] * len(plane)
-        rows[axis] = size
-        hidden = half.view(rows).expand(number, *plane)
+        hidden, size = torch.zeros(number, *plane, dtype=torch.bool), plane[halves[missing]]
+        start = 0 if missing in ("left", "upper") else size // 2
+        hidden.narrow(halves[missing], start, -(-size // 2)).fill_(True)
     if channel is not None:
         hidden = hidden.unsqueeze(channel + 1)
     return hidden.expand(number, *data_shape).clone()

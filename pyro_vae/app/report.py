@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape as escape_markup
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,58 +34,7 @@ _NUMERIC = re.compile(r"[-+]?(\d|\.\d|inf)|-$|yes$|no$")
 # The policy forbids every resource but embedded pictures: the page needs no network and runs no code.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --faint: #5a6570; --line: #d7dce1;
-  --band: #f5f7f9; --link: #1f5a94; --alarm: #9c4a10; --alarm-paper: #fdf3ea; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e6e9ec; --faint: #a3adb6;
-  --line: #39414a; --band: #1e2328; --link: #86b7e8; --alarm: #f0b27a; --alarm-paper: #33261a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line);
-  padding-top: 1.2rem; }
-p { max-width: 44rem; margin: .6rem 0; }
-.subtitle { color: var(--faint); margin: .3rem 0 1rem; }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0;
-  margin: 1rem 0 0; }
-a { color: var(--link); }
-.warning { border-left: .25rem solid var(--alarm); background: var(--alarm-paper);
-  padding: .6rem .9rem; }
-.warning strong { color: var(--alarm); }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; color: var(--faint); font-size: .88rem; }
-caption { padding-bottom: .4rem; }
-figcaption { margin-top: .3rem; max-width: 44rem; }
-th, td { text-align: left; font-weight: normal; padding: .3rem .8rem .3rem .3rem;
-  border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
-tbody tr:nth-child(even) { background: var(--band); }
-tbody th { white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; padding: .3rem .3rem .3rem .8rem; }
-thead .number { white-space: normal; }
-.facts td { overflow-wrap: anywhere; }
-figure { margin: 1.2rem 0; }
-img { max-width: 100%; height: auto; background: #fff; display: block; border-radius: 3px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band); padding: .7rem .9rem;
-  font-size: .85rem; }
-@page { margin: 15mm; }
-@media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; --faint: #333; --line: #999;
-    --band: #fff; --link: #000; --alarm: #000; --alarm-paper: #fff; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav { display: none; }
-  .wide { overflow: visible; }
-  table { font-size: 8pt; }
-  th, td, .number { padding: .15rem .25rem; }
-  thead { display: table-header-group; }
-  figure, tr, pre, .warning { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-  caption, figcaption { font-size: 9pt; }
-  img { max-height: 240mm; }
-}
-""".strip()
+_STYLE = Path(__file__).with_name("report.css")
 
 
 class Page:
@@ -195,7 +145,7 @@ class Page:
             f'<!DOCTYPE html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
+            f"<title>{title}</title>\n<style>\n{_STYLE.read_text()}</style>\n</head>\n<body>\n"
             f"<header>\n<h1>{title}</h1>\n{subtitle}{contents}</header>\n"
             f"<main>\n{body}\n</main>\n</body>\n</html>\n"
         )

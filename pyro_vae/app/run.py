@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from pyro_vae import datasets, runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
-from pyro_vae.files import PART, expand_path, refuse_to_write
+from pyro_vae.files import PART, expand_path, writing_to
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
 from pyro_vae.vae import VAE
@@ -66,8 +65,6 @@ _RUN_SCHEMA = {
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
-
-# --- reading ---------------------------------------------------------------------------------
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
@@ -117,16 +114,6 @@ def check_single(folder: Path) -> None:
         )
 
 
-def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], folder: Path, advice: str) -> None:
-    """Refuse settings that are not those that a folder was begun with."""
-    for name in {**now, **begun}:
-        if name not in FREE and now.get(name) != begun.get(name):
-            raise InputError(
-                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {folder} was begun with, "
-                f"got {now.get(name)!r}: {advice}"
-            )
-
-
 def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
     """Load the data that the settings name, which may have moved to ``data_root`` since."""
     source = Path(settings.dataset)
@@ -153,9 +140,6 @@ def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) 
             "or give --data-root"
         )
     return dataset
-
-
-# --- writing ---------------------------------------------------------------------------------
 
 
 def describe_origin() -> dict[str, Any]:
@@ -195,10 +179,8 @@ def check_new_folder(folder: Path) -> None:
 def check_writable(path: Path) -> None:
     """Refuse a file that can't be written; folders that are missing are made later."""
     folder = next(each for each in path.parents if each.exists())
-    try:
+    with writing_to(path):
         with suppress(FileNotFoundError):
             os.lstat(path.absolute().with_name(PART + path.name))  # a name may be too long for it
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        refuse_to_write(path, error)

@@ -23,8 +23,8 @@ from pyro_vae.vae import VAE
 
 # A weight, its gradient and its two moments.
 _BYTES_PER_WEIGHT = 16
-
-# --- what a VAE is made of -------------------------------------------------------------------
+# Epochs without a better validation ELBO that are waited for at the least.
+_PATIENCE = 20
 
 
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
@@ -102,9 +102,7 @@ def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) ->
 def _prior(
     settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
 ) -> nn.Module:
-    number = settings.num_components
-    if number is None:
-        number = _default_components(settings.prior, num_data)
+    number = settings.num_components or _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
         bounded = settings.likelihood in names.UNIT_INTERVAL
         return priors.VampPrior(guide, data_shape, num_pseudo_inputs=number, unit_interval=bounded)
@@ -144,12 +142,6 @@ def _sigma(text: str) -> float | str:
     except ValueError:
         words = ", ".join(likelihoods.SIGMAS)
         raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
-
-
-# Epochs without a better validation ELBO that are waited for at the least.
-_PATIENCE = 20
-
-# --- how it is trained -----------------------------------------------------------------------
 
 
 def check_settings(settings: TrainSettings) -> TrainSettings:
@@ -217,13 +209,13 @@ def fit_options(settings: TrainSettings) -> dict[str, Any]:
 
 def _objective_of(settings: TrainSettings) -> Bound:
     """Return the objective that the settings name."""
-    name, particles, floor = settings.objective, settings.num_particles, settings.free_bits
+    name, floor = settings.objective, settings.free_bits
     if (floor is not None) != (name == "free-bits"):
         given = "none" if floor is None else floor
         raise InputError(
             f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
         )
-    particles = particles or _default_particles(name)
+    particles = settings.num_particles or _default_particles(name)
     kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
 

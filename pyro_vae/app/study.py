@@ -17,28 +17,20 @@ from pyro_vae import runs
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
 from pyro_vae.app.run import (
+    FREE,
     METRICS,
     METRICS_SCHEMA,
     check_new_folder,
-    check_same,
     check_writable,
     describe_origin,
     load_data,
 )
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_same
 from pyro_vae.files import expand_path, finite_or_none, parse_json, serialise, write_whole
 from pyro_vae.pair.functions import resolve_device
-from pyro_vae.runs.files import (
-    FORMAT,
-    RUNS,
-    STUDY,
-    check_schema,
-    own_folder,
-    read_json,
-    write_json,
-)
+from pyro_vae.runs.files import FORMAT, RUNS, STUDY, check_schema, own_folder, read_json, write_json
 from pyro_vae.runs.folder import locked, new_folder
 from pyro_vae.vae import VAE
 
@@ -127,5 +119,6 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
     if "standardize" not in begun:  # an earlier version took data as they come
         has_sigma = "gaussian" in f"{begun.get('likelihood')} {begun.get('likelihoods')}"
         begun |= {"standardize": False} if has_sigma else {"standardize": None, "sigma": None}
-    check_same(begun, parse_json(serialise(asked)), folder, "repeat it or choose another folder")
+    now, advice = parse_json(serialise(asked)), "repeat it or choose another folder"
+    check_same(begun, now, str(folder), advice, FREE)
     return found["checksums"]

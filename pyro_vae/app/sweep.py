@@ -19,7 +19,6 @@ from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.runs.files import write_json
-from pyro_vae.vae import VAE
 
 _PICTURE = "rate-distortion.png"
 # Of a run, as its row has them and tables show them.
@@ -49,7 +48,7 @@ def sweep(
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
         told = tell_defaults(settings, study.dataset.train, study.dataset.validation)
-        used = {**as_record(told), "beta": list(values), "warm_start": warm_start}
+        used = as_record(told) | {"beta": list(values), "warm_start": warm_start}
         used["device"] = str(study.device)
         if warm_start and settings.warmup_epochs is None:
             used["warmup_epochs"] = [told.warmup_epochs, *(0 for _ in values[1:])]
@@ -65,7 +64,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Train or load a run per beta; return a row of each."""
     rows: list[dict[str, Any]] = []
-    before: VAE | None = None
+    before = None
     for beta in betas:
         own = replace(settings, beta=beta)
         if before is not None and settings.warmup_epochs is None:
@@ -77,8 +76,11 @@ def _train(
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate = _restore_nan(metrics["test_log_marginal"])
-    errors = _restore_nan(metrics["test_data_standard_errors"])
+    estimate, errors = (
+        # Numbers as they were before JSON made null of those that are not finite.
+        {name: math.nan if value is None else value for name, value in metrics[part].items()}
+        for part in ("test_log_marginal", "test_data_standard_errors")
+    )
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}
@@ -91,11 +93,6 @@ def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
         **{name: metrics[name] for name in ("active_units", "training_seconds")},
         "epochs": len(metrics["history"]["train_elbo"]),
     }
-
-
-def _restore_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """Return numbers as they were before JSON made null of those that are not finite."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
@@ -114,9 +111,8 @@ def _write_page(
 ) -> None:
     settings = made["settings"]
     parts = ", ".join((settings["prior"], settings["likelihood"], settings["guide"]))
-    page = Page(
-        "Rate and distortion over beta", subtitle=f"{Path(settings['dataset']).name}: {parts}"
-    )
+    about = f"{Path(settings['dataset']).name}: {parts}"
+    page = Page("Rate and distortion over beta", subtitle=about)
     page.section("Result")
     best = max(rows, key=lambda row: row["elbo"])
     page.text(
@@ -153,9 +149,8 @@ def _write_page(
 
 def _print(folder: Path, rows: list[dict[str, Any]]) -> None:
     label = log_prob_name(rows[0]["pseudo_likelihood"])
-    shown = [
-        [f"{row['beta']:g}", *(row[name] for name in _MEANS), row["active_units"]] for row in rows
-    ]
+    names = (*_MEANS, "active_units")
+    shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
     header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
     print_table("Test part, nats per datum", header, shown)
     print_line(f"sweep: {folder}")

@@ -8,23 +8,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import nn
 
-from pyro_vae import plots
+from pyro_vae import datasets, plots
 from pyro_vae.app import evaluate, pictures
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
 from pyro_vae.app.run import (
+    FREE,
     METRICS,
     Checkpointing,
     check_new_folder,
-    check_same,
     check_single,
     describe_origin,
     load_data,
@@ -34,7 +34,7 @@ from pyro_vae.app.run import (
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, check_same
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.evaluation.frozen_model import frozen_model
 from pyro_vae.files import check_in_place, expand_path, is_regular
@@ -53,11 +53,7 @@ _SEED = 0  # of what is drawn from the trained model
 
 
 def train(
-    settings: TrainSettings,
-    output: Path | None,
-    *,
-    checkpointing: Checkpointing | None = None,
-    progress: bool | None = None,
+    settings: TrainSettings, output: Path | None, *, checkpointing: Checkpointing | None = None
 ) -> Path:
     """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
 
@@ -71,11 +67,11 @@ def train(
     # One process fetches or unpacks what is missing, and the others find it.
     dataset = processes.first_before_others(lambda: load_data(settings))
     if dataset.is_mapped:
-        size = sum(part.nbytes for part in (dataset.train, dataset.validation, dataset.test)) / 2**30
+        size = sum(getattr(dataset, part).nbytes for part in datasets.PARTS) / 2**30
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
     when = checkpointing or Checkpointing()
     with _say_how_to_go_on(folder):
-        metrics = train_run(settings, dataset, folder, checkpointing=when, progress=progress)[1]
+        metrics = train_run(settings, dataset, folder, checkpointing=when)[1]
     _print_summary(folder, metrics)
     return folder
 
@@ -97,11 +93,10 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
     when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
     told = check_settings(replace(settings, **given))
-    check_same(vars(settings), vars(told), folder, "leave it out, or train anew")
+    check_same(vars(settings), vars(told), str(folder), "leave it out, or train anew", FREE)
     if _is_finished(folder, processes):
         return folder
-    begun = run.get("processes", 1)
-    if begun != processes.size:
+    if (begun := run.get("processes", 1)) != processes.size:
         raise InputError(
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
             "start as many by torchrun, or one without it"
@@ -128,7 +123,6 @@ def train_run(
     held: VAE | None = None,
     checkpointing: Checkpointing | None = None,
     resumed: bool = False,
-    progress: bool | None = None,
 ) -> tuple[VAE, dict[str, Any]]:
     """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
@@ -145,7 +139,8 @@ def train_run(
         if start is not None:
             vae.load_state_dict(start.state_dict())
         if held is not None:
-            _take_over_model(vae, held)
+            for part in ("prior", "likelihood"):
+                getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
         start_of = "training data" if start is None else "weights of the run before"
         record = {
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
@@ -153,9 +148,7 @@ def train_run(
             "device": str(device),
             # What a run must know about itself from its first second on.
             "settings": as_record(settings),
-            "num_data": {
-                part: len(getattr(dataset, part)) for part in ("train", "validation", "test")
-            },
+            "num_data": {part: len(getattr(dataset, part)) for part in datasets.PARTS},
             "checksums": dataset.checksums,
             "limits": pictures.limits_of(dataset),
             "processes": processes.size,
@@ -165,13 +158,10 @@ def train_run(
         config = describe(vae, record)
         processes.decide(lambda: stack.enter_context(begin(folder, config)))
         begun = folder.stat() if processes.is_first else None
-        how: dict[str, Any] = {"device": device, "progress": progress, "resume": resumed}
+        how: dict[str, Any] = {"device": device, "resume": resumed}
         if checkpointing is not None:
-            how |= {
-                "checkpoint": own_folder(folder, CHECKPOINTS),
-                "checkpoint_every": checkpointing.every,
-                "checkpoint_minutes": checkpointing.minutes,
-            }
+            how["checkpoint"] = own_folder(folder, CHECKPOINTS)
+            how |= {f"checkpoint_{name}": value for name, value in asdict(checkpointing).items()}
         vae.to(device)
         model: PairFunction = vae.model
         with ExitStack() as frozen:
@@ -186,8 +176,7 @@ def train_run(
             check_in_place(folder, begun)
             drawn = _write_pictures(vae, dataset, result, folder)
             drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
-            # What began the run is in its folder; a version that knew less of itself may have
-            # done so.
+            # What began the run is in its folder; a version that knew less may have done so.
             made = record | read_config(folder)["run"] | {"settings": record["settings"]}
             write_run_page(folder, made, metrics, drawn)
             write_json(folder / METRICS, metrics)
@@ -198,11 +187,8 @@ def train_run(
 def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     if output is None:
         name = f"{Path(settings.dataset).stem}-{settings.prior}-{settings.guide}"
-        output = Path("runs") / name
-        number = 1
-        while output.exists():
-            number += 1
-            output = Path("runs") / f"{name}-{number}"
+        paths = (Path("runs") / f"{name}{end}" for end in chain([""], (f"-{n}" for n in count(2))))
+        output = next(path for path in paths if not path.exists())
     output = expand_path(output)
     check_new_folder(output)
     return output
@@ -239,14 +225,6 @@ def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]
             f"{CONFIG} was changed, or another version wrote it"
         )
     yield
-
-
-def _take_over_model(vae: VAE, held: VAE) -> None:
-    """Give a VAE the weights of another one's prior and likelihood."""
-    for part in ("prior", "likelihood"):
-        mine, theirs = getattr(vae, part), getattr(held, part)
-        assert isinstance(mine, nn.Module)  # the commands build no other
-        mine.load_state_dict(theirs.state_dict())
 
 
 def _measure(

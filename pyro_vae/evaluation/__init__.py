@@ -7,6 +7,7 @@ from pyro_vae.evaluation.estimate import LogMarginal, to_arviz
 from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.importance_sampling import log_marginal
 from pyro_vae.evaluation.mutual_information import Estimate
+from pyro_vae.evaluation.predictive_density import PredictiveLogProb, predictive_log_prob
 from pyro_vae.evaluation.quadrature import PosteriorDivergence, posterior_divergence
 from pyro_vae.evaluation.representation_quality import Representation, representation
 from pyro_vae.evaluation.simulation_checks import (
@@ -28,6 +29,7 @@ __all__ = [
     "LogMarginal",
     "PosteriorDivergence",
     "PosteriorPredictive",
+    "PredictiveLogProb",
     "Representation",
     "aggregate_posterior",
     "bidirectional",
@@ -37,6 +39,7 @@ __all__ = [
     "log_marginal",
     "posterior_divergence",
     "posterior_predictive",
+    "predictive_log_prob",
     "representation",
     "to_arviz",
 ]

@@ -18,9 +18,9 @@ from pyro_vae.evaluation.estimate import (
     Report,
     join_blocks,
     log_mean_weights,
+    measure_weights,
 )
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
-from pyro_vae.evaluation.pareto import TailWeights
 from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles, check_weights
@@ -229,15 +229,12 @@ def _anneal_block(
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
-    tail = TailWeights(options.num_chains, path.particles.pair.structure.precision)
-    tail.add(log_weights)
-    estimate = log_mean_weights(log_weights)
+    estimate = measure_weights(log_weights, path.particles.pair.structure.precision)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
     per_datum = {
         **estimate,
-        "pareto_k": tail.pareto_k(),
         "rate": rate,
         "distortion": distortion,
         "acceptance": acceptance.mean(0),

@@ -24,9 +24,11 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import Progress, open_pair
 from pyro_vae.pair.sites import Latents
+from pyro_vae.summary import Summary, plus_minus, shown
 from pyro_vae.weights.particles import Particles
 
 
+@shown
 @dataclass(frozen=True)
 class Bidirectional:
     """Bounds of log p(x) per simulated datum (nats, float64, on the CPU).
@@ -75,13 +77,14 @@ class Bidirectional:
         """Standard error of :attr:`mean_gap` over simulated data; NaN for a single one."""
         return PerDatum(self.gap, torch.zeros_like(self.gap)).data_standard_error
 
-    def __str__(self) -> str:
-        return (
-            f"log p(x) of {len(self.gap)} data simulated from the model lies between "
-            f"{self.mean_lower:.3f} and {self.mean_upper:.3f} nats per datum (gap "
-            f"{self.mean_gap:.3f} +- {self.mean_gap_standard_error:.3f}, {self.num_chains} chains, "
-            f"{self.num_steps} steps); the upper side holds for simulated data only"
-        )
+    def _summary(self) -> Summary:
+        title = f"bracket of log p(x) of {len(self.gap)} simulated data points, mean in nats"
+        return title, {
+            "lower": f"{self.mean_lower:.3f}",
+            "upper": f"{self.mean_upper:.3f}, which holds for simulated data only",
+            "gap": plus_minus(self.mean_gap, self.mean_gap_standard_error),
+            "annealing": f"{self.num_chains} chains, {self.num_steps} steps",
+        }
 
 
 def bidirectional(

@@ -23,6 +23,7 @@ from pyro_vae.evaluation.paired_difference import (
     paired_difference,
 )
 from pyro_vae.files import finite_or_none
+from pyro_vae.summary import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -300,24 +301,32 @@ class Comparison:
         from rich.table import Table
         from rich.text import Text
 
-        runs = f", mean of {self.num_runs} runs" if self.num_runs > 1 else ""
-        title = f"{self.num_data} data points, nats per datum{runs}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
+        shown = Table(title=self._title(), title_justify="left")
+        shown.add_column("")
         for name in self.pairs:
-            table.add_column(Text(name), justify="right")
+            shown.add_column(Text(name), justify="right")
         for label, cells in _table_rows(self):
-            table.add_row(label, *cells)
-        return Group(table, *(Text(note) for note in _notes(self)))
+            shown.add_row(label, *cells)
+        return Group(shown, *(Text(note) for note in _notes(self)))
+
+    def _title(self) -> str:
+        runs = f", mean of {self.num_runs} runs" if self.num_runs > 1 else ""
+        return f"{self.num_data} data points, nats per data point{runs}"
 
     def __str__(self) -> str:
         """Return the table as plain text, as wide as it needs to be."""
         from rich.console import Console
 
         file = io.StringIO()
-        width = 40 + sum(max(28, len(name) + 4) for name in self.pairs)
+        width = max(100, 40 + sum(max(28, len(name) + 4) for name in self.pairs))
         Console(file=file, width=width, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [[label, *cells] for label, cells in _table_rows(self)]
+        return table(self._title(), [["", *self.pairs], *rows], _notes(self))
 
     def _describe(self) -> str:
         return (

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.elbo import PerDatum
-from pyro_vae.evaluation.pareto import pareto_k_limit
+from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.pair.opened import Progress
+from pyro_vae.summary import Summary, plus_minus, shown
 
 
 class Convergence(NamedTuple):
@@ -33,6 +34,7 @@ class PosteriorDraws(NamedTuple):
     log_weights: Tensor
 
 
+@shown
 @dataclass(frozen=True)
 class LogMarginal:
     """An estimate of log p(x), one value per datum (nats, float64, on the CPU).
@@ -154,14 +156,19 @@ class LogMarginal:
             )
         ]
 
-    def __repr__(self) -> str:
-        count, pseudo = len(self.log_prob), " (pseudo-likelihood)" if self.pseudo_likelihood else ""
-        return (
-            f"LogMarginal(log p(x){pseudo} of {count} data points by {self.method}: mean "
-            f"{self.mean:.4f} nats, standard error {self.mean_standard_error:.2g} Monte Carlo and "
-            f"{self.data_standard_error:.2g} over the data points, expected bias "
-            f"{self.mean_expected_bias:.2g}; {self.num_unreliable} of {count} not trusted)"
-        )
+    def _summary(self) -> Summary:
+        count, mark = len(self.log_prob), " (pseudo-likelihood)" * self.pseudo_likelihood
+        rows = {
+            "mean": plus_minus(self.mean, self.mean_standard_error) + " nats, Monte Carlo error",
+            "error over data points": f"{self.data_standard_error:.2g}",
+            "expected bias": f"{self.mean_expected_bias:.2g}",
+            "trusted": f"{count - self.num_unreliable} of {count} data points",
+        }
+        if self.num_unreliable:
+            more = "num_steps, then num_chains, higher"
+            rows["next"] = 'method="auto"' if self.method == "importance" else more
+        means = {"importance": "importance sampling", "annealed": "annealing"}
+        return f"log p(x){mark} of {count} data points by {means.get(self.method, self.method)}", rows
 
     def to_arviz(
         self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
@@ -222,11 +229,11 @@ def to_arviz(
     weights = log_weights.softmax(0).nan_to_num(nan=1.0)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
-    return _structure(
+    return structure(
         {
-            "posterior": _chosen_draws(latents, chosen, names),
-            "log_likelihood": _chosen_draws({"x": log_likelihood}, chosen, names),
-            "sample_stats": _chosen_draws({"log_weight": log_weights}, chosen, names),
+            "posterior": _choose(latents, chosen, names),
+            "log_likelihood": _choose({"x": log_likelihood}, chosen, names),
+            "sample_stats": _choose({"log_weight": log_weights}, chosen, names),
             "importance": xarray.Dataset(
                 variables,
                 coords={"sample": list(range(len(log_weights))), "data": names},
@@ -246,6 +253,15 @@ def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:
     largest = log_weights.amax(0)
     weights = (log_weights - torch.where(largest.isneginf(), 0.0, largest)).exp()
     return summarise(largest, weights.sum(0), weights.square().sum(0), len(log_weights))
+
+
+def measure_weights(log_weights: Tensor, precision: float) -> dict[str, Any]:
+    """Estimate log p(x) from log weights ``(K, N)``, with Pareto k and trust in it, ``(N,)`` each."""
+    tail = TailWeights(len(log_weights), precision)
+    tail.add(log_weights)
+    pareto_k = tail.pareto_k()
+    trusted = pareto_k <= pareto_k_limit(len(log_weights))
+    return {**log_mean_weights(log_weights), "pareto_k": pareto_k, "trusted": trusted}
 
 
 def summarise(
@@ -467,19 +483,7 @@ def rank_normalized_r_hat(values: Tensor) -> Tensor:
     return torch.where(known.isnan().all(1), math.nan, largest)
 
 
-def calibration_groups(ranks: dict[str, Tensor]) -> Any:
-    """Return normalised ranks ``(M, D)`` by site in ArviZ's group for calibration, ``prior_sbc``."""
-    import xarray
-
-    variables: dict[str, Any] = {}
-    coordinates: dict[str, Any] = {"chain": [0]}
-    for name, value in ranks.items():
-        variables[name] = (("chain", "draw", f"{name}_dim_0"), value[None].numpy())
-        coordinates |= {"draw": range(len(value)), f"{name}_dim_0": range(value.shape[1])}
-    return _structure({"prior_sbc": xarray.Dataset(variables, coords=coordinates)})
-
-
-def _structure(groups: dict[str, Any]) -> Any:
+def structure(groups: dict[str, Any]) -> Any:
     """Return groups in the data structure of the installed ArviZ."""
     import arviz
 
@@ -492,15 +496,23 @@ def _structure(groups: dict[str, Any]) -> Any:
     return old(**groups, warn_on_custom_groups=False)
 
 
-def _chosen_draws(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
-    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
+def one_chain(values: Mapping[str, Tensor], **named: Sequence[Any]) -> Any:
+    """Return values ``(S, ...)`` as ArviZ's draws of one chain.
+
+    The dimensions behind the draws have the names and coordinates given, the others numbers.
+    """
     import xarray
 
-    variables: dict[str, Any] = {}
-    coordinates: dict[str, Any] = {"chain": [0], "draw": list(range(len(chosen))), "data": names}
+    variables, coordinates = {}, {"chain": [0], **named}
     for name, value in values.items():
-        picked = value[chosen, torch.arange(chosen.shape[1])][None]
-        sizes = {f"{name}_dim_{index}": range(size) for index, size in enumerate(picked.shape[3:])}
-        variables[name] = (("chain", "draw", "data", *sizes), picked.numpy())
-        coordinates |= sizes
+        sizes = enumerate(value.shape[1 + len(named) :])
+        others = {f"{name}_dim_{index}": range(size) for index, size in sizes}
+        variables[name] = (("chain", "draw", *named, *others), value[None].numpy())
+        coordinates |= {"draw": range(len(value)), **others}
     return xarray.Dataset(variables, coords=coordinates)
+
+
+def _choose(values: Mapping[str, Tensor], chosen: Tensor, names: list[Any]) -> Any:
+    """Return the draws ``(S, N, ...)`` at the chosen positions, with their coordinates."""
+    columns = torch.arange(chosen.shape[1])
+    return one_chain({n: value[chosen, columns] for n, value in values.items()}, data=names)

@@ -25,6 +25,7 @@ from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
 from pyro_vae.pair.sites import all_close, data_dim
+from pyro_vae.summary import Summary, plus_minus, shown
 from pyro_vae.weights.particles import Particles, check_weights
 
 Parameters = dict[str, Tensor]
@@ -38,6 +39,7 @@ _LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
 _WINDOW, _AVERAGED_WINDOWS, _SELECTION_DRAWS = 50, 5, 400
 
 
+@shown
 @dataclass(frozen=True)
 class InferenceGaps:
     """log p(x) - ELBO per datum, split in two (nats, float64, on the CPU, ``(N,)`` each).
@@ -97,15 +99,14 @@ class InferenceGaps:
         """Standard error of :attr:`amortization`."""
         return torch.hypot(self.best_elbo_standard_error, self.elbo_standard_error)
 
-    def __str__(self) -> str:
+    def _summary(self) -> Summary:
         names = ("total", "approximation", "amortization")
         gaps = {n: PerDatum(getattr(self, n), getattr(self, f"{n}_standard_error")) for n in names}
-        parts = [f"{n} {gap.mean:.3f} +- {gap.mean_standard_error:.3f}" for n, gap in gaps.items()]
+        rows = {n: plus_minus(gap.mean, gap.mean_standard_error) for n, gap in gaps.items()}
         ended = "converged" if self.converged else "stopped at max_steps, not converged"
-        return (
-            f"inference gap of {len(self.log_prob)} data, mean in nats with Monte Carlo standard "
-            f"error: {', '.join(parts)} ({self.num_steps} steps, {ended})"
-        )
+        mark = " (pseudo-likelihood)" * self.log_marginal.pseudo_likelihood
+        title = f"inference gap of {len(self.log_prob)} data points, mean in nats{mark}"
+        return title, {**rows, "search": f"{self.num_steps} steps, {ended}"}
 
 
 def inference_gaps(

@@ -253,7 +253,7 @@ def _check_apart(name: str, site: Site, transform: Any) -> None:
     if share > _PILED_UP:
         wider = "compute in float64, " * (drawn.dtype != torch.float64)
         raise InputError(
-            f"expected a prior of {name!r} whose draws numbers tell apart, {share:.0%} of them are the "
+            f"expected a prior of {name!r} whose draws differ as numbers, {share:.0%} are the "
             f"last number before an end of its support: {wider}keep it from the ends, or use "
             "method='importance'"
         )

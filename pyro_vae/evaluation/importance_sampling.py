@@ -140,7 +140,8 @@ def log_marginal(
             ``bfloat16`` the estimate is that of networks so rounded.
         plate: name of the data plate. None: the whole data set is one datum (see
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
-            one weight, shared and local ones alike: with many local ones it takes annealing.
+            one weight, shared and local ones alike: with many local ones it takes annealing, or
+            ``joint`` of :func:`pyro_vae.evaluation.predictive_log_prob`.
         seed: seed of the draws; the generators' state is restored afterwards. None draws from the
             global state.
         progress: called with (data done, N) as the work goes on.

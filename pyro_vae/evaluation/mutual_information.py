@@ -17,6 +17,7 @@ from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.sites import Latents, latent_sites
+from pyro_vae.summary import plus_minus
 from pyro_vae.weights.particles import Particles
 
 
@@ -25,6 +26,15 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
+    def __str__(self) -> str:
+        return plus_minus(*self)
 
 
 class _Coordinates(NamedTuple):

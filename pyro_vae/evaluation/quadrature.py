@@ -18,6 +18,7 @@ from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import OpenedPair, Progress, open_pair
 from pyro_vae.pair.sites import latent_sites
+from pyro_vae.summary import shown
 from pyro_vae.weights.particles import Particles
 
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
@@ -35,6 +36,7 @@ _AGREE, _REFUSE = 1e-4, 1e-2
 _PLACING_DRAWS, _ROUNDS = 200, 12
 
 
+@shown
 class PosteriorDivergence(NamedTuple):
     """KL(q(z|x) || p(z|x)) per datum by quadrature (nats, float64, on the CPU, ``(N,)`` each).
 

@@ -26,6 +26,7 @@ from pyro_vae.evaluation.latent_codes import Code, mean_codes
 from pyro_vae.evaluation.mutual_information import Estimate, information
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import open_function, open_pair
+from pyro_vae.summary import Summary, plus_minus, shown
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
 # section 5.2, who found the variances to fall into two clearly separated groups).
@@ -35,6 +36,7 @@ ACTIVE_VARIANCE = 0.01
 _MEAN_DRAWS = 1000
 
 
+@shown
 @dataclass(frozen=True)
 class Representation:
     """What the latents hold of N data; information in nats.
@@ -102,7 +104,7 @@ class Representation:
         """How many coordinates are active."""
         return int(self.active.sum())
 
-    def __str__(self) -> str:
+    def _summary(self) -> Summary:
         said = {
             f"rate ({self.rate_method})": self.rate,
             "mutual information": self.mutual_information,
@@ -113,8 +115,8 @@ class Representation:
             "linear-probe accuracy": self.linear_accuracy,
         }
         units = f"{self.active_units} of {self.latent_dim} units active"
-        rows = [f"{n:28}{e.value:9.4f} +- {e.standard_error:.4f}" for n, e in said.items() if e]
-        return "\n".join([f"{self.num_data} data, {units}, nats per datum", *rows])
+        rows = {name: plus_minus(*estimate) for name, estimate in said.items() if estimate}
+        return f"latents of {self.num_data} data points, {units}, nats per data point", rows
 
 
 def representation(

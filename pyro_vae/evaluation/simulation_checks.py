@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.evaluation.estimate import calibration_groups
+from pyro_vae.evaluation.estimate import one_chain, structure
 from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
@@ -18,6 +18,7 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import Progress, open_pair
 from pyro_vae.pair.sites import observed_site, value_axis
+from pyro_vae.summary import Summary, shown
 from pyro_vae.weights.particles import Particles
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _STATISTICS: dict[str, Statistic] = {
 }
 
 
+@shown
 @dataclass(frozen=True)
 class PosteriorPredictive:
     """Statistics of the data beside those of data drawn from the posterior predictive.
@@ -149,6 +151,7 @@ def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> dict[str, T
     return computed
 
 
+@shown
 @dataclass(frozen=True)
 class AggregatePosterior:
     """Draws of the guide over the data beside draws of the prior.
@@ -238,6 +241,7 @@ def aggregate_posterior(
     return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)
 
 
+@shown
 @dataclass(frozen=True)
 class Calibration:
     """Ranks of the latents that made simulated data among the guide's draws.
@@ -288,15 +292,17 @@ class Calibration:
 
         return torch.as_tensor(chi2.sf(self.chi_square.numpy(), self.num_bins - 1))
 
-    def __str__(self) -> str:
+    def _summary(self) -> Summary:
         p_value = self.p_value
         lowest = int(p_value.argmin())
-        return (
-            f"ranks of {len(self.x[0])} simulated data among {self.num_draws} draws of the guide: "
-            f"lowest p-value of {len(p_value)} dimensions {p_value[lowest].item():.2g} "
-            f"({self.labels[lowest]}; chi-square {self.chi_square[lowest].item():.1f}, "
-            f"{self.num_bins - 1} expected)"
-        )
+        count = len(self.x[0])
+        title = f"ranks of {count} simulated data points among {self.num_draws} draws of the guide"
+        return title, {
+            f"lowest p-value of {len(p_value)} dimensions": (
+                f"{p_value[lowest].item():.2g} ({self.labels[lowest]})"
+            ),
+            "its chi-square": f"{self.chi_square[lowest].item():.1f}, {self.num_bins - 1} expected",
+        }
 
     def plot(self) -> Figure:
         """Show the histogram of ranks of each dimension with the band that 95 % of bins lie in."""
@@ -318,7 +324,7 @@ class Calibration:
         ``arviz.plot_ecdf(values, cdf=scipy.stats.uniform.cdf, difference=True)``.
         """
         middles = {n: (ranks + 0.5) / (self.num_draws + 1) for n, ranks in self.ranks.items()}
-        return calibration_groups(middles)
+        return structure({"prior_sbc": one_chain(middles)})
 
 
 def calibration(

@@ -13,23 +13,9 @@ from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.errors import InputError, real_number
-from pyro_vae.infer.bounds import (
-    Bound,
-    BoundTerms,
-    TraceBound,
-    elbo_terms,
-    particle_options,
-    wide,
-)
+from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.contract import refuse_score_function
-from pyro_vae.pair.sites import (
-    Site,
-    TracePair,
-    is_delta,
-    latent_sites,
-    plate_scale,
-    sample_sites,
-)
+from pyro_vae.pair.sites import Site, TracePair, is_delta, latent_sites, plate_scale, sample_sites
 
 _PARTICLES = "num_particles_vectorized"  # Pyro's name of the outer plate of particles
 
@@ -115,10 +101,8 @@ class AnalyticKL(Bound):
     .. math:: -L = E_q[-\log p(x|z)] + KL(q(z|x) \,\|\, p(z))
 
     A latent without a registered KL is scored at its draw, as are those whose parents in the model
-    come after them in the guide (where Pyro's ``TraceMeanField_ELBO`` would be wrong).
-
-    Args:
-        options: those of :class:`Bound`.
+    come after them in the guide (where Pyro's ``TraceMeanField_ELBO`` would be wrong). Options are
+    those of :class:`Bound`.
 
     Attributes:
         exact_sites: after the first use, for each latent whether its rate is exact.
@@ -128,21 +112,12 @@ class AnalyticKL(Bound):
 
     Source:
         Kingma, Welling 2014, "Auto-Encoding Variational Bayes", equation 7.
-
-    Example:
-        >>> from pyro_vae.infer import AnalyticKL
-        >>> objective = AnalyticKL()
-        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
     exact_sites: dict[str, bool]
 
-    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
-        """Draw once and return loss, surrogate, rate and distortion."""
-        return self.terms_of(list(self._get_traces(model, guide, args, kwargs)))
-
     def terms_of(self, traces: list[TracePair]) -> BoundTerms:
-        """Return the same of pairs that are traced and scored, one for each particle."""
+        """Return loss, surrogate, rate and distortion of pairs that are traced and scored."""
         found: list[list[Divergence]] = []
         scaled: Any = 0.0
         for model_trace, guide_trace in traces:
@@ -178,14 +153,12 @@ class DefaultBound(AnalyticKL):
 
     is_analytic: bool | None = None
 
-    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
-        """Draw once and return loss, surrogate, rate and distortion."""
-        traces = list(self._get_traces(model, guide, args, kwargs))
+    def terms_of(self, traces: list[TracePair]) -> BoundTerms:
+        """Return loss, surrogate, rate and distortion of pairs that are traced and scored."""
         if self.is_analytic is None:
             self.is_analytic = _admits_closed_forms(*traces[0])
-        if self.is_analytic:
-            return self.terms_of(traces)
-        return TraceBound(**particle_options(self)).terms_of(traces)
+        bound: Any = super() if self.is_analytic else TraceBound(**particle_options(self))
+        return bound.terms_of(traces)
 
 
 def _admits_closed_forms(model_trace: Trace, guide_trace: Trace) -> bool:
@@ -234,11 +207,6 @@ class FreeBits(AnalyticKL):
     Source:
         Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow",
         equation 15 (appendix C.8).
-
-    Example:
-        >>> from pyro_vae.infer import FreeBits
-        >>> objective = FreeBits(0.1)
-        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
     def __init__(

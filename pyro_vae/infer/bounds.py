@@ -42,9 +42,10 @@ class BoundTerms(NamedTuple):
 class Bound(ELBO):
     """Base of the objectives; also the recipe for one of your own.
 
-    Write :meth:`terms`. The object then works in Pyro's own ``SVI(model, guide, optim, bound)``, in
-    :func:`pyro_vae.fit`, and captured as a graph. For the last, ``terms`` must read no tensor's value
-    in Python (no ``.item()``, no ``if`` on a tensor) and must draw in the same order every time.
+    Write :meth:`terms_of`, or :meth:`terms` if it draws in a way of its own. The object then works in
+    Pyro's own ``SVI(model, guide, optim, bound)``, in :func:`pyro_vae.fit`, and captured as a graph.
+    For the last, ``terms`` must read no tensor's value in Python (no ``.item()``, no ``if`` on a
+    tensor) and must draw in the same order every time.
 
     The loss is the negative bound on log p(x): plates' subsampling scales it, beta does not.
     :class:`TraceBound` alone keeps beta in its loss, as Pyro's ``Trace_ELBO`` does.
@@ -57,19 +58,21 @@ class Bound(ELBO):
         max_plate_nesting: as in Pyro's ``ELBO``.
         vectorize_particles: draw the particles in one outer plate instead of one after the other.
         options: the other options of Pyro's ``ELBO``.
+
+    Example:
+        >>> from pyro_vae.infer import StickingTheLanding
+        >>> objective = StickingTheLanding(num_particles=2)
+        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
     sums_out = False
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
-        """Draw once and return loss, surrogate, rate and distortion.
+        """Draw once, both functions given ``*args`` and ``**kwargs``; return the terms."""
+        return self.terms_of(list(self._get_traces(model, guide, args, kwargs)))
 
-        Args:
-            model: the generative function of the pair.
-            guide: the variational function of the pair.
-            args: positional arguments of both.
-            kwargs: keyword arguments of both.
-        """
+    def terms_of(self, traces: list[TracePair]) -> BoundTerms:
+        """Return the same of pairs that are traced and scored, one for each particle."""
         raise NotImplementedError
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -108,10 +111,8 @@ class TraceBound(Bound):
 
     Sites without a reparameterised draw get Pyro's score-function term (Rao-Blackwellised over
     plates); reparameterised ones the pathwise gradient. Unlike ``Trace_ELBO`` it reads no value in
-    Python, so that it can be captured, and it reports rate and distortion.
-
-    Args:
-        options: those of :class:`Bound`.
+    Python, so that it can be captured, and it reports rate and distortion. Options are those of
+    :class:`Bound`.
 
     Raises:
         InputError: at the first use, for a site that is enumerated.
@@ -121,12 +122,8 @@ class TraceBound(Bound):
         Inference", for the score-function term.
     """
 
-    def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:
-        """Draw once and return loss, surrogate, rate and distortion (beta stays in the loss)."""
-        return self.terms_of(list(self._get_traces(model, guide, args, kwargs)))
-
     def terms_of(self, traces: list[TracePair]) -> BoundTerms:
-        """Return the same of pairs that are traced and scored, one for each particle."""
+        """Return loss (beta in it), surrogate, rate and distortion of traced, scored pairs."""
         loss: Any = 0.0
         surrogate: Any = 0.0
         for model_trace, guide_trace in traces:

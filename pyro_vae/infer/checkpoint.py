@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from pyro_vae.distributed import ALONE, Processes
-from pyro_vae.errors import InputError, first_line, real_number, whole_number
-from pyro_vae.files import check_in_place, checksum_of, expand_path, refuse_to_write
+from pyro_vae.errors import InputError, check_same, expecting, real_number, whole_number
+from pyro_vae.files import check_in_place, checksum_of, expand_path, writing_to
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
@@ -53,9 +53,9 @@ class Checkpoints:
     def __init__(
         self,
         folder: str | Path | None,
-        *,
         every: int | None,
         minutes: float | None,
+        *,
         resume: bool,
         processes: Processes = ALONE,
     ) -> None:
@@ -110,11 +110,7 @@ class Checkpoints:
         return None if found is None else found["settings"].get("objective")
 
     def begin(
-        self,
-        settings: Mapping[str, Any],
-        trainer: Trainer,
-        best: EarlyStopping,
-        rows: _Rows,
+        self, settings: Mapping[str, Any], trainer: Trainer, best: EarlyStopping, rows: _Rows
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
         if self.folder is None:
@@ -125,8 +121,12 @@ class Checkpoints:
         found = self.processes.decide(lambda: read_newest(folder) if self.resume else None)
         if found is None:
             return
-        self.processes.check_together(lambda: _refuse_other(settings, found["settings"], folder))
-        try:
+        where, advice = f"the run in {folder}", "repeat its options or choose another folder"
+        kept, own = (dict(sorted(each.items())) for each in (found["settings"], settings))
+        self.processes.check_together(lambda: check_same(kept, own, where, advice))
+        what = f"a checkpoint of this run in {self.folder} that fits"
+        kinds = (LookupError, TypeError, ValueError, RuntimeError, AttributeError)
+        with expecting(what, *kinds):
             state = found["state"]
             columns, history = state["columns"], state["history"].tolist()
             rows += [dict(zip(columns, row, strict=True)) for row in history]
@@ -134,13 +134,6 @@ class Checkpoints:
             own = state["own"][self.processes.rank]
             trainer.load_state_dict({**state["steps"], "own": own["steps"]})
             _set_generator_states(own["generators"], trainer.device)
-        except InputError:
-            raise
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(
-                f"expected a checkpoint of this run in {self.folder}, got one that does not fit: "
-                f"{first_line(error)}"
-            ) from error
 
     def after_step(self, epoch: int | None = None) -> None:
         """Write if it is time to, by the epoch that has ended too; end the run if told to end it."""
@@ -165,11 +158,9 @@ class Checkpoints:
                 f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
                 "on from them, or choose another folder"
             )
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begun = self.folder.stat()
-        except OSError as error:
-            refuse_to_write(self.folder, error)
 
     def _ask(self) -> tuple[int | None, bool]:
         """Return the signal that came to any process, and whether it is time to write."""
@@ -234,19 +225,6 @@ def data_checksum(train: Inputs, validation: Inputs | None) -> str:
     tensors = {f"train {i}": value.cpu() for i, value in enumerate(train)}
     tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(validation or ())}
     return checksum_of("", tensors)
-
-
-def _refuse_other(settings: Mapping[str, Any], kept: Mapping[str, Any], folder: Path) -> None:
-    for name in sorted(settings.keys() | kept.keys()):
-        if settings.get(name) != kept.get(name):
-            shown = name.replace("_", " ")
-            raise InputError(
-                f"expected {shown} {kept.get(name)!r} as the run in {folder} was begun with, got "
-                f"{settings.get(name)!r}: repeat its options or choose another folder"
-            )
-
-
-# --- random generators ---
 
 
 def _generator_states(device: torch.device) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, is_regular, parse_json, write_whole
+from pyro_vae.errors import InputError, expecting, first_line
+from pyro_vae.files import UNREADABLE, checksum_of, is_regular, parse_json, read_tensors, write_whole
 
 _FORMAT = 1
 _ENTRY = "checkpoint"  # one entry alone: the order of several would differ from process to process
@@ -26,15 +25,10 @@ _TENSOR = "__tensor__"
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the newest last."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(
-            f"expected a folder for checkpoints, got {folder}: {error.strerror}; choose another"
-        ) from error
-    return [folder / name for name in names]
+    what = f"a folder for checkpoints at {folder}"
+    with expecting(what, OSError, advice="choose another"):
+        found = folder.iterdir() if folder.exists() else ()
+        return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def write_checkpoint(
@@ -88,9 +82,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if not is_regular(path):
             raise _DamagedError("it is no file of its own")
-        with safe_open(path, framework="pt") as file:
-            content = parse_json((file.metadata() or {})[_ENTRY], finite=False)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        content = parse_json(metadata[_ENTRY], finite=False)
         if type(content["format"]) is int and content["format"] > _FORMAT:
             raise InputError(
                 f"expected format {_FORMAT} in {path}, got {content['format']}: it was written by a "

@@ -64,11 +64,6 @@ class IWAE(Bound):
         Lawson, Gu, Maddison 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo
         Objectives", equation 8; Rainforth et al. 2018, "Tighter Variational Bounds are Not
         Necessarily Better", for the fault of the plain one.
-
-    Example:
-        >>> from pyro_vae.infer import IWAE
-        >>> objective = IWAE(5)
-        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
     sums_out = True

@@ -88,9 +88,11 @@ class FitSettings:
         if self.on_nonfinite not in ("stop", "skip"):
             raise InputError(f"expected on_nonfinite stop or skip, got {self.on_nonfinite!r}")
         if not isinstance(self.objective, ELBO | None):
+            is_class = isinstance(self.objective, type) and issubclass(self.objective, ELBO)
+            advice = f": pass an instance, {self.objective.__name__}(...)" if is_class else ""
             raise InputError(
                 "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
-                f"{first_line(repr(self.objective))}{_advice_for(self.objective)}"
+                f"{first_line(repr(self.objective))}{advice}"
             )
 
     def _check_optimizer(self) -> None:
@@ -141,11 +143,6 @@ class FitSettings:
         return -(-num_data // self.batch_size)
 
 
-def _advice_for(objective: Any) -> str:
-    is_class = isinstance(objective, type) and issubclass(objective, ELBO)
-    return f": pass an instance, {objective.__name__}(...)" if is_class else ""
-
-
 def as_dict(option: str, value: object) -> dict[str, Any]:
     """Return options as a dict; refuse what is no mapping."""
     if not isinstance(value, Mapping | None):
@@ -167,9 +164,6 @@ def check_callables(**functions: object) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise InputError(f"expected {name} as a function, got {type(function).__name__}")
-
-
-# --- warm-up and learning rate ---------------------------------------------------------------
 
 
 # Steps of the shortest warm-up: eight epochs of the digits give up their latents without one, and use

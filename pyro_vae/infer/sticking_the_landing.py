@@ -25,20 +25,13 @@ class StickingTheLanding(Bound):
     ``pyro.factor`` is no score, and keeps its whole gradient. With beta the latent terms of the
     gradient are scaled; the loss is the ELBO without it.
 
-    Args:
-        options: those of :class:`Bound`.
+    Options are those of :class:`Bound`.
 
     Raises:
         InputError: at the first use, for a latent that is not reparameterised or is enumerated.
 
     Source:
         Roeder, Wu, Duvenaud 2017, "Sticking the Landing", equation 8.
-
-    Example:
-        >>> import pyro
-        >>> from pyro_vae.infer import StickingTheLanding
-        >>> objective = StickingTheLanding(num_particles=2)
-        >>> # pyro.infer.SVI(vae.model, vae.guide, optimizer, objective).step(x)
     """
 
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> BoundTerms:

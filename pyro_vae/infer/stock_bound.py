@@ -24,10 +24,8 @@ _BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
 _FOUND_OUT = ("max_plate_nesting", "is_analytic")
 
 _JIT = (
-    infer.JitTrace_ELBO,
-    infer.JitTraceMeanField_ELBO,
-    infer.JitTraceGraph_ELBO,
-    infer.JitTraceEnum_ELBO,
+    *(infer.JitTrace_ELBO, infer.JitTraceMeanField_ELBO),
+    *(infer.JitTraceGraph_ELBO, infer.JitTraceEnum_ELBO),
 )
 
 

@@ -363,7 +363,7 @@ class Trainer:
             epoch, order = self._epoch, self._epoch.order.clone()
             position = {"epoch": epoch.number, "order": order, "taken": epoch.taken}
             position["seconds"] = epoch.seconds
-            own["summaries"] = self._epoch.summaries.cpu().clone()
+            own["summaries"] = epoch.summaries.cpu().clone()
         return {
             "parameters": values["parameters"],
             "updates": self.updates.state_dict(),

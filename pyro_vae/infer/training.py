@@ -7,8 +7,9 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,7 @@ from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.settings import (
-    FitSettings,
-    Schedule,
-    check_callables,
-    default_warmup_epochs,
-)
+from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
 from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
@@ -38,23 +34,19 @@ from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
 from pyro_vae.sources import gather
+from pyro_vae.summary import Summary, shown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 HISTORY = (
-    "train_elbo",
-    "train_rate",
-    "train_distortion",
-    "train_bound",
-    "global_rate",
-    "validation_elbo",
-    "validation_rate",
-    "validation_distortion",
-    "beta",
-    "gradient_norm",
-    "seconds",
-    "data_per_second",
+    *("train_elbo", "train_rate", "train_distortion", "train_bound", "global_rate"),
+    *("validation_elbo", "validation_rate", "validation_distortion"),
+    *("beta", "gradient_norm", "seconds", "data_per_second"),
 )
 
 
+@shown
 @dataclass(frozen=True)
 class FitResult:
     """What a run of :func:`fit` left behind besides the trained parameters.
@@ -99,6 +91,19 @@ class FitResult:
     compile_choice: str
     skipped_steps: int
     warnings: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        kept, last = self.best_epoch - 1, len(self.history["train_elbo"])
+        title = f"{last} epochs on {self.device}, {self.seconds:.1f} s of training"
+        rows = {f"epoch {self.best_epoch}, kept": "nats per data point"}
+        for name in ("train_elbo", "train_rate", "train_distortion", "validation_elbo"):
+            if np.isfinite(value := self.history[name][kept]):
+                rows[name.replace("_", " ").replace("elbo", "ELBO")] = f"{value:.2f}"
+        rows["parameters"] = f"{self.num_parameters:,}"
+        rows["steps"] = self.compile_choice
+        if self.skipped_steps:
+            rows["steps skipped"] = f"{self.skipped_steps}"
+        return title, rows | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
 
     @property
     def seconds(self) -> float:
@@ -276,11 +281,7 @@ def fit(
     processes = Processes.current()
     watchers = Callbacks(callbacks, processes)
     checkpoints = Checkpoints(
-        checkpoint,
-        every=checkpoint_every,
-        minutes=checkpoint_minutes,
-        resume=resume,
-        processes=processes,
+        checkpoint, checkpoint_every, checkpoint_minutes, resume=resume, processes=processes
     )
     if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
@@ -295,7 +296,7 @@ def fit(
     with (
         run.pair.training(settings.seed),
         compute_in(settings.precision, run.device),
-        EpochProgress(settings.epochs, progress if processes.is_first else False) as bar,
+        epoch_progress(settings.epochs, progress if processes.is_first else False) as bar,
         checkpoints,
     ):
         processes.draw_apart()
@@ -331,8 +332,8 @@ def fit(
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
-                bar.note(run.capture.outcome)
-            bar.show(epoch, _describe(row))
+                bar.console.print(run.capture.outcome, highlight=False, markup=False)
+            bar.update(bar.task_ids[0], completed=epoch, description=_describe(row))
             if on_epoch is not None:
                 on_epoch(epoch, row)
             watchers.tell("on_epoch", epoch, row)
@@ -392,13 +393,11 @@ def _open(
             draw, after = data.draw, transform
             transform = draw if after is None else lambda batch: after(draw(batch))
         data = data.train
-    share_rows = settings.plate is not None
-    if not share_rows and processes.are_several:
+    if settings.plate is None and processes.are_several:
         raise InputError("expected one process with plate=None, got several: one datum has no shares")
-    inputs = as_inputs(gather(data, model), share_rows=share_rows)
-    held_out = (
-        None if validation is None else as_inputs(gather(validation, model), share_rows=share_rows)
-    )
+    read = partial(as_inputs, share_rows=settings.plate is not None)
+    inputs = read(gather(data, model))
+    held_out = None if validation is None else read(gather(validation, model))
     if settings.patience is not None and held_out is None:
         raise InputError("expected validation data for patience, got none: pass validation=")
     if is_given:
@@ -406,25 +405,22 @@ def _open(
     if held_out is not None:
         check_data(model, held_out)
     place = place_pair(model, guide, device, inputs[0].device)
-    inputs = as_inputs(inputs, model, guide, are_given=is_given, share_rows=share_rows)
-    inputs = tuple(value.detach() for value in inputs)
+    inputs = tuple(each.detach() for each in read(inputs, model, guide, are_given=is_given))
     plain_objective, own_beta = uncompiled(settings.objective)
     bound = bound_of(plain_objective)
     serves = Serves.WHOLE | Serves.SHARED
     serves |= Serves.SUMMED if bound.sums_out else Serves.NOTHING
     pair = OpenedPair(model, guide, inputs, plate=settings.plate, serves=serves)
-    to_validate = None
-    if held_out is not None:
-        to_validate = pair.on(as_inputs(held_out, model, guide, share_rows=share_rows))
+    to_validate = None if held_out is None else pair.on(read(held_out, model, guide))
     settings = replace(settings, beta=settings.beta * own_beta)
+    per_epoch = settings.steps_per_epoch(pair.num_data)
     if warmup_epochs is None:
-        warmup = default_warmup_epochs(settings.epochs, settings.steps_per_epoch(pair.num_data))
+        warmup = default_warmup_epochs(settings.epochs, per_epoch)
         settings = replace(settings, warmup_epochs=warmup)
-    objective = TrainingObjective(
-        bound, settings, transform=transform, is_share=processes.are_several
-    )
-    num_steps = settings.epochs * settings.steps_per_epoch(pair.num_data)
-    capture = StepCapture(objective, settings, device=place, num_steps=num_steps)
+    several = processes.are_several
+    objective = TrainingObjective(bound, settings, transform=transform, is_share=several)
+    steps = settings.epochs * per_epoch
+    capture = StepCapture(objective, settings, device=place, num_steps=steps)
     record = settings.record() | {
         "objective": name_of(objective.bound),
         "device": place.type,  # one CUDA device may take over from another
@@ -455,49 +451,29 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     )
 
 
-# --- the progress bar ---
+def epoch_progress(epochs: int, show: bool | None) -> Progress:
+    """Return a bar on standard error with epoch, time left and metrics, by default on a terminal.
 
+    It is shown while its context lasts; where it is not to be, neither are lines printed above it.
+    """
+    if show is None:  # a process without a terminal may have no standard error at all
+        show = sys.stderr is not None and sys.stderr.isatty()
+    state = random.getstate()  # rich draws from it, already when imported
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-class EpochProgress:
-    """A bar on standard error with epoch, time left and metrics; by default only on a terminal."""
-
-    def __init__(self, epochs: int, show: bool | None) -> None:
-        self._progress: Any = None
-        # A process without a terminal may have no standard error at all.
-        if (sys.stderr is not None and sys.stderr.isatty()) if show is None else show:
-            state = random.getstate()  # rich draws from it, already when imported
-            from rich.console import Console
-            from rich.progress import Progress, TextColumn, TimeRemainingColumn
-            from rich.table import Column
-
-            epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
-            self._progress = Progress(
-                TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
-                TimeRemainingColumn(compact=True, table_column=left),
-                TextColumn("{task.description}", table_column=metrics),
-                console=Console(stderr=True),
-            )
-            self._task = self._progress.add_task("", total=epochs)
-            random.setstate(state)
-
-    def __enter__(self) -> EpochProgress:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
-
-    def show(self, epoch: int, metrics: str) -> None:
-        """Show the metrics of an epoch that has ended."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=epoch, description=metrics)
+    epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
+    progress = Progress(
+        TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
+        TimeRemainingColumn(compact=True, table_column=left),
+        TextColumn("{task.description}", table_column=metrics),
+        console=Console(stderr=True, quiet=not show),
+        disable=not show,
+    )
+    progress.add_task("", total=epochs)
+    random.setstate(state)
+    return progress
 
 
 def _describe(row: dict[str, float]) -> str:

@@ -43,6 +43,7 @@ class Serves(enum.Flag):
     WHOLE = enum.auto()  # ``plate=None``: the whole data set as one datum
     SHARED = enum.auto()  # sites outside the data plate
     SUMMED = enum.auto()  # latents that the model enumerates
+    NO_LATENT = enum.auto()  # models that draw none
 
 
 def check_pair(
@@ -65,7 +66,8 @@ def check_pair(
             "model before the guide"
         )
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
-    if not latent_sites(guide_trace) and not (summed and Serves.SUMMED in serves):
+    may_draw_nothing = Serves.NO_LATENT in serves or (summed and Serves.SUMMED in serves)
+    if not latent_sites(guide_trace) and not may_draw_nothing:
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
     _check_latents(model_trace, guide_trace, summed, Serves.SUMMED in serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):

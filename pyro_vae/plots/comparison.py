@@ -10,20 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.images import flat_image, is_image
-from pyro_vae.plots.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    Array,
-    Limits,
-    as_text,
-    one_panel,
-    panels,
-    show_histograms,
-)
+from pyro_vae.plots import style
+from pyro_vae.plots.images import flat_image, is_image, show_image
+from pyro_vae.plots.style import Array, Limits
 
-# Most panels of a figure with one per latent dimension.
+# Most style.panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
 
 _SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
@@ -48,7 +39,7 @@ def paired_differences(
         by_run: differences of the single runs of each pair, as small dots.
         title: a line above the picture.
     """
-    figure, axes = one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
+    figure, axes = style.one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
     _draw_differences(
         axes,
@@ -57,7 +48,7 @@ def paired_differences(
         [errors[index] for index in order],
         [by_run[index] for index in order] if by_run else [()] * len(names),
     )
-    axes.set_yticks(range(len(names)), [as_text(names[index]) for index in order], fontsize=9)
+    axes.set_yticks(range(len(names)), [style.as_text(names[index]) for index in order], fontsize=9)
     axes.set(xlabel="nats per datum", ylim=(len(names) - 0.5, -0.5))
     return figure
 
@@ -81,13 +72,15 @@ def families_and_runs(
         labels: names of the quantities.
         title: a line above the picture.
     """
-    figure, places = panels(title, (9, 1.5 + 0.42 * len(names)), columns=len(labels), sharey=True)
+    figure, places = style.panels(
+        title, (9, 1.5 + 0.42 * len(names)), columns=len(labels), sharey=True
+    )
     for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
         _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
-    places[0].set_yticks(range(len(names)), [as_text(name) for name in names])
+    places[0].set_yticks(range(len(names)), [style.as_text(name) for name in names])
     places[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
@@ -103,7 +96,7 @@ def datum_against_datum(
         labels: names of the two.
         title: a line above the picture.
     """
-    figure, axes = one_panel(title, (4.6, 4.4))
+    figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)
     first, second = first[finite], second[finite]
     if len(first):
@@ -112,10 +105,10 @@ def datum_against_datum(
         limits = (ends[0] - margin, ends[1] + margin)
         axes.set(xlim=limits, ylim=limits)
         axes.plot(ends, ends, color="0.6", linewidth=1)
-        axes.scatter(first, second, s=7, color=BLUE, alpha=0.5, linewidths=0)
-        told = f"{as_text(labels[1])} higher for {(second > first).mean():.0%}"
+        axes.scatter(first, second, s=7, color=style.BLUE, alpha=0.5, linewidths=0)
+        told = f"{style.as_text(labels[1])} higher for {(second > first).mean():.0%}"
         axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", size=9)
-    axes.set(xlabel=as_text(labels[0]), ylabel=as_text(labels[1]))
+    axes.set(xlabel=style.as_text(labels[0]), ylabel=style.as_text(labels[1]))
     axes.set_aspect("equal")
     return figure
 
@@ -134,9 +127,9 @@ def rank_histograms(
     figure, places = _labelled_panels(labels, title)
     for axes, row in zip(places, counts, strict=False):
         edges = np.linspace(0, 1, len(row) + 1)
-        axes.bar(edges[:-1], row, width=1 / len(row), align="edge", color=BLUE, alpha=0.6)
+        axes.bar(edges[:-1], row, width=1 / len(row), align="edge", color=style.BLUE, alpha=0.6)
         for end in band:
-            axes.axhline(end, color=ORANGE, linewidth=1)
+            axes.axhline(end, color=style.ORANGE, linewidth=1)
         axes.set_xlim(0, 1)
     figure.supxlabel("rank of the true latent among the guide's draws", fontsize=9)
     return figure
@@ -199,14 +192,14 @@ def autoencoder_and_vae(
         title: a line above the picture.
         limits: the values shown as white and as black.
     """
-    image = is_image(data.shape[1:])
+    data, image = np.asarray(data), is_image(data.shape[1:])
     figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
-    figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(style.as_text(title), fontsize=10, x=0.01, ha="left")
     heights = [1.9, 1.5, 1] if image else [1]
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     sides = (("autoencoder", autoencoder), ("VAE", vae))
     if image:
-        rows = [np.asarray(data)]
+        rows = [data]
         for part in ("reconstructions", "random"):
             rows += [np.asarray(getattr(side, part)) for _, side in sides]
         shown = min(_SHOWN, *(len(row) for row in rows))
@@ -232,7 +225,7 @@ def _draw_differences(
     """Draw one row per pair: its mean difference with a bar, and below it a dot for each run."""
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
     for row, (mean, width, runs) in enumerate(zip(means, half_widths, by_run, strict=True)):
-        colour = ORANGE if row == best else BLUE
+        colour = style.ORANGE if row == best else style.BLUE
         axes.plot(runs, [row + 0.2] * len(runs), "o", color=colour, markersize=3, alpha=0.6)
         known = None if row == best or not np.isfinite(width) else width
         axes.errorbar(
@@ -250,7 +243,7 @@ def _show_pairs(
     for axes, (filled, outlined) in zip(places, pairs, strict=False):
         together = np.concatenate([filled, outlined])
         bins = np.histogram_bin_edges(together[np.isfinite(together)], bins=30)
-        show_histograms(axes, filled, outlined, bins, labels)
+        style.show_histograms(axes, filled, outlined, bins, labels)
         axes.set_yticks([])
     entries = places[0].get_legend_handles_labels()
     figure.legend(*entries, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
@@ -263,31 +256,23 @@ def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Ax
     rows = -(-shown // columns)
     size = max(4.6, 2.3 * columns), 0.7 + 1.7 * rows
     rest = "" if shown == len(labels) else f" (first {shown} of {len(labels)})"
-    figure, places = panels(title + rest, size, rows, columns, shown=shown)
+    figure, places = style.panels(title + rest, size, rows, columns, shown=shown)
     for axes, label in zip(places, labels, strict=False):
-        axes.set_title(as_text(label), fontsize=8)
+        axes.set_title(style.as_text(label), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     return figure, places
 
 
 def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
-    """Show rows of images as one picture with thin lines between them."""
-    low, high = limits
-    strips = []
-    for row in rows:
-        images = [flat_image(image, limits) for image in row]
-        if images[0].ndim == 3:
-            tiles = [np.pad(each, ((0, 1), (0, 1), (0, 0)), constant_values=0.2) for each in images]
-        else:
-            line = low + 0.2 * (high - low)
-            tiles = [np.pad(each, (0, 1), constant_values=line) for each in images]
-        strips.append(np.concatenate(tiles, axis=1))
-    picture = np.concatenate(strips, axis=0)
-    axes.imshow(picture, cmap=INK, vmin=low, vmax=high)
-    height = picture.shape[0] / len(rows)
+    """Show rows of images from the top, with thin lines between them."""
+    height, width = flat_image(rows[0][0], limits).shape[:2]
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            show_image(axes, image, (column, column + 0.96, row + 0.96, row), limits)
+    axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0), aspect=height / width)
     axes.set_xticks([])
-    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
+    axes.set_yticks([index + 0.5 for index in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -295,7 +280,7 @@ def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: L
 def _show_distances(axes: Axes, name: str, side: Any) -> None:
     held_out, random = np.asarray(side.held_out_distance), np.asarray(side.random_distance)
     bins = np.linspace(0, np.quantile(np.concatenate([held_out, random]), 0.995), 40)
-    show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
+    style.show_histograms(axes, held_out, random, bins, ("held-out codes", "random latents"))
     with np.errstate(divide="ignore", invalid="ignore"):  # equal data points have no distance
         ratio = np.median(random) / np.median(held_out)
     axes.set_title(f"{name}: distance to the nearest training code, ratio {ratio:.2f}", fontsize=9)

@@ -94,11 +94,9 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
         return image_grid(rows, title=title, limits=limits)
     if is_curve(drawn.shape[1:]):
-        figure, places = style.panels(title, (9, 3.4), columns=2, sharey=True)
-        for axes, values, colour, label in zip(
-            places, (data, drawn), (BLUE, ORANGE), ("data", "drawn"), strict=True
-        ):
-            _lines(axes, values[:_CURVES], colour, label)
+        figure, (axes, other) = style.panels(title, (9, 3.4), columns=2, sharey=True)
+        _lines(axes, data[:_CURVES], BLUE, "data")
+        _lines(other, drawn[:_CURVES], ORANGE, "drawn")
         return figure
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     if data.shape[1] > 2:
@@ -111,8 +109,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
         style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
-        for values, colour, label in ((data, BLUE, "data"), (drawn, ORANGE, "drawn")):
-            first, second = values.T
+        for (first, second), colour, label in ((data.T, BLUE, "data"), (drawn.T, ORANGE, "drawn")):
             axes.scatter(first, second, s=6, color=colour, alpha=0.5, label=label, linewidths=0)
         axes.set(xlabel="coordinate 1", ylabel="coordinate 2")
     else:
@@ -201,10 +198,10 @@ def completions(
 
 def flat_image(image: Array, limits: Limits) -> Array:
     """Return an image as matplotlib shows it: ``(H, W)``, or ``(H, W, 3)`` scaled to [0, 1]."""
-    channel_axis = _channel_axis(image.shape)
-    if channel_axis is None:
+    channel = channel_axis(image.shape)
+    if channel is None:
         return image
-    image = np.moveaxis(image, channel_axis, -1)
+    image = np.moveaxis(image, channel, -1)
     if image.shape[2] == 1:
         return image[:, :, 0]
     low, high = limits
@@ -214,13 +211,14 @@ def flat_image(image: Array, limits: Limits) -> Array:
 
 def _cell(shape: Sequence[int]) -> tuple[float, float]:
     """Return the width and height in inches at which an image is shown: of its own proportions."""
-    height, width = (size for axis, size in enumerate(shape) if axis != _channel_axis(shape))
+    height, width = (size for axis, size in enumerate(shape) if axis != channel_axis(shape))
     side = math.sqrt(height * width)
     inches = min(max(0.58, side / 48), 1.3)
     return inches * width / side, inches * height / side
 
 
-def _channel_axis(shape: Sequence[int]) -> int | None:
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Return which axis of an image holds its channels, if there is one."""
     if len(shape) == 2:
         return None
     return 0 if shape[0] in (1, 3) else 2

@@ -11,17 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
+from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
-from pyro_vae.plots.style import (
-    BLUE,
-    MAP,
-    Array,
-    Limits,
-    class_colours,
-    legend_beside,
-    one_panel,
-    panels,
-)
+from pyro_vae.plots.style import Array, Limits
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -49,18 +41,30 @@ def latent_scatter(
         title: a line above the picture.
     """
     classes = [] if labels is None else list(np.unique(labels))
+    named = classes if len(classes) <= _MOST_CLASSES else []
+    groups: list[tuple[Any, dict[str, Any]]] = [
+        (codes[labels == value].T, {"color": [colour], "label": str(value)})
+        for value, colour in zip(named, style.class_colours(len(named)), strict=True)
+    ]
     if codes.shape[1] == 1:
-        return _histograms(codes[:, 0], labels, classes, title, axis_labels[0])
-    figure, axes = one_panel(title, (6.2 if classes else 5.4, 5.4))
+        figure, axes = style.one_panel(title, (6.2, 4))
+        bins = np.histogram_bin_edges(codes, bins=50).tolist()
+        for (own,), how in groups:
+            axes.hist(own, bins, histtype="step", linewidth=1.3, **how)
+        if groups:
+            style.legend_beside(axes, marker_scale=1)
+        else:
+            axes.hist(codes[:, 0], bins, color=style.BLUE, alpha=0.5)
+        axes.set(xlabel=axis_labels[0], ylabel="data")
+        return figure
+    figure, axes = style.one_panel(title, (6.2 if classes else 5.4, 5.4))
     size = max(1.5, min(12.0, 12_000 / len(codes)))
-    if 0 < len(classes) <= _MOST_CLASSES:
-        assert labels is not None
-        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
-            x, y = codes[labels == value].T
-            axes.scatter(x, y, s=size, color=[colour], label=str(value), linewidths=0)
-        legend_beside(axes, marker_scale=6 / math.sqrt(size))
+    for own, how in groups:
+        axes.scatter(own[0], own[1], s=size, linewidths=0, **how)
+    if groups:
+        style.legend_beside(axes, marker_scale=6 / math.sqrt(size))
     else:
-        axes.scatter(codes[:, 0], codes[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
+        axes.scatter(codes[:, 0], codes[:, 1], s=size, color=style.BLUE, alpha=0.6, linewidths=0)
     if unit_circle:
         axes.add_patch(Circle((0, 0), 1, fill=False, ec="0.6", linewidth=0.8))
         axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
@@ -97,10 +101,12 @@ def manifold(
     for axes, coordinate in zip(places, shown, strict=True):
         axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
         if rows == 1:
-            axes.plot(first, values[0, :, coordinate], color=BLUE, linewidth=1.3)
+            axes.plot(first, values[0, :, coordinate], color=style.BLUE, linewidth=1.3)
             axes.set_xlabel(axis_labels[0])
             continue
-        mesh = axes.pcolormesh(first, second, values[:, :, coordinate], cmap=MAP, shading="gouraud")
+        mesh = axes.pcolormesh(
+            first, second, values[:, :, coordinate], cmap=style.MAP, shading="gouraud"
+        )
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
         figure.colorbar(mesh, ax=axes, label="decoded mean")
     return figure
@@ -146,22 +152,6 @@ def interpolations(
     return _vector_walks(way.swapaxes(0, 1), [shares] * len(start), names, title)
 
 
-def _histograms(
-    codes: Array, labels: Array | None, classes: Sequence[Any], title: str, name: str
-) -> Figure:
-    figure, axes = one_panel(title, (6.2, 4))
-    bins = np.histogram_bin_edges(codes, bins=50).tolist()
-    if labels is not None and 0 < len(classes) <= _MOST_CLASSES:
-        for value, colour in zip(classes, class_colours(len(classes)), strict=True):
-            chosen = codes[labels == value]
-            axes.hist(chosen, bins, histtype="step", color=colour, label=str(value), linewidth=1.3)
-        legend_beside(axes, marker_scale=1)
-    else:
-        axes.hist(codes, bins, color=BLUE, alpha=0.5)
-    axes.set(xlabel=name, ylabel="data")
-    return figure
-
-
 def _image_manifold(
     data: Array, first: Array, second: Array, title: str, axis_labels: tuple[str, str], limits: Limits
 ) -> Figure:
@@ -170,7 +160,7 @@ def _image_manifold(
     # About 7 inches in all, each image with its own proportions.
     cell = 6.4 / max(columns * image_width, rows * image_height, 10 * image_height)
     width, height = cell * columns * image_width, cell * rows * image_height
-    figure, axes = one_panel(title, (max(width + 1.1, 0.075 * len(title) + 1), height + 1.1))
+    figure, axes = style.one_panel(title, (max(width + 1.1, 0.075 * len(title) + 1), height + 1.1))
     gap = 0.03  # of a cell: neighbours are told apart
     for row in range(rows):
         for column in range(columns):
@@ -205,11 +195,13 @@ def _vector_walks(
     for axes, way, position, name in zip(places, data, positions, names, strict=False):
         axes.set_xlabel(name)
         if many:
-            how: dict[str, Any] = {"cmap": MAP, "vmin": data.min(), "vmax": data.max()}
+            how: dict[str, Any] = {"cmap": style.MAP, "vmin": data.min(), "vmax": data.max()}
             mesh = axes.pcolormesh(position, coordinates, way.T, shading="nearest", **how)
             axes.set_ylabel("coordinate")
             continue
-        for coordinate, colour in zip(coordinates, class_colours(len(coordinates)), strict=True):
+        for coordinate, colour in zip(
+            coordinates, style.class_colours(len(coordinates)), strict=True
+        ):
             label = f"coordinate {coordinate}"
             axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
         axes.set_ylabel("decoded mean")
@@ -228,8 +220,8 @@ def _most_varying(values: Array) -> list[int]:
 
 
 def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes]]:
-    """Return so many panels in rows of three."""
+    """Return so many style.panels in rows of three."""
     columns = min(3, number)
     rows = math.ceil(number / columns)
     size = 3.2 * columns + 1.3, 2.6 * rows + 0.4
-    return panels(title, size, rows, columns, shown=number, framed=framed)
+    return style.panels(title, size, rows, columns, shown=number, framed=framed)

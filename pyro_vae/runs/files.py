@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
@@ -25,7 +25,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"expected a run folder at {folder}, found no {CONFIG} in it: check the path"
         )
-    _check_format(config, Path(folder) / CONFIG)
+    path, version = Path(folder) / CONFIG, config.get("format") if isinstance(config, dict) else None
+    # True is 1 to Python, and so is 1.0.
+    if type(version) is not int or version != FORMAT:
+        newer = type(version) is int and version > FORMAT
+        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
+        raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
+    if not isinstance(config.get("run", {}), dict):
+        raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")
     return config
 
 
@@ -34,11 +41,9 @@ def read_json(folder: str | Path, name: str) -> Any:
     path = own_file(folder, name)
     if path is None:
         return None
-    try:
-        with path.open("rb") as stream:
-            found = parse_json(stream.read(MOST_BYTES + 1).decode())
-    except (ValueError, OSError, RecursionError) as error:  # lists in lists without end
-        raise InputError(f"expected JSON in {path}, got: {first_line(error)}") from error
+    # A RecursionError: lists in lists without end.
+    with expecting(f"JSON in {path}", ValueError, OSError, RecursionError), path.open("rb") as stream:
+        found = parse_json(stream.read(MOST_BYTES + 1).decode())
     return {} if found is None else found
 
 
@@ -54,9 +59,8 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
     elif isinstance(kind, list):
         kinds = kind * len(value) if fits and len(kind) == 1 else kind
         fits = fits and len(kinds) == len(value)
-        parts = (
-            [(str(i), *pair) for i, pair in enumerate(zip(value, kinds, strict=True))] if fits else []
-        )
+        pairs = zip(value, kinds, strict=True) if fits else ()
+        parts = [(str(i), *pair) for i, pair in enumerate(pairs)]
     else:  # True is 1 to Python
         types = get_args(kind) or (kind,)
         fits = isinstance(value, kind) and (bool in types or not isinstance(value, bool))
@@ -69,14 +73,11 @@ def check_schema(value: Any, kind: Any, place: str) -> None:
 def own_file(folder: str | Path, name: str) -> Path | None:
     """Return the path of a regular file of a run folder, or None; refuse a link out of it."""
     path = Path(folder) / name
-    try:
+    # A name too long, or with a zero byte in it.
+    with expecting(f"a run folder by the name {str(folder)!r}", OSError, ValueError):
         if not path.is_file():
             return None
         inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
-        raise InputError(
-            f"expected a run folder, got {str(folder)!r}: {first_line(error)}"
-        ) from error
     if not inside:
         _refuse_link(path)
     return path
@@ -100,17 +101,6 @@ def _refuse_link(path: Path) -> NoReturn:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; numbers that are not finite become null."""
     write_whole(path, serialise(content).encode())
-
-
-def _check_format(config: Any, path: Path) -> None:
-    version = config.get("format") if isinstance(config, dict) else None
-    # True is 1 to Python, and so is 1.0.
-    if type(version) is not int or version != FORMAT:
-        newer = type(version) is int and version > FORMAT
-        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
-        raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
-    if not isinstance(config.get("run", {}), dict):
-        raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")
 
 
 def _short(value: Any) -> str:

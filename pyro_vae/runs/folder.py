@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.errors import InputError
-from pyro_vae.files import PART, check_in_place, expand_path, is_regular, refuse_to_write
+from pyro_vae.files import PART, check_in_place, expand_path, is_regular, writing_to
 from pyro_vae.infer.checkpoint_files import checkpoint_files
 from pyro_vae.pair.functions import resolve_device, seeded
 from pyro_vae.runs.description import Components, build, describe
@@ -89,7 +89,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
 
 def check_free(folder: Path) -> None:
     """Refuse a file of that name, or a folder that holds a run, finished or not."""
-    try:
+    with writing_to(folder):  # a name too long, or a folder that can't be searched
         if folder.exists() and not folder.is_dir():
             raise InputError(f"expected a folder, {folder} is a file: choose another")
         if (folder / STUDY).exists():
@@ -98,8 +98,6 @@ def check_free(folder: Path) -> None:
             which = "a run" if (folder / WEIGHTS).exists() else "an unfinished run"
         else:
             return
-    except OSError as error:  # a name too long, or a folder that can't be searched
-        refuse_to_write(folder, error)
     raise InputError(f"expected a folder without a run, {folder} holds {which}: choose another")
 
 
@@ -131,11 +129,9 @@ def new_folder(folder: Path) -> Iterator[None]:
     """Create a folder and those above it; take away what is empty of them if the body fails."""
     made: list[Path] = []
     try:
-        try:
+        with writing_to(folder):
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
-            refuse_to_write(folder, error)
         yield
     except BaseException:
         for path in made:
@@ -148,18 +144,14 @@ def new_folder(folder: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for one run and refuse a second; the lock ends with the process at the latest."""
     path = folder / _LOCK
-    try:
+    with writing_to(path):
         descriptor = _acquire(path)
-    except OSError as error:
-        refuse_to_write(path, error)
     _let_go_in_children()
     _HELD.add(descriptor)
     try:
-        try:
+        with writing_to(path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        except OSError as error:
-            refuse_to_write(path, error)
         yield
     finally:
         if descriptor in _HELD:  # not in a child

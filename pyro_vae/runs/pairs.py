@@ -12,12 +12,18 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_vae.distributions import unit_sphere
-from pyro_vae.errors import InputError, first_line
+from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import expand_path
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
 from pyro_vae.runs.files import CONFIG, FORMAT, read_config
 from pyro_vae.runs.folder import check_free, new_run
-from pyro_vae.runs.weights import check_checksum, check_weights, read_weights, write_weights
+from pyro_vae.runs.weights import (
+    check_checksum,
+    check_weights,
+    read_weights,
+    tensors_of,
+    write_weights,
+)
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
 
@@ -93,15 +99,11 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     check_checksum(named, weights, checksum)
     with HANDLER_LOCK, torch.no_grad():
         own, store = _tensors_of(model, guide), pyro.get_param_store()
-        try:
+        with expecting(f"a description of a pair in {folder}", LookupError, TypeError, ValueError):
             names = {where: str(entry["name"]) for where, entry in named.items()}
             # Those of pyro.module belong into a module that is there.
             rest = {w: weights[w] for w, name in names.items() if w not in own and "$$$" not in name}
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
-        except (LookupError, TypeError, ValueError) as error:
-            raise InputError(
-                f"expected a description of a pair in {folder}, got: {first_line(error)}"
-            ) from error
         check_weights(own, {where: value for where, value in weights.items() if where not in rest})
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):
@@ -120,12 +122,7 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
 
 
 def _tensors_of(model: PairFunction, guide: PairFunction) -> dict[str, Tensor]:
-    """Return parameters and buffers of the pair's modules; a shared one under its first name."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for number, module in enumerate(modules_of(model, guide)):
-        for name, value in module.state_dict(keep_vars=True).items():
-            found.setdefault(id(value), (f"{number}.{name}", value))
-    return dict(found.values())
+    return tensors_of({f"{i}.": module for i, module in enumerate(modules_of(model, guide))})
 
 
 def _describe(constraint: Any) -> Any:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as serialised
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.errors import InputError, first_line
-from pyro_vae.files import UNREADABLE, checksum_of, write_whole
+from pyro_vae.errors import InputError, expecting
+from pyro_vae.files import UNREADABLE, checksum_of, read_tensors, write_whole
 from pyro_vae.runs.files import WEIGHTS, own_file, read_config
 from pyro_vae.vae import VAE
 
@@ -23,15 +22,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def save_weights(vae: VAE, folder: Path) -> None:
     """Write the weights; the file's bytes depend on the description, the names and values alone."""
-    _check_values(_state(vae))  # or they could not be loaded
-    write_weights(folder, read_config(folder)["model"], _state(vae))
+    _check_values(state := tensors_of({"": vae}))  # or they could not be loaded
+    write_weights(folder, read_config(folder)["model"], state)
 
 
 def write_weights(folder: Path, description: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, with a checksum over them and what describes them."""
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {_CHECKSUM: checksum_of(description, state)}
-    write_whole(folder / WEIGHTS, serialised(state, metadata=metadata))
+    write_whole(folder / WEIGHTS, serialised(state, {_CHECKSUM: checksum_of(description, state)}))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -41,21 +39,16 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise InputError(
             f"expected weights at {folder / WEIGHTS}, found none: the run did not finish"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-            return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
-    except UNREADABLE as error:
-        raise InputError(
-            f"expected safetensors weights in {path}, got: {first_line(error)}"
-        ) from error
+    with expecting(f"safetensors weights in {path}", *UNREADABLE):
+        weights, metadata = read_tensors(path)
+    return weights, metadata.get(_CHECKSUM)
 
 
 def assign(
     vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
 ) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
-    check_weights(_state(vae), weights)
+    check_weights(tensors_of({"": vae}), weights)
     types = _check_values(weights)
     check_checksum(model, weights, checksum)
     for dtype in types:
@@ -102,10 +95,10 @@ def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor])
             raise InputError(f"expected weight {name} as {wanted.dtype}, got {value.dtype}")
 
 
-def _state(vae: VAE) -> dict[str, Tensor]:
-    """Return the tensors to keep by name; one shared by two components once, under its first name."""
-    names: dict[int, str] = {}
-    state = vae.state_dict(keep_vars=True)  # the very tensors, so that shared ones can be told
-    for name, value in state.items():
-        names.setdefault(id(value), name)
-    return {name: state[name] for name in names.values()}
+def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return parameters and buffers of modules by name; a shared one once, under its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in modules.items():
+        for name, value in module.state_dict(keep_vars=True).items():  # the very tensors
+            found.setdefault(id(value), (prefix + name, value))
+    return dict(found.values())

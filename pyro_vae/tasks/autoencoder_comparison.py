@@ -15,12 +15,14 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs
 from pyro_vae.pair.opened import OpenedFunction
 from pyro_vae.pair.sites import latent_sites
+from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode, encode
 
 # Rows whose distances to all codes are held at once.
 _BLOCK = 1024
 
 
+@shown
 class Side(NamedTuple):
     """What one of the two does; S random latents, N held-out data, a G x G grid, M the least of S, N.
 
@@ -53,6 +55,7 @@ class Side(NamedTuple):
         return _ratio(self.random_distance.median(), self.held_out_distance.median())
 
 
+@shown
 class AutoencoderComparison(NamedTuple):
     """An autoencoder and a VAE on the same data.
 

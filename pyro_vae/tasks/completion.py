@@ -29,6 +29,7 @@ from pyro_vae.pair.sites import (
     sample_sites,
     total,
 )
+from pyro_vae.summary import shown
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
 from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
@@ -51,6 +52,7 @@ _PRIOR_SHARE = 0.1
 _PROJECTIONS, _JUDGED_STEPS, _R_HAT_LIMIT = 4, 50, 1.1
 
 
+@shown
 class Completion(NamedTuple):
     """Draws of p(x_missing given x_observed), and how far they can be trusted.
 

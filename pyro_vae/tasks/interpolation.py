@@ -16,6 +16,7 @@ from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
 from pyro_vae.pair.sites import value_axis
+from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode_latents
 
 # Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
@@ -25,6 +26,7 @@ _PRIOR_DRAWS = 10_000
 _CODE_DRAWS = 200
 
 
+@shown
 class Traversal(NamedTuple):
     """Data met where one latent coordinate moves and the others stay.
 
@@ -39,6 +41,7 @@ class Traversal(NamedTuple):
     data: Tensor
 
 
+@shown
 class Manifold(NamedTuple):
     """Data decoded over two latent coordinates.
 

@@ -372,7 +372,7 @@ def test_unit_variances_alone_are_those_of_the_representation(guide):
 def test_it_prints_what_it_knows_and_leaves_out_the_rest():
     model, guide = linear_pair()
     text = str(representation(model, guide, some_data()))
-    assert "30 data, 2 of 2 units active" in text
+    assert "30 data points, 2 of 2 units active" in text
     assert "total correlation" in text
     assert "accuracy" not in text
 

@@ -142,6 +142,34 @@ def test_local_latents_beside_a_shared_one_end_at_the_posterior():
     assert pyro.param("scale").exp().item() == pytest.approx(math.sqrt(0.8), rel=0.03)
 
 
+@pytest.mark.slow
+def test_a_mean_field_guide_ends_at_its_own_optimum():
+    """Its deviation of the shared mean is 0.707 of the posterior's where both variances are 1."""
+    x = 1.5 + math.sqrt(2) * torch.randn(N)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), WIDTH))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        mean_guide(x)
+        slope, offset = pyro.param("slope", torch.zeros(())), pyro.param("offset", torch.zeros(()))
+        scale = pyro.param("scale", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x + offset, scale.exp()))
+
+    settings = {"batch_size": 16, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
+    pv.fit(model, guide, x, objective=many_draws(), **settings, **OPTIONS)
+    mean, deviation = posterior_of_mean(x, math.sqrt(2))
+    own = 1 / math.sqrt(1 / WIDTH**2 + N)  # of the mean given every z
+    assert own / deviation == pytest.approx(math.sqrt(0.5), abs=1e-3)
+    assert abs(pyro.param("loc").item() - mean) < 0.1 * deviation
+    assert pyro.param("log_scale").exp().item() == pytest.approx(own, rel=0.03)
+    assert pyro.param("scale").exp().item() == pytest.approx(math.sqrt(0.5), rel=0.03)
+
+
 def test_auto_guides_of_shared_latents_take_batches_and_others_all_the_data():
     x = data()
     guide = AutoDiagonalNormal(normal_mean())

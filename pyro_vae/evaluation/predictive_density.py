@@ -1,0 +1,181 @@
+"""Densities of data points given draws of the latents that they share: p(x_n | data), and for loo."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.errors import InputError, check_counts
+from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain, structure
+from pyro_vae.pair.contract import Serves, why_unweighable
+from pyro_vae.pair.functions import PairFunction
+from pyro_vae.pair.opened import Knowledge, OpenedPair, open_pair
+from pyro_vae.pair.sites import Given, Latents, all_close, is_inside, latent_sites, site_log_prob
+from pyro_vae.weights.particles import Particles, check_weights
+
+
+@dataclass(frozen=True)
+class PredictiveLogProb:
+    """Log densities of data points given draws of what they share (nats, float64, on the CPU).
+
+    Attributes:
+        log_prob: log of the mean over the draws of p(x_n | theta), ``(N,)``.
+        standard_error: its Monte Carlo error by the delta method, ``(N,)``; all have the same draws.
+        ess, pareto_k: effective number of the draws and tail index over them, ``(N,)``.
+        trusted: whose Pareto k is low, over the draws and of most weights inside, bool ``(N,)``.
+        log_likelihood: log p(x_n | theta_s), ``(S, N)``.
+        draws: the shared latents of the model, each ``(S, ...)``.
+        joint: log p(x) of all data points as one, without one weight for all their latents: theta_s
+            is weighed by p(theta) / q(theta) and the product of its p(x_n | theta_s), estimated
+            without bias (Tran et al. 2013). None for a guide without a density of theta.
+    """
+
+    log_prob: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    trusted: Tensor
+    log_likelihood: Tensor = field(repr=False)
+    draws: Latents = field(repr=False)
+    joint: LogMarginal | None
+
+    def to_arviz(self) -> Any:
+        """Return draws and ``log_likelihood`` as ``arviz.loo`` and ``arviz.compare`` take them.
+
+        These leave one data point out at a time, of those that the guide was fitted to.
+        """
+        likelihood = one_chain({"x": self.log_likelihood}, data=range(len(self.log_prob)))
+        return structure({"posterior": one_chain(self.draws), "log_likelihood": likelihood})
+
+
+def predictive_log_prob(
+    model: PairFunction,
+    guide: PairFunction,
+    x: Tensor | Sequence[Tensor],
+    *,
+    given: Tensor | Sequence[Tensor] | None = None,
+    num_draws: int = 1000,
+    num_samples: int = 100,
+    plate: str = "data",
+    seed: int | None = None,
+) -> PredictiveLogProb:
+    r"""Estimate log p(x_n | data) under a model with latents that all data points share.
+
+    .. math:: p(x_n | data) \approx \frac1S \sum_s p(x_n | \theta_s), \quad \theta_s \sim q(\theta)
+
+    Theta is what stands outside the data plate, and the guide's draws stand for the posterior's.
+    Latents of a data point are weighed inside, p(x_n given theta_s) being the mean of
+    ``num_samples`` importance weights; what the model enumerates is summed out.
+
+    Args:
+        model: the generative function of the pair.
+        guide: its variational function, fitted.
+        x: data ``(N, ...)``, held out or not, or a tuple of tensors passed as ``model(*x)``.
+        given: the data that theta is drawn for, where the guide looks at them.
+        num_draws: draws of theta, S.
+        num_samples: draws of the latents of each data point for each theta.
+        plate: name of the data plate.
+        seed: seed of the draws; the generators' state is restored afterwards.
+
+    Raises:
+        InputError: no shared latent, data points that can't be weighed rightly (see
+            :func:`pyro_vae.log_weights`), a guide that looks at the data and no ``given``.
+
+    Warns:
+        UserWarning: how many data points can't be trusted.
+
+    Source:
+        Gelman, Hwang, Vehtari 2014, "Understanding predictive information criteria for Bayesian
+        models", equation 5; Vehtari, Gelman, Gabry 2017, on leave-one-out; Tran, Scharth, Gunawan,
+        Kohn, Nott 2013, "Importance sampling squared".
+    """
+    check_counts(num_draws=num_draws, num_samples=num_samples)
+    serves = Serves.SHARED | Serves.SUMMED
+    pair = open_pair(model, guide, x, plate=plate, serves=serves)
+    seen = pair if given is None else open_pair(model, guide, given, plate=plate, serves=serves)
+    rows, draws, ratios, known = [], [], [], Knowledge()
+    with pair.evaluating(seed):
+        are_shared = {latent.is_shared for latent in pair.structure.latents.values()}
+        if True not in are_shared:
+            raise InputError("expected a latent outside the data plate, got none: use log_marginal")
+        if given is None:
+            _check_independent(pair.part())
+        precision, pseudo_likelihood = pair.structure.precision, pair.is_pseudo_likelihood()
+        parts, seen = [part for _, part in pair.blocks()], seen.part()
+        has_density = why_unweighable(*seen.trace(), None) is None
+        for _ in range(num_draws):
+            theta, log_proposal = _shared(guide, seen, {})
+            own, log_prior = _shared(model, seen, theta)
+            inside = [_weigh_given(part, theta, num_samples, known) for part in parts]
+            rows.append({name: torch.cat([each[name] for each in inside]) for name in inside[0]})
+            draws.append({name: value.cpu() for name, value in own.items()})
+            ratios.append((log_prior - log_proposal).cpu())
+    likelihood, ratio = torch.stack([row["log_prob"] for row in rows]), torch.stack(ratios)[:, None]
+    found = measure_weights(likelihood, precision)
+    if False in are_shared:
+        found["trusted"] &= torch.stack([row["trusted"] for row in rows]).double().mean(0) > 0.5
+    if not found["trusted"].all():
+        warnings.warn(
+            f"{int((~found['trusted']).sum())} of {likelihood.shape[1]} data points have too high a "
+            "Pareto k, or too few draws to know it: their log p(x | data) can't be trusted; use more",
+            stacklevel=2,
+        )
+    joint = LogMarginal(
+        **measure_weights(likelihood.sum(1, keepdim=True) + ratio, precision),
+        rate=-ratio.mean(0),
+        distortion=-likelihood.sum(1).mean(0, keepdim=True),
+        num_samples=torch.tensor([num_draws]),
+        cost=torch.tensor([num_draws * num_samples]),
+        method="importance, each data point weighed inside",
+        pseudo_likelihood=pseudo_likelihood,
+    )
+    theta = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    return PredictiveLogProb(
+        **found, log_likelihood=likelihood, draws=theta, joint=joint if has_density else None
+    )
+
+
+def _shared(function: PairFunction, pair: OpenedPair, given: Latents) -> tuple[Latents, Tensor]:
+    """Run a function, given shared latents or none: return those that it has, and their density."""
+    with Given(given):
+        sites = latent_sites(poutine.trace(function).get_trace(*pair.inputs))
+    sites = [site for site in sites if not is_inside(site, pair.plate)]
+    log_prob = torch.stack([site_log_prob(site).double().sum() for site in sites]).sum()
+    return {site["name"]: site["value"] for site in sites}, log_prob
+
+
+def _check_independent(pair: OpenedPair) -> None:
+    """Refuse a guide whose density of what is shared is another one for other data."""
+    theta, _ = _shared(pair.guide, pair, {})
+    first = torch.zeros(
+        pair.num_data, dtype=torch.long
+    )  # again and again, or where it is alone zeros
+    others = pair.part(first).inputs if pair.num_data > 1 else map(torch.zeros_like, pair.inputs)
+    both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
+    if not all_close(*both):
+        raise InputError(
+            f"expected the data that {min(theta)!r} of the guide depends on, got none: pass those "
+            "that it was fitted to by given="
+        )
+
+
+def _weigh_given(
+    pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge
+) -> dict[str, Tensor]:
+    """Estimate log p(x_n | theta): model and guide take the shared latents and hide them."""
+    model, guide = (poutine.block(Given(theta)(f), hide=[*theta]) for f in (pair.model, pair.guide))
+    serves = Serves.SUMMED | Serves.NO_LATENT
+    particles = Particles(replace(pair, model=model, guide=guide, serves=serves, knowledge=known))
+    count = num_samples if particles.latent_shapes else 1
+    chunk = max(1, pair.memory() // (particles.bytes_per_datum * pair.num_data))
+    densities = [particles.draw(min(chunk, count - done)) for done in range(0, count, chunk)]
+    for some in densities:
+        check_weights(some)
+    weights = torch.cat([some.log_weights for some in densities]).cpu()
+    return measure_weights(weights, particles.pair.structure.precision)
