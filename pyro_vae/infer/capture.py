@@ -44,7 +44,7 @@ def describe(
         return (value.dtype, value.device)
     if type(value) in (int, float):
         numbers[path] = value
-        return (type(value),)
+        return float
     if isinstance(value, tuple | list | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         found = tuple((k, describe(v, tensors, numbers, f"{path}[{k!r}]")) for k, v in items)
@@ -58,7 +58,7 @@ def describe(
 
 
 def replace(
-    value: Any, tensors: Iterator[Tensor], numbers: Mapping[Any, Tensor], path: str = "argument"
+    value: Any, tensors: Iterator[Tensor], numbers: Mapping[str, Any], path: str = "argument"
 ) -> Any:
     """Rebuild an argument with its tensors taken, in order, and numbers taken by their path."""
     if isinstance(value, Tensor):

@@ -33,7 +33,7 @@ from pyro_vae.infer.program import (
     tolerance_of,
     verify,
 )
-from pyro_vae.infer.surroundings import Numbers, Surroundings, look_around
+from pyro_vae.infer.surroundings import Surroundings, look_around
 from pyro_vae.pair.functions import modules_of
 from pyro_vae.pair.state import Remembered, Snapshot, accumulating_leaves, with_submodules
 
@@ -215,14 +215,13 @@ class Engine:
         if pair.refused or not torch.is_grad_enabled():
             return eager()
         inputs: list[Tensor] = []
-        numbers: dict[str, float] = {}
         try:
             capture.refuse_handlers()
-            signature = sign(self._key(), (call.args, call.kwargs), inputs, numbers)
+            signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
         except CannotCaptureError as reason:
             pair.report(reason)
             return eager()
-        found = pair.find(signature, numbers)
+        found = pair.find(signature)
         if found is None:
             return self._take_then_capture(pair, call, eager)
         program, values, tensors = found
@@ -261,12 +260,11 @@ class Engine:
             result = eager()
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
-        numbers: dict[str, float] = {}
-        signature = sign(self._key(), (call.args, call.kwargs), inputs, numbers)
-        if pair.refused or pair.find(signature, numbers) or not pair.wants(signature):
+        signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
+        if pair.refused or pair.find(signature) or not pair.wants(signature):
             return result
         modules = with_submodules([*found, *modules_of(call.model, call.guide)])
-        capture_call = partial(self._capture, pair, call, modules, signature, inputs, numbers)
+        capture_call = partial(self._capture, pair, call, modules, signature, inputs)
         try:
             try:
                 pair.add(capture_call())
@@ -288,17 +286,16 @@ class Engine:
         modules: Sequence[nn.Module],
         signature: Signature,
         inputs: list[Tensor],
-        numbers: Numbers,
     ) -> StepProgram:
         """Record the step's graph, compile it and hold it against the reference."""
         capture.refuse_pair(call.guide, modules)
-        roots = [*call[:2], *modules, *self._roots()]
+        roots = [pair.numbers, *call[:2], *modules, *self._roots()]
         before = Snapshot(modules)
         with before.put_back(), capture.conditions():
             earlier = look_around(roots)
             reference = self._reference(call)
             capture.refuse_untraceable(before)
-            around = Surroundings(earlier, look_around(roots), numbers)
+            around = Surroundings(earlier, look_around(roots))
             leaves = list(reference.gradients)
             state = State(modules, reference.parameters, leaves)
             for leaf, gradient in reference.gradients.items():
@@ -308,13 +305,15 @@ class Engine:
                     raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
             chosen = pair.choose_inputs(signature, around)
             program = StepProgram(signature, state, around, reference)
-            beta, *scalars = program.scalars([self._beta, *(around.numbers[key] for key in chosen)])
+            beta, *scalars = program.scalars(
+                [self._beta, *(around.numbers[key][1] for key in chosen)]
+            )
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
             sites = capture.Sites()
 
             def step() -> tuple[Tensor, ...]:
-                args, kwargs = capture.replace((call.args, call.kwargs), iter(aliases), held)
+                args, kwargs = capture.replace((call.args, call.kwargs), iter(aliases), pair.numbers)
                 given = call._replace(args=args, kwargs=kwargs)
                 with sites:
                     terms = self._terms(given.scaled(beta))
@@ -324,7 +323,7 @@ class Engine:
                     summary = torch.cat([summary, sites.outside(summary)[None]])
                 return (summary, *finished)
 
-            with around.hold(chosen, scalars) as held:
+            with around.hold(chosen, scalars):
                 program.record(step, [beta, *scalars, *aliases])
             around.settle(chosen, program.constants)
             capture.refuse_changed_sites(reference.sites, tuple(sites.names))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyro
@@ -32,6 +31,7 @@ def sign(
     key: Hashable, arguments: Any, tensors: list[Tensor], numbers: dict[str, float]
 ) -> Signature:
     """Return what a graph depends on besides the pair's state; note the arguments' values."""
+    numbers.clear()
     structure = capture.describe(arguments, tensors, numbers)
     context = (key, torch.get_default_dtype(), autocast_dtypes(), precision_now(), structure)
     return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
@@ -271,19 +271,18 @@ class Programs(Generic[OneProgram]):
         self.kept: list[OneProgram] = []
         self.last: Signature | None = None
         self.refused = False
+        self.numbers: dict[str, float] = {}  # among the arguments of the present call
         self.varied: set[Key] = set()  # numbers seen with two values
         self.unfit: set[Key] = set()  # those of them that a graph can't take as an input
         self.impossible: dict[Signature, bool] = {}  # to capture -> whether a check was made
         self._say = say
 
-    def find(
-        self, signature: Signature, arguments: Mapping[str, float] = MappingProxyType({})
-    ) -> tuple[OneProgram, list[float], list[Tensor]] | None:
+    def find(self, signature: Signature) -> tuple[OneProgram, list[float], list[Tensor]] | None:
         """Return a program that serves the pair as it stands, its numbers, the state's tensors."""
         for program in self.kept:
             if program.signature == signature:
                 around = program.surroundings
-                numbers = [] if around is None else around.current(arguments)
+                numbers = [] if around is None else around.current()
                 tensors = None if numbers is None else program.state.current()
                 if numbers is not None and tensors is not None:
                     return program, numbers, tensors
@@ -292,20 +291,16 @@ class Programs(Generic[OneProgram]):
     def choose_inputs(self, signature: Signature, around: Surroundings) -> list[Key]:
         """Return the numbers that have changed before and that no graph has refused as an input."""
         of_one = [
-            program.surroundings
+            program.surroundings.numbers
             for program in self.kept
             if program.signature == signature and program.state.current() and program.surroundings
         ]
-        changed = {
-            key: around.names.get(key, key)
-            for known in of_one
-            for key, value in known.numbers.items()
-            if around.numbers.get(key, value) != value
-        }
+        both = [(key, known[key]) for known in of_one for key in known.keys() & around.numbers.keys()]
+        changed = {key: name for key, (name, value) in both if around.numbers[key][1] != value}
         self.varied |= changed.keys()
         inputs = [key for key in around.numbers if key in self.varied - self.unfit]
         if len(of_one) >= MAXIMUM_VALUES and not inputs:
-            what = ", ".join(map(str, changed.values())) or "what it reads besides its arguments"
+            what = ", ".join(changed.values()) or "what it reads besides its arguments"
             raise CannotCaptureError(f"{what} changes time and again: pass it as a tensor")
         return inputs
 

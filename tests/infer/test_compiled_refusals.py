@@ -207,33 +207,6 @@ def test_buffer_that_is_replaced():
     assert float(moving.mean) == pytest.approx(1 - 0.9**3)
 
 
-def test_plain_attribute_is_baked_in_until_verified():
-    """The documented limit, and the option that finds it out."""
-    weight = [1.0]
-    model, guide = pair(lambda z: z * weight[0])
-    for verify_every in (None, 2):
-        weight[0] = 1.0
-        elbo = CompiledTrace_ELBO(backend="eager", verify_every=verify_every)
-        elbo.loss_and_grads(model, guide, X)
-        weight[0] = 5.0
-        losses = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                pyro.set_rng_seed(1)
-                losses.append(elbo.loss_and_grads(model, guide, X))
-        pyro.set_rng_seed(1)
-        true = Trace_ELBO().loss(model, guide, X)
-        assert losses[0] != pytest.approx(true)
-        if verify_every is None:
-            assert losses[1] == losses[0]
-            assert caught == []
-        else:
-            assert losses[1] == pytest.approx(true)
-            assert "differs from the eager" in str(caught[0].message)
-            assert elbo.num_graphs == 0
-
-
 def test_verification_leaves_a_faithful_run_alone():
     runs = []
     for verify_every in (None, 1):

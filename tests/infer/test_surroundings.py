@@ -283,7 +283,9 @@ def test_notes_of_the_pair_and_of_its_trainer_are_no_change():
     assert_as_stock(make, list(WEIGHTS), graphs=1, replays=len(WEIGHTS) - 1)
 
 
-def test_what_cant_be_seen_is_found_at_a_power_of_two(tmp_path):
+@pytest.mark.parametrize(("verify_every", "stale"), [(None, 1), (3, 0)])
+def test_what_cant_be_seen_is_found_by_a_check(tmp_path, verify_every, stale):
+    """The graph's third step is the first on another file; the checks are at 1, 2, 4, 8, ..."""
     file = tmp_path / "weight"
 
     def make():
@@ -291,15 +293,17 @@ def test_what_cant_be_seen_is_found_at_a_power_of_two(tmp_path):
             str(value)
         )
 
-    elbo = CountingELBO(backend="eager")
-    values = [1.0] * 4 + [2.0] * 4
+    elbo = CountingELBO(backend="eager", verify_every=verify_every)
+    values = [1.0] * 3 + [2.0] * 4
     with pytest.warns(UserWarning, match="its loss .* differs from the eager") as caught:
         found = losses_of(make, elbo, values)
     assert len(caught) == 1
+    assert elbo.replays == 2 + stale
+    assert elbo.num_graphs == 0
     expected = losses_of(make, Trace_ELBO(), values)
-    # One step on the changed file, the third of the graph's, is stale; the fourth is checked.
-    assert elbo.replays == 3
-    assert found[4] == pytest.approx(expected[4], rel=1e-6)
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-6)
+    assert (found[3] == pytest.approx(expected[3], rel=1e-6)) == (not stale)
+    assert found[4:] == pytest.approx(expected[4:], rel=1e-3)
 
 
 def test_names_that_no_code_of_the_pair_reads_are_left_out():
