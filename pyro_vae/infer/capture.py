@@ -128,8 +128,12 @@ def refuse_pair(guide: Any, modules: Sequence[nn.Module]) -> None:
         raise CannotCaptureError("the guide is a handler of the model")
     if pyro.settings.get("module_local_params"):
         raise CannotCaptureError("the setting module_local_params is on")
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
-        raise CannotCaptureError("DistributedDataParallel reduces gradients in hooks")
+    for module in modules:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise CannotCaptureError("DistributedDataParallel reduces gradients in hooks")
+        if isinstance(module, torch.jit.ScriptModule):
+            name = getattr(module, "original_name", type(module).__name__)
+            raise CannotCaptureError(f"{name!r} is a scripted module, whose operations can't be seen")
 
 
 def refuse_changed_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:

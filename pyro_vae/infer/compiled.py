@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options
-from pyro_vae.infer.engine import Call, Engine, StepProgram
+from pyro_vae.infer.engine import Call, Engine, Step
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.trainer import SUMMARY, TrainingObjective
@@ -62,33 +62,26 @@ class _Stepping(Engine):
     def _key(self) -> Hashable:
         return super()._key(), self.validates
 
-    def _hand_over(
-        self,
-        program: StepProgram,
-        leaves: list[Tensor],
-        summary: Tensor,
-        gradients: list[Tensor],
-        validate: Callable[[], None],
-    ) -> Any:
+    def _hand_over(self, step: Step) -> Any:
         """Add to the gradients as ``backward`` does and return the loss, as Pyro's own step."""
 
         def read() -> float:
-            loss, *_, outside = summary.tolist()
+            loss, *_, outside = step.summary.tolist()
             if loss != loss or (self.validates and outside):
-                validate()
+                step.validate()
             warn_if_nan(loss, "loss")
             return float(loss)
 
-        is_on_cpu = program.device.type == "cpu"
-        loss: Any = read() if is_on_cpu else summary[0].as_subclass(DeviceLoss)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        is_on_cpu = step.program.device.type == "cpu"
+        loss: Any = read() if is_on_cpu else step.summary[0].as_subclass(DeviceLoss)
+        for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = gradient
             else:
                 with torch.no_grad():
                     leaf.grad.add_(gradient)
         if _PYRO_STACK:
-            program.emit([handler.trace for handler in _PYRO_STACK])
+            step.program.emit([handler.trace for handler in _PYRO_STACK])
         if not is_on_cpu:
             loss.read = read
         return loss
@@ -354,19 +347,11 @@ class StepCapture(Engine):
             summary = self.take(call, eager)
         return summary
 
-    def _hand_over(
-        self,
-        program: StepProgram,
-        leaves: list[Tensor],
-        summary: Tensor,
-        gradients: list[Tensor],
-        validate: Callable[[], None],
-    ) -> Tensor:
-        if self.validates:
-            summary, outside = summary[:-1], summary[-1]
-            if outside:
-                validate()
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+    def _hand_over(self, step: Step) -> Tensor:
+        summary = step.summary[: len(self.names)]
+        if self.validates and step.summary[-1]:
+            step.validate()
+        for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             leaf.grad = gradient
         return summary
 

@@ -121,6 +121,16 @@ class StepProgram(Program):
                 trace.add_node(name, **message)
 
 
+class Step(NamedTuple):
+    """What a captured step gave."""
+
+    program: StepProgram
+    leaves: list[Tensor]
+    summary: Tensor
+    gradients: list[Tensor]
+    validate: Callable[[], None]  # raises what the standard raises for a step that it refuses
+
+
 @functools.lru_cache(maxsize=64)
 def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=dtype, device=device)
@@ -174,18 +184,8 @@ class Engine:
         """Return the summary, and the gradients that are handed over."""
         return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
 
-    def _hand_over(
-        self,
-        program: StepProgram,
-        leaves: list[Tensor],
-        summary: Tensor,
-        gradients: list[Tensor],
-        validate: Callable[[], None],
-    ) -> Any:
-        """Give the gradients to the leaves and return what the eager step returns.
-
-        ``validate`` raises what the standard raises for a step that it refuses.
-        """
+    def _hand_over(self, step: Step) -> Any:
+        """Give the gradients to the leaves and return what the eager step returns."""
         raise NotImplementedError
 
     @property
@@ -238,7 +238,7 @@ class Engine:
         summary, *gradients = program.outputs(given, tensors, keep=self.keeps_outputs)
         leaves = [tensors[i] for i in program.leaves]
         validate = partial(self._validate, program, call)
-        return self._hand_over(program, leaves, summary, gradients, validate)
+        return self._hand_over(Step(program, leaves, summary, gradients, validate))
 
     def _validate(self, program: StepProgram, call: Call) -> None:
         """Run the standard with its own checks; generators and buffers stay as they are."""

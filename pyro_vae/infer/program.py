@@ -88,14 +88,7 @@ class State:
                 self.tensors.append(tensor)
                 self.places.append((place, name))
         self.add_fixed([leaf for leaf in leaves if id(leaf) not in index], lambda _: [])
-        self.modules = [
-            (
-                weakref.ref(module),
-                module.training,
-                [(n, weakref.ref(m)) for n, m in module._modules.items() if m is not None],
-            )
-            for module in modules
-        ]
+        self._modules = [weakref.ref(module) for module in modules]
 
     def add_fixed(self, tensors: Sequence[Tensor], readers_of: Callable[[Tensor], list[Any]]) -> None:
         """Add tensors that the pair closes over, followed where it is known what holds them."""
@@ -110,19 +103,11 @@ class State:
 
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""
-        return [module for reference, *_ in self.modules if (module := reference()) is not None]
+        return [module for reference in self._modules if (module := reference()) is not None]
 
     def current(self) -> list[Tensor] | None:
         """The tensors as they stand now, or None if the graph no longer describes the pair."""
         store = pyro.get_param_store()._params
-        for reference, training, children in self.modules:
-            module = reference()
-            if module is None or module.training is not training:
-                return None
-            below = module._modules
-            for name, child in children:
-                if below.get(name) is not child():
-                    return None
         try:
             tensors: list[Any] = [(store if h is None else h).get(name) for h, name in self.places]
         except (AttributeError, LookupError, ReferenceError, ValueError):  # a holder is gone

@@ -20,7 +20,7 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "numpy", "pyr
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, range, type(None), np.generic)
 _PLAIN += (torch.dtype, torch.device, torch.Size)
 # Private attributes of a module whose contents run when it is called.
-_RUN = frozenset({"_forward_hooks", "_forward_pre_hooks", "_pyro_samples"})
+_RUN = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks", "_pyro_samples"})
 _LONGEST = 1_000  # entries of a list or dict that are looked through
 
 Key = Hashable
@@ -118,7 +118,7 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
         kind = type(value)
         for name, item in list(getattr(value, "__dict__", {}).items()):
             is_named = not name.startswith("_") if _is_library(kind) else name in names
-            if (is_named or name in _RUN) and name != "training":  # which the state looks at
+            if is_named or name in _RUN:
                 yield _Place(value, name, item, f"{kind.__name__}.{name}")
         for base in kind.__mro__:
             yield from _places_of_class(base, value, names)

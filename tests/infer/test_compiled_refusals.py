@@ -117,6 +117,16 @@ def test_sparse_gradients():
     assert len(caught) == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module():
+    class Shift(nn.Module):
+        def forward(self, z):
+            return z + 1.0
+
+    match = "'Shift' is a scripted module"
+    assert_stock_with_one_warning(*pair(torch.jit.script(Shift())), match=match)
+
+
 def test_sites_that_change():
     calls = []
 
