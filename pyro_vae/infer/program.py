@@ -286,7 +286,7 @@ class Programs(Generic[OneProgram]):
         inputs = [key for key in around.numbers if key in self.varied - self.unfit]
         if len(of_one) >= MAXIMUM_VALUES and not inputs:
             what = ", ".join(changed.values()) or "what it reads besides its arguments"
-            raise CannotCaptureError(f"{what} changes time and again: pass it as a tensor")
+            raise CannotCaptureError(f"{what} changes time and again and is no input of a graph")
         return inputs
 
     def add(self, program: OneProgram) -> None:

@@ -57,22 +57,28 @@ class _Place(NamedTuple):
             own = holder
         return partial(getattr, own, key)
 
+    def put(self, value: Any) -> None:
+        """Put another value there."""
+        if isinstance(self.holder, type | types.CellType):
+            setattr(self.holder, self.key, value)
+        else:
+            items: Any = self.holder if isinstance(self.holder, dict | list) else vars(self.holder)
+            items[self.key] = value
+
     @contextmanager
     def hold(self, value: Any) -> Iterator[None]:
         """Put another value there for a while."""
-        holder, key = self.holder, self.key
-        if isinstance(holder, type | types.CellType):
-            put, restore = partial(setattr, holder), partial(setattr, holder, key, self.value)
-        else:
-            items: Any = holder if isinstance(holder, dict | list) else vars(holder)
-            put, restore = items.__setitem__, partial(items.__setitem__, key, self.value)
-            if isinstance(items, dict) and key not in items:  # an attribute of the object's class
-                restore = partial(items.pop, key)
-        put(key, value)
+        is_own = isinstance(self.holder, dict | list | types.CellType) or self.key in vars(
+            self.holder
+        )
+        self.put(value)
         try:
             yield
         finally:
-            restore()
+            if is_own:
+                self.put(self.value)
+            else:  # an attribute of the object's class
+                del vars(self.holder)[self.key]
 
 
 def look_around(roots: Iterable[Any]) -> dict[Key, _Place]:
@@ -187,6 +193,7 @@ class Surroundings:
             if key in before and place.is_same(before[key].value):
                 self.places[key] = place
             elif key in before and isinstance(place.value, _PLAIN) and place.key is not len:
+                place.put(before[key].value)  # the run was one more than stock Pyro's
                 raise CannotCaptureError(f"the pair changes {place.name} itself at each run")
         self.numbers = {k: (p.name, p.value) for k, p in self.places.items() if p.is_number()}
 
@@ -216,8 +223,8 @@ class Surroundings:
             if not isinstance(place.value, (*_PLAIN, Tensor)) or id(place.value) in read
         ]
         self._others, self._ids = [p.reader() for p in others], [id(p.value) for p in others]
-        self._versions = [(tensor, tensor._version) for tensor in constants]
-        self._dead: list[Any] = []
+        self._constants = [(tensor, [tensor._version], tensor.clone()) for tensor in constants]
+        self._dead: list[Any] = []  # what a place held may be gone, and its id another's
         self._kept = [_refer(place.value, self._dead.append) for place in others]
 
     def current(self) -> list[float] | None:
@@ -228,8 +235,10 @@ class Surroundings:
                 return None
             if self._dead or [id(read()) for read in self._others] != self._ids:
                 return None
-            if any(tensor._version != version for tensor, version in self._versions):
-                return None
+            for tensor, version, value in self._constants:
+                if tensor._version != version[0] and not torch.equal(tensor, value):
+                    return None
+                version[0] = tensor._version
             given = [read() for read in self._given]
         except (AttributeError, LookupError, ReferenceError, ValueError):  # its place is gone
             return None

@@ -267,13 +267,13 @@ def test_arguments_without_a_key(argument, match):
     assert_stock_with_one_warning(*pair(), X, argument, match=match)
 
 
-def test_a_number_that_changes_every_step_ends_the_captures(monkeypatch):
+def test_a_word_that_changes_every_step_ends_the_captures(monkeypatch):
     monkeypatch.setattr("pyro_vae.infer.program.MAXIMUM_PROGRAMS", 3)
     model, guide = pair()
     elbo = CompiledTrace_ELBO(backend="eager")
-    elbo.loss_and_grads(model, guide, X, 0)
+    elbo.loss_and_grads(model, guide, X, "0")
     with pytest.warns(UserWarning, match="pass numbers that change as tensors") as caught:
-        [elbo.loss_and_grads(model, guide, X, step) for step in range(1, 6)]
+        [elbo.loss_and_grads(model, guide, X, str(step)) for step in range(1, 6)]
     assert len(caught) == 1
     assert elbo.num_graphs == 3
 
