@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import pyro
 import torch
@@ -47,19 +48,8 @@ def hooked(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
-class _Held(NamedTuple):
-    """A tensor that the pair closes over, and what reads each place where it stands."""
-
-    tensor: Tensor
-    readers: list[Callable[[], Any]]
-
-    def get(self, _: str) -> Any:
-        """Return the tensor that stands there now; None if the places differ."""
-        first, *others = [read() for read in self.readers] or [self.tensor]
-        return first if all(other is first for other in others) else None
-
-
-_Holder = dict[str, Any] | _Held | None  # a module's own dict; None: Pyro's parameter store
+def _stored(name: str) -> Tensor | None:
+    return pyro.get_param_store()._params.get(name)
 
 
 class State:
@@ -68,38 +58,42 @@ class State:
     def __init__(
         self, modules: Sequence[nn.Module], names: Iterable[str], leaves: Sequence[Tensor] = ()
     ) -> None:
-        places: list[tuple[_Holder, str]] = [(None, name) for name in names]
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self._readers: list[Callable[[], Any]] = []
+        self._copies: list[tuple[Callable[[], Any], int]] = []  # other places of a tensor
+        self._index: dict[int, int] = {}
+        self._modules = [weakref.ref(module) for module in modules]
+        for name in names:
+            if (tensor := _stored(name)) is None:
+                raise CannotCaptureError(f"parameter {name!r} is not in Pyro's store")
+            self._add(tensor, partial(_stored, name), name)
         for module in modules:
             for holder in (module._parameters, module._buffers):
-                places += [(holder, name) for name, value in holder.items() if value is not None]
-        self.tensors: list[Tensor] = []
-        self.places: list[tuple[_Holder, str]] = []
-        self.copies: list[tuple[_Holder, str, int]] = []
-        store = pyro.get_param_store()._params
-        index: dict[int, int] = {}
-        for place, name in places:
-            tensor = (store if place is None else place).get(name)
-            if tensor is None:
-                raise CannotCaptureError(f"parameter {name!r} is not in Pyro's store")
-            if id(tensor) in index:
-                self.copies.append((place, name, index[id(tensor)]))
-            else:
-                index[id(tensor)] = len(self.tensors)
-                self.tensors.append(tensor)
-                self.places.append((place, name))
-        self.add_fixed([leaf for leaf in leaves if id(leaf) not in index], lambda _: [])
-        self._modules = [weakref.ref(module) for module in modules]
+                for name, value in holder.items():
+                    if value is not None:
+                        self._add(value, partial(holder.get, name), name)
+        self.add_fixed([leaf for leaf in leaves if id(leaf) not in self._index], lambda _: [])
+
+    def _add(self, tensor: Tensor, reader: Callable[[], Any], name: str) -> None:
+        if id(tensor) in self._index:
+            self._copies.append((reader, self._index[id(tensor)]))
+        else:
+            self._index[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.names.append(name)
+            self._readers.append(reader)
 
     def add_fixed(self, tensors: Sequence[Tensor], readers_of: Callable[[Tensor], list[Any]]) -> None:
         """Add tensors that the pair closes over, followed where it is known what holds them."""
-        self.tensors += tensors
-        self.places += [(_Held(tensor, readers_of(tensor)), "") for tensor in tensors]
+        for tensor in tensors:
+            for reader in readers_of(tensor) or [lambda tensor=tensor: tensor]:
+                self._add(tensor, reader, "a tensor the pair closes over")
         self.conditions = [_condition(tensor) for tensor in self.tensors]
 
     def name(self, tensor: Tensor) -> str:
         """Name one of the tensors for a message."""
-        index = next(i for i, t in enumerate(self.tensors) if t is tensor)
-        return self.places[index][1] or "a tensor the pair closes over"
+        return self.names[self._index[id(tensor)]]
 
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""
@@ -107,17 +101,14 @@ class State:
 
     def current(self) -> list[Tensor] | None:
         """The tensors as they stand now, or None if the graph no longer describes the pair."""
-        store = pyro.get_param_store()._params
         try:
-            tensors: list[Any] = [(store if h is None else h).get(name) for h, name in self.places]
+            tensors = [read() for read in self._readers]
+            moved = any(read() is not tensors[index] for read, index in self._copies)
         except (AttributeError, LookupError, ReferenceError, ValueError):  # a holder is gone
             return None
-        for tensor, condition in zip(tensors, self.conditions, strict=True):
-            if not isinstance(tensor, Tensor) or _condition(tensor) != condition:
-                return None
-        for holder, name, index in self.copies:
-            if (store if holder is None else holder).get(name) is not tensors[index]:
-                return None
+        same = zip(tensors, self.conditions, strict=True)
+        if moved or any(not isinstance(t, Tensor) or _condition(t) != known for t, known in same):
+            return None
         return tensors
 
 
