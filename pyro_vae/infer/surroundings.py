@@ -156,7 +156,7 @@ def _places_of_class(kind: type, holder: Any, names: set[str]) -> Iterator[_Plac
     for name, item in list(vars(kind).items()) if not _is_library(kind) else ():
         if isinstance(item, types.FunctionType | staticmethod | classmethod | property):
             runs = name in names or name == "forward" or name.startswith(("__", "_pyro_"))
-            if runs or holder is kind:
+            if holder is kind or (runs and name != "__init__"):  # which has run already
                 own = getattr(item, "fget", None) or getattr(item, "__func__", item)
                 yield _Place(kind, name, own, "")
         elif name in names and (holder is kind or name not in getattr(holder, "__dict__", {})):
