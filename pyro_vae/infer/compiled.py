@@ -65,15 +65,17 @@ class _Stepping(Engine):
     def _hand_over(self, step: Step) -> Any:
         """Add to the gradients as ``backward`` does and return the loss, as Pyro's own step."""
 
+        summary, validate = step.summary, step.validate  # the gradients are not kept
+
         def read() -> float:
-            loss, *_, outside = step.summary.tolist()
+            loss, *_, outside = summary.tolist()
             if loss != loss or (self.validates and outside):
-                step.validate()
+                validate()
             warn_if_nan(loss, "loss")
             return float(loss)
 
         is_on_cpu = step.program.device.type == "cpu"
-        loss: Any = read() if is_on_cpu else step.summary[0].as_subclass(DeviceLoss)
+        loss: Any = read() if is_on_cpu else summary[0].as_subclass(DeviceLoss)
         for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = gradient
