@@ -64,7 +64,6 @@ class _Stepping(Engine):
 
     def _hand_over(self, step: Step) -> Any:
         """Add to the gradients as ``backward`` does and return the loss, as Pyro's own step."""
-
         summary, validate = step.summary, step.validate  # the gradients are not kept
 
         def read() -> float:
