@@ -19,6 +19,7 @@ from pyro_vae.infer.capture import CannotCaptureError
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "numpy", "pyro_vae"})
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, range, type(None), np.generic)
 _PLAIN += (torch.dtype, torch.device, torch.Size)
+_INSTALLED = "site-packages"  # where globals are no part of a pair
 # Private attributes of a module whose contents run when it is called.
 _RUN = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks", "_pyro_samples"})
 _LONGEST = 1_000  # entries of a list or dict that are looked through
@@ -142,13 +143,17 @@ def _places_of_function(function: types.FunctionType, names: set[str]) -> Iterat
     if not _is_library(function):
         own = _names_of(code)
         names |= own
-        for name in sorted(own & known.keys()):
+        for name in sorted(own & known.keys()) if _INSTALLED not in code.co_filename else ():
             yield _Place(known, name, known[name], f"the global {name!r}")
-            module = known[name]
-            top = getattr(module, "__name__", "").partition(".")[0]
-            if isinstance(module, types.ModuleType) and top not in _LIBRARIES:
-                for inner in sorted(names & vars(module).keys()):
-                    yield _Place(vars(module), inner, vars(module)[inner], f"{name}.{inner}")
+            if isinstance(module := known[name], types.ModuleType):
+                within = vars(module) if _is_own(module) else {}
+                for inner in sorted(names & within.keys()):
+                    yield _Place(within, inner, within[inner], f"{name}.{inner}")
+
+
+def _is_own(module: types.ModuleType) -> bool:
+    top = module.__name__.partition(".")[0]
+    return top not in _LIBRARIES and _INSTALLED not in (getattr(module, "__file__", None) or "")
 
 
 def _places_of_class(kind: type, holder: Any, names: set[str]) -> Iterator[_Place]:
