@@ -264,7 +264,7 @@ class Engine:
         if pair.refused or pair.find(signature) or not pair.wants(signature):
             return result
         modules = with_submodules([*found, *modules_of(call.model, call.guide)])
-        capture_call = partial(self._capture, pair, call, modules, signature, inputs)
+        capture_call = partial(self._capture, call, pair, modules, signature, inputs)
         try:
             try:
                 pair.add(capture_call())
@@ -281,8 +281,8 @@ class Engine:
 
     def _capture(
         self,
-        pair: Programs[StepProgram],
         call: Call,
+        pair: Programs[StepProgram],
         modules: Sequence[nn.Module],
         signature: Signature,
         inputs: list[Tensor],
