@@ -95,7 +95,13 @@ def assert_as_stock(make, values, *, graphs, replays):
     assert (elbo.graphs, elbo.replays) == (graphs, replays)
 
 
-PLACES = ["closure", "global", "dict", "list", "class", "handler", "namespace", "instance"]
+def slowly(*values):
+    """More of a kind that some fast case stands for."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+PLACES = ["closure", "dict", "instance"]
+PLACES += slowly("global", "list", "class", "handler", "namespace")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -154,7 +160,7 @@ def test_a_double_network_gets_double_numbers():
     ("change", "values", "graphs"),
     [
         ("flag", [True, False, True, False, True], 2),
-        ("word", ["a", "b", "b", "a", "c"], 3),
+        pytest.param("word", ["a", "b", "b", "a", "c"], 3, marks=pytest.mark.slow),
         ("function", [torch.tanh, torch.sigmoid, torch.tanh, torch.sigmoid], 2),
     ],
 )
@@ -174,6 +180,7 @@ def test_what_is_no_number_is_captured_anew(change, values, graphs):
     assert_as_stock(make, values, graphs=graphs, replays=len(values) - graphs)
 
 
+@pytest.mark.slow
 def test_a_number_that_python_reads_runs_eagerly_after_four_values():
     """The probability of a dropout can't be a tensor."""
 
@@ -190,7 +197,7 @@ def test_a_number_that_python_reads_runs_eagerly_after_four_values():
     assert found == pytest.approx(losses_of(make, Trace_ELBO(), values), rel=1e-6)
 
 
-@pytest.mark.parametrize("place", ["attribute", "closure", "condition"])
+@pytest.mark.parametrize("place", ["attribute", *slowly("closure"), "condition"])
 def test_a_tensor_that_is_replaced_is_followed(place):
     def make():
         if place == "condition":
@@ -285,7 +292,9 @@ def test_notes_of_the_pair_and_of_its_trainer_are_no_change():
     assert_as_stock(make, list(WEIGHTS), graphs=1, replays=len(WEIGHTS) - 1)
 
 
-@pytest.mark.parametrize(("verify_every", "stale"), [(None, 1), (3, 0)])
+@pytest.mark.parametrize(
+    ("verify_every", "stale"), [(None, 1), pytest.param(3, 0, marks=pytest.mark.slow)]
+)
 def test_what_cant_be_seen_is_found_by_a_check(tmp_path, verify_every, stale):
     """The graph's third step is the first on another file; the checks are at 1, 2, 4, 8, ..."""
     file = tmp_path / "weight"
@@ -404,7 +413,7 @@ def test_a_pair_without_latent_or_observed_sites(make):
     assert elbo.replays == 3
 
 
-@pytest.mark.parametrize("nesting", [1, float("inf")])
+@pytest.mark.parametrize("nesting", [1, *slowly(float("inf"))])
 def test_vectorized_particles_have_one_dimension(nesting):
     shapes = []
 
