@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -17,11 +17,12 @@ from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair, open_pair
 from pyro_vae.pair.sites import Given, Latents, all_close, is_inside, latent_sites, site_log_prob
+from pyro_vae.summary import shown
 from pyro_vae.weights.particles import Particles, check_weights
 
 
-@dataclass(frozen=True)
-class PredictiveLogProb:
+@shown
+class PredictiveLogProb(NamedTuple):
     """Log densities of data points given draws of what they share (nats, float64, on the CPU).
 
     Attributes:
@@ -41,8 +42,8 @@ class PredictiveLogProb:
     ess: Tensor
     pareto_k: Tensor
     trusted: Tensor
-    log_likelihood: Tensor = field(repr=False)
-    draws: Latents = field(repr=False)
+    log_likelihood: Tensor
+    draws: Latents
     joint: LogMarginal | None
 
     def to_arviz(self) -> Any:

@@ -73,6 +73,7 @@ def test_each_row_is_the_density_given_its_draw():
         torch.zeros(5).double(), data[0] @ data[0].T + NOISE**2 * torch.eye(5).double()
     ).log_prob(data[1])
     torch.testing.assert_close(found.joint.log_prob, evidence[None])
+    assert "joint" in repr(found)
     assert "each data point weighed inside" in repr(found.joint)
 
 
