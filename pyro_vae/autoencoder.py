@@ -171,11 +171,9 @@ class Autoencoder(nn.Module):
         if loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         for part in (data, validation):
-            if part is not None and not isinstance(part, Dataset) and len(as_inputs(part)) != 1:
-                raise InputError(
-                    f"expected one tensor of data, got {len(as_inputs(part))}: an autoencoder has "
-                    "no more"
-                )
+            count = 1 if part is None or isinstance(part, Dataset) else len(as_inputs(part))
+            if count != 1:
+                raise InputError(f"expected one tensor of data, got {count}: there are no more")
         pair = _PointMassPair(self, loss)
 
         def note(epoch: int, row: dict[str, float]) -> None:
@@ -264,7 +262,6 @@ def _describe(row: dict[str, float]) -> str:
 def _ask_size(network: nn.Module, name: str, given: Any) -> Any:
     value = getattr(network, name, None) if given is None else given
     if value is None:
-        raise InputError(
-            f"expected {name}, {type(network).__name__} does not say it: pass {name}= to Autoencoder"
-        )
+        kind = type(network).__name__
+        raise InputError(f"expected {name}, {kind} does not say it: pass {name}= to Autoencoder")
     return value

@@ -28,25 +28,19 @@ __all__ = ["BINARIZATIONS", "NAMES", "Dataset", "load"]
 NAMES = ("digits", "mnist", "fashion-mnist", "kmnist", "omniglot")
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 FILE_TYPES = (".npy", ".npz", ".csv")
-
 PARTS = ("train", "validation", "test")
-
 # Pixels of the images of the IDX files; other sizes are a damaged header or another set.
 _IDX_SHAPE = (28, 28)
-
 # What the readers of archives, arrays, IDX files and pictures raise at bytes that are none.
 _UNREADABLE = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(OSError, EOFError, MemoryError, RuntimeError, SyntaxError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-
 # scikit-learn's names of arrays.
 _OTHER_NAMES = {"data": "x", "target": "y"}
-
 # Largest number that torch takes for a seed or a size.
 _LARGEST = 2**63 - 1
-
 # Share of a set without a split of its own that is kept for testing.
 _TEST_SHARE = 0.2
 # Share of the training part kept for validation unless a size is given, and its largest size.
@@ -217,9 +211,8 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
     for part, background in (("train", True), ("test", False)):
         images = sets.Omniglot(root, background=background, download=download)
         # 105x105 pixels, ink dark; 28x28 with ink bright is how the field uses the set.
-        small = [
-            255 - np.asarray(image.convert("L").resize((28, 28), resample=4)) for image, _ in images
-        ]
+        grey = (image.convert("L").resize((28, 28), resample=4) for image, _ in images)
+        small = [255 - np.asarray(image) for image in grey]
         parts[part] = np.stack(small)[:, None] / 255
         parts[f"{part}_labels"] = np.array([label for _, label in images._flat_character_images])
     return parts
@@ -271,9 +264,8 @@ def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
     if array.ndim < 2 or 0 in array.shape:
         advice = "reshape to (N, 1)" if array.ndim == 1 and len(array) else "check the file"
-        raise InputError(
-            f"expected {name!r} of shape (N, ...), N at least 1, got {array.shape}: {advice}"
-        )
+        what = f"{name!r} of shape (N, ...), N at least 1"
+        raise InputError(f"expected {what}, got {array.shape}: {advice}")
     with np.errstate(over="ignore"):  # what float32 can't hold is refused below
         is_ready = array.dtype == np.float32 and array.flags.c_contiguous
         if isinstance(array, np.memmap) and not is_ready:
@@ -306,11 +298,7 @@ def _labels(name: str, array: np.ndarray) -> Tensor:
 
 
 def _split(
-    parts: dict[str, Any],
-    validation_size: int | None,
-    generator: torch.Generator | None,
-    *,
-    stratify: bool,
+    parts: dict[str, Any], held_out: int | None, generator: torch.Generator | None, *, stratify: bool
 ) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test; without generator in order."""
     for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in PARTS)):
@@ -328,13 +316,13 @@ def _split(
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
     if "validation" in parts:
-        if validation_size is not None:
+        if held_out is not None:
             raise InputError("expected no validation size for data with a validation part")
         return parts
-    if validation_size is None:
-        validation_size = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
-    _check_size("training data", len(parts["train"]), validation_size + 1)
-    return _cut(parts, "validation", validation_size, generator, stratify)
+    if held_out is None:
+        held_out = min(_VALIDATION_MOST, round(_VALIDATION_SHARE * len(parts["train"])))
+    _check_size("training data", len(parts["train"]), held_out + 1)
+    return _cut(parts, "validation", held_out, generator, stratify)
 
 
 def _cut(

@@ -102,10 +102,8 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
     except InputError:
         found = ()
     if not found:
-        advice = "" if is_sequence else ": for one write it as (32,)"
-        raise InputError(
-            f"expected {name} as whole numbers of at least 1, got {first_line(repr(values))}{advice}"
-        )
+        told = first_line(repr(values)) + ("" if is_sequence else ": for one write it as (32,)")
+        raise InputError(f"expected {name} as whole numbers of at least 1, got {told}")
     return found
 
 
@@ -128,18 +126,14 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def check_same(
-    begun: Mapping[str, Any],
-    now: Mapping[str, Any],
-    where: str,
-    advice: str,
-    free: Container[str] = (),
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, advice: str, free: Container[str] = ()
 ) -> None:
     """Refuse settings that are not those that something was begun with, but for the free ones."""
-    for name in {**now, **begun}:
-        if name not in free and now.get(name) != begun.get(name):
+    for name in {**new, **old}:
+        if name not in free and new.get(name) != old.get(name):
             raise InputError(
-                f"expected {name.replace('_', ' ')} {begun.get(name)!r} as {where} was begun with, "
-                f"got {now.get(name)!r}: {advice}"
+                f"expected {name.replace('_', ' ')} {old.get(name)!r} as {where} was begun with, got "
+                f"{new.get(name)!r}: {advice}"
             )
 
 

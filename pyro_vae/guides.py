@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -223,12 +224,8 @@ class InverseAutoregressiveFlow(_FlowFamily):
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)
-        self.layers = flows.autoregressive_layers(
-            self.latent_dim,
-            self.num_layers,
-            hidden=self.hidden,
-            context_features=self.context_features,
-        )
+        how: Any = {"hidden": self.hidden, "context_features": self.context_features}
+        self.layers = flows.autoregressive_layers(self.latent_dim, self.num_layers, **how)
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that starts at ``loc`` and ``log_scale``, with this ``context``."""
@@ -274,14 +271,9 @@ class NeuralSplineFlow(_FlowFamily):
         self.hidden = sizes("hidden widths", hidden)
         self.num_bins = size("num_bins", num_bins, least=2)
         self.bound = positive_number("bound", bound)
-        self.layers = flows.spline_layers(
-            self.latent_dim,
-            self.num_layers,
-            hidden=self.hidden,
-            num_bins=self.num_bins,
-            bound=self.bound,
-            context_features=self.context_features,
-        )
+        how: Any = {"num_bins": self.num_bins, "bound": self.bound, "hidden": self.hidden}
+        how["context_features"] = self.context_features
+        self.layers = flows.spline_layers(self.latent_dim, self.num_layers, **how)
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the flow that ends at ``loc`` and ``log_scale``, with this ``context``."""
@@ -353,7 +345,6 @@ class Beta(VariationalFamily):
 
     def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
         """Return the Betas with concentrations 1/2 + softplus(raw)."""
-        concentrations = (
-            LEAST_CONCENTRATION + F.softplus(parameters[name]) for name in self.parameter_names
-        )
+        raw = (parameters[name] for name in self.parameter_names)
+        concentrations = (LEAST_CONCENTRATION + F.softplus(value) for value in raw)
         return dist.Beta(*concentrations, validate_args=False).to_event(1)

@@ -230,9 +230,8 @@ class Gaussian(Likelihood):
     ) -> None:
         super().__init__(decoder, data_shape)
         if isinstance(sigma, str) and sigma not in SIGMAS:
-            raise InputError(
-                f"expected sigma as a positive number, {', '.join(SIGMAS)}, got {sigma!r}"
-            )
+            words = ", ".join(SIGMAS)
+            raise InputError(f"expected sigma as a positive number, {words}, got {sigma!r}")
         self.sigma = sigma if isinstance(sigma, str) else positive_number("sigma", sigma)
         self.floor = positive_number("floor", floor)
         self.mean = Head(feature_shape(decoder), self.data_shape)
@@ -447,9 +446,7 @@ class Poisson(Likelihood):
     ) -> None:
         super().__init__(decoder, data_shape)
         if size_factor not in (None, "observed", "learned"):
-            raise InputError(
-                f"expected size_factor as None, 'observed' or 'learned', got {size_factor!r}"
-            )
+            raise InputError(f"expected size_factor None, observed or learned, got {size_factor!r}")
         self.size_factor = size_factor
         self.log_rate = Head(feature_shape(decoder), self.data_shape)
         self.takes_sizes = size_factor == "observed"
@@ -468,9 +465,7 @@ class Poisson(Likelihood):
         log_size = z.new_zeros(())
         if self.size_factor == "observed":
             if not given:
-                raise InputError(
-                    "expected size factors, got x alone: give model and guide (x, size_factors)"
-                )
+                raise InputError("expected size factors, got x alone: give both functions (x, sizes)")
             given, log_size = given[:-1], given[-1].log()
         elif self.size_factor == "learned":
             z, log_size = z[..., :-1], self.log_size_scale.exp() * z[..., -1]
@@ -495,6 +490,5 @@ class NegativeBinomial(Poisson):
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
         logits = log_rate - self.log_theta
-        return values.PreciseNegativeBinomial(
-            self.log_theta.exp(), logits=logits, validate_args=False
-        )
+        theta = self.log_theta.exp()
+        return values.PreciseNegativeBinomial(theta, logits=logits, validate_args=False)

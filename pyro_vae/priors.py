@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -18,7 +19,7 @@ from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layer
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
 from pyro_vae.distributions.stable_beta import StableBeta
 from pyro_vae.errors import InputError, positive_number, size, sizes
-from pyro_vae.networks import Standardized, check_shape
+from pyro_vae.networks import Standardized, check_range, check_shape
 
 __all__ = [
     "Beta",
@@ -244,13 +245,8 @@ class FlowPrior(Prior):
         self.num_bins = size("num_bins", num_bins, least=2)
         self.bound = positive_number("bound", bound)
         self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
-        self.layers = spline_layers(
-            self.latent_dim,
-            self.num_layers,
-            hidden=self.hidden,
-            num_bins=self.num_bins,
-            bound=self.bound,
-        )
+        how: Any = {"num_bins": self.num_bins, "bound": self.bound, "hidden": self.hidden}
+        self.layers = spline_layers(self.latent_dim, self.num_layers, **how)
 
     def forward(self) -> dist.Distribution:
         """Return the flow's distribution."""
@@ -337,11 +333,8 @@ class VampPrior(Prior):
             InputError: data of another shape.
         """
         check_shape(x, self.data_shape, "prior", batch="N")
-        if self.unit_interval and not (x.min() >= 0 and x.max() <= 1):
-            raise InputError(
-                f"expected data in [0, 1], got values from {x.min():g} to {x.max():g}: build the "
-                "prior with unit_interval=False"
-            )
+        if self.unit_interval:
+            check_range(x, (0.0, 1.0), "the prior", "build it with unit_interval=False")
         raw = self.raw_pseudo_inputs
         mean, spread = x.mean(0).to(raw), x.std(0, correction=0).to(raw)
         start = mean + spread * torch.randn_like(raw)

@@ -140,9 +140,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vae = self._place()
         z = torch.from_numpy(check_array(X, dtype=np.float32))
         if z.shape[1] != self._n_features_out:
-            raise InputError(
-                f"expected latents of {self._n_features_out} coordinates, got {z.shape[1]}"
-            )
+            count = self._n_features_out
+            raise InputError(f"expected latents of {count} coordinates, got {z.shape[1]}")
         assert isinstance(self.n_features_in_, int)
         if getattr(vae.prior, "latent_support", None) == "unit sphere":
             z = torch.nn.functional.normalize(z, dim=-1)
@@ -158,9 +157,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """
         vae, x = self._place(), self._validate(X, reset=False)
         with _own_parameters():
-            estimate = log_marginal(
-                vae.model, vae.guide, x, num_samples=self.num_samples, keep_draws=0, seed=self.seed
-            )
+            how: Any = {"num_samples": self.num_samples, "keep_draws": 0, "seed": self.seed}
+            estimate = log_marginal(vae.model, vae.guide, x, **how)
         return estimate.log_prob.numpy()
 
     def score(self, X: Any, y: Any = None) -> float:

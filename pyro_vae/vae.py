@@ -60,9 +60,7 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         _check_components(prior, likelihood, guide)
-        self.prior = prior
-        self.likelihood = likelihood
-        self.variational_family = guide
+        self.prior, self.likelihood, self.variational_family = prior, likelihood, guide
         self.name = f"vae_{next(_numbers)}"
 
     def model(self, x: Tensor, *given: Tensor) -> None:
@@ -93,9 +91,8 @@ class VAE(nn.Module):
                 "expected size factors as numbers above 0, one for each datum, got shape "
                 f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: mend them"
             )
-        check = getattr(self.likelihood, "check", None)
-        if check is not None:
-            check(x)
+        if hasattr(self.likelihood, "check"):
+            self.likelihood.check(x)
 
     def start_at_data(self, x: Tensor) -> None:
         """Set what training starts from to the data, before :func:`pyro_vae.fit`.
@@ -188,9 +185,8 @@ class VAE(nn.Module):
             ) from None
         if hasattr(self.likelihood, "start_sigma"):
             self.likelihood.start_sigma(x)
-        start_at_data = getattr(self.prior, "start_at_data", None)
-        if start_at_data is not None:
-            start_at_data(x)
+        if hasattr(self.prior, "start_at_data"):
+            self.prior.start_at_data(x)
 
     @property
     def num_inputs(self) -> int:

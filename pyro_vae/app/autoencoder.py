@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
         data, sides = comparison.held_out.numpy(), (comparison.autoencoder, comparison.vae)
         figure = plots.autoencoder_and_vae(data, *sides, title=title, limits=limits_of(dataset))
         save_picture(figure, study.folder / "autoencoder.png")
-        rows = [(name, row["autoencoder"], row["vae"]) for name, row in result["table"].items()]
+        table = result["table"].items()
+        rows: list[Any] = [(name, row["autoencoder"], row["vae"]) for name, row in table]
         rows.append(("training seconds", *result["training_seconds"].values()))
         _write_page(study.folder, result, rows, figure)
         write_json(study.folder / "autoencoder.json", result)
@@ -81,22 +81,18 @@ def _train(
         vae: Any = build_vae(settings, dataset)
         encoder = copy.deepcopy(vae.variational_family.encoder)
         baseline = Autoencoder(encoder, copy.deepcopy(vae.likelihood.decoder))
-        deterministic = baseline.fit(
-            dataset, loss=loss, checkpoint=states / "autoencoder", **shared, **how
-        )
+        kept = states / "autoencoder"
+        deterministic = baseline.fit(dataset, loss=loss, checkpoint=kept, **shared, **how)
         variational = fit(vae.model, vae.guide, dataset, checkpoint=states / "vae", **options, **how)
     device = next(vae.parameters()).device
     with seeded(_SEED):
         train = dataset.draw(dataset.train.to(device))
-    comparison = compare_autoencoder(
-        baseline, vae.model, vae.guide, train, dataset.test.to(device), seed=_SEED
-    )
+    test = dataset.test.to(device)
+    comparison = compare_autoencoder(baseline, vae.model, vae.guide, train, test, seed=_SEED)
     return comparison, {"autoencoder": deterministic, "vae": variational}
 
 
-def _write_page(
-    folder: Path, result: Mapping[str, Any], rows: Sequence[Sequence[object]], figure: Figure
-) -> None:
+def _write_page(folder: Path, result: dict[str, Any], rows: list[Any], figure: Figure) -> None:
     page = Page(f"Autoencoder and VAE {folder.name}", subtitle=f"autoencoder's loss {result['loss']}")
     page.section("Result")
     page.table(_HEADER, rows, caption=_CAPTION, decimals=3)

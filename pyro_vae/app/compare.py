@@ -132,10 +132,7 @@ def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write(
-    study: Study,
-    comparison: Comparison,
-    seconds: Mapping[str, Sequence[float]],
-    settings: dict[str, Any],
+    study: Study, comparison: Comparison, seconds: dict[str, list[float]], settings: dict[str, Any]
 ) -> None:
     folder, rows = study.folder, comparison.to_dict()["pairs"]
     singles = [
@@ -171,9 +168,8 @@ def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
         for part in ("by_run", "mean", "half_width")
     )
     runs = f"mean over {comparison.num_runs} runs, 95% interval; small dots: single runs"
-    figure = plots.families_and_runs(
-        names, *shown, labels=list(labels.values()), title=f"{data}: {runs}"
-    )
+    title, told = f"{data}: {runs}", list(labels.values())
+    figure = plots.families_and_runs(names, *shown, labels=told, title=title)
     figures = {"differences": figure}
     if len(names) > 1:
         best = comparison.best()
@@ -266,11 +262,9 @@ def load_measured(folder: Path) -> tuple[Measured, str]:
         tensors, notes = read_tensors(path)  # a regular file, as the caller has seen
         own = [name for name in tensors if name.startswith(_ESTIMATE)]
         estimate: dict[str, Any] = {name.removeprefix(_ESTIMATE): tensors[name] for name in own}
-        quantities: dict[str, Any] = {
-            name: PerDatum(tensors[name], tensors[f"{name}_standard_error"])
-            for name in _QUANTITIES
-            if name in tensors
-        }
+        there = [name for name in _QUANTITIES if name in tensors]
+        parts = ((name, tensors[name], tensors[f"{name}_standard_error"]) for name in there)
+        quantities: dict[str, Any] = {name: PerDatum(*values) for name, *values in parts}
         measured = Measured(
             **{"annealed": None, "posterior_divergence": None, "fit": None, **quantities},
             **parse_json(notes["plain"], finite=False),

@@ -159,10 +159,9 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
 
 def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
     """Say what the default method may cost, before it starts."""
+    sampling = ImportanceOptions(how.num_samples, how.target_standard_error)
     annealing = AnnealingOptions(num_chains=how.num_chains, num_steps=how.num_steps)
-    options = AutoOptions(
-        ImportanceOptions(how.num_samples, how.target_standard_error), annealing, how.max_annealed
-    )
+    options = AutoOptions(sampling, annealing, how.max_annealed)
     looks, annealed = (min(num_data, n * how.max_annealed) for n in (LOOKS, 1))
     return (
         f"log p(x) of {num_data:,} data points by importance sampling; up to {looks:,} are looked at "

@@ -78,9 +78,9 @@ class OnlyWith(NamedTuple):
 def option(
     default: _Value,
     text: str = "",
+    only_with: OnlyWith | None = None,
     *,
     flags: str | None = None,
-    only_with: OnlyWith | None = None,
     show_default: bool = True,
     choices: Collection[str] = (),
 ) -> _Value:
@@ -108,13 +108,9 @@ class TrainSettings:
     )
     labels: str | None = option(None, "Column of a .csv file that holds labels.")
     leave_out: str | None = option(None, "Columns of a .csv file, between commas, that are no data.")
-    data_root: str | None = option(
-        None, "Folder of the named sets; default: $PYRO_VAE_DATA.", only_with=_NAMED
-    )
-    download: bool = option(False, "Download a named set that is missing.", only_with=_NAMED)
-    validation_size: int | None = option(
-        None, "Data held out of training; default a tenth, 0 = none."
-    )
+    data_root: str | None = option(None, "Folder of the named sets; default: $PYRO_VAE_DATA.", _NAMED)
+    download: bool = option(False, "Download a named set that is missing.", _NAMED)
+    validation_size: int | None = option(None, "Data held out of training; default a tenth, 0: none.")
     binarize: str | None = option(
         None,
         "dynamic, static, threshold or none; default: dynamic for bernoulli, else none.",
@@ -188,9 +184,7 @@ class TrainSettings:
         "fifth of the epochs, 20 at least, for gaussian and student-t, else none.",
     )
     seed: int = option(0, "Seed of initial weights and training.")
-    data_seed: int | None = option(
-        None, "Seed of the split and of the bits drawn once; default: the seed."
-    )
+    data_seed: int | None = option(None, "Seed of split and bits drawn once; default: the seed.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
     @property
@@ -204,14 +198,12 @@ class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
     method: str = option("auto", choices=METHODS)
-    num_samples: int = option(5000, "Importance samples per datum.", only_with=_SAMPLING)
+    num_samples: int = option(5000, "Importance samples per datum.", _SAMPLING)
     target_standard_error: float | None = option(
-        None,
-        "Nats; the samples become a pilot that decides each datum's number.",
-        only_with=_SAMPLING,
+        None, "Nats; the samples become a pilot that decides each datum's number.", _SAMPLING
     )
-    num_chains: int = option(32, "Annealing: chains per datum.", only_with=_ANNEALING)
-    num_steps: int = option(1000, "Annealing: steps at most.", only_with=_ANNEALING)
+    num_chains: int = option(32, "Annealing: chains per datum.", _ANNEALING)
+    num_steps: int = option(1000, "Annealing: steps at most.", _ANNEALING)
     max_annealed: int = option(
         100,
         "Data points to anneal at most; four times as many are looked at from the prior.",
@@ -280,9 +272,7 @@ class Complete:
         "Steps of each chain of metropolis or pseudo-gibbs.",
         only_with=OnlyWith("method", ("metropolis", "pseudo-gibbs")),
     )
-    num_samples: int = option(
-        1000, "Samples per datum of importance.", only_with=OnlyWith("method", ("importance",))
-    )
+    num_samples: int = option(1000, "Samples per datum.", OnlyWith("method", ("importance",)))
 
 
 @dataclass(frozen=True)

@@ -183,9 +183,8 @@ def _draw_manifold(subject: Subject, x: Tensor, means: Tensor, num_steps: int) -
             axis_labels = f"longitude from {ends} (degrees)", "latitude (degrees)"
         if latent_dim > 2 + sheet.on_sphere:
             title += f": the two most active of {latent_dim} latents, others at the mean"
-    return plots.manifold(
-        *map(_array, decoded), title=title, axis_labels=axis_labels, limits=subject.limits
-    )
+    shown = map(_array, decoded)
+    return plots.manifold(*shown, title=title, axis_labels=axis_labels, limits=subject.limits)
 
 
 def _draw_traversal(subject: Subject, what: names.Traverse) -> Figure:
@@ -242,9 +241,8 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     if completed.ess is not None:
         told.append(f"median ESS {completed.ess.median():.0f}")
     filled = completed.mean, completed.standard_deviation, completed.draws
-    return plots.completions(
-        *map(_array, (x, hidden, *filled)), title=", ".join(told), limits=subject.limits
-    )
+    shown = map(_array, (x, hidden, *filled))
+    return plots.completions(*shown, title=", ".join(told), limits=subject.limits)
 
 
 # How each picture is drawn, and of what its file's default name is made.
@@ -274,9 +272,8 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
     else:
         halves = {"left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
         if missing not in halves:
-            raise InputError(
-                f"expected as missing {', '.join(halves)} or random:SHARE, got {missing!r}"
-            )
+            told = f"{', '.join(halves)} or random:SHARE"
+            raise InputError(f"expected as missing {told}, got {missing!r}")
         hidden, size = torch.zeros(number, *plane, dtype=torch.bool), plane[halves[missing]]
         start = 0 if missing in ("left", "upper") else size // 2
         hidden.narrow(halves[missing], start, -(-size // 2)).fill_(True)

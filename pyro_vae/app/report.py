@@ -22,6 +22,8 @@ from pyro_vae.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_Rows = Sequence[Sequence[object]]
+
 # A figure of more bytes than this as SVG, such as a scatter of many points, is embedded as PNG: a
 # browser draws it faster and the page stays small enough to be mailed.
 _LARGEST_SVG = 150_000
@@ -68,32 +70,22 @@ class Page:
 
     def warning(self, text: str) -> None:
         """Add a paragraph that a reader must not miss."""
-        self._parts.append(
-            f'<p class="warning" role="note"><strong>Warning:</strong> {escape(text)}</p>'
-        )
+        label = "<strong>Warning:</strong>"
+        self._parts.append(f'<p class="warning" role="note">{label} {escape(text)}</p>')
 
     def code(self, text: str) -> None:
         """Add text as it is to be typed, such as a command line."""
         lines = "\n".join(escape(line) for line in text.split("\n"))
         self._parts.append(f"<pre><code>{lines}</code></pre>")
 
-    def table(
-        self,
-        header: Sequence[str],
-        rows: Sequence[Sequence[object]],
-        *,
-        caption: str,
-        decimals: int = 2,
-    ) -> None:
+    def table(self, header: Sequence[str], rows: _Rows, *, caption: str, decimals: int = 2) -> None:
         """Add a table whose first column names the rows; columns of numbers stand right.
 
         Cells are text, numbers, floats with so many decimals, or None for what is not known.
         """
         cells = [[_cell(value, decimals) for value in row] for row in rows]
-        numeric = [
-            index > 0 and all(_NUMERIC.match(row[index]) for row in cells)
-            for index in range(len(header))
-        ]
+        numeric = [all(_NUMERIC.match(row[i]) for row in cells) for i in range(len(header))]
+        numeric[0] = False
         head = "".join(
             f'<th scope="col"{_class(number)}>{escape(name)}</th>'
             for name, number in zip(header, numeric, strict=True)

@@ -21,6 +21,7 @@ from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.description import Bounded
 from pyro_vae.vae import VAE
 
+_Shape = tuple[int, ...]
 # A weight, its gradient and its two moments.
 _BYTES_PER_WEIGHT = 16
 # Epochs without a better validation ELBO that are waited for at the least.
@@ -57,9 +58,7 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     options = _likelihood_options(settings, data_shape)
     codes = latent_dim - (options.get("size_factor") == "learned")
     if latent_dim == 1 and not codes:
-        raise InputError(
-            "expected latent_dim of at least 2 with a learned size factor, which is one latent, got 1"
-        )
+        raise InputError("expected latent_dim of at least 2 with a size factor, one of them, got 1")
     widths = settings.hidden if settings.network == "mlp" else settings.channels
     refusal = (
         f"expected networks that fit in memory, got widths {widths[:80]} and latent dimension "
@@ -73,9 +72,7 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
         return VAE(prior, likelihood(decoder, data_shape, **options), guide)
 
 
-def _networks(
-    settings: TrainSettings, data_shape: tuple[int, ...], latent_dim: int
-) -> tuple[nn.Module, nn.Module]:
+def _networks(settings: TrainSettings, data_shape: _Shape, latent_dim: int) -> tuple[nn.Module, ...]:
     how: dict[str, Any] = {"activation": settings.activation}
     if settings.network == "mlp":
         widths = _widths("hidden widths", settings.hidden)
@@ -99,9 +96,7 @@ def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) ->
     return options
 
 
-def _prior(
-    settings: TrainSettings, guide: nn.Module, data_shape: tuple[int, ...], num_data: int
-) -> nn.Module:
+def _prior(settings: TrainSettings, guide: nn.Module, data_shape: _Shape, num_data: int) -> nn.Module:
     number = settings.num_components or _default_components(settings.prior, num_data)
     if settings.prior == "vamp":
         bounded = settings.likelihood in names.UNIT_INTERVAL
@@ -211,10 +206,8 @@ def _objective_of(settings: TrainSettings) -> Bound:
     """Return the objective that the settings name."""
     name, floor = settings.objective, settings.free_bits
     if (floor is not None) != (name == "free-bits"):
-        given = "none" if floor is None else floor
-        raise InputError(
-            f"expected --free-bits with --objective free-bits and only there, got {given} with {name}"
-        )
+        told = f"got {'none' if floor is None else floor} with {name}"
+        raise InputError(f"expected --free-bits with --objective free-bits and only there, {told}")
     particles = settings.num_particles or _default_particles(name)
     kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
     return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))

@@ -20,14 +20,13 @@ from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError
 from pyro_vae.runs.files import write_json
 
+_Rows = list[dict[str, Any]]
 _PICTURE = "rate-distortion.png"
 # Of a run, as its row has them and tables show them.
 _MEANS = ("rate", "distortion", "elbo", "log_marginal")
 
 
-def sweep(
-    settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
-) -> list[dict[str, Any]]:
+def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path) -> _Rows:
     """Train one run per beta, and write table, rate-distortion picture and page; return the rows.
 
     A series of the same settings that was begun in the folder is continued. With a warm start, each
@@ -61,9 +60,9 @@ def sweep(
 
 def _train(
     study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> list[dict[str, Any]]:
+) -> _Rows:
     """Train or load a run per beta; return a row of each."""
-    rows: list[dict[str, Any]] = []
+    rows: _Rows = []
     before = None
     for beta in betas:
         own = replace(settings, beta=beta)
@@ -95,7 +94,7 @@ def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
+def _figure(rows: _Rows, settings: TrainSettings) -> Figure:
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     return plots.rate_distortion(
         *(columns[name] for name in ("beta", "rate", "distortion")),
@@ -106,9 +105,7 @@ def _figure(rows: list[dict[str, Any]], settings: TrainSettings) -> Figure:
     )
 
 
-def _write_page(
-    folder: Path, rows: list[dict[str, Any]], figure: Figure, made: dict[str, Any]
-) -> None:
+def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any]) -> None:
     settings = made["settings"]
     parts = ", ".join((settings["prior"], settings["likelihood"], settings["guide"]))
     about = f"{Path(settings['dataset']).name}: {parts}"
@@ -147,7 +144,7 @@ def _write_page(
     write_page(page, folder, made)
 
 
-def _print(folder: Path, rows: list[dict[str, Any]]) -> None:
+def _print(folder: Path, rows: _Rows) -> None:
     label = log_prob_name(rows[0]["pseudo_likelihood"])
     names = (*_MEANS, "active_units")
     shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
@@ -160,9 +157,7 @@ def _betas(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(
-            f"expected betas as numbers between commas, got {text!r}: e.g. 0.5,1,2"
-        ) from None
+        raise InputError(f"expected betas as numbers between commas, got {text!r}") from None
     if len(set(values)) < len(values):
         raise InputError(f"expected each beta once, got {text!r}")
     return values

@@ -69,10 +69,7 @@ def train(
     if dataset.is_mapped:
         size = sum(getattr(dataset, part).nbytes for part in datasets.PARTS) / 2**30
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
-    when = checkpointing or Checkpointing()
-    with _say_how_to_go_on(folder):
-        metrics = train_run(settings, dataset, folder, checkpointing=when)[1]
-    _print_summary(folder, metrics)
+    _train_to_the_end(settings, dataset, folder, checkpointing or Checkpointing())
     return folder
 
 
@@ -101,16 +98,13 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
             f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
             "start as many by torchrun, or one without it"
         )
-    dataset = processes.first_before_others(
-        lambda: load_data_of_run(folder, told, given.get("data_root"))
-    )
+    where = given.get("data_root")
+    dataset = processes.first_before_others(lambda: load_data_of_run(folder, told, where))
     with ExitStack() as stack:
         processes.decide(lambda: stack.enter_context(locked(folder)))
         if _is_finished(folder, processes):  # by another process, which held the lock till now
             return folder
-        with _say_how_to_go_on(folder):
-            _, metrics = train_run(told, dataset, folder, checkpointing=when, resumed=True)
-    _print_summary(folder, metrics)
+        _train_to_the_end(told, dataset, folder, when, resumed=True)
     return folder
 
 
@@ -194,15 +188,17 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
     return output
 
 
-@contextmanager
-def _say_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Note with an interruption how to go on with the run that it has left."""
+def _train_to_the_end(
+    settings: TrainSettings, dataset: Dataset, folder: Path, when: Checkpointing, **how: Any
+) -> None:
+    """Train and print what came of it; note with an interruption how to go on with the run."""
     try:
-        yield
+        metrics = train_run(settings, dataset, folder, checkpointing=when, **how)[1]
     except KeyboardInterrupt as interruption:
         if (folder / CONFIG).exists():
             interruption.add_note(f"`pyro-vae train --resume {shlex.quote(str(folder))}`")
         raise
+    _print_summary(folder, metrics)
 
 
 def _is_finished(folder: Path, processes: Processes) -> bool:

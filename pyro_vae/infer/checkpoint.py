@@ -68,8 +68,7 @@ class Checkpoints:
         if folder is None and resume:
             raise InputError("expected the folder of the checkpoints to resume from: checkpoint=")
         self.folder = None if folder is None else expand_path(folder).absolute()
-        self.every, self.minutes, self.resume = every, minutes, resume
-        self.processes = processes
+        self.every, self.minutes, self.resume, self.processes = every, minutes, resume, processes
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._run: tuple[dict[str, Any], Trainer, EarlyStopping, _Rows] | None = None
@@ -105,17 +104,15 @@ class Checkpoints:
 
     def objective(self) -> str | None:
         """Return the name of the objective that the run to resume was begun with, if there is one."""
-        folder = self.folder
-        found = self.processes.decide(lambda: read_newest(folder) if folder else None)
+        found = self.processes.decide(lambda: read_newest(self.folder) if self.folder else None)
         return None if found is None else found["settings"].get("objective")
 
     def begin(
         self, settings: Mapping[str, Any], trainer: Trainer, best: EarlyStopping, rows: _Rows
     ) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
-        if self.folder is None:
+        if (folder := self.folder) is None:
             return
-        folder = self.folder
         settings = {**settings, "number of processes": self.processes.size}
         self._run = (settings, trainer, best, rows)
         found = self.processes.decide(lambda: read_newest(folder) if self.resume else None)

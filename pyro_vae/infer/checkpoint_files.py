@@ -53,10 +53,9 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     """Return settings and state of the newest checkpoint that can be read, or None without any."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoint_files(folder)):
-        try:
-            found = _read(path)
-        except _DamagedError as error:
-            damaged[path] = first_line(error)
+        found = _read(path)
+        if isinstance(found, str):
+            damaged[path] = found
             continue
         for other, reason in damaged.items():
             warnings.warn(
@@ -74,14 +73,11 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-class _DamagedError(Exception):
-    """A file that is no checkpoint, or no longer the one that was written."""
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | str:
+    """Return settings and state, or why the file is not a checkpoint that was written."""
     try:
         if not is_regular(path):
-            raise _DamagedError("it is no file of its own")
+            return "it is no file of its own"
         tensors, metadata = read_tensors(path)
         content = parse_json(metadata[_ENTRY], finite=False)
         if type(content["format"]) is int and content["format"] > _FORMAT:
@@ -91,12 +87,12 @@ def _read(path: Path) -> dict[str, Any]:
             )
         written = content.pop("checksum")
         if content["format"] != _FORMAT or written != checksum_of(content, tensors):
-            raise _DamagedError("its checksum is another")
+            return "its checksum is another"
         return {"settings": dict(content["settings"]), "state": _unpack(content["state"], tensors)}
     except InputError:
         raise
     except (*UNREADABLE, RecursionError) as error:
-        raise _DamagedError(first_line(error)) from error
+        return first_line(error)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

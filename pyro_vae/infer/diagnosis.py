@@ -16,6 +16,7 @@ from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import draw_traces, innermost, is_inside, latent_sites, value_axis
 from pyro_vae.scale import describe_scale
 
+_Rows = Sequence[Mapping[str, float]]
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of
 # 0.01, the usual test for an active one (Burda et al. 2016, appendix C), costs log(1.01) / 2 = 0.005;
 # as much again for the noise of the steps.
@@ -33,7 +34,7 @@ _LOOKED_AT = 4096
 
 
 def diagnose(
-    rows: Sequence[Mapping[str, float]],
+    rows: _Rows,
     model: PairFunction,
     guide: PairFunction,
     batch: Inputs,
@@ -67,9 +68,7 @@ def _standardizers(model: PairFunction) -> list[Any]:
     return [part for part in parts if hasattr(part, "standardized")]
 
 
-def _collapse(
-    rows: Sequence[Mapping[str, float]], guide_trace: Trace, settings: FitSettings
-) -> str | None:
+def _collapse(rows: _Rows, guide_trace: Trace, settings: FitSettings) -> str | None:
     after = rows[settings.warmup_epochs :]
     rate = float(np.mean([row["train_rate"] for row in after[-_AVERAGED:]])) if after else math.nan
     inside = [site for site in latent_sites(guide_trace) if is_inside(site, settings.plate)]
@@ -85,7 +84,7 @@ def _collapse(
     )
 
 
-def _explosion(rows: Sequence[Mapping[str, float]]) -> str | None:
+def _explosion(rows: _Rows) -> str | None:
     norms = np.array([row["gradient_norm"] for row in rows])
     bounds = np.array([row["train_bound"] for row in rows])
     for epoch in range(1, len(rows)):
@@ -100,7 +99,7 @@ def _explosion(rows: Sequence[Mapping[str, float]]) -> str | None:
     return None
 
 
-def _runaway_sigma(rows: Sequence[Mapping[str, float]], model_trace: Trace) -> str | None:
+def _runaway_sigma(rows: _Rows, model_trace: Trace) -> str | None:
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue

@@ -97,22 +97,16 @@ class IWAE(Bound):
         rates = (draws.log_proposal - scored.latent).detach()
         bound = _log_mean_exp(log_likelihood - rates).sum()
         scale = draws.plate_scale
-        return BoundTerms(
-            -scale * bound,
-            -scale * surrogate,
-            scale * rates.mean(0).sum(),
-            -scale * log_likelihood.mean(0).sum(),
-        )
+        rate, distortion = rates.mean(0).sum(), -log_likelihood.mean(0).sum()
+        return BoundTerms(-scale * bound, -scale * surrogate, scale * rate, scale * distortion)
 
     def _open(self, model: Any, guide: Any, args: Any, kwargs: Any) -> OpenedPair:
         """Open the pair of a step with what is known of it, or find out and remember."""
         functions = unscaled_function(model), unscaled_function(guide)
         known = self._known.get(*functions)
         knowledge = Knowledge() if known is None else known
-        serves = Serves.WHOLE | Serves.SUMMED
-        pair = OpenedPair(
-            model, guide, args, kwargs, plate=self.plate, serves=serves, knowledge=knowledge
-        )
+        how: Any = {"serves": Serves.WHOLE | Serves.SUMMED, "knowledge": knowledge}
+        pair = OpenedPair(model, guide, args, kwargs, plate=self.plate, **how)
         if known is not None:
             return pair
         refuse_handler(guide)

@@ -77,10 +77,8 @@ class FitSettings:
             object.__setattr__(self, name, value)
         schedule = self.schedule
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in _SCHEDULES):
-            raise InputError(
-                "expected a schedule constant, cosine or a function of the fraction, got "
-                f"{schedule!r}"
-            )
+            what = "a schedule constant, cosine or a function of the fraction"
+            raise InputError(f"expected {what}, got {schedule!r}")
         self._check_optimizer()
         check_precision(self.precision)
         if self.compile not in (True, False, "auto"):
@@ -132,10 +130,8 @@ class FitSettings:
         schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
         multiplier = float(schedule(fraction))
         if not 0 <= multiplier < math.inf:
-            raise InputError(
-                f"expected a finite multiplier of at least 0 from schedule({fraction:.4g}), got "
-                f"{multiplier}"
-            )
+            what = f"a finite multiplier of at least 0 from schedule({fraction:.4g})"
+            raise InputError(f"expected {what}, got {multiplier}")
         return multiplier
 
     def steps_per_epoch(self, num_data: int) -> int:

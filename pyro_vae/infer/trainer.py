@@ -200,8 +200,8 @@ class Trainer:
 
     def _begin_epoch(self, number: int) -> _Epoch:
         # On the device wherever the data are: a seed gives the same order.
-        size = self.num_data
-        order = (torch.randperm if self.shuffle else torch.arange)(size, device=self.device)
+        draw = torch.randperm if self.shuffle else torch.arange
+        order = draw(self.num_data, device=self.device)
         self.processes.take_first([order])
         shape = len(self.batch_sizes), len(SUMMARY)
         return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
@@ -223,12 +223,11 @@ class Trainer:
             self._stopped.zero_()
         if nothing_left and limit is not None:
             skips = f" (no step of the epoch was left, {self.skipped} were skipped)"
-        scale = unscaled(self.model, self.train[0])
-        first = f"{scale}; or " if scale else ""
+        first = f"{scale}; or " if (scale := unscaled(self.model, self.train[0])) else ""
         raise NotFiniteError(
             f"expected a finite {what}, got {value} in epoch {epoch.number}, batch {bad[0] + 1}"
-            f"{skips}: {first}lower the learning rate, clip the gradient, or "
-            "look for data outside the likelihood's support"
+            f"{skips}: {first}lower the learning rate, clip the gradient, or look for data outside "
+            "the likelihood's support"
         )
 
     def _step(self, batch: Inputs, share: float) -> Tensor:
@@ -359,10 +358,9 @@ class Trainer:
         values = self.values()
         position: dict[str, Any] | None = None
         own: dict[str, Any] = {"buffers": [buffer.cpu() for buffer in values["buffers"]]}
-        if self._epoch is not None:
-            epoch, order = self._epoch, self._epoch.order.clone()
-            position = {"epoch": epoch.number, "order": order, "taken": epoch.taken}
-            position["seconds"] = epoch.seconds
+        if (epoch := self._epoch) is not None:
+            place = epoch.number, epoch.order.clone(), epoch.taken, epoch.seconds
+            position = dict(zip(("epoch", "order", "taken", "seconds"), place, strict=True))
             own["summaries"] = epoch.summaries.cpu().clone()
         return {
             "parameters": values["parameters"],
@@ -465,9 +463,8 @@ def _check_transformed(pair: OpenedPair) -> None:
 def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
     """Refuse a pair without parameters, or with a trainable tensor that Pyro does not know."""
     if not surrogate.requires_grad:
-        raise InputError(
-            "expected parameters to train, the pair has none: name them by pyro.module or pyro.param"
-        )
+        advice = "name them by pyro.module or pyro.param"
+        raise InputError(f"expected parameters to train, the pair has none: {advice}")
     known = {id(leaf) for leaf in parameters.values()}
     unknown = [leaf for leaf in accumulating_leaves(surrogate) if id(leaf) not in known]
     if unknown:

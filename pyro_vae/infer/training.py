@@ -417,8 +417,8 @@ def _open(
     if warmup_epochs is None:
         warmup = default_warmup_epochs(settings.epochs, per_epoch)
         settings = replace(settings, warmup_epochs=warmup)
-    several = processes.are_several
-    objective = TrainingObjective(bound, settings, transform=transform, is_share=several)
+    share = processes.are_several
+    objective = TrainingObjective(bound, settings, transform=transform, is_share=share)
     steps = settings.epochs * per_epoch
     capture = StepCapture(objective, settings, device=place, num_steps=steps)
     record = settings.record() | {
@@ -446,8 +446,8 @@ def _takes_any_batch(run: _Run, processes: Processes) -> bool:
     raise InputError(
         "expected a pair that takes any part of its data in any order, got one that ties something "
         "of its own, such as parameters or one joint draw of all latents, to each of the "
-        f"{pair.num_data} data points: train it on "
-        f"all of them at once {advice}, or let a network make the parameters from x"
+        f"{pair.num_data} data points: train it on all of them at once {advice}, or let a network "
+        "make the parameters from x"
     )
 
 

@@ -12,16 +12,17 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, is_image, show_image
-from pyro_vae.plots.style import Array, Limits
+from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
-# Most style.panels of a figure with one per latent dimension.
+# Most panels of a figure with one per latent dimension.
 _MOST_PANELS = 16
 
+_Row = Sequence[float]
 _SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
 
 
 def paired_differences(
-    names: Sequence[str],
+    names: Labels,
     differences: Sequence[float],
     errors: Sequence[float],
     *,
@@ -54,12 +55,12 @@ def paired_differences(
 
 
 def families_and_runs(
-    names: Sequence[str],
+    names: Labels,
     by_run: Sequence[Sequence[Sequence[float]]],
     means: Sequence[Sequence[float]],
     half_widths: Sequence[Sequence[float]],
     *,
-    labels: Sequence[str],
+    labels: Labels,
     title: str,
 ) -> Figure:
     """Show differences to the best family, one panel per quantity, the first named family on top.
@@ -72,9 +73,8 @@ def families_and_runs(
         labels: names of the quantities.
         title: a line above the picture.
     """
-    figure, places = style.panels(
-        title, (9, 1.5 + 0.42 * len(names)), columns=len(labels), sharey=True
-    )
+    size = 9, 1.5 + 0.42 * len(names)
+    figure, places = style.panels(title, size, columns=len(labels), sharey=True)
     for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
         _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
@@ -88,14 +88,7 @@ def families_and_runs(
 def datum_against_datum(
     first: Array, second: Array, *, labels: tuple[str, str], title: str
 ) -> Figure:
-    """Show one quantity of every datum under two pairs.
-
-    Args:
-        first: values under the first pair, ``(N,)``, nats.
-        second: values under the second, ``(N,)``.
-        labels: names of the two.
-        title: a line above the picture.
-    """
+    """Show one quantity of every datum under two pairs with these labels, ``(N,)`` each, nats."""
     figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)
     first, second = first[finite], second[finite]
@@ -113,16 +106,11 @@ def datum_against_datum(
     return figure
 
 
-def rank_histograms(
-    counts: Array, band: tuple[float, float], labels: Sequence[str], *, title: str
-) -> Figure:
+def rank_histograms(counts: Array, band: Limits, labels: Labels, *, title: str) -> Figure:
     """Show histograms of ranks, which are flat where a guide is calibrated.
 
-    Args:
-        counts: data in each bin of ranks, ``(D, B)``.
-        band: numbers of data between which a bin should lie.
-        labels: a line above each panel, D of them.
-        title: a line above the picture.
+    ``counts`` are the data points in each bin, ``(D, B)``, ``band`` the numbers between which a bin
+    should lie, ``labels`` the lines above the D panels.
     """
     figure, places = _labelled_panels(labels, title)
     for axes, row in zip(places, counts, strict=False):
@@ -136,19 +124,12 @@ def rank_histograms(
 
 
 def observed_and_replicated(
-    observed: Mapping[str, Array],
-    replicated: Mapping[str, Array],
-    labels: Sequence[str],
-    *,
-    title: str,
+    observed: Mapping[str, Array], replicated: Mapping[str, Array], labels: Labels, *, title: str
 ) -> Figure:
     """Show the distribution of statistics over the data, and over data drawn in their place.
 
-    Args:
-        observed: by statistic, its value for each datum, ``(N,)``.
-        replicated: by statistic, its values for the drawn data, ``(S, N)``.
-        labels: a line above each panel.
-        title: a line above the picture.
+    By statistic, ``observed`` has its value for each datum, ``(N,)``, ``replicated`` those for the
+    drawn data, ``(S, N)``; ``labels`` are the lines above the panels.
     """
     figure, places = _labelled_panels(labels, title)
     pairs = [(observed[name], replicated[name].reshape(-1)) for name in observed]
@@ -156,16 +137,10 @@ def observed_and_replicated(
     return figure
 
 
-def prior_and_aggregate(
-    aggregate: Array, prior: Array, labels: Sequence[str], *, title: str
-) -> Figure:
+def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title: str) -> Figure:
     """Show draws of the aggregate posterior beside draws of the prior, one panel per dimension.
 
-    Args:
-        aggregate: draws of the guide over the data, ``(S, D)``.
-        prior: draws of the prior, ``(S, D)``.
-        labels: a line above each panel, D of them.
-        title: a line above the picture.
+    Both are ``(S, D)``; ``labels`` are the lines above the D panels.
     """
     figure, places = _labelled_panels(labels, title)
     pairs = list(zip(prior.T, aggregate.T, strict=True))
@@ -176,7 +151,7 @@ def prior_and_aggregate(
 
 
 def autoencoder_and_vae(
-    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = (0.0, 1.0)
+    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
 
@@ -216,11 +191,7 @@ def autoencoder_and_vae(
 
 
 def _draw_differences(
-    axes: Axes,
-    best: int,
-    means: Sequence[float],
-    half_widths: Sequence[float],
-    by_run: Sequence[Sequence[float]],
+    axes: Axes, best: int, means: _Row, half_widths: _Row, by_run: Sequence[_Row]
 ) -> None:
     """Draw one row per pair: its mean difference with a bar, and below it a dot for each run."""
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
@@ -228,16 +199,12 @@ def _draw_differences(
         colour = style.ORANGE if row == best else style.BLUE
         axes.plot(runs, [row + 0.2] * len(runs), "o", color=colour, markersize=3, alpha=0.6)
         known = None if row == best or not np.isfinite(width) else width
-        axes.errorbar(
-            mean, row, xerr=known, fmt="o", color=colour, markersize=5, capsize=3, linewidth=1.3
-        )
+        how: Any = {"color": colour, "markersize": 5, "capsize": 3, "linewidth": 1.3}
+        axes.errorbar(mean, row, xerr=known, fmt="o", **how)
 
 
 def _show_pairs(
-    figure: Figure,
-    places: Sequence[Axes],
-    pairs: Sequence[tuple[Array, Array]],
-    labels: tuple[str, str],
+    figure: Figure, places: list[Axes], pairs: list[tuple[Array, Array]], labels: tuple[str, str]
 ) -> None:
     """Show a pair of distributions in each panel, their legend at the right of the title."""
     for axes, (filled, outlined) in zip(places, pairs, strict=False):
@@ -249,7 +216,7 @@ def _show_pairs(
     figure.legend(*entries, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
 
 
-def _labelled_panels(labels: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
+def _labelled_panels(labels: Labels, title: str) -> tuple[Figure, list[Axes]]:
     """Return a panel for each label in rows of four, as many as a page holds."""
     shown = min(len(labels), _MOST_PANELS)
     columns = min(shown, 4)

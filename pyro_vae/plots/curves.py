@@ -14,12 +14,7 @@ from pyro_vae.plots.style import BLUE, ORANGE, Array, panels
 
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
-    """Show ELBO, rate and distortion against epochs.
-
-    Args:
-        history: arrays ``(epochs,)`` as :class:`pyro_vae.FitResult` holds them.
-        title: a line above the picture.
-    """
+    """Show ELBO, rate and distortion against epochs, as :class:`pyro_vae.FitResult` holds them."""
     figure, places = panels(title, (9, 3.4), columns=3)
     labels = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
     for axes, (name, label) in zip(places, labels.items(), strict=True):

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
-from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits
+from pyro_vae.plots.style import BLUE, ORANGE, UNIT, Array, Limits
 
 
 def is_image(data_shape: Sequence[int]) -> bool:
@@ -38,7 +38,7 @@ def image_grid(
     title: str,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
@@ -77,16 +77,11 @@ def image_grid(
     return figure
 
 
-def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0)) -> Figure:
+def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
-    Of vectors of three and more values the correlations are shown too, drawn against data.
-
-    Args:
-        drawn: new data ``(N, *data_shape)``.
-        data: real data of the same shape, to compare vectors with.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Of vectors of three and more values the correlations are shown too, drawn against data. Both are
+    ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(drawn.shape[1:]):
         cell_width, cell_height = _cell(drawn.shape[1:])
@@ -118,16 +113,10 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = (0.0, 1.0
     return figure
 
 
-def reconstructions(
-    data: Array, rebuilt: Array, *, title: str, limits: Limits = (0.0, 1.0)
-) -> Figure:
+def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
-    Args:
-        data: ``(N, *data_shape)``.
-        rebuilt: their reconstructions, of the same shape.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Both are ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
@@ -161,7 +150,7 @@ def completions(
     draws: Array,
     *,
     title: str,
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show completed data: images as panels, vectors value against value.
 
@@ -224,9 +213,7 @@ def channel_axis(shape: Sequence[int]) -> int | None:
     return 0 if shape[0] in (1, 3) else 2
 
 
-def show_image(
-    axes: Axes, image: Array, extent: tuple[float, float, float, float], limits: Limits
-) -> None:
+def show_image(axes: Axes, image: Array, extent: Any, limits: Limits) -> None:
     """Show an image between left, right, bottom and top, whatever its proportions are."""
     shown, (low, high) = flat_image(image, limits), limits
     axes.imshow(shown, cmap=style.INK, vmin=low, vmax=high, extent=extent, aspect="auto")

@@ -13,7 +13,7 @@ from matplotlib.patches import Circle
 
 from pyro_vae.plots import style
 from pyro_vae.plots.images import flat_image, image_grid, is_image, show_image
-from pyro_vae.plots.style import Array, Limits
+from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Coordinates of vectors that are shown as lines with a legend; more become a map of colours.
 _MOST_LINES = 8
@@ -28,7 +28,7 @@ def latent_scatter(
     labels: Array | None = None,
     *,
     title: str,
-    axis_labels: Sequence[str] = ("latent 1", "latent 2"),
+    axis_labels: Labels = ("latent 1", "latent 2"),
     unit_circle: bool = False,
 ) -> Figure:
     """Show latent codes in the plane, coloured by label; a single latent as histograms.
@@ -80,7 +80,7 @@ def manifold(
     *,
     title: str,
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: Limits = (0.0, 1.0),
+    limits: Limits = UNIT,
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
@@ -104,25 +104,20 @@ def manifold(
             axes.plot(first, values[0, :, coordinate], color=style.BLUE, linewidth=1.3)
             axes.set_xlabel(axis_labels[0])
             continue
-        mesh = axes.pcolormesh(
-            first, second, values[:, :, coordinate], cmap=style.MAP, shading="gouraud"
-        )
+        height = values[:, :, coordinate]
+        mesh = axes.pcolormesh(first, second, height, cmap=style.MAP, shading="gouraud")
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
         figure.colorbar(mesh, ax=axes, label="decoded mean")
     return figure
 
 
 def traversals(
-    data: Array, values: Array, names: Sequence[str], *, title: str, limits: Limits = (0.0, 1.0)
+    data: Array, values: Array, names: Labels, *, title: str, limits: Limits = UNIT
 ) -> Figure:
-    """Show what one latent after the other does to a datum.
+    """Show what one latent after the other, of these names, does to a datum.
 
-    Args:
-        data: decoded data ``(latents, steps, *data_shape)``.
-        values: value of the moved latent, ``(latents, steps)``.
-        names: name of each latent.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
+    moved latent; ``limits`` are the values shown as white and as black.
     """
     if is_image(data.shape[2:]):
         return image_grid(list(data), title=title, row_labels=names, limits=limits)
@@ -130,22 +125,17 @@ def traversals(
 
 
 def interpolations(
-    start: Array, way: Array, end: Array, *, title: str, limits: Limits = (0.0, 1.0)
+    start: Array, way: Array, end: Array, *, title: str, limits: Limits = UNIT
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
-    Args:
-        start: ``(N, *data_shape)``.
-        way: decoded data ``(steps, N, *data_shape)``.
-        end: ``(N, *data_shape)``.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``; ``limits``
+    are the values shown as white and as black.
     """
     shares = np.linspace(0, 1, len(way))
     if is_image(start.shape[1:]):
-        rows = [
-            np.concatenate([start[n : n + 1], way[:, n], end[n : n + 1]]) for n in range(len(start))
-        ]
+        ways = zip(start, way.swapaxes(0, 1), end, strict=True)
+        rows = [np.stack([first, *middle, last]) for first, middle, last in ways]
         labels = ["from", *(f"{share:.2g}" for share in shares), "to"]
         return image_grid(rows, title=title, column_labels=labels, limits=limits)
     names = [f"pair {n + 1}: share of the way" for n in range(len(start))]
@@ -184,9 +174,7 @@ def _ticks(values: Array) -> tuple[list[float], list[str]]:
     return [index + 0.5 for index in chosen], [f"{values[index]:.{digits}f}" for index in chosen]
 
 
-def _vector_walks(
-    data: Array, positions: Sequence[Array], names: Sequence[str], title: str
-) -> Figure:
+def _vector_walks(data: Array, positions: Sequence[Array], names: Labels, title: str) -> Figure:
     """Show vectors along ways ``(ways, steps, *data_shape)``: as lines, or many as a map."""
     data = data.reshape(*data.shape[:2], -1)[:_MOST_PANELS]
     many = data.shape[2] > _MOST_LINES
@@ -199,9 +187,8 @@ def _vector_walks(
             mesh = axes.pcolormesh(position, coordinates, way.T, shading="nearest", **how)
             axes.set_ylabel("coordinate")
             continue
-        for coordinate, colour in zip(
-            coordinates, style.class_colours(len(coordinates)), strict=True
-        ):
+        colours = style.class_colours(len(coordinates))
+        for coordinate, colour in zip(coordinates, colours, strict=True):
             label = f"coordinate {coordinate}"
             axes.plot(position, way[:, coordinate - 1], color=colour, label=label, linewidth=1.3)
         axes.set_ylabel("decoded mean")
@@ -220,7 +207,7 @@ def _most_varying(values: Array) -> list[int]:
 
 
 def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes]]:
-    """Return so many style.panels in rows of three."""
+    """Return so many panels in rows of three."""
     columns = min(3, number)
     rows = math.ceil(number / columns)
     size = 3.2 * columns + 1.3, 2.6 * rows + 0.4

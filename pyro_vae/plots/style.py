@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from pyro_vae.errors import printable
 
 Array = np.ndarray
+Labels = Sequence[str]
 Limits = tuple[float, float]  # the values shown as white and as black
+UNIT: Limits = (0.0, 1.0)
 
 BLUE, ORANGE = "#1f5a94", "#d1742b"
 # Behind values that are not there.

@@ -21,13 +21,8 @@ from pyro_vae.version import __version__
 _PARTS = ("variational_family", "prior", "likelihood")
 Components = Mapping[str, type[nn.Module]]
 
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float16", "bfloat16", "float32", "float64"),
-        *("int8", "int16", "int32", "int64", "uint8", "bool"),
-    )
-}
+_FLOATS, _OTHERS = "float16 bfloat16 float32 float64", "int8 int16 int32 int64 uint8 bool"
+_DTYPES = {name: getattr(torch, name) for name in f"{_FLOATS} {_OTHERS}".split()}
 
 # Elements that building may fill for each of the weights (masks, starting values), and at the least.
 _PER_WEIGHT, _ELEMENTS_AT_LEAST = 16, 1 << 20
@@ -105,9 +100,7 @@ class Bounded(TorchFunctionMode):
         super().__init__()
         self.left, self.refusal, self.largest_size = most, refusal, largest_size
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count what a constructor of tensors is about to make."""
         kwargs = kwargs or {}
         if function in self._MAKERS:
@@ -206,6 +199,4 @@ def _unknown(name: str) -> InputError:
     own = name.removeprefix("custom.")[:80]
     if not own.isidentifier():
         return InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
-    return InputError(
-        f"expected the class of component {own!r}: pass it, components={{{own!r}: {own}}}"
-    )
+    return InputError(f"expected the class of component {own!r}: pass components={{{own!r}: {own}}}")

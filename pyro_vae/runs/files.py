@@ -22,9 +22,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read a run's settings; refuse what is no JSON object of a known format."""
     config = read_json(folder, CONFIG)
     if config is None:
-        raise InputError(
-            f"expected a run folder at {folder}, found no {CONFIG} in it: check the path"
-        )
+        found = f"found no {CONFIG} in it"
+        raise InputError(f"expected a run folder at {folder}, {found}: check the path")
     path, version = Path(folder) / CONFIG, config.get("format") if isinstance(config, dict) else None
     # True is 1 to Python, and so is 1.0.
     if type(version) is not int or version != FORMAT:

@@ -133,9 +133,8 @@ def _describe(constraint: Any) -> Any:
     kind = names.get(id(type(constraint)))
     held = {n: _describe(v) if isinstance(v, Constraint) else v for n, v in vars(constraint).items()}
     if kind is None or not all(isinstance(v, int | float | str | list) for v in held.values()):
-        raise InputError(
-            f"expected parameters under a constraint of Pyro between plain numbers, got {constraint}"
-        )
+        what = "parameters under a constraint of Pyro between plain numbers"
+        raise InputError(f"expected {what}, got {constraint}")
     return [kind, held]
 
 

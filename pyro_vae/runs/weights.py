@@ -36,9 +36,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     """Read the weights of a run and the checksum written with them."""
     path = own_file(folder, WEIGHTS)
     if path is None:
-        raise InputError(
-            f"expected weights at {folder / WEIGHTS}, found none: the run did not finish"
-        )
+        raise InputError(f"expected weights at {folder / WEIGHTS}, got none: the run did not finish")
     with expecting(f"safetensors weights in {path}", *UNREADABLE):
         weights, metadata = read_tensors(path)
     return weights, metadata.get(_CHECKSUM)
@@ -87,9 +85,8 @@ def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor])
     for name, value in weights.items():
         wanted = expected[name]
         if value.shape != wanted.shape:
-            raise InputError(
-                f"expected weight {name} of shape {tuple(wanted.shape)}, got {tuple(value.shape)}"
-            )
+            got, shape = tuple(value.shape), tuple(wanted.shape)
+            raise InputError(f"expected weight {name} of shape {shape}, got {got}")
         real = wanted.is_floating_point()
         if (value.dtype not in _FLOATS) if real else (value.dtype != wanted.dtype):
             raise InputError(f"expected weight {name} as {wanted.dtype}, got {value.dtype}")
