@@ -180,7 +180,7 @@ def topics_guide(net):
     def guide(documents):
         pyro.module("shares_net", net)
         start = 1 + torch.eye(TOPICS, WORDS)
-        concentration = pyro.param("topics", start, constraint=constraints.positive)
+        concentration = pyro.param("concentration", start, constraint=constraints.positive)
         with pyro.plate("topics", TOPICS):
             pyro.sample("topic", dist.Dirichlet(concentration))
         counts = nn.functional.one_hot(documents, WORDS).float().sum(1)
