@@ -1,7 +1,5 @@
 """Densities of data points given draws of the latents that they share: p(x_n | data), and for loo."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
