@@ -76,22 +76,9 @@ def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class BetaSchedule:
-    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant."""
-
-    def __init__(self, beta: float, warmup_steps: int) -> None:
-        self.beta, self.warmup_steps, self.steps = beta, warmup_steps, 0
-
-    @property
-    def current(self) -> float:
-        """Beta of the coming step."""
-        if self.steps >= self.warmup_steps:
-            return self.beta
-        return self.beta * self.steps / self.warmup_steps
-
-    def step(self) -> None:
-        """Go on to the next step."""
-        self.steps += 1
+def beta_at(step: int, beta: float, warmup_steps: int) -> float:
+    """Return beta of a step, counted from 0: a linear rise from 0 over the warm-up, then constant."""
+    return beta if step >= warmup_steps else beta * step / warmup_steps
 
 
 def check_beta(beta: float) -> None:
