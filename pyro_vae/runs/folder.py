@@ -26,15 +26,8 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
     """Write a VAE to a folder: ``config.json`` and ``model.safetensors``.
 
     A component is described by its class and its constructor's arguments, read from the attributes of
-    the same names.
-
-    Args:
-        vae: the model to save.
-        folder: created if missing; must not hold a run yet. A ``~`` is the home directory.
-        settings: more plain values to keep under ``"run"`` in ``config.json``.
-
-    Returns:
-        the folder.
+    the same names. The folder, which is returned, is created if missing and must not hold a run yet;
+    a ``~`` is the home directory. ``settings`` are more plain values, kept under ``"run"``.
 
     Raises:
         InputError: what is no VAE, a folder that holds a run, is in use or can't be written, or a
@@ -129,7 +122,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """Create a folder and those above it; take away what is empty of them if the body fails."""
     made: list[Path] = []
     try:
-        with writing_to(folder):
+        with writing_to(folder, ValueError):  # a zero byte in the name
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         yield
