@@ -34,11 +34,7 @@ _LOOKED_AT = 4096
 
 
 def diagnose(
-    rows: _Rows,
-    model: PairFunction,
-    guide: PairFunction,
-    batch: Inputs,
-    settings: FitSettings,
+    rows: _Rows, model: PairFunction, guide: PairFunction, batch: Inputs, settings: FitSettings
 ) -> tuple[str, ...]:
     """Name what went wrong by the metrics per epoch, one line each, with what to try."""
     if not rows:
