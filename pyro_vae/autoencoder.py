@@ -33,13 +33,9 @@ class AutoencoderFit:
     Attributes:
         history: one array ``(epochs,)`` per quantity: ``train_loss`` and ``validation_loss`` (per
             datum, summed over its values; NaN without validation data), ``seconds``.
-        best_epoch: epoch (from 1) whose weights were kept; the last one without early stopping.
-        stopped_early: whether the validation loss stopped improving before the last epoch.
-        device: where it was trained.
         loss: ``"mse"`` or ``"bce"``.
-        batch_size: data per step.
-        learning_rate: Adam's step size.
-        num_parameters: how many numbers were trained.
+        best_epoch, stopped_early: as of :class:`pyro_vae.FitResult`, by the validation loss.
+        device, batch_size, learning_rate, num_parameters: as there.
     """
 
     history: dict[str, np.ndarray]

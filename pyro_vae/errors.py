@@ -13,7 +13,6 @@ __all__ = ["InputError"]
 
 # Names and reasons that come from a file may be of any length; a message is one line.
 _LONGEST = 200
-
 # Of dimensions, layers and components: torch keeps some of them in 32 bits.
 _LARGEST_SIZE = 2**31 - 1
 

@@ -101,8 +101,7 @@ class MLPDecoder(nn.Module):
 
     Args:
         latent_dim: size of the latent vector.
-        hidden: widths of the hidden layers, from the latent side to the data side.
-        activation: one of :data:`ACTIVATIONS`, after every layer.
+        hidden, activation: as :class:`MLPEncoder` has them, from the latent side to the data side.
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, hidden[-1])``.

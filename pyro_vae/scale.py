@@ -16,11 +16,7 @@ _LARGE, _SMALL = 10.0, 0.01
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each value of a datum over the data, NaN left out.
 
-    Args:
-        x: data ``(N, *data_shape)``.
-
-    Returns:
-        both ``data_shape`` in float64; 0 where every value is missing.
+    Of data ``(N, *data_shape)`` both are ``data_shape`` in float64; 0 where every value is missing.
     """
     blocks = x.split(max(1, _BLOCK // max(1, x[0].numel())))
     count = sum((~block.isnan()).sum(0) for block in blocks).clamp(min=1)

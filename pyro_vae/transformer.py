@@ -48,15 +48,11 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         standardize: whether the networks see standardised columns (see
             :meth:`pyro_vae.VAE.standardize`); by default they do under the Gaussian likelihood.
         num_components: components of the prior, where it has any.
-        beta: weight of the KL term.
-        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs, more in
+        warmup_epochs: epochs over which beta rises from 0; by default a tenth of the epochs, more in
             short runs, as ``pyro-vae train`` has it.
-        epochs: passes over the data.
-        batch_size: data per step.
-        learning_rate: Adam's step size.
+        beta, epochs, batch_size, learning_rate, device: as :func:`pyro_vae.fit` has them.
         num_samples: importance samples per datum of the scores.
         seed: seed of initial weights, training and scores.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Attributes:
         vae_: the trained :class:`pyro_vae.VAE`.

@@ -15,13 +15,10 @@ from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.files import write_whole
 
 PAGE = "report.html"
-
 # Where more than this share of the data has too heavy a tail, their mean can't be trusted either.
 MANY_UNRELIABLE = 0.05
-
 # Characters of a command line that fit into the width of a page.
 _LINE = 80
-
 # Of the ELBO, as tables name them.
 TERMS = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,7 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
     return rows
 
 
-def _train(
-    study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> _Rows:
+def _train(study: Study, settings: TrainSettings, betas: Sequence[float], warm_start: bool) -> _Rows:
     """Train or load a run per beta; return a row of each."""
     rows: _Rows = []
     before = None

@@ -85,9 +85,7 @@ def families_and_runs(
     return figure
 
 
-def datum_against_datum(
-    first: Array, second: Array, *, labels: tuple[str, str], title: str
-) -> Figure:
+def datum_against_datum(first: Array, second: Array, *, labels: Labels, title: str) -> Figure:
     """Show one quantity of every datum under two pairs with these labels, ``(N,)`` each, nats."""
     figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, panels
+from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits, panels
 
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
@@ -119,11 +119,9 @@ def rate_distortion(
     return figure
 
 
-def _place_labels(
-    beta: Array, rate: Array, distortion: Array
-) -> list[tuple[str, tuple[float, float]]]:
+def _place_labels(beta: Array, rate: Array, distortion: Array) -> list[tuple[str, Limits]]:
     """Return the text and place of each label; points that lie on each other share one."""
-    labels: list[tuple[str, tuple[float, float]]] = []
+    labels: list[tuple[str, Limits]] = []
     near = [0.02 * (np.ptp(values) or 1.0) for values in (rate, distortion)]
     for value, right, up in zip(beta, rate, distortion, strict=True):
         for index, (text, (x, y)) in enumerate(labels):

@@ -30,7 +30,6 @@ _PER_WEIGHT, _ELEMENTS_AT_LEAST = 16, 1 << 20
 _PER_TENSOR = 256
 # Largest size among a registered class's settings beside few weights; some weight has each of them.
 _LARGEST_SIZE = 1 << 20
-
 # What constructors raise that are given something else than they expect.
 _UNBUILDABLE = (
     *(LookupError, TypeError, AttributeError, ValueError, RuntimeError),

@@ -11,10 +11,8 @@ from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
-
 # Of a folder of several runs: its settings, and where its runs are.
 STUDY, RUNS = "study.json", "runs"
-
 FORMAT = 1
 
 
