@@ -174,7 +174,8 @@ class Autoencoder(nn.Module):
 
         def note(epoch: int, row: dict[str, float]) -> None:
             losses = pair.losses(row)
-            bar.update(bar.task_ids[0], completed=epoch, description=_describe(losses))
+            bar.set_description_str(_describe(losses), refresh=False)
+            bar.update(epoch - bar.n)
             if on_epoch is not None:
                 on_epoch(epoch, losses)
 

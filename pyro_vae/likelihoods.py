@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae.distributions import continuous_bernoulli, values
+from pyro_vae.distributions import values
 from pyro_vae.errors import InputError, positive_number, size
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
@@ -172,7 +172,7 @@ class ContinuousBernoulli(_UnitInterval):
         Variational Autoencoders", equation 6.
     """
 
-    pixels = continuous_bernoulli.StableContinuousBernoulli
+    pixels = values.StableContinuousBernoulli
 
     def start_at_mean(self, mean: Tensor) -> None:
         """Set the output bias to the natural parameter whose mean is ``mean``."""
@@ -182,7 +182,7 @@ class ContinuousBernoulli(_UnitInterval):
         low, high = torch.full_like(mean, -32.0), torch.full_like(mean, 32.0)
         for _ in range(40):  # bisection: the mean rises with eta
             middle = (low + high) / 2
-            below = continuous_bernoulli.continuous_bernoulli_mean(middle) < mean
+            below = values.continuous_bernoulli_mean(middle) < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         self.logits.start_at(bias=low)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pyro_vae import distributions
 from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layers, standard_normal
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
-from pyro_vae.distributions.stable_beta import StableBeta
+from pyro_vae.distributions.values import StableBeta
 from pyro_vae.errors import InputError, positive_number, size, sizes
 from pyro_vae.networks import Standardized, check_range, check_shape
 

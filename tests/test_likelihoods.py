@@ -11,12 +11,12 @@ import scipy.stats
 import torch
 
 from pyro_vae import likelihoods
-from pyro_vae.distributions.continuous_bernoulli import StableContinuousBernoulli
 from pyro_vae.distributions.values import (
     LevelsOfLogistic,
     NumberedCategorical,
     PreciseNegativeBinomial,
     PreciseStudentT,
+    StableContinuousBernoulli,
 )
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.importance_sampling import log_marginal

@@ -368,3 +368,8 @@ def test_correlations_of_a_table_are_those_drawn_against_those_of_the_data():
     np.testing.assert_allclose(
         points[0], [np.corrcoef(x[:, 0], x[:, 1])[0, 1] for x in (data, drawn)]
     )
+
+
+def test_a_figure_shows_itself_as_a_cell_s_last_line():
+    figure = plots.image_grid([np.zeros((3, 1, 4, 4))], title="three blanks")
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky
-from pyro_vae.distributions.stable_beta import StableBeta
+from pyro_vae.distributions.values import StableBeta
 from pyro_vae.errors import InputError
 from pyro_vae.networks import MLPDecoder, MLPEncoder
 from pyro_vae.vae import VAE

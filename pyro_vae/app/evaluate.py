@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
@@ -25,7 +24,7 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
-from pyro_vae.evaluation.estimate import Convergence, LogMarginal, concatenate, warn_if_unreliable
+from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
@@ -127,12 +126,7 @@ def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarg
             warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             how = replace(how, seed=processes.own_seed(how.seed))
             part = replace(_estimate(vae, own, how, show=processes.is_first), draws=None)
-    parts = [part for part in processes.gather(part) if part is not None]
-    curves, convergence = [part.convergence for part in parts if part.convergence is not None], None
-    if len(curves) == len(parts):
-        log_prob = torch.cat([curve.log_prob for curve in curves], dim=1)
-        convergence = Convergence(curves[0].num_samples, log_prob)
-    whole = concatenate(parts, convergence=convergence)
+    whole = concatenate([part for part in processes.gather(part) if part is not None])
     warn_if_unreliable(whole, stacklevel=2)
     return whole
 

@@ -44,13 +44,7 @@ FAMILIES = {
 }
 NETWORKS = ("mlp", "conv", "resnet")
 METHODS = ("auto", "importance", "annealed", "both")
-OBJECTIVES = {
-    "elbo": "TraceBound",
-    "analytic-kl": "AnalyticKL",
-    "sticking-the-landing": "StickingTheLanding",
-    "free-bits": "FreeBits",
-    "iwae": "IWAE",
-}
+OBJECTIVES = ("elbo", "analytic-kl", "sticking-the-landing", "free-bits", "iwae")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 COMPLETIONS = ("metropolis", "importance", "pseudo-gibbs")
 VIEWS = ("scatter", "manifold")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_vae import datasets, guides, infer, likelihoods, networks, priors
+from pyro_vae import datasets, guides, likelihoods, networks, priors
 from pyro_vae.app import names
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.options import check_values
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, available_memory, check_room
 from pyro_vae.infer.bounds import Bound
+from pyro_vae.infer.objectives import default_particles, objective_named
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.description import Bounded
@@ -39,7 +39,7 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     start_vae(vae, settings, dataset.train)
     # What the layers give, for the gradient once more.
     widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))
-    particles = settings.num_particles or _default_particles(settings.objective)
+    particles = settings.num_particles or default_particles(settings.objective)
     batch = min(settings.batch_size, len(dataset.train)) * particles
     check_room("training steps", 8 * batch * widths, "lower batch_size, num_particles or the widths")
     return vae
@@ -179,7 +179,7 @@ def tell_defaults(
         steps = -(-num_data // settings.batch_size)
         told["warmup_epochs"] = default_warmup_epochs(settings.epochs, steps)
     if settings.num_particles is None:
-        told["num_particles"] = _default_particles(settings.objective)
+        told["num_particles"] = default_particles(settings.objective)
     return replace(settings, **told)
 
 
@@ -208,10 +208,5 @@ def _objective_of(settings: TrainSettings) -> Bound:
     if (floor is not None) != (name == "free-bits"):
         told = f"got {'none' if floor is None else floor} with {name}"
         raise InputError(f"expected --free-bits with --objective free-bits and only there, {told}")
-    particles = settings.num_particles or _default_particles(name)
-    kind: Callable[..., Bound] = getattr(infer, names.OBJECTIVES[name])
-    return kind(num_particles=particles, **({} if floor is None else {"floor": floor}))
-
-
-def _default_particles(objective: str) -> int:
-    return 5 if objective == "iwae" else 1  # the smaller number of Burda et al. 2016
+    options = {} if floor is None else {"floor": floor}
+    return objective_named(name, settings.num_particles, **options)

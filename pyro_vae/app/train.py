@@ -35,8 +35,8 @@ from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_opti
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError, check_same
+from pyro_vae.evaluation.comparison_training import frozen_model
 from pyro_vae.evaluation.estimate import LogMarginal
-from pyro_vae.evaluation.frozen_model import frozen_model
 from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms

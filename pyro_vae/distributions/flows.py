@@ -177,9 +177,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
         self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
-    ) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         """Return independent copies; the context broadcasts from the right as it did."""
         return FlowDistribution(self.base.expand(torch.Size(batch_shape)), self.layers, self.context)
 
@@ -233,8 +231,7 @@ def spline_layers(
     spline = functools.partial(rational_quadratic_spline, bound=bound)
     digits = max(1, math.ceil(math.log2(dim)))
     layers = nn.ModuleList()
-    # Split by the binary digits of the coordinates' index, any two differ in one: with enough layers
-    # each depends on every other.
+    # Split by the digits of their index, any two coordinates are on different sides in some layer.
     for index in range(num_layers):
         digit = (torch.arange(dim) >> (index // 2 % digits)) % 2
         degrees = torch.zeros_like(digit) if dim == 1 else (digit + index) % 2

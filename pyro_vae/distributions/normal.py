@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -87,11 +88,8 @@ class CholeskyNormal(LatestDraw, dist.MultivariateNormal):
 
 
 def variance_of_means(size: int) -> float:
-    """Return how much of a variance of 1 a fresh mixture has between its means, not within them.
-
-    Two means then lie sqrt(2) of a component's deviations apart, whatever the number of dimensions.
-    """
-    return 1 / (size + 1)
+    """Return how much of a variance of 1 a fresh mixture has between its means, not within them."""
+    return 1 / (size + 1)  # two lie sqrt(2) of a component's deviations apart, at any size
 
 
 class DiagonalNormalMixture(TorchDistribution):
@@ -120,9 +118,7 @@ class DiagonalNormalMixture(TorchDistribution):
         self.log_weights, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: DiagonalNormalMixture | None = None
-    ) -> DiagonalNormalMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalNormalMixture:
         """Return independent copies."""
         batch = torch.Size(batch_shape)
         return DiagonalNormalMixture(
@@ -183,8 +179,7 @@ class DiagonalNormalMixture(TorchDistribution):
         log_before = F.pad(log_density[..., :-1].cumsum(-1), (1, 0))
         weights = (self.log_weights[..., None] + log_before).softmax(-2)
         fixed_weights = weights.detach()
-        # In the upper tail 1 - F keeps the digits that F loses; as the weights sum to 1, F and F - 1
-        # have the same derivatives.
+        # In the upper tail 1 - F keeps the digits that F loses; F - 1 has the same derivatives.
         upper = (fixed_weights * standardised).sum(-2, keepdim=True) > 0
         tail = torch.special.ndtr(torch.where(upper, -standardised, standardised))
         component_cdf = torch.where(upper, -tail, tail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,8 @@ from pyro_vae.errors import InputError
 class _UnitSphere(constraints.Constraint):
     """Vectors of unit length, up to what normalising in float32 leaves.
 
-    Pyro's `constraints.sphere` allows 10 eps sqrt(m) with the eps of the value's dtype. Here it is
-    float32's throughout, so that a float32 sample may be scored in float64. Densities are computed
-    from chords and feel a norm off by d only as d^2.
+    Pyro's takes the eps of the value's dtype; so a float32 sample may be scored in float64. Densities
+    are computed from chords and feel a norm off by d only as d^2.
     """
 
     event_dim = 1
@@ -45,16 +45,9 @@ class SphereDistribution(TorchDistribution):
     has_rsample = True
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density with respect to the surface measure.
+        """Log density of unit vectors ``(*sample, *batch, m)`` with respect to the surface measure.
 
-        Args:
-            value: unit vectors, shape ``(*sample, *batch, m)``.
-
-        Returns:
-            Shape ``(*sample, *batch)``, nats.
-
-        Raises:
-            InputError: with validation on, if ``value`` doesn't consist of unit vectors.
+        ``(*sample, *batch)``, nats. With validation on, others raise an InputError.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -77,11 +70,13 @@ def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     shape = f"shape {tuple(value.shape)}"
-    if not value.dim() or not value.numel():
-        return shape
-    norm = torch.linalg.vector_norm(value.detach().double(), dim=-1)
-    low, high = norm.min().item(), norm.max().item()
-    return f"{shape} with norms from {low:.9g} to {high:.9g}"
+    return f"{shape} with {describe_norms(value)}" if value.dim() and value.numel() else shape
+
+
+def describe_norms(vectors: Tensor) -> str:
+    """Return between which numbers the lengths of vectors are."""
+    norm = torch.linalg.vector_norm(vectors.detach().double(), dim=-1)
+    return f"norms from {norm.min().item():.9g} to {norm.max().item():.9g}"
 
 
 def check_dimension(m: int) -> int:
@@ -116,14 +111,11 @@ class HypersphericalUniform(SphereDistribution):
     concentration 0.
 
     Args:
-        m: dimension of the ambient space, at least 2.
+        m: dimension of the ambient space, at least 2; the event shape is ``(m,)``.
         batch_shape: shape of a batch of independent copies.
         dtype: of the samples; PyTorch's default if None.
         device: of the samples; PyTorch's default if None.
         validate_args: whether to check the values given to `log_prob`; Pyro's setting if None.
-
-    Shapes:
-        batch shape ``batch_shape``, event shape ``(m,)``.
 
     Raises:
         InputError: if ``m`` is not a whole number of at least 2.
@@ -148,9 +140,7 @@ class HypersphericalUniform(SphereDistribution):
         self._origin = torch.zeros(m, dtype=dtype, device=device)
         super().__init__(torch.Size(batch_shape), torch.Size([m]), validate_args=validate_args)
 
-    def expand(
-        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
-    ) -> HypersphericalUniform:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HypersphericalUniform:
         """Return the same distribution with another batch shape."""
         new: HypersphericalUniform = self._get_checked_instance(HypersphericalUniform, _instance)
         new.m, new._origin = self.m, self._origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from .special_functions import CosineCumulants, angle_derivative, cosine_cumulan
 from .sphere import (
     SphereDistribution,
     check_dimension,
+    describe_norms,
     log_sphere_area,
     random_directions,
     unit_sphere,
@@ -50,11 +52,7 @@ class VonMisesFisher(SphereDistribution):
     Args:
         loc: mean direction mu, unit vectors, shape ``(*batch, m)``, m >= 2, float32 or float64.
         concentration: kappa >= 0, shape ``(*batch,)`` or a number.
-        validate_args: whether to check the values of parameters and samples; Pyro's setting if
-            None.
-
-    Shapes:
-        batch shape ``batch``, event shape ``(m,)``.
+        validate_args: whether to check parameters and samples; Pyro's setting if None.
 
     Raises:
         InputError: if shapes or dtypes don't fit; with validation on, if ``loc`` is not of unit
@@ -85,11 +83,14 @@ class VonMisesFisher(SphereDistribution):
         try:
             super().__init__(batch_shape, event_shape, validate_args=validate_args)
         except ValueError as error:
-            raise InputError(_parameter_message(self.loc, self.concentration)) from error
+            least = self.concentration.min().item()
+            text = f"expected concentration >= 0, got minimum {least:.6g}: map it through softplus"
+            if least >= 0:
+                norms = describe_norms(self.loc)
+                text = f"expected loc of unit length, got {norms}: divide it by its norm"
+            raise InputError(text) from error
 
-    def expand(
-        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
-    ) -> VonMisesFisher:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> VonMisesFisher:
         """Return the same distribution with its parameters expanded to another batch shape."""
         new: VonMisesFisher = self._get_checked_instance(VonMisesFisher, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -117,12 +118,8 @@ class VonMisesFisher(SphereDistribution):
     def cosine_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what densities, entropies and divergences are made of, each of shape ``batch``.
 
-        Float64 whatever the dtype of the parameters, because sums of them cancel, and with gradients
-        to ``concentration``.
-
-        Returns:
-            the concentration k; log E[e^(k mu.x)] under the uniform law, in nats; its derivative in
-            k, which is the mean E[mu.x] = I_(m/2)(k) / I_(m/2-1)(k).
+        The concentration k; log E[e^(k mu.x)] under the uniform law, nats; its derivative in k, which
+        is the mean E[mu.x] = I_(m/2)(k) / I_(m/2-1)(k). Float64, because sums of them cancel.
         """
         # One upcast for all three: their gradients then also cancel in float64.
         k = self.concentration.double()
@@ -159,14 +156,9 @@ class VonMisesFisher(SphereDistribution):
         return log_density_at_mode - 0.5 * self.concentration * chord
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draw reparameterised samples.
+        """Draw unit vectors ``(*sample, *batch, m)``, reparameterised.
 
-        Args:
-            sample_shape: shape of the independent draws.
-
-        Returns:
-            Unit vectors, shape ``(*sample, *batch, m)``. A draw whose every proposal is rejected
-            is NaN, never a wrong value; the chance is below 1e-16.
+        A draw whose every proposal is rejected is NaN; the chance is below 1e-16.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         concentration = self.concentration.expand(shape[:-1])
@@ -197,23 +189,8 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
             f"expected concentration of shape {tuple(loc.shape[:-1])} for loc of shape "
             f"{tuple(loc.shape)}, got {tuple(concentration.shape)}: one number for each vector"
         ) from error
-    return (
-        loc.to(dtype).expand(batch_shape + loc.shape[-1:]),
-        concentration.to(dtype).expand(batch_shape),
-    )
-
-
-def _parameter_message(loc: Tensor, concentration: Tensor) -> str:
-    if not bool((concentration >= 0).all()):
-        return (
-            f"expected concentration >= 0, got minimum {concentration.min().item():.6g}: "
-            "map it through softplus"
-        )
-    norm = torch.linalg.vector_norm(loc.detach(), dim=-1)
-    return (
-        f"expected loc of unit length, got norms from {norm.min().item():.9g} to "
-        f"{norm.max().item():.9g}: divide it by its norm"
-    )
+    loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
+    return loc, concentration.to(dtype).expand(batch_shape)
 
 
 class _CosineMoments(torch.autograd.Function):
@@ -242,13 +219,9 @@ class _CosineMoments(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             _, mean = _CosineMoments.apply(concentration, log_partition, mean, variance)
             variance = _EndOfDerivatives.apply(concentration, variance)
-        gradient = None
-        if log_partition_gradient is not None:
-            gradient = log_partition_gradient * mean
-        if mean_gradient is not None:
-            through_mean = mean_gradient * variance
-            gradient = through_mean if gradient is None else gradient + through_mean
-        return gradient, None, None, None
+        both = ((log_partition_gradient, mean), (mean_gradient, variance))
+        through = [gradient * slope for gradient, slope in both if gradient is not None]
+        return sum(through[1:], through[0]) if through else None, None, None, None
 
 
 class _ImplicitAngle(torch.autograd.Function):

@@ -6,10 +6,9 @@ from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.evaluation.estimate import LogMarginal, to_arviz
 from pyro_vae.evaluation.gap_decomposition import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.importance_sampling import log_marginal
-from pyro_vae.evaluation.mutual_information import Estimate
 from pyro_vae.evaluation.predictive_density import PredictiveLogProb, predictive_log_prob
 from pyro_vae.evaluation.quadrature import PosteriorDivergence, posterior_divergence
-from pyro_vae.evaluation.representation_quality import Representation, representation
+from pyro_vae.evaluation.representation_quality import Estimate, Representation, representation
 from pyro_vae.evaluation.simulation_checks import (
     AggregatePosterior,
     Calibration,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_room
 from pyro_vae.evaluation.estimate import (
-    Block,
     LogMarginal,
     PosteriorDraws,
     Report,
-    join_blocks,
+    concatenate,
     log_mean_weights,
     measure_weights,
 )
@@ -115,15 +114,13 @@ def anneal(
         Neal 2001, "Annealed Importance Sampling"; for decoders: Wu, Burda, Salakhutdinov, Grosse
         2017, "On the Quantitative Analysis of Decoder-Based Generative Models".
     """
-    blocks, positions = [], torch.arange(pair.num_data)
-    for rows, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
-        blocks.append(_anneal_block(Particles(part), options, positions[rows], report))
-        report.finish(blocks[-1].per_datum["log_prob"])
+    blocks = []
+    for _, part in pair.blocks(annealing_block_size(pair, options.num_chains, max_memory)):
+        blocks.append(_anneal_block(Particles(part), options, report))
+        report.finish(blocks[-1].log_prob)
         report.tell()
-    counts = torch.full((pair.num_data,), options.num_chains)
-    how: dict[str, Any] = {"num_samples": counts, "method": "annealed"}
-    how["pseudo_likelihood"] = pair.is_pseudo_likelihood()
-    return join_blocks(blocks, keep_draws=keep_draws, **how)
+    whole = concatenate(blocks, keep_draws=keep_draws)
+    return replace(whole, pseudo_likelihood=pair.is_pseudo_likelihood())
 
 
 def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | None) -> int:
@@ -198,11 +195,9 @@ def annealed_weights(
     return log_weights, state, torch.stack(acceptance)
 
 
-def _anneal_block(
-    particles: Particles, options: AnnealingOptions, positions: Tensor, report: Report
-) -> Block:
+def _anneal_block(particles: Particles, options: AnnealingOptions, report: Report) -> LogMarginal:
     path = AnnealingPath(particles, options.start)
-    rate = distortion = torch.full((len(positions),), torch.nan, dtype=torch.float64)
+    rate = distortion = torch.full((particles.num_data,), torch.nan, dtype=torch.float64)
     if options.start != "prior":
         densities = particles.draw(options.num_chains)
         check_weights(densities)
@@ -223,7 +218,7 @@ def _anneal_block(
         state,
         options,
         # The last data point is told of once the block's numbers are in.
-        tell=lambda fraction: report.tell(min(fraction, 0.999) * len(positions)),
+        tell=lambda fraction: report.tell(min(fraction, 0.999) * particles.num_data),
     )
     # As many chains again, of half the steps: where these are too few the estimate still rises.
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
@@ -233,23 +228,23 @@ def _anneal_block(
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
-    per_datum = {
+    per_datum: dict[str, Any] = {
         **estimate,
         "rate": rate,
         "distortion": distortion,
         "acceptance": acceptance.mean(0),
+        "num_samples": torch.full_like(rate, options.num_chains, dtype=torch.long),
         "cost": torch.full_like(rate, math.ceil(evaluations), dtype=torch.long),
         "trusted": torch.stack([value <= 1 for value in diagnostics.values()]).all(0),
     }
     latents, _ = path.latents(state.position)
     log_likelihood, _ = path.particles.score(latents)
-    draws = {name: value.cpu() for name, value in path.particles.data_first(latents).items()}
-    kept = PosteriorDraws(draws, log_likelihood.cpu(), log_weights.cpu())
-    return Block(
-        positions,
-        {name: value.cpu() for name, value in per_datum.items()},
-        kept,
+    draws = PosteriorDraws(path.particles.data_first(latents), log_likelihood, log_weights)
+    return LogMarginal(
+        **{name: value.cpu() for name, value in per_datum.items()},
+        method="annealed",
         diagnostics={name: value.cpu() for name, value in diagnostics.items()},
+        draws=draws.map(Tensor.cpu),
     )
 
 

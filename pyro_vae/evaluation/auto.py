@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal, annealing_block_size
-from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report
+from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report, log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.pilot import CHAINS, explore
 from pyro_vae.pair.opened import BLOCK, OpenedPair
@@ -63,18 +65,45 @@ def why_not_annealed(pair: OpenedPair, start: str = "both") -> str | None:
     return None
 
 
-def trust_nothing(reason: str, *estimates: LogMarginal, stacklevel: int) -> tuple[LogMarginal, ...]:
-    """Warn, and return estimates with no data point trusted, for none can be looked at again."""
-    warnings.warn(f"no data point is trusted without annealing: {reason}", stacklevel=stacklevel + 1)
-    return tuple(
-        replace(each, method="auto", trusted=torch.zeros(len(each.log_prob), dtype=torch.bool))
-        for each in estimates
-    )
-
-
 def is_unclear(estimate: LogMarginal) -> Tensor:
     """Return which data points their weights do not clear, bool ``(N,)``."""
     return ~((estimate.pareto_k <= _PARETO_K_LIMIT) & estimate.log_prob.isfinite())
+
+
+def anneal_alike(
+    pairs: Mapping[str, OpenedPair],
+    estimates: Mapping[str, LogMarginal],
+    options: AutoOptions,
+    run: Callable[[OpenedPair, int], AbstractContextManager[None]],
+    *,
+    max_memory: int | None,
+) -> dict[str, LogMarginal]:
+    """Anneal what any of the pairs, by name, does not clear in every one: they stay comparable.
+
+    Where one can't be annealed no data point of any is trusted, for none can be looked at again.
+    ``run`` opens a pair for one of its steps, which has a number.
+    """
+    for name, pair in pairs.items():
+        with run(pair, 0):
+            reason = why_not_annealed(pair)
+        if reason is not None:
+            whose = f"{name}: " * (len(pairs) > 1)
+            text = f"no data point is trusted without annealing: {whose}{reason}"
+            warnings.warn(text, stacklevel=4)
+            nothing = torch.zeros(pair.num_data, dtype=torch.bool)
+            return {n: replace(e, method="auto", trusted=nothing) for n, e in estimates.items()}
+    looks = {}
+    for name, pair in pairs.items():
+        with run(pair, 2):
+            looks[name] = look_again(pair, estimates[name], options)
+    cleared = torch.stack([own for _, own in looks.values()]).all(0)
+    urgent = torch.stack([is_unclear(estimate) for estimate, _ in looks.values()]).any(0)
+    found = {}
+    for name, pair in pairs.items():
+        with run(pair, 3):
+            how: dict[str, Any] = {"urgent": urgent, "max_memory": max_memory}
+            found[name] = anneal_uncleared(pair, looks[name][0], cleared, options, **how)
+    return found
 
 
 def look_again(
@@ -152,15 +181,12 @@ def _replace_draws(
     kept: PosteriorDraws | None, found: PosteriorDraws | None, rows: Tensor
 ) -> PosteriorDraws | None:
     """Put the annealed chains' ends, resampled by their weights, in place of the rows' draws."""
-    if kept is None or found is None or not len(kept.log_weights):
+    if kept is None or found is None:
         return None
-    count = len(kept.log_weights)
-    chosen = torch.multinomial(found.log_weights.softmax(0).nan_to_num(1.0).T, count, True).T
-    columns = torch.arange(len(rows))
-    latents = {name: value.clone() for name, value in kept.latents.items()}
-    likelihood, weights = kept.log_likelihood.clone(), kept.log_weights.clone()
-    for name, value in latents.items():
-        value[:, rows] = found.latents[name][chosen, columns]
-    likelihood[:, rows] = found.log_likelihood[chosen, columns]
-    weights[:, rows] = found.log_weights.logsumexp(0) - math.log(len(found.log_weights))
-    return PosteriorDraws(latents, likelihood, weights)
+    chosen, columns = found.choose(len(kept.log_weights)), torch.arange(len(rows))
+    whole, part = kept.map(Tensor.clone), found.map(lambda value: value[chosen, columns])
+    for name, value in whole.latents.items():
+        value[:, rows] = part.latents[name]
+    whole.log_likelihood[:, rows] = part.log_likelihood
+    whole.log_weights[:, rows] = log_mean_weights(found.log_weights)["log_prob"]
+    return whole

@@ -1,7 +1,5 @@
 """Bidirectional Monte Carlo: a lower and an upper bound of log p(x) on data drawn from the model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +16,7 @@ from pyro_vae.evaluation.ais import (
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
-from pyro_vae.evaluation.simulate import simulate
+from pyro_vae.evaluation.simulation_checks import simulate
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
@@ -168,7 +166,7 @@ def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) 
     start = path.evaluate(path.draw(options.num_chains))
     forward, _, accepted = annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
-    exact = exact.expand(options.num_chains, *exact.shape[1:])
+    exact = exact.expand(options.num_chains, -1, -1)
     reverse, _, accepted_back = annealed_weights(plan, path.evaluate(exact), options, reverse=True)
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]

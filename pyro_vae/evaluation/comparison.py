@@ -1,7 +1,5 @@
 """Train pairs where asked, and measure each in the same way on the same data."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +12,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
-from pyro_vae.evaluation.auto import (
-    AutoOptions,
-    anneal_uncleared,
-    is_unclear,
-    look_again,
-    trust_nothing,
-    why_not_annealed,
-)
+from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import (
     Observed,
@@ -33,11 +24,12 @@ from pyro_vae.evaluation.comparison_training import (
     check_comparable,
     check_fit_options,
     check_training,
+    frozen_model,
     observed_sites,
+    parameters_in,
     train_pairs,
 )
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.frozen_model import frozen_model, parameters_in
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import as_dict, check_callables
@@ -93,8 +85,7 @@ def compare(
 
     Args:
         pairs: ``{name: (model, guide)}``, trained already unless ``train`` is given.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``; taken to each pair's
-            device.
+        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``, on any device.
         num_samples: draws per datum for log p(x).
         num_elbo_samples: draws per datum for the ELBO, its parts and the importance-weighted bound.
         num_importance: draws in one importance-weighted bound.
@@ -102,8 +93,7 @@ def compare(
             a data point that any pair fails to clear in every pair. Of a pair that can't be annealed
             (latents that are discrete or on a sphere) annealing is left out; under auto no data point
             of any pair is trusted then, for none could be annealed in all.
-        annealing_options: options of :func:`pyro_vae.log_marginal` for annealing, e.g. ``num_steps``;
-            with auto ``max_annealed`` too.
+        annealing_options: of :func:`pyro_vae.log_marginal`, e.g. ``num_steps``, ``max_annealed``.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
         train: training data; each pair is then trained by :func:`pyro_vae.fit`, in place.
         hold: ``"model"`` measures all guides against one frozen copy of the first pair's model (which
@@ -164,7 +154,14 @@ def compare(
     with HANDLER_LOCK:
         opened = open_all(pairs)
         first = next(iter(opened.values()))
-        likelihood, owned = _look_at_all(opened, settings, hold)
+        if hold == "model":
+            observed = {"the frozen model": _look_at(first, settings)[0]}
+            owned = {name: _look_at_guide(pair, settings) for name, pair in opened.items()}
+        else:
+            looks = {name: _look_at(pair, settings) for name, pair in opened.items()}
+            observed = {name: found for name, (found, _) in looks.items()}
+            owned = {name: trained for name, (_, trained) in looks.items()}
+        likelihood = check_comparable(observed)
         if train is not None:
             check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
@@ -182,7 +179,7 @@ def compare(
                 for name, pair in opened.items()
             }
             if auto is not None:
-                _anneal_alike(opened, runs, auto, settings)
+                runs = _anneal_alike(opened, runs, auto, settings)
     return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
 
 
@@ -202,10 +199,7 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
 
 
 def _check_options(
-    methods: Sequence[str],
-    annealing_options: Mapping[str, Any] | None,
-    posterior: str | None,
-    hold: str | None,
+    methods: Sequence[str], given: Mapping[str, Any] | None, posterior: str | None, hold: str | None
 ) -> tuple[AnnealingOptions, int]:
     """Refuse options out of range or without effect; return annealing's, and how many data points."""
     named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
@@ -218,7 +212,7 @@ def _check_options(
         raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
     if hold not in (None, "model"):
         raise InputError(f"expected hold None or 'model', got {hold!r}")
-    options = as_dict("annealing_options", annealing_options)
+    options = as_dict("annealing_options", given)
     known = set(AnnealingOptions.__dataclass_fields__)
     if named == {"auto"}:
         known.add("max_annealed")
@@ -232,20 +226,6 @@ def _check_options(
             "leave them out, or ask for annealing"
         )
     return annealing, max_annealed
-
-
-def _look_at_all(
-    pairs: Mapping[str, OpenedPair], settings: _Settings, hold: str | None
-) -> tuple[str, dict[str, Trained]]:
-    """Return the likelihood's kind and what trains of each pair; refuse what can't be compared."""
-    if hold == "model":
-        observed = {"the frozen model": _look_at(next(iter(pairs.values())), settings)[0]}
-        owned = {name: _look_at_guide(pair, settings) for name, pair in pairs.items()}
-    else:
-        looks = {name: _look_at(pair, settings) for name, pair in pairs.items()}
-        observed = {name: found for name, (found, _) in looks.items()}
-        owned = {name: trained for name, (_, trained) in looks.items()}
-    return check_comparable(observed), owned
 
 
 def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed], Trained]:
@@ -283,32 +263,30 @@ def _hold(
 
 
 def _measure(
-    name: str,
-    pair: OpenedPair,
-    settings: _Settings,
-    report: Report,
-    owned: Trained,
-    fit: FitResult | None,
+    name: str, pair: OpenedPair, how: _Settings, report: Report, owned: Trained, fit: FitResult | None
 ) -> Measured:
-    def run(measure: Callable[..., Any], number: int, what: str, *how: Any, **options: Any) -> Any:
+    def run(measure: Callable[..., Any], number: int, what: str, *given: Any, **options: Any) -> Any:
         """Measure by a seed of its own: log p(x) is to be independent of the bounds."""
 
         def share(done: int, total: int) -> None:
             report(name, what, done / total)
 
-        with pair.evaluating((settings.seed + number) % 2**32):
-            return measure(pair, *how, max_memory=settings.max_memory, progress=share, **options)
+        with pair.evaluating((how.seed + number) % 2**32):
+            return measure(pair, *given, max_memory=how.max_memory, progress=share, **options)
 
-    bounds = run(measure_bounds, 0, "bounds", **settings.bounds)
+    bounds = run(measure_bounds, 0, "bounds", **how.bounds)
     start = time.perf_counter()
-    estimate = run(estimate_log_prob, 1, "log p(x)", settings.importance)
+    estimate = run(estimate_log_prob, 1, "log p(x)", how.importance)
     seconds = time.perf_counter() - start
     annealed = annealed_trusted = divergence = None
-    if settings.annealing and _can_be_annealed(pair, settings.annealing.start, settings.seed):
-        found = run(estimate_log_prob, 2, "log p(x), annealed", settings.annealing)
-        annealed = PerDatum(found.log_prob, found.standard_error)
-        annealed_trusted = found.trusted
-    if settings.posterior == "quadrature":
+    if how.annealing is not None:
+        with pair.evaluating(how.seed):
+            reason = why_not_annealed(pair, how.annealing.start)
+        if reason is None:
+            found = run(estimate_log_prob, 2, "log p(x), annealed", how.annealing)
+            annealed = PerDatum(found.log_prob, found.standard_error)
+            annealed_trusted = found.trusted
+    if how.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
@@ -327,44 +305,20 @@ def _measure(
     )
 
 
-def _can_be_annealed(pair: OpenedPair, start: str, seed: int) -> bool:
-    with pair.evaluating(seed):
-        return why_not_annealed(pair, start) is None
-
-
 def _anneal_alike(
     pairs: Mapping[str, OpenedPair],
     runs: dict[str, list[Measured]],
     auto: AutoOptions,
-    settings: _Settings,
-) -> None:
+    how: _Settings,
+) -> dict[str, list[Measured]]:
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
-    for name, pair in pairs.items():
-        with pair.evaluating(settings.seed):
-            reason = why_not_annealed(pair)
-        if reason is not None:
-            found = (measured.estimate for (measured,) in runs.values())
-            untrusted = trust_nothing(f"{name}: {reason}", *found, stacklevel=3)
-            for each, own in zip(runs, untrusted, strict=True):
-                runs[each] = [replace(runs[each][0], estimate=own)]
-            return
-    cleared, estimates = [], {}
-    for name, pair in pairs.items():
-        with pair.evaluating((settings.seed + 2) % 2**32):
-            estimates[name], clear = look_again(pair, runs[name][0].estimate, auto)
-            cleared.append(clear)
-    by_all = torch.stack(cleared).all(0)
-    urgent = torch.stack([is_unclear(estimate) for estimate in estimates.values()]).any(0)
-    for name, pair in pairs.items():
-        (measured,) = runs[name]
-        with pair.evaluating((settings.seed + 3) % 2**32):
-            annealed = anneal_uncleared(
-                pair,
-                estimates[name],
-                by_all,
-                auto,
-                urgent=urgent,
-                max_memory=settings.max_memory,
-            )
-        log_prob = PerDatum(annealed.log_prob, annealed.standard_error)
-        runs[name] = [replace(measured, estimate=annealed, log_prob=log_prob)]
+
+    def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
+        return pair.evaluating((how.seed + number) % 2**32)
+
+    first = {name: measured.estimate for name, (measured,) in runs.items()}
+    found = anneal_alike(pairs, first, auto, run, max_memory=how.max_memory)
+    return {
+        n: [replace(runs[n][0], estimate=e, log_prob=PerDatum(e.log_prob, e.standard_error))]
+        for n, e in found.items()
+    }

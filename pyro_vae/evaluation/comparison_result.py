@@ -99,8 +99,7 @@ class Comparison:
 
     Attributes:
         runs: what was measured of each run, by the pair's name; as many runs of every pair.
-        likelihood: kind of the likelihood, the same for all: ``"density"``, ``"probability"`` or
-            ``"pseudo-likelihood"``.
+        likelihood: the kind of all: ``"density"``, ``"probability"`` or ``"pseudo-likelihood"``.
         num_importance: draws in the importance-weighted bound.
         num_samples: draws of the importance estimate.
         hold: ``"model"`` where all guides were measured against one frozen model.
@@ -124,7 +123,11 @@ class Comparison:
         Raises:
             InputError: none, or comparisons of other pairs, settings or numbers of data points.
         """
-        kinds = [each._describe() for each in comparisons]
+        kinds = [
+            f"{', '.join(each.runs)} on {each.num_data} data points ({each.likelihood}, num_samples "
+            f"{each.num_samples}, num_importance {each.num_importance}, hold {each.hold})"
+            for each in comparisons
+        ]
         if not kinds:
             raise InputError("expected at least one comparison, got none")
         other = next((kind for kind in kinds if kind != kinds[0]), None)
@@ -327,12 +330,6 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = [[label, *cells] for label, cells in _table_rows(self)]
         return table(self._title(), [["", *self.pairs], *rows], _notes(self))
-
-    def _describe(self) -> str:
-        return (
-            f"{', '.join(self.runs)} on {self.num_data} data points ({self.likelihood}, num_samples "
-            f"{self.num_samples}, num_importance {self.num_importance}, hold {self.hold})"
-        )
 
     def _pareto_k(self, name: str) -> Tensor:
         """Return the largest tail index of each datum among the runs, NaN where one is not known."""

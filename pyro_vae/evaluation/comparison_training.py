@@ -1,24 +1,37 @@
-"""The pairs of a comparison: what is refused before the first of them is trained, and training."""
+"""The pairs of a comparison: what is refused before any is trained, training, and a model held."""
 
-from __future__ import annotations
-
+import copy
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.util import site_is_factor
-from torch import Tensor
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
 
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name, whole_number
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult, fit
-from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.contract import check_latents_match
+from pyro_vae.pair.functions import PairFunction, device_of, evaluation_mode, owned_modules
+from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair, any_number_of_data
-from pyro_vae.pair.sites import Site, TracePair, likelihood_kind, sample_sites, value_axis
+from pyro_vae.pair.sites import (
+    Given,
+    TracePair,
+    latent_sites,
+    likelihood_kind,
+    observed_names,
+    sample_sites,
+    value_axis,
+)
+from pyro_vae.pair.state import accumulating_leaves
 
 Pair = tuple[PairFunction, PairFunction]
 Report = Callable[[str, str, float], None]
@@ -88,9 +101,10 @@ def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
     for _, part in pair.blocks():
         traces = part.trace()
         first = first or traces
-        for site in sample_sites(traces[0]):
-            if site["is_observed"] and not site_is_factor(site):
-                found.setdefault(site["name"], []).append(_observe(site, pair.plate))
+        for site in map(traces[0].nodes.get, observed_names(traces[0])):
+            values = site["value"].detach().movedim(value_axis(site, pair.plate), 0)
+            seen = Observed(likelihood_kind(site), values.double().cpu())
+            found.setdefault(site["name"], []).append(seen)
     assert first is not None  # data are never empty
     return {name: _join(blocks) for name, blocks in found.items()}, first
 
@@ -132,11 +146,6 @@ def _check_site(site: str, first: str, wanted: Observed, name: str, got: Observe
         )
 
 
-def _observe(site: Site, plate: str | None) -> Observed:
-    values = site["value"].detach().movedim(value_axis(site, plate), 0)
-    return Observed(likelihood_kind(site), values.double().cpu())
-
-
 def _join(blocks: list[Observed]) -> Observed:
     kinds = {block.kind for block in blocks}
     kind = "pseudo-likelihood" if "pseudo-likelihood" in kinds else blocks[0].kind
@@ -161,3 +170,91 @@ def train_pairs(
 
         fits[name] = fit(*pair, train, **{**options, "on_epoch": on_epoch})
     return fits
+
+
+@contextmanager
+def frozen_model(
+    model: PairFunction, guides: Mapping[str, PairFunction], inputs: Inputs, device: torch.device
+) -> Iterator[PairFunction]:
+    """Yield the model with nothing in it that trains, in eval mode, on a device.
+
+    A module, or the owner of a method, is copied with what it takes from the guide's side (the family
+    under a VampPrior); parameters of a plain function are frozen in place and given back afterwards.
+    """
+    owners, run = owned_modules(model), model
+
+    def fixed(*inputs: Tensor) -> Any:  # nobody trains or moves the module that it belongs to
+        return run(*inputs)
+
+    if owners:
+        run = _rebind(model, copy.deepcopy(owners[0]).to(device).eval().requires_grad_(False))
+        _check_frozen(fixed, guides, inputs)
+        yield fixed
+        return
+    parameters = _parameters_of(model, inputs)
+    for name, guide in guides.items():
+        if parameters.keys() & _parameters_of(guide, inputs).keys():
+            raise _shared(name)
+    trained = [leaf for leaf in parameters.values() if leaf.requires_grad]
+    try:
+        for leaf in trained:
+            leaf.requires_grad_(False)
+        # pyro.module warns of frozen parameters in a module that is in training mode.
+        with evaluation_mode(model):
+            _check_frozen(fixed, guides, inputs)
+            yield fixed
+    finally:
+        for leaf in trained:
+            leaf.requires_grad_(True)
+
+
+def parameters_in(trace: Trace) -> dict[int, Tensor]:
+    """Return the parameters that a traced function names to Pyro, unconstrained, by identity."""
+    sites = [site for site in trace.nodes.values() if site["type"] == "param"]
+    return {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites)}
+
+
+def _parameters_of(function: PairFunction, inputs: Inputs) -> dict[int, Tensor]:
+    with torch.no_grad(), poutine.trace(param_only=True) as capture:
+        function(*inputs)
+    return parameters_in(capture.trace)
+
+
+def _rebind(function: PairFunction, twin: nn.Module) -> PairFunction:
+    """Return the function with its owner replaced."""
+    if isinstance(function, functools.partial):
+        inner = _rebind(function.func, twin)
+        return functools.partial(inner, *function.args, **function.keywords)
+    if isinstance(function, types.MethodType):
+        return types.MethodType(function.__func__, twin)
+    return twin
+
+
+def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], inputs: Inputs) -> None:
+    """Refuse a model that depends on something to be trained, and guides of other latents."""
+    device = inputs[0].device
+    for name, guide in guides.items():
+        # A guide that is yet to be trained may still be elsewhere.
+        place = device_of(guide, default=device)
+        with torch.no_grad():
+            drawn = poutine.trace(guide).get_trace(*(value.to(place) for value in inputs))
+        values = {site["name"]: site["value"].to(device) for site in latent_sites(drawn)}
+        with torch.enable_grad(), Given(values):
+            trace = poutine.trace(fixed).get_trace(*inputs)
+            check_latents_match(trace, drawn)
+            terms = [site["fn"].log_prob(site["value"]) for site in sample_sites(trace)]
+        leaves = {id(leaf) for leaf in accumulating_leaves(*terms)}
+        if leaves & parameters_in(drawn).keys():
+            raise _shared(name)
+        if leaves:
+            raise InputError(
+                "expected a model to freeze whose trainable tensors Pyro knows, got unknown ones: "
+                "name their modules by pyro.module, or call requires_grad_(False) on them"
+            )
+
+
+def _shared(name: str) -> InputError:
+    return InputError(
+        f"expected a model to freeze that shares no parameters with the guide of {name!r}, got "
+        "shared ones: give the model as a method of the module that owns both, or separate them"
+    )

@@ -1,7 +1,5 @@
 """ELBO, importance-weighted bound, rate and distortion per datum, each with its standard error."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -146,12 +144,9 @@ class Moments:
 
 
 def _exact_kl(traces: TracePair, plate: str | None) -> Tensor | None:
-    """Return KL(q || p(z)) per datum where it has a closed form, else None.
-
-    Only for a pair with one latent: with several, the prior of one depends on draws of another.
-    """
-    (prior, posterior), guide_trace = map(single_latent, traces), traces[1]
-    if prior is None or posterior is None or len(sample_sites(guide_trace)) > 1:
+    """Return KL(q || p(z)) per datum of a pair with one latent where it has a closed form."""
+    prior, posterior = map(single_latent, traces)  # of several, one's prior depends on another's draw
+    if prior is None or posterior is None or len(sample_sites(traces[1])) > 1:
         return None
     if prior["mask"] is not None or posterior["mask"] is not None:
         return None

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +32,16 @@ class PosteriorDraws(NamedTuple):
     log_likelihood: Tensor
     log_weights: Tensor
 
+    def choose(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Choose draws by their weights, ``(count, N)``; where all weights are 0 none is better."""
+        weights = self.log_weights.softmax(0).nan_to_num(nan=1.0).T
+        return torch.multinomial(weights, count, replacement=True, generator=generator).T
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PosteriorDraws:
+        """Return the draws with all of their tensors changed alike."""
+        latents = {name: change(value) for name, value in self.latents.items()}
+        return PosteriorDraws(latents, change(self.log_likelihood), change(self.log_weights))
+
 
 @shown
 @dataclass(frozen=True)
@@ -43,35 +52,30 @@ class LogMarginal:
         log_prob: estimate of log p(x), ``(N,)``. Its expectation is a lower bound that tightens with
             the number of samples; ``-inf`` where every sample had likelihood 0.
         standard_error: Monte Carlo standard error of ``log_prob`` by the delta method, ``(N,)``; NaN
-            (unknown) for a single sample, infinite where ``log_prob`` is ``-inf``. It does not
-            contain ``expected_bias``.
+            (unknown) for a single sample, infinite with ``log_prob``. ``expected_bias`` is not in it.
         ess: effective sample size, (sum w)^2 / sum w^2, ``(N,)``.
         pareto_k: estimated tail index of the weights, ``(N,)``. Above ``pareto_k_limit`` neither the
             estimate nor its standard error can be trusted; it does not say on which side a datum
             errs. 0 for equal weights, NaN (not known) below 21 weights.
-        rate: E_q[log q(z|x) - log p(z)], ``(N,)``, Monte Carlo from draws of the guide; NaN where
-            none were taken.
+        rate: E_q[log q(z|x) - log p(z)], ``(N,)``, from draws of the guide; NaN without any.
         distortion: -E_q[log p(x|z)], ``(N,)``, as the rate.
         num_samples: weights the estimate rests on, ``(N,)``: draws, or annealing chains.
         cost: evaluations of the model spent on each datum, pilots included, ``(N,)``.
         method: ``"importance"``, ``"annealed"`` or ``"auto"``.
         trusted: which data points passed every check of their number, bool ``(N,)``; see
             ``diagnostics`` and the Pareto k. None where nothing was checked.
-        was_annealed: which data points' number annealing gave, bool ``(N,)``; None: all or none of
-            them, as ``method`` says.
+        was_annealed: which number annealing gave, bool ``(N,)``; None: all or none, by ``method``.
         diagnostics: of annealing, by name, each ``(N,)``, as a share of its limit; what is above 1,
             or NaN (unknown), is not trusted. ``"steps"``: what half of the steps gives differently,
             ``"halves"``: how two halves of the chains differ, ``"acceptance"``: rejections at the
             worst place of the path, ``"weights"``: chains per effective one, and with
             ``start="both"`` ``"prior"``: by how much a pilot from the prior found more evidence.
-        missed_target: which data points' standard error is above ``target_standard_error``, bool
-            ``(N,)``; None where none was asked for.
+        missed_target: whose error is above ``target_standard_error``, bool ``(N,)``; None without.
         pseudo_likelihood: whether the model scores values that its discrete distribution can't take
             (grey pixels under a Bernoulli): then no number here is a log-density or a log-probability
             of the data, and none compares with one.
         acceptance: mean acceptance probability of the transitions, ``(N,)``; annealing only.
-        convergence: the estimate after fewer samples; None where data got different numbers of
-            samples, and for annealing.
+        convergence: the estimate after fewer samples, if all data points got one number of them.
         draws: weighted draws kept for :meth:`to_arviz`.
     """
 
@@ -110,10 +114,7 @@ class LogMarginal:
 
     @property
     def data_standard_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate over the data's distribution.
-
-        NaN (unknown) for a single datum.
-        """
+        """Standard error of :attr:`mean` over the data's distribution; NaN for a single datum."""
         return PerDatum(self.log_prob, self.standard_error).data_standard_error
 
     @property
@@ -148,13 +149,9 @@ class LogMarginal:
         """
         if self.was_annealed is None or self.trusted is None:
             return [self.method] * len(self.log_prob)
-        otherwise = {True: "importance", False: "not annealed"}
-        return [
-            "annealed" if annealed else otherwise[trusted or self.method != "auto"]
-            for annealed, trusted in zip(
-                self.was_annealed.tolist(), self.trusted.tolist(), strict=True
-            )
-        ]
+        names = ["not annealed", "importance", "annealed"]
+        own = (self.trusted | (self.method != "auto")).long().masked_fill(self.was_annealed, 2)
+        return [names[index] for index in own.tolist()]
 
     def _summary(self) -> Summary:
         count, mark = len(self.log_prob), " (pseudo-likelihood)" * self.pseudo_likelihood
@@ -206,8 +203,7 @@ def to_arviz(
         labels: names of the data points, N of them; by default their positions.
 
     Raises:
-        InputError: no draws were kept (``keep_draws=0``), labels of another length, or a number of
-            draws below 1.
+        InputError: no draws were kept (``keep_draws=0``), other labels than N, or below one draw.
     """
     if estimate.draws is None:
         raise InputError("expected an estimate that kept draws, got none: use keep_draws=1000")
@@ -225,10 +221,7 @@ def to_arviz(
     if estimate.trusted is not None:
         variables["trusted"] = (("data",), estimate.trusted.numpy())
         variables["method"] = (("data",), estimate.methods)
-    # A datum whose every weight is 0 has no posterior to resample; its draws are left as they are.
-    weights = log_weights.softmax(0).nan_to_num(nan=1.0)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(weights.T, num_draws, replacement=True, generator=generator).T
+    chosen = estimate.draws.choose(num_draws, torch.Generator().manual_seed(seed))
     return structure(
         {
             "posterior": _choose(latents, chosen, names),
@@ -288,43 +281,36 @@ def summarise(
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
     """Warn of data points that no check clears, and of those that missed the wanted error."""
-    count, advice = estimate.num_unreliable, 'method="annealed", a wider guide or more samples'
-    if estimate.method != "importance":
-        _warn_of_untrusted(estimate, stacklevel=stacklevel + 1)
-    elif count:
+    count, total, texts = estimate.num_unreliable, len(estimate.log_prob), []
+    if count and estimate.method == "importance":
         limits = " to ".join(sorted({f"{limit:.2g}" for limit in estimate.pareto_k_limit.aminmax()}))
         unknown = estimate.pareto_k.isnan()
-        why = [f"> {limits}"] * (not unknown.all()) + ["not known (below 21 samples)"] * bool(
-            unknown.any()
+        why = [f"> {limits}"] * (not unknown.all())
+        why += ["not known (below 21 samples)"] * bool(unknown.any())
+        texts.append(
+            f"{count} of {total} data points have Pareto k {' or '.join(why)}: neither their log "
+            'p(x) nor its standard error can be trusted; use method="annealed", a wider guide or '
+            "more samples"
         )
-        warnings.warn(
-            f"{count} of {len(estimate.log_prob)} data points have Pareto k {' or '.join(why)}: "
-            f"neither their log p(x) nor its standard error can be trusted; use {advice}",
-            stacklevel=stacklevel + 1,
+    elif count:
+        annealed = torch.tensor([method == "annealed" for method in estimate.methods])
+        failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
+        failed["not being annealed"] = left = estimate.methods.count("not annealed")
+        reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
+        texts.append(
+            f"{count} of {total} data points are not trusted ({reasons}): their log p(x) may be off "
+            "by more than their standard errors say; use more steps or chains"
+            + " or a higher max_annealed"
+            * bool(left)
         )
     missed = estimate.missed_target
     if missed is not None and missed.any():
-        warnings.warn(
-            f"{int(missed.sum())} of {len(missed)} data points missed target_standard_error: theirs "
-            f"is up to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples",
-            stacklevel=stacklevel + 1,
+        texts.append(
+            f"{int(missed.sum())} of {total} data points missed target_standard_error: theirs is up "
+            f"to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples"
         )
-
-
-def _warn_of_untrusted(estimate: LogMarginal, *, stacklevel: int) -> None:
-    if not estimate.num_unreliable:
-        return
-    annealed = torch.tensor([method == "annealed" for method in estimate.methods])
-    failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
-    failed["not being annealed"] = estimate.methods.count("not annealed")
-    more = " or a higher max_annealed" if failed["not being annealed"] else ""
-    reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
-    warnings.warn(
-        f"{estimate.num_unreliable} of {len(estimate.log_prob)} data points are not trusted "
-        f"({reasons}): their log p(x) may be off by more than their standard errors say; use more "
-        f"steps or chains{more}",
-        stacklevel=stacklevel + 1,
-    )
+    for text in texts:
+        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 @dataclass
@@ -352,69 +338,40 @@ class Report:
         self.done, self.total = self.done + len(log_prob), self.total + log_prob.sum().item()
 
 
-class Block(NamedTuple):
-    """What a block of the data gave, on the CPU: fields of :class:`LogMarginal`, ``(n,)`` each."""
-
-    positions: Tensor
-    per_datum: dict[str, Tensor]
-    draws: PosteriorDraws
-    convergence: Convergence | None = None
-    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
-
-
-def join_blocks(
-    blocks: list[Block], *, keep_draws: int | None = None, convergence: bool = False, **fields: Any
+def concatenate(
+    parts: Sequence[LogMarginal], *, positions: Sequence[Tensor] = (), keep_draws: int | None = 0
 ) -> LogMarginal:
-    """Put the blocks' data points back in their order, with ``keep_draws`` draws of each at most.
+    """Put estimates of several sets of data points together, one after the other or at ``positions``.
 
-    ``convergence`` says whether that of all blocks is of the same numbers of samples.
+    What they share is the first one's; of the draws as many as all have are kept, or ``keep_draws``.
     """
-    order = torch.cat([block.positions for block in blocks]).argsort()
+    order = torch.cat(list(positions)).argsort() if positions else None
 
-    def join(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
-        return torch.cat(list(parts), dim).index_select(dim, order)
+    def join(values: Iterable[Tensor], dim: int = 0) -> Tensor:
+        joined = torch.cat(list(values), dim)
+        return joined if order is None else joined.index_select(dim, order)
 
-    joined: dict[str, Any] = {
-        name: join(block.per_datum[name] for block in blocks) for name in blocks[0].per_datum
-    }
-    kept = min(len(block.draws.log_weights) for block in blocks)
-    kept = kept if keep_draws is None else min(kept, keep_draws)
-
-    def join_draws(parts: Iterable[Tensor]) -> Tensor:
-        return join((part[:kept] for part in parts), 1)
-
-    draws = history = None
-    if kept:
-        latents, *terms = zip(*(block.draws for block in blocks), strict=True)
-        draws = PosteriorDraws(
-            {name: join_draws(each[name] for each in latents) for name in latents[0]},
-            *map(join_draws, terms),
-        )
-    histories = [block.convergence for block in blocks if block.convergence is not None]
-    if convergence and histories:
-        log_prob = join((each.log_prob for each in histories), 1)
-        history = Convergence(histories[0].num_samples, log_prob)
-    joined.setdefault("trusted", joined["pareto_k"] <= pareto_k_limit(fields["num_samples"]))
-    joined["diagnostics"] = {
-        name: join(block.diagnostics[name] for block in blocks) for name in blocks[0].diagnostics
-    }
-    return LogMarginal(**joined, convergence=history, draws=draws, **fields)
-
-
-def concatenate(parts: Sequence[LogMarginal], **changed: Any) -> LogMarginal:
-    """Put estimates of several sets of data points one after the other, without their draws.
-
-    What they share, their method, is the first one's.
-    """
     whole: dict[str, Any] = {}
     for each in fields(LogMarginal):
         values = [getattr(part, each.name) for part in parts]
         if all(isinstance(value, Tensor) for value in values):
-            whole[each.name] = torch.cat(values)
-    names = set.intersection(*(set(part.diagnostics) for part in parts))
-    whole["diagnostics"] = {n: torch.cat([part.diagnostics[n] for part in parts]) for n in names}
+            whole[each.name] = join(values)
+    names = [n for n in parts[0].diagnostics if all(n in part.diagnostics for part in parts)]
+    whole["diagnostics"] = {n: join(part.diagnostics[n] for part in parts) for n in names}
     whole["pseudo_likelihood"] = any(part.pseudo_likelihood for part in parts)
-    return LogMarginal(**{**whole, "method": parts[0].method, **changed})
+    curves = [part.convergence for part in parts if part.convergence is not None]
+    numbers = {tuple(curve.num_samples.tolist()) for curve in curves}
+    if len(curves) == len(parts) and len(numbers) == 1:
+        log_prob = join((curve.log_prob for curve in curves), 1)
+        whole["convergence"] = Convergence(curves[0].num_samples, log_prob)
+    draws = [part.draws for part in parts if part.draws is not None]
+    kept = min(len(each.log_weights) for each in draws) if len(draws) == len(parts) else 0
+    kept = kept if keep_draws is None else min(kept, keep_draws)
+    if kept:
+        latents, *terms = zip(*(each.map(lambda value: value[:kept]) for each in draws), strict=True)
+        together = {name: join((each[name] for each in latents), 1) for name in latents[0]}
+        whole["draws"] = PosteriorDraws(together, *(join(each, 1) for each in terms))
+    return LogMarginal(**whole, method=parts[0].method)
 
 
 def pointwise_densities(
@@ -429,17 +386,14 @@ def pointwise_densities(
     effective number of parameters (``p`` is 0).
 
     ``arviz.compare``'s default, stacking, exponentiates each datum's log p(x); where that underflows
-    (below about -700 nats) use ``method="pseudo-BMA"``. A pseudo-likelihood is named in the
-    attributes of the values per datum.
+    (below about -700 nats) use ``method="pseudo-BMA"``. Attributes name a pseudo-likelihood.
     """
     import arviz
     import xarray
 
-    count = len(log_prob)
+    count, attributes = len(log_prob), _mark(pseudo_likelihood)
     per_datum = {
-        name: xarray.DataArray(
-            value.numpy(), {"data": range(count)}, "data", name, attrs=_mark(pseudo_likelihood)
-        )
+        name: xarray.DataArray(value.numpy(), {"data": range(count)}, "data", name, attrs=attributes)
         for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
     }
     numbers = {
@@ -464,10 +418,8 @@ def pointwise_densities(
 
 
 def rank_normalized_r_hat(values: Tensor) -> Tensor:
-    """Return the largest of ArviZ's rank-normalised R-hats of ``(C, T, N, Q)`` over Q, ``(N,)``.
-
-    A number that is constant says nothing; infinite where each chain has a constant of its own.
-    """
+    """Return the largest of ArviZ's rank-normalised R-hats of ``(C, T, N, Q)`` over Q, ``(N,)``."""
+    # A number that is constant says nothing; infinite where each chain has a constant of its own.
     import arviz
     import numpy as np
     import xarray

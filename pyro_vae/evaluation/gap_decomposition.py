@@ -1,9 +1,4 @@
-"""The inference gap of a pair, split into what the family and what the encoder loses.
-
-The best member of the family is found for each datum by gradient ascent on its bound.
-"""
-
-from __future__ import annotations
+"""The inference gap of a pair, split into what the family and what the encoder loses."""
 
 import math
 from collections.abc import Sequence
@@ -49,8 +44,7 @@ class InferenceGaps:
     Attributes:
         log_prob: estimate of log p(x), with ``log_prob_standard_error``.
         elbo: the bound with the guide as it is, with ``elbo_standard_error``.
-        best_elbo: the bound with the best member of the family found for each datum, with
-            ``best_elbo_standard_error``.
+        best_elbo: that with the best member of the family for each datum, and its error likewise.
         refined_guide: that best member as a guide for exactly these data, e.g. as the proposal of
             ``log_marginal(model, gaps.refined_guide, x)``.
         log_marginal: the estimate that ``log_prob`` comes from, with its diagnostics.
@@ -163,8 +157,7 @@ def inference_gaps(
 
     Raises:
         InputError: a guide without that split, with several latent sites or without reparameterised
-            draws, a family that is not the guide's, an estimate of other data, or an option out of
-            range.
+            draws, a family not the guide's, an estimate of other data, or an option out of range.
 
     Source:
         Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", section 3.
@@ -180,8 +173,16 @@ def inference_gaps(
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     pair = open_pair(model, guide, x, plate=plate)
-    if estimate is not None:
-        _check_estimate(estimate, pair.num_data)
+    if estimate is not None and not isinstance(estimate, LogMarginal):
+        raise InputError(
+            "expected an estimate as pyro_vae.log_marginal returns it, got "
+            f"{type(estimate).__name__}: leave it out to have one made"
+        )
+    if estimate is not None and len(estimate.log_prob) != pair.num_data:
+        raise InputError(
+            f"expected an estimate of the {pair.num_data} data, got one of "
+            f"{len(estimate.log_prob)}: pass that of the same x"
+        )
     family = _family_of(guide, family)
     search = _Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
     with pair.evaluating(seed, family):
@@ -196,19 +197,6 @@ def inference_gaps(
             warn_if_unreliable(estimate, stacklevel=2)
     log_prob = (estimate.log_prob, estimate.standard_error)
     return InferenceGaps(*log_prob, *elbo, *best, refined.guide, estimate, num_steps, converged)
-
-
-def _check_estimate(estimate: Any, num_data: int) -> None:
-    if not isinstance(estimate, LogMarginal):
-        raise InputError(
-            "expected an estimate as pyro_vae.log_marginal returns it, got "
-            f"{type(estimate).__name__}: leave it out to have one made"
-        )
-    if len(estimate.log_prob) != num_data:
-        raise InputError(
-            f"expected an estimate of the {num_data} data, got one of {len(estimate.log_prob)}: pass "
-            "that of the same x"
-        )
 
 
 def _family_of(guide: PairFunction, family: Any) -> Any:
@@ -231,14 +219,15 @@ def _family_of(guide: PairFunction, family: Any) -> Any:
     return family
 
 
+@dataclass(eq=False)
 class _Refinement:
     """The best member of a family for each datum."""
 
-    def __init__(
-        self, pair: OpenedPair, family: Any, num_samples: int, max_steps: int, tolerance: float
-    ) -> None:
-        self.pair, self.family = pair, family
-        self.num_samples, self.max_steps, self.tolerance = num_samples, max_steps, tolerance
+    pair: OpenedPair
+    family: Any
+    num_samples: int
+    max_steps: int
+    tolerance: float
 
     def run(self, max_memory: int | None, progress: Progress | None) -> tuple[OpenedPair, int, bool]:
         """Return the pair with the refined guide, the steps taken and whether they sufficed."""
@@ -363,5 +352,4 @@ class _Refinement:
                 sums[name] += value.detach() / _WINDOW
         check_weights(densities)
         bounds = torch.stack(history)
-        error = bounds.std() / math.sqrt(_WINDOW)
-        return (bounds.mean().item(), error.item()), sums
+        return (bounds.mean().item(), bounds.std().item() / math.sqrt(_WINDOW)), sums

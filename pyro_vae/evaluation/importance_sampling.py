@@ -1,9 +1,8 @@
 """log p(x) by importance sampling: streamed over samples, per datum, with its standard error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,26 +12,18 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
-from pyro_vae.evaluation.auto import (
-    AutoOptions,
-    anneal_uncleared,
-    is_unclear,
-    look_again,
-    trust_nothing,
-    why_not_annealed,
-)
+from pyro_vae.evaluation.auto import AutoOptions, anneal_alike
 from pyro_vae.evaluation.compiled_score import compiled_score
 from pyro_vae.evaluation.estimate import (
-    Block,
     Convergence,
     LogMarginal,
     PosteriorDraws,
     Report,
-    join_blocks,
+    concatenate,
     summarise,
     warn_if_unreliable,
 )
-from pyro_vae.evaluation.pareto import TailWeights
+from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction
@@ -125,15 +116,12 @@ def log_marginal(
         num_steps: annealing: intermediate distributions; of the adaptive schedule at most so many.
         num_leapfrog_steps: annealing: most gradient evaluations of a transition.
         num_transitions: annealing: transitions at each intermediate distribution.
-        start: annealing: ``"guide"``, ``"prior"``, or ``"both"``: a mixture of normals fitted to
-            where a pilot from each arrives.
-        schedule: annealing: ``"adaptive"`` by the spread of the weights, ``"sigmoid"`` or
-            ``"linear"``.
+        start: annealing: ``"guide"``, ``"prior"``, or ``"both"``, where pilots from each arrive.
+        schedule: annealing: ``"adaptive"`` by the weights' spread, ``"sigmoid"`` or ``"linear"``.
         max_annealed: auto: data points to anneal at most; four times as many are looked at.
         max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
             quarter of a smaller one's). More data than fit are taken block by block.
-        keep_draws: weighted draws per datum to keep for ``to_arviz``; by default up to 8 MiB in all,
-            and of annealing every chain's end.
+        keep_draws: draws per datum kept for ``to_arviz``; by default 8 MiB, or every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
         precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
@@ -142,8 +130,7 @@ def log_marginal(
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
             one weight, shared and local ones alike: with many local ones it takes annealing, or
             ``joint`` of :func:`pyro_vae.evaluation.predictive_log_prob`.
-        seed: seed of the draws; the generators' state is restored afterwards. None draws from the
-            global state.
+        seed: seed of the draws; the generators' state is restored afterwards.
         progress: called with (data done, N) as the work goes on.
         running_mean: called beside ``progress`` with the mean estimate over the data begun so far.
 
@@ -153,8 +140,7 @@ def log_marginal(
 
     Warns:
         UserWarning: how many data points can't be trusted (of importance sampling: with a Pareto k
-            above min(0.7, 1 - 1 / log10 S), or too few samples for one), and how many missed
-            ``target_standard_error``.
+            above min(0.7, 1 - 1 / log10 S), or not known), or missed ``target_standard_error``.
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
@@ -164,16 +150,11 @@ def log_marginal(
         raise InputError(f"expected method 'importance', 'annealed' or 'auto', got {method!r}")
     options: ImportanceOptions | AnnealingOptions | AutoOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
-    if method == "annealed":
+    if method == "annealed" and (compile or target_standard_error is not None):
+        name, advice = "target_standard_error", "set num_chains and num_steps instead"
         if compile:
-            raise InputError(
-                "expected method='importance' with compile=True, got 'annealed': leave it out"
-            )
-        if target_standard_error is not None:
-            raise InputError(
-                "expected method='importance' with target_standard_error, got 'annealed': "
-                "set num_chains and num_steps instead"
-            )
+            name, advice = "compile=True", "leave it out"
+        raise InputError(f"expected method='importance' with {name}, got 'annealed': {advice}")
     if method != "importance":
         annealing = AnnealingOptions(
             num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
@@ -208,24 +189,18 @@ def estimate_log_prob(
         first = estimate_log_prob(
             pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
         )
-        reason = why_not_annealed(pair)
-        if reason is not None:
-            return trust_nothing(reason, first, stacklevel=3)[0]
-        first, cleared = look_again(pair, first, options)
-        return anneal_uncleared(
-            pair, first, cleared, options, urgent=is_unclear(first), max_memory=max_memory
-        )
+        one, run = {"": pair}, lambda *_: nullcontext()
+        return anneal_alike(one, {"": first}, options, run, max_memory=max_memory)[""]
     if isinstance(options, AnnealingOptions):
         return anneal(pair, options, max_memory=max_memory, report=report, keep_draws=keep_draws)
-    mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}
     target, num_pilot = options.target_standard_error, options.num_samples
     counts = torch.full((pair.num_data,), num_pilot)
     budget = pair.memory(max_memory)
+    mark: dict[str, Any] = {"pseudo_likelihood": pair.is_pseudo_likelihood()}
     if target is None:
-        blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-        return join_blocks(blocks, num_samples=counts, cost=counts, convergence=True, **mark)
-    blocks = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
-    pilot = join_blocks(blocks, num_samples=counts, cost=counts)
+        found = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+        return replace(found, **mark)
+    pilot = _sample_all(pair, counts, budget, 0, options.compile, Report(pair.num_data))
     most = options.max_samples or 20 * num_pilot
     wanted = num_pilot * (pilot.standard_error / target).square()
     # Rounded up to powers of 5/4 the numbers fall into a few groups, each run as one. One step more:
@@ -235,9 +210,9 @@ def estimate_log_prob(
     counts = (1.25**steps).ceil().long().clamp(min(200, most), most)
     if not pair.is_divisible():
         counts = counts.max().expand(pair.num_data)
-    blocks = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
-    found = join_blocks(blocks, num_samples=counts, cost=counts + num_pilot, **mark)
-    return replace(found, missed_target=~(found.standard_error <= target))
+    found = _sample_all(pair, counts, budget, keep_draws, options.compile, report)
+    missed, cost = ~(found.standard_error <= target), counts + num_pilot
+    return replace(found, cost=cost, missed_target=missed, convergence=None, **mark)
 
 
 def _sample_all(
@@ -247,9 +222,9 @@ def _sample_all(
     keep_draws: int | None,
     compile: bool | None,
     report: Report,
-) -> list[Block]:
+) -> LogMarginal:
     """Take so many samples of each data point, those of one number together."""
-    blocks = []
+    blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
         for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
@@ -261,9 +236,10 @@ def _sample_all(
             stream = _Stream(particles, count, budget, min(fewest, most))
             for fraction in stream.run(compile):
                 report.tell(fraction * len(positions), partial(stream.log_prob, len(positions)))
-            blocks.append(stream.result(positions))
-            report.finish(blocks[-1].per_datum["log_prob"])
-    return blocks
+            blocks.append(stream.result(len(positions)))
+            places.append(positions)
+            report.finish(blocks[-1].log_prob)
+    return concatenate(blocks, positions=places, keep_draws=None)
 
 
 def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
@@ -285,9 +261,11 @@ class _Stream:
         self.particles, self.num_samples, self.kept = particles, num_samples, kept
         self.moments = _RunningMoments()
         self.tail = TailWeights(num_samples, particles.pair.structure.precision)
-        self.checkpoints = _checkpoints(num_samples)
+        powers = range(int(math.log10(num_samples)) + 1)
+        rounds = {factor * 10**power for power in powers for factor in (1, 2, 5)}
+        self.checkpoints = sorted(n for n in rounds | {num_samples} if n <= num_samples)
         self.history: list[Tensor] = []
-        self.draws: list[tuple[Latents, Tensor, Tensor]] = []
+        self.draws: list[PosteriorDraws] = []
         # Half of the budget holds the latents drawn in one pass of the guide, the other half the
         # chunk of them that the model scores. Chunks are of equal size, as far as possible.
         scored = budget // (2 * particles.bytes_per_datum * particles.num_data)
@@ -329,9 +307,8 @@ class _Stream:
         self.tail.add(densities.log_weights)
         missing = self.kept - self.moments.count
         if missing > 0:
-            kept = {name: value[:missing].cpu() for name, value in latents.items()}
-            terms = (densities.log_likelihood[:missing].cpu(), densities.log_weights[:missing].cpu())
-            self.draws.append((kept, *terms))
+            draws = PosteriorDraws(latents, densities.log_likelihood, densities.log_weights)
+            self.draws.append(draws.map(lambda value: value[:missing].cpu()))
         while len(densities.log_proposal):
             until = self.checkpoints[len(self.history)] - self.moments.count
             self.moments.add(LogDensities(*(term[:until] for term in densities)))
@@ -343,24 +320,25 @@ class _Stream:
         """Return the estimates so far of the first ``count`` data points."""
         return self.moments.result()["log_prob"][:count]
 
-    def result(self, positions: Tensor) -> Block:
-        """Return what the block gave for its first data points, which stand at ``positions``."""
-        count = len(positions)
-        per_datum = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
-        nothing = torch.zeros(0, count, dtype=torch.float64)
-        draws = PosteriorDraws({}, nothing, nothing)
+    def result(self, count: int) -> LogMarginal:
+        """Return the estimate of the first ``count`` data points."""
+        found = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
+        per_datum: dict[str, Any] = {name: value[:count].cpu() for name, value in found.items()}
+        num_samples = torch.full((count,), self.num_samples)
+        draws = None
         if self.draws:
             rows, *terms = zip(*self.draws, strict=True)
             latents = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            draws = PosteriorDraws(
-                {n: value[:, :count] for n, value in self.particles.data_first(latents).items()},
-                *(torch.cat(term)[:, :count] for term in terms),
-            )
-        return Block(
-            positions,
-            {name: value[:count].cpu() for name, value in per_datum.items()},
-            draws,
-            Convergence(torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]),
+            draws = PosteriorDraws(self.particles.data_first(latents), *map(torch.cat, terms))
+        return LogMarginal(
+            **per_datum,
+            num_samples=num_samples,
+            cost=num_samples,
+            trusted=per_datum["pareto_k"] <= pareto_k_limit(num_samples),
+            convergence=Convergence(
+                torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]
+            ),
+            draws=draws and draws.map(lambda value: value[:, :count]),
         )
 
 
@@ -394,13 +372,6 @@ class _RunningMoments:
             "rate": self.sum_rate / self.count,
             "distortion": self.sum_distortion / self.count,
         }
-
-
-def _checkpoints(num_samples: int) -> list[int]:
-    """Return numbers of samples 1, 2, 5, 10, 20, 50, ... up to ``num_samples``."""
-    powers = range(int(math.log10(num_samples)) + 1)
-    counts = {factor * 10**power for power in powers for factor in (1, 2, 5)}
-    return sorted(count for count in counts | {num_samples} if count <= num_samples)
 
 
 def _pad_and_score(score: Callable[[Latents], Terms], size: int, latents: Latents) -> Terms:

@@ -1,7 +1,5 @@
 """Latent codes: what a guide says of each datum's latents, as means or as draws."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -17,27 +15,25 @@ from pyro_vae.pair.sites import Site, latent_sites, value_axis
 
 
 class Code(NamedTuple):
-    """The posterior of one latent site.
-
-    Its mean and that one's standard error (0 where it is exact, from the distribution and not from
-    draws), and one draw, each ``(N, *shape of one latent)``; the latent lives on a "sphere", is
-    "discrete" or is something "other" (in a convex set).
-    """
+    """The posterior of one latent site; tensors are ``(N, *shape of one latent)``."""
 
     mean: Tensor
-    standard_error: Tensor
-    exact: bool
+    standard_error: Tensor  # 0 where the mean is exact
+    exact: bool  # from the distribution and not from draws
     draw: Tensor
-    support: str
+    support: str  # "sphere", "discrete" or "other": some convex set
 
     def decodable(self) -> Tensor:
-        """Return a value that the support holds: what a code is decoded from.
-
-        It is the posterior mean, on a sphere its direction, and for a discrete latent a draw.
-        """
+        """Return a value that the support holds: the mean, its direction on a sphere, or a draw."""
         if self.support == "sphere":
             return self.mean / self.mean.norm(dim=-1, keepdim=True)
         return self.draw if self.support == "discrete" else self.mean
+
+    def continuous(self, name: str) -> Tensor:
+        """Return :meth:`decodable`; refuse a discrete latent, of which no way leads to another."""
+        if self.support == "discrete":
+            raise InputError(f"expected a continuous latent to walk through, {name!r} is discrete")
+        return self.decodable()
 
 
 def choose_site(sites: dict[str, Any], site: str | None) -> str:
@@ -71,20 +67,21 @@ def draw_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Tensor]:
 
 
 def mean_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Code]:
-    """Return the posterior mean of each latent: in closed form where there is one.
+    """Return the posterior mean of each latent: in closed form, or from ``num_draws`` draws.
 
-    The mean of a site's distribution is that of q(z given x) if it is the same whatever the other
-    latents drew; a mean that moves with them, or that the distribution doesn't have, is taken from
-    ``num_draws`` draws.
+    The mean of a site's distribution is that of q(z given x) if other latents don't move it.
     """
     (sites, _), (again, _) = _draw_sites(guide), _draw_sites(guide)
     codes, moments = {}, None
     for name, site in sites.items():
         axis = value_axis(site, guide.plate)
         draw = site["value"].movedim(axis, 0)
-        mean, other = _mean_of(site), _mean_of(again[name])
-        exact = mean is not None and other is not None and torch.equal(mean, other)
-        if exact and mean is not None:
+        try:
+            mean, other = site["fn"].mean, again[name]["fn"].mean
+            exact = bool(mean.isfinite().all()) and torch.equal(mean, other)
+        except (AttributeError, NotImplementedError):
+            exact = False
+        if exact:
             # Not the parameter that a guide without an encoder hands on.
             mean = mean.detach().expand_as(site["value"]).movedim(axis, 0).clone()
             error = torch.zeros_like(mean)
@@ -116,14 +113,6 @@ def _support_of(site: Site) -> str:
     if support is unit_sphere or support is constraints.sphere:
         return "sphere"
     return "discrete" if support.is_discrete else "other"
-
-
-def _mean_of(site: Site) -> Tensor | None:
-    try:
-        mean: Tensor = site["fn"].mean
-    except (AttributeError, NotImplementedError):
-        return None
-    return mean if bool(mean.isfinite().all()) else None
 
 
 def _moments_of_draws(guide: OpenedFunction, num_draws: int) -> dict[str, Moments]:

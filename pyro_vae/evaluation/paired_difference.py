@@ -1,7 +1,5 @@
 """The paired difference of two pairs over data points and runs, its interval, and what is a tie."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,8 +23,7 @@ class Difference(NamedTuple):
         monte_carlo_standard_error: with the data points held fixed and the pairs' draws independent.
         run_standard_error: its standard error over the runs: the spread over them of the differences
             averaged over the data points; NaN (unknown) for a single run.
-        half_width: half the width of a 95% interval of the mean; of a single run it says nothing of
-            what other runs would give.
+        half_width: half a 95% interval of the mean; of a single run it says nothing of others.
         by_run: the mean difference of each run to the other pair's run of the same number.
     """
 
@@ -62,7 +59,11 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
         by the rows and by the columns of a table: Cameron, Gelbach, Miller 2011, "Robust Inference
         with Multiway Clustering", section 2, here without the term that is subtracted there.
     """
-    runs = [_subtract(*both) for both in zip(mine, theirs, strict=True)]
+    runs = []
+    for (value, error), (other, its) in zip(mine, theirs, strict=True):
+        impossible: Tensor = value.isneginf() & other.isneginf()
+        difference = torch.where(impossible, 0.0, value - other)
+        runs.append(PerDatum(difference, torch.hypot(error, its)))
     count, paired = len(runs), average_runs(runs)
     over_data = paired.data_standard_error
     by_run = tuple(run.mean for run in runs)
@@ -104,14 +105,6 @@ def deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return torch.tensor(values, dtype=torch.float64).std().item()
-
-
-def _subtract(mine: PerDatum, theirs: PerDatum) -> PerDatum:
-    both_impossible: Tensor = mine.value.isneginf() & theirs.value.isneginf()
-    return PerDatum(
-        torch.where(both_impossible, 0.0, mine.value - theirs.value),
-        torch.hypot(mine.standard_error, theirs.standard_error),
-    )
 
 
 def _student(degrees: int) -> float:

@@ -1,7 +1,5 @@
 """The Pareto tail index of importance weights, from a stream of them and for many data at once."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -40,8 +38,7 @@ def tail_length(num_samples: int) -> int:
 class TailWeights:
     """The largest log weights of each datum, kept while ``num_samples`` of them stream by.
 
-    Memory is that of 2 (M + 1) weights per datum, M = ``tail_length(num_samples)``. ``precision`` is
-    the relative spacing of the numbers that the weights' terms were computed in.
+    ``precision`` is the relative spacing of the numbers that the weights' terms were computed in.
     """
 
     def __init__(self, num_samples: int, precision: float = torch.finfo(torch.float64).eps) -> None:

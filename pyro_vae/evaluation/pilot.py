@@ -35,22 +35,13 @@ _WIDER, _APART = 1.2, 2.0
 
 
 class Tuning(NamedTuple):
-    """What a pilot found, frozen before the first chain that counts starts.
+    """What a pilot found, frozen before the first chain that counts starts."""
 
-    Attributes:
-        stops: positions on the path, ``(S + 1, N)``, from 0 to 1.
-        step_sizes: in units of the factors, on the way to each stop but the first, ``(S, N)``.
-        factors: F with F F^T near the covariance there, ``(S, N, D, D)`` or diagonals ``(S, N, D)``.
-        lengths: of the path up to each stop, ``(S + 1, N)``: the sum of the standard deviations of
-            the log weights' increments.
-        cost: gradient evaluations per datum.
-    """
-
-    stops: Tensor
-    step_sizes: Tensor
-    factors: Tensor
-    lengths: Tensor
-    cost: int
+    stops: Tensor  # positions on the path, (S + 1, N), from 0 to 1
+    step_sizes: Tensor  # in units of the factors, on the way to each stop but the first, (S, N)
+    factors: Tensor  # F with F F^T near the covariance there, (S, N, D, D) or diagonals (S, N, D)
+    lengths: Tensor  # (S + 1, N), up to each stop: the log weights' increments' standard deviations
+    cost: int  # gradient evaluations per datum
 
     def schedule(self, num_steps: int) -> Tensor:
         """Return positions ``(T + 1, N)`` between which the weights' increments spread alike.

@@ -44,8 +44,7 @@ class PosteriorDivergence(NamedTuple):
         kl: the divergence.
         log_prob: log p(x) on the same grid.
         error: numerical error, an upper one in practice: how much a grid of twice the spacing
-            differs, and by how much the grid misses the guide's mass; infinite where the mass has no
-            end within the numbers' range.
+            differs, and by how much the grid misses the guide's mass; infinite where it finds no end.
         pseudo_likelihood: whether ``log_prob`` is one, as in :class:`pyro_vae.LogMarginal`.
     """
 
@@ -87,8 +86,7 @@ def posterior_divergence(
 
     Raises:
         InputError: several latent sites, a latent of another size or support, a number of points that
-            is even or below 9, another option out of range, or densities that the finest grid does
-            not resolve to a hundredth of 1 + KL nats.
+            is even or below 9, another option out of range, or densities that no grid resolves.
 
     Source:
         Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", sections 5 and 14.
@@ -244,11 +242,9 @@ class _Grid:
 
 
 def _integrals(log_joint: Tensor, log_q: Tensor, log_cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL, log p(x) and what the box leaves out of the guide's mass and of the KL, ``(N,)``.
-
-    The ends of the box are empty, so the trapezoidal rule is a plain sum. The KL's part beyond them
-    is taken as what a box of twice the size would add if its integrand stayed what it is there.
-    """
+    """Return KL, log p(x) and what the box leaves out of the guide's mass and of the KL, ``(N,)``."""
+    # The ends of the box are empty, so the trapezoidal rule is a plain sum. The KL's part beyond them
+    # is taken as what a box of twice the size would add if its integrand stayed what it is there.
     dims = tuple(range(log_q.dim() - 1))
     log_prob = log_joint.logsumexp(dims) + log_cell
     q = (log_q + log_cell).exp()

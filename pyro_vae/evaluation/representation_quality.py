@@ -10,23 +10,29 @@ coordinates). Nothing but the Monte Carlo error stands between these numbers and
 how they relate to the distribution the data were drawn from is said at :class:`Representation`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
+from torch.distributions import Distribution, Independent
+from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
+from pyro_vae.distributions.kl import closed_form_kl
+from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, check_counts, check_optional_counts
 from pyro_vae.evaluation.latent_codes import Code, mean_codes
-from pyro_vae.evaluation.mutual_information import Estimate, information
+from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.opened import open_function, open_pair
+from pyro_vae.pair.opened import OpenedPair, open_function, open_pair
+from pyro_vae.pair.sites import Latents, latent_sites
 from pyro_vae.summary import Summary, plus_minus, shown
+from pyro_vae.weights.particles import Particles
 
 # A unit is active if its posterior mean varies more than this over the data (Burda et al. 2016,
 # section 5.2, who found the variances to fall into two clearly separated groups).
@@ -34,6 +40,22 @@ ACTIVE_VARIANCE = 0.01
 
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 1000
+
+
+class Estimate(NamedTuple):
+    """A number and its Monte Carlo standard error (the data held fixed); 0 where it is exact."""
+
+    value: float
+    standard_error: float
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
+    def __str__(self) -> str:
+        return plus_minus(*self)
 
 
 @shown
@@ -55,8 +77,7 @@ class Representation:
         num_samples: draws of each datum's posterior.
         unit_variances: Var_x E[z_d given x], ``(D,)``; for means from draws less their own variance.
         means_exact: whether E[z given x] has a closed form, or comes from draws.
-        kl_per_dimension: mean over data of KL(q(z_d given x) || p(z_d)), ``(D,)``; None unless both
-            have independent coordinates.
+        kl_per_dimension: mean KL(q(z_d given x) || p(z_d)), ``(D,)``, of independent coordinates.
         kl_per_dimension_standard_error: Monte Carlo standard error of it, ``(D,)``; 0 where analytic.
         rate: mean KL(q(z given x) || p(z)).
         rate_method: "analytic" or "Monte Carlo", of ``rate`` and ``kl_per_dimension``.
@@ -64,8 +85,7 @@ class Representation:
         mutual_information_upper: the same with a mixture of the other N - 1 data; infinite or huge
             where posteriors of different data don't overlap.
         marginal_kl: KL(q(z) || p(z)).
-        total_correlation: KL(q(z) || prod_d q(z_d)); None where the coordinates' posteriors are not
-            known one by one.
+        total_correlation: KL(q(z) || prod_d q(z_d)), where each coordinate's posterior is known.
         dimension_wise_kl: sum_d KL(q(z_d) || p(z_d)); None where the prior's are not either.
         unavailable: for each measure that is None, why.
         nearest_neighbour_accuracy: cross-validated accuracy of labels from the posterior means, with
@@ -175,7 +195,7 @@ def representation(
         for name, code in codes.items():
             if code.support == "discrete":
                 raise InputError(f"expected continuous latents, {name!r} is discrete")
-        measures = information(pair, num_samples=num_samples, max_memory=max_memory)
+        measures = _information(pair, num_samples=num_samples, max_memory=max_memory)
     variances = _variances(codes)
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
@@ -192,16 +212,11 @@ def representation(
 
 
 def unit_variances(
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    plate: str = "data",
-    seed: int | None = 0,
+    guide: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data", seed: int | None = 0
 ) -> Tensor:
     """Return Var_x E[z_d given x] of each latent coordinate, ``(D,)``, float64, on the CPU.
 
-    As in :func:`representation`, without the rest of its measures: a coordinate is active where it is
-    above 0.01.
+    As in :func:`representation`: a coordinate is active where it is above 0.01.
     """
     opened = open_function(guide, x, plate=plate)
     with opened.evaluating(seed):
@@ -244,11 +259,7 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
 def _probe(
     features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
 ) -> dict[str, Any]:
-    """Return the accuracies of nearest neighbours and logistic regression, and the folds used.
-
-    Each datum is predicted by a classifier that was fitted to the other folds, on features
-    standardised there; the folds hold the classes in equal shares.
-    """
+    """Return both accuracies and the number of folds, which hold the classes in equal shares."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
@@ -268,3 +279,181 @@ def _probe(
         error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
         found[name] = Estimate(accuracy, error)
     return found
+
+
+class _Coordinates(NamedTuple):
+    """The distributions of the only latent, and of its coordinates, with batch shape ``(N, D)``."""
+
+    posterior: Distribution | None = None
+    prior: Distribution | None = None
+    of_posterior: Distribution | None = None
+    of_prior: Distribution | None = None
+    independent: tuple[Distribution, Distribution] | None = None  # both, where both are independent
+
+
+def _information(
+    pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
+) -> dict[str, Any]:
+    """Return the information measures of :class:`Representation` by name."""
+    particles = Particles(pair.part())
+    model_trace, guide_trace = particles.traces()
+    check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
+    prior = posterior = None
+    if len(particles.axes) == 1:
+        (name,) = particles.axes
+        sites = model_trace.nodes[name], guide_trace.nodes[name]
+        if all(site["mask"] is None for site in sites):
+            prior, posterior = (site["fn"] for site in sites)
+    coordinates, unavailable = _coordinates(posterior, prior, pair.num_data)
+    budget = pair.memory(max_memory)
+    rows = [_one_draw(particles, coordinates, budget) for _ in range(num_samples)]
+    terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {
+        "total_correlation": None,
+        "dimension_wise_kl": None,
+        **{
+            name: Estimate(term.mean().item(), _standard_error(term).item())
+            for name, term in terms.items()
+            if name != "kl_per_dimension"
+        },
+        **_rates(terms, coordinates),
+        "unavailable": unavailable,
+    }
+
+
+def _coordinates(
+    posterior: Distribution | None, prior: Distribution | None, num_data: int
+) -> tuple[_Coordinates, dict[str, str]]:
+    """Return what is known of the coordinates, and of each measure that isn't why."""
+    names = ("total_correlation", "dimension_wise_kl", "kl_per_dimension")
+    if posterior is None or prior is None:
+        return _Coordinates(), dict.fromkeys(names, "the pair has several latents, or a masked one")
+    if posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
+        reason = "the latent is not one vector per datum"
+        return _Coordinates(posterior, prior), dict.fromkeys(names, reason)
+    each, own, given = (
+        _coordinate_marginals(posterior),
+        _independent_coordinates(posterior),
+        _independent_coordinates(prior),
+    )
+    dependent = "the coordinates of {} are not independent"
+    unavailable = {}
+    if given is None:
+        unavailable = dict.fromkeys(names[1:], dependent.format(type(prior).__name__))
+    if each is None:
+        unknown = f"{type(posterior).__name__} gives no density of one coordinate"
+        unavailable |= dict.fromkeys(names[:2], unknown)
+    if own is None:
+        unavailable["kl_per_dimension"] = dependent.format(type(posterior).__name__)
+    both = None if own is None or given is None else (own, given)
+    return _Coordinates(posterior, prior, each, given, both), unavailable
+
+
+def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
+    """Draw each datum's posterior once; return the terms whose means are the measures, ``(N,)``."""
+    latents, proposal = particles.propose(1)
+    _, log_prior = (score[0] for score in particles.score(latents))
+    own = proposal[0]
+    # One row of latents per datum, the data's axis first.
+    rows = {name: value[0] for name, value in particles.data_first(latents).items()}
+    aggregate, others, of_coordinates = _aggregate(particles, coordinates, rows, own, budget)
+    terms = {
+        "rate": own - log_prior,
+        "mutual_information": own - aggregate,
+        "mutual_information_upper": own - others,
+        "marginal_kl": aggregate - log_prior,
+    }
+    if of_coordinates is not None:
+        terms["total_correlation"] = aggregate - of_coordinates.sum(1)
+        (value,) = rows.values()
+        if coordinates.of_prior is not None:
+            log_prior_each = coordinates.of_prior.log_prob(value).double()
+            terms["dimension_wise_kl"] = (of_coordinates - log_prior_each).sum(1)
+        if coordinates.independent is not None:
+            log_own = coordinates.independent[0].log_prob(value).double()
+            terms["kl_per_dimension"] = log_own - log_prior_each
+    return terms
+
+
+def _aggregate(
+    particles: Particles, coordinates: _Coordinates, rows: Latents, own: Tensor, budget: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Score one draw per datum under the mixture of all data's posteriors.
+
+    Returns log q(z) ``(N,)``, the same without its own datum, and log q(z_d) ``(N, D)`` if known.
+    """
+    num_data = particles.num_data
+    elements = sum(value[0].numel() for value in rows.values())
+    # The scores, and about as many intermediate values of each latent as an affine density makes.
+    size = max(1, budget // (num_data * elements * 64))
+    aggregate, others, of_coordinates = [], [], []
+    for start in range(0, num_data, size):
+        part = slice(start, min(start + size, num_data))
+        shown = {}  # each draw is a particle that gives every datum the same value
+        for name, value in rows.items():
+            to_all = value[part, None].expand(-1, num_data, *value.shape[1:])
+            shown[name] = to_all.movedim(1, particles.axes[name])
+        scores = particles.score_proposal(shown)
+        positions = torch.arange(part.start, part.stop, device=scores.device)
+        diagonal = positions - part.start, positions
+        scores[diagonal] = own[part]  # scored as it was drawn, which rounds least
+        aggregate.append(scores.logsumexp(1) - math.log(num_data))
+        scores[diagonal] = -math.inf
+        others.append(scores.logsumexp(1) - math.log(num_data - 1))
+        if coordinates.of_posterior is not None:
+            (value,) = rows.values()
+            each = coordinates.of_posterior.log_prob(value[part, None]).double()
+            of_coordinates.append(each.logsumexp(1) - math.log(num_data))
+    together = torch.cat(of_coordinates) if of_coordinates else None
+    return torch.cat(aggregate), torch.cat(others), together
+
+
+def _rates(terms: dict[str, Tensor], coordinates: _Coordinates) -> dict[str, Any]:
+    """Return the rate and its share of each coordinate, in closed form where there is one."""
+    each = total = per_dimension = error = None
+    if coordinates.independent is not None:
+        each = closed_form_kl(*coordinates.independent)
+        per_dimension = terms["kl_per_dimension"].mean((0, 1)).cpu()
+        error = _standard_error(terms["kl_per_dimension"]).cpu()
+    if each is not None:
+        total, per_dimension = each.sum(-1), each.double().mean(0).cpu()
+        error = torch.zeros_like(per_dimension)
+    elif coordinates.posterior is not None and coordinates.prior is not None:
+        total = closed_form_kl(coordinates.posterior, coordinates.prior)
+    rates: dict[str, Any] = {"rate_method": "Monte Carlo"}
+    if total is not None:
+        rate = Estimate(total.double().sum().item() / terms["rate"].shape[1], 0.0)
+        rates = {"rate": rate, "rate_method": "analytic"}
+    return rates | {"kl_per_dimension": per_dimension, "kl_per_dimension_standard_error": error}
+
+
+def _standard_error(terms: Tensor) -> Tensor:
+    """Return the error of the mean over draws and data ``(num_samples, N, ...)``, the data fixed."""
+    num_samples, num_data = terms.shape[:2]
+    return (terms.var(0).mean(0) / (num_samples * num_data)).sqrt()
+
+
+def _independent_coordinates(distribution: Distribution) -> Distribution | None:
+    """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
+    if isinstance(distribution, ExpandedDistribution):
+        inner = _independent_coordinates(distribution.base_dist)
+        if inner is None:
+            return None
+        return inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
+    if not isinstance(distribution, Independent) or len(distribution.event_shape) != 1:
+        return None
+    base = distribution.base_dist
+    return None if base.event_shape else base
+
+
+def _coordinate_marginals(distribution: Distribution) -> Distribution | None:
+    """Return the distribution of each coordinate on its own, dependent or not, else None."""
+    if isinstance(distribution, TorchMultivariateNormal):
+        scale = distribution.variance.sqrt()
+        return dist.Normal(distribution.loc, scale, validate_args=False)
+    if isinstance(distribution, DiagonalNormalMixture):
+        components = dist.Normal(distribution.loc.mT, distribution.scale.mT, validate_args=False)
+        logits = distribution.log_weights[..., None, :].expand(components.batch_shape)
+        weights = dist.Categorical(logits=logits, validate_args=False)
+        return dist.MixtureSameFamily(weights, components, validate_args=False)
+    return _independent_coordinates(distribution)

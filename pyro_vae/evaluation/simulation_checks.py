@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import one_chain, structure
 from pyro_vae.evaluation.latent_codes import label_dimensions
-from pyro_vae.evaluation.simulate import simulate
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.opened import Progress, open_pair
-from pyro_vae.pair.sites import observed_site, value_axis
+from pyro_vae.pair.opened import Knowledge, OpenedPair, Progress, any_number_of_data, open_pair
+from pyro_vae.pair.sites import (
+    Given,
+    Latents,
+    Site,
+    latent_sites,
+    observed_site,
+    sample_sites,
+    site_log_prob,
+    value_axis,
+)
 from pyro_vae.summary import Summary, shown
 from pyro_vae.weights.particles import Particles
 
@@ -52,22 +64,15 @@ class PosteriorPredictive:
         Near 0 or 1 for data that the model can't make. The guide has seen the datum, so for a good
         model the values crowd around 1/2 rather than being uniform.
         """
-        shares = {}
-        for name, observed in self.observed.items():
-            above = (self.replicated[name] > observed).double().mean(0)
-            equal = (self.replicated[name] == observed).double().mean(0)
-            shares[name] = above + equal / 2
-        return shares
+        return {n: _share_above(self.replicated[n], seen) for n, seen in self.observed.items()}
 
     @property
     def overall_p_value(self) -> dict[str, float]:
         """By statistic, the share of whole drawn data sets whose mean is above the data's."""
-        shares = {}
-        for name, observed in self.observed.items():
-            means = self.replicated[name].mean(1)
-            above = (means > observed.mean()).double() + (means == observed.mean()).double() / 2
-            shares[name] = above.mean().item()
-        return shares
+        return {
+            name: _share_above(self.replicated[name].mean(1), observed.mean()).item()
+            for name, observed in self.observed.items()
+        }
 
     def plot(self) -> Figure:
         """Show each statistic over the data and over the data drawn in their place."""
@@ -79,6 +84,10 @@ class PosteriorPredictive:
             [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()],
             title="posterior predictive check",
         )
+
+
+def _share_above(drawn: Tensor, value: Tensor) -> Tensor:
+    return ((drawn > value).double() + (drawn == value).double() / 2).mean(0)
 
 
 def posterior_predictive(
@@ -118,8 +127,7 @@ def posterior_predictive(
     if not statistics:
         raise InputError("expected at least one statistic, got none: leave it out for the default")
     pair = open_pair(model, guide, x, plate=plate)
-    seen: list[dict[str, Tensor]] = []
-    drawn: list[dict[str, Tensor]] = []
+    seen, drawn = [], []
     with pair.evaluating(seed):
         for _, part in pair.blocks():
             replicated = []
@@ -128,17 +136,15 @@ def posterior_predictive(
                 site = trace.nodes[observed_site(trace, observed)]
                 axis = value_axis(site, plate)
                 replicated.append(_compute(statistics, site["fn"].sample().movedim(axis, 0)))
-            drawn.append({n: torch.stack([each[n] for each in replicated]) for n in statistics})
+            drawn.append(torch.stack(replicated, 1))
             seen.append(_compute(statistics, site["value"].movedim(axis, 0)))
-    return PosteriorPredictive(
-        {n: torch.cat([each[n] for each in seen]) for n in statistics},
-        {n: torch.cat([each[n] for each in drawn], dim=1) for n in statistics},
-    )
+    both = (dict(zip(statistics, torch.cat(each, dim=-1), strict=True)) for each in (seen, drawn))
+    return PosteriorPredictive(*both)
 
 
-def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> dict[str, Tensor]:
-    """Return statistics of data ``(N, ...)``, ``(N,)`` each; refuse those of another shape."""
-    values, computed = values.double(), {}
+def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> Tensor:
+    """Return statistics of data ``(N, ...)``, a row ``(N,)`` each; refuse those of another shape."""
+    values, computed = values.double(), []
     for name, statistic in statistics.items():
         found = statistic(values)
         if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
@@ -147,8 +153,8 @@ def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> dict[str, T
                 f"expected statistic {name!r} to give one number per datum, shape ({len(values)},), "
                 f"got {got}: leave the first dimension alone"
             )
-        computed[name] = found.cpu()
-    return computed
+        computed.append(found.double().cpu())
+    return torch.stack(computed)
 
 
 @shown
@@ -212,8 +218,7 @@ def aggregate_posterior(
         model: the generative function of the pair.
         guide: its variational function.
         x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
-        num_draws: draws per datum. Several of one datum are no independent draws of the aggregate,
-            and make the p-values too small.
+        num_draws: draws per datum. Several of one are not independent: p-values are too small.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
 
@@ -382,11 +387,7 @@ def calibration(
 
 
 def _ranks(true: Tensor, draws: Tensor) -> Tensor:
-    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random.
-
-    Among draws that equal the true value, as those of a discrete latent do, every place is as
-    likely: without that the ranks of a posterior would not be uniform.
-    """
+    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random."""
     below, equal = (draws < true).sum(0), (draws == true).sum(0)
     place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
     return below + place.long().minimum(equal)
@@ -405,3 +406,74 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
             f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
             "test needs five data in each"
         )
+
+
+def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
+    """Draw data from the model of an open pair; return their pair, and their latents, data first."""
+    model = template.model
+    observed = sample_sites(poutine.trace(model).get_trace(*template.inputs))
+    sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
+    for (name, index), (other, its) in itertools.combinations(sources.items(), 2):
+        if index == its:
+            raise InputError(
+                f"expected one observed site for each input, {name!r} and {other!r} observe the "
+                "same: simulated data would differ between them; pass it as two inputs"
+            )
+    inputs = list(template.part(torch.arange(num_data) % template.num_data).inputs)
+    with any_number_of_data("pair", num_data):
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
+        for name, index in sources.items():
+            site = trace.nodes[name]
+            inputs[index] = _in_place_of(inputs[index], site["value"], name)
+            site["value"] = inputs[index].reshape(site["value"].shape)
+        drawn = [site for site in latent_sites(trace) if site["name"] not in sources]
+        with Given({site["name"]: site["value"] for site in drawn}):
+            changed = changed_site(trace, poutine.trace(model).get_trace(*inputs))
+        if changed is not None:  # what it drew is then not what it says
+            raise InputError(
+                "expected a model that uses the data at its observed sites alone, the density at "
+                f"{changed!r} changes with them: no data can be simulated from it"
+            )
+        pair = template.on(tuple(inputs))
+        if num_data != template.num_data:
+            pair.knowledge = Knowledge()  # whether it takes so many is to be seen
+            pair.structure  # noqa: B018
+    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in drawn}
+
+
+def changed_site(first: Trace, other: Trace) -> str | None:
+    """Return the name of a sample site whose log-density differs between two traces, if one does."""
+    for site in sample_sites(first):
+        name: str = site["name"]
+        both = site_log_prob(site), site_log_prob(other.nodes[name])
+        if not torch.allclose(*both, rtol=1e-4, atol=1e-4, equal_nan=True):
+            return name
+    return None
+
+
+def _source(site: Site, template: Inputs) -> int:
+    """Return which input an observed site observes, be it in another shape."""
+    value: Any = site["value"]
+    if isinstance(value, Tensor) and not isinstance(site["fn"], dist.Unit):
+        for index, given in enumerate(template):
+            same_memory = value.data_ptr() == given.data_ptr() and value.numel() == given.numel()
+            contiguous = value.is_contiguous() and given.is_contiguous()
+            alike = value.shape == given.shape and value.stride() == given.stride()
+            if same_memory and (contiguous or alike):
+                return index
+    raise InputError(
+        f"expected observed site {site['name']!r} to observe an input as it is, got other values: "
+        "simulated data can't be put in their place; pass what is observed as an input of its own"
+    )
+
+
+def _in_place_of(given: Tensor, drawn: Tensor, name: str) -> Tensor:
+    """Return drawn values in the shape and type of the input they take the place of."""
+    drawn = drawn.reshape(given.shape)
+    value = drawn.to(given.dtype)
+    if not given.is_floating_point() and (value != drawn).any():
+        raise InputError(
+            f"expected floating-point data at {name!r}, whose simulated values are no whole numbers, "
+            f"got {given.dtype}: convert them"
+        )
+    return value

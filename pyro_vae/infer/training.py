@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
+from pyro_vae.infer.objectives import objective_named
 from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
 from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
@@ -35,9 +36,6 @@ from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
 from pyro_vae.sources import gather
 from pyro_vae.summary import Summary, shown
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 HISTORY = (
     *("train_elbo", "train_rate", "train_distortion", "train_bound", "global_rate"),
@@ -123,7 +121,7 @@ def fit(
     parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     ema: float | None = None,
-    objective: ELBO | None = None,
+    objective: ELBO | str | None = None,
     beta: float = 1.0,
     warmup_epochs: int | None = 0,
     validation: Tensor | Sequence[Tensor] | None = None,
@@ -186,12 +184,12 @@ def fit(
             step weighs so much less than the one after it. Validation, early stopping and
             ``on_epoch`` see the averaged parameters, and they are what the run leaves. Buffers are
             not averaged.
-        objective: an objective of :mod:`pyro_vae.infer` or any Pyro ELBO; by default the ELBO with
-            the closed-form rate of every latent that has one, as :class:`pyro_vae.infer.AnalyticKL`
-            has it, and that of ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
-            ``TraceMeanField_ELBO`` runs as
-            :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run eagerly, but for
-            ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
+        objective: an objective of :mod:`pyro_vae.infer`, by its name on the command line too
+            (``"iwae"``), or any Pyro ELBO; by default the ELBO with the closed-form rate of every
+            latent that has one, as :class:`pyro_vae.infer.AnalyticKL` has it, and that of
+            ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
+            ``TraceMeanField_ELBO`` runs as :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run
+            eagerly, but for ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
             Without it a pair on few data can settle on ignoring its latents (posterior collapse).
@@ -246,7 +244,7 @@ def fit(
             was killed before that was on the disk.
         callbacks: objects with some of the methods of :class:`pyro_vae.infer.Callback`: told of the
             run, of every so many steps, of epochs and of the result, and able to end the run.
-        progress: show a progress bar on standard error; by default only on a terminal.
+        progress: show a line of progress on standard error; by default on a terminal and in Jupyter.
 
     Returns:
         history and settings of the run.
@@ -270,6 +268,8 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
+    if isinstance(objective, str):
+        objective = objective_named(objective)
     settings = FitSettings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
         parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
@@ -340,9 +340,11 @@ def fit(
             row["global_rate"] = global_rate(trainer)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
-            if epoch == resumed + 1:  # known only now: the first step finds out what can be captured
-                bar.console.print(capture.outcome, highlight=False, markup=False)
-            bar.update(bar.task_ids[0], completed=epoch, description=_describe(row))
+            # Known only now: the first step finds out what can be captured.
+            if epoch == resumed + 1 and not bar.disable:
+                bar.write(capture.outcome, file=sys.stderr)
+            bar.set_description_str(_describe(row), refresh=False)
+            bar.update(epoch - bar.n)
             if on_epoch is not None:
                 on_epoch(epoch, row)
             watchers.tell("on_epoch", epoch, row)
@@ -444,29 +446,24 @@ def _takes_any_batch(pair: OpenedPair, training: TrainingObjective, processes: P
     )
 
 
-def epoch_progress(epochs: int, show: bool | None) -> Progress:
-    """Return a bar on standard error with epoch, time left and metrics, by default on a terminal.
+def epoch_progress(epochs: int, show: bool | None) -> Any:
+    """Return a line on standard error with epoch, time left and metrics, that is updated in place.
 
-    It is shown while its context lasts; where it is not to be, neither are lines printed above it.
+    It is shown on a terminal and in a notebook, there as a widget where these are installed.
     """
-    if show is None:  # a process without a terminal may have no standard error at all
-        show = sys.stderr is not None and sys.stderr.isatty()
-    state = random.getstate()  # rich draws from it, already when imported
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
+    if sys.stderr is None:  # as a process without a terminal may have it
+        show = False
+    elif show is None:
+        show = sys.stderr.isatty() or "ipykernel" in sys.modules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a notebook has no widgets: a line does as well
+        from tqdm.auto import tqdm
 
-    epoch, left, metrics = (Column(no_wrap=True) for _ in range(3))
-    progress = Progress(
-        TextColumn("epoch {task.completed}/{task.total}", table_column=epoch),
-        TimeRemainingColumn(compact=True, table_column=left),
-        TextColumn("{task.description}", table_column=metrics),
-        console=Console(stderr=True, quiet=not show),
-        disable=not show,
-    )
-    progress.add_task("", total=epochs)
-    random.setstate(state)
-    return progress
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread beside the training's
+
+    shape = "epoch {n_fmt}/{total_fmt} {remaining} {desc}"
+    return Bar(total=epochs, disable=not show, dynamic_ncols=True, bar_format=shape)
 
 
 def _describe(row: dict[str, float]) -> str:

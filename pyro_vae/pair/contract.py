@@ -1,7 +1,5 @@
 """What a pair must keep: refused here, by the site's name, in the same words whoever asks."""
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Iterable
@@ -55,9 +53,7 @@ def check_pair(
 ) -> None:
     """Refuse a traced pair that has no densities per data point, or is of a kind that is not served.
 
-    That is no latent, none observed, functions that are swapped, a latent of one side only, a site
-    outside the data plate or without one value there for each of ``num_data`` points (None: as many
-    as it says), a factor in the guide, or a guide whose support is a part of the prior's.
+    The data plate is to hold ``num_data`` points (None: as many as it says).
     """
     observed = observed_names(guide_trace)
     if observed:
@@ -104,11 +100,7 @@ def check_devices(function: str, trace: Trace, device: torch.device) -> None:
 
 
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -> str | None:
-    """Return the refusal of what can be trained, but has no weight per data point; None without one.
-
-    That is a site outside the data plate, a subsampling plate inside the data's, a scale of the
-    user's own, or auxiliary sites that do not become latents one to one.
-    """
+    """Return the refusal of what can be trained, but has no weight per data point; None without."""
     try:
         _check_auxiliary(model_trace, guide_trace)
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
@@ -132,22 +124,11 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                     raise _outside("model", {**site, "value": whole})
 
 
-def check_rows_inside(function: str, sites: list[Site], plate: str | None, num_data: int) -> None:
-    """Refuse sites inside the data plate that are of another number of data points."""
-    for site in sites:
-        if is_inside(site, plate):
-            check_rows(function, site, plate, num_data)
-
-
-def check_rows(function: str, site: Site, plate: str | None, num_data: int) -> None:
-    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
-    _check_size(function, site, plate, site["fn"].batch_shape, num_data)
-
-
-def _check_size(
-    function: str, site: Site, plate: str | None, shape: torch.Size, num_data: int
+def check_rows(
+    function: str, site: Site, plate: str | None, num_data: int, shape: torch.Size | None = None
 ) -> None:
-    dim = data_dim(site, plate)
+    """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
+    dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         raise InputError(
@@ -182,7 +163,7 @@ def _check_site(
         raise _outside(function, site)
     if frames:
         wanted = frames[0].size if num_data is None else num_data
-        _check_size(function, site, plate, log_prob.shape, wanted)
+        check_rows(function, site, plate, wanted, log_prob.shape)
     plates = {frame.dim for frame in vectorized_frames(site)}
     stray = [
         dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
@@ -195,10 +176,8 @@ def _check_site(
 
 
 def _takes(distribution: Any, values: Tensor) -> bool:
-    """Tell whether values are in a distribution's support, or nothing is known against them.
-
-    The pair is looked at with validation on: where it is off it was switched off for this very one.
-    """
+    """Tell whether values are in a distribution's support, or nothing is known against them."""
+    # The pair is looked at with validation on: where it is off, it was for this very distribution.
     if innermost(distribution)._validate_args is False:
         return True
     try:
@@ -229,7 +208,6 @@ def _check_scale(function: str, site: Site) -> None:
 
 
 def _refuse_subsampling(site: Site, plate: str | None) -> None:
-    """Refuse plates inside the data's that subsample."""
     for frame in site["cond_indep_stack"]:
         if frame.name != plate and frame.full_size and frame.full_size > frame.size:
             where = "one datum" if plate is None else "the data plate"
@@ -276,13 +254,10 @@ def _check_latents(
 
 
 def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
-    """Refuse auxiliary sites that are not turned into latents of the model.
-
-    Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
-    log-density is the Jacobian: together they are q(z given x). An auxiliary variable that is mixed
-    over instead leaves q(z given x) an integral nobody has, and its weights would not average to
-    p(x).
-    """
+    """Refuse auxiliary sites that are not turned into latents of the model."""
+    # Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
+    # log-density is the Jacobian: together they are q(z given x). One that is mixed over instead
+    # leaves q(z given x) an integral nobody has: its weights would not average to p(x).
     guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
     auxiliary = {name: site for name, site in guide_sites.items() if name not in model_trace.nodes}
     drawn = sum(site["value"].numel() for site in auxiliary.values())
@@ -318,9 +293,9 @@ def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> No
             )
 
 
-# --- where a guide draws, and where the prior has its mass ---
-
-_BOUNDED_VECTORS = {
+_BOXES = {
+    constraints.boolean: (0, 1),
+    constraints.real: (-math.inf, math.inf),
     constraints.simplex: (0.0, 1.0),
     constraints.sphere: (-1.0, 1.0),
     unit_sphere: (-1.0, 1.0),
@@ -334,12 +309,13 @@ class _Bounds(NamedTuple):
     upper: Tensor
     is_discrete: bool
 
+    def __str__(self) -> str:
+        kind = "whole numbers" if self.is_discrete else "numbers"
+        return f"{kind} from {self.lower.min():g} to {self.upper.max():g}"
+
 
 def check_guide_support(guide_site: Site, model_site: Site) -> None:
-    """Refuse a guide that can't draw where the prior has mass: what it misses leaves no trace.
-
-    Both supports are known as boxes of coordinates; of others nothing is said.
-    """
+    """Refuse a guide that can't draw where the prior has mass, if both supports are boxes."""
     try:
         own, prior = (_bounds(site["fn"].support) for site in (guide_site, model_site))
     except (NotImplementedError, AttributeError):
@@ -354,7 +330,7 @@ def check_guide_support(guide_site: Site, model_site: Site) -> None:
         name = guide_site["name"]
         raise InputError(
             f"expected a guide that draws {name!r} wherever the prior has mass, got "
-            f"{_describe(own)} in the guide and {_describe(prior)} in the model: log p(x) would be "
+            f"{own} in the guide and {prior} in the model: log p(x) would be "
             "too low without a sign; widen the guide, or truncate the prior alike"
         )
 
@@ -365,12 +341,8 @@ def _bounds(support: Any) -> _Bounds | None:
         support = support.base_constraint
     if isinstance(support, _Stack | _Cat):
         return _join(support)
-    if support in _BOUNDED_VECTORS:
-        return _box(*_BOUNDED_VECTORS[support], False)
-    if support is constraints.boolean:
-        return _box(0, 1, True)
-    if support is constraints.real:
-        return _box(-math.inf, math.inf, False)
+    if support in _BOXES:
+        return _box(*_BOXES[support], support is constraints.boolean)
     lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
     is_discrete = bool(support.is_discrete)
     if lower is None and (upper is None or is_discrete):
@@ -397,8 +369,3 @@ def _join(support: Any) -> _Bounds | None:
 def _box(lower: Any, upper: Any, is_discrete: bool) -> _Bounds:
     low, high = (torch.as_tensor(end).detach().double().cpu() for end in (lower, upper))
     return _Bounds(low, high, is_discrete)
-
-
-def _describe(bounds: _Bounds) -> str:
-    kind = "whole numbers" if bounds.is_discrete else "numbers"
-    return f"{kind} from {bounds.lower.min():g} to {bounds.upper.max():g}"

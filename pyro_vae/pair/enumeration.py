@@ -1,7 +1,5 @@
 """Discrete latents that the model enumerates and the guide does not draw, summed out exactly."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -54,14 +52,8 @@ class _Enumerate(EnumMessenger):
 def sum_out(trace: Trace, sites: Iterable[Site]) -> list[tuple[Site, Tensor]]:
     """Sum enumerated values out of a trace: log-probabilities whose sum is that of the sites.
 
-    Masks are kept and scales left out. A mask on what is summed out hides the data below it alone:
-    its own probabilities sum to 1. What depends on no enumerated value stays as it is.
-
-    Returns:
-        Pairs of a site and a log-probability, float64, in the plates that stand around that site.
-
-    Raises:
-        InputError: latents that are summed out under one plate and tied across another.
+    They are float64, each with a site in whose plates it is. Masks are kept and scales left out; one
+    on what is summed out hides the data below it alone: its own probabilities sum to 1.
 
     Source:
         Obermeyer et al. 2019, "Tensor Variable Elimination for Plated Factor Graphs", algorithm 1.

@@ -1,7 +1,5 @@
 """A pair's two functions: the modules they reach, their device, mode, lock and random state."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import operator
@@ -165,11 +163,7 @@ def forget_new_names(parts: list[nn.Module] | None = None) -> Iterator[Callable[
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run under a seed of its own and restore every generator; with None change nothing.
-
-    The lock is held meanwhile: the generators are the process's, and what other threads draw hangs on
-    them.
-    """
+    """Run under a seed of its own, with the lock, and restore every generator; None: do nothing."""
     if seed is None:
         yield
         return

@@ -1,7 +1,5 @@
 """The inputs of a pair: made tensors, checked, placed on its device, cut and repeated."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -17,8 +15,7 @@ from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
 
-# Bytes of data that are moved to a device whole, as a share of what is free there: the other half is
-# for the networks and for what they compute.
+# Bytes of data moved to a device whole, as a share of what is free there; the rest is to compute in.
 _SHARE_OF_DEVICE = 0.5
 
 
@@ -32,8 +29,7 @@ def as_inputs(
 
     With functions, that is on the device of their parameters and, for floating-point data, in their
     type where they have one; whole numbers too where the model says that its data are numbers, for
-    elsewhere they may be labels. ``are_given``: to the functions themselves; their number is checked.
-    ``share_rows``: whether their first dimension counts the data, or they are of any shapes.
+    elsewhere they may be labels. Their number is checked if they ``are_given`` to the functions.
     """
     if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
         raise InputError(

@@ -22,7 +22,7 @@ from pyro_vae.pair.contract import (
     check_devices,
     check_pair,
     check_rest,
-    check_rows_inside,
+    check_rows,
     why_unweighable,
 )
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out, summed_sites
@@ -107,34 +107,19 @@ class Latent(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What one look at a pair shows; it holds for any of its data.
+    """What one look at a pair shows; it holds for any of its data."""
 
-    Attributes:
-        latents: the guide's, by name, in its order.
-        nesting: depth of the plates.
-        bytes_per_datum, guide_bytes_per_datum: memory that one particle of a data point allocates
-            under the model and under the guide, at most.
-        full_size: how many data points the data plate stands for.
-        shares: whether sites stand outside it.
-        summed: the model's latents that are summed out.
-        reads_values: which of "model" and "guide" read tensors' values in Python: a branch on them
-            may take the right side for a few particles by luck.
-        precision: relative spacing of the numbers that its densities are computed in, the coarsest.
-        likelihoods: what the densities of the observed sites are, see :func:`likelihood_kind`.
-        why_unweighable: why it has no weight per data point, though it may be trained; None: it has.
-    """
-
-    latents: dict[str, Latent]
-    nesting: int
-    bytes_per_datum: int
+    latents: dict[str, Latent]  # the guide's, by name, in its order
+    nesting: int  # depth of the plates
+    bytes_per_datum: int  # that one particle allocates under the model, at most
     guide_bytes_per_datum: int
-    full_size: int
-    shares: bool
-    summed: frozenset[str]
-    reads_values: frozenset[str]
-    precision: float
-    likelihoods: frozenset[str]
-    why_unweighable: str | None
+    full_size: int  # how many data points the data plate stands for
+    shares: bool  # whether sites stand outside it
+    summed: frozenset[str]  # the model's latents that are summed out
+    reads_values: frozenset[str]  # which of "model" and "guide" read tensors' values in Python
+    precision: float  # relative spacing of the numbers of its densities, the coarsest
+    likelihoods: frozenset[str]  # of the observed sites, see :func:`likelihood_kind`
+    why_unweighable: str | None  # why it has no weight per data point, though it may be trained
 
 
 @dataclass
@@ -214,25 +199,16 @@ class OpenedFunction(NamedTuple):
 
 @dataclass(eq=False)
 class OpenedPair:
-    """A model and a guide with the arguments that both are called with.
-
-    What is found out about the pair is kept with it and shared by its parts.
-
-    Attributes:
-        arguments: for all but training tensors that share their first dimension, N.
-        plate: name of the data plate; None: all the data are one datum, which has no parts.
-        serves: what is taken besides latents of each data point alone.
-        knowledge: what is known of the pair already.
-    """
+    """A model and a guide with the arguments that both are called with."""
 
     model: PairFunction
     guide: PairFunction
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # for all but training tensors that share their first dimension, N
     keywords: dict[str, Any] = field(default_factory=dict)
     _: KW_ONLY
-    plate: str | None = "data"
-    serves: Serves = Serves.NOTHING
-    knowledge: Knowledge = field(default_factory=Knowledge)
+    plate: str | None = "data"  # None: all the data are one datum, which has no parts
+    serves: Serves = Serves.NOTHING  # what is taken besides latents of each data point alone
+    knowledge: Knowledge = field(default_factory=Knowledge)  # found out so far, shared by its parts
 
     def __post_init__(self) -> None:
         _check_plate(self.plate, self.serves)
@@ -254,13 +230,9 @@ class OpenedPair:
 
     def memory(self, most: int | None = None) -> int:
         """Return the bytes that a chunk of work may need: ``most``, or what suits the device."""
-        if most is not None:
-            return most
-        if self.device.type == "cpu":
-            return _CPU_MEMORY
+        if most is not None or self.device.type == "cpu":
+            return most or _CPU_MEMORY
         return min(_CUDA_MEMORY, torch.cuda.get_device_properties(self.device).total_memory // 4)
-
-    # --- running ---
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction) -> Iterator[None]:
@@ -288,16 +260,13 @@ class OpenedPair:
         return (self._enumerate(traces), traces[1]) if enumerates else traces
 
     def _enumerate(self, traces: TracePair) -> Trace:
-        drawn = {n: s["value"] for n, s in traces[1].nodes.items() if s["type"] == "sample"}
-        run = poutine.trace(enumerate_latents(self.model, _nesting(traces), drawn))
+        run = poutine.trace(enumerate_latents(self.model, _nesting(traces), _values_of(traces[1])))
         return run.get_trace(*self.arguments, **self.keywords)
 
     @property
     def axes(self) -> dict[str, int]:
         """For each latent, the (negative) axis of its value that counts the data points."""
         return {name: latent.axis for name, latent in self.structure.latents.items()}
-
-    # --- parts ---
 
     def on(self, inputs: Inputs) -> OpenedPair:
         """Return the pair with other inputs in place of its own: it is not looked at again."""
@@ -317,11 +286,7 @@ class OpenedPair:
         return replace(self, guide=guide, knowledge=Knowledge())
 
     def split(self, size: int = BLOCK) -> list[slice]:
-        """Cut the data into blocks of equal size (the last may be smaller), or not at all.
-
-        A pair that gives a data point other values by its place among the data (parameters per data
-        point) only fits its whole data set.
-        """
+        """Cut the data into blocks of equal size (the last may be smaller), if they may be."""
         count = -(-self.num_data // size)
         if count > 1 and not self.is_divisible():
             count = 1
@@ -331,11 +296,7 @@ class OpenedPair:
     def blocks(
         self, size: int = BLOCK, progress: Progress | None = None
     ) -> Iterator[tuple[slice, OpenedPair]]:
-        """Yield the rows of one block of the data after another and the pair of these.
-
-        When the next block is asked for, or the end is reached, ``progress`` is called with (data
-        points done, N).
-        """
+        """Yield the rows and the pair of each block; ``progress`` is told when one is done."""
         for rows in self.split(size):
             yield rows, self.part(rows)
             if progress is not None:
@@ -346,28 +307,18 @@ class OpenedPair:
         return self.part(self.split(most)[0])
 
     def is_divisible(self) -> bool:
-        """Tell whether a data point gets the same values whatever other ones stand beside it.
-
-        It is shown by a trial at an offset: never assumed. The pair is left as it was.
-        """
+        """Show by a trial whether a data point gets the same values whatever stands beside it."""
         if self.knowledge.is_divisible is None:
             self.knowledge.is_divisible = self._try_out()
         return self.knowledge.is_divisible
 
     def takes_any_batch(self) -> bool:
-        """Tell whether a data point gets the same values wherever it stands, in parts and in order.
-
-        Unlike in :meth:`is_divisible` they may depend on which other ones stand beside it.
-        """
+        """Tell whether a data point gets the same values in any place, if not in any company."""
         return self.is_divisible() or self._try_out(in_any_company=False)
 
     def _try_out(self, *, in_any_company: bool = True) -> bool:
-        if self.num_data < 3:
-            return False
         with self._aside():
-            return _gives_own_values(self, in_any_company=in_any_company)
-
-    # --- what is known of it ---
+            return self.num_data > 2 and _gives_own_values(self, in_any_company=in_any_company)
 
     @property
     def structure(self) -> Structure:
@@ -397,29 +348,21 @@ class OpenedPair:
     ) -> Structure:
         """Run the pair once, plainly; refuse what breaks the contract.
 
-        Args:
-            num_data: how many data points the data plate must hold; None: as many as it says.
-            may_subsample: whether the data plate may draw some of its data points by itself.
-            rest: all the data, if these are their first rows only.
+        The data plate must hold ``num_data`` (None: as many as it says), or some of them where it
+        ``may_subsample``; ``rest`` are all the data, if these are their first rows only.
         """
         guide_trace, in_guide = self._look_at(self.guide)
         check_devices("guide", guide_trace, self.device)
         if may_subsample and subsamples(guide_trace, self.plate):
             num_data = None
         if num_data is not None:
-            check_rows_inside("guide", latent_sites(guide_trace), self.plate, num_data)
-        drawn = {
-            name: site["value"]
-            for name, site in guide_trace.nodes.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
+            self._check_rows("guide", guide_trace, num_data)
         try:
-            with Given(drawn):
+            with Given(_values_of(guide_trace)):
                 model_trace, in_model = self._look_at(self.model)
         except CALLING_ERRORS:
             if num_data is not None:  # of another number of data points than the guide's?
-                alone = self.alone(self.model).trace()
-                check_rows_inside("model", sample_sites(alone), self.plate, num_data)
+                self._check_rows("model", self.alone(self.model).trace(), num_data)
             raise
         check_devices("model", model_trace, self.device)
         check_pair(model_trace, guide_trace, self.plate, num_data, self.serves)
@@ -449,20 +392,22 @@ class OpenedPair:
             why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
         )
 
-    def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
-        """Trace a function with the validation of distributions on, whatever Pyro's setting is.
+    def _check_rows(self, kind: str, trace: Trace, num_data: int) -> None:
+        for site in sample_sites(trace):
+            if is_inside(site, self.plate):
+                check_rows(kind, site, self.plate, num_data)
 
-        Where it is off, and the function does not survive it, it is traced without.
-        """
+    def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
+        """Trace a function with validation on, or where Pyro's is off and that fails, without."""
+        traced = poutine.trace(function)
         try:
             with validation_enabled(True), RunObserver() as observer:
-                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
+                return traced.get_trace(*self.arguments, **self.keywords), observer
         except CALLING_ERRORS:
             if Distribution._validate_args:
                 raise
             with RunObserver() as observer:
-                trace = poutine.trace(function).get_trace(*self.arguments, **self.keywords)
-        return trace, observer
+                return traced.get_trace(*self.arguments, **self.keywords), observer
 
     def modules(self) -> list[nn.Module]:
         """Return every module that the functions can reach, submodules too."""
@@ -481,6 +426,10 @@ class OpenedPair:
                 # Its parameters are made for the data of its first call: these are all of them.
                 self.guide(*self.arguments, **self.keywords)
             yield
+
+
+def _values_of(trace: Trace) -> Latents:
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def _nesting(traces: TracePair) -> int:
@@ -517,15 +466,11 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
     """Run a pair on some of its data and on these in another way: the densities must agree.
 
     The other way is the later half of them alone or, where the company may matter (statistics over
-    the batch), all of them in reverse.
-
-    A table with a row for each data point that is sliced by their number gives them the rows of
-    others; parameters per data point do not fit at all. Where such a table is constant so far (as
-    parameters often start) the other way would not show: whatever tensor has as many rows as there
-    are data is therefore moved for a second trial, and put back.
-
-    The caller holds the lock, without gradients, in eval mode.
+    the batch), all of them in reverse. The caller holds the lock, without gradients, in eval mode.
     """
+    # A table with a row for each data point that is sliced by their number gives them the rows of
+    # others. While it is constant (as parameters often start) the other way would not show that:
+    # whatever has as many rows as there are data is moved for a second trial, and put back.
     count = min(pair.num_data, _TRIED)
     # At least two: one alone would broadcast against parameters of any number of data.
     later = torch.arange(min(count // 2, count - 2), count)
@@ -536,10 +481,15 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
                 return False
             if not in_any_company:
                 pair.part(later).trace()
-            made = _made_for(pair, new_names(), {count, len(later)})
-            if made:  # for a part of the data: what are they made like for all of them?
+            # Made for a part of the data, and no module's: what are they made like for all of them?
+            store, modules = pyro.get_param_store(), modules_of(pair.model, pair.guide)
+            known = {id(parameter) for module in modules for parameter in module.parameters()}
+            made = {name: store._params[name] for name in new_names()}
+            made = {n: v for n, v in made.items() if {count, len(later)} & set(v.shape)}
+            made = {name: value for name, value in made.items() if id(value) not in known}
+            if made:
                 for name in made:
-                    del pyro.get_param_store()[name]
+                    del store[name]
                 pair.part().trace()
             suspects = list(_tables_of(pair))
             if not suspects:
@@ -549,14 +499,6 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
         except CALLING_ERRORS as error:
             raise_out_of_memory(error)
             return False
-
-
-def _made_for(pair: OpenedPair, names: list[str], numbers: set[int]) -> list[str]:
-    """Return which new parameters, no module's, have as many rows as a part of the data."""
-    modules = modules_of(pair.model, pair.guide)
-    known = {id(parameter) for module in modules for parameter in module.parameters()}
-    tensors = {name: pyro.get_param_store()._params[name] for name in names}
-    return [n for n, v in tensors.items() if id(v) not in known and numbers & set(v.shape)]
 
 
 def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
@@ -572,18 +514,14 @@ def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
     random = {name: value for name, value in drawn.items() if name in axes}
     shared = {name: value for name, value in drawn.items() if name not in axes}
     expected = _densities(whole, traces)
-    shown = {n: v.movedim(axes[n], 0)[rows].movedim(0, axes[n]) for n, v in random.items()}
+    shown = {name: value.index_select(axes[name], rows) for name, value in random.items()}
     found = _densities(others, _trace_given(others, shared | shown))
 
     def again(latents: Latents) -> tuple[Tensor, ...]:
         return _densities(whole, _trace_given(whole, latents))
 
     def plain(latents: Latents) -> tuple[Tensor, ...]:
-        filled = {}
-        for name, value in latents.items():
-            values = random[name].movedim(axes[name], 0).clone()
-            values[rows] = value.movedim(axes[name], 0)
-            filled[name] = values.movedim(0, axes[name])
+        filled = {n: random[n].index_copy(axes[n], rows, value) for n, value in latents.items()}
         return tuple(term[rows] for term in again(shared | filled))
 
     if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
@@ -604,12 +542,8 @@ def _trace_given(pair: OpenedPair, latents: Latents) -> TracePair:
 def _densities(pair: OpenedPair, traces: TracePair) -> tuple[Tensor, ...]:
     """Return log q, log p(x|z) and log p(z) of traced latents per data point, each ``(N,)``."""
     model_trace, guide_trace = traces
-    sites = sample_sites(model_trace)
-    groups = (
-        sample_sites(guide_trace),
-        [site for site in sites if site["is_observed"]],
-        [site for site in sites if not site["is_observed"]],
-    )
+    observed = [site for site in sample_sites(model_trace) if site["is_observed"]]
+    groups = sample_sites(guide_trace), observed, latent_sites(model_trace)
     return tuple(total(group, pair.plate, pair.inputs) for group in groups)
 
 

@@ -1,7 +1,5 @@
 """The precision that products are computed in: float32, TF32 on CUDA, or bfloat16 inside layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -15,8 +13,7 @@ from pyro_vae.errors import InputError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-# What layers multiply in besides float32, and round differently from kernel to kernel: TF32 has the
-# mantissa of float16.
+# What layers multiply in besides float32, rounded by kernel: TF32 has the mantissa of float16.
 ROUNDING = {"tf32": (torch.float16,), "bfloat16": (torch.bfloat16,)}
 
 # What layers multiply by their weights. Products of tensors that are none of a layer's (a
@@ -69,9 +66,8 @@ def multiply_in(precision: str) -> Iterator[None]:
 def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32 if asked for, and else not.
 
-    What torch's flags say of matrix products, convolutions and recurrent layers is put back as it
-    was, said by the old ones (``allow_tf32``, ``set_float32_matmul_precision``) or by the new ones
-    (``fp32_precision``). Inside both say the same, for torch raises where they differ.
+    What torch's flags say, the old ones (``allow_tf32``, ``set_float32_matmul_precision``) and the
+    new (``fp32_precision``), is put back. Inside both say the same, for torch raises else.
     """
     if device.type != "cuda":
         yield

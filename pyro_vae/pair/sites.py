@@ -1,7 +1,5 @@
 """Sample sites of a traced pair: their densities, plates and latents, and when two results agree."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -236,16 +234,13 @@ def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
 
 
 def agree(
-    batched: tuple[Tensor, ...],
-    plain: Callable[[Latents], tuple[Tensor, ...]],
-    latents: Latents,
+    batched: tuple[Tensor, ...], plain: Callable[[Latents], tuple[Tensor, ...]], latents: Latents
 ) -> bool:
     """Tell whether batched results are those of plain calls, as far as rounding determines these.
 
     A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
     normal knows from drawing while a plain call must find it from the point. By how much is seen from
-    plain calls at latents moved in their last digits; it is nothing where a density is tame. A latent
-    that holds nothing but whole numbers is taken for a discrete one.
+    plain calls at latents moved in their last digits. Whole numbers are taken for a discrete latent.
     """
     expected = plain(latents)
     if all_close(batched, expected):

@@ -136,9 +136,8 @@ def _is_read_by_user() -> bool:
 class Remembered(Generic[Value]):
     """Values by functions, each known by weak references to what it consists of.
 
-    A bound method is made anew at every access, so it is known by its function and its instance; what
-    took the place of a dead function in memory is not taken for it. A value is forgotten with the
-    first of its functions, so it must not keep them alive.
+    A bound method is made anew at every access, so it is known by its function and its instance. A
+    value is forgotten with the first of its functions, so it must not keep them alive.
     """
 
     def __init__(self) -> None:

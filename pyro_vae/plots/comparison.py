@@ -166,7 +166,7 @@ def autoencoder_and_vae(
         limits: the values shown as white and as black.
     """
     data, image = np.asarray(data), is_image(data.shape[1:])
-    figure = Figure(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
+    figure = style.Picture(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
     figure.suptitle(style.as_text(title), fontsize=10, x=0.01, ha="left")
     heights = [1.9, 1.5, 1] if image else [1]
     cells = figure.add_gridspec(len(heights), 2, height_ratios=heights)

@@ -55,7 +55,7 @@ def image_grid(
     width = max(width, left + 0.075 * len(title))  # about a character's width at this size
     grid_height = (cell_height + gap) * len(rows)
     height = grid_height + (0.6 if column_labels else 0.4)
-    figure = Figure(figsize=(width, height), dpi=150)
+    figure = style.Picture(figsize=(width, height), dpi=150)
     # One pair of axes, in inches from the lower left corner, holds everything.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,15 @@ INK = colormaps["gray_r"].with_extremes(bad=TINT)
 MAP = colormaps["viridis"]
 
 
+class Picture(Figure):
+    """A figure that Jupyter shows as a cell's last line, whatever its matplotlib is set to."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", bbox_inches="tight")
+        return file.getvalue()
+
+
 def as_text(name: str) -> str:
     """Return a name as a picture shows it: no mathematics between dollars, no line break."""
     return printable(name).replace("$", r"\$")
@@ -41,7 +51,7 @@ def panels(
     **how: Any,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with its title at the left and so many of its panels, the rest left empty."""
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = Picture(figsize=size, dpi=150, layout="constrained")
     figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
     places = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
     shown = len(places) if shown is None else shown
@@ -54,7 +64,7 @@ def panels(
 
 def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """Return a figure of one panel with its title at the left."""
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = Picture(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(as_text(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

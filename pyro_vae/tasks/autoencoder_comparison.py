@@ -1,7 +1,5 @@
 """The deterministic autoencoder beside a VAE: reconstruction, random latents, holes between codes."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple
@@ -33,8 +31,7 @@ class Side(NamedTuple):
         held_out_distance: from the first held-out codes to the nearest training code, ``(M,)``.
         random_distance: from a random latent to the nearest training code, ``(S,)``.
         random: the random latents decoded, ``(S, *data_shape)``.
-        random_data_distance: root-mean-square distance of those to the nearest training datum,
-            ``(S,)``.
+        random_data_distance: root-mean-square distance of those to the nearest datum, ``(S,)``.
         grid: decoded latents between the codes of four held-out data, ``(G, G, *data_shape)``.
         grid_distance: from these latents to the nearest training code, ``(G, G)``.
     """
@@ -52,7 +49,8 @@ class Side(NamedTuple):
     @property
     def hole_ratio(self) -> float:
         """Median distance of random latents over that of held-out codes; 1 where no holes are."""
-        return _ratio(self.random_distance.median(), self.held_out_distance.median())
+        # By 0, of held-out data that are training data, it is infinite or not known.
+        return (self.random_distance.median() / self.held_out_distance.median()).item()
 
 
 @shown
@@ -80,12 +78,12 @@ class AutoencoderComparison(NamedTuple):
         for name, side in (("autoencoder", self.autoencoder), ("vae", self.vae)):
             held_out = side.held_out_distance.median()
             columns[name] = {
-                "reconstruction error": _rms(side.error),
-                "reconstruction error, drawn code": _rms(side.error_of_draws),
+                "reconstruction error": side.error.square().mean().sqrt().item(),
+                "reconstruction error, drawn code": side.error_of_draws.square().mean().sqrt().item(),
                 "nearest-code distance, held-out": held_out.item(),
                 "nearest-code distance, random": side.random_distance.median().item(),
                 "random / held-out": side.hole_ratio,
-                "largest on the grid / held-out": _ratio(side.grid_distance.max(), held_out),
+                "largest on the grid / held-out": (side.grid_distance.max() / held_out).item(),
                 "decoded random latent to nearest datum": side.random_data_distance.median().item(),
                 "held-out datum to nearest datum": reference,
             }
@@ -133,7 +131,12 @@ def compare_autoencoder(
     """
     check_counts(num_random=num_random)
     check_counts(grid_size=grid_size, least=2)
-    train, held_out = _one_tensor(train, model), _one_tensor(held_out, model)
+    given = [as_inputs(data, model) for data in (train, held_out)]
+    if number := next((len(each) for each in given if len(each) != 1), None):
+        raise InputError(
+            f"expected one tensor of data, got {number}: an autoencoder has no conditions"
+        )
+    (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
         raise InputError(
             f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
@@ -194,24 +197,6 @@ def _measure(
         *(each.unflatten(0, (grid_size, grid_size)) for each in (corners, _nearest(grid, codes))),
     )
     return Side(*(value.cpu() for value in values))
-
-
-def _one_tensor(data: Tensor, model: PairFunction) -> Tensor:
-    inputs = as_inputs(data, model)
-    if len(inputs) != 1:
-        raise InputError(
-            f"expected one tensor of data, got {len(inputs)}: an autoencoder has no conditions"
-        )
-    return inputs[0]
-
-
-def _rms(errors: Tensor) -> float:
-    return errors.square().mean().sqrt().item()
-
-
-def _ratio(value: Tensor, reference: Tensor) -> float:
-    """Divide; by 0 (held-out data that are training data) the ratio is infinite or not known."""
-    return (value / reference).item()
 
 
 def _fitted_normal(codes: Tensor, number: int) -> Tensor:

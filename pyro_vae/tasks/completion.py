@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
-from pyro_vae.evaluation.simulate import changed_site
+from pyro_vae.evaluation.simulation_checks import changed_site
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
@@ -43,8 +43,7 @@ _NUM_SAMPLES, _NUM_STEPS = 1000, 200
 # Draws of the latents from the prior whose mean data are the first fill.
 _PRIOR_DRAWS = 16
 
-# Share of the proposals of latents that are the prior's: a chain far from the guide leaves by the
-# bounded weight p(x | z) / share.
+# Share of the proposals that are the prior's: weights far off are at most p(x | z) / share.
 _PRIOR_SHARE = 0.1
 
 # What the chains are judged by: at most so many projections of latents and of hidden values, at so
@@ -117,8 +116,7 @@ def complete(
     Args:
         model: a generative function whose observed site is elementwise given the latents.
         guide: its variational function.
-        x: data ``(N, *data_shape)``, or a tuple of tensors passed as ``model(*x)``. Hidden places
-            may hold anything, also NaN.
+        x: data ``(N, *data_shape)``, or a tuple of tensors; hidden places may hold anything.
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.
         num_draws: draws per datum: chains, or resampled importance samples.
@@ -131,8 +129,7 @@ def complete(
         observed: name of the observed site with missing values; needed where the model has several.
         position: which of the inputs has the missing values.
         plate: name of the data plate.
-        max_memory: bytes that a pass may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
-            quarter of a smaller one's).
+        max_memory: bytes that a pass may need; by default as in :func:`pyro_vae.log_marginal`.
         seed: seed of the draws; the generators' state is restored afterwards.
 
     Returns:
@@ -179,7 +176,14 @@ def complete(
         if method == "metropolis":
             sites = latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
-        weighed = _weigh_observed(problem, divisible)
+        # What weighs draws by the density of the observed part.
+        weighed = OpenedPair(
+            on_observed_part(model, observed=problem.site, position=position),
+            lambda *given: guide(*given[:-1]),
+            (*pair.inputs, missing),
+            plate=plate,
+            knowledge=Knowledge(is_divisible=divisible),
+        )
         budget = pair.memory(max_memory)
         rows = max(1, budget // problem.pair.structure.bytes_per_datum)
         parts = []
@@ -238,10 +242,10 @@ class _Problem(NamedTuple):
         latents = self.pair.structure.latents.values()
         return not any(latent.is_point_mass for latent in latents)
 
-    def draw_prior(self) -> Latents:
-        """Draw latents from the model's prior."""
-        trace = self.pair.alone(self.pair.model).trace()
-        return {name: trace.nodes[name]["value"] for name in self.pair.axes}
+    def draw(self, function: PairFunction) -> tuple[Latents, list[Site]]:
+        """Draw latents from the guide, or from the model's prior, and return the sites too."""
+        trace = self.pair.alone(function).trace()
+        return {name: trace.nodes[name]["value"] for name in self.pair.axes}, sample_sites(trace)
 
     def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
         """Take latents of one or the other, by one truth value for each data point."""
@@ -272,61 +276,57 @@ def _by_chains(
     for first in range(0, num_draws, together):
         chains = range(first, min(first + together, num_draws))
         runs.append(_run_chains(problem, chains, num_steps, method == "pseudo-gibbs", spread_out))
-    x, mean, square, acceptance, judged = (torch.cat(each) for each in zip(*runs, strict=True))
-    share = r_hat = None
-    if method == "metropolis":
-        share, r_hat = acceptance.mean(0), rank_normalized_r_hat(judged)
-    return Completion(x, *_spread(mean.mean(0), square.mean(0)), method, share, r_hat)
+    x, moments, acceptance, judged = map(torch.cat, zip(*runs, strict=True))
+    if method == "pseudo-gibbs":
+        return Completion(x, *_spread(moments.mean(0)), method)
+    shares = acceptance.mean(0)
+    return Completion(x, *_spread(moments.mean(0)), method, shares, rank_normalized_r_hat(judged))
 
 
 class _State(NamedTuple):
-    """Where chains are: latents, fill, log-densities ``(N,)``, moments of x given z."""
+    """Where chains are: latents, fill, log-densities ``(N,)``, :func:`_value_moments` given z."""
 
     latents: Latents
     problem: _Problem
     log_joint: Tensor  # log p(x, z)
     log_prior: Tensor  # log p(z)
-    mean: Tensor
-    square: Tensor
+    moments: Tensor
 
 
 def _run_chains(
     problem: _Problem, chains: range, num_steps: int, accept_all: bool, spread_out: bool
 ) -> tuple[Tensor, ...]:
-    """Run some of the chains at once; those of odd number start from the prior.
+    """Run some of the chains at once, those of odd number from the prior; return ``(C, N, ...)``.
 
-    Returns ``(C, N, ...)``: the last fill; means over the second half of the steps of E[x | z] and
-    E[x^2 | z]; the share of accepted proposals; and ``(C, T, N, Q)``, what they are judged by.
+    That is the last fill, mean moments of x over the second half of the steps, the share of accepted
+    proposals, and what they are judged by, ``(C, T, N, Q)``.
     """
     shape = (len(chains), len(problem.missing))
     problem = problem.tile(len(chains))
     is_odd = torch.tensor([number % 2 == 1 for number in chains], device=problem.x.device)
     state = _start(problem, is_odd.repeat_interleave(shape[1]), accept_all, spread_out)
     accepted = torch.zeros(len(problem.missing), device=problem.x.device)
-    moments, judged = [Moments() for _ in range(2)], []
-    half = num_steps // 2
+    moments, judged, half = Moments(), [], num_steps // 2
     for step in range(num_steps):
         state, moved = _step(state, accept_all)
         accepted += moved
         if step >= half:
-            _add(moments, state.mean, state.square)
+            moments.add(state.moments[None])
             if not accept_all and (step - half) % -(-(num_steps - half) // _JUDGED_STEPS) == 0:
                 judged.append(_numbers_of(state).unflatten(0, shape))
-    results = (state.problem.x, *(each.mean() for each in moments), accepted / num_steps)
+    results = (state.problem.x, moments.mean(), accepted / num_steps)
     untiled = (value.unflatten(0, shape) for value in results)
     return (*untiled, torch.stack(judged, 1) if judged else torch.zeros(0))
 
 
 def _start(problem: _Problem, from_prior: Tensor, accept_all: bool, spread_out: bool) -> _State:
-    """Draw latents of some chains from the prior, of the others from the guide.
-
-    The guide sees the first fill or, ``spread_out``, hidden values of each chain's own.
-    """
+    """Draw latents from the prior or the guide; it sees each chain's own fill if ``spread_out``."""
+    guide = problem.pair.guide
     if accept_all or not problem.mixes:
-        return _redraw(problem, _propose(problem)[0])
-    prior = problem.draw_prior()
+        return _redraw(problem, problem.draw(guide)[0])
+    prior, _ = problem.draw(problem.pair.model)
     seen = _redraw(problem, prior).problem if spread_out else problem
-    return _redraw(problem, problem.choose(from_prior, prior, _propose(seen)[0]))
+    return _redraw(problem, problem.choose(from_prior, prior, seen.draw(guide)[0]))
 
 
 def _numbers_of(state: _State) -> Tensor:
@@ -354,72 +354,54 @@ def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site
     return x, sample_sites(trace), site
 
 
-def _value_moments(site: Site) -> tuple[Tensor, Tensor]:
-    """Return mean and mean square of a site's values, float64; where not known, of its draw."""
+def _value_moments(site: Site) -> Tensor:
+    """Return mean and mean square of a site's values, ``(N, 2, ...)``, or of its draw."""
     drawn = site["value"].double()
     try:
         mean, variance = site["fn"].mean.double(), site["fn"].variance.double()
     except NotImplementedError:
-        return drawn, drawn.square()
+        mean = variance = torch.full_like(drawn, math.nan)
     known = mean.isfinite() & variance.isfinite()
-    return torch.where(known, mean, drawn), torch.where(known, variance + mean**2, drawn.square())
+    square = torch.where(known, variance + mean**2, drawn.square())
+    return torch.stack([torch.where(known, mean, drawn), square], 1)
 
 
 def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     """Propose latents, accept or not, redraw the hidden values: one step of every chain."""
     problem = state.problem
+    proposal, sites = problem.draw(problem.pair.guide)
     if accept_all:
-        return _redraw(problem, _propose(problem)[0]), torch.ones_like(state.log_joint)
-    proposal, sites = _propose(problem)
+        return _redraw(problem, proposal), torch.ones_like(state.log_joint)
 
-    def log_guide(latents: Latents) -> Tensor:
-        """Score latents given the data as filled now; of a single site the distribution is there."""
-        if len(sites) == 1:
-            return problem.log_prob([{**sites[0], "value": latents[sites[0]["name"]]}])
-        return problem.log_prob(sample_sites(problem.trace(problem.pair.guide, latents)))
+    def log_proposal(latents: Latents, log_prior: Tensor) -> Tensor:
+        """Score latents under what proposes, given the data as filled now."""
+        if len(sites) == 1:  # its distribution is there
+            log_guide = problem.log_prob([{**sites[0], "value": latents[sites[0]["name"]]}])
+        else:
+            log_guide = problem.log_prob(sample_sites(problem.trace(problem.pair.guide, latents)))
+        if not problem.mixes:
+            return log_guide
+        shares = math.log1p(-_PRIOR_SHARE), math.log(_PRIOR_SHARE)
+        return torch.logaddexp(log_guide + shares[0], log_prior + shares[1])
 
     if problem.mixes:
         from_prior = torch.rand_like(state.log_joint) < _PRIOR_SHARE
-        proposal = problem.choose(from_prior, problem.draw_prior(), proposal)
+        proposal = problem.choose(from_prior, problem.draw(problem.pair.model)[0], proposal)
     scored = sample_sites(problem.trace(problem.pair.model, proposal))
     log_prior = problem.log_prob([site for site in scored if not site["is_observed"]])
-    log_proposal, back = log_guide(proposal), log_guide(state.latents)
-    if problem.mixes:
-        log_proposal, back = _mix(log_proposal, log_prior), _mix(back, state.log_prior)
-    log_ratio = problem.log_prob(scored) - log_proposal - state.log_joint + back
+    there, back = log_proposal(proposal, log_prior), log_proposal(state.latents, state.log_prior)
+    log_ratio = problem.log_prob(scored) - there - state.log_joint + back
     # NaN: neither point has a density; stay.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
     latents = problem.choose(accepted, proposal, state.latents)
     return _redraw(problem, latents), accepted.to(state.log_joint)
 
 
-def _mix(log_guide: Tensor, log_prior: Tensor) -> Tensor:
-    """Return the log-density of proposals from the guide and, of a share, from the prior."""
-    return torch.logaddexp(log_guide + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE))
-
-
-def _propose(problem: _Problem) -> tuple[Latents, list[Site]]:
-    trace = problem.pair.alone(problem.pair.guide).trace()
-    return {name: trace.nodes[name]["value"] for name in problem.pair.axes}, sample_sites(trace)
-
-
 def _redraw(problem: _Problem, latents: Latents) -> _State:
     x, sites, site = _draw_hidden(problem, latents)
     log_prior = problem.log_prob([each for each in sites if not each["is_observed"]])
     log_joint = problem.log_prob(sites)
-    return _State(latents, problem.fill(x), log_joint, log_prior, *_value_moments(site))
-
-
-def _weigh_observed(problem: _Problem, divisible: bool) -> OpenedPair:
-    """Return the pair that weighs draws by the density of the observed part."""
-    pair, guide = problem.pair, problem.pair.guide
-    return OpenedPair(
-        on_observed_part(pair.model, observed=problem.site, position=problem.position),
-        lambda *given: guide(*given[:-1]),
-        (*pair.inputs, problem.missing),
-        plate=pair.plate,
-        knowledge=Knowledge(is_divisible=divisible),
-    )
+    return _State(latents, problem.fill(x), log_joint, log_prior, _value_moments(site))
 
 
 def _by_importance(
@@ -427,14 +409,13 @@ def _by_importance(
 ) -> Completion:
     """Weigh draws from the guide by the density of the observed part, and resample."""
     chunk = max(1, budget // (particles.bytes_per_datum * particles.num_data))
-    drawn: list[Latents] = []
-    weights = []
+    parts = []
     for done in range(0, num_samples, chunk):
         latents, log_proposal = particles.propose(min(chunk, num_samples - done))
         densities = LogDensities(*particles.score(latents), log_proposal)
         check_weights(densities)
-        drawn.append(particles.data_first(latents))
-        weights.append(densities.log_weights)
+        parts.append((particles.data_first(latents), densities.log_weights))
+    drawn, weights = zip(*parts, strict=True)
     shares = torch.cat(weights).softmax(0)  # (num_samples, N)
     if shares.isnan().any():
         raise InputError(
@@ -447,49 +428,38 @@ def _by_importance(
         name: torch.cat([latents[name] for latents in drawn])[picked, rows].movedim(1, axis)
         for name, axis in particles.axes.items()
     }
-    draws, moments = [], [Moments(), Moments()]
+    draws, moments = [], Moments()
     for index in range(num_draws):
         x, _, site = _draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
         draws.append(x)
-        _add(moments, *_value_moments(site))
+        moments.add(_value_moments(site)[None])
     ess = 1 / shares.square().sum(0)
-    moved = _spread(*(each.mean() for each in moments))
-    return Completion(torch.stack(draws), *moved, "importance", ess=ess)
+    return Completion(torch.stack(draws), *_spread(moments.mean()), "importance", ess=ess)
 
 
-def _add(moments: list[Moments], *values: Tensor) -> None:
-    for each, value in zip(moments, values, strict=True):
-        each.add(value[None])
-
-
-def _spread(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of what has this mean and mean square."""
+def _spread(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of what has these :func:`_value_moments`."""
+    mean, square = moments.unbind(1)
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
 def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     """Join blocks of data, and put the observed values back as they came."""
+    columns: Any = zip(*(part[1:3] + part[4:] for part in parts), strict=True)
+    joined: Any = (None if each[0] is None else torch.cat(each) for each in columns)
+    mean, deviation, *found = joined
     draws = torch.cat([part.draws for part in parts], dim=1)
-
-    def join(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
     return Completion(
         torch.where(missing, draws, x),
-        torch.where(missing, join("mean").to(draws.dtype), x),
-        join("standard_deviation").to(draws.dtype).masked_fill(~missing, 0.0),
+        torch.where(missing, mean.to(draws.dtype), x),
+        deviation.to(draws.dtype).masked_fill(~missing, 0.0),
         parts[0].method,
-        *map(join, ("acceptance", "r_hat", "ess")),
+        *found,
     )
 
 
 def _fill_first(
-    pair: OpenedPair,
-    missing: Tensor,
-    position: int,
-    initial: float | Tensor | None,
-    observed: str | None,
+    pair: OpenedPair, missing: Tensor, position: int, initial: Any, observed: str | None
 ) -> OpenedPair:
     """Return the pair with the hidden places filled as asked, or by the model's own mean."""
     x = pair.inputs[position]
@@ -519,7 +489,7 @@ def _fill_first(
         site = trace.nodes[observed_site(trace, observed)]
         if site["value"].shape != x.shape:
             raise _not_observed(site["name"], x, site["value"])
-        means += _value_moments({**site, "value": site["fn"].sample()})[0]
+        means += _value_moments({**site, "value": site["fn"].sample()})[:, 0]
     return with_fill(means / _PRIOR_DRAWS)
 
 
@@ -582,12 +552,11 @@ def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
 def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    given: dict[str, Any] = {"num_samples": num_samples, "num_steps": num_steps}
-    check_optional_counts(**given)
-    own = "num_samples" if method == "importance" else "num_steps"
-    for other, value in given.items():
-        if other != own and value is not None:
-            raise InputError(
-                f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it "
-                "out"
-            )
+    check_optional_counts(num_samples=num_samples, num_steps=num_steps)
+    own, other, value = "num_steps", "num_samples", num_samples
+    if method == "importance":
+        own, other, value = other, own, num_steps
+    if value is not None:
+        raise InputError(
+            f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it out"
+        )

@@ -1,7 +1,5 @@
 """From data to latents and back: encode, decode, reconstruct given data, generate new ones."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -108,8 +106,7 @@ def decode(
         model: the generative function of a pair.
         z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
             name. Sites that are not named are drawn from the prior.
-        like: inputs ``(N, ...)`` that give shape and conditions of the data; the values of the
-            observed site are not looked at.
+        like: inputs ``(N, ...)`` that give shape and conditions; observed values are not used.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
@@ -176,16 +173,13 @@ def generate(
 
     Args:
         model: the generative function of a pair.
-        like: inputs ``(N, ...)`` that give the number, shape and conditions of the new data; the
-            values of the observed site are not looked at.
+        like: inputs ``(N, ...)`` that give number, shape and conditions, not the observed values.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
-            from. The conditions are those of ``like`` all the same: where p(z) depends on them, give
-            ``data`` that share them.
+            from. Conditions are those of ``like``: where p(z) depends on them, ``data`` share them.
         data: inputs ``(M, ...)`` whose posteriors are mixed; by default ``like``.
         temperature: factor of the spread (standard deviation) of the distributions that latents are
-            drawn from: normal and other location-scale families, mixtures (each component's) and
-            flows (the base's).
+            drawn from: location-scale families, mixtures (each component's), flows (the base's).
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
@@ -196,8 +190,7 @@ def generate(
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
-            a plate that subsamples the data; data without a guide; a temperature not above 0, or with
-            latents that have no scale.
+            a plate that subsamples; data without a guide; a temperature not above 0, or of no scale.
 
     Source:
         Aggregate posterior: Makhzani et al. 2016, "Adversarial Autoencoders", equation 1.
@@ -207,9 +200,8 @@ def generate(
         raise InputError(f"expected a finite temperature above 0, got {temperature}")
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
-    pair = None
-    if guide is not None:
-        pair = open_pair(model, guide, like if data is None else data, plate=plate)
+    source = like if data is None else data
+    pair = None if guide is None else open_pair(model, guide, source, plate=plate)
     with opened.evaluating(seed, guide):
         name = observed_site(opened.trace(), observed)
         latents: Latents = {}
@@ -295,24 +287,16 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
     picked = torch.randint(pair.num_data, (number,), device=pair.device)
     if pair.is_divisible():
         return draw(pair.part(picked))
-    # A guide with parameters per datum takes all its data at once: a datum picked for the k-th time
-    # gets the k-th draw.
-    turn = _occurrence(picked)
+    # A guide with parameters per datum takes all its data: one picked again gets the next draw.
+    values, order = picked.sort(stable=True)
+    before = torch.arange(len(picked), device=picked.device) - torch.searchsorted(values, values)
+    turn = torch.empty_like(picked).scatter_(0, order, before)
     draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
     latents = {}
     for name, axis in pair.axes.items():
         rows = torch.stack([each[name].movedim(axis, 0) for each in draws])
         latents[name] = rows[turn, picked].movedim(0, axis)
     return latents
-
-
-def _occurrence(picked: Tensor) -> Tensor:
-    """Return how often each entry's value has come before it."""
-    values, order = picked.sort(stable=True)
-    position = torch.arange(len(picked), device=picked.device)
-    occurrence = torch.empty_like(picked)
-    occurrence[order] = position - torch.searchsorted(values, values)
-    return occurrence
 
 
 class _AtTemperature(Messenger):
@@ -344,19 +328,17 @@ def _spread(name: str, fn: Any, factor: float) -> Any:
         shift = distributions.AffineTransform(fn.loc * (1 - factor), factor)
         return dist.TransformedDistribution(fn, [shift])
     if isinstance(fn, distributions.MultivariateNormal):
-        factors = fn.scale_tril * factor
-        return dist.MultivariateNormal(fn.loc, scale_tril=factors, validate_args=False)
+        how = {"scale_tril": fn.scale_tril * factor, "validate_args": False}
+        return dist.MultivariateNormal(fn.loc, **how)
     if isinstance(fn, distributions.MixtureSameFamily):
-        components = _spread(name, fn.component_distribution, factor)
-        weights = fn.mixture_distribution
-        return dist.MixtureSameFamily(weights, components, validate_args=False)
+        parts = fn.mixture_distribution, _spread(name, fn.component_distribution, factor)
+        return dist.MixtureSameFamily(*parts, validate_args=False)
     if isinstance(fn, DiagonalNormalMixture):
         return DiagonalNormalMixture(fn.log_weights, fn.loc, fn.scale * factor)
     if isinstance(fn, FlowDistribution):
         return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
     if isinstance(fn, distributions.TransformedDistribution):
-        base = _spread(name, fn.base_dist, factor)
-        return dist.TransformedDistribution(base, fn.transforms)
+        return dist.TransformedDistribution(_spread(name, fn.base_dist, factor), fn.transforms)
     raise InputError(
         f"expected latents with a scale that a temperature multiplies, {name!r} is "
         f"{type(fn).__name__}: leave temperature at 1"

@@ -1,7 +1,5 @@
 """Walk through the latents and decode what is met: interpolations, traversals, the manifold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts, real_number, whole_number
-from pyro_vae.evaluation.latent_codes import Code, choose_site, mean_codes
+from pyro_vae.evaluation.latent_codes import choose_site, mean_codes
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
@@ -19,8 +17,7 @@ from pyro_vae.pair.sites import value_axis
 from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode_latents
 
-# Draws of the prior whose quantiles a walk follows: the 2.5 % quantile of a standard normal is then
-# known to 0.03.
+# Draws of the prior whose quantiles a walk follows: a normal's at 2.5 % is then known to 0.03.
 _PRIOR_DRAWS = 10_000
 # Draws that a code without a mean in closed form rests on.
 _CODE_DRAWS = 200
@@ -49,8 +46,7 @@ class Manifold(NamedTuple):
         dimensions: the two coordinates, counted from 0.
         first: values of the first, ``(num_steps,)``; on a sphere the longitude in degrees, turning
             from the first coordinate to the second.
-        second: values of the second, ``(num_steps,)``; on a sphere the latitude in degrees, above
-            the two coordinates' plane.
+        second: values of the second, ``(num_steps,)``; on a sphere the latitude in degrees.
         data: the decoded means, ``(num_steps, num_steps, *data_shape)``, second coordinate first;
             on a circle, which has no latitude, ``(1, num_steps, *data_shape)``.
         on_sphere: whether the coordinates are longitude and latitude.
@@ -76,8 +72,7 @@ def interpolate(
 ) -> Tensor:
     """Decode the way from the codes of some data to those of others.
 
-    The way is straight, and on a sphere the shorter arc of the great circle; every latent site walks
-    its own.
+    The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
     Args:
         model: the generative function of a pair.
@@ -111,8 +106,7 @@ def interpolate(
         last = mean_codes(encoder._replace(inputs=ends), _CODE_DRAWS)
         ways = {}
         for name, code in codes.items():
-            _refuse_discrete(name, code)
-            start, end = code.decodable(), last[name].decodable()
+            start, end = code.continuous(name), last[name].continuous(name)
             shares = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
             shares = shares.view(-1, *[1] * start.dim())
             way = start + shares * (end - start)
@@ -189,8 +183,7 @@ def manifold(
     Args:
         model: the generative function of a pair.
         guide: its variational function.
-        x: data ``(N, ...)`` whose mean code the other coordinates take; the first datum gives the
-            conditions and the other sites' codes.
+        x: data ``(N, ...)`` whose mean code is taken; the first gives conditions and other sites.
         dimensions: the two coordinates of the (flattened) latent, from 0.
         num_steps: values per coordinate.
         coverage: probability under the prior between a coordinate's first value and its last.
@@ -236,7 +229,7 @@ class _Walker:
         codes = mean_codes(pair.alone(pair.guide), _CODE_DRAWS)
         self.site = choose_site(codes, site)
         self.support = codes[self.site].support
-        _refuse_discrete(self.site, codes[self.site])
+        codes[self.site].continuous(self.site)
         self.codes = {name: code.decodable() for name, code in codes.items()}
         self.shape = self.codes[self.site].shape[1:]
         self.flat = self.codes[self.site].reshape(pair.num_data, -1)
@@ -265,7 +258,7 @@ class _Walker:
         self.model = self.model.first()
 
     def axis(self, dimension: int) -> Tensor:
-        return torch.eye(self.size, dtype=self.flat.dtype, device=self.flat.device)[dimension]
+        return torch.eye(self.size).to(self.flat)[dimension]
 
     def quantiles(self, num_steps: int, coverage: float) -> Tensor:
         """Return the prior's quantiles of each coordinate, ``(size, num_steps)``."""
@@ -305,10 +298,9 @@ class _Walker:
         codes = []
         for sine in height:
             for angle in longitude:
-                code = up * sine
+                codes.append(up * sine)
                 level = (1 - sine.square()).sqrt()
-                code[:, first], code[:, second] = level * angle.cos(), level * angle.sin()
-                codes.append(code)
+                codes[-1][:, first], codes[-1][:, second] = level * angle.cos(), level * angle.sin()
         return longitude.rad2deg(), height.asin().rad2deg(), codes
 
     def decode(self, flat: Sequence[Tensor]) -> Tensor:
@@ -344,8 +336,3 @@ def _unit(vector: Tensor, fallback: Tensor) -> Tensor:
     length = vector.norm(dim=-1, keepdim=True)
     tiny = length < 10 * torch.finfo(vector.dtype).eps
     return torch.where(tiny, fallback, vector / torch.where(tiny, 1.0, length))
-
-
-def _refuse_discrete(name: str, code: Code) -> None:
-    if code.support == "discrete":
-        raise InputError(f"expected a continuous latent to walk through, {name!r} is discrete")

@@ -1,7 +1,5 @@
 """Data with missing values: the likelihood of what was observed, for any pair as it stands."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -47,8 +45,7 @@ def observed_pair(
     Args:
         model: a generative function whose observed site is elementwise given the latents.
         guide: its variational function.
-        observed: name of the site that observes the data. By default the site whose ``obs`` is the
-            very tensor that the model was called with.
+        observed: name of the site that observes the data; by default that of the very input.
         position: which of the pair's own inputs has missing values.
         fill: what the guide sees in hidden places: a number, or a tensor that broadcasts to the data.
 
@@ -57,8 +54,7 @@ def observed_pair(
         of the incomplete input, which may hold anything there, also NaN).
 
     Raises:
-        InputError: when called: no such site, one whose distribution is not elementwise, or a
-            ``missing`` of another shape or type.
+        InputError: when called: no such site, one not elementwise, or a ``missing`` that doesn't fit.
 
     Source:
         Mattei, Frellsen 2019, "MIWAE: deep generative modelling and imputation of incomplete data
@@ -202,6 +198,5 @@ def _inside(base: Any, value: Tensor) -> Tensor:
         centre = base.mean
     except NotImplementedError:
         centre = base.sample()
-    if base.support.is_discrete:
-        centre = centre.round()
+    centre = centre.round() if base.support.is_discrete else centre
     return centre.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)

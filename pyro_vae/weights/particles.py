@@ -1,11 +1,4 @@
-"""The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition.
-
-Used by every estimator and by the objectives that train with weights. The guide is drawn for all
-particles at once and the drawn latents are scored for all particles at once; each shortcut is held
-against plain calls before it is used, and remembered with the pair.
-"""
-
-from __future__ import annotations
+"""The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -75,15 +68,12 @@ class Scored(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Latents of all particles, and the guide's density of them.
-
-    Each of the ``gates`` holds, for the particles named by a slice, the draws before their gates (see
-    :class:`PathwiseDraws`) and the slopes of the scaled log q; there is none if not gated.
-    """
+    """Latents of all particles, and the guide's density of them."""
 
     latents: Latents  # each (num_particles, *shape of one draw)
     log_proposal: Tensor  # log q, (num_particles, N), float64, nats
     scaled_log_proposal: Tensor  # with the beta handler's scale
+    # Which particles, their draws before their gates, the slopes there of the scaled log q.
     gates: list[tuple[slice, dict[str, Tensor], dict[str, Tensor]]]
     subsample: dict[str, Any]  # indices drawn by subsampling plates; the model must see the same
     plate_scale: float  # full size over drawn size of the data plate
@@ -135,17 +125,12 @@ def log_weights(
 
 
 class Particles:
-    """Draws and scores many particles of an opened pair at once.
+    """Draws and scores many particles of an opened pair, which is on its device, at once.
 
     They are drawn in an outer plate, so that an encoder runs once per data point, or as if they were
     more data, or one after the other; they are scored under ``torch.vmap``, so that a function sees
     the shapes it was written for, or as more data, or one after the other. The first way that agrees
-    with plain calls is kept with the pair; one that is called particle by particle is named in a
-    warning.
-
-    Args:
-        pair: a pair on its device (see :meth:`OpenedPair.part`); inspected if it has not been, and
-            refused if it can't be weighed rightly.
+    with plain calls is kept with the pair; one that is called particle by particle is warned of.
     """
 
     def __init__(self, pair: OpenedPair) -> None:
@@ -154,8 +139,6 @@ class Particles:
         self.pair = pair
         self.axes = pair.axes or {_NOTHING_DRAWN: -1}
         self._shared = {n for n, latent in pair.structure.latents.items() if latent.is_shared}
-
-    # --- what an estimator asks for ---
 
     def draw(self, num_samples: int) -> LogDensities:
         """Draw ``num_samples`` latents per data point and score them under model and guide."""
@@ -228,13 +211,11 @@ class Particles:
             return max(1, 4 * self.pair.inputs[0].element_size() * elements)
         return self.num_data * self.pair.structure.guide_bytes_per_datum
 
-    # --- drawing from the guide ---
-
     def draw_from_guide(self, num_particles: int, *, gates: bool = False) -> Draws:
         """Draw from the guide; ``gates`` keeps the draws apart from what is computed of them."""
         if _NOTHING_DRAWN in self.axes:
-            nothing = torch.zeros(num_particles, self.num_data, dtype=torch.float64)
-            nothing = nothing.to(self.pair.device)
+            shape, device = (num_particles, self.num_data), self.pair.device
+            nothing = torch.zeros(shape, dtype=torch.float64, device=device)
             return Draws({_NOTHING_DRAWN: nothing}, nothing, nothing, [], {}, 1.0, 1.0)
         return self._run_first_that_holds(
             "draws",
@@ -254,11 +235,12 @@ class Particles:
             ]
             latents = self._as_rows({name: trace.nodes[name]["value"] for name in self.axes})
             rows.append(self._draws(trace, latents, groups, lambda value: value[None]))
+        names = ("log_proposal", "scaled_log_proposal")
+        densities: Any = {n: torch.cat([getattr(row, n) for row in rows]) for n in names}
         return rows[0]._replace(
             latents={name: torch.cat([row.latents[name] for row in rows]) for name in self.axes},
-            log_proposal=torch.cat([row.log_proposal for row in rows]),
-            scaled_log_proposal=torch.cat([row.scaled_log_proposal for row in rows]),
             gates=[group for row in rows for group in row.gates],
+            **densities,
         )
 
     def _as_rows(self, latents: Latents) -> Latents:
@@ -338,8 +320,7 @@ class Particles:
         """Compare batched draws with plain calls that are given the same random values."""
         count = min(count, len(draws.log_proposal))
         first = {name: value[:count].detach() for name, value in draws.latents.items()}
-        # A point mass follows from the other sites; given a value that was rounded differently it
-        # would report a density of 0.
+        # A point mass follows from the other sites; rounded differently its density would be 0.
         known = self.pair.structure.latents
         random = {name: v for name, v in first.items() if not known[name].is_point_mass}
 
@@ -354,19 +335,14 @@ class Particles:
 
         return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
-    # --- scoring given latents ---
-
     def score_under(
         self, function: str, latents: Latents, subsample: dict[str, Any] | None = None
     ) -> Scored:
-        """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``.
-
-        Subsampling plates take the indices in ``subsample``.
-        """
+        """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``."""
         given = subsample or {}
         if _NOTHING_DRAWN in latents:  # all particles are alike
-            rows = self._score_plain(function, {n: value[:1] for n, value in latents.items()}, given)
-            return Scored(*(term.expand(_count(latents), -1) for term in rows))
+            row = self._score_one(function, self.pair, {}, given)
+            return Scored(*(term.expand(_count(latents), -1) for term in row))
 
         def hold(scored: Scored, count: int) -> bool:
             first = {name: value[:count].detach() for name, value in latents.items()}
@@ -426,12 +402,15 @@ class Particles:
         """Score one particle under the model with what it enumerates summed out."""
         run = poutine.trace(enumerate_latents(pair.model, pair.structure.nesting, given))
         trace = run.get_trace(*pair.arguments, **pair.keywords)
-        joint, prior = torch.zeros(2, pair.num_data, dtype=torch.float64, device=pair.device)
-        latents = [site for site in sample_sites(trace) if not site["is_observed"]]
-        for site, term in sum_out(trace, sample_sites(trace)):
-            joint = joint + sum_to(term, self._kept(site, None))
-        for site, term in sum_out(trace, latents):
-            prior = prior + sum_to(term, self._kept(site, None))
+        nothing = torch.zeros(pair.num_data, dtype=torch.float64, device=pair.device)
+        latents = latent_sites(trace)
+        joint, prior = (
+            sum(
+                (sum_to(term, self._kept(site, None)) for site, term in sum_out(trace, group)),
+                nothing,
+            )
+            for group in (sample_sites(trace), latents)
+        )
         observed = torch.where(prior.isneginf(), 0.0, joint - prior)
         return Scored(observed, prior, prior * latent_scale_of(latents[0]))
 
@@ -454,8 +433,6 @@ class Particles:
         scaled = [term * scale for term, scale in zip(plain, scales, strict=True)]
         return total, torch.stack(torch.broadcast_tensors(*scaled)).sum(0)
 
-    # --- finding the way ---
-
     def _run_first_that_holds(
         self,
         what: str,
@@ -466,12 +443,9 @@ class Particles:
     ) -> Any:
         """Run the first way that agrees with plain calls, remember it, and return its result.
 
-        Args:
-            what: under which name to remember it: "draws", "model" or "guide".
-            num_particles: one alone is run plainly.
-            ways: the particle by particle call, all at once, and particles as if they were data.
-            run: takes one of the ways; it runs in the modules' own mode.
-            holds: compares so many particles of a result, found in eval mode, with plain calls.
+        It is remembered for ``what``: "draws", "model" or "guide". The ``ways`` are particle by
+        particle (as one alone is), all at once, and as if particles were data; ``run`` takes one, in
+        the modules' own mode, and ``holds`` compares some particles of it, found in eval mode.
         """
         known, (plain, batched, tiled) = self.pair.knowledge.ways, ways
         if num_particles == 1:
@@ -511,12 +485,8 @@ def check_weights(densities: LogDensities) -> None:
     weights = densities.log_weights
     if not (weights.isnan() | weights.isposinf()).any():
         return
-    terms = {
-        "log p(x|z)": (densities.log_likelihood, 1),
-        "log p(z)": (densities.log_prior, 1),
-        "log q(z|x)": (densities.log_proposal, -1),
-    }
-    for name, (term, sign) in terms.items():
+    names = (("log p(x|z)", 1), ("log p(z)", 1), ("log q(z|x)", -1))
+    for (name, sign), term in zip(names, densities, strict=True):
         for kind, bad in (("NaN", term.isnan()), ("infinity", (sign * term).isposinf())):
             if bad.any():
                 raise InputError(

@@ -1,7 +1,5 @@
 """Gates between a guide's draws and what is computed of them, for gradients along the draws alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,7 +10,8 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.infer import FusedOptim, bounds, capture, scale_latents
+from pyro_vae.app import names
+from pyro_vae.infer import FusedOptim, bounds, capture, objectives, scale_latents
 
 OBJECTIVES = {
     "TraceBound": pv.infer.TraceBound,
@@ -265,3 +266,22 @@ def test_an_objective_of_ones_own_needs_terms_alone(x):
     model, guide = make_vae()
     svi = SVI(model, guide, FusedOptim(torch.optim.Adam, {"lr": 1e-2}), Distortion())
     assert svi.step(x) > 0
+
+
+def test_objectives_by_name_are_those_of_the_command_line_and_train_as_instances_do(x):
+    assert tuple(objectives.OBJECTIVES) == names.OBJECTIVES
+    histories = []
+    for objective in ("iwae", pv.infer.IWAE(5)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        options = {"epochs": 2, "seed": 0, "compile": False}
+        histories.append(pv.fit(*make_vae(), x, objective=objective, **options).history)
+    assert (histories[0]["train_bound"] == histories[1]["train_bound"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("iwea", "did you mean 'iwae'"), ("free-bits", r"FreeBits\(floor\)")]
+)
+def test_names_of_objectives_that_say_too_little_are_refused(x, name, words):
+    with pytest.raises(pv.InputError, match=words):
+        pv.fit(*make_vae(), x, objective=name, epochs=1)
