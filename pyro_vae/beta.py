@@ -39,11 +39,8 @@ def scale_latents(
     beta * rate. Unlike ``poutine.scale`` it leaves observed sites alone, accepts 0 (a warm-up starts
     there) and is known to :func:`pyro_vae.log_weights`, which takes it out again.
 
-    Args:
-        function: a model or a guide.
-        scale: beta, at least 0; a tensor may change between calls without a recompilation.
-        is_guide: whether the function is a guide, where every site is a part of log q: its factors
-            are then scaled too.
+    The scale is at least 0; a tensor may change between calls without a recompilation. In a guide
+    (``is_guide``) every site is a part of log q: its factors are then scaled too.
 
     Raises:
         InputError: a number below 0 or not finite.

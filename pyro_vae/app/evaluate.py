@@ -61,9 +61,6 @@ def evaluate(
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
     importance weights. What has been computed is printed whatever becomes of the rest.
-
-    Warns:
-        UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
     """
     if picture is not None:
         picture = check_picture(picture)

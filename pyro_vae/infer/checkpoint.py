@@ -18,11 +18,10 @@ import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, check_same, expecting, real_number, whole_number
-from pyro_vae.files import check_in_place, checksum_of, expand_path, writing_to
+from pyro_vae.files import check_in_place, expand_path, writing_to
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
-from pyro_vae.pair.inputs import Inputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _Rows = list[dict[str, float]]
@@ -215,13 +214,6 @@ class Checkpoints:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-
-
-def data_checksum(train: Inputs, validation: Inputs | None) -> str:
-    """Return the SHA-256 of the data's types, shapes and bytes."""
-    tensors = {f"train {i}": value.cpu() for i, value in enumerate(train)}
-    tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(validation or ())}
-    return checksum_of("", tensors)
 
 
 def _generator_states(device: torch.device) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from torch import Tensor
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.files import checksum_of
 from pyro_vae.infer.bounds import TraceBound
 from pyro_vae.infer.callbacks import Callbacks
-from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
+from pyro_vae.infer.checkpoint import Checkpoints
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.objectives import objective_named
@@ -321,7 +322,9 @@ def fit(
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            checksum = data_checksum(pair.inputs, held_out)
+            tensors = {f"train {i}": value.cpu() for i, value in enumerate(pair.inputs)}
+            tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(held_out or ())}
+            checksum = checksum_of("", tensors)
             checkpoints.begin({**record, "data": checksum}, trainer, best, rows)
         watchers.tell("on_begin", record)
 

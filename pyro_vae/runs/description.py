@@ -182,20 +182,16 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     name = description["class"]
     registered = _registry().get(name)
     kind = registered or components.get(name.removeprefix("custom."))
+    if kind is None and not name.startswith("custom."):
+        raise unknown_name("component", name, _registry())
+    if kind is None and not (own := name.removeprefix("custom.")[:80]).isidentifier():
+        raise InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
     if kind is None:
-        raise _unknown(name)
+        told = f"pass components={{{own!r}: {own}}}"
+        raise InputError(f"expected the class of component {own!r}: {told}")
     settings = {}
     for key, value in description["settings"].items():
         settings[key] = _build(value, components, parts, bound)
         if registered is not None:
             bound.check_size(settings[key])
     return kind(**settings)
-
-
-def _unknown(name: str) -> InputError:
-    if not name.startswith("custom."):
-        return unknown_name("component", name, _registry())
-    own = name.removeprefix("custom.")[:80]
-    if not own.isidentifier():
-        return InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
-    return InputError(f"expected the class of component {own!r}: pass components={{{own!r}: {own}}}")

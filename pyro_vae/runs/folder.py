@@ -55,10 +55,8 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
     checksum of settings and weights are checked before any weight is assigned, and nothing global is
     changed: not the random state, nor the default type, nor Pyro's parameter store.
 
-    Args:
-        folder: the run folder.
-        components: classes of your own by name, e.g. ``{"MyPrior": MyPrior}``.
-        device: where to put the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    Components are classes of your own by name, e.g. ``{"MyPrior": MyPrior}``; the device is ``auto``,
+    ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         InputError: no run there, a file that can't be read or that comes from a newer version, an
