@@ -1,7 +1,5 @@
 """The deterministic autoencoder: the baseline a VAE is measured against."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

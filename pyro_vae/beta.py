@@ -1,7 +1,5 @@
 """Beta, the weight of the rate: the handler on the latent sites of a pair, and the warm-up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

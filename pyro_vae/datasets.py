@@ -1,7 +1,5 @@
 """Data sets as tensors: loaded, scaled, split and binarised once, so that a batch is an index."""
 
-from __future__ import annotations
-
 import hashlib
 import lzma
 import os

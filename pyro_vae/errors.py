@@ -1,7 +1,5 @@
 """The one exception for what a user can mend: wrong input, wrong option, wrong file."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import operator

@@ -1,7 +1,5 @@
 """Files written whole or not at all: values as strict JSON has them, and a checksum of tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -8,8 +8,6 @@ says the latter in an attribute ``out_shape`` (a tuple of ints). Those here rais
 size below 1, an unknown activation or norm, and data of another kind or shape.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -3,11 +3,9 @@
 Shapes and errors that all of them share stand at :class:`Prior`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -163,7 +161,7 @@ class GaussianMixture(Prior):
         *,
         learn_weights: bool = False,
         learn_components: bool = False,
-    ) -> GaussianMixture:
+    ) -> Self:
         """Return the mixture with these parameters, by default all fixed.
 
         Weights ``(K,)`` are positive and sum to 1, means are ``(K, latent_dim)`` and covariances

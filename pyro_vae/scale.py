@@ -1,7 +1,5 @@
 """The scale of data: their moments block by block, a unit for each value, and what to say of it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

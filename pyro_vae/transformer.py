@@ -1,12 +1,10 @@
 """A VAE as a scikit-learn transformer: latent codes in a pipeline, log p(x) as its score."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro
@@ -88,7 +86,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     seed: int = 0
     device: str = "auto"
 
-    def fit(self, X: Any, y: Any = None) -> VAETransformer:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train on data ``(N, n_features)``; ``y`` is not used.
 
         Raises:

@@ -1,7 +1,5 @@
 """The VAE: a prior, a likelihood and a variational family as the two Pyro functions of a pair."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable

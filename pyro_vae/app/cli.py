@@ -1,7 +1,5 @@
 """The command line: every command with its options; the work is imported when a command is called."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

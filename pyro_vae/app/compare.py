@@ -1,7 +1,5 @@
 """``pyro-vae compare``: families, priors and likelihoods in several runs each, on equal terms."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

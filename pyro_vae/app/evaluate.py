@@ -1,7 +1,5 @@
 """``pyro-vae evaluate``, and the estimate of log p(x) that it shares with the other commands."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

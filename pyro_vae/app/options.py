@@ -1,7 +1,5 @@
 """How a function becomes a command: its options, and those of the settings that it takes."""
 
-from __future__ import annotations
-
 import re
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The pages that commands write: a run's, a comparison's, and what every page says of its origin."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path

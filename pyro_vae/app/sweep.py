@@ -1,7 +1,5 @@
 """``pyro-vae sweep``: a series of runs over beta, from much rate to little."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Checkpoints of a training run: when they are written, what they hold, and what signals do."""
 
-from __future__ import annotations
-
 import math
 import random
 import signal
@@ -11,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -72,7 +70,7 @@ class Checkpoints:
         self._handlers: dict[int, Any] = {}
         self._run: tuple[dict[str, Any], Trainer, EarlyStopping, _Rows] | None = None
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         """Prepare the folder and take notice of signals."""
         self._signal, self._written = None, time.monotonic()
         if self.folder is None:

@@ -1,7 +1,5 @@
 """What went wrong in a training run, read from its history and one look at the pair it left."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The bound that an objective of ``fit`` stands for: a bound of this package, or any ELBO of Pyro."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

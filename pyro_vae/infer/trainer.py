@@ -1,7 +1,5 @@
 """Training from top to bottom: the loss of a batch, a step, an epoch, and the state between steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -116,6 +114,21 @@ class TrainingObjective:
 
 
 # --- steps and epochs ------------------------------------------------------------------------
+
+
+class _Epoch:
+    """A pass over the data, from 1, that can be left and taken up again between two steps."""
+
+    def __init__(
+        self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
+    ) -> None:
+        self.number, self.order, self.summaries, self.taken = epoch, order, summaries, taken
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the pass began, the time it was left aside not counted."""
+        return time.perf_counter() - self._start
 
 
 class Trainer:
@@ -396,21 +409,6 @@ class Trainer:
             self.updates.load_states(state["adam"])
         else:
             self.updates.load_state_dict(state["updates"], self.count)
-
-
-class _Epoch:
-    """A pass over the data, from 1, that can be left and taken up again between two steps."""
-
-    def __init__(
-        self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
-    ) -> None:
-        self.number, self.order, self.summaries, self.taken = epoch, order, summaries, taken
-        self._start = time.perf_counter() - seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the pass began, the time it was left aside not counted."""
-        return time.perf_counter() - self._start
 
 
 def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:

@@ -1,7 +1,5 @@
 """Training: stochastic variational inference over any model/guide pair."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

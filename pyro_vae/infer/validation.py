@@ -1,7 +1,5 @@
 """ELBO, rate and distortion of a pair on given data, and early stopping on them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

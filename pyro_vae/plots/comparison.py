@@ -1,7 +1,5 @@
 """Pictures of pairs compared, of a guide beside what it should be, of an autoencoder and a VAE."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

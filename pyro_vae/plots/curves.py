@@ -1,7 +1,5 @@
 """Pictures of numbers: a training's course, trust in importance weights, rate against distortion."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pictures of data: grids of images, draws, reconstructions and completions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures of the latent space: where data lie in it, and what its points decode to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A VAE as plain values, and back: registered classes and their settings, nothing else."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The files of a run folder: JSON read strictly, and everything written whole or not at all."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run folders: made, locked, saved to and loaded from."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket

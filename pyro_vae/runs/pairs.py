@@ -1,7 +1,5 @@
 """Any pair on disk: parameters and buffers by name, whoever wrote its two functions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
