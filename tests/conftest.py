@@ -5,11 +5,7 @@ import os
 import re
 import signal
 
-import pyro
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 # A shell ignores SIGINT for what it begins in the background, and a fit leaves an ignored one so.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -35,12 +31,18 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     """Leave what the imports made out of every later collection, and collect all the rest seldom."""
+    import torch  # here: a process that only deals out the tests needs none of it
+
+    torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(700, 10, 50)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
+    import pyro
+    import torch
+
     devices = range(torch.cuda.device_count())  # of several, torch wants each to be named
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices):
         pyro.set_rng_seed(0)

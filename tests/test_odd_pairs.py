@@ -112,7 +112,7 @@ FUNCTIONS = {
         m, g, x, num_samples=50, target_standard_error=0.2, seed=0
     ),
     "annealed": lambda m, g, x: pv.log_marginal(
-        m, g, x, method="annealed", num_steps=10, num_chains=30, seed=0
+        m, g, x, method="annealed", num_steps=10, num_chains=30, num_leapfrog_steps=2, seed=0
     ),
     "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, **QUICK),
     "compare held": lambda m, g, x: pv.compare({"a": (m, g)}, x, hold="model", **QUICK),
@@ -120,7 +120,7 @@ FUNCTIONS = {
         {"a": (m, g)}, x, posterior="quadrature", **QUICK
     ),
     "bidirectional": lambda m, g, x: evaluation.bidirectional(
-        m, g, x, num_steps=10, num_chains=30, seed=0
+        m, g, x, num_steps=10, num_chains=30, num_leapfrog_steps=2, seed=0
     ),
     "calibration": lambda m, g, x: evaluation.calibration(
         m, g, x, num_data=100, num_draws=19, seed=0
@@ -211,7 +211,8 @@ def test_log_p_of_an_odd_pair_is_the_exact_one(pair):
     assert ((estimate.log_prob - exact).abs() < 5 * estimate.standard_error + 1e-5).all()
     if pair != "mixture":
         annealed = pv.log_marginal(
-            model, guide, inputs, method="annealed", num_steps=30, num_chains=100, seed=0
-        )
+            model, guide, inputs, method="annealed", num_steps=30, num_chains=100,
+            num_leapfrog_steps=2, seed=0,
+        )  # fmt: skip
         error = 5 * annealed.standard_error + 1e-5
         assert ((annealed.log_prob - exact).abs() < error).all()

@@ -55,12 +55,12 @@ def test_evaluate_by_both_methods_agrees_within_the_errors_and_draws_a_picture(
     picture = tmp_path / "k.png"
     result = run(
         "evaluate", digits, "--method", "both", "--num-samples", 500, "--num-chains", 8,
-        "--num-steps", 50, "--num-data", 10, "--picture", picture, "--json",
+        "--num-steps", 30, "--num-data", 5, "--picture", picture, "--json",
     )  # fmt: skip
     values = json.loads(result.out)
     annealed = values["annealed"]
     assert (values["method"], annealed["method"]) == ("importance", "annealed")
-    assert values["num_data"] == annealed["num_data"] == 10
+    assert values["num_data"] == annealed["num_data"] == 5
     assert 0 < annealed["acceptance"] <= 1
     error = math.hypot(values["standard_error"], annealed["standard_error"])
     assert abs(values["log_marginal"] - annealed["log_marginal"]) < 5 * error
@@ -98,7 +98,7 @@ def test_sample_and_reconstruct_write_pictures(here, rendered):
 
 
 def test_images_are_sampled_without_the_data(here):
-    train("--dataset", "grey.npy", "--output", "grey-run")
+    train("--dataset", "grey.npy", "--output", "grey-run", epochs=0)
     (here / "grey.npy").unlink()
     assert run("sample", "grey-run").code == 0
     refused(here, "reconstruct", "grey-run", message="found none: check the path")

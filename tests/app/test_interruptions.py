@@ -76,8 +76,15 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("room", "name"), MOMENTS)
+# Both signals raise alike: each moment meets one of them, and the other in the slow part.
+@pytest.mark.parametrize(
+    ("room", "name", "number"),
+    [
+        pytest.param(*moment, number, marks=() if quick else pytest.mark.slow)
+        for place, moment in enumerate(MOMENTS)
+        for number, quick in ((signal.SIGINT, place % 2), (signal.SIGTERM, not place % 2))
+    ],
+)
 def test_an_interruption_outside_the_training_says_how_to_go_on(
     here, monkeypatch, room, name, number
 ):

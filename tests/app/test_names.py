@@ -34,6 +34,9 @@ NAMES = {
 }
 
 
+MEASURE = ("--method", "importance", "--num-samples", 30, "--json")
+
+
 @pytest.fixture
 def bits():
     return np.random.default_rng(0).integers(0, 2, (60, 6))
@@ -53,7 +56,7 @@ def test_a_run_of_any_name_on_a_file_of_any_name(tmp_path, monkeypatch, bits, re
     record = json.loads((tmp_path / folder / "config.json").read_text())["run"]
     assert record["settings"]["dataset"] == str(tmp_path / f"{name}.npy")
     for command in ("evaluate", "sample"):
-        again = run(command, f"./{folder}", *(("--json",) if command == "evaluate" else ()))
+        again = run(command, f"./{folder}", *(MEASURE if command == "evaluate" else ()))
         assert again.code == 0, again.err
     told = run("train", "--resume", f"./{folder}")
     assert (told.code, told.out) == (0, f"finished before: {shown}\n")
@@ -117,7 +120,7 @@ def called(monkeypatch, out, err, *arguments):
 def test_a_terminal_of_any_kind(digits, monkeypatch, setting):
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
-    for command in (["evaluate", digits, "--num-data", 3, "--num-samples", 30], ["train", "-h"]):
+    for command in (["evaluate", digits, *MEASURE[:-1]], ["train", "-h"]):
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
         assert called(monkeypatch, out, err, *command) == 0
         assert out.buffer.getvalue()
@@ -144,7 +147,7 @@ def test_where_nobody_reads_the_work_goes_on(digits, tmp_path, monkeypatch, bits
 def test_a_result_that_cannot_be_printed_is_told_with_the_error(digits, monkeypatch):
     err = io.StringIO()
     with open("/dev/full", "w") as out:
-        quick = ("--num-data", 3, "--num-samples", 30, "--json")
+        quick = ("--num-data", 3, *MEASURE)
         assert called(monkeypatch, out, err, "evaluate", digits, *quick) == 2
     message, _, result = err.getvalue().splitlines()[-1].partition("; it is ")
     assert message.endswith("to the standard output, got: No space left on device")
@@ -192,6 +195,6 @@ def test_what_was_computed_is_printed_whatever_comes_after(digits, monkeypatch, 
         raise pv.InputError("the disk is full")
 
     monkeypatch.setattr(evaluating, "save_picture", full)
-    result = run("evaluate", digits, "--picture", tmp_path / "k.png", *quick)
+    result = run("evaluate", digits, "--picture", tmp_path / "k.png", "--num-data", 3, *MEASURE)
     assert result.code == 2
     assert "log_marginal" in json.loads(result.out)

@@ -54,10 +54,11 @@ def finished(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         compare = (*COMPARE, "--output", "compared")
+        sweep = (*SWEEP, "--output", "swept")
         with sketching():
-            results = [run(*compare)]
-        # Rendered: the pages of the sweep's runs, and of both studies.
-        results += [run(*SWEEP, "--output", "swept"), run(*compare)]
+            results = [run(*compare), run(*sweep)]
+        # Rendered: the pages of both studies, whose runs are finished.
+        results += [run(*compare), run(*sweep)]
     for result in results:
         assert result.code == 0, result.err
         assert result.err == ""

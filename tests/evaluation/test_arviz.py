@@ -22,7 +22,7 @@ def _quiet():
 @pytest.fixture(scope="module")
 def estimates(exact):
     problem = exact["probabilistic_pca"](num_data=5, num_latents=2)
-    options = {"num_steps": 30, "num_chains": 200, "num_leapfrog_steps": 2}
+    options = {"num_steps": 30, "num_chains": 200, "num_leapfrog_steps": 2, "start": "guide"}
     sampled = pv.log_marginal(problem.model, problem.guide, problem.x, num_samples=2000, seed=0)
     annealed = pv.log_marginal(
         problem.model, problem.guide, problem.x, method="annealed", seed=0, **options
@@ -124,6 +124,7 @@ def test_neither_line_of_arviz_warns_of_what_is_called(estimates):
 def test_annealing_keeps_as_many_draws_as_asked(exact):
     problem = exact["gaussian"](num_data=3)
     options = {"method": "annealed", "num_steps": 3, "num_chains": 8, "seed": 0}
+    options |= {"num_leapfrog_steps": 1, "start": "guide"}
     for keep_draws, kept in ((None, 8), (5, 5)):
         estimate = pv.log_marginal(
             problem.model, problem.guide, problem.x, keep_draws=keep_draws, **options

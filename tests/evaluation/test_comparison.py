@@ -41,7 +41,12 @@ def test_bounds_and_log_prob_are_the_exact_ones(exact):
         num_elbo_samples=2000,
         posterior="quadrature",
         methods=("importance", "annealed"),
-        annealing_options={"num_steps": 15, "num_chains": 200, "num_leapfrog_steps": 2},
+        annealing_options={
+            "num_steps": 15,
+            "num_chains": 200,
+            "num_leapfrog_steps": 2,
+            "start": "guide",
+        },
         seed=0,
     )
     pair = comparison.pairs["a"]

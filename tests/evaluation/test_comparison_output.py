@@ -24,7 +24,7 @@ def two():
         x = bits()
         pairs = {"mean-field": pair_of(first), "full-rank": pair_of(second)}
         return pv.compare(
-            pairs, x, train=x, fit_options={"epochs": 2}, posterior="quadrature", **QUICK
+            pairs, x, train=x, fit_options={"epochs": 1}, posterior="quadrature", **QUICK
         )
 
 
@@ -93,7 +93,7 @@ def test_annealing_is_left_out_where_it_does_not_apply():
         {"sphere": pair_of(sphere), "normal": pair_of(small_vae())},
         bits(5),
         methods=("importance", "annealed"),
-        annealing_options={"num_steps": 5, "num_chains": 2},
+        annealing_options={"num_steps": 5, "num_chains": 2, "start": "guide"},
         progress=lambda *what: told.append(what),
         **QUICK,
     )

@@ -379,6 +379,7 @@ def test_values_that_a_discrete_distribution_cannot_take_are_marked(method):
     bernoulli = grey_pair(lambda z: dist.Bernoulli(logits=z, validate_args=False).to_event(1))
     normal = grey_pair(lambda z: dist.Normal(z, 1.0).to_event(1))
     options = {"num_samples": 25} if method == "importance" else {"num_chains": 2, "num_steps": 2}
+    options |= {} if method == "importance" else {"num_leapfrog_steps": 1, "start": "guide"}
     count = 2500 if method == "importance" else 4
     bits = torch.zeros(count, 2).index_put((torch.tensor(0),), torch.tensor(1.0))
     grey = bits.clone()

@@ -79,7 +79,8 @@ def test_a_guide_with_parameters_per_datum_takes_its_own_number_of_data():
             pyro.sample("z", dist.Normal(torch.zeros(4, 1), 1.0).to_event(1))
 
     model, x = model_of(plain), torch.zeros(4, 2)
-    bounds = bidirectional(model, guide, x, num_steps=30, num_chains=4, seed=0)
+    options = {"num_leapfrog_steps": 2, "start": "guide", "seed": 0}
+    bounds = bidirectional(model, guide, x, num_steps=30, num_chains=4, **options)
     (drawn,) = bounds.x
     covariance = torch.eye(2) + 1
     exact = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(drawn).double()

@@ -76,6 +76,7 @@ def test_a_mean_field_guide_is_weighed_and_annealed():
         pair.data,
         method="annealed",
         num_steps=50,
+        num_leapfrog_steps=2,
         plate=None,
         seed=0,
     )
@@ -133,7 +134,10 @@ def test_local_latents_beside_shared_ones_have_one_joint_weight():
     exact = dist.MultivariateNormal(torch.zeros(6).double(), 2 * torch.eye(6).double() + 1).log_prob(
         x.double()
     )
-    for options in ({"num_samples": 8000}, {"method": "annealed", "num_steps": 20}):
+    for options in (
+        {"num_samples": 8000},
+        {"method": "annealed", "num_steps": 20, "num_leapfrog_steps": 2},
+    ):
         estimate = pv.log_marginal(model, guide, x, plate=None, seed=0, **options)
         assert not far(estimate, exact), options
         assert estimate.log_prob.shape == (1,)

@@ -32,14 +32,14 @@ def warned(pair, data, **options):
 
 def test_collapse_is_named_with_its_units():
     data = torch.bernoulli(torch.full((256, PIXELS), 0.5))
-    (text,) = warned(make_vae(), data, beta=5.0, learning_rate=5e-3)
+    (text,) = warned(make_vae(), data, beta=5.0, batch_size=64, learning_rate=1e-2)
     assert text.startswith("posterior collapse: all 2 latent units together code ")
     assert "warmup_epochs" in text
 
 
 def test_a_run_that_learns_and_one_still_warming_up_are_not_called_collapsed():
-    assert warned(make_vae(), two_kinds(), warmup_epochs=10, epochs=80) == ()
-    assert warned(make_vae(), two_kinds(), warmup_epochs=40, beta=20.0) == ()
+    assert warned(make_vae(), two_kinds(), warmup_epochs=10, epochs=60, learning_rate=0.03) == ()
+    assert warned(make_vae(), two_kinds(), warmup_epochs=20, epochs=20, beta=20.0) == ()
 
 
 def test_sigma_running_to_0_is_named():

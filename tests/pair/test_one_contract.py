@@ -192,7 +192,7 @@ FUNCTIONS = {
     "log_weights": lambda m, g, x: pv.log_weights(m, g, x, num_samples=3),
     "log_marginal": lambda m, g, x: pv.log_marginal(m, g, x, num_samples=3, seed=0),
     "annealed": lambda m, g, x: pv.log_marginal(
-        m, g, x, method="annealed", num_leapfrog_steps=2, seed=0
+        m, g, x, method="annealed", num_leapfrog_steps=1, num_steps=5, start="guide", seed=0
     ),
     "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, num_samples=4, num_elbo_samples=4),
     "inference_gaps": lambda m, g, x: evaluation.inference_gaps(m, g, x, family=FAMILY),
