@@ -1,7 +1,5 @@
 """The command line: every command with its options; the work is imported when a command is called."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -19,7 +17,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from pyro_vae.app import names
-from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
+from pyro_vae.app.options import CommandFunction, as_command, is_given, tell, tell_interruption
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.version import __version__
 
@@ -51,6 +49,12 @@ def main() -> None:
             if sys.flags.optimize > 1:
                 raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
             app()
+        except (KeyboardInterrupt, SystemExit) as end:
+            # Typer ends by itself what is interrupted before the command begins.
+            cause = getattr(end.__context__, "__cause__", end)
+            if not isinstance(cause, KeyboardInterrupt):
+                raise
+            sys.exit(tell_interruption(cause))
         except InputError as error:
             tell(str(error))
             sys.exit(2)

@@ -1,7 +1,5 @@
 """Names and defaults of the command line; imports nothing heavy, so that ``--help`` is quick."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path

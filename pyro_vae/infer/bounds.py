@@ -1,7 +1,5 @@
 """Bounds on log p(x) as objectives: what each reports, and the base that Pyro's SVI and fit share."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 
