@@ -1,6 +1,7 @@
-"""A disk that fills up: one line that says so, nothing half-written, and what was there stays."""
+"""A disk that is full, or read-only: one line, nothing half-written, and what was there stays."""
 
 import contextlib
+import ctypes
 import json
 import resource
 
@@ -12,6 +13,7 @@ from process_cases import full_disk
 from small_vae import PIXELS, make_vae
 
 import pyro_vae as pv
+from pyro_vae.app import train as training
 
 TIMES = {"seconds", "data_per_second"}
 SMALL = (
@@ -29,6 +31,30 @@ def room_for(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def held_to_permissions():
+    """Let root too write only where the mode of a folder says so (Linux)."""
+    libc, header, sets = (
+        ctypes.CDLL(None),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
+    assert libc.capget(header, sets) == 0
+    effective, overrides = sets[0], 1 << 1
+    try:
+        sets[0] &= ~overrides
+        assert libc.capset(header, sets) == 0
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0
+
+
+def set_mode(folder, mode):
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        path.chmod(mode)
 
 
 def bytes_in(folder):
@@ -68,6 +94,16 @@ def test_a_checkpoint_without_room_leaves_those_before_it(x, tmp_path):
     assert bytes_in(folder)[second] == before[second]
     whole = trained(x, tmp_path / "whole")
     assert torch.equal(trained(x, folder, resume=True), whole)
+
+
+def test_a_folder_that_is_written_to_no_more_keeps_its_checkpoints(x, tmp_path):
+    folder = tmp_path / "run"
+    close = {"on_epoch": lambda *_: set_mode(folder, 0o500)}
+    with held_to_permissions(), pytest.raises(pv.InputError, match="got: Permission denied; make"):
+        trained(x, folder, **close)
+    set_mode(folder, 0o700)
+    assert len(bytes_in(folder)) == 2
+    assert torch.equal(trained(x, folder, resume=True), trained(x, tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("size", [0, 1000])
@@ -148,6 +184,22 @@ def test_a_run_without_room_on_its_way_keeps_its_checkpoints_and_goes_on(bits, w
         "step-0000000002.safetensors",
         "step-0000000003.safetensors",
     ]
+    with sketching():
+        assert run("train", "--resume", folder).code == 0
+    assert ending(folder) == ending(whole)
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_written_to_no_more_goes_on_when_it_is(
+    bits, whole, tmp_path, monkeypatch
+):
+    folder, fit = tmp_path / "run", training.fit
+    close = {"on_epoch": lambda *_: set_mode(folder, 0o500)}
+    with monkeypatch.context() as patch, held_to_permissions():
+        patch.setattr(training, "fit", lambda *given, **options: fit(*given, **options, **close))
+        result = train(bits, folder)
+    one_line(result, "Permission denied")
+    set_mode(folder, 0o700)
     with sketching():
         assert run("train", "--resume", folder).code == 0
     assert ending(folder) == ending(whole)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -134,8 +136,33 @@ def test_killed_at_a_random_moment_and_resumed(bits, whole, tmp_path, request):
     assert counts["while writing one"] + counts["between"] > 0, counts
 
 
+def workers_of(process):
+    """Return the processes that torchrun has begun."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def end_workers_apart(bits, folder, draw):
+    """End both workers, each at a moment and by a signal of its own; return what was sent."""
+    process = train(bits, folder, "--checkpoint-minutes", 0, launch=TORCHRUN)
+    wait_for_step(folder / "checkpoints", draw.randrange(1, 60), process)
+    workers, sent = workers_of(process), []
+    draw.shuffle(workers)
+    for pid in workers:
+        number = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+        time.sleep(draw.uniform(0, 0.3))
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            sent.append(number.name)
+    _, err = process.communicate(timeout=300)
+    ours = [line for line in err.splitlines() if "pyro-vae: " in line]
+    states = [path.stem for path in sorted((folder / "checkpoints").glob("step-*"))]
+    return sent, process.returncode, states, ours
+
+
+# With --cases N, N times more with a signal and a moment for each of them.
 @pytest.mark.slow
-def test_processes_that_share_a_run_leave_it_and_resume_it_together(bits, tmp_path):
+def test_processes_that_share_a_run_leave_it_and_resume_it_together(bits, tmp_path, request):
     finished(train(bits, tmp_path / "whole", launch=TORCHRUN))
     folder = tmp_path / "left"
     process = train(bits, folder, "--checkpoint-minutes", 0, launch=TORCHRUN)
@@ -149,6 +176,10 @@ def test_processes_that_share_a_run_leave_it_and_resume_it_together(bits, tmp_pa
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert f"expected as many processes as {folder} was begun with, 2, got 1" in refused.err
     assert_resumed(folder, tmp_path / "whole", launch=TORCHRUN)
+    for case in range(request.config.getoption("--cases") or 0):
+        folder = tmp_path / f"left-{case}"
+        print(f"seed {case}: {end_workers_apart(bits, folder, random.Random(case))}")
+        assert_resumed(folder, tmp_path / "whole", launch=TORCHRUN)
 
 
 @pytest.mark.slow

@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import WARNED, run, sketching
 from safetensors.torch import load_file
+
+from pyro_vae.app.cli import main
 
 pytestmark = [pytest.mark.slow, *WARNED]
 
@@ -113,58 +116,99 @@ def check_equal(found, expected, place=""):
         assert found == expected, place
 
 
-def wait_for(process, folder, pattern):
-    """Wait until a file appears, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(folder.rglob(pattern)):
-            return
+class Forked:
+    """A command in a child of this process, which has imported all that a command imports."""
+
+    def __init__(self, arguments):
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            self._run(arguments)
+
+    def _run(self, arguments):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv, code = ["pyro-vae", *arguments], 70
+        with open(os.devnull, "w") as sys.stdout, open("err", "w", buffering=1) as sys.stderr:
+            try:
+                main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+            except KeyboardInterrupt:  # outside of main Python ends so
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+def started(arguments):
+    """Begin a command in a process of its own, imports and all."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pyro_vae", *arguments]
+    with open("err", "w") as err:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, env=environment)
+
+
+def wait_until(process, happened, seconds):
+    """Wait until something has happened, the process has ended, or so many seconds have passed."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline and not happened():
         time.sleep(0.001)
 
 
 def disturb(arguments, phase, number, draw):
-    """Start a command in a process of its own and end it by a signal; return its code and error."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pyro_vae", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    """Start a command and end it by a signal; return its code and what it said."""
     pattern, seconds = PHASES[phase]
+    process = started(arguments) if pattern is None else Forked(arguments)
     if pattern is not None:
-        wait_for(process, Path("out"), pattern)
+        wait_until(process, lambda: any(Path("out").rglob(pattern)), 600)
     time.sleep(draw.uniform(0, seconds))
     while process.poll() is None:  # one that falls into a destructor is lost to Python
         process.send_signal(number)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            continue
-    return process.returncode, process.communicate()[1]
+        wait_until(process, lambda: False, 20)
+    return process.returncode, Path("err").read_text()
+
+
+def check_moment(case, here, bits, whole):
+    """End a command at a moment drawn by a seed and go on with it; return what was tried."""
+    draw = random.Random(case)
+    command = list(COMMANDS)[case % len(COMMANDS)]
+    phase, number = draw.choice(list(PHASES)), draw.choice(SIGNALS)
+    if phase == "a checkpoint" and command in ("sweep", "compare"):
+        phase = "training"  # these begin a run anew
+    np.save(here / "bits.npy", bits)
+    code, err = disturb(COMMANDS[command], phase, number, draw)
+    left = sorted(path.name for path in (here / "out").rglob("*") if path.is_file())
+    print(f"seed {case}: {command}, {number.name} at {phase}: code {code}, {len(left)} files")
+    if code == 128 + number:
+        assert err.count("\n") == 1, err
+        assert err.startswith("pyro-vae: interrupted: go on by "), err
+    again = COMMANDS[command]
+    if "--resume" in err:
+        again = shlex.split(err.split("`")[1])[1:]
+    elif command == "train" and (here / "out" / "config.json").exists():
+        again = ("train", "--resume", "out")
+    with sketching():
+        result = run(*again)
+    assert result.code == 0, (result.err, left)
+    check_equal(ending(here / "out"), whole[command])
+    return phase, "ended by it" if code else "over before"
 
 
 def test_a_signal_at_a_random_moment_loses_nothing(bits, whole, tmp_path, monkeypatch, request):
+    tried = Counter()
     for case in range(request.config.getoption("--cases") or 4):
-        draw = random.Random(case)
-        command = list(COMMANDS)[case % len(COMMANDS)]
-        phase, number = draw.choice(list(PHASES)), draw.choice(SIGNALS)
-        if phase == "a checkpoint" and command in ("sweep", "compare"):
-            phase = "training"  # these begin a run anew
         here = tmp_path / f"case-{case}"
         here.mkdir()
-        np.save(here / "bits.npy", bits)
         monkeypatch.chdir(here)
-        code, err = disturb(COMMANDS[command], phase, number, draw)
-        left = sorted(path.name for path in (here / "out").rglob("*") if path.is_file())
-        print(f"seed {case}: {command}, {number.name} at {phase}: code {code}, {len(left)} files")
-        if code == 128 + number:
-            assert err.count("\n") == 1, err
-            assert err.startswith("pyro-vae: interrupted: go on by "), err
-        again = COMMANDS[command]
-        if "--resume" in err:
-            again = shlex.split(err.split("`")[1])[1:]
-        elif command == "train" and (here / "out" / "config.json").exists():
-            again = ("train", "--resume", "out")
-        with sketching():
-            result = run(*again)
-        assert result.code == 0, (result.err, left)
-        check_equal(ending(here / "out"), whole[command])
+        tried[check_moment(case, here, bits, whole)] += 1
+    print(dict(tried))

@@ -40,7 +40,6 @@ def main() -> None:
     A user's mistake, and a file that can't be read or written, is one line on standard error and exit
     code 2; a warning is one line on standard error.
     """
-    _open_closed_streams()
     with warnings.catch_warnings(), ExitStack() as at_end:
         # Where nobody else has said what SIGTERM does, it ends a command as an interruption does.
         before = signal.getsignal(signal.SIGTERM)
@@ -48,12 +47,15 @@ def main() -> None:
             signal.signal(signal.SIGTERM, _interrupt)
             at_end.callback(signal.signal, signal.SIGTERM, before)
         try:
+            _open_closed_streams()
+            if sys.flags.optimize > 1:
+                raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
             app()
         except InputError as error:
             tell(str(error))
             sys.exit(2)
-        except (MemoryError, RuntimeError) as error:
-            if not re.search("(can't|to) allocate|(out of|not enough) memory", str(error)):
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if not re.search("(can't|to) (allocate|map)|(out of|not enough) memory", str(error)):
                 raise
             tell(f"expected work that fits in memory, got: {first_line(error)}; ask for less at once")
             sys.exit(2)

@@ -407,7 +407,7 @@ class _Epoch:
     @property
     def seconds(self) -> float:
         """Seconds since the pass began, the time it was left aside not counted."""
-        return time.perf_counter() - self._start
+        return max(time.perf_counter() - self._start, 1e-9)  # a clock may stand still, or be set
 
 
 def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:

@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 
 from pyro_vae.distributions import unit_sphere
@@ -99,11 +100,14 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     check_checksum(named, weights, checksum)
     with HANDLER_LOCK, torch.no_grad():
         own, store = _tensors_of(model, guide), pyro.get_param_store()
-        with expecting(f"a description of a pair in {folder}", LookupError, TypeError, ValueError):
+        unusable = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+        with expecting(f"a description of a pair in {folder}", *unusable):
             names = {where: str(entry["name"]) for where, entry in named.items()}
             # Those of pyro.module belong into a module that is there.
             rest = {w: weights[w] for w, name in names.items() if w not in own and "$$$" not in name}
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
+            for where, value in rest.items():
+                transform_to(limits[names[where]])(value)  # or the first use of it would fail
         check_weights(own, {where: value for where, value in weights.items() if where not in rest})
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):

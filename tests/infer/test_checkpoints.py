@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.infer import IWAE, training
+from pyro_vae.infer import IWAE, CompiledTrace_ELBO, training
 from pyro_vae.infer.checkpoint import Interrupted
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import Trainer
@@ -119,8 +120,13 @@ def assert_same(found, expected):
         (make_vae, {"objective": RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=False)}),
         (make_vae, {"patience": 1, "learning_rate": 0.5, "validation": "data"}),
         (Drawing, {"validation": "data"}),
+        pytest.param(
+            make_vae,
+            {"objective": CompiledTrace_ELBO(backend="eager"), "compile": True},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["schedules", "IWAE", "Renyi", "early stopping", "plain functions"],
+    ids=["schedules", "IWAE", "Renyi", "early stopping", "plain functions", "recorded steps"],
 )
 def test_a_run_left_at_any_step_is_the_run_that_was_not(make, options, x, tmp_path):
     if options.get("validation") == "data":
@@ -192,6 +198,30 @@ def resume(x, folder, **options):
     given = {**OPTIONS, "seed": 1, "transform": lambda batch: batch, "resume": True, **options}
     result = pv.fit(vae.model, vae.guide, x, checkpoint=folder, **given)
     return result, torch.nn.utils.parameters_to_vector(vae.parameters()).detach()
+
+
+def test_a_clock_that_jumps_or_stands_still_changes_no_bit(x, tmp_path, monkeypatch):
+    expected, draw = run(make_vae, x, tmp_path / "whole"), random.Random(0)
+    backwards = itertools.count(1e9, -3600)
+    clocks = (lambda: 5.0, lambda: next(backwards), lambda: draw.uniform(-1e9, 1e9))
+    for number, clock in enumerate(clocks):
+        with monkeypatch.context() as patch:
+            for name in ("time", "monotonic", "perf_counter"):
+                patch.setattr(time, name, clock)
+            found = run(make_vae, x, tmp_path / str(number), stops=(7,), checkpoint_minutes=1)
+        assert_same(found, expected)
+
+
+def test_a_run_goes_on_with_another_number_of_threads(x, tmp_path):
+    """Sums may be taken in another order: to the bit it is promised for the same number alone."""
+    _, expected = resume(x, tmp_path / "whole")
+    interrupted(x, tmp_path / "left")
+    torch.set_num_threads(2)
+    try:
+        _, found = resume(x, tmp_path / "left")
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("cut", [0, 100, -1])
