@@ -122,7 +122,7 @@ def test_comparisons_become_runs_of_one(two_runs):
 def test_what_comes_out_of_several_runs(two_runs):
     _, joined = two_runs
     text = str(joined)
-    assert "10 data points, nats per datum, mean of 2 runs" in text
+    assert "10 data points, nats per data point, mean of 2 runs" in text
     assert "deviation between runs" in text
     assert "over data points and runs" in text
     plain = joined.to_dict(per_datum=True)
