@@ -186,3 +186,15 @@ def test_the_advice_leads_to_one_datum():
     assert math.isfinite(
         pv.log_marginal(pair.model, pair.posterior, pair.data, num_samples=3, plate=None).mean
     )
+
+
+def test_an_auto_guide_is_annealed():
+    """It places its latents by point masses: its density is known at its draws alone."""
+    pair = Regression(3)
+    guide = AutoMultivariateNormal(pair.model, init_scale=0.5)
+    for method in ("annealed", "auto"):
+        found = pv.log_marginal(
+            pair.model, guide, pair.data, method=method, num_steps=50, plate=None, seed=0
+        )
+        assert not far(found, pair.evidence)
+        assert found.trusted.all()
