@@ -1,7 +1,5 @@
 """A second look, from the prior, at importance sampling; annealing of what it does not clear."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Mapping

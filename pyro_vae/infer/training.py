@@ -227,7 +227,7 @@ def fit(
         checkpoint: folder for the run's state: parameters, optimiser, schedules, place in the epoch,
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
-            :class:`pyro_vae.infer.checkpoint.Interrupted`, and a step that stops the run as not
+            :class:`pyro_vae.infer.Interrupted`, and a step that stops the run as not
             finite leaves the state before it (generators excepted), unless it is the first one. Of
             several processes the first one writes for all, and a signal to one of them ends all.
         checkpoint_every: epochs after which one is written.
