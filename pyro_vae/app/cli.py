@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from pyro_vae.app import names
-from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
+from pyro_vae.app.options import CommandFunction, as_command, is_given, tell, tell_interruption
 from pyro_vae.errors import InputError, first_line
 
 app = typer.Typer(
@@ -51,6 +51,12 @@ def main() -> None:
             if sys.flags.optimize > 1:
                 raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
             app()
+        except (KeyboardInterrupt, SystemExit) as end:
+            # Typer ends by itself what is interrupted before the command begins.
+            cause = getattr(end.__context__, "__cause__", end)
+            if not isinstance(cause, KeyboardInterrupt):
+                raise
+            sys.exit(tell_interruption(cause))
         except InputError as error:
             tell(str(error))
             sys.exit(2)

@@ -76,11 +76,7 @@ def as_command(
                 error.args = (in_options(str(error), own_names),)
             raise
         except KeyboardInterrupt as interruption:
-            told = [*getattr(interruption, "__notes__", ()), "the same command"]
-            tell(f"interrupted: go on by {told[0]}")
-            numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
-            number = next(each for each in numbers if isinstance(each, int))
-            raise typer.Exit(128 + number) from None
+            raise typer.Exit(tell_interruption(interruption)) from None
 
     # By keyword their order is free: options with a default may stand before those without.
     debugging = typer.Option("--debug", help="Show where in the code an error was raised.")
@@ -125,6 +121,14 @@ def in_options(text: str, own: Container[str] | None = None) -> str:
 def tell(text: str) -> None:
     """Write one line on standard error."""
     sys.stderr.write(f"pyro-vae: {printable(text)}\n")
+
+
+def tell_interruption(interruption: KeyboardInterrupt) -> int:
+    """Say how to go on after an interruption; return the exit code, 128 and the signal's number."""
+    told = [*getattr(interruption, "__notes__", ()), "the same command"]
+    tell(f"interrupted: go on by {told[0]}")
+    numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
+    return 128 + next(each for each in numbers if isinstance(each, int))
 
 
 def check_values(settings: Any, *, in_python: bool = False) -> None:
