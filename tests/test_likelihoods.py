@@ -413,5 +413,6 @@ def test_known_size_factors_in_training_estimates_and_draws():
     theta = likelihood.log_theta.exp().detach()
     wanted = scipy.stats.nbinom(theta, theta / (theta + mean)).logpmf(x).sum(1)
     np.testing.assert_allclose(estimate.log_prob, wanted, rtol=1e-5)
-    drawn = generate(vae.model, (torch.zeros(2, 3), torch.tensor([1.0, 1000.0])), seed=0)
+    like = torch.zeros(2, 3).double(), torch.tensor([1.0, 1000.0]).double()
+    drawn = generate(vae.double().model, like, seed=0)
     torch.testing.assert_close(drawn[1], 1000 * drawn[0])

@@ -1,7 +1,5 @@
 """How a function becomes a command: its options, and those of the settings that it takes."""
 
-from __future__ import annotations
-
 import re
 import signal
 import sys
@@ -79,7 +77,11 @@ def as_command(
             raise typer.Exit(tell_interruption(interruption)) from None
 
     # By keyword their order is free: options with a default may stand before those without.
-    debugging = typer.Option("--debug", help="Show where in the code an error was raised.")
+    debugging = typer.Option(
+        "--debug",
+        help="Show where in the code an error was raised.",
+        rich_help_panel=panel_of("debug"),
+    )
     options["debug"] = _as_keyword("debug", Annotated[bool, debugging], False)
     shown = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in options.values()]
     command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
@@ -174,7 +176,13 @@ def _annotate(declared: Field[Any], hint: Any) -> Any:
     if flags is None and hint is bool:
         flags = _flag(declared.name)  # a flag has no negation: it is left out instead
     shown = {name: declared.metadata[name] for name in ("help", "show_default")}
+    shown["rich_help_panel"] = panel_of(declared.name)
     return Annotated[hint, typer.Option(*([] if flags is None else [flags]), **shown)]
+
+
+def panel_of(name: str) -> str | None:
+    """Return the panel of the help that an option stands in; None for the first."""
+    return next((panel for panel, own in names.PANELS.items() if name in own.split()), None)
 
 
 def _as_keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:

@@ -161,8 +161,8 @@ class LogMarginal:
             "trusted": f"{count - self.num_unreliable} of {count} data points",
         }
         if self.num_unreliable:
-            more = "num_steps, then num_chains, higher"
-            rows["next"] = 'method="auto"' if self.method == "importance" else more
+            more = dict.fromkeys(("annealed", "auto"), "num_steps, then num_chains, higher")
+            rows["next"] = (more | {"importance": 'method="auto"'}).get(self.method, "more draws")
         means = {"importance": "importance sampling", "annealed": "annealing"}
         return f"log p(x){mark} of {count} data points by {means.get(self.method, self.method)}", rows
 

@@ -15,13 +15,15 @@ from rich.console import Console
 
 import pyro_vae as pv
 
+NUM_DATA = 10
+
 
 @pytest.fixture(scope="module")
 def two():
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(0)
         first, second = small_vae(), small_vae(family="FullRankNormal")
-        x = bits()
+        x = bits(NUM_DATA)  # few: each has its grid of the quadrature
         pairs = {"mean-field": pair_of(first), "full-rank": pair_of(second)}
         return pv.compare(
             pairs, x, train=x, fit_options={"epochs": 1}, posterior="quadrature", **QUICK
@@ -48,8 +50,8 @@ def test_tables(two):
     assert frame.loc["full-rank", "log_prob"] == two.per_datum("full-rank").mean
     plain = json.loads(json.dumps(two.to_dict(per_datum=True), allow_nan=False))
     assert plain["pairs"]["mean-field"]["elbo"] == two.per_datum("mean-field", "elbo").mean
-    assert len(plain["pairs"]["mean-field"]["per_datum"]["log_prob"]) == 24
-    assert plain["num_data"] == 24
+    assert len(plain["pairs"]["mean-field"]["per_datum"]["log_prob"]) == NUM_DATA
+    assert plain["num_data"] == NUM_DATA
     assert "per_datum" not in two.to_dict()["pairs"]["mean-field"]
 
 
@@ -58,7 +60,7 @@ def test_figures(two):
     assert isinstance(two.plot("elbo"), Figure)
     figure = two.scatter("mean-field", "full-rank")
     points = figure.axes[0].collections[0].get_offsets()
-    assert points.shape == (24, 2)
+    assert points.shape == (NUM_DATA, 2)
     assert points[3, 1] == two.per_datum("full-rank").value[3]
 
 
@@ -74,10 +76,10 @@ def test_arviz_compares_them_as_they_are(two):
     worst = next(name for name in two.pairs if name != two.best())
     difference = two.difference(worst)
     assert table.index[0] == two.best()
-    assert abs(table.loc[worst, "elpd_diff"]) == pytest.approx(-24 * difference.mean, rel=1e-6)
+    assert abs(table.loc[worst, "elpd_diff"]) == pytest.approx(-NUM_DATA * difference.mean, rel=1e-6)
     paired = two.per_datum(worst).value - two.per_datum(two.best()).value
     assert table.loc[worst, "dse"] == pytest.approx(
-        math.sqrt(24) * paired.std(correction=0).item(), rel=1e-6
+        math.sqrt(NUM_DATA) * paired.std(correction=0).item(), rel=1e-6
     )
 
 

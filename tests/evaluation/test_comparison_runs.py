@@ -93,7 +93,7 @@ def two_runs():
     runs = []
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(0)
-        x = bits()
+        x = bits(10)  # few: each has its grid of the quadrature
         for _ in range(2):
             pairs = {"one": pair_of(small_vae()), "two": pair_of(small_vae(family="FullRankNormal"))}
             options = {"fit_options": {"epochs": 1}, "posterior": "quadrature", **QUICK}
@@ -110,7 +110,7 @@ def test_comparisons_become_runs_of_one(two_runs):
             expected = torch.stack([getattr(run, quantity).value for run in own]).mean(0)
             torch.testing.assert_close(getattr(pair, quantity).value, expected)
         assert pair.seconds_per_epoch == sum(run.seconds_per_epoch for run in own) / 2 > 0
-        assert len(pair.estimate.pareto_k) == 48
+        assert len(pair.estimate.pareto_k) == 20
     difference = joined.difference("one", to="two")
     by_run = [run.difference("one", to="two").mean for run in runs]
     assert difference.by_run == pytest.approx(by_run)
@@ -122,17 +122,17 @@ def test_comparisons_become_runs_of_one(two_runs):
 def test_what_comes_out_of_several_runs(two_runs):
     _, joined = two_runs
     text = str(joined)
-    assert "24 data points, nats per datum, mean of 2 runs" in text
+    assert "10 data points, nats per data point, mean of 2 runs" in text
     assert "deviation between runs" in text
     assert "over data points and runs" in text
     plain = joined.to_dict(per_datum=True)
     assert plain["num_runs"] == 2
-    assert len(plain["pairs"]["one"]["per_datum"]["pareto_k"]) == plain["num_data"] == 24
+    assert len(plain["pairs"]["one"]["per_datum"]["pareto_k"]) == plain["num_data"] == 10
     (axes,) = joined.plot().axes
     worst = next(name for name in joined.pairs if name != joined.best())
     dots = [tuple(line.get_xdata()) for line in axes.lines]
     assert joined.difference(worst).by_run in dots
-    assert len(joined.to_arviz()["one"].pareto_k) == 24
+    assert len(joined.to_arviz()["one"].pareto_k) == 10
 
 
 def test_runs_of_something_else_are_not_joined(two_runs):
@@ -142,11 +142,11 @@ def test_runs_of_something_else_are_not_joined(two_runs):
         ([], "expected at least one comparison, got none"),
         (
             [runs[0], other],
-            r"alike but for their seed, got .* on 24 data points .* beside one, two on 1",
+            r"alike but for their seed, got .* on 10 data points .* beside one, two on 1",
         ),
         (
             [joined, comparison_of(one=[measured([0.0])])],
-            "got one, two on 24 .* beside one on 1 data",
+            "got one, two on 10 .* beside one on 1 data",
         ),
     ):
         with pytest.raises(InputError, match=message):
