@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
-from pyro_vae.plots.images import flat_image, is_image, show_image
+from pyro_vae.plots.images import flat_image, is_image
 from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Most panels of a figure with one per latent dimension.
@@ -219,14 +219,20 @@ def _labelled_panels(labels: Labels, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
-    """Show rows of images from the top, with thin lines between them."""
-    height, width = flat_image(rows[0][0], limits).shape[:2]
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            show_image(axes, image, (column, column + 0.96, row + 0.96, row), limits)
-    axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0), aspect=height / width)
+    """Show rows of images as one picture with thin lines between them."""
+    low, high = limits
+    strips = []
+    for row in rows:
+        images = [flat_image(image, limits) for image in row]
+        line = 0.2 if images[0].ndim == 3 else low + 0.2 * (high - low)
+        edges = ((0, 1), (0, 1), (0, 0))[: images[0].ndim]
+        tiles = [np.pad(each, edges, constant_values=line) for each in images]
+        strips.append(np.concatenate(tiles, axis=1))
+    picture = np.concatenate(strips, axis=0)
+    axes.imshow(picture, cmap=style.INK, vmin=low, vmax=high)
+    height = picture.shape[0] / len(rows)
     axes.set_xticks([])
-    axes.set_yticks([index + 0.5 for index in range(len(labels))], labels, fontsize=8)
+    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
