@@ -296,12 +296,13 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
         failed["not being annealed"] = left = estimate.methods.count("not annealed")
         reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
-        if reasons:  # without one nothing was looked at, and why has been said
-            more = " or a higher max_annealed" * bool(left)
-            texts.append(
-                f"{count} of {total} data points are not trusted ({reasons}): their log p(x) may be "
-                f"off by more than their standard errors say; use more steps or chains{more}"
-            )
+        why = f" ({reasons})" * bool(reasons)
+        texts.append(
+            f"{count} of {total} data points are not trusted{why}: their log p(x) may be off by more "
+            "than their standard errors say; use more steps or chains"
+            + " or a higher max_annealed"
+            * bool(left)
+        )
     missed = estimate.missed_target
     if missed is not None and missed.any():
         texts.append(
