@@ -296,10 +296,10 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
         failed["not being annealed"] = left = estimate.methods.count("not annealed")
         reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
-        why = f" ({reasons})" * bool(reasons)
+        behind = f" ({reasons})" * bool(reasons)
         texts.append(
-            f"{count} of {total} data points are not trusted{why}: their log p(x) may be off by more "
-            "than their standard errors say; use more steps or chains"
+            f"{count} of {total} data points are not trusted{behind}: their log p(x) may be off by "
+            "more than their standard errors say; use more steps or chains"
             + " or a higher max_annealed"
             * bool(left)
         )
