@@ -5,6 +5,7 @@ import warnings
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import nn
@@ -200,6 +201,7 @@ def documents_given(topic, documents):
     return (words + prior[:, None]).logsumexp(0)
 
 
+@pytest.mark.slow
 def test_latent_dirichlet_allocation():
     kind = torch.rand(40, LENGTH) < torch.rand(40, 1)
     documents = torch.where(kind, torch.randint(2, (40, LENGTH)), torch.randint(2, 4, (40, LENGTH)))
