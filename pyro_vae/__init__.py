@@ -3,8 +3,6 @@
 Submodules and names are loaded on first use, so that importing the package costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The deterministic autoencoder: the baseline a VAE is measured against."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,13 +31,9 @@ class AutoencoderFit:
     Attributes:
         history: one array ``(epochs,)`` per quantity: ``train_loss`` and ``validation_loss`` (per
             datum, summed over its values; NaN without validation data), ``seconds``.
-        best_epoch: epoch (from 1) whose weights were kept; the last one without early stopping.
-        stopped_early: whether the validation loss stopped improving before the last epoch.
-        device: where it was trained.
         loss: ``"mse"`` or ``"bce"``.
-        batch_size: data per step.
-        learning_rate: Adam's step size.
-        num_parameters: how many numbers were trained.
+        best_epoch, stopped_early: as of :class:`pyro_vae.FitResult`, by the validation loss.
+        device, batch_size, learning_rate, num_parameters: as there.
     """
 
     history: dict[str, np.ndarray]
@@ -217,7 +211,12 @@ class _PointMassPair(nn.Module):
         with pyro.plate("data", len(x)):
             flat = dist.ImproperUniform(constraints.real_vector, (), (part.latent_dim,))
             raw = part.output(part.decoder(pyro.sample("z", flat)))
-            pyro.sample("x", self._likelihood(raw).to_event(len(part.data_shape)), obs=x)
+            # Without validation: grey values have a cross-entropy too, and a loss that is not a
+            # number is what the trainer looks for.
+            likelihood: Any = dist.Normal(raw, raw.new_tensor(math.sqrt(0.5)), validate_args=False)
+            if self.loss == "bce":
+                likelihood = dist.Bernoulli(logits=raw, validate_args=False)
+            pyro.sample("x", likelihood.to_event(len(part.data_shape)), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """Encode the data."""
@@ -229,13 +228,6 @@ class _PointMassPair(nn.Module):
         part.ends_in_logits.fill_(self.loss == "bce")
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(part.encode(x)).to_event(1))
-
-    def _likelihood(self, raw: Tensor) -> Any:
-        # Without validation: grey values have a cross-entropy too, and a loss that is not a number
-        # is what the trainer looks for.
-        if self.loss == "bce":
-            return dist.Bernoulli(logits=raw, validate_args=False)
-        return dist.Normal(raw, raw.new_tensor(math.sqrt(0.5)), validate_args=False)
 
     def losses(self, row: Any) -> dict[str, Any]:
         """Return losses and seconds of an epoch, or of many, from what :func:`fit` notes."""

@@ -1,7 +1,5 @@
 """Beta, the weight of the rate: the handler on the latent sites of a pair, and the warm-up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +37,8 @@ def scale_latents(
     beta * rate. Unlike ``poutine.scale`` it leaves observed sites alone, accepts 0 (a warm-up starts
     there) and is known to :func:`pyro_vae.log_weights`, which takes it out again.
 
-    Args:
-        function: a model or a guide.
-        scale: beta, at least 0; a tensor may change between calls without a recompilation.
-        is_guide: whether the function is a guide, where every site is a part of log q: its factors
-            are then scaled too.
+    The scale is at least 0; a tensor may change between calls without a recompilation. In a guide
+    (``is_guide``) every site is a part of log q: its factors are then scaled too.
 
     Raises:
         InputError: a number below 0 or not finite.
@@ -76,22 +71,9 @@ def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class BetaSchedule:
-    """Beta over the steps of a run: a linear rise from 0 over the warm-up, then constant."""
-
-    def __init__(self, beta: float, warmup_steps: int) -> None:
-        self.beta, self.warmup_steps, self.steps = beta, warmup_steps, 0
-
-    @property
-    def current(self) -> float:
-        """Beta of the coming step."""
-        if self.steps >= self.warmup_steps:
-            return self.beta
-        return self.beta * self.steps / self.warmup_steps
-
-    def step(self) -> None:
-        """Go on to the next step."""
-        self.steps += 1
+def beta_at(step: int, beta: float, warmup_steps: int) -> float:
+    """Return beta of a step, counted from 0: a linear rise from 0 over the warm-up, then constant."""
+    return beta if step >= warmup_steps else beta * step / warmup_steps
 
 
 def check_beta(beta: float) -> None:

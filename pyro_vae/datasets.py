@@ -1,7 +1,5 @@
 """Data sets as tensors: loaded, scaled, split and binarised once, so that a batch is an index."""
 
-from __future__ import annotations
-
 import hashlib
 import lzma
 import os
@@ -57,9 +55,7 @@ class Dataset:
         train: training data; with ``binarize="dynamic"`` still grey, drawn afresh for each batch.
         validation: validation data, binarised once; may have length 0.
         test: test data, binarised once.
-        train_labels: class labels ``(N,)``, or numbers, where there are any.
-        validation_labels: likewise of the validation data.
-        test_labels: likewise of the test data.
+        train_labels, validation_labels, test_labels: class labels ``(N,)``, or numbers, if any.
         binarize: how grey values are turned into bits, one of :data:`BINARIZATIONS`.
         checksums: SHA-256 of each part as it is here.
         is_mapped: whether the data stay on the disk and are read from there, in the file's order.

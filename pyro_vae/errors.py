@@ -1,7 +1,5 @@
 """The one exception for what a user can mend: wrong input, wrong option, wrong file."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import operator
@@ -13,7 +11,6 @@ __all__ = ["InputError"]
 
 # Names and reasons that come from a file may be of any length; a message is one line.
 _LONGEST = 200
-
 # Of dimensions, layers and components: torch keeps some of them in 32 bits.
 _LARGEST_SIZE = 2**31 - 1
 

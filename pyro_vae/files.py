@@ -1,7 +1,5 @@
 """Files written whole or not at all: values as strict JSON has them, and a checksum of tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -21,11 +19,8 @@ from pyro_vae.errors import InputError, expecting, first_line
 
 # Begins the name of the file in which a file is written.
 PART = ".part-"
-
 # What the reader of safetensors raises at bytes that are none.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
-
-
 # Settings are a few kilobytes; tensors among them some more. What is larger is no settings file.
 MOST_BYTES = 1 << 26
 # The entropy of NumPy's seeds has 39; Python takes ever longer to read longer numbers.
@@ -139,10 +134,10 @@ def check_in_place(folder: Path, before: os.stat_result) -> None:
     )
 
 
-def writing_to(path: Path) -> AbstractContextManager[None]:
+def writing_to(path: Path, *more: type[Exception]) -> AbstractContextManager[None]:
     """Turn what the system says of a path into the one error of this package."""
     advice = "make room or choose another folder"
-    return expecting(f"to write {str(path)!r}", OSError, ValueError, advice=advice)
+    return expecting(f"to write {str(path)!r}", OSError, *more, advice=advice)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

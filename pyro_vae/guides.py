@@ -3,8 +3,6 @@
 Arguments, shapes and errors that all of them share stand at :class:`VariationalFamily`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

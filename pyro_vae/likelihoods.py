@@ -3,8 +3,6 @@
 Arguments, shapes and errors that all of them share stand at :class:`Likelihood`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -88,11 +86,7 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def start_at_mean(self, mean: Tensor) -> None:
-        """Set the output bias so that training starts from the best constant datum.
-
-        Args:
-            mean: mean of the training data, ``data_shape``.
-        """
+        """Start training from the best constant datum, given the data's ``mean`` ``data_shape``."""
         raise NotImplementedError
 
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
@@ -106,10 +100,7 @@ class Likelihood(nn.Module):
         )
 
     def check(self, x: Tensor) -> None:
-        """Refuse data this density is not defined for; called once per data set.
-
-        Args:
-            x: data ``(N, *data_shape)``.
+        """Refuse data ``(N, *data_shape)`` this density is not defined for, once per data set.
 
         Raises:
             InputError: another shape, a value that is not finite, or one outside ``accepts``.

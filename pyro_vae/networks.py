@@ -8,8 +8,6 @@ says the latter in an attribute ``out_shape`` (a tuple of ints). Those here rais
 size below 1, an unknown activation or norm, and data of another kind or shape.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -101,8 +99,7 @@ class MLPDecoder(nn.Module):
 
     Args:
         latent_dim: size of the latent vector.
-        hidden: widths of the hidden layers, from the latent side to the data side.
-        activation: one of :data:`ACTIVATIONS`, after every layer.
+        hidden, activation: as :class:`MLPEncoder` has them, from the latent side to the data side.
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, hidden[-1])``.

@@ -3,11 +3,9 @@
 Shapes and errors that all of them share stand at :class:`Prior`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -163,15 +161,11 @@ class GaussianMixture(Prior):
         *,
         learn_weights: bool = False,
         learn_components: bool = False,
-    ) -> GaussianMixture:
+    ) -> Self:
         """Return the mixture with these parameters, by default all fixed.
 
-        Args:
-            weights: positive, summing to 1, ``(K,)``.
-            means: ``(K, latent_dim)``.
-            covariances: positive definite, ``(K, latent_dim, latent_dim)``.
-            learn_weights: as for the class.
-            learn_components: as for the class.
+        Weights ``(K,)`` are positive and sum to 1, means are ``(K, latent_dim)`` and covariances
+        ``(K, latent_dim, latent_dim)``, positive definite.
 
         Raises:
             InputError: shapes that do not fit, weights that are no distribution, or a covariance that
@@ -324,13 +318,10 @@ class VampPrior(Prior):
 
     @torch.no_grad()
     def start_at_data(self, x: Tensor) -> None:
-        """Set the pseudo-inputs to the data's mean plus noise of the data's standard deviation.
-
-        Args:
-            x: training data ``(N, *data_shape)``.
+        """Start at data ``(N, *data_shape)``: at their mean, plus noise of their standard deviation.
 
         Raises:
-            InputError: data of another shape.
+            InputError: data of another shape, or beyond [0, 1] with ``unit_interval``.
         """
         check_shape(x, self.data_shape, "prior", batch="N")
         if self.unit_interval:

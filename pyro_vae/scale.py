@@ -1,7 +1,5 @@
 """The scale of data: their moments block by block, a unit for each value, and what to say of it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,7 @@ _LARGE, _SMALL = 10.0, 0.01
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each value of a datum over the data, NaN left out.
 
-    Args:
-        x: data ``(N, *data_shape)``.
-
-    Returns:
-        both ``data_shape`` in float64; 0 where every value is missing.
+    Of data ``(N, *data_shape)`` both are ``data_shape`` in float64; 0 where every value is missing.
     """
     blocks = x.split(max(1, _BLOCK // max(1, x[0].numel())))
     count = sum((~block.isnan()).sum(0) for block in blocks).clamp(min=1)

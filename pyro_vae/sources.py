@@ -1,7 +1,5 @@
 """Where data come from: tables, Datasets, loaders and files as arrays, kept on the disk if large."""
 
-from __future__ import annotations
-
 import inspect
 import tempfile
 import zipfile

@@ -1,7 +1,5 @@
 """What results show of themselves: a few lines in a terminal, a table in a notebook."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterable
 from typing import Any, TypeVar

@@ -1,12 +1,10 @@
 """A VAE as a scikit-learn transformer: latent codes in a pipeline, log p(x) as its score."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro
@@ -48,15 +46,11 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         standardize: whether the networks see standardised columns (see
             :meth:`pyro_vae.VAE.standardize`); by default they do under the Gaussian likelihood.
         num_components: components of the prior, where it has any.
-        beta: weight of the KL term.
-        warmup_epochs: epochs over which it rises from 0; by default a tenth of the epochs, more in
+        warmup_epochs: epochs over which beta rises from 0; by default a tenth of the epochs, more in
             short runs, as ``pyro-vae train`` has it.
-        epochs: passes over the data.
-        batch_size: data per step.
-        learning_rate: Adam's step size.
+        beta, epochs, batch_size, learning_rate, device: as :func:`pyro_vae.fit` has them.
         num_samples: importance samples per datum of the scores.
         seed: seed of initial weights, training and scores.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Attributes:
         vae_: the trained :class:`pyro_vae.VAE`.
@@ -92,7 +86,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     seed: int = 0
     device: str = "auto"
 
-    def fit(self, X: Any, y: Any = None) -> VAETransformer:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train on data ``(N, n_features)``; ``y`` is not used.
 
         Raises:

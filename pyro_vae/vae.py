@@ -1,7 +1,5 @@
 """The VAE: a prior, a likelihood and a variational family as the two Pyro functions of a pair."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable
@@ -102,9 +100,8 @@ class VAE(nn.Module):
         deviation; the pseudo-inputs of a VampPrior are drawn around the data. ``pyro-vae train`` and
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
-        Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array, or a tuple with all that
-                the model is given.
+        Training data are ``(N, *data_shape)``, a tensor or an array, or a tuple with all that the
+        model is given.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -134,9 +131,8 @@ class VAE(nn.Module):
         the data's own units. The scale is one for images and sequences and each column's own for
         tables ``(N, columns)``, 1 for a column that does not vary. Then training starts at the data.
 
-        Args:
-            x: training data ``(N, *data_shape)``, a tensor or an array; NaN, where values are
-                missing, is left out.
+        Training data are ``(N, *data_shape)``, a tensor or an array; NaN, where values are missing,
+        is left out.
 
         Raises:
             InputError: data of another shape; a likelihood without such a map, such as one of values

@@ -14,6 +14,7 @@ from small_vae import PIXELS, make_vae
 
 import pyro_vae as pv
 from pyro_vae.app import train as training
+from pyro_vae.files import write_whole
 
 TIMES = {"seconds", "data_per_second"}
 SMALL = (
@@ -217,3 +218,13 @@ def test_a_run_without_room_for_its_page_is_finished_when_there_is(bits, whole, 
     with sketching():
         assert run("train", "--resume", folder).code == 0
     assert ending(folder) == ending(whole)
+
+
+def test_what_the_writer_of_a_file_gets_wrong_is_not_taken_for_a_full_disk(tmp_path):
+    def write(stream):
+        stream.write(b"half")
+        raise ValueError("no such picture")
+
+    with pytest.raises(ValueError, match=r"^no such picture$"):
+        write_whole(tmp_path / "picture.png", write)
+    assert list(tmp_path.iterdir()) == []

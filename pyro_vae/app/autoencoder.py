@@ -1,7 +1,5 @@
 """``pyro-vae autoencoder``: the deterministic baseline beside a VAE of the same networks."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict
 from pathlib import Path

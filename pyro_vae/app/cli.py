@@ -1,7 +1,5 @@
 """The command line: every command with its options; the work is imported when a command is called."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -19,14 +17,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from pyro_vae.app import names
-from pyro_vae.app.options import CommandFunction, as_command, is_given, tell
+from pyro_vae.app.options import CommandFunction, as_command, is_given, tell, tell_interruption
 from pyro_vae.errors import InputError, first_line
+from pyro_vae.version import __version__
 
 app = typer.Typer(
     help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -51,6 +49,12 @@ def main() -> None:
             if sys.flags.optimize > 1:
                 raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
             app()
+        except (KeyboardInterrupt, SystemExit) as end:
+            # Typer ends by itself what is interrupted before the command begins.
+            cause = getattr(end.__context__, "__cause__", end)
+            if not isinstance(cause, KeyboardInterrupt):
+                raise
+            sys.exit(tell_interruption(cause))
         except InputError as error:
             tell(str(error))
             sys.exit(2)
@@ -83,12 +87,28 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def command(**how: Any) -> Callable[[CommandFunction], CommandFunction]:
+def command(example: str, **how: Any) -> Callable[[CommandFunction], CommandFunction]:
     """Add a function to the application, see :func:`pyro_vae.app.options.as_command`."""
-    return lambda function: app.command()(as_command(function, **how))
+    shown = f"Example: pyro-vae {example}"
+    return lambda function: app.command(epilog=shown)(as_command(function, **how))
 
 
-@command(unless="resume")
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pyro_vae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and end."),
+    ] = False,
+) -> None: ...
+
+
+@command("train --dataset digits --output my-run", unless="resume")
 def train(
     context: typer.Context,
     settings: names.TrainSettings,
@@ -96,10 +116,15 @@ def train(
         Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Write the run's state every so many epochs.")
+        int | None,
+        typer.Option(help="Write the run's state every so many epochs.", rich_help_panel="Advanced"),
     ] = None,
     checkpoint_minutes: Annotated[
-        float, typer.Option(help="Write the run's state every so many minutes; 0: every step.")
+        float,
+        typer.Option(
+            help="Write the run's state every so many minutes; 0: every step.",
+            rich_help_panel="Advanced",
+        ),
     ] = 1.0,
     resume: Annotated[
         Path | None,
@@ -126,7 +151,7 @@ def train(
         work.resume(resume, given)
 
 
-@command()
+@command("evaluate my-run --num-data 100")
 def evaluate(
     run: Run,
     how: names.EvaluateSettings,
@@ -152,6 +177,7 @@ def evaluate(
 
 
 @command(
+    "compare --guides mean-field,iaf --seeds 3 --output families",
     without={
         names.EvaluateSettings: ("seed", "target_standard_error"),
         names.TrainSettings: ("prior", "likelihood", "guide"),
@@ -171,7 +197,7 @@ def compare(
     compare_families(settings, how, combined, output)
 
 
-@command(without={names.TrainSettings: ("beta",)})
+@command("sweep --betas 0.5,1,2 --output betas", without={names.TrainSettings: ("beta",)})
 def sweep(
     *,
     output: StudyFolder,
@@ -193,7 +219,7 @@ def sweep(
 _OF_A_VAE = ("prior", "num_components", "guide", "beta", "schedule", "gradient_clip", "precision")
 
 
-@command(without={names.TrainSettings: _OF_A_VAE})
+@command("autoencoder --output baseline", without={names.TrainSettings: _OF_A_VAE})
 def autoencoder(
     *,
     output: StudyFolder,
@@ -222,7 +248,7 @@ def _add_picture(kind: type) -> None:
 
     draw.__name__, draw.__doc__ = kind.__name__.lower(), kind.__doc__
     draw.__annotations__["what"] = kind
-    command()(draw)
+    command(f"{draw.__name__} my-run")(draw)
 
 
 for _kind in get_args(names.Picture):

@@ -1,7 +1,5 @@
 """``pyro-vae compare``: families, priors and likelihoods in several runs each, on equal terms."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -33,9 +31,7 @@ from pyro_vae.vae import VAE
 _MEASURED = "measured.safetensors"
 _ESTIMATE = "estimate."  # begins the names of its tensors in there
 _QUANTITIES = ("elbo", "iwae", "log_prob", "annealed", "rate", "distortion")
-
 _SEED = 0  # of the draws that measure, the same for every run
-
 # Draws for ELBO, rate and distortion, whose error falls faster than that of log p(x).
 _ELBO_SAMPLES = 1000
 _IMPORTANCE = 50

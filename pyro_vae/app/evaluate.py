@@ -1,7 +1,5 @@
 """``pyro-vae evaluate``, and the estimate of log p(x) that it shares with the other commands."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -61,9 +59,6 @@ def evaluate(
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
     importance weights. What has been computed is printed whatever becomes of the rest.
-
-    Warns:
-        UserWarning: the number is a pseudo-likelihood, or can't be trusted for some data.
     """
     if picture is not None:
         picture = check_picture(picture)

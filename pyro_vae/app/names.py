@@ -1,7 +1,5 @@
 """Names and defaults of the command line; imports nothing heavy, so that ``--help`` is quick."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +53,16 @@ ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "softplus")
 # bits), but for what NumPy seeds, and what would take memory for nothing.
 FROM_ZERO = ("epochs", "warmup_epochs", "validation_size", "seed", "data_seed")
 AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "seeds": 1000, "num": 10_000}
+
+# How the help groups the options of a training; all others stand among the rest.
+PANELS = {
+    "Data": "dataset labels leave_out data_root download validation_size binarize data_seed",
+    "Model": "prior num_components likelihood sigma standardize levels size_factor guide latent_dim "
+    "network hidden channels activation",
+    "Training": "beta warmup_epochs objective num_particles free_bits epochs batch_size "
+    "learning_rate schedule patience seed",
+    "Advanced": "gradient_clip precision compile device checkpoint_every checkpoint_minutes debug",
+}
 
 # What messages for Python advise, and how the command line has it.
 SPOKEN = {"the right root": "the right --data-root", "allow the download": "allow it by --download"}
@@ -203,7 +211,7 @@ class EvaluateSettings:
         "Data points to anneal at most; four times as many are looked at from the prior.",
         only_with=OnlyWith("method", ("auto",)),
     )
-    num_data: int | None = option(None, "Only the first so many test data.")
+    num_data: int | None = option(None, "Use only the first N test data points.")
     seed: int = option(0, "Seed of the draws.")
 
 

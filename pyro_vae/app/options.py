@@ -1,7 +1,5 @@
 """How a function becomes a command: its options, and those of the settings that it takes."""
 
-from __future__ import annotations
-
 import re
 import signal
 import sys
@@ -76,14 +74,14 @@ def as_command(
                 error.args = (in_options(str(error), own_names),)
             raise
         except KeyboardInterrupt as interruption:
-            told = [*getattr(interruption, "__notes__", ()), "the same command"]
-            tell(f"interrupted: go on by {told[0]}")
-            numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
-            number = next(each for each in numbers if isinstance(each, int))
-            raise typer.Exit(128 + number) from None
+            raise typer.Exit(tell_interruption(interruption)) from None
 
     # By keyword their order is free: options with a default may stand before those without.
-    debugging = typer.Option("--debug", help="Show where in the code an error was raised.")
+    debugging = typer.Option(
+        "--debug",
+        help="Show where in the code an error was raised.",
+        rich_help_panel=panel_of("debug"),
+    )
     options["debug"] = _as_keyword("debug", Annotated[bool, debugging], False)
     shown = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in options.values()]
     command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
@@ -125,6 +123,14 @@ def in_options(text: str, own: Container[str] | None = None) -> str:
 def tell(text: str) -> None:
     """Write one line on standard error."""
     sys.stderr.write(f"pyro-vae: {printable(text)}\n")
+
+
+def tell_interruption(interruption: KeyboardInterrupt) -> int:
+    """Say how to go on after an interruption; return the exit code, 128 and the signal's number."""
+    told = [*getattr(interruption, "__notes__", ()), "the same command"]
+    tell(f"interrupted: go on by {told[0]}")
+    numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
+    return 128 + next(each for each in numbers if isinstance(each, int))
 
 
 def check_values(settings: Any, *, in_python: bool = False) -> None:
@@ -170,7 +176,13 @@ def _annotate(declared: Field[Any], hint: Any) -> Any:
     if flags is None and hint is bool:
         flags = _flag(declared.name)  # a flag has no negation: it is left out instead
     shown = {name: declared.metadata[name] for name in ("help", "show_default")}
+    shown["rich_help_panel"] = panel_of(declared.name)
     return Annotated[hint, typer.Option(*([] if flags is None else [flags]), **shown)]
+
+
+def panel_of(name: str) -> str | None:
+    """Return the panel of the help that an option stands in; None for the first."""
+    return next((panel for panel, own in names.PANELS.items() if name in own.split()), None)
 
 
 def _as_keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:

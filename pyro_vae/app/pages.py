@@ -1,7 +1,5 @@
 """The pages that commands write: a run's, a comparison's, and what every page says of its origin."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +13,10 @@ from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.files import write_whole
 
 PAGE = "report.html"
-
 # Where more than this share of the data has too heavy a tail, their mean can't be trusted either.
 MANY_UNRELIABLE = 0.05
-
 # Characters of a command line that fit into the width of a page.
 _LINE = 80
-
 # Of the ELBO, as tables name them.
 TERMS = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
 
@@ -66,7 +61,15 @@ def write_run_page(
     page.section("Training")
     for text in metrics["warnings"]:
         page.warning(f"{in_options(text)}.")
-    page.text(_training_text(settings, metrics))
+    best, warmup = metrics["best_epoch"], settings["warmup_epochs"]
+    kept = f"; the parameters of epoch {best} were kept" if "patience" in settings else ""
+    rising = f", which rises over {warmup} epochs" if warmup else ""
+    page.text(
+        f"{len(metrics['history']['train_elbo']):,} epochs in {metrics['training_seconds']:.1f} s on "
+        f"{metrics['device']}, batches of {settings['batch_size']}, objective "
+        f"{settings['objective']}, beta {settings['beta']:g}{rising}{kept}. Training step: "
+        f"{metrics['compile_choice']}."
+    )
     if "training" in pictures:
         page.figure(pictures["training"], caption=_CAPTIONS["training"])
     page.section("Can log p(x) be trusted?")
@@ -168,18 +171,6 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
         f"{bound['elbo']:.2f}, rate {bound['rate']:.2f}, distortion {bound['distortion']:.2f} nats "
         f"per datum. {metrics['active_units']} latent coordinates are in use: the variance over data "
         "of their posterior mean is above 0.01 (Burda et al. 2016)."
-    )
-
-
-def _training_text(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    best, warmup = metrics["best_epoch"], settings["warmup_epochs"]
-    kept = f"; the parameters of epoch {best} were kept" if "patience" in settings else ""
-    rising = f", which rises over {warmup} epochs" if warmup else ""
-    return (
-        f"{len(metrics['history']['train_elbo']):,} epochs in {metrics['training_seconds']:.1f} s on "
-        f"{metrics['device']}, batches of {settings['batch_size']}, objective "
-        f"{settings['objective']}, beta {settings['beta']:g}{rising}{kept}. Training step: "
-        f"{metrics['compile_choice']}."
     )
 
 

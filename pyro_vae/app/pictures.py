@@ -1,7 +1,5 @@
 """The pictures of a run: what is drawn for images and for vectors, and how it is said."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

@@ -23,14 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Rows = Sequence[Sequence[object]]
-
 # A figure of more bytes than this as SVG, such as a scatter of many points, is embedded as PNG: a
 # browser draws it faster and the page stays small enough to be mailed.
 _LARGEST_SVG = 150_000
-
 # CSS pixels per inch, by the CSS standard; figures appear at the size they were drawn for.
 _PIXELS_PER_INCH = 96
-
 _NUMERIC = re.compile(r"[-+]?(\d|\.\d|inf)|-$|yes$|no$")
 
 # The policy forbids every resource but embedded pictures: the page needs no network and runs no code.

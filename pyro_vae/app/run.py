@@ -1,7 +1,5 @@
 """A run folder as commands see it: where they may write, and a finished run opened with its data."""
 
-from __future__ import annotations
-
 import errno
 import os
 import platform

@@ -1,7 +1,5 @@
 """From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any

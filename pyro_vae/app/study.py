@@ -1,7 +1,5 @@
 """A folder of several runs that is begun, interrupted and continued: sweeps and comparisons."""
 
-from __future__ import annotations
-
 import csv
 import io
 import shutil

@@ -1,8 +1,7 @@
 """``pyro-vae sweep``: a series of runs over beta, from much rate to little."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,14 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
     asked = {**asdict(settings), "beta": list(values), "warm_start": warm_start}
     with open_study(output, asked, settings) as study:
         rows = _train(study, settings, values, warm_start)
-        figure = _figure(rows, settings)
+        columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
+        figure = plots.rate_distortion(
+            *(columns[name] for name in ("beta", "rate", "distortion")),
+            rate_error=columns["rate_standard_error"],
+            distortion_error=columns["distortion_standard_error"],
+            active_units=[row["active_units"] for row in rows],
+            title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
+        )
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
         told = tell_defaults(settings, study.dataset.train, study.dataset.validation)
@@ -58,9 +64,7 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
     return rows
 
 
-def _train(
-    study: Study, settings: TrainSettings, betas: tuple[float, ...], warm_start: bool
-) -> _Rows:
+def _train(study: Study, settings: TrainSettings, betas: Sequence[float], warm_start: bool) -> _Rows:
     """Train or load a run per beta; return a row of each."""
     rows: _Rows = []
     before = None
@@ -92,17 +96,6 @@ def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
         **{name: metrics[name] for name in ("active_units", "training_seconds")},
         "epochs": len(metrics["history"]["train_elbo"]),
     }
-
-
-def _figure(rows: _Rows, settings: TrainSettings) -> Figure:
-    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
-    return plots.rate_distortion(
-        *(columns[name] for name in ("beta", "rate", "distortion")),
-        rate_error=columns["rate_standard_error"],
-        distortion_error=columns["distortion_standard_error"],
-        active_units=[row["active_units"] for row in rows],
-        title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
-    )
 
 
 def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """``pyro-vae train``: from settings to a run folder."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

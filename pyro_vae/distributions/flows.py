@@ -68,8 +68,7 @@ class _MaskedConditioner(nn.Module):
         self.context = None
         if context_features:
             self.context = nn.Linear(context_features, hidden[0], bias=False)
-        # Raw parameters near zero make every elementwise map nearly its plainest, so that training
-        # starts from nearly the base distribution.
+        # Raw parameters near zero: training starts from nearly the base distribution.
         with torch.no_grad():
             self.output.linear.weight.mul_(0.1)
             self.output.linear.bias.zero_()
@@ -163,8 +162,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
 
     .. math:: \log p(y) = \log N(x; 0, I) - \log |\det dy/dx|
 
-    Pyro's own transforms keep the last point they mapped in the module, stale after a step of the
-    optimiser; here the memory ends with the distribution, which each call of a component builds anew.
+    Pyro's own transforms keep the last point they mapped, stale after a step of the optimiser.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (Pyro's attribute)

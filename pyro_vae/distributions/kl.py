@@ -1,8 +1,4 @@
-"""Closed-form KL divergences that torch and Pyro lack, registered with torch.distributions.
-
-On the sphere each is assembled in float64, where the cancelling terms (k A against log M) stay exact
-enough, and rounded once to the dtype of the first distribution.
-"""
+"""Closed-form KL divergences that torch and Pyro lack, on the sphere in float64, as terms cancel."""
 
 from __future__ import annotations
 
@@ -64,10 +60,7 @@ def _kl_uniform_uniform(p: HypersphericalUniform, q: HypersphericalUniform) -> T
 
 @register_kl(VonMisesFisher, VonMisesFisher)
 def _kl_von_mises_fisher_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
-    """(k_p - k_q) A_p - log M_p + log M_q + k_q A_p (1 - mu_p.mu_q).
-
-    1 - mu_p.mu_q is |mu_p - mu_q|^2 / 2 on the sphere, which doesn't cancel for close modes.
-    """
+    """(k_p - k_q) A_p - log M_p + log M_q + k_q A_p |mu_p - mu_q|^2 / 2, which doesn't cancel."""
     shape = _joint_batch_shape(p, q)
     k_p, log_partition_p, mean = p.cosine_moments()
     k_q, log_partition_q, _ = q.cosine_moments()

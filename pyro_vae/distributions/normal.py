@@ -17,8 +17,7 @@ from torch.nn import functional as F
 class LatestDraw:
     """Base of distributions that remember the log-density of their latest draw, made of its noise.
 
-    Going back from the draw to the noise costs time and digits. The derivative of what is remembered
-    by the draw itself is taken at a copy, ``log_prob(z.view_as(z))``.
+    Its derivative by the draw itself is taken at a copy, ``log_prob(z.view_as(z))``.
     """
 
     _latest: tuple[Tensor, tuple[int | None, bool], Tensor, bool] | None = None
@@ -44,8 +43,7 @@ def _state(draw: Tensor) -> tuple[int | None, bool]:
 
 def lower_cholesky(raw: Tensor, size: int) -> Tensor:
     """Return triangular matrices from their rows ``(*batch, size * (size + 1) / 2)``, end to end."""
-    # Entry (row, column) of the triangle stands at row (row + 1) / 2 + column. Gathering, unlike
-    # writing into a matrix of zeros, works under vmap.
+    # Entry (row, column) stands at row (row + 1) / 2 + column. Gathering works under vmap.
     row = torch.arange(size, device=raw.device)
     position = (row * (row + 1) // 2)[:, None] + row[None, :]
     full = raw[..., position.clamp(max=raw.shape[-1] - 1)]
@@ -121,11 +119,8 @@ class DiagonalNormalMixture(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalNormalMixture:
         """Return independent copies."""
         batch = torch.Size(batch_shape)
-        return DiagonalNormalMixture(
-            self.log_weights.expand(batch + self.log_weights.shape[-1:]),
-            self.loc.expand(batch + self.loc.shape[-2:]),
-            self.scale.expand(batch + self.scale.shape[-2:]),
-        )
+        parts = (self.log_weights, 1), (self.loc, 2), (self.scale, 2)
+        return DiagonalNormalMixture(*(v.expand(batch + v.shape[-k:]) for v, k in parts))
 
     @property
     def mean(self) -> Tensor:

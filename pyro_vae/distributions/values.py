@@ -126,8 +126,7 @@ class StableBeta(dist.Beta):
 
     .. math:: z = 1 / (1 + g_b / g_a), \quad \log g_a = \log g_{a+1} + \log(u) / a
 
-    with u uniform. torch's own divides the variables themselves, which underflow at concentrations
-    well below 0.1: their quotient is then 1/2. Draws are strictly inside (0, 1).
+    with u uniform: torch's divides the variables, which underflow at concentrations well below 0.1.
 
     Source:
         Marsaglia, Tsang 2000, "A Simple Method for Generating Gamma Variables", section 6.

@@ -55,8 +55,7 @@ class VonMisesFisher(SphereDistribution):
         validate_args: whether to check parameters and samples; Pyro's setting if None.
 
     Raises:
-        InputError: if shapes or dtypes don't fit; with validation on, if ``loc`` is not of unit
-            length or ``concentration`` is negative.
+        InputError: shapes or dtypes that don't fit; with validation on, values out of range.
 
     References:
         Wood, Simulation of the von Mises Fisher distribution, Communications in Statistics, 1994.

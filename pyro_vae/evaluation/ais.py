@@ -1,7 +1,5 @@
 """log p(x) by annealed importance sampling: from the guide or the prior to each datum's posterior."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A second look, from the prior, at importance sampling; annealing of what it does not clear."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -118,6 +116,8 @@ def look_again(
     rows = cleared.nonzero()[:, 0][: LOOKS * options.max_annealed]
     if len(rows) < pair.num_data and not pair.is_divisible():
         rows = rows[:0]  # it takes all of its data or none
+    if any(latent.is_point_mass for latent in pair.structure.latents.values()):
+        rows = rows[:0]  # the guide's density is known at its own draws alone
     found, cost = torch.zeros_like(cleared), estimate.cost.clone()
     if not len(rows):
         return estimate, found
@@ -185,8 +185,9 @@ def _replace_draws(
         return None
     chosen, columns = found.choose(len(kept.log_weights)), torch.arange(len(rows))
     whole, part = kept.map(Tensor.clone), found.map(lambda value: value[chosen, columns])
-    for name, value in whole.latents.items():
-        value[:, rows] = part.latents[name]
+    for name, value in part.latents.items():
+        whole.latents[name][:, rows] = value
     whole.log_likelihood[:, rows] = part.log_likelihood
     whole.log_weights[:, rows] = log_mean_weights(found.log_weights)["log_prob"]
-    return whole
+    # Chains have no auxiliary latents.
+    return whole._replace(latents={name: whole.latents[name] for name in part.latents})

@@ -137,9 +137,9 @@ def compare(
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     num_samples = whole_number("num_samples", num_samples, least=1)
-    num_elbo_samples = whole_number("num_elbo_samples", num_elbo_samples, least=1)
     num_importance = whole_number("num_importance", num_importance, least=1)
-    draws = {"num_samples": num_elbo_samples, "num_importance": num_importance}
+    draws = {"num_samples": whole_number("num_elbo_samples", num_elbo_samples, least=1)}
+    draws["num_importance"] = num_importance
     importance = ImportanceOptions(num_samples)
     auto = AutoOptions(importance, annealing, max_annealed) if "auto" in methods else None
     plain = annealing if "annealed" in methods else None

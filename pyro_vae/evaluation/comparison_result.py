@@ -33,32 +33,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one pair; quantities per datum in nats.
-
-    The rate is KL(q(z|x) || p(z)), in closed form where ``exact_kl``, the distortion -E_q[log p(x|z)]
-    and the posterior divergence KL(q(z|x) || p(z|x)) by quadrature, with its numerical error. It and
-    log p(x) by annealing are None where they were not asked for or do not apply.
-
-    The importance ``estimate`` has the Pareto k and effective sample size of each datum; of several
-    runs those of all their data points, one run after the other, and ``fit`` is the first one's.
-    Parameters are those that train; seconds are of importance sampling for 1,000 data points and,
-    NaN where nothing was trained here, of a training epoch.
-    """
+    """What was measured of one pair; quantities per datum in nats, None if not asked for."""
 
     elbo: PerDatum
     iwae: PerDatum
     log_prob: PerDatum
-    annealed: PerDatum | None
-    rate: PerDatum
-    distortion: PerDatum
-    exact_kl: bool
-    posterior_divergence: PerDatum | None
+    annealed: PerDatum | None  # log p(x) by annealing; None too where it does not apply
+    rate: PerDatum  # KL(q(z|x) || p(z))
+    distortion: PerDatum  # -E_q[log p(x|z)]
+    exact_kl: bool  # whether the rate is a closed form
+    posterior_divergence: PerDatum | None  # KL(q(z|x) || p(z|x)), with quadrature's numerical error
+    # With Pareto k and effective sample size; of several runs all their data points, run after run.
     estimate: LogMarginal = field(repr=False)
-    num_parameters: int
+    num_parameters: int  # that train
     num_guide_parameters: int
-    seconds_per_1000: float
-    fit: FitResult | None = field(repr=False)
-    seconds_per_epoch: float = math.nan
+    seconds_per_1000: float  # of importance sampling for 1,000 data points
+    fit: FitResult | None = field(repr=False)  # of the first run
+    seconds_per_epoch: float = math.nan  # NaN where nothing was trained here
     annealed_trusted: Tensor | None = field(default=None, repr=False)
 
     def trusted(self, quantity: str) -> Tensor:
@@ -115,10 +106,7 @@ class Comparison:
 
     @classmethod
     def of_runs(cls, comparisons: Sequence[Comparison]) -> Comparison:
-        """Join comparisons of the same pairs on the same data, each pair trained anew for each.
-
-        Args:
-            comparisons: what :func:`pyro_vae.compare` returned, one per seed of the training.
+        """Join what :func:`pyro_vae.compare` returned, for one seed of the training after another.
 
         Raises:
             InputError: none, or comparisons of other pairs, settings or numbers of data points.
@@ -193,12 +181,7 @@ class Comparison:
     def difference(
         self, name: str, quantity: str = "log_prob", *, to: str | None = None
     ) -> Difference:
-        """Return the paired difference of one pair to another, by default to the best.
-
-        Args:
-            name: the pair.
-            quantity: what to compare.
-            to: the other pair; None takes the one that is best in this quantity.
+        """Return the paired difference of one pair to another, by default the best in this quantity.
 
         Raises:
             InputError: no pair or no quantity of that name.
@@ -237,11 +220,7 @@ class Comparison:
         return torch.stack([run.trusted(self.ranked_by) for run in self.runs[name]]).all(0)
 
     def to_dict(self, *, per_datum: bool = False) -> dict[str, Any]:
-        """Return plain values for JSON; NaN and infinity become None.
-
-        Args:
-            per_datum: with the values of every datum.
-        """
+        """Return plain values for JSON, also ``per_datum`` if asked; NaN and infinity become None."""
         rows = {name: self._row(name) for name in self.pairs}
         if per_datum:
             for name, row in rows.items():

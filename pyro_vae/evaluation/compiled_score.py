@@ -85,7 +85,7 @@ def capture_values(
     if programs is None:
         programs = Programs()
         PROGRAMS.keep(programs, *functions)
-    signature = sign((key, pair.plate), [*given, *pair.inputs], [])
+    signature = sign((key, pair.plate), [*given, *pair.inputs], [], {})
     where = functools.cache(elsewhere or (lambda: given))  # drawn where first needed, and once
 
     def check(program: Program, num_checked: int | None) -> list[Tensor]:
@@ -151,4 +151,6 @@ def _record(
         aliases = [tensor.detach() for tensor in given]
         inputs = tuple(tensor.detach() for tensor in pair.inputs)
         other = Particles(pair.on(inputs))
-        return Program(signature, state, lambda: compute(other, aliases), [*aliases, *inputs])
+        program = Program(signature, state)
+        program.record(lambda: compute(other, aliases), [*aliases, *inputs])
+    return program

@@ -1,12 +1,10 @@
 """An estimate of log p(x): the numbers per datum, and what says how far they can be trusted."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,10 +35,11 @@ class PosteriorDraws(NamedTuple):
         weights = self.log_weights.softmax(0).nan_to_num(nan=1.0).T
         return torch.multinomial(weights, count, replacement=True, generator=generator).T
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> PosteriorDraws:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return the draws with all of their tensors changed alike."""
         latents = {name: change(value) for name, value in self.latents.items()}
-        return PosteriorDraws(latents, change(self.log_likelihood), change(self.log_weights))
+        likelihood, weights = change(self.log_likelihood), change(self.log_weights)
+        return self._replace(latents=latents, log_likelihood=likelihood, log_weights=weights)
 
 
 @shown
@@ -162,8 +161,8 @@ class LogMarginal:
             "trusted": f"{count - self.num_unreliable} of {count} data points",
         }
         if self.num_unreliable:
-            more = "num_steps, then num_chains, higher"
-            rows["next"] = 'method="auto"' if self.method == "importance" else more
+            more = dict.fromkeys(("annealed", "auto"), "num_steps, then num_chains, higher")
+            rows["next"] = (more | {"importance": 'method="auto"'}).get(self.method, "more draws")
         means = {"importance": "importance sampling", "annealed": "annealing"}
         return f"log p(x){mark} of {count} data points by {means.get(self.method, self.method)}", rows
 
@@ -297,9 +296,10 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
         failed["not being annealed"] = left = estimate.methods.count("not annealed")
         reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
+        behind = f" ({reasons})" * bool(reasons)
         texts.append(
-            f"{count} of {total} data points are not trusted ({reasons}): their log p(x) may be off "
-            "by more than their standard errors say; use more steps or chains"
+            f"{count} of {total} data points are not trusted{behind}: their log p(x) may be off by "
+            "more than their standard errors say; use more steps or chains"
             + " or a higher max_annealed"
             * bool(left)
         )

@@ -29,8 +29,7 @@ Parameters = dict[str, Tensor]
 # encoder that is far off, the last leaves a jitter that averaging over a window makes invisible.
 _LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
 
-# Steps between two looks at the objective, windows at the last rate that are averaged, and draws that
-# decide whether a refined q is better than the start.
+# Steps between two looks, windows that are averaged in the end, draws that hold it against the start.
 _WINDOW, _AVERAGED_WINDOWS, _SELECTION_DRAWS = 50, 5, 400
 
 
@@ -45,8 +44,7 @@ class InferenceGaps:
         log_prob: estimate of log p(x), with ``log_prob_standard_error``.
         elbo: the bound with the guide as it is, with ``elbo_standard_error``.
         best_elbo: that with the best member of the family for each datum, and its error likewise.
-        refined_guide: that best member as a guide for exactly these data, e.g. as the proposal of
-            ``log_marginal(model, gaps.refined_guide, x)``.
+        refined_guide: that member as a guide for exactly these data, e.g. for ``log_marginal``.
         log_marginal: the estimate that ``log_prob`` comes from, with its diagnostics.
         num_steps: optimisation steps taken (the largest number over the blocks of data).
         converged: whether the stopping rule, and not ``max_steps``, ended the optimisation.

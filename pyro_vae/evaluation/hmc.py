@@ -95,8 +95,8 @@ class AnnealingPath:
     def __init__(self, particles: Particles, start: str | MixtureSameFamily) -> None:
         self.particles, self.start = particles, start
         model_sites, guide_sites = self._stable_sites()
-        if start in ("guide", "both"):
-            check_density_known(guide_sites.values(), 'use start="prior"')
+        if start == "guide":
+            check_density_known(guide_sites.values(), 'use start="both"')
         if not model_sites:
             raise InputError(
                 "expected a latent to anneal, got none that isn't summed out: use method='importance'"

@@ -124,8 +124,7 @@ def log_marginal(
         keep_draws: draws per datum kept for ``to_arviz``; by default 8 MiB, or every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
             does so for work long enough to pay for it; a pair that can't be captured runs as it is.
-        precision: of the layers' products, as in :func:`pyro_vae.fit`; in ``tf32`` (on CUDA) and
-            ``bfloat16`` the estimate is that of networks so rounded.
+        precision: of the layers' products, as in :func:`pyro_vae.fit`: the networks are so rounded.
         plate: name of the data plate. None: the whole data set is one datum (see
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in
             one weight, shared and local ones alike: with many local ones it takes annealing, or
@@ -243,10 +242,8 @@ def _sample_all(
 
 
 def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
-    """Yield blocks of some data points: which they are, and the pair of these.
-
-    Blocks of one size share one compiled program: the last is filled up by its last data point.
-    """
+    """Yield blocks of some data points: which they are, and the pair of these."""
+    # Blocks of one size share one compiled program: the last is filled up by its last data point.
     size = len(positions)
     if pair.num_data > BLOCK and pair.is_divisible():
         size = math.ceil(size / math.ceil(size / BLOCK))

@@ -14,25 +14,16 @@ _LEAST_TRUSTED = 0.9
 
 
 class Difference(NamedTuple):
-    """Mean paired difference of one pair to another, nats per datum.
+    """Mean paired difference of one pair to another, nats per datum."""
 
-    Attributes:
-        mean: mean over the data points (and runs) of this pair's value minus the other's.
-        standard_error: its standard error over the data points, from the spread of the differences
-            (averaged over the runs) alone, which has their Monte Carlo errors in it.
-        monte_carlo_standard_error: with the data points held fixed and the pairs' draws independent.
-        run_standard_error: its standard error over the runs: the spread over them of the differences
-            averaged over the data points; NaN (unknown) for a single run.
-        half_width: half a 95% interval of the mean; of a single run it says nothing of others.
-        by_run: the mean difference of each run to the other pair's run of the same number.
-    """
-
-    mean: float
+    mean: float  # over the data points (and runs) of this pair's value minus the other's
+    # Over the data points, from the spread of the differences (averaged over the runs) alone, which
+    # has their Monte Carlo errors in it; and with the data held fixed and independent draws.
     standard_error: float
     monte_carlo_standard_error: float
-    run_standard_error: float
-    half_width: float
-    by_run: tuple[float, ...]
+    run_standard_error: float  # from the spread over runs of their means; NaN (unknown) for one
+    half_width: float  # half a 95% interval of the mean; of a single run it says nothing of others
+    by_run: tuple[float, ...]  # the mean of each run to the other pair's run of the same number
 
     @property
     def is_tie(self) -> bool:

@@ -12,8 +12,7 @@ _HIGHEST_LIMIT = 0.7
 # Fewer tail weights than this say nothing about a tail.
 _SMALLEST_TAIL = 5
 
-# Log weights whose largest ones agree to so many units in their last place are equal but for the
-# rounding of sums: no tail, k = 0 by definition.
+# Units in the last place to which the largest log weights may agree by rounding: no tail, k = 0.
 _LAST_PLACES = 64
 
 # Nats: where rounding alone makes more than that, weights that look equal may be anything.

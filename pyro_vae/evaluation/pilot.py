@@ -1,7 +1,5 @@
 """The pilot of annealing: a few chains explore each posterior, and what they find is frozen."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,11 +1,9 @@
 """Densities of data points given draws of the latents that they share: p(x_n | data), and for loo."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -15,13 +13,14 @@ from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import LogMarginal, measure_weights, one_chain, structure
 from pyro_vae.pair.contract import Serves, why_unweighable
 from pyro_vae.pair.functions import PairFunction
-from pyro_vae.pair.opened import Knowledge, OpenedPair, open_pair
+from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair, open_pair
 from pyro_vae.pair.sites import Given, Latents, all_close, is_inside, latent_sites, site_log_prob
+from pyro_vae.summary import shown
 from pyro_vae.weights.particles import Particles, check_weights
 
 
-@dataclass(frozen=True)
-class PredictiveLogProb:
+@shown
+class PredictiveLogProb(NamedTuple):
     """Log densities of data points given draws of what they share (nats, float64, on the CPU).
 
     Attributes:
@@ -41,8 +40,8 @@ class PredictiveLogProb:
     ess: Tensor
     pareto_k: Tensor
     trusted: Tensor
-    log_likelihood: Tensor = field(repr=False)
-    draws: Latents = field(repr=False)
+    log_likelihood: Tensor
+    draws: Latents
     joint: LogMarginal | None
 
     def to_arviz(self) -> Any:
@@ -101,29 +100,30 @@ def predictive_log_prob(
     seen = pair if given is None else open_pair(model, guide, given, plate=plate, serves=serves)
     rows, draws, ratios, known = [], [], [], Knowledge()
     with pair.evaluating(seed):
-        are_shared = {latent.is_shared for latent in pair.structure.latents.values()}
-        if True not in are_shared:
+        if not any(latent.is_shared for latent in pair.structure.latents.values()):
             raise InputError("expected a latent outside the data plate, got none: use log_marginal")
         if given is None:
             _check_independent(pair.part())
+        fitting = pair.memory() // (pair.structure.bytes_per_datum * num_samples)
+        parts = [part for _, part in pair.blocks(max(1, min(BLOCK, fitting)))]
         precision, pseudo_likelihood = pair.structure.precision, pair.is_pseudo_likelihood()
-        parts, seen = [part for _, part in pair.blocks()], seen.part()
+        seen = seen.part()
         has_density = why_unweighable(*seen.trace(), None) is None
         for _ in range(num_draws):
             theta, log_proposal = _shared(guide, seen, {})
             own, log_prior = _shared(model, seen, theta)
             inside = [_weigh_given(part, theta, num_samples, known) for part in parts]
-            rows.append({name: torch.cat([each[name] for each in inside]) for name in inside[0]})
+            rows.append(torch.cat(inside, 1).cpu())
             draws.append({name: value.cpu() for name, value in own.items()})
             ratios.append((log_prior - log_proposal).cpu())
-    likelihood, ratio = torch.stack([row["log_prob"] for row in rows]), torch.stack(ratios)[:, None]
+    (likelihood, cleared), ratio = torch.stack(rows, 1), torch.stack(ratios)[:, None]
     found = measure_weights(likelihood, precision)
-    if False in are_shared:
-        found["trusted"] &= torch.stack([row["trusted"] for row in rows]).double().mean(0) > 0.5
-    if not found["trusted"].all():
+    found["trusted"] &= cleared.mean(0) > 0.5
+    unknown = int((~found["trusted"]).sum())
+    if unknown:
         warnings.warn(
-            f"{int((~found['trusted']).sum())} of {likelihood.shape[1]} data points have too high a "
-            "Pareto k, or too few draws to know it: their log p(x | data) can't be trusted; use more",
+            f"{unknown} of {likelihood.shape[1]} data points have too high a Pareto k, or too few "
+            "draws to know it: their log p(x | data) can't be trusted; use more draws",
             stacklevel=2,
         )
     joint = LogMarginal(
@@ -165,17 +165,13 @@ def _check_independent(pair: OpenedPair) -> None:
         )
 
 
-def _weigh_given(
-    pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge
-) -> dict[str, Tensor]:
-    """Estimate log p(x_n | theta): model and guide take the shared latents and hide them."""
+def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge) -> Tensor:
+    """Return log p(x_n | theta) and whether to trust it, ``(2, N)``; the functions hide theta."""
     model, guide = (poutine.block(Given(theta)(f), hide=[*theta]) for f in (pair.model, pair.guide))
     serves = Serves.SUMMED | Serves.NO_LATENT
     particles = Particles(replace(pair, model=model, guide=guide, serves=serves, knowledge=known))
-    count = num_samples if particles.latent_shapes else 1
-    chunk = max(1, pair.memory() // (particles.bytes_per_datum * pair.num_data))
-    densities = [particles.draw(min(chunk, count - done)) for done in range(0, count, chunk)]
-    for some in densities:
-        check_weights(some)
-    weights = torch.cat([some.log_weights for some in densities]).cpu()
-    return measure_weights(weights, particles.pair.structure.precision)
+    densities = particles.draw(num_samples if particles.latent_shapes else 1)
+    check_weights(densities)
+    found = measure_weights(densities.log_weights, particles.pair.structure.precision)
+    trusted = found["trusted"] if particles.latent_shapes else torch.ones_like(found["log_prob"])
+    return torch.stack([found["log_prob"], trusted.double()])

@@ -1,11 +1,9 @@
 """KL from a guide to the true posterior, exactly, where the latent has one or two dimensions."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from pyro.distributions import constraints
@@ -24,12 +22,10 @@ from pyro_vae.weights.particles import Particles
 # Grid points per dimension, odd, so that every second point makes a grid with the same ends.
 _POINTS = {1: 1025, 2: 161}
 
-# By how much the spacing of a grid is cut where two of them disagree, one after the other, and the
-# values of a density that are held at once then.
+# By how much a grid's spacing is cut where two disagree, in turn, and the values held at once then.
 _REFINED, _HELD_VALUES = {1: (4, 16, 64), 2: (2, 4)}, 1 << 22
 
-# Two grids agree if they differ by less than the first of these, in units of 1 + KL nats; what is off
-# by more than the second on the finest grid is refused.
+# In units of 1 + KL nats: two grids agree below the first; off by the second the finest is refused.
 _AGREE, _REFUSE = 1e-4, 1e-2
 
 # Draws that place the first box, and rounds in which it is fitted to where the mass is.
@@ -91,15 +87,14 @@ def posterior_divergence(
     Source:
         Trefethen, Weideman 2014, "The Exponentially Convergent Trapezoidal Rule", sections 5 and 14.
     """
-    check_optional_counts(num_points=num_points)
+    check_optional_counts(num_points=num_points, max_memory=max_memory)
     if num_points is not None and (num_points < 9 or num_points % 2 == 0):
         raise InputError(f"expected an odd num_points of at least 9, got {num_points}")
-    check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
-    options: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
     pair = open_pair(model, guide, x, plate=plate)
     with pair.evaluating(seed):
-        found = measure_divergence(pair, num_points=num_points, **options)
+        how: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
+        found = measure_divergence(pair, num_points=num_points, **how)
     if found.kl.isnan().any():
         raise InputError(
             f"expected densities that a grid resolves, got none for {int(found.kl.isnan().sum())} of "
@@ -164,7 +159,7 @@ class _Grid:
                 break
         self.low, self.high, self.cut = low, high, cut
 
-    def at(self, rows: Tensor) -> _Grid:
+    def at(self, rows: Tensor) -> Self:
         """Return the fitted grids of some of the data points."""
         part = copy.copy(self)
         part.particles = Particles(self.particles.pair.part(rows))

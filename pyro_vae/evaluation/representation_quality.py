@@ -82,14 +82,12 @@ class Representation:
         rate: mean KL(q(z given x) || p(z)).
         rate_method: "analytic" or "Monte Carlo", of ``rate`` and ``kl_per_dimension``.
         mutual_information: index-code mutual information, mean KL(q(z given x) || q(z)).
-        mutual_information_upper: the same with a mixture of the other N - 1 data; infinite or huge
-            where posteriors of different data don't overlap.
+        mutual_information_upper: that of the other N - 1 data; huge if posteriors don't overlap.
         marginal_kl: KL(q(z) || p(z)).
         total_correlation: KL(q(z) || prod_d q(z_d)), where each coordinate's posterior is known.
         dimension_wise_kl: sum_d KL(q(z_d) || p(z_d)); None where the prior's are not either.
         unavailable: for each measure that is None, why.
-        nearest_neighbour_accuracy: cross-validated accuracy of labels from the posterior means, with
-            its binomial standard error; None without labels.
+        nearest_neighbour_accuracy: cross-validated, of labels from posterior means; None without.
         linear_accuracy: likewise by logistic regression.
         num_folds: folds of the cross-validation; None without labels.
     """
@@ -180,8 +178,7 @@ def representation(
         Burda, Grosse, Salakhutdinov 2016, section 5.2 (active units); Hoffman, Johnson 2016, "ELBO
         surgery", equation 7 (index-code mutual information and marginal KL); Chen et al. 2018,
         "Isolating Sources of Disentanglement", equation 2 (total correlation, dimension-wise KL);
-        Poole et al. 2019, "On Variational Bounds of Mutual Information", equations 5 and 12 (the
-        two sides of the population's mutual information).
+        Poole et al. 2019, "On Variational Bounds of Mutual Information", equations 5 and 12.
     """
     check_counts(num_samples=num_samples, least=2)
     check_optional_counts(max_memory=max_memory)
@@ -331,11 +328,8 @@ def _coordinates(
     if posterior.batch_shape != (num_data,) or len(posterior.event_shape) != 1:
         reason = "the latent is not one vector per datum"
         return _Coordinates(posterior, prior), dict.fromkeys(names, reason)
-    each, own, given = (
-        _coordinate_marginals(posterior),
-        _independent_coordinates(posterior),
-        _independent_coordinates(prior),
-    )
+    each = _coordinate_marginals(posterior)
+    own, given = map(_independent_coordinates, (posterior, prior))
     dependent = "the coordinates of {} are not independent"
     unavailable = {}
     if given is None:
@@ -351,9 +345,8 @@ def _coordinates(
 
 def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> dict[str, Tensor]:
     """Draw each datum's posterior once; return the terms whose means are the measures, ``(N,)``."""
-    latents, proposal = particles.propose(1)
-    _, log_prior = (score[0] for score in particles.score(latents))
-    own = proposal[0]
+    latents, (own,) = particles.propose(1)
+    _, (log_prior,) = particles.score(latents)
     # One row of latents per datum, the data's axis first.
     rows = {name: value[0] for name, value in particles.data_first(latents).items()}
     aggregate, others, of_coordinates = _aggregate(particles, coordinates, rows, own, budget)
@@ -378,10 +371,7 @@ def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> d
 def _aggregate(
     particles: Particles, coordinates: _Coordinates, rows: Latents, own: Tensor, budget: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Score one draw per datum under the mixture of all data's posteriors.
-
-    Returns log q(z) ``(N,)``, the same without its own datum, and log q(z_d) ``(N, D)`` if known.
-    """
+    """Return log q(z) of each datum's draw, without its own datum too, and log q(z_d) if known."""
     num_data = particles.num_data
     elements = sum(value[0].numel() for value in rows.values())
     # The scores, and about as many intermediate values of each latent as an affine density makes.

@@ -119,8 +119,7 @@ def posterior_predictive(
             another shape, a number of draws below 1, or a pair that can't be weighed.
 
     Source:
-        Gelman, Meng, Stern 1996, "Posterior Predictive Assessment of Model Fitness via Realized
-        Discrepancies", section 2.
+        Gelman, Meng, Stern 1996, "Posterior Predictive Assessment of Model Fitness", section 2.
     """
     check_counts(num_draws=num_draws)
     statistics = _STATISTICS if statistics is None else statistics
@@ -226,8 +225,7 @@ def aggregate_posterior(
         InputError: a number of draws below 1, or a pair that can't be weighed.
 
     Source:
-        Hoffman, Johnson 2016, "ELBO surgery: yet another way to carve up the variational evidence
-        lower bound", section 1.
+        Hoffman, Johnson 2016, "ELBO surgery", section 1.
     """
     check_counts(num_draws=num_draws)
     pair = open_pair(model, guide, x, plate=plate)
@@ -253,8 +251,7 @@ class Calibration:
 
     Attributes:
         ranks: by latent site, ``(M, D)``: how many draws lie below the true value (among equal ones
-            a place at random), for each of the simulated data and each dimension; uniform on 0, ...,
-            ``num_draws`` where the guide is the posterior.
+            a place at random); uniform on 0, ..., ``num_draws`` where the guide is the posterior.
         num_draws: draws of the guide per datum.
         num_bins: bins of the histograms and of the test.
         x: the simulated data, as the pair takes them.
@@ -423,11 +420,17 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
     with any_number_of_data("pair", num_data):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
         for name, index in sources.items():
-            site = trace.nodes[name]
-            inputs[index] = _in_place_of(inputs[index], site["value"], name)
+            site, given = trace.nodes[name], inputs[index]
+            drawn = site["value"].reshape(given.shape)
+            inputs[index] = drawn.to(given.dtype)
+            if not given.is_floating_point() and (inputs[index] != drawn).any():
+                raise InputError(
+                    f"expected floating-point data at {name!r}, whose simulated values are no whole "
+                    f"numbers, got {given.dtype}: convert them"
+                )
             site["value"] = inputs[index].reshape(site["value"].shape)
-        drawn = [site for site in latent_sites(trace) if site["name"] not in sources]
-        with Given({site["name"]: site["value"] for site in drawn}):
+        latents = [site for site in latent_sites(trace) if site["name"] not in sources]
+        with Given({site["name"]: site["value"] for site in latents}):
             changed = changed_site(trace, poutine.trace(model).get_trace(*inputs))
         if changed is not None:  # what it drew is then not what it says
             raise InputError(
@@ -438,7 +441,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
-    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in drawn}
+    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in latents}
 
 
 def changed_site(first: Trace, other: Trace) -> str | None:
@@ -465,15 +468,3 @@ def _source(site: Site, template: Inputs) -> int:
         f"expected observed site {site['name']!r} to observe an input as it is, got other values: "
         "simulated data can't be put in their place; pass what is observed as an input of its own"
     )
-
-
-def _in_place_of(given: Tensor, drawn: Tensor, name: str) -> Tensor:
-    """Return drawn values in the shape and type of the input they take the place of."""
-    drawn = drawn.reshape(given.shape)
-    value = drawn.to(given.dtype)
-    if not given.is_floating_point() and (value != drawn).any():
-        raise InputError(
-            f"expected floating-point data at {name!r}, whose simulated values are no whole numbers, "
-            f"got {given.dtype}: convert them"
-        )
-    return value

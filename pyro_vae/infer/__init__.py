@@ -4,6 +4,7 @@ from pyro_vae.beta import scale_latents
 from pyro_vae.infer.analytic_kl import AnalyticKL, FreeBits
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound
 from pyro_vae.infer.callbacks import Callback
+from pyro_vae.infer.checkpoint import Interrupted
 from pyro_vae.infer.compiled import Compiled, CompiledTrace_ELBO
 from pyro_vae.infer.iwae import IWAE
 from pyro_vae.infer.optim import FusedOptim
@@ -23,6 +24,7 @@ __all__ = [
     "FitResult",
     "FreeBits",
     "FusedOptim",
+    "Interrupted",
     "StickingTheLanding",
     "TraceBound",
     "bound_terms",

@@ -1,7 +1,5 @@
 """The rate latent by latent, exact where it can be: the ELBO with closed-form KL, and free bits."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

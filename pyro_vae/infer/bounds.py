@@ -1,7 +1,5 @@
 """Bounds on log p(x) as objectives: what each reports, and the base that Pyro's SVI and fit share."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 
@@ -187,7 +185,9 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
                 log_prob = wide(site["unscaled_log_prob"].detach())
                 total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
                 terms[site["is_observed"] and not of_guide].append(total if of_guide else -total)
-    return torch.stack([torch.stack(term).sum() for term in terms]) / num_particles
+    known = [torch.stack(term).sum() if term else None for term in terms]
+    zero = next((torch.zeros_like(term) for term in known if term is not None), torch.zeros(()))
+    return torch.stack([zero if term is None else term for term in known]) / num_particles
 
 
 def _summed_terms(trace: Any, sites: list[Any]) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,12 @@ def _summed_terms(trace: Any, sites: list[Any]) -> tuple[Tensor, Tensor]:
 def particle_options(objective: ELBO) -> dict[str, Any]:
     """Return an objective's particles and plates, as the constructor of another takes them."""
     names = ("num_particles", "max_plate_nesting", "vectorize_particles")
-    return {name: getattr(objective, name) for name in names}
+    options = {name: getattr(objective, name) for name in names}
+    # Pyro's constructor adds the particles' own plate to the nesting it is given.
+    options["max_plate_nesting"] -= (
+        bool(options["vectorize_particles"]) and options["num_particles"] > 1
+    )
+    return options
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What watches a run of training from outside, and may end it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

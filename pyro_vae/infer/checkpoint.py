@@ -1,7 +1,5 @@
 """Checkpoints of a training run: when they are written, what they hold, and what signals do."""
 
-from __future__ import annotations
-
 import math
 import random
 import signal
@@ -11,18 +9,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError, check_same, expecting, real_number, whole_number
-from pyro_vae.files import check_in_place, checksum_of, expand_path, writing_to
+from pyro_vae.files import check_in_place, expand_path, writing_to
 from pyro_vae.infer.checkpoint_files import checkpoint_files, read_newest, write_checkpoint
 from pyro_vae.infer.trainer import NotFiniteError, Trainer
 from pyro_vae.infer.validation import EarlyStopping
-from pyro_vae.pair.inputs import Inputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _Rows = list[dict[str, float]]
@@ -73,7 +70,7 @@ class Checkpoints:
         self._handlers: dict[int, Any] = {}
         self._run: tuple[dict[str, Any], Trainer, EarlyStopping, _Rows] | None = None
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         """Prepare the folder and take notice of signals."""
         self._signal, self._written = None, time.monotonic()
         if self.folder is None:
@@ -215,13 +212,6 @@ class Checkpoints:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-
-
-def data_checksum(train: Inputs, validation: Inputs | None) -> str:
-    """Return the SHA-256 of the data's types, shapes and bytes."""
-    tensors = {f"train {i}": value.cpu() for i, value in enumerate(train)}
-    tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(validation or ())}
-    return checksum_of("", tensors)
 
 
 def _generator_states(device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Checkpoint files: plain values and tensors in one file each, written whole, the last two kept."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import is_validation_enabled
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
@@ -17,7 +18,7 @@ from torch import Tensor
 from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options
-from pyro_vae.infer.engine import Call, Engine, StepProgram
+from pyro_vae.infer.engine import Call, Engine, Step
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.infer.stock_bound import StockBound
 from pyro_vae.infer.trainer import SUMMARY, TrainingObjective
@@ -33,15 +34,14 @@ COMPILED_FROM_STEPS = 5_000
 
 
 class DeviceLoss(Tensor):
-    """A loss still on its way: reading it waits for the device and warns of NaN as Pyro does."""
+    """A loss still on its way: reading it waits for the device, and warns or raises as Pyro does."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    read: Callable[[], float]
 
     def item(self) -> float:
         """Read the loss."""
-        value = float(super().item())
-        warn_if_nan(value, "loss")
-        return value
+        return self.read()
 
 
 class _Stepping(Engine):
@@ -54,22 +54,37 @@ class _Stepping(Engine):
             raise InputError("beta needs a guide that is a function of its own, got a handler")
         return scale_pair(model, guide, self.beta)
 
-    def _hand_over(
-        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
-    ) -> Any:
+    @property
+    def validates(self) -> bool:  # type: ignore[override]
+        """Whether Pyro would look at what is observed."""
+        return is_validation_enabled()
+
+    def _key(self) -> Hashable:
+        return super()._key(), self.validates
+
+    def _hand_over(self, step: Step) -> Any:
         """Add to the gradients as ``backward`` does and return the loss, as Pyro's own step."""
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        summary, validate = step.summary, step.validate  # the gradients are not kept
+
+        def read() -> float:
+            loss, *_, outside = summary.tolist()
+            if loss != loss or (self.validates and outside):
+                validate()
+            warn_if_nan(loss, "loss")
+            return float(loss)
+
+        is_on_cpu = step.program.device.type == "cpu"
+        loss: Any = read() if is_on_cpu else summary[0].as_subclass(DeviceLoss)
+        for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = gradient
             else:
                 with torch.no_grad():
                     leaf.grad.add_(gradient)
         if _PYRO_STACK:
-            program.emit([handler.trace for handler in _PYRO_STACK])
-        if program.device.type != "cpu":
-            return summary[0].as_subclass(DeviceLoss)
-        loss = summary[0].item()
-        warn_if_nan(loss, "loss")
+            step.program.emit([handler.trace for handler in _PYRO_STACK])
+        if not is_on_cpu:
+            loss.read = read
         return loss
 
 
@@ -90,10 +105,16 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
     A pair that can't be captured faithfully runs as stock Pyro, with one warning that says why:
     control flow on tensor values, a latent site that isn't reparameterised, enumeration, sparse
     gradients, sites that change, hooks on parameters, Python's or NumPy's global random numbers,
-    handlers that stand around the step.  What is *baked in* at capture, as it can't be seen: plain
-    Python attributes and globals, private NumPy generators, side effects of the pair's code.  Ask
-    for ``verify_every`` where these might change.  A batch of another shape that comes once, such
-    as the odd last one of an epoch, runs as stock Pyro; when it comes twice in a row it is
+    handlers that stand around the step, a pair that counts its own runs.  Numbers, flags and other
+    objects that the pair's code names (attributes, closures, globals, arguments) are read again at
+    each step: a number that has changed becomes an input of the graph where it can, any other
+    change is captured anew, for up to 4 values.  What can't be seen (files, counters and generators
+    of the pair's own) is baked in at capture; the graph is held against stock Pyro again at its
+    steps 1, 2, 4, 8, ... and at every ``verify_every``-th.  While Pyro's validation is on, a batch
+    outside the support of an observed site raises Pyro's own error: on the CPU before its gradients
+    are handed over, on an accelerator when the loss is read, after the optimiser took the step.  A
+    batch of another shape that comes once, such as the odd last one of an epoch, runs as stock
+    Pyro; when it comes twice in a row it is
     captured too.  Only :meth:`loss_and_grads` is compiled; :meth:`loss` and
     :meth:`differentiable_loss` are Pyro's own, with ``beta`` applied.
 
@@ -282,6 +303,8 @@ class StepCapture(Engine):
         self.rounding = ROUNDING.get(settings.precision, ())
         self.warns = compile is True or (compile == "auto" and isinstance(given, _Stepping))
         self.is_chosen = False
+        # The data were looked at before the run; what a transform makes of them was not.
+        self.validates = device.type == "cpu" and objective.transform is not None
         if compile is False:
             self._choice = "eager as asked"
         elif isinstance(objective.bound, StockBound):
@@ -325,15 +348,19 @@ class StepCapture(Engine):
             summary = self.take(call, eager)
         return summary
 
-    def _hand_over(
-        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
-    ) -> Tensor:
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+    def _hand_over(self, step: Step) -> Tensor:
+        summary = step.summary[: len(self.names)]
+        if self.validates and step.summary[-1]:
+            step.validate()
+        for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             leaf.grad = gradient
         return summary
 
     def _key(self) -> Hashable:
         return None  # nothing changes within a run
+
+    def _roots(self) -> Sequence[Any]:
+        return [self.training_objective.transform]
 
     def _terms(self, call: Call) -> BoundTerms:
         batch = self.training_objective.transform_batch(call.args)

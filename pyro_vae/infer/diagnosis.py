@@ -1,7 +1,5 @@
 """What went wrong in a training run, read from its history and one look at the pair it left."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,11 +32,7 @@ _LOOKED_AT = 4096
 
 
 def diagnose(
-    rows: _Rows,
-    model: PairFunction,
-    guide: PairFunction,
-    batch: Inputs,
-    settings: FitSettings,
+    rows: _Rows, model: PairFunction, guide: PairFunction, batch: Inputs, settings: FitSettings
 ) -> tuple[str, ...]:
     """Name what went wrong by the metrics per epoch, one line each, with what to try."""
     if not rows:
@@ -103,9 +97,11 @@ def _runaway_sigma(rows: _Rows, model_trace: Trace) -> str | None:
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
-        scale, value = _learned_scale(site["fn"]), site["value"]
-        if scale is None or len(value) < 2:
+        # Of a location-scale family, where parameters decide it.
+        scale, value = getattr(innermost(site["fn"]), "scale", None), site["value"]
+        if not isinstance(scale, Tensor) or not scale.requires_grad or len(value) < 2:
             continue
+        scale = scale.detach()
         # A scale for each value is compared with that value's own spread: columns may differ in unit.
         variance = value.double().var(0)
         is_shared = bool((scale == scale.flatten()[0]).all())
@@ -120,11 +116,3 @@ def _runaway_sigma(rows: _Rows, model_trace: Trace) -> str | None:
                 "floor, noise on the data (dequantise them), and check the validation ELBO"
             )
     return None
-
-
-def _learned_scale(distribution: Any) -> Tensor | None:
-    """Return the scale of a location-scale family, where parameters decide it."""
-    scale = getattr(innermost(distribution), "scale", None)
-    if not isinstance(scale, Tensor) or not scale.requires_grad:
-        return None
-    return scale.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -31,6 +33,7 @@ from pyro_vae.infer.program import (
     tolerance_of,
     verify,
 )
+from pyro_vae.infer.surroundings import Surroundings, look_around
 from pyro_vae.pair.functions import modules_of
 from pyro_vae.pair.state import Remembered, Snapshot, accumulating_leaves, with_submodules
 
@@ -60,18 +63,27 @@ class Reference(NamedTuple):
 class StepProgram(Program):
     """A captured step: a graph from (beta, arguments, state) to (summary, gradients)."""
 
-    def __init__(self, *recorded: Any, reference: Reference) -> None:
-        super().__init__(*recorded)
+    def __init__(
+        self, signature: Signature, state: State, around: Surroundings, reference: Reference
+    ) -> None:
+        super().__init__(signature, state, around)
         self.sites = reference.sites
         position = {tensor: i for i, tensor in enumerate(self.state.tensors)}
         self.leaves = [position[leaf] for leaf in reference.gradients]
         self.device = self.state.tensors[self.leaves[0]].device
+        dtypes = {self.state.tensors[i].dtype for i in self.leaves}
+        # A float64 number would change the dtype of what it meets.
+        self._scalar_dtype = torch.float64 if torch.float64 in dtypes else torch.get_default_dtype()
         self._copied: list[int] = []
         self.calls = 0
         sites = reference.parameters.items()
         self._messages = {name: {**site, "args": (name,)} for name, site in sites}
         values = {name: site["value"] for name, site in self._messages.items()}
         self._constrained = {n for n, value in values.items() if value.unconstrained() is not value}
+
+    def scalars(self, numbers: Sequence[float]) -> list[Tensor]:
+        """Return numbers as inputs of the graph."""
+        return [_scalar(number, self._scalar_dtype, self.device) for number in numbers]
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
@@ -109,6 +121,21 @@ class StepProgram(Program):
                 trace.add_node(name, **message)
 
 
+class Step(NamedTuple):
+    """What a captured step gave."""
+
+    program: StepProgram
+    leaves: list[Tensor]
+    summary: Tensor
+    gradients: list[Tensor]
+    validate: Callable[[], None]  # raises what the standard raises for a step that it refuses
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 class Engine:
     """The captured steps of an objective, over pairs and signatures: summaries and gradients."""
 
@@ -116,6 +143,7 @@ class Engine:
     names: tuple[str, ...] = ("loss", "rate", "distortion")  # of the summary, for messages
     rounding: tuple[torch.dtype, ...] = ()  # precisions computed in besides the gradients'
     warns = True  # of a pair that can't be captured; else ``reasons`` tells
+    validates = False  # what is observed: the summary then ends with 1 where it can't be
     keeps_outputs = True  # beyond the next step, which under CUDA graphs costs a copy
 
     def __init__(
@@ -132,7 +160,6 @@ class Engine:
         self.reasons: list[str] = []
         self._pairs: Remembered[Programs[StepProgram]] = Remembered()
         self._beta = 1.0
-        self._beta_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def bound(self) -> Bound:
         """Return the bound that is captured, its options as they stand."""
@@ -157,9 +184,7 @@ class Engine:
         """Return the summary, and the gradients that are handed over."""
         return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
 
-    def _hand_over(
-        self, program: StepProgram, leaves: list[Tensor], summary: Tensor, gradients: list[Tensor]
-    ) -> Any:
+    def _hand_over(self, step: Step) -> Any:
         """Give the gradients to the leaves and return what the eager step returns."""
         raise NotImplementedError
 
@@ -172,9 +197,7 @@ class Engine:
     def beta(self, value: float) -> None:
         if not (0.0 <= float(value) < math.inf):
             raise InputError(f"beta must be finite and at least 0, got {value}")
-        if value != self._beta:
-            self._beta = float(value)
-            self._beta_tensors.clear()
+        self._beta = float(value)
 
     @property
     def num_graphs(self) -> int:
@@ -194,32 +217,34 @@ class Engine:
         inputs: list[Tensor] = []
         try:
             capture.refuse_handlers()
-            signature = sign(self._key(), (call.args, call.kwargs), inputs)
+            signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
         except CannotCaptureError as reason:
             pair.report(reason)
             return eager()
         found = pair.find(signature)
         if found is None:
             return self._take_then_capture(pair, call, eager)
-        program, tensors = found
+        program, values, tensors = found
+        given = [*program.scalars([self._beta, *values]), *inputs]
         program.calls += 1
-        if self.verify_every is not None and program.calls % self.verify_every == 0:
+        every = self.verify_every
+        if program.calls & (program.calls - 1) == 0 or (every and program.calls % every == 0):
             try:
-                self._check(program, call, inputs)
+                self._check(program, call, given)
             except CannotCaptureError as reason:
                 pair.refuse(reason)
                 return eager()
         pair.last = signature
-        given = [self._beta_tensor(program.device), *inputs]
         summary, *gradients = program.outputs(given, tensors, keep=self.keeps_outputs)
         leaves = [tensors[i] for i in program.leaves]
-        return self._hand_over(program, leaves, summary, gradients)
+        validate = partial(self._validate, program, call)
+        return self._hand_over(Step(program, leaves, summary, gradients, validate))
 
-    def _beta_tensor(self, device: torch.device) -> Tensor:
-        key = (device, torch.get_default_dtype())
-        if key not in self._beta_tensors:
-            self._beta_tensors[key] = torch.full((), self._beta, device=device)
-        return self._beta_tensors[key]
+    def _validate(self, program: StepProgram, call: Call) -> None:
+        """Run the standard with its own checks; generators and buffers stay as they are."""
+        if is_validation_enabled():
+            with Snapshot(program.state.alive()).put_back(), poutine.block():
+                self._standard_terms(call.scaled(self._beta))
 
     def _say(self, title: str, reason: str) -> None:
         self.reasons.append(reason)
@@ -235,17 +260,19 @@ class Engine:
             result = eager()
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
-        signature = sign(self._key(), (call.args, call.kwargs), inputs)
-        if pair.refused or pair.find(signature) is not None or not pair.wants(signature):
+        signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
+        if pair.refused or pair.find(signature) or not pair.wants(signature):
             return result
         modules = with_submodules([*found, *modules_of(call.model, call.guide)])
+        capture_call = partial(self._capture, call, pair, modules, signature, inputs)
         try:
-            program = self._capture(call, modules, signature, inputs)
-            mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
-            program.compile(
-                self.backend, mode, lambda: self._check(program, call, inputs), pair.report
-            )
-            pair.add(program)
+            try:
+                pair.add(capture_call())
+            except CannotCaptureError:  # with some number as an input, which it can be no more
+                if not pair.varied - pair.unfit:
+                    raise
+                pair.unfit |= pair.varied
+                pair.add(capture_call())
         except CannotCaptureError as reason:
             pair.refuse(reason)
         except Exception as error:  # the step itself is done, and right
@@ -253,14 +280,22 @@ class Engine:
         return result
 
     def _capture(
-        self, call: Call, modules: Sequence[nn.Module], signature: Signature, inputs: list[Tensor]
+        self,
+        call: Call,
+        pair: Programs[StepProgram],
+        modules: Sequence[nn.Module],
+        signature: Signature,
+        inputs: list[Tensor],
     ) -> StepProgram:
-        """Record the step's graph."""
+        """Record the step's graph, compile it and hold it against the reference."""
         capture.refuse_pair(call.guide, modules)
+        roots = [pair.numbers, *call[:2], *modules, *self._roots()]
         before = Snapshot(modules)
         with before.put_back(), capture.conditions():
+            earlier = look_around(roots)
             reference = self._reference(call)
             capture.refuse_untraceable(before)
+            around = Surroundings(earlier, look_around(roots))
             leaves = list(reference.gradients)
             state = State(modules, reference.parameters, leaves)
             for leaf, gradient in reference.gradients.items():
@@ -268,23 +303,38 @@ class Engine:
                     raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
                 if hooked(leaf):
                     raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
-            beta = self._beta_tensor(leaves[0].device)
+            chosen = pair.choose_inputs(signature, around)
+            program = StepProgram(signature, state, around, reference)
+            beta, *scalars = program.scalars(
+                [self._beta, *(around.numbers[key][1] for key in chosen)]
+            )
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
             sites = capture.Sites()
 
             def step() -> tuple[Tensor, ...]:
-                args, kwargs = capture.replace_tensors((call.args, call.kwargs), iter(aliases))
+                args, kwargs = capture.replace((call.args, call.kwargs), iter(aliases), pair.numbers)
                 given = call._replace(args=args, kwargs=kwargs)
                 with sites:
                     terms = self._terms(given.scaled(beta))
                 gradients = torch.autograd.grad(terms.surrogate, leaves)
                 summary, finished = self._finish(terms, gradients)
+                if self.validates:
+                    summary = torch.cat([summary, sites.outside(summary)[None]])
                 return (summary, *finished)
 
-            program = StepProgram(signature, state, step, [beta, *aliases], reference=reference)
+            with around.hold(chosen, scalars):
+                program.record(step, [beta, *scalars, *aliases])
+            around.settle(chosen, program.constants)
             capture.refuse_changed_sites(reference.sites, tuple(sites.names))
+        given = [beta, *scalars, *inputs]
+        mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
+        program.compile(self.backend, mode, lambda: self._check(program, call, given), pair.report)
         return program
+
+    def _roots(self) -> Sequence[Any]:
+        """What a step calls besides the pair."""
+        return ()
 
     def _reference(self, call: Call) -> Reference:
         """One step by the standard's code; refuse what a graph can't hold."""
@@ -307,9 +357,8 @@ class Engine:
         finished = dict(zip(used, gradients, strict=True))
         return Reference(summary, finished, tuple(sites.names), dict(nodes))
 
-    def _check(self, program: StepProgram, call: Call, inputs: list[Tensor]) -> None:
+    def _check(self, program: StepProgram, call: Call, given: list[Tensor]) -> None:
         """Compare one step of the program with the reference."""
-        given = [self._beta_tensor(program.device), *inputs]
 
         def compare(reference: Reference, found: list[Tensor], tensors: list[Tensor]) -> None:
             capture.refuse_changed_sites(program.sites, reference.sites)
@@ -318,7 +367,7 @@ class Engine:
                 raise CannotCaptureError("the set of parameters that get a gradient changes")
             expected = [reference.gradients[leaf] for leaf in leaves]
             tolerance = tolerance_of([g.dtype for g in expected] + [*self.rounding])
-            for name, value, standard in zip(self.names, summary, reference.summary, strict=True):
+            for name, value, standard in zip(self.names, summary, reference.summary, strict=False):
                 if not are_close(value, standard, tolerance):
                     raise CannotCaptureError(
                         f"its {name} {float(value):.6g} differs from the eager {float(standard):.6g}"

@@ -1,7 +1,5 @@
 """The importance-weighted bound with the doubly reparameterised or the plain gradient."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

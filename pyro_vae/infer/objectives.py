@@ -1,7 +1,5 @@
 """The objectives by name, as the command line and ``fit`` take them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

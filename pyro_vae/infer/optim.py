@@ -36,9 +36,10 @@ class FusedOptim(PyroOptim):
     appears keeps its state.  A parameter replaced in the store under its old name starts afresh,
     as it does in Pyro.
 
-    After a step the gradients of the parameters it was given are None, where stock Pyro leaves
-    zeros.  A parameter that a later step does not use is then left alone by that step: with zeros,
-    Adam's momentum and weight decay would go on moving it.
+    After a step the gradients of the parameters it was given are None.  Stock Pyro leaves zeros, by
+    which Adam's momentum and weight decay go on moving a parameter that a later step is given and
+    does not use, as where two losses share an optimiser; so does this one, unless told to
+    ``keep_none``.
 
     The state has the format of ``PyroOptim``, parameter name to the state dict of an optimiser over
     that one parameter, and loads from and into ``pyro.optim`` optimisers.
@@ -52,6 +53,7 @@ class FusedOptim(PyroOptim):
             gradient, not the global one; the norm is clipped before the values.
         scheduler: a class of ``torch.optim.lr_scheduler``; call :meth:`step` when it should move.
         scheduler_args: the scheduler's options besides the optimiser.
+        keep_none: leave a parameter alone in a step that gives it no gradient.
 
     Raises:
         InputError: for clipping options other than the two above, for an optimiser that needs a
@@ -71,12 +73,15 @@ class FusedOptim(PyroOptim):
         *,
         scheduler: Callable[..., Any] | None = None,
         scheduler_args: dict[str, Any] | None = None,
+        keep_none: bool = False,
     ) -> None:
         super().__init__(optim_constructor, optim_args, clip_args)
         if optimizer_class(optim_constructor) is torch.optim.LBFGS:
             raise InputError("LBFGS needs a closure, which SVI does not give: choose another")
         self._scheduler_constructor = scheduler
         self._scheduler_args = dict(scheduler_args or {})
+        self.keep_none = keep_none
+        self._had_gradient: set[Tensor] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -99,6 +104,12 @@ class FusedOptim(PyroOptim):
         hidden = [(param, param.grad) for param in others if param.grad is not None]
         for param, _ in hidden:
             param.grad = None
+        if not self.keep_none:
+            for param in given:
+                if param.grad is not None:
+                    self._had_gradient.add(param)
+                elif param in self._had_gradient:
+                    param.grad = torch.zeros_like(param)
         self._clip()
         assert self.optimizer is not None
         self.optimizer.step(*args, **kwargs)
@@ -142,6 +153,7 @@ class FusedOptim(PyroOptim):
         if old is None or self.optimizer is None:
             return
         del self._names[old]
+        self._had_gradient.discard(old)
         self.optimizer.state.pop(old, None)
         lists = [group["params"] for group in self.optimizer.param_groups]
         for tensors in [*lists, *self._clipped.values()]:

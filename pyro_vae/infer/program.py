@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import pyro
@@ -14,20 +15,25 @@ from torch import Tensor, nn
 
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
+from pyro_vae.infer.surroundings import Key, Surroundings
 from pyro_vae.pair.precision import precision_now
 from pyro_vae.pair.state import Snapshot
 
-# Programs kept per pair.  More distinct signatures than this mean that a number which changes from
-# step to step is passed as a Python value; each would cost a compilation.
+# Programs kept per pair, and those of one signature: more mean that a value which is no input of the
+# graph changes from step to step; each would cost a compilation.
 MAXIMUM_PROGRAMS = 16
+MAXIMUM_VALUES = 4
 
 Result = TypeVar("Result")
 Signature = tuple[Hashable, Hashable]
 
 
-def sign(key: Hashable, arguments: Any, tensors: list[Tensor]) -> Signature:
-    """Return what a graph depends on besides the pair's state; append the arguments' tensors."""
-    structure = capture.describe(arguments, tensors)
+def sign(
+    key: Hashable, arguments: Any, tensors: list[Tensor], numbers: dict[str, float]
+) -> Signature:
+    """Return what a graph depends on besides the pair's state; note the arguments' values."""
+    numbers.clear()
+    structure = capture.describe(arguments, tensors, numbers)
     context = (key, torch.get_default_dtype(), autocast_dtypes(), precision_now(), structure)
     return context, tuple((tensor.shape, tensor.stride()) for tensor in tensors)
 
@@ -42,7 +48,8 @@ def hooked(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
-_Holder = dict[str, Any] | None  # a module's own dict; None: Pyro's parameter store
+def _stored(name: str) -> Tensor | None:
+    return pyro.get_param_store()._params.get(name)
 
 
 class State:
@@ -51,84 +58,78 @@ class State:
     def __init__(
         self, modules: Sequence[nn.Module], names: Iterable[str], leaves: Sequence[Tensor] = ()
     ) -> None:
-        places: list[tuple[_Holder, str]] = [(None, name) for name in names]
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self._readers: list[Callable[[], Any]] = []
+        self._copies: list[tuple[Callable[[], Any], int]] = []  # other places of a tensor
+        self._index: dict[int, int] = {}
+        self._modules = [weakref.ref(module) for module in modules]
+        for name in names:
+            if (tensor := _stored(name)) is None:
+                raise CannotCaptureError(f"parameter {name!r} is not in Pyro's store")
+            self._add(tensor, partial(_stored, name), name)
         for module in modules:
             for holder in (module._parameters, module._buffers):
-                places += [(holder, name) for name, value in holder.items() if value is not None]
-        self.tensors: list[Tensor] = []
-        self.places: list[tuple[_Holder, str]] = []
-        self.copies: list[tuple[_Holder, str, int]] = []
-        store = pyro.get_param_store()._params
-        index: dict[int, int] = {}
-        for place, name in places:
-            tensor = (store if place is None else place).get(name)
-            if tensor is None:
-                raise CannotCaptureError(f"parameter {name!r} is not in Pyro's store")
-            if id(tensor) in index:
-                self.copies.append((place, name, index[id(tensor)]))
-            else:
-                index[id(tensor)] = len(self.tensors)
-                self.tensors.append(tensor)
-                self.places.append((place, name))
-        self.add_fixed([leaf for leaf in leaves if id(leaf) not in index])
-        self.modules = [
-            (
-                weakref.ref(module),
-                module.training,
-                [(n, weakref.ref(m)) for n, m in module._modules.items() if m is not None],
-            )
-            for module in modules
-        ]
+                for name, value in holder.items():
+                    if value is not None:
+                        self._add(value, partial(holder.get, name), name)
+        self.add_fixed([leaf for leaf in leaves if id(leaf) not in self._index], lambda _: [])
 
-    def add_fixed(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors that the pair closes over and nobody else holds."""
-        self.tensors += tensors
-        self.places += [({"": tensor}, "") for tensor in tensors]
+    def _add(self, tensor: Tensor, reader: Callable[[], Any], name: str) -> None:
+        if id(tensor) in self._index:
+            self._copies.append((reader, self._index[id(tensor)]))
+        else:
+            self._index[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.names.append(name)
+            self._readers.append(reader)
+
+    def add_fixed(self, tensors: Sequence[Tensor], readers_of: Callable[[Tensor], list[Any]]) -> None:
+        """Add tensors that the pair closes over, followed where it is known what holds them."""
+        for tensor in tensors:
+            for reader in readers_of(tensor) or [lambda tensor=tensor: tensor]:
+                self._add(tensor, reader, "a tensor the pair closes over")
         self.conditions = [_condition(tensor) for tensor in self.tensors]
 
     def name(self, tensor: Tensor) -> str:
         """Name one of the tensors for a message."""
-        index = next(i for i, t in enumerate(self.tensors) if t is tensor)
-        return self.places[index][1] or "a tensor the pair closes over"
+        return self.names[self._index[id(tensor)]]
+
+    def alive(self) -> list[nn.Module]:
+        """The modules that still exist."""
+        return [module for reference in self._modules if (module := reference()) is not None]
 
     def current(self) -> list[Tensor] | None:
         """The tensors as they stand now, or None if the graph no longer describes the pair."""
-        store = pyro.get_param_store()._params
-        for reference, training, children in self.modules:
-            module = reference()
-            if module is None or module.training is not training:
-                return None
-            below = module._modules
-            for name, child in children:
-                if below.get(name) is not child():
-                    return None
-        tensors: list[Any] = [(store if h is None else h).get(name) for h, name in self.places]
-        for tensor, condition in zip(tensors, self.conditions, strict=True):
-            if tensor is None or _condition(tensor) != condition:
-                return None
-        for holder, name, index in self.copies:
-            if (store if holder is None else holder).get(name) is not tensors[index]:
-                return None
+        try:
+            tensors = [read() for read in self._readers]
+            moved = any(read() is not tensors[index] for read, index in self._copies)
+        except (AttributeError, LookupError, ReferenceError, ValueError):  # a holder is gone
+            return None
+        same = zip(tensors, self.conditions, strict=True)
+        if moved or any(not isinstance(t, Tensor) or _condition(t) != known for t, known in same):
+            return None
         return tensors
 
 
 class Program:
-    """A recorded function: a graph from (given tensors, tensors of the state) to its results."""
+    """A function's graph from (given tensors, tensors of the state) to its results."""
 
     def __init__(
-        self,
-        signature: Signature,
-        state: State,
-        function: Callable[[], tuple[Tensor, ...]],
-        given: Sequence[Tensor],
+        self, signature: Signature, state: State, surroundings: Surroundings | None = None
     ) -> None:
-        graph, closed_over = capture.trace_graph(function, [*given, *state.tensors])
-        state.add_fixed(closed_over)
-        self.signature, self.state, self.graph = signature, state, graph
-        self.run: Callable[..., Sequence[Tensor]] = graph
+        self.signature, self.state, self.surroundings = signature, state, surroundings
         self.overwrites = False  # its earlier results, as CUDA graphs do
         self.thread = threading.current_thread()  # to which CUDA graphs belong
         self.cast = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+
+    def record(self, function: Callable[[], tuple[Tensor, ...]], given: Sequence[Tensor]) -> None:
+        """Record the function's graph over what it is given and the state."""
+        recorded = capture.trace_graph(function, [*given, *self.state.tensors])
+        self.graph, closed_over, self.constants = recorded
+        around = self.surroundings
+        self.state.add_fixed(closed_over, around.readers_of if around else lambda _: [])
+        self.run: Callable[..., Sequence[Tensor]] = self.graph
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
@@ -192,7 +193,7 @@ def verify(
     compare: Callable[[Result, list[Tensor], list[Tensor]], None],
 ) -> list[Tensor]:
     """Hold a program against the eager reference, on one generator state; return its results."""
-    before = Snapshot([m for alive, *_ in program.state.modules if (m := alive()) is not None])
+    before = Snapshot(program.state.alive())
     with before.put_back():
         with capture.conditions():
             expected = reference()
@@ -246,17 +247,38 @@ class Programs(Generic[OneProgram]):
         self.kept: list[OneProgram] = []
         self.last: Signature | None = None
         self.refused = False
+        self.numbers: dict[str, float] = {}  # among the arguments of the present call
+        self.varied: set[Key] = set()  # numbers seen with two values
+        self.unfit: set[Key] = set()  # those of them that a graph can't take as an input
         self.impossible: dict[Signature, bool] = {}  # to capture -> whether a check was made
         self._say = say
 
-    def find(self, signature: Signature) -> tuple[OneProgram, list[Tensor]] | None:
-        """Return a program that serves the pair as it stands, and the state's tensors."""
+    def find(self, signature: Signature) -> tuple[OneProgram, list[float], list[Tensor]] | None:
+        """Return a program that serves the pair as it stands, its numbers, the state's tensors."""
         for program in self.kept:
             if program.signature == signature:
-                tensors = program.state.current()
-                if tensors is not None:
-                    return program, tensors
+                around = program.surroundings
+                numbers = [] if around is None else around.current()
+                tensors = None if numbers is None else program.state.current()
+                if numbers is not None and tensors is not None:
+                    return program, numbers, tensors
         return None
+
+    def choose_inputs(self, signature: Signature, around: Surroundings) -> list[Key]:
+        """Return the numbers that have changed before and that no graph has refused as an input."""
+        of_one = [
+            program.surroundings.numbers
+            for program in self.kept
+            if program.signature == signature and program.state.current() and program.surroundings
+        ]
+        both = [(key, known[key]) for known in of_one for key in known.keys() & around.numbers.keys()]
+        changed = {key: name for key, (name, value) in both if around.numbers[key][1] != value}
+        self.varied |= changed.keys()
+        inputs = [key for key in around.numbers if key in self.varied - self.unfit]
+        if len(of_one) >= MAXIMUM_VALUES and not inputs:
+            what = ", ".join(changed.values()) or "what it reads besides its arguments"
+            raise CannotCaptureError(f"{what} changes time and again and is no input of a graph")
+        return inputs
 
     def add(self, program: OneProgram) -> None:
         """Keep a program; the oldest goes where there are too many."""

@@ -1,7 +1,5 @@
 """Options of a training run: one frozen object, checked once, and what they mean step by step."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """Gradients that reach the guide through its draws alone, and the ELBO that uses nothing else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

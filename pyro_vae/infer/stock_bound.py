@@ -1,7 +1,5 @@
 """The bound that an objective of ``fit`` stands for: a bound of this package, or any ELBO of Pyro."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +17,9 @@ from pyro_vae.pair.state import accumulating_leaves
 
 # Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
 _BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
-
 # What a first step may find out and note.
 _FOUND_OUT = ("max_plate_nesting", "is_analytic")
-
-_JIT = (
-    *(infer.JitTrace_ELBO, infer.JitTraceMeanField_ELBO),
-    *(infer.JitTraceGraph_ELBO, infer.JitTraceEnum_ELBO),
-)
+_JIT = tuple(getattr(infer, f"JitTrace{kind}_ELBO") for kind in ("", "MeanField", "Graph", "Enum"))
 
 
 class StockBound(Bound):

@@ -1,7 +1,5 @@
 """Training from top to bottom: the loss of a batch, a step, an epoch, and the state between steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -16,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.beta import BetaSchedule, scale_pair
+from pyro_vae.beta import beta_at, scale_pair
 from pyro_vae.distributed import ALONE, Processes
 from pyro_vae.errors import InputError
 from pyro_vae.infer.bounds import Bound, BoundTerms, wide
@@ -118,6 +116,21 @@ class TrainingObjective:
 # --- steps and epochs ------------------------------------------------------------------------
 
 
+class _Epoch:
+    """A pass over the data, from 1, that can be left and taken up again between two steps."""
+
+    def __init__(
+        self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
+    ) -> None:
+        self.number, self.order, self.summaries, self.taken = epoch, order, summaries, taken
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the pass began, the time it was left aside not counted."""
+        return max(time.perf_counter() - self._start, 1e-9)  # a clock may stand still, or be set
+
+
 class Trainer:
     """Gradient steps on one pair, by one optimiser over all its parameters at once."""
 
@@ -138,7 +151,7 @@ class Trainer:
         self.shuffle, self.captured_step, self.processes = shuffle, captured_step, processes
         self.batch_sizes = _batch_sizes(pair, settings)
         steps_per_epoch = len(self.batch_sizes)
-        self.beta = BetaSchedule(settings.beta, settings.warmup_epochs * steps_per_epoch)
+        self.warmup_steps = settings.warmup_epochs * steps_per_epoch
         self.updates = Updates(settings, settings.epochs * steps_per_epoch)
         self.shown: Inputs = ()
         self.count = self.skipped = 0
@@ -147,6 +160,11 @@ class Trainer:
         self._stopped = torch.zeros((), dtype=torch.float32, device=device)
         self._epoch: _Epoch | None = None
         self._seen_buffers: list[Tensor] = []
+
+    @property
+    def beta(self) -> float:
+        """Beta of the coming step."""
+        return beta_at(self.count, self.settings.beta, self.warmup_steps)
 
     def run_epoch(
         self, number: int, *, after_step: Callable[[Tensor, int], bool] | None = None
@@ -180,7 +198,7 @@ class Trainer:
         sizes = np.array([len(index) for index in batches[: epoch.taken]])
         return {
             **_means(table, sizes),
-            "beta": self.beta.current,
+            "beta": self.beta,
             "seconds": seconds,
             "data_per_second": int(sizes.sum()) / seconds,
         }
@@ -196,7 +214,7 @@ class Trainer:
         self.processes.sum_(values[:3])
         values[-1] = 0
         means = _means(values[None].cpu().numpy(), np.array([num_data]))
-        return means | {"beta": self.beta.current, "learning_rate": float(self.updates.learning_rate)}
+        return means | {"beta": self.beta, "learning_rate": float(self.updates.learning_rate)}
 
     def _begin_epoch(self, number: int) -> _Epoch:
         # On the device wherever the data are: a seed gives the same order.
@@ -219,7 +237,7 @@ class Trainer:
             self.count -= epoch.taken - int(bad[0])
             epoch.taken = int(bad[0])
             epoch.summaries[epoch.taken :] = 0
-            self.skipped, self.beta.steps = 0, self.count
+            self.skipped = 0
             self._stopped.zero_()
         if nothing_left and limit is not None:
             skips = f" (no step of the epoch was left, {self.skipped} were skipped)"
@@ -237,7 +255,7 @@ class Trainer:
             summary = self._differentiate(batch)
         else:
             pair, eager = (self.model, self.guide), partial(self._differentiate, batch)
-            summary = self.captured_step(*pair, batch, self.beta.current, eager)
+            summary = self.captured_step(*pair, batch, self.beta, eager)
         if self.processes.are_several:
             summary = self._sum_shares(summary, share)
         flag = self._apply(summary)
@@ -248,7 +266,7 @@ class Trainer:
 
     def _differentiate(self, batch: Inputs) -> Tensor:
         """Run the pair, leave the gradients with the parameters, and return the summary."""
-        batch, beta = self.objective.transform_batch(batch), self.beta.current
+        batch, beta = self.objective.transform_batch(batch), self.beta
         model, guide = scale_pair(self.model, self.guide, beta)
         if len(pyro.get_param_store()) == self._store_size:
             terms = self.objective.terms(model, guide, batch)
@@ -296,7 +314,6 @@ class Trainer:
             flag = self._stopped = torch.maximum(self._stopped, flag)
         self.updates.apply(self.count, flag)
         self.count += 1
-        self.beta.step()
         return flag
 
     def _inspect(self, batch: Inputs) -> None:
@@ -374,7 +391,6 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""
         self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
-        self.beta.steps = self.count
         if position is not None:
             summaries = state["own"]["summaries"].to(self.device)
             self._epoch = _Epoch(**position, summaries=summaries)
@@ -393,21 +409,6 @@ class Trainer:
             self.updates.load_states(state["adam"])
         else:
             self.updates.load_state_dict(state["updates"], self.count)
-
-
-class _Epoch:
-    """A pass over the data, from 1, that can be left and taken up again between two steps."""
-
-    def __init__(
-        self, epoch: int, order: Tensor, summaries: Tensor, *, taken: int = 0, seconds: float = 0.0
-    ) -> None:
-        self.number, self.order, self.summaries, self.taken = epoch, order, summaries, taken
-        self._start = time.perf_counter() - seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the pass began, the time it was left aside not counted."""
-        return max(time.perf_counter() - self._start, 1e-9)  # a clock may stand still, or be set
 
 
 def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:

@@ -1,7 +1,5 @@
 """Training: stochastic variational inference over any model/guide pair."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings
@@ -9,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +17,10 @@ from torch import Tensor
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
+from pyro_vae.files import checksum_of
 from pyro_vae.infer.bounds import TraceBound
 from pyro_vae.infer.callbacks import Callbacks
-from pyro_vae.infer.checkpoint import Checkpoints, data_checksum
+from pyro_vae.infer.checkpoint import Checkpoints
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.objectives import objective_named
@@ -228,7 +227,7 @@ def fit(
         checkpoint: folder for the run's state: parameters, optimiser, schedules, place in the epoch,
             history, best values so far and every random generator. The last two are kept. SIGINT and
             SIGTERM then end the run at the next step's boundary, with
-            :class:`pyro_vae.infer.checkpoint.Interrupted`, and a step that stops the run as not
+            :class:`pyro_vae.infer.Interrupted`, and a step that stops the run as not
             finite leaves the state before it (generators excepted), unless it is the first one. Of
             several processes the first one writes for all, and a signal to one of them ends all.
         checkpoint_every: epochs after which one is written.
@@ -285,36 +284,47 @@ def fit(
     )
     if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
-    run = _open(model, guide, data, validation, transform, device, settings, processes, warmup_epochs)
-    settings, held_out = run.settings, None if run.validation is None else run.validation.inputs
+    pair, to_validate, training, capture, place = _open(
+        model, guide, data, validation, transform, device, settings, processes, warmup_epochs
+    )
+    settings = training.settings
+    held_out = None if to_validate is None else to_validate.inputs
+    record = settings.record() | {  # plain values, by which a checkpoint knows the run again
+        "objective": name_of(training.bound),
+        "device": place.type,  # one CUDA device may take over from another
+        "compiled": capture.is_chosen,
+        "transform": training.transform is not None,
+    }
     processes.check_same(
-        data=run.pair.inputs,
+        data=pair.inputs,
         validation_data=held_out,
         checkpoints=(checkpoint is not None, checkpoint_every, resume),
-        **run.record,
+        **record,
     )
     with (
-        run.pair.training(settings.seed),
-        compute_in(settings.precision, run.device),
+        pair.training(settings.seed),
+        compute_in(settings.precision, place),
         epoch_progress(settings.epochs, progress if processes.is_first else False) as bar,
         checkpoints,
     ):
         processes.draw_apart()
         trainer = Trainer(
-            run.pair,
-            run.objective,
+            pair,
+            training,
             settings,
-            device=run.device,
-            shuffle=_takes_any_batch(run, processes),
-            captured_step=run.capture.step if run.capture.is_chosen else None,
+            device=place,
+            shuffle=_takes_any_batch(pair, training, processes),
+            captured_step=capture.step if capture.is_chosen else None,
             processes=processes,
         )
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
-            checksum = data_checksum(run.pair.inputs, held_out)
-            checkpoints.begin({**run.record, "data": checksum}, trainer, best, rows)
-        watchers.tell("on_begin", run.record)
+            tensors = {f"train {i}": value.cpu() for i, value in enumerate(pair.inputs)}
+            tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(held_out or ())}
+            checksum = checksum_of("", tensors)
+            checkpoints.begin({**record, "data": checksum}, trainer, best, rows)
+        watchers.tell("on_begin", record)
 
         def after_step(summary: Tensor, num_data: int) -> bool:
             watchers.after_step(trainer.count, lambda: trainer.metrics_of(summary, num_data))
@@ -327,13 +337,13 @@ def fit(
                 break
             row = trainer.run_epoch(epoch, after_step=after_step)
             trainer.updates.swap_averages()
-            row |= validate(run.validation, processes)
+            row |= validate(to_validate, processes)
             row["global_rate"] = global_rate(trainer)
             rows.append(row)
             best.take_in(epoch, row["validation_elbo"], trainer)
             # Known only now: the first step finds out what can be captured.
             if epoch == resumed + 1 and not bar.disable:
-                bar.write(run.capture.outcome, file=sys.stderr)
+                bar.write(capture.outcome, file=sys.stderr)
             bar.set_description_str(_describe(row), refresh=False)
             bar.update(epoch - bar.n)
             if on_epoch is not None:
@@ -350,29 +360,17 @@ def fit(
         history={name: np.array([row.get(name, math.nan) for row in rows]) for name in HISTORY},
         best_epoch=best.epoch,
         stopped_early=len(rows) < settings.epochs,
-        device=str(run.device),
+        device=str(place),
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_parameters=sum(parameter.numel() for parameter in trainer.updates.leaves),
-        compiled=run.capture.num_graphs > 0,
-        compile_choice=run.capture.outcome,
+        compiled=capture.num_graphs > 0,
+        compile_choice=capture.outcome,
         skipped_steps=trainer.skipped,
         warnings=found,
     )
     watchers.tell("on_end", result)
     return result
-
-
-class _Run(NamedTuple):
-    """A run that is about to begin: its pairs opened on their data, and what is known of it."""
-
-    pair: OpenedPair  # on the training data, before any transform
-    validation: OpenedPair | None
-    objective: TrainingObjective
-    capture: StepCapture
-    settings: FitSettings  # those of the caller; beta is that of the whole run
-    device: torch.device
-    record: dict[str, Any]  # plain values that decide the run, by which a checkpoint knows it again
 
 
 def _open(
@@ -385,8 +383,11 @@ def _open(
     settings: FitSettings,
     processes: Processes,
     warmup_epochs: int | None,
-) -> _Run:
-    """Check the data, move the pair to its device and the data into its types, once for the run."""
+) -> tuple[OpenedPair, OpenedPair | None, TrainingObjective, StepCapture, torch.device]:
+    """Check the data, move the pair to its device and the data into its types, once for the run.
+
+    Return it on the data for training, before any transform, and on those for validation.
+    """
     is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
@@ -423,23 +424,16 @@ def _open(
     objective = TrainingObjective(bound, settings, transform=transform, is_share=share)
     steps = settings.epochs * per_epoch
     capture = StepCapture(objective, settings, device=place, num_steps=steps)
-    record = settings.record() | {
-        "objective": name_of(objective.bound),
-        "device": place.type,  # one CUDA device may take over from another
-        "compiled": capture.is_chosen,
-        "transform": transform is not None,
-    }
-    return _Run(pair, to_validate, objective, capture, settings, place, record)
+    return pair, to_validate, objective, capture, place
 
 
-def _takes_any_batch(run: _Run, processes: Processes) -> bool:
+def _takes_any_batch(pair: OpenedPair, training: TrainingObjective, processes: Processes) -> bool:
     """Tell whether the data may be shuffled; refuse to take parts of what only takes all of them."""
-    pair = run.pair
     if pair.plate is None:
         return False
-    if run.objective.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
+    if training.transform is not None or pair.num_data < 3 or pair.takes_any_batch():
         return True
-    if run.settings.batch_size >= pair.num_data and not processes.are_several:
+    if training.settings.batch_size >= pair.num_data and not processes.are_several:
         return False
     with pair.put_back(), torch.no_grad():
         # What it is refused for as a whole is said first.

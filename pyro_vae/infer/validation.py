@@ -1,7 +1,5 @@
 """ELBO, rate and distortion of a pair on given data, and early stopping on them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,14 +36,10 @@ def bound_terms(
 ) -> dict[str, float]:
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
 
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        x: data ``(N, ...)``, or a tuple of tensors.
-        plate: name of the data plate. If it subsamples, the terms are those of the data points that
-            it stands for, estimated from the ones it drew. What stands outside it counts once for
-            all the data. None: the whole data set is one datum.
-        processes: share the data out; all of them must call, with all the data.
+    Data are ``(N, ...)``, or a tuple of tensors. If the data plate subsamples, the terms are those of
+    the data points that it stands for, estimated from the ones it drew. What stands outside it counts
+    once for all the data. ``plate=None``: the whole data set is one datum. ``processes`` share the
+    data out; all of them must call, with all the data.
 
     Returns:
         ``elbo``, ``rate`` and ``distortion``: means per datum, nats.

@@ -45,11 +45,7 @@ class Serves(enum.Flag):
 
 
 def check_pair(
-    model_trace: Trace,
-    guide_trace: Trace,
-    plate: str | None,
-    num_data: int | None = None,
-    serves: Serves = Serves.NOTHING,
+    model_trace: Trace, guide_trace: Trace, plate: str | None, num_data: int | None, serves: Serves
 ) -> None:
     """Refuse a traced pair that has no densities per data point, or is of a kind that is not served.
 

@@ -8,7 +8,7 @@ import random
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,7 @@ PairFunction = Callable[..., Any]
 class _HandlerLock:
     """The re-entrant lock held wherever a pair runs: Pyro has one handler stack per process.
 
-    Two threads that trace at once corrupt each other's traces, and a handler left open around a call
-    would change every draw inside it without a word.
+    A handler left open around a call would change every draw inside it without a word.
     """
 
     def __init__(self) -> None:
@@ -203,8 +202,7 @@ def _reach(value: Any, seen: set[int]) -> Iterator[nn.Module | Tensor]:
         yield value
     elif isinstance(value, types.FunctionType):
         names = inspect.getclosurevars(value)
-        # A function from elsewhere that is only named (a library's) holds nothing of the pair; one
-        # that is closed over (a handler's, around the pair) may.
+        # A library's function that is only named holds nothing of the pair; one closed over may.
         named = [
             inner
             for inner in names.globals.values()
@@ -230,11 +228,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Return the device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; refuse an absent one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    chosen = None
+    with suppress(RuntimeError, TypeError):
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"expected a device auto, cpu or cuda, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= count:

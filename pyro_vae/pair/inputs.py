@@ -97,10 +97,7 @@ def move(value: Tensor, device: torch.device) -> Tensor:
 
 
 def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -> None:
-    """Let a model's owner refuse data by its ``check_data``, where it has one as a ``VAE`` has.
-
-    A likelihood that begins ``to_train`` starts a learned sigma at the scale of the data.
-    """
+    """Let a model's owner, as a ``VAE``, refuse data, and start a learned sigma at their scale."""
     for owner in owned_modules(model):
         check = getattr(owner, "check_data", None)
         # A pair made of one, such as that of the observed part, takes more.

@@ -236,12 +236,9 @@ class OpenedPair:
 
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction) -> Iterator[None]:
-        """Hold the lock, in eval mode (also the others), without gradients, under a seed.
-
-        The pair is inspected first: one that breaks the contract is refused before anything is drawn.
-        """
+        """Hold the lock, in eval mode (also the others), without gradients, under a seed."""
         with self.alone(self.model).evaluating(seed, self.guide, *others):
-            self.structure  # noqa: B018
+            self.structure  # noqa: B018 (refuses a pair before anything is drawn)
             yield
 
     @contextmanager
@@ -443,10 +440,7 @@ def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
 
 @contextmanager
 def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
-    """Explain what a function raises that is given another number of data than its user gave.
-
-    ``kind`` is "model", "guide" or "pair".
-    """
+    """Explain what a "model", "guide" or "pair" raises that is given another number of data."""
     try:
         yield
     except InputError:
@@ -457,9 +451,6 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
             f"expected a {kind} that takes any number of data, as one without parameters per datum "
             f"does, got an error for {num_data}: {first_line(error)}"
         ) from error
-
-
-# --- whether a data point gets the same values whatever other ones stand beside it ---
 
 
 def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:

@@ -29,10 +29,7 @@ def check_precision(precision: str) -> None:
 
 
 class _BFloat16Products(TorchFunctionMode):
-    """Layers multiply in bfloat16 and hand on float32: draws and log-probabilities are float32.
-
-    ``torch.autocast`` would let bfloat16 out of the networks, into draws, densities and their sums.
-    """
+    """Layers multiply in bfloat16 and hand on float32, which ``torch.autocast`` would not do."""
 
     is_on = False  # the innermost of what was asked for holds
 

@@ -203,8 +203,6 @@ def total(sites: list[Site], plate: str | None, inputs: tuple[Tensor, ...]) -> T
     return torch.stack(torch.broadcast_tensors(nothing, *terms)).sum(0)
 
 
-# --- agreement up to rounding ---
-
 # What a pair may raise when it is called in a way it was not written for.
 CALLING_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 

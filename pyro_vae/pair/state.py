@@ -1,13 +1,11 @@
 """Generators, buffers and bytes of a run, and values kept as long as a pair's functions live."""
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, MethodType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import pyro
 import torch
@@ -88,7 +86,7 @@ class RunObserver(TorchDispatchMode):
         self.reads_values = False  # did code outside torch and Pyro (``.item()``, ``if``)?
         self._functions = _Functions(self)
 
-    def __enter__(self) -> RunObserver:
+    def __enter__(self) -> Self:
         super().__enter__()
         self._functions.__enter__()
         return self

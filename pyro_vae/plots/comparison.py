@@ -1,7 +1,5 @@
 """Pictures of pairs compared, of a guide beside what it should be, of an autoencoder and a VAE."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.plots import style
-from pyro_vae.plots.images import flat_image, is_image, show_image
+from pyro_vae.plots.images import flat_image, is_image
 from pyro_vae.plots.style import UNIT, Array, Labels, Limits
 
 # Most panels of a figure with one per latent dimension.
@@ -32,13 +30,8 @@ def paired_differences(
 ) -> Figure:
     """Show differences to the best pair with their errors, the best at the top.
 
-    Args:
-        names: names of the pairs.
-        differences: mean paired difference of each, at most 0, nats.
-        errors: half the width of each one's bar; NaN where unknown.
-        best: the name that the others are compared to.
-        by_run: differences of the single runs of each pair, as small dots.
-        title: a line above the picture.
+    Each named pair has a mean paired difference to the ``best``, at most 0, nats; half the width of
+    its bar as its error, NaN where unknown; and differences of single runs, as small dots.
     """
     figure, axes = style.one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
@@ -65,13 +58,9 @@ def families_and_runs(
 ) -> Figure:
     """Show differences to the best family, one panel per quantity, the first named family on top.
 
-    Args:
-        names: names of the families, F of them.
-        by_run: differences of the single runs, for each quantity and family, nats.
-        means: mean differences, for each quantity and family; 0 for the best.
-        half_widths: half-widths of their intervals; NaN where unknown.
-        labels: names of the quantities.
-        title: a line above the picture.
+    For each quantity, which ``labels`` name, and each of the named families there are differences of
+    the single runs, nats, their mean, 0 for the best, and the half-width of its interval, NaN where
+    unknown.
     """
     size = 9, 1.5 + 0.42 * len(names)
     figure, places = style.panels(title, size, columns=len(labels), sharey=True)
@@ -85,9 +74,7 @@ def families_and_runs(
     return figure
 
 
-def datum_against_datum(
-    first: Array, second: Array, *, labels: tuple[str, str], title: str
-) -> Figure:
+def datum_against_datum(first: Array, second: Array, *, labels: Labels, title: str) -> Figure:
     """Show one quantity of every datum under two pairs with these labels, ``(N,)`` each, nats."""
     figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)
@@ -232,14 +219,20 @@ def _labelled_panels(labels: Labels, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def _show_rows(axes: Axes, rows: list[Array], labels: tuple[str, ...], limits: Limits) -> None:
-    """Show rows of images from the top, with thin lines between them."""
-    height, width = flat_image(rows[0][0], limits).shape[:2]
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            show_image(axes, image, (column, column + 0.96, row + 0.96, row), limits)
-    axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0), aspect=height / width)
+    """Show rows of images as one picture with thin lines between them."""
+    low, high = limits
+    strips = []
+    for row in rows:
+        images = [flat_image(image, limits) for image in row]
+        line = 0.2 if images[0].ndim == 3 else low + 0.2 * (high - low)
+        edges = ((0, 1), (0, 1), (0, 0))[: images[0].ndim]
+        tiles = [np.pad(each, edges, constant_values=line) for each in images]
+        strips.append(np.concatenate(tiles, axis=1))
+    picture = np.concatenate(strips, axis=0)
+    axes.imshow(picture, cmap=style.INK, vmin=low, vmax=high)
+    height = picture.shape[0] / len(rows)
     axes.set_xticks([])
-    axes.set_yticks([index + 0.5 for index in range(len(labels))], labels, fontsize=8)
+    axes.set_yticks([(index + 0.5) * height for index in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

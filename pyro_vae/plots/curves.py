@@ -1,7 +1,5 @@
 """Pictures of numbers: a training's course, trust in importance weights, rate against distortion."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.plots.style import BLUE, ORANGE, Array, panels
+from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits, panels
 
 
 def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
@@ -52,12 +50,9 @@ def weight_diagnostics(
 ) -> Figure:
     """Show how far importance weights can be trusted: their tail index, and the estimate's course.
 
-    Args:
-        pareto_k: tail index of each datum's weights, ``(N,)``.
-        num_samples: numbers of samples ``(T,)``, or None to leave the second panel out.
-        estimates: mean estimate of log p(x) from so many samples, ``(T,)``, nats.
-        title: a line above the picture.
-        limit: the highest tail index to trust of so many weights.
+    ``pareto_k`` is the tail index of each datum's weights, ``(N,)``, and ``limit`` the highest one to
+    trust of so many; ``estimates`` are the mean log p(x) from ``num_samples`` samples, ``(T,)`` each,
+    nats, or None to leave the second panel out.
     """
     alone = num_samples is None or estimates is None
     figure, (axes, *others) = panels(title, (4.6 if alone else 9, 3.4), columns=1 if alone else 2)
@@ -89,14 +84,9 @@ def rate_distortion(
 ) -> Figure:
     """Show rate against distortion with the lines of constant ELBO, beside the active units.
 
-    Args:
-        beta: weight of the rate in each run, ``(R,)``.
-        rate: mean KL(q(z|x) || p(z)) of each run, ``(R,)``, nats per datum.
-        distortion: mean -E_q[log p(x|z)], ``(R,)``, nats per datum.
-        rate_error: standard errors of the rates, ``(R,)``.
-        distortion_error: standard errors of the distortions, ``(R,)``.
-        active_units: latent coordinates in use in each run; leave out for no second panel.
-        title: a line above the picture.
+    All are of R runs, ``(R,)``: beta, the weight of the rate; the rate, mean KL(q(z|x) || p(z)), and
+    the distortion, mean -E_q[log p(x|z)], nats per datum, with standard errors; and the active units,
+    latent coordinates in use: leave them out for no second panel.
 
     Source:
         Alemi et al. 2018, "Fixing a Broken ELBO", figure 1.
@@ -119,11 +109,9 @@ def rate_distortion(
     return figure
 
 
-def _place_labels(
-    beta: Array, rate: Array, distortion: Array
-) -> list[tuple[str, tuple[float, float]]]:
+def _place_labels(beta: Array, rate: Array, distortion: Array) -> list[tuple[str, Limits]]:
     """Return the text and place of each label; points that lie on each other share one."""
-    labels: list[tuple[str, tuple[float, float]]] = []
+    labels: list[tuple[str, Limits]] = []
     near = [0.02 * (np.ptp(values) or 1.0) for values in (rate, distortion)]
     for value, right, up in zip(beta, rate, distortion, strict=True):
         for index, (text, (x, y)) in enumerate(labels):

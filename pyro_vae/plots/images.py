@@ -1,7 +1,5 @@
 """Pictures of data: grids of images, draws, reconstructions and completions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,12 +40,8 @@ def image_grid(
 ) -> Figure:
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
-    Args:
-        rows: arrays of images ``(columns, *data_shape)`` (see :func:`is_image`).
-        row_labels: one label per row.
-        column_labels: one label per column, above the first row.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Rows are arrays of images ``(columns, *data_shape)`` (see :func:`is_image`); column labels stand
+    above the first one. ``limits`` are the values shown as white and as black.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
     left, gap = 0.75 if row_labels else 0.1, 0.05
@@ -154,14 +148,9 @@ def completions(
 ) -> Figure:
     """Show completed data: images as panels, vectors value against value.
 
-    Args:
-        truth: the whole data ``(N, *data_shape)``.
-        missing: which values were hidden, boolean, of the same shape.
-        mean: mean of the completions, of the same shape.
-        standard_deviation: their standard deviation, of the same shape.
-        draws: completions ``(num_draws, N, *data_shape)``.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Of the whole data, ``truth`` ``(N, *data_shape)``, the boolean ``missing`` says which values were
+    hidden. The completions have a mean and a standard deviation of that shape, and draws
+    ``(num_draws, N, *data_shape)``. ``limits`` are the values shown as white and as black.
     """
     if is_image(truth.shape[1:]):
         observed = np.where(missing, np.nan, truth)

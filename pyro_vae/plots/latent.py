@@ -1,7 +1,5 @@
 """Pictures of the latent space: where data lie in it, and what its points decode to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +31,8 @@ def latent_scatter(
 ) -> Figure:
     """Show latent codes in the plane, coloured by label; a single latent as histograms.
 
-    Args:
-        codes: ``(N, 2)`` or ``(N, 1)``.
-        labels: classes ``(N,)``, if there are any.
-        axis_labels: what the two coordinates are.
-        unit_circle: draw the outline of the unit sphere that the codes lie in.
-        title: a line above the picture.
+    Codes are ``(N, 2)`` or ``(N, 1)``, labels classes ``(N,)``; ``axis_labels`` say what the two
+    coordinates are, ``unit_circle`` draws the outline of the unit sphere that the codes lie in.
     """
     classes = [] if labels is None else list(np.unique(labels))
     named = classes if len(classes) <= _MOST_CLASSES else []
@@ -84,19 +78,17 @@ def manifold(
 ) -> Figure:
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
-    Args:
-        data: decoded data ``(rows, columns, *data_shape)``.
-        first: value of the first latent in each column, ``(columns,)``.
-        second: value of the second latent in each row, ``(rows,)``; increasing values stand higher.
-        axis_labels: what the two coordinates are.
-        title: a line above the picture.
-        limits: the values shown as white and as black.
+    Decoded ``data`` are ``(rows, columns, *data_shape)``, at a value of the ``first`` latent for each
+    column, ``(columns,)``, and of the ``second`` for each row, ``(rows,)``: increasing values stand
+    higher. ``axis_labels`` say what the two coordinates are, ``limits`` are the values shown as white
+    and as black.
     """
     if is_image(data.shape[2:]):
         return _image_manifold(data, first, second, title, axis_labels, limits)
     rows, columns = data.shape[:2]
     values = data.reshape(rows, columns, -1)
-    shown = _most_varying(values.reshape(rows * columns, -1))
+    # The coordinates that vary most, as many as fit, in their order.
+    shown = np.sort(np.argsort(-values.var((0, 1)), kind="stable")[:_MOST_PANELS]).tolist()
     figure, places = _panels(title, len(shown), framed=rows > 1)
     for axes, coordinate in zip(places, shown, strict=True):
         axes.set_title(f"coordinate {coordinate + 1}", fontsize=9)
@@ -198,12 +190,6 @@ def _vector_walks(data: Array, positions: Sequence[Array], names: Labels, title:
         entries = places[0].get_legend_handles_labels()
         figure.legend(*entries, loc="outside right upper", frameon=False, fontsize=9)
     return figure
-
-
-def _most_varying(values: Array) -> list[int]:
-    """Return in order the coordinates ``(points, coordinates)`` that vary most, as many as fit."""
-    order = np.argsort(-values.var(0), kind="stable")
-    return sorted(int(index) for index in order[:_MOST_PANELS])
 
 
 def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes]]:

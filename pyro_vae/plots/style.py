@@ -1,7 +1,5 @@
 """The common look of the pictures: colours, panels, histograms, legends."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A VAE as plain values, and back: registered classes and their settings, nothing else."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +28,6 @@ _PER_WEIGHT, _ELEMENTS_AT_LEAST = 16, 1 << 20
 _PER_TENSOR = 256
 # Largest size among a registered class's settings beside few weights; some weight has each of them.
 _LARGEST_SIZE = 1 << 20
-
 # What constructors raise that are given something else than they expect.
 _UNBUILDABLE = (
     *(LookupError, TypeError, AttributeError, ValueError, RuntimeError),
@@ -183,20 +180,16 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     name = description["class"]
     registered = _registry().get(name)
     kind = registered or components.get(name.removeprefix("custom."))
+    if kind is None and not name.startswith("custom."):
+        raise unknown_name("component", name, _registry())
+    if kind is None and not (own := name.removeprefix("custom.")[:80]).isidentifier():
+        raise InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
     if kind is None:
-        raise _unknown(name)
+        told = f"pass components={{{own!r}: {own}}}"
+        raise InputError(f"expected the class of component {own!r}: {told}")
     settings = {}
     for key, value in description["settings"].items():
         settings[key] = _build(value, components, parts, bound)
         if registered is not None:
             bound.check_size(settings[key])
     return kind(**settings)
-
-
-def _unknown(name: str) -> InputError:
-    if not name.startswith("custom."):
-        return unknown_name("component", name, _registry())
-    own = name.removeprefix("custom.")[:80]
-    if not own.isidentifier():
-        return InputError(f"expected the name of a class in {CONFIG}, got {own!r}: it is no run's")
-    return InputError(f"expected the class of component {own!r}: pass components={{{own!r}: {own}}}")

@@ -1,7 +1,5 @@
 """The files of a run folder: JSON read strictly, and everything written whole or not at all."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +9,8 @@ from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import MOST_BYTES, parse_json, serialise, write_whole
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
-
 # Of a folder of several runs: its settings, and where its runs are.
 STUDY, RUNS = "study.json", "runs"
-
 FORMAT = 1
 
 

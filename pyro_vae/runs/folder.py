@@ -1,7 +1,5 @@
 """Run folders: made, locked, saved to and loaded from."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket
@@ -26,15 +24,8 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
     """Write a VAE to a folder: ``config.json`` and ``model.safetensors``.
 
     A component is described by its class and its constructor's arguments, read from the attributes of
-    the same names.
-
-    Args:
-        vae: the model to save.
-        folder: created if missing; must not hold a run yet. A ``~`` is the home directory.
-        settings: more plain values to keep under ``"run"`` in ``config.json``.
-
-    Returns:
-        the folder.
+    the same names. The folder, which is returned, is created if missing and must not hold a run yet;
+    a ``~`` is the home directory. ``settings`` are more plain values, kept under ``"run"``.
 
     Raises:
         InputError: what is no VAE, a folder that holds a run, is in use or can't be written, or a
@@ -62,10 +53,8 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
     checksum of settings and weights are checked before any weight is assigned, and nothing global is
     changed: not the random state, nor the default type, nor Pyro's parameter store.
 
-    Args:
-        folder: the run folder.
-        components: classes of your own by name, e.g. ``{"MyPrior": MyPrior}``.
-        device: where to put the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    Components are classes of your own by name, e.g. ``{"MyPrior": MyPrior}``; the device is ``auto``,
+    ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         InputError: no run there, a file that can't be read or that comes from a newer version, an
@@ -129,7 +118,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """Create a folder and those above it; take away what is empty of them if the body fails."""
     made: list[Path] = []
     try:
-        with writing_to(folder):
+        with writing_to(folder, ValueError):  # a zero byte in the name
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         yield

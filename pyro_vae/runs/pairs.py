@@ -1,7 +1,5 @@
 """Any pair on disk: parameters and buffers by name, whoever wrote its two functions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +38,8 @@ def save_pair(model: PairFunction, guide: PairFunction, folder: str | Path) -> P
     """Write parameters and buffers of any pair to a folder, for :func:`load_pair`; no code.
 
     They are those of every module that the two functions reach, and what ``pyro.param`` has put into
-    Pyro's store: all of it, so clear the store of other pairs before.
-
-    Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
-        folder: created if missing; must not hold a run yet. A ``~`` is the home directory.
-
-    Returns:
-        the folder.
+    Pyro's store: all of it, so clear the store of other pairs before. The folder, which is returned,
+    is created if missing and must not hold a run yet; a ``~`` is the home directory.
 
     Raises:
         InputError: a pair without parameters, a constraint that is not one of Pyro's between plain
@@ -82,11 +73,6 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     Modules are told apart by their order in the functions. What is in none of them is put into
     Pyro's store, from which training goes on. Nothing is unpickled or executed, and everything is
     checked before any of it is assigned.
-
-    Args:
-        folder: the folder.
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
 
     Raises:
         InputError: no pair there, a file that can't be read or was changed, names, shapes or types

@@ -1,7 +1,5 @@
 """The weights of a run: safetensors with a checksum, checked before any is assigned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -22,29 +22,17 @@ _BLOCK = 1024
 
 @shown
 class Side(NamedTuple):
-    """What one of the two does; S random latents, N held-out data, a G x G grid, M the least of S, N.
+    """What one of the two does: S random latents, N held-out data, M the least; a G x G grid."""
 
-    Attributes:
-        reconstructions: held-out data decoded from their (mean) codes, ``(N, *data_shape)``.
-        error: their root-mean-square error per datum, ``(N,)``.
-        error_of_draws: the same from drawn codes; an autoencoder has no other code to draw.
-        held_out_distance: from the first held-out codes to the nearest training code, ``(M,)``.
-        random_distance: from a random latent to the nearest training code, ``(S,)``.
-        random: the random latents decoded, ``(S, *data_shape)``.
-        random_data_distance: root-mean-square distance of those to the nearest datum, ``(S,)``.
-        grid: decoded latents between the codes of four held-out data, ``(G, G, *data_shape)``.
-        grid_distance: from these latents to the nearest training code, ``(G, G)``.
-    """
-
-    reconstructions: Tensor
-    error: Tensor
-    error_of_draws: Tensor
-    held_out_distance: Tensor
-    random_distance: Tensor
-    random: Tensor
-    random_data_distance: Tensor
-    grid: Tensor
-    grid_distance: Tensor
+    reconstructions: Tensor  # held-out data decoded from their (mean) codes, (N, *data_shape)
+    error: Tensor  # their root-mean-square error per datum, (N,)
+    error_of_draws: Tensor  # the same from drawn codes; an autoencoder has no other code to draw
+    held_out_distance: Tensor  # from the first held-out codes to the nearest training code, (M,)
+    random_distance: Tensor  # from a random latent to the nearest training code, (S,)
+    random: Tensor  # the random latents decoded, (S, *data_shape)
+    random_data_distance: Tensor  # root-mean-square, of those to the nearest training datum, (S,)
+    grid: Tensor  # decoded latents between the codes of four held-out data, (G, G, *data_shape)
+    grid_distance: Tensor  # from these latents to the nearest training code, (G, G)
 
     @property
     def hole_ratio(self) -> float:
@@ -122,9 +110,6 @@ def compare_autoencoder(
         observed: name of the pair's observed site; needed where it has several.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-
-    Returns:
-        errors, distances and pictures of both, on the CPU.
 
     Raises:
         InputError: too few data or random latents, or a pair with several latents.

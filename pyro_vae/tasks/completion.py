@@ -1,11 +1,9 @@
 """Data completion: draws of the missing values given the observed ones, by any pair."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.simulation_checks import changed_site
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
@@ -31,7 +30,6 @@ from pyro_vae.pair.sites import (
 )
 from pyro_vae.summary import shown
 from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
-from pyro_vae.weights.particles import LogDensities, Particles, check_weights
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",
@@ -132,9 +130,6 @@ def complete(
         max_memory: bytes that a pass may need; by default as in :func:`pyro_vae.log_marginal`.
         seed: seed of the draws; the generators' state is restored afterwards.
 
-    Returns:
-        draws, their moments and diagnostics.
-
     Raises:
         InputError: an option out of range or without effect, a ``missing`` that doesn't fit, a NaN
             among the observed values, a site that is not elementwise, a model that uses the data
@@ -192,8 +187,8 @@ def complete(
             block = slice(first, first + size)
             part = problem.rows(block)
             if method == "importance":
-                particles, count = Particles(weighed.part(block)), num_samples or _NUM_SAMPLES
-                parts.append(_by_importance(part, particles, num_draws, count, budget))
+                own, count = weighed.part(block), num_samples or _NUM_SAMPLES
+                parts.append(_by_importance(part, own, num_draws, count, budget))
             else:
                 together = max(1, rows // len(part.missing)) if divisible else 1
                 steps = num_steps or _NUM_STEPS
@@ -223,13 +218,13 @@ class _Problem(NamedTuple):
         """The incomplete input as filled, ``(N, *data_shape)``."""
         return self.pair.inputs[self.position]
 
-    def fill(self, x: Tensor) -> _Problem:
+    def fill(self, x: Tensor) -> Self:
         return self._replace(pair=_replace_input(self.pair, self.position, x))
 
-    def rows(self, rows: slice) -> _Problem:
+    def rows(self, rows: slice) -> Self:
         return self._replace(pair=self.pair.part(rows), missing=self.missing[rows])
 
-    def tile(self, count: int) -> _Problem:
+    def tile(self, count: int) -> Self:
         """Return the problem with all data points repeated, repetitions outermost."""
         if count == 1:
             return self
@@ -405,35 +400,28 @@ def _redraw(problem: _Problem, latents: Latents) -> _State:
 
 
 def _by_importance(
-    problem: _Problem, particles: Particles, num_draws: int, num_samples: int, budget: int
+    problem: _Problem, weighed: OpenedPair, num_draws: int, num_samples: int, budget: int
 ) -> Completion:
     """Weigh draws from the guide by the density of the observed part, and resample."""
-    chunk = max(1, budget // (particles.bytes_per_datum * particles.num_data))
-    parts = []
-    for done in range(0, num_samples, chunk):
-        latents, log_proposal = particles.propose(min(chunk, num_samples - done))
-        densities = LogDensities(*particles.score(latents), log_proposal)
-        check_weights(densities)
-        parts.append((particles.data_first(latents), densities.log_weights))
-    drawn, weights = zip(*parts, strict=True)
-    shares = torch.cat(weights).softmax(0)  # (num_samples, N)
-    if shares.isnan().any():
+    how = ImportanceOptions(num_samples, compile=False)
+    found = estimate_log_prob(weighed, how, max_memory=budget, keep_draws=num_samples)
+    impossible = int(found.log_prob.isneginf().sum())
+    if impossible or found.draws is None:
         raise InputError(
             "expected latents that explain the observed values, got weights of 0 only for "
-            f"{int(shares.isnan().any(0).sum())} data: raise num_samples, or use metropolis"
+            f"{impossible} data: raise num_samples, or use metropolis"
         )
-    picked = torch.multinomial(shares.T, num_draws, replacement=True).T
-    rows = torch.arange(particles.num_data, device=picked.device)
+    picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
     chosen = {
-        name: torch.cat([latents[name] for latents in drawn])[picked, rows].movedim(1, axis)
-        for name, axis in particles.axes.items()
+        name: found.draws.latents[name][picked].to(problem.x.device).movedim(1, axis)
+        for name, axis in problem.pair.axes.items()
     }
     draws, moments = [], Moments()
     for index in range(num_draws):
         x, _, site = _draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
         draws.append(x)
         moments.add(_value_moments(site)[None])
-    ess = 1 / shares.square().sum(0)
+    ess = found.ess.to(problem.x.device)
     return Completion(torch.stack(draws), *_spread(moments.mean()), "importance", ess=ess)
 
 

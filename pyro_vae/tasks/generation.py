@@ -51,20 +51,16 @@ def encode(
     plate: str = "data",
     seed: int | None = None,
 ) -> Tensor:
-    """Return the latent codes of data: posterior means, or draws of the guide.
+    """Return the latent codes of data: posterior means ``(N, ...)`` or draws ``(num_draws, N, ...)``.
 
     Args:
         guide: the variational function of a pair.
         x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
         mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
-        num_draws: draws returned (by default 1), or those that a mean rests on which the distribution
-            does not have in closed form (by default 1,000).
+        num_draws: draws returned (default 1), or for a mean without closed form (default 1,000).
         site: name of the latent; needed where the guide has several.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-
-    Returns:
-        means ``(N, *shape of one latent)``, or draws ``(num_draws, N, *shape of one latent)``.
 
     Raises:
         InputError: no latent, several without a name, one of another name or outside the data plate.
@@ -100,7 +96,7 @@ def decode(
     plate: str = "data",
     seed: int | None = None,
 ) -> Tensor:
-    """Return the data that latents stand for: the likelihood's mean or a draw from it.
+    """Return the data that latents stand for, ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
         model: the generative function of a pair.
@@ -111,9 +107,6 @@ def decode(
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-
-    Returns:
-        ``(N, *data_shape)``.
 
     Raises:
         InputError: latents of another name, number or shape, an observed site that can't be told or
@@ -166,7 +159,7 @@ def generate(
     plate: str = "data",
     seed: int | None = None,
 ) -> Tensor:
-    r"""Draw new data: latents from the prior or the aggregate posterior, data from the likelihood.
+    r"""Draw new data ``(N, *data_shape)``: latents of prior or aggregate posterior, data given these.
 
     .. math:: z \sim p(z) \quad\text{or}\quad z \sim \frac{1}{M} \sum_m q(z | x_m),
         \qquad x \sim p(x | z)
@@ -184,9 +177,6 @@ def generate(
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-
-    Returns:
-        ``(N, *data_shape)``.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
@@ -225,7 +215,7 @@ def reconstruct(
     plate: str = "data",
     seed: int | None = None,
 ) -> Tensor:
-    """Encode data and decode them again: latents from the guide, data from the likelihood.
+    """Encode data and decode them again, ``(N, *data_shape)``: from the guide, then the likelihood.
 
     Args:
         model: the generative function of a pair.
@@ -235,9 +225,6 @@ def reconstruct(
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
         seed: seed of the draws; the generators' state is restored afterwards.
-
-    Returns:
-        ``(N, *data_shape)``.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean,
@@ -300,10 +287,7 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
 
 
 class _AtTemperature(Messenger):
-    """Multiply the spread of every latent's distribution by the temperature; 1 changes nothing.
-
-    Of a flow it is its base's, as in Kingma, Dhariwal 2018, "Glow", section 6.
-    """
+    """Multiply the spread of latents, of a flow's base as in Kingma, Dhariwal 2018, "Glow", 6."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()

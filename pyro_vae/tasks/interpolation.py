@@ -70,7 +70,7 @@ def interpolate(
     plate: str = "data",
     seed: int | None = 0,
 ) -> Tensor:
-    """Decode the way from the codes of some data to those of others.
+    """Decode the way from the codes of some data to those of others, ``(num_steps, N, *data_shape)``.
 
     The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
@@ -83,9 +83,6 @@ def interpolate(
         observed: name of the observed site; needed where the model has several.
         plate: name of the data plate.
         seed: seed of what has to be drawn; the generators' state is restored afterwards.
-
-    Returns:
-        the likelihood's means, ``(num_steps, N, *data_shape)``.
 
     Raises:
         InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
@@ -287,8 +284,7 @@ class _Walker:
         up = self.flat.clone()
         up[:, [first, second]] = 0
         others = [axis for axis in range(self.size) if axis not in (first, second)]
-        # Evenly spaced in longitude without meeting itself, and in the sine of the latitude, which
-        # is evenly spaced in area on the ordinary sphere.
+        # Even in longitude without meeting itself, and in the latitude's sine: in a sphere's area.
         height = (torch.arange(num_steps).to(up) + 0.5) / num_steps * 2 - 1
         longitude = math.pi * height
         if others:

@@ -15,11 +15,7 @@ from pyro_vae.pair.inputs import Inputs
 def nan_as_missing(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return data with 0 in place of NaN, and where NaN was: the inputs of :func:`observed_pair`.
 
-    Args:
-        x: data ``(N, *data_shape)`` with NaN where a value is missing.
-
-    Returns:
-        the filled data and the boolean ``missing``, both ``(N, *data_shape)``.
+    Both are ``(N, *data_shape)``, the second boolean.
     """
     missing = x.isnan()
     return x.masked_fill(missing, 0.0), missing

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -88,7 +87,7 @@ def log_weights(
     num_samples: int,
     plate: str | None = "data",
 ) -> Tensor:
-    """Draw from the guide and return log importance weights, one row per draw.
+    """Draw from the guide and return log importance weights ``(num_samples, N)``, float64, nats.
 
     .. math:: log w_{kn} = log p(x_n, z_{kn}) - log q(z_{kn} | x_n), z_{kn} ~ q(z | x_n)
 
@@ -104,9 +103,6 @@ def log_weights(
         num_samples: draws per datum.
         plate: name of the data plate. None: the whole data set is one datum, whatever plates and
             latents the model has, and p(x) its joint evidence; N is 1.
-
-    Returns:
-        ``(num_samples, N)``, float64, nats.
 
     Raises:
         InputError: a pair that can't be weighed rightly, with the site's name: a latent outside the
@@ -229,12 +225,9 @@ class Particles:
         rows: list[Draws] = []
         for index in range(num_particles):
             with Given(rows[0].subsample if rows else {}):
-                trace, found = self._run_guide(self.pair.guide, self.pair, gates)
-            groups = [
-                (slice(index, index + 1), *(self._as_rows(group) for group in one)) for one in found
-            ]
-            latents = self._as_rows({name: trace.nodes[name]["value"] for name in self.axes})
-            rows.append(self._draws(trace, latents, groups, lambda value: value[None]))
+                found = self._run_guide(self.pair.guide, self.pair, gates)
+            which = slice(index, index + 1)
+            rows.append(self._draws(found, self._as_rows, lambda value: value[None], which))
         names = ("log_proposal", "scaled_log_proposal")
         densities: Any = {n: torch.cat([getattr(row, n) for row in rows]) for n in names}
         return rows[0]._replace(
@@ -250,7 +243,7 @@ class Particles:
         dim = -self.pair.structure.nesting - 1
         batched = pyro.plate("_particles", num_particles, dim=dim)(self.pair.guide)
         with pyro.validation_enabled(False):
-            trace, found = self._run_guide(batched, self.pair, gates)
+            found = self._run_guide(batched, self.pair, gates)
 
         def unplate(values: Latents) -> Latents:
             unplated = {}
@@ -260,20 +253,16 @@ class Particles:
                 unplated[name] = self.with_axis(name, own)
             return unplated
 
-        latents = unplate({name: trace.nodes[name]["value"] for name in self.axes})
-        groups = [(slice(None), *(map(unplate, one) if self._shared else one)) for one in found]
-        return self._draws(trace, latents, groups, lambda value: value, dim)
+        return self._draws(found, unplate, lambda value: value, slice(None), dim)
 
     def _draw_tiled(self, num_particles: int, gates: bool) -> Draws:
-        trace, found = self._run_guide(self.pair.guide, _tile_pair(self.pair, num_particles), gates)
+        found = self._run_guide(self.pair.guide, _tile_pair(self.pair, num_particles), gates)
 
         def untile(values: Latents) -> Latents:  # as views
             split = {n: v.unflatten(self.axes[n], (num_particles, -1)) for n, v in values.items()}
             return {name: value.movedim(self.axes[name] - 1, 0) for name, value in split.items()}
 
-        latents = untile({name: trace.nodes[name]["value"] for name in self.axes})
-        groups = [(slice(None), *map(untile, one)) for one in found]
-        draws = self._draws(trace, latents, groups, lambda value: value.view(num_particles, -1))
+        draws = self._draws(found, untile, lambda value: value.view(num_particles, -1), slice(None))
         _refuse_subsample(draws.subsample)
         return draws
 
@@ -302,13 +291,12 @@ class Particles:
         return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
 
     def _draws(
-        self,
-        trace: Trace,
-        latents: Latents,
-        groups: list[Any],
-        shape: Callable[[Tensor], Tensor],
-        particle_dim: int | None = None,
+        self, found: Any, convert: Any, shape: Any, which: slice, particle_dim: int | None = None
     ) -> Draws:
+        """Return what a run of the guide found, latents and densities in their own shapes."""
+        trace, gates = found
+        latents = convert({name: trace.nodes[name]["value"] for name in self.axes})
+        groups = [(which, *map(convert, one)) for one in gates]
         sites = sample_sites(trace)
         drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and site_is_subsample(s)]
         subsample = {s["name"]: s["value"] for s in drawn if len(s["value"]) < s["fn"].size}
@@ -459,8 +447,7 @@ class Particles:
         for way, count in ((batched, held), (tiled, _HELD_IF_TILED)):
             try:
                 result = run(way)
-                # Held against plain calls where nothing is random but what is given, and where
-                # products of other shapes are not rounded otherwise.
+                # Compared where nothing is random but what is given, and products round alike.
                 mode = eval_mode(function) if training else nullcontext()
                 again = training or precision_now() != "float32"
                 exact = compute_in("float32", self.pair.device), multiply_in("float32")

@@ -16,10 +16,8 @@ class PathwiseDraws(Messenger):
     """Around a guide: keep its draws apart from what is computed of them.
 
     Every random draw z passes a gate, and guide, density and model are given what comes out of it.
-    Open, the gate is the identity. Closed, it lets no gradient back to z, so that the derivative of
-    log q with respect to one latent holds the others and the parameters still: of a guide
-    q(z1) q(z2 given z1) the derivative by z1 then has no part that runs through the draw of z2.
-    Point masses pass through: they have no density to be held still.
+    Closed, it lets no gradient back to z: of a guide q(z1) q(z2 given z1) the derivative of log q by
+    z1 then has no part through the draw of z2. Point masses have no density to be held still.
     """
 
     def __init__(self) -> None:

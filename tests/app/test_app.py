@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from command_line import ESTIMATE_KEYS, WARNED, run
 
+import pyro_vae as pv
+from pyro_vae.app import names
 from pyro_vae.app.cli import app
 
 pytestmark = WARNED
@@ -49,3 +52,16 @@ def test_a_real_process_says_what_is_wrong(tmp_path):
     assert err.startswith("pyro-vae: expected")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_a_training_has_one_panel_of_the_help():
+    listed = " ".join(names.PANELS.values()).split()
+    assert len(listed) == len(set(listed))
+    assert {each.name for each in fields(names.TrainSettings)} <= set(listed)
+
+
+def test_the_version_and_an_example_of_each_command_are_shown():
+    assert run("--version").out == f"pyro_vae {pv.__version__}\n"
+    for command in app.registered_commands:
+        example = command.epilog.removeprefix("Example: pyro-vae ").split()
+        assert example[0] == command.callback.__name__

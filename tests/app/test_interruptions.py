@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 from command_line import SMALL, WARNED, refused, run, snapshot
+from typer.core import TyperGroup
 
 from pyro_vae.app import evaluate as evaluating
 from pyro_vae.app import study, train
@@ -103,6 +104,15 @@ def test_an_interruption_outside_the_training_says_how_to_go_on(
         assert run("train", "--resume", "out").code == 0
     assert (here / "out" / "metrics.json").is_file()
     assert not (here / "out" / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_before_the_command_begins_is_told_too(here, monkeypatch, number):
+    parse = TyperGroup.parse_args
+    monkeypatch.setattr(TyperGroup, "parse_args", signalled(number, parse))
+    result = run(*COMMANDS["train"])
+    told = "pyro-vae: interrupted: go on by the same command\n"
+    assert result == (128 + number, "", told)
 
 
 @pytest.mark.parametrize("command", ["sweep", "compare"])

@@ -313,7 +313,7 @@ def test_changing_structure_is_refused_by_name():
             pv.log_marginal(model, function, x, method="annealed", seed=0)
 
 
-def test_point_masses_need_the_prior_as_start():
+def test_guides_that_place_point_masses_are_annealed_from_where_pilots_arrive():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -328,12 +328,13 @@ def test_point_masses_need_the_prior_as_start():
 
     x = torch.randn(5)
     with pytest.raises(InputError, match="'z' is a point mass"):
-        pv.log_marginal(model, guide, x, method="annealed")
-    estimate = pv.log_marginal(
-        model, guide, x, method="annealed", start="prior", num_steps=30, seed=0
-    )
+        pv.log_marginal(model, guide, x, method="annealed", start="guide")
     exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x).double()
-    assert within(estimate, exact).all()
+    for options in ({"method": "annealed", "start": "prior"}, {"method": "auto"}):
+        estimate = pv.log_marginal(model, guide, x, num_steps=30, num_samples=200, seed=0, **options)
+        assert within(estimate, exact).all()
+        assert estimate.trusted.all()
+    assert estimate.was_annealed.all()
 
 
 @pytest.mark.parametrize(

@@ -102,14 +102,22 @@ def test_loss_is_the_elbo_and_all_three_ways_agree(x):
     assert isinstance(svi.evaluate_loss(x), float)
 
 
-def test_nan_warns_as_stock_does(x):
+def test_nan_warns_or_raises_as_stock_does(x):
     model, guide = make_vae()
     elbo = compiled()
-    elbo.loss_and_grads(model, guide, x)
+    for is_on in (False, True):
+        with pyro.validation_enabled(is_on):
+            elbo.loss_and_grads(model, guide, x)
     with torch.no_grad():
         model.__self__.loc.bias.fill_(float("nan"))
-    with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(UserWarning, match="Encountered NaN: loss"),
+    ):
         elbo.loss_and_grads(model, guide, x)
+    with pytest.raises(ValueError, match="Expected parameter loc"):
+        elbo.loss_and_grads(model, guide, x)
+    assert elbo.num_graphs == 2
 
 
 def test_gradients_accumulate_over_calls(x):

@@ -205,7 +205,7 @@ def test_tensor_arguments_are_keyed(x, change):
     assert elbo.num_graphs == 2
 
 
-def test_other_arguments_are_keyed_by_value(x):
+def test_other_arguments_are_followed(x):
     vae = VAE()
 
     def model(x, weight):
@@ -222,7 +222,7 @@ def test_other_arguments_are_keyed_by_value(x):
         loss = elbo.loss_and_grads(model, guide, x, weight)
         pyro.set_rng_seed(1)
         assert loss == pytest.approx(Trace_ELBO().loss(model, guide, x, weight), rel=1e-6)
-    assert elbo.num_graphs == 3
+    assert elbo.num_graphs == 2  # of the first value, and of any number
 
 
 def test_odd_last_batch_runs_eagerly(x):

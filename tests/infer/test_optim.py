@@ -143,8 +143,8 @@ def test_plateau_schedule_takes_the_loss():
     assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-def test_gradients_are_none_and_momentum_does_not_move_unused_parameters():
-    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+def test_gradients_are_none_and_momentum_may_leave_unused_parameters_alone():
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, keep_none=True)
     train(optim)
     store = dict(pyro.get_param_store().named_parameters())
     assert all(p.grad is None for p in store.values())
@@ -154,6 +154,34 @@ def test_gradients_are_none_and_momentum_does_not_move_unused_parameters():
     after = parameters()
     assert not torch.equal(after["loc"], before["loc"])
     assert torch.equal(after["noise"], before["noise"])
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_two_losses_share_an_optimiser_as_in_stock(make):
+    """The second loss is given all parameters and uses them at every other step alone."""
+
+    def first(x):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1), obs=x)
+
+    def second(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        if len(losses) % 2:
+            pyro.sample("x", dist.Normal(loc, 2.0).to_event(1), obs=-x)
+
+    found = []
+    for optim in (pyro.optim.PyroOptim(make, {"lr": 0.1}), FusedOptim(make, {"lr": 0.1})):
+        pyro.clear_param_store()
+        losses = []
+        both = [SVI(model, lambda x: None, optim, Trace_ELBO()) for model in (first, second)]
+        for step in range(6):
+            for svi in both:
+                losses.append(svi.step(torch.ones(3)))
+            with torch.no_grad() if step == 3 else torch.enable_grad():
+                losses.append(both[0].step(torch.ones(3)))
+        found.append((losses, parameters()))
+    (losses, stock), (own_losses, own) = found
+    assert own_losses == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(own, stock)
 
 
 def test_only_the_given_parameters_are_stepped():

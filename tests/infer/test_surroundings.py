@@ -1,0 +1,443 @@
+"""What a pair's code reads besides its arguments is followed by the captured step, as stock does."""
+
+import types
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compiled_pairs import CountingELBO, run
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import nn
+
+from pyro_vae.infer.surroundings import look_around
+
+WEIGHT = 1.0  # a global that a pair names
+WEIGHTS = (0.1, 0.35, 0.6, 0.85, 1.1, 1.35, 1.6, 1.85)
+
+
+def weighted_pair(weight, shift=lambda: 0.0, network=lambda z: z):
+    """A normal model with ``weight()`` on its latent site."""
+
+    def model(x, *_):
+        with poutine.scale(scale=weight()):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(network(z) + shift(), 1.0).to_event(1), obs=x)
+
+    def guide(x, *_):
+        loc = pyro.param("loc", torch.full((2,), 0.3))
+        with poutine.scale(scale=weight()):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    return model, guide
+
+
+class Holder:
+    weight = 1.0  # of the class, until an instance has its own
+    offset = torch.zeros(2)
+
+
+def annealed(place):
+    """A pair, and what sets its weight, kept in one of the places where people keep it."""
+    if place == "closure":
+        weight = 1.0
+
+        def read():
+            return weight
+
+        def put(value):
+            nonlocal weight
+            weight = value
+
+        return weighted_pair(read), put
+    if place == "global":
+        return weighted_pair(lambda: WEIGHT), partial(globals().__setitem__, "WEIGHT")
+    if place == "dict":
+        options = {"weight": 1.0}
+        return weighted_pair(lambda: options["weight"]), partial(options.__setitem__, "weight")
+    if place == "list":
+        values = [0.0, 1.0]
+        return weighted_pair(lambda: values[1]), partial(values.__setitem__, 1)
+    if place == "class":
+        kind = type("Own", (), {"weight": 1.0})
+        return weighted_pair(lambda: kind.weight), partial(setattr, kind, "weight")
+    if place == "handler":
+        handler = poutine.scale(scale=1.0)
+        model, guide = weighted_pair(lambda: 1.0)
+        return (handler(model), guide), partial(setattr, handler, "scale")
+    holder = types.SimpleNamespace(weight=1.0) if place == "namespace" else Holder()
+    return weighted_pair(lambda: holder.weight), partial(setattr, holder, "weight")
+
+
+def losses_of(make, elbo, values):
+    """Losses of steps before each of which a value is put in its place."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    (model, guide), put = make()
+    optim, x = pyro.optim.SGD({"lr": 1e-3}), torch.linspace(-1, 1, 6).view(3, 2)
+    svi = pyro.infer.SVI(model, guide, optim, elbo)
+    losses = []
+    for value in values:
+        put(value)
+        losses.append(svi.step(x))
+    if isinstance(elbo, CountingELBO):
+        elbo.graphs = elbo.num_graphs  # which are forgotten with the pair
+    return losses
+
+
+def assert_as_stock(make, values, *, graphs, replays):
+    elbo = CountingELBO(backend="eager")
+    found = losses_of(make, elbo, values)
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), values), rel=2e-6)
+    assert (elbo.graphs, elbo.replays) == (graphs, replays)
+
+
+def slowly(*values):
+    """More of a kind that some fast case stands for."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+PLACES = ["closure", "dict", "instance"]
+PLACES += slowly("global", "list", "class", "handler", "namespace")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_number_that_changes_becomes_an_input(place):
+    assert_as_stock(lambda: annealed(place), WEIGHTS, graphs=2, replays=len(WEIGHTS) - 2)
+
+
+def test_a_number_among_the_arguments_becomes_an_input():
+    def make():
+        def model(x, weight):
+            with poutine.scale(scale=weight["kl"][0]):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x, weight):
+            with poutine.scale(scale=weight["kl"][0]):
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+        return model, guide
+
+    batches = [(torch.tensor(0.5), {"kl": [weight]}) for weight in WEIGHTS]
+    elbo = CountingELBO(backend="eager")
+    found, _, pair = run(make, elbo, batches)
+    expected, *_ = run(make, Trace_ELBO(), batches)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (elbo.num_graphs, elbo.replays) == (2, len(WEIGHTS) - 2)
+    del pair  # with which the graphs are forgotten
+
+
+def test_a_double_network_gets_double_numbers():
+    def make():
+        holder = Holder()
+
+        def model(x):
+            with poutine.scale(scale=holder.weight):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.sum())
+
+        def guide(x):
+            loc = pyro.param("loc", torch.tensor(0.3, dtype=torch.float64))
+            with poutine.scale(scale=holder.weight):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+        def widened(x):
+            model(x.double())
+
+        return (widened, guide), partial(setattr, holder, "weight")
+
+    elbo = CountingELBO(backend="eager")
+    found = losses_of(make, elbo, WEIGHTS)
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), WEIGHTS), rel=1e-12)
+    assert elbo.graphs == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "graphs"),
+    [
+        ("flag", [True, False, True, False, True], 2),
+        pytest.param("word", ["a", "b", "b", "a", "c"], 3, marks=pytest.mark.slow),
+        ("function", [torch.tanh, torch.sigmoid, torch.tanh, torch.sigmoid], 2),
+    ],
+)
+def test_what_is_no_number_is_captured_anew(change, values, graphs):
+    def make():
+        own = types.SimpleNamespace(value=values[0])
+
+        def shift():
+            if change == "flag":
+                return 1.0 if own.value else -1.0
+            if change == "word":
+                return {"a": 0.0, "b": 1.0, "c": 2.0}[own.value]
+            return own.value(torch.ones(2))
+
+        return weighted_pair(lambda: 1.0, shift), partial(setattr, own, "value")
+
+    assert_as_stock(make, values, graphs=graphs, replays=len(values) - graphs)
+
+
+@pytest.mark.slow
+def test_a_number_that_python_reads_runs_eagerly_after_four_values():
+    """The probability of a dropout can't be a tensor."""
+
+    def make():
+        drop = nn.Dropout(0.1)
+        return weighted_pair(lambda: 1.0, network=drop), partial(setattr, drop, "p")
+
+    elbo = CountingELBO(backend="eager")
+    values = [0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6]
+    with pytest.warns(UserWarning, match=r"eagerly: Dropout\.p changes time and again") as caught:
+        found = losses_of(make, elbo, values)
+    assert len(caught) == 1
+    assert elbo.replays == 1
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), values), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", ["attribute", *slowly("closure"), "condition"])
+def test_a_tensor_that_is_replaced_is_followed(place):
+    def make():
+        if place == "condition":
+            data = {"y": torch.zeros(2)}
+
+            def unconditioned(x):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0).expand([2]).to_event(1))
+
+            def guide(x):
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+            pair = poutine.condition(unconditioned, data=data), guide
+            return pair, partial(data.__setitem__, "y")
+        offset = torch.zeros(2)
+
+        def put(value):
+            nonlocal offset
+            offset = value
+
+        holder = Holder()
+        if place == "attribute":
+            return weighted_pair(lambda: 1.0, lambda: holder.offset), partial(
+                setattr, holder, "offset"
+            )
+        return weighted_pair(lambda: 1.0, lambda: offset), put
+
+    values = [torch.full((2,), value) for value in WEIGHTS]
+    assert_as_stock(make, values, graphs=1, replays=len(values) - 1)
+
+
+def test_a_constant_that_is_read_is_watched():
+    def make():
+        sizes = torch.tensor([2.0, 3.0])
+
+        def put(value):
+            sizes[1] = value
+
+        return weighted_pair(lambda: sizes.prod().item()), put
+
+    assert_as_stock(make, [1.0, 1.0, 1.0, 2.0, 2.0], graphs=2, replays=3)
+
+
+def test_a_network_in_a_closure_is_replaced():
+    def make():
+        network = nn.Linear(2, 2)
+
+        def put(seed):
+            nonlocal network
+            pyro.set_rng_seed(seed)
+            network = nn.Linear(2, 2).requires_grad_(False)
+
+        return weighted_pair(lambda: 1.0, network=lambda z: network(z)), put
+
+    assert_as_stock(make, [1, 2, 3], graphs=3, replays=0)
+
+
+def test_a_pair_that_counts_its_runs_is_stock():
+    def make():
+        holder = types.SimpleNamespace(runs=0)
+
+        def weight():
+            holder.runs += 1
+            return 1.0 / holder.runs
+
+        return weighted_pair(weight), lambda value: None
+
+    elbo = CountingELBO(backend="eager")
+    with pytest.warns(UserWarning, match=r"the pair changes SimpleNamespace\.runs itself") as caught:
+        found = losses_of(make, elbo, [0] * 4)
+    assert len(caught) == 1
+    assert elbo.num_graphs == 0
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 4), rel=1e-6)
+
+
+def test_notes_of_the_pair_and_of_its_trainer_are_no_change():
+    class Trained(Holder):
+        def __init__(self):
+            self.losses, self.shapes = [], []
+
+        def note(self, value):
+            self.losses.append(value)
+
+        def read(self):
+            self.shapes.append(len(self.shapes))
+            return self.weight
+
+    def make():
+        trained = Trained()
+        return weighted_pair(trained.read), trained.note
+
+    assert_as_stock(make, list(WEIGHTS), graphs=1, replays=len(WEIGHTS) - 1)
+
+
+@pytest.mark.parametrize(
+    ("verify_every", "stale"), [(None, 1), pytest.param(3, 0, marks=pytest.mark.slow)]
+)
+def test_what_cant_be_seen_is_found_by_a_check(tmp_path, verify_every, stale):
+    """The graph's third step is the first on another file; the checks are at 1, 2, 4, 8, ..."""
+    file = tmp_path / "weight"
+
+    def make():
+        return weighted_pair(lambda: float(file.read_text())), lambda value: file.write_text(
+            str(value)
+        )
+
+    elbo = CountingELBO(backend="eager", verify_every=verify_every)
+    values = [1.0] * 3 + [2.0] * 4
+    with pytest.warns(UserWarning, match="its loss .* differs from the eager") as caught:
+        found = losses_of(make, elbo, values)
+    assert len(caught) == 1
+    assert elbo.replays == 2 + stale
+    assert elbo.num_graphs == 0
+    expected = losses_of(make, Trace_ELBO(), values)
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-6)
+    assert (found[3] == pytest.approx(expected[3], rel=1e-6)) == (not stale)
+    assert found[4:] == pytest.approx(expected[4:], rel=1e-3)
+
+
+def test_names_that_no_code_of_the_pair_reads_are_left_out():
+    holder = Holder()
+    holder.weight, holder.history, holder.best = 0.5, [1.0, 2.0], 3.0
+    model, guide = weighted_pair(lambda: holder.weight)
+    names = {place.name for place in look_around([model, guide]).values()}
+    assert "Holder.weight" in names
+    assert not names & {"Holder.history", "Holder.best"}
+
+
+# --- validation ------------------------------------------------------------------------------
+
+
+def bernoulli_pair():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=z.expand(3)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+    return model, guide
+
+
+def outcomes(elbo, batches):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = pyro.infer.SVI(*bernoulli_pair(), pyro.optim.SGD({"lr": 1e-2}), elbo)
+    found = []
+    for batch in batches:
+        try:
+            found.append(svi.step(batch))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_batch_outside_the_support_raises_as_in_stock():
+    good = torch.eye(3)
+    batches = [good, good, 2 * good, good, good.clone().fill_(torch.nan), good]
+    elbo = CountingELBO(backend="eager")
+    found, expected = outcomes(elbo, batches), outcomes(Trace_ELBO(), batches)
+    assert [type(value) for value in expected] == [float, float, str, float, str, float]
+    assert [value for value in found if isinstance(value, str)] == [
+        value for value in expected if isinstance(value, str)
+    ]
+    assert found[1::2] == pytest.approx(expected[1::2], rel=1e-6)
+    assert elbo.replays == 5
+    with pyro.validation_enabled(False):
+        found = outcomes(CountingELBO(backend="eager"), [good, good, 2 * good])
+        assert found == pytest.approx(outcomes(Trace_ELBO(), [good, good, 2 * good]), rel=1e-6)
+
+
+# --- pairs of every kind ---------------------------------------------------------------------
+
+
+def test_a_distribution_made_once():
+    prior = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+
+    def make():
+        def model(x):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return model, weighted_pair(lambda: 1.0)[1]
+
+    elbo = CountingELBO(backend="eager")
+    batches = [(torch.ones(2),)] * 4
+    assert run(make, elbo, batches)[0] == pytest.approx(run(make, Trace_ELBO(), batches)[0], rel=1e-6)
+    assert elbo.replays == 3
+
+
+def make_without_latent():
+    def model(x):
+        p = pyro.param("p", torch.tensor(0.4), constraint=dist.constraints.unit_interval)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+    return model, lambda x: None
+
+
+def make_without_observed():
+    def model(x):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    return model, weighted_pair(lambda: 1.0)[1]
+
+
+@pytest.mark.parametrize("make", [make_without_latent, make_without_observed])
+def test_a_pair_without_latent_or_observed_sites(make):
+    elbo = CountingELBO(backend="eager")
+    batches = [(torch.ones(4),)] * 4
+    assert run(make, elbo, batches)[0] == pytest.approx(run(make, Trace_ELBO(), batches)[0], rel=1e-6)
+    assert elbo.replays == 3
+
+
+@pytest.mark.parametrize("nesting", [1, *slowly(float("inf"))])
+def test_vectorized_particles_have_one_dimension(nesting):
+    shapes = []
+
+    def make():
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                shapes.append(tuple(z.shape))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(2))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        return model, guide
+
+    options = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": nesting}
+    batches = [(torch.ones(3, 2),)] * 3
+    expected, *_ = run(make, Trace_ELBO(**options), batches)
+    stock = set(shapes)
+    elbo = CountingELBO(backend="eager", **options)
+    shapes.clear()
+    assert run(make, elbo, batches)[0] == pytest.approx(expected, rel=1e-6)
+    assert set(shapes) == stock
+    assert elbo.replays == 2
+    assert elbo.bound().max_plate_nesting == elbo.max_plate_nesting
