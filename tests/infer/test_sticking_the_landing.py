@@ -44,7 +44,8 @@ def test_gradient_is_the_elbos_in_the_mean(name, beta):
 )
 def test_loss_and_model_gradient_are_the_elbos_draw_by_draw(options):
     model, guide, modules = make_pair("hierarchical")
-    x, found = torch.rand(5, 4).bernoulli(), []
+    modules.double()
+    x, found = torch.rand(5, 4).bernoulli().double(), []
     for kind in (TraceBound, StickingTheLanding):
         pyro.set_rng_seed(2)
         terms = kind(**options).terms(model, guide, (x,), {})
