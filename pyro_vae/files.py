@@ -87,12 +87,14 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 def expand_path(path: str | Path, *, kind: str = "folder") -> Path:
     """Return a path with its ``~`` as the home that is meant; ``kind`` is what a message calls it."""
-    kinds, advice = (TypeError, RuntimeError, UnicodeEncodeError), f"check {first_line(repr(path))}"
-    with expecting(f"the path of a {kind}", *kinds, advice=advice):
+    try:
         expanded = Path(path).expanduser()
         if kind == "folder":
             str(expanded).encode()  # safetensors opens no path that is not UTF-8
         return expanded
+    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
+        shown = f"{first_line(repr(path))}: {first_line(error)}"
+        raise InputError(f"expected the path of a {kind}, got {shown}") from error
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:

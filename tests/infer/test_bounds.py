@@ -75,7 +75,7 @@ def test_captured_graph_gives_the_same_loss_and_gradients(name, pair, beta):
 
     inputs = [x, *leaves] if scale is None else [x, scale, *leaves]
     with capture.conditions():
-        graph, constants = capture.trace_graph(step, inputs)
+        graph, constants, _ = capture.trace_graph(step, inputs)
     for value in (None,) if scale is None else (beta, 0.0):
         if scale is not None:
             scale.fill_(value)  # an input of the graph

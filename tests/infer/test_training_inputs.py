@@ -191,7 +191,7 @@ OTHER_KINDS = [
     ("checkpoint_minutes", "1"),
     ("transform", 3),
     ("on_epoch", "print"),
-    ("objective", "elbo"),
+    ("objective", 5),
     ("objective", pv.infer.IWAE),
     ("device", 2.5),
     ("device", None),
