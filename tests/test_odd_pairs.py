@@ -140,14 +140,10 @@ FUNCTIONS = {
     "traverse": lambda m, g, x: tasks.traverse(m, g, x, site=next(iter(codes_of(g, x))), num_steps=3),
     "manifold": lambda m, g, x: tasks.manifold(m, g, x, site=next(iter(codes_of(g, x))), num_steps=3),
     **{
-        f"complete by {method}": lambda m, g, x, method=method, few=few: tasks.complete(
-            m, g, x, hidden(first(x)), method=method, num_draws=2, seed=0, **few
+        f"complete by {method}": lambda m, g, x, method=method: tasks.complete(
+            m, g, x, hidden(first(x)), method=method, num_draws=2, seed=0
         )
-        for method, few in (
-            ("metropolis", {"num_steps": 30}),
-            ("importance", {}),
-            ("pseudo-gibbs", {"num_steps": 30}),
-        )
+        for method in ("metropolis", "importance", "pseudo-gibbs")
     },
 }
 
