@@ -290,7 +290,7 @@ class Engine:
         """Record the step's graph, compile it and hold it against the reference."""
         capture.refuse_pair(call.guide, modules)
         roots = [pair.numbers, *call[:2], *modules, *self._roots()]
-        before = Snapshot(modules)
+        validates, before = self.validates, Snapshot(modules)  # recording turns Pyro's checks off
         with before.put_back(), capture.conditions():
             earlier = look_around(roots)
             reference = self._reference(call)
@@ -319,7 +319,7 @@ class Engine:
                     terms = self._terms(given.scaled(beta))
                 gradients = torch.autograd.grad(terms.surrogate, leaves)
                 summary, finished = self._finish(terms, gradients)
-                if self.validates:
+                if validates:
                     summary = torch.cat([summary, sites.outside(summary)[None]])
                 return (summary, *finished)
 

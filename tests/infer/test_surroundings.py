@@ -370,6 +370,31 @@ def test_a_batch_outside_the_support_raises_as_in_stock():
         assert found == pytest.approx(outcomes(Trace_ELBO(), [good, good, 2 * good]), rel=1e-6)
 
 
+def test_values_inside_the_support_cost_no_run_of_the_pair():
+    runs = []
+
+    def model(x):
+        runs.append(1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    elbo, counted = CountingELBO(backend="eager"), []
+    with pyro.validation_enabled(True):
+        for _ in range(8):
+            elbo.loss_and_grads(model, guide, torch.eye(3))
+            counted.append(len(runs))
+    # Replayed from the second on, and held against stock at the replays 1, 2 and 4.
+    assert [after - before for before, after in zip(counted, counted[1:], strict=False)] == [
+        1, 1, 0, 1, 0, 0, 0,
+    ]  # fmt: skip
+
+
 # --- pairs of every kind ---------------------------------------------------------------------
 
 
