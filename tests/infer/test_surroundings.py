@@ -1,5 +1,6 @@
 """What a pair's code reads besides its arguments is followed by the captured step, as stock does."""
 
+import itertools
 import types
 from functools import partial
 
@@ -390,7 +391,7 @@ def test_values_inside_the_support_cost_no_run_of_the_pair():
             elbo.loss_and_grads(model, guide, torch.eye(3))
             counted.append(len(runs))
     # Replayed from the second on, and held against stock at the replays 1, 2 and 4.
-    assert [after - before for before, after in zip(counted, counted[1:], strict=False)] == [
+    assert [after - before for before, after in itertools.pairwise(counted)] == [
         1, 1, 0, 1, 0, 0, 0,
     ]  # fmt: skip
 
