@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 from torch.distributions import constraints
 
@@ -224,3 +225,70 @@ def test_latent_dirichlet_allocation():
         warnings.simplefilter("ignore")  # that one weight of all documents is heavy-tailed
         whole = pv.log_marginal(topics, guide, few, num_samples=100, plate=None, seed=0)
     assert whole.log_prob.isfinite().all()
+
+
+@pytest.mark.slow
+def test_bayesian_regression():
+    """Weights, a bias and the noise outside the plate; the evidence by a sum over the noise."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(30, 2, dtype=torch.float64, generator=generator)
+    noise = 0.5 * torch.randn(30, dtype=torch.float64, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + 0.3 + noise
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def model(x, y):
+        weights = pyro.sample("weights", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        bias = pyro.sample("bias", dist.Normal(zero, 1.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(zero, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((weights * x).sum(-1) + bias, sigma), obs=y)
+
+    guide = AutoMultivariateNormal(model)
+    pv.fit(model, guide, (x, y), epochs=300, plate=None, learning_rate=0.02, seed=0, compile=False)
+    found = pv.log_marginal(model, guide, (x, y), num_samples=2000, plate=None, seed=0)
+    design = torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1)
+    log_sigma = torch.linspace(-3, 2, 2001, dtype=torch.float64)
+    covariance = design @ design.T + (2 * log_sigma).exp()[:, None, None] * torch.eye(30)
+    given = dist.MultivariateNormal(torch.zeros(30, dtype=torch.float64), covariance).log_prob(y)
+    prior = dist.Normal(zero, 0.5).log_prob(log_sigma)
+    exact = (given + prior).logsumexp(0) + math.log(5 / 2000)
+    assert ((found.log_prob - exact).abs() < 5 * found.standard_error).all()
+    assert found.trusted.all()
+
+
+@pytest.mark.slow
+def test_gaussian_mixture():
+    """Weights and locations outside the plate, the class of each data point summed out."""
+    generator = torch.Generator().manual_seed(6)
+    kind = torch.rand(12, generator=generator) < 0.3
+    x = torch.where(kind, -2.0, 2.0) + 0.7 * torch.randn(12, generator=generator)
+
+    @config_enumerate
+    def model(x):
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("components", 2):
+            locs = pyro.sample("locs", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(share)).long()
+            pyro.sample("x", dist.Normal(locs[..., kind], 0.7), obs=x)
+
+    def start(site):
+        return {"share": torch.tensor(0.5), "locs": torch.tensor([-1.0, 1.0])}[site["name"]]
+
+    guide = AutoNormal(pyro.poutine.block(model, hide=["kind"]), init_loc_fn=start, init_scale=0.2)
+    options = {"objective": TraceEnum_ELBO(max_plate_nesting=1), "compile": False, "seed": 0}
+    result = pv.fit(model, guide, x, epochs=150, batch_size=12, learning_rate=0.05, **options)
+    assert result.history["train_bound"][-20:].mean() > result.history["train_bound"][:5].mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pv.log_marginal(model, guide, x, num_samples=2000, plate=None, seed=0)
+    # The guide has one of the two orders of the components, of which the evidence has both.
+    share, line = (torch.arange(40) + 0.5) / 40, torch.linspace(-6, 6, 121)
+    one, two = (dist.Normal(line[:, None], 0.7).log_prob(x) for _ in range(2))
+    w = share[:, None, None, None]
+    each = torch.logaddexp((1 - w).log() + one[:, None], w.log() + two[None]).sum(-1)
+    prior = dist.Normal(0.0, 3.0).log_prob(line)
+    joint = each + prior[:, None] + prior + dist.Beta(2.0, 2.0).log_prob(share)[:, None, None]
+    exact = joint.logsumexp((0, 1, 2)) + math.log(1 / 40 * 0.1 * 0.1)
+    error = (found.log_prob + math.log(2) - exact).abs()
+    assert (error < 5 * found.standard_error + 0.02).all()

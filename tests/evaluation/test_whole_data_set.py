@@ -86,6 +86,17 @@ def test_a_mean_field_guide_is_weighed_and_annealed():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_weights", [5, 50])
+def test_a_mean_field_guide_annealed_by_default_is_right_or_not_trusted(num_weights):
+    pair = Regression(num_weights)
+    options = {"method": "annealed", "plate": None, "seed": 0}
+    found = pv.log_marginal(pair.model, pair.mean_field, pair.data, **options)
+    error = (found.log_prob - pair.evidence).abs()
+    print(f"{num_weights}: {error.item():.3f}, {found.standard_error.item():.3f}, {found.trusted}")
+    assert (error < 3 * found.standard_error) | ~found.trusted
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_weights", "epochs"), [(5, 400), (50, 1500)])
 def test_a_fitted_auto_guide_is_a_proposal(num_weights, epochs):
     pair = Regression(num_weights, num_data=200)
