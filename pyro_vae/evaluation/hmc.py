@@ -243,7 +243,8 @@ class AnnealingPath:
 
 def _check_apart(name: str, site: Site, transform: Any) -> None:
     """Refuse a latent much of whose mass lies where its numbers don't tell positions apart."""
-    if transform.codomain is constraints.real or not isinstance(site["value"], Tensor):
+    codomain = getattr(transform.codomain, "base_constraint", transform.codomain)
+    if codomain is constraints.real or not isinstance(site["value"], Tensor):
         return
     drawn = site["fn"].sample((max(1, _LOOKED_AT // max(1, site["value"].numel())),))
     free = transform.inv(drawn)
