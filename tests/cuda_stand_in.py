@@ -222,6 +222,8 @@ def _kernel(operator, name):
     results = [argument.name for argument in operator._schema.arguments if argument.is_out]
     draws = torch.Tag.nondeterministic_seeded in operator.tags or name in _DRAWING
 
+    takes = [str(argument.type) == "Tensor" for argument in operator._schema.arguments]
+
     def run(*args, **kwargs):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             launches[name] += 1
@@ -245,7 +247,12 @@ def _kernel(operator, name):
 
             named = {key: _map(to_host, value) for key, value in kwargs.items()} | fresh
             with _cuda_draws(generators, place) if draws else contextlib.nullcontext():
-                found = operator(*_map(to_host, args), **named)
+                # Numbers reach some kernels as numbers, where they are declared as tensors.
+                given = (
+                    torch.tensor(value) if wanted and isinstance(value, int | float) else value
+                    for value, wanted in zip(_map(to_host, args), takes, strict=False)
+                )
+                found = operator(*given, **named)
             for result, value in fresh.items():
                 target = kwargs[result]
                 if target.shape != value.shape:

@@ -95,12 +95,18 @@ def test_cuda_run_is_stock(x):
 
 
 @pytest.mark.gpu
-def test_cuda_nan_warns_when_the_loss_is_read(x):
+@pytest.mark.parametrize("validates", [True, False])
+def test_cuda_nan_is_told_when_the_loss_is_read(x, validates):
     vae, x = VAE().cuda(), x.cuda()
     elbo = CompiledTrace_ELBO(backend="eager")
-    elbo.loss_and_grads(vae.model, vae.guide, x)
-    with torch.no_grad():
-        vae.loc.bias.fill_(float("nan"))
-    loss = elbo.loss_and_grads(vae.model, vae.guide, x)
-    with pytest.warns(UserWarning, match="Encountered NaN: loss"):
-        loss.item()
+    with pyro.validation_enabled(validates):
+        elbo.loss_and_grads(vae.model, vae.guide, x)
+        with torch.no_grad():
+            vae.loc.bias.fill_(float("nan"))
+        loss = elbo.loss_and_grads(vae.model, vae.guide, x)
+        if validates:  # as stock Pyro does
+            with pytest.raises(ValueError, match="Expected parameter loc"):
+                loss.item()
+        else:
+            with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+                loss.item()
