@@ -12,7 +12,6 @@ from pyro_vae.errors import InputError, check_counts, check_optional_counts, unk
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.evaluation.simulation_checks import changed_site
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
@@ -22,6 +21,7 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
+    changed_site,
     latent_sites,
     observed_site,
     raise_out_of_memory,
