@@ -159,7 +159,7 @@ class AnnealingPath:
             jacobian = transform.log_abs_det_jacobian(free, latents[site.name]).double()
             jacobian = jacobian.movedim(site.axis + transform.codomain.event_dim, 1)
             if mask is not None:  # all of an event counts, or nothing
-                mask = mask.reshape(1, -1, *shape)[(..., *[0] * transform.domain.event_dim)]
+                mask = mask.reshape(1, -1, *shape)[_first_of_event(transform.domain.event_dim)]
                 jacobian = jacobian * mask
             log_jacobian += jacobian.flatten(2).sum(2) if jacobian.dim() > 2 else jacobian
         if counted is not None:
@@ -259,7 +259,7 @@ class AnnealingPath:
                 parts.append(shown.new_ones(1, shown.shape[1], shape.numel(), dtype=torch.bool))
                 continue
             codomain, domain = site.transform.codomain.event_dim, site.transform.domain.event_dim
-            mask = self.particles.with_axis(site.name, mask[None])[(..., *[0] * codomain)]
+            mask = self.particles.with_axis(site.name, mask[None])[_first_of_event(codomain)]
             mask = mask.movedim(site.axis + codomain, 1)
             mask = mask.reshape(*mask.shape, *[1] * domain).expand(1, -1, *shape)
             parts.append(mask.reshape(1, -1, shape.numel()))
@@ -284,6 +284,11 @@ class AnnealingPath:
                 )
         knowledge.is_stable = True
         return shown[0], shown[1]
+
+
+def _first_of_event(event_dim: int) -> Any:
+    """Return the index of an event's first value: all of an event are masked alike."""
+    return (..., *[0] * event_dim)
 
 
 def _check_apart(name: str, site: Site, transform: Any) -> None:
