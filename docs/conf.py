@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 
@@ -60,7 +59,6 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", lambda app: reference.write_pages(Path(app.srcdir)))
     app.connect("builder-inited", lambda app: notebook_pages.write_pages(Path(app.srcdir)))
     app.connect("autodoc-process-docstring", _spare_colon, priority=400)
-    app.connect("autodoc-process-docstring", _list_arguments, priority=600)
     app.add_html_math_renderer("mathml", (_write_inline, None), (_write_block, None))
 
 
@@ -78,17 +76,6 @@ def _mathml(node: nodes.TextElement, *, as_block: bool) -> str:
     text = " ".join(node.astext().split())
     # Browsers put no space between a function's name and its argument.
     return str(tex2mathml(text.replace(r"\log ", r"\log\, "), as_block=as_block))
-
-
-def _list_arguments(
-    _app: Sphinx, what: str, _name: str, obj: object, _options: object, lines: list[str]
-) -> None:
-    """List the arguments that a docstring has in prose: napoleon (priority 500) left none to type."""
-    is_listed = any(line.startswith((":param", ":ivar")) for line in lines)
-    if what in ("class", "function", "method") and callable(obj) and not is_listed:
-        given = inspect.signature(obj).parameters.values()
-        lines += [f":param {each.name}:" for each in given if each.annotation is not each.empty]
-        lines.append("")
 
 
 def _spare_colon(_app: Sphinx, what: str, *rest: object) -> None:

@@ -25,8 +25,8 @@ from nbformat import NotebookNode
 import pyro_vae
 
 FOLDER = Path(__file__).parent
-# What a training without widgets says of its progress, which is over when it is read.
-PROGRESS = re.compile(r"\r?epoch \d+/\d+[^\r\n]*")
+# What a training without widgets says of how it goes, which is over when it is read.
+PROGRESS = re.compile(r"\r?(epoch \d+/\d+|eager|compiled)\b[^\r\n]*")
 # Seconds that one cell may take before it counts as hanging.
 TIMEOUT = 600
 
