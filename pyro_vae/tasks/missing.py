@@ -28,6 +28,7 @@ def observed_pair(
     observed: str | None = None,
     position: int = 0,
     fill: float | Tensor = 0.0,
+    nan: bool = False,
 ) -> tuple[PairFunction, PairFunction]:
     r"""Turn a pair for whole data into one for data with missing values.
 
@@ -44,10 +45,11 @@ def observed_pair(
         observed: name of the site that observes the data; by default that of the very input.
         position: which of the pair's own inputs has missing values.
         fill: what the guide sees in hidden places: a number, or a tensor that broadcasts to the data.
+        nan: values are missing where the incomplete input is NaN; there is no input ``missing``.
 
     Returns:
-        model and guide, called with the pair's own inputs and then ``missing`` (boolean, of the shape
-        of the incomplete input, which may hold anything there, also NaN).
+        model and guide, called with the pair's own inputs and then, unless ``nan`` says it,
+        ``missing`` (boolean, of the shape of the incomplete input, which may hold anything there).
 
     Raises:
         InputError: when called: no such site, one not elementwise, or a ``missing`` that doesn't fit.
@@ -68,11 +70,15 @@ def observed_pair(
     """
     masked = on_observed_part(model, observed=observed, position=position)
 
+    def whole(inputs: Inputs) -> Inputs:
+        with_missing = (*inputs, inputs[position].isnan()) if nan else inputs
+        return _fill_hidden(with_missing, position, fill)
+
     def observed_model(*inputs: Tensor) -> Any:
-        return masked(*_fill_hidden(inputs, position, fill))
+        return masked(*whole(inputs))
 
     def observed_guide(*inputs: Tensor) -> Any:
-        return guide(*_fill_hidden(inputs, position, fill)[:-1])
+        return guide(*whole(inputs)[:-1])
 
     owners = owned_modules(model, guide)
     if not owners:
