@@ -288,6 +288,8 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
         told.append(f"mean acceptance {completed.acceptance.mean():.2f}")
     if completed.ess is not None:
         told.append(f"median ESS {completed.ess.median():.0f}")
+    if what.missing == "nan" and not subject.is_image:  # there is no truth to compare with
+        return plots.samples(_array(completed.draws[0]), _array(x), title=", ".join(told))
     filled = completed.mean, completed.standard_deviation, completed.draws
     shown = map(_array, (x, hidden, *filled))
     return plots.completions(*shown, title=", ".join(told), limits=subject.limits)
@@ -314,19 +316,17 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
     channel = channel_axis(data_shape) if image else None
     plane = [size for axis, size in enumerate(data_shape) if axis != channel]
     word, _, text = missing.partition(":")
-    if missing == "nan":
-        hidden = torch.zeros(number, *plane, dtype=torch.bool)
-    elif word == "random":
+    if word == "random":
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.rand(number, *plane, generator=generator) < _share(text)
     else:
-        halves = {"left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
+        halves = {"left": -1, "right": -1, "nan": -1} | ({"upper": -2, "lower": -2} if image else {})
         if missing not in halves:
             told = f"{', '.join(halves)} or random:SHARE"
             raise InputError(f"expected as missing {told}, got {missing!r}")
         hidden, size = torch.zeros(number, *plane, dtype=torch.bool), plane[halves[missing]]
         start = 0 if missing in ("left", "upper") else size // 2
-        hidden.narrow(halves[missing], start, -(-size // 2)).fill_(True)
+        hidden.narrow(halves[missing], start, -(-size // 2)).fill_(missing != "nan")
     if channel is not None:
         hidden = hidden.unsqueeze(channel + 1)
     return hidden.expand(number, *data_shape).clone()
