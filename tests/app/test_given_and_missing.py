@@ -86,18 +86,17 @@ def test_a_run_with_holes_and_conditions_loads_and_knows_its_settings(holes):
         ("reconstruct", "--condition", "cow"),
         ("complete",),
         ("complete", "--missing", "nan"),
-        ("latent", "--view", "manifold", "--condition", "ape"),
+        ("latent", "--view", "manifold", "--condition", "ape", "--num-steps", "3"),
         ("traverse",),
         ("interpolate",),
     ],
     ids=" ".join,
 )
-@pytest.mark.filterwarnings("ignore:.*R-hat")  # of few steps
-def test_pictures_of_data_with_holes(holes, tmp_path, words, rendered):
+def test_pictures_of_data_with_holes(holes, tmp_path, words):
     steps = ("--num-steps", 4, "--num", 20) if words[0] == "complete" else ()
     result = run(words[0], holes, *words[1:], *steps, "--output", tmp_path / "picture.png")
     assert result.code == 0, result.err
-    assert (tmp_path / "picture.png").stat().st_size > 5000
+    assert (tmp_path / "picture.png").exists()
 
 
 def subject_of(folder, condition=None):
@@ -119,7 +118,7 @@ def test_a_condition_picks_the_test_data_that_have_it(holes):
 
 
 def test_new_images_are_of_each_class_and_take_turns(tmp_path):
-    how = ("--condition", "labels", "--network", "conv", "--channels", "4,8", "--compile", "off")
+    how = ("--condition", "labels", "--compile", "off")
     train(*how, "--output", tmp_path / "run", epochs=1)
     assert pv.load(tmp_path / "run").num_classes == 10
     _, condition = subject_of(tmp_path / "run").like(40)
