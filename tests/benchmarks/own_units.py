@@ -89,18 +89,11 @@ def train(name: str, dataset: Path | str, folder: Path) -> float:
     """Train by the command line, tell what came of it, and return log p(x)."""
     output = folder / f"run-{Path(dataset).stem}"
     if not (output / "metrics.json").exists():
-        words = [
-            "train",
-            "--dataset",
-            str(dataset),
-            "--likelihood",
-            "gaussian",
-            "--output",
-            str(output),
-        ]
-        subprocess.run(
-            [sys.executable, "-m", "pyro_vae", *words], check=True, stdout=subprocess.DEVNULL
-        )
+        words = ["--dataset", str(dataset), "--likelihood", "gaussian", "--output", str(output)]
+        if (output / "config.json").exists():
+            words = ["--resume", str(output)]
+        command = [sys.executable, "-m", "pyro_vae", "train", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     metrics = json.loads((output / "metrics.json").read_text())
     estimate = metrics["test_log_marginal"]
     print(
