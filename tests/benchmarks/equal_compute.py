@@ -1,4 +1,4 @@
-"""A VAE, a beta-VAE and a VampPrior beside pythae's at equal compute: NLL on test images, and seconds.
+"""A VAE, a beta-VAE and a VampPrior beside pythae at equal compute: NLL on test images, seconds.
 
     pip install pythae==0.1.2
     python tests/benchmarks/equal_compute.py --data-root FOLDER [--models vae beta vamp] [--seeds 3]
