@@ -394,13 +394,13 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
         raise InputError(
-            f"expected num_bins of at least 2 that divide num_draws + 1, got {num_bins} for "
+            f"expected num_bins of at least 2 that divides num_draws + 1, got {num_bins} for "
             f"{num_draws} draws: use e.g. num_draws={fitting}"
         )
     if num_data < 5 * num_bins:
         raise InputError(
             f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
-            "test needs five data in each"
+            "test needs five data points in each"
         )
 
 
@@ -424,7 +424,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             inputs[index] = drawn.to(given.dtype)
             if not given.is_floating_point() and (inputs[index] != drawn).any():
                 raise InputError(
-                    f"expected floating-point data at {name!r}, whose simulated values are no whole "
+                    f"expected floating-point data at {name!r}, whose simulated values are not whole "
                     f"numbers, got {given.dtype}: convert them"
                 )
             site["value"] = inputs[index].reshape(site["value"].shape)

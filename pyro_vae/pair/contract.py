@@ -130,8 +130,8 @@ def check_rows(
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         raise InputError(
-            f"expected site {site['name']!r} of the {function} to have {num_data} data along plate "
-            f"{plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
+            f"expected site {site['name']!r} of the {function} to have {num_data} data points along "
+            f"plate {plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
         )
 
 

@@ -467,8 +467,8 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
     except CALLING_ERRORS as error:
         raise_out_of_memory(error)
         raise InputError(
-            f"expected a {kind} that takes any number of data, as one without parameters per datum "
-            f"does, got an error for {num_data}: {first_line(error)}"
+            f"expected a {kind} that takes any number of data points, as one without parameters for "
+            f"each does, got an error for {num_data}: {first_line(error)}"
         ) from error
 
 

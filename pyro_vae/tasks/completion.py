@@ -411,7 +411,7 @@ def _by_importance(
     if impossible or found.draws is None:
         raise InputError(
             "expected latents that explain the observed values, got weights of 0 only for "
-            f"{impossible} data: raise num_samples, or use metropolis"
+            f"{impossible} data points: raise num_samples, or use metropolis"
         )
     picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
     chosen = {
