@@ -189,10 +189,9 @@ def load(
     words: dict[str, tuple[str, ...]] = {}
     tensors = {}
     for name, value in loaded.items():
-        is_data = name in ("x", *PARTS)
-        tensors[name] = (
-            _as_tensor(name, value, allow_missing) if is_data else _labels(name, value, words)
-        )
+        read: tuple[Any, Any] = (_as_tensor, allow_missing)
+        read = read if name in ("x", *PARTS) else (_labels, words)
+        tensors[name] = read[0](name, value, read[1])
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)

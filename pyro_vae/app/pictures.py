@@ -94,7 +94,7 @@ class Subject:
         _, *given = self.dataset.inputs("test") if self.vae.num_inputs > 1 else (like,)
         given = [value[torch.arange(number) % len(value)].to(self.device) for value in given]
         if self.condition is not None:
-            given[0] = torch.full_like(given[0], self.condition)
+            given[0] = like.new_full((number,), self.condition)
         elif self.num_classes is not None and self.is_image:
             given[0] = torch.arange(number, device=self.device) * self.num_classes // number
         return (like, *given)
