@@ -170,7 +170,7 @@ class _Owner(nn.Module):
 
 def _fill_hidden(position: int, fill: float | Tensor, nan: bool, *inputs: Tensor) -> Inputs:
     """Return the inputs with ``fill`` in the hidden places, and then ``missing``."""
-    inputs = (*inputs, inputs[position].isnan()) if nan else inputs
+    inputs = (*inputs, inputs[position].isnan()) if nan and position < len(inputs) else inputs
     if not 0 <= position < len(inputs) - 1:
         raise InputError(
             f"expected the pair's inputs and then missing, got {len(inputs)} tensors for position "
