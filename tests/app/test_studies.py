@@ -55,10 +55,9 @@ def finished(tmp_path_factory, data):
         patch.chdir(folder)
         compare = (*COMPARE, "--output", "compared")
         sweep = (*SWEEP, "--output", "swept")
+        # A second time, when the runs are finished; test_plots_of_studies.py renders the pictures.
         with sketching():
-            results = [run(*compare), run(*sweep)]
-        # Rendered: the pages of both studies, whose runs are finished.
-        results += [run(*compare), run(*sweep)]
+            results = [run(*command) for command in (compare, sweep, compare, sweep)]
     for result in results:
         assert result.code == 0, result.err
         assert result.err == ""

@@ -16,8 +16,10 @@ from pyro_vae.infer.optim import FusedOptim
 # --- holds under joint capture ---
 
 
-@pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("vectorize_particles", [False, True])
+@pytest.mark.parametrize(
+    ("vectorize_particles", "num_particles"),
+    [(False, 1), (True, 3), pytest.param(False, 3, marks=pytest.mark.slow)],
+)
 def test_vae(x, num_particles, vectorize_particles):
     assert_same_run(make_vae, x, num_particles=num_particles, vectorize_particles=vectorize_particles)
 
