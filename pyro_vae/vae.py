@@ -61,6 +61,11 @@ class VAE(nn.Module):
         self.prior, self.likelihood, self.variational_family = prior, likelihood, guide
         self.name = f"vae_{next(_numbers)}"
 
+    @property
+    def family(self) -> Callable[..., dist.Distribution]:
+        """The variational family: what was passed as ``guide``, under its short name."""
+        return self.variational_family
+
     def model(self, x: Tensor, *given: Tensor) -> None:
         """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
 
@@ -87,7 +92,7 @@ class VAE(nn.Module):
         if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
             raise InputError(
                 "expected size factors as numbers above 0, one for each datum, got shape "
-                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: mend them"
+                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: correct them"
             )
         if hasattr(self.likelihood, "check"):
             self.likelihood.check(x)
@@ -327,7 +332,7 @@ def _training_data(x: Any) -> Tensor:
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            f"expected training data as a tensor or an array, got {type(x).__name__}: of a Dataset "
+            f"expected training data as a tensor or an array, got {type(x).__name__}: for a Dataset "
             "pass data.train"
         ) from None
     if x.ndim == 0 or not len(x):

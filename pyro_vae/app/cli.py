@@ -22,14 +22,14 @@ from pyro_vae.errors import InputError, first_line
 from pyro_vae.version import __version__
 
 app = typer.Typer(
-    help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
+    help="Variational autoencoders in Pyro: train, measure log p(x), look at what they learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
-StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
+StudyFolder = Annotated[Path, typer.Option(help="Folder to write; it goes on where it stopped.")]
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         try:
             _open_closed_streams()
             if sys.flags.optimize > 1:
-                raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
+                raise InputError("expected Python with docstrings, which Pyro reads, got -OO: use -O")
             app()
         except (KeyboardInterrupt, SystemExit) as end:
             # Typer ends by itself what is interrupted before the command begins.
@@ -103,7 +103,7 @@ def _tell_version(asked: bool) -> None:
 def _begin(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and end."),
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None: ...
 
@@ -117,18 +117,18 @@ def train(
     ] = None,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(help="Write the run's state every so many epochs.", rich_help_panel="Advanced"),
+        typer.Option(help="Write a checkpoint every N epochs.", rich_help_panel="Advanced"),
     ] = None,
     checkpoint_minutes: Annotated[
         float,
         typer.Option(
-            help="Write the run's state every so many minutes; 0: every step.",
+            help="Write a checkpoint every N minutes; 0: at every step.",
             rich_help_panel="Advanced",
         ),
     ] = 1.0,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with this interrupted run folder; it knows all other options."),
+        typer.Option(help="Resume this interrupted run folder, with the options it has."),
     ] = None,
 ) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
@@ -144,7 +144,7 @@ def train(
     for name in ("output", "checkpoint_every", "checkpoint_minutes"):
         if is_given(context, name):
             flag = name.replace("_", "-")
-            raise InputError(f"expected --resume without --{flag}: the run folder knows it")
+            raise InputError(f"expected --resume without --{flag}: the run folder has it")
     told = (each.name for each in fields(settings))
     given = {name: getattr(settings, name) for name in told if is_given(context, name)}
     with join_processes(settings.device):
@@ -157,7 +157,7 @@ def evaluate(
     how: names.EvaluateSettings,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
+        typer.Option(help="Picture of Pareto k and of how the estimate converges, to this file."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
@@ -167,7 +167,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Estimate log p(x) of a run's test part, and say what of it can be trusted."""
+    """Estimate log p(x) of a run's test part, and say how much of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 
@@ -202,7 +202,7 @@ def sweep(
     *,
     output: StudyFolder,
     betas: Annotated[
-        str, typer.Option(help="Weights of the KL term between commas, in the order of training.")
+        str, typer.Option(help="Weights of the KL term, separated by commas, in training order.")
     ] = "0.25,0.5,1,2,4",
     warm_start: Annotated[
         bool, typer.Option(help="Start each run from the weights of the one before.")
@@ -226,7 +226,7 @@ def autoencoder(
     loss: Annotated[
         str | None,
         typer.Option(
-            help="The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
+            help="Loss of the autoencoder: mse or bce; default: bce for data in [0, 1], else mse."
         ),
     ] = None,
     settings: names.TrainSettings,

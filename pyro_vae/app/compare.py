@@ -47,7 +47,7 @@ def compare_families(
     guide against its frozen model.
     """
     if how.method == "annealed":
-        raise InputError("expected the method auto, importance or both, got annealed: both has it")
+        raise InputError("expected method auto, importance or both, got annealed: both includes it")
     seeds, hold = combined.seeds, combined.hold
     axes = {
         axis: tuple(part.strip() for part in getattr(combined, f"{axis}s").split(","))
@@ -208,19 +208,19 @@ def _combine(
 def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
-            raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
+            raise InputError(f"expected each {axis} once, got {','.join(names)!r}: leave one out")
     if hold not in (None, "model"):
         raise InputError(f"expected --hold model, got {hold!r}")
     if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
         raise InputError(
             "expected likelihoods whose log p(x) can be subtracted, got bernoulli, a probability of "
-            "bits, beside densities: compare them apart"
+            "bits, beside densities: compare them in two runs"
         )
     if hold == "model" and (len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1):
-        raise InputError("expected one prior and one likelihood to hold, got several: give one each")
+        raise InputError("expected one prior and one likelihood to hold, got more: give one of each")
     if hold == "model" and axes["prior"] == ("vamp",):
         raise InputError(
-            "expected a prior that is no part of a guide to hold, got vamp: use pv.compare with "
+            "expected a prior that does not contain the guide to hold, got vamp: use pv.compare with "
             'hold="model"'
         )
 

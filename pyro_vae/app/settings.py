@@ -116,7 +116,7 @@ def _widths(kind: str, text: str) -> tuple[int, ...]:
         widths = ()
     if not widths or min(widths) < 1:
         raise InputError(
-            f"expected {kind} as whole numbers of at least 1 between commas, got {text!r}: "
+            f"expected {kind} as whole numbers above 0, separated by commas, got {text!r}: "
             f"e.g. {names.TrainSettings.hidden}"
         )
     return widths

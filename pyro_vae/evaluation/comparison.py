@@ -193,7 +193,7 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
             raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
             raise InputError(
-                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
+                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: for a VAE pass "
                 "(vae.model, vae.guide)"
             )
 

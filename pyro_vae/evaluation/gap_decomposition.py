@@ -178,7 +178,7 @@ def inference_gaps(
         )
     if estimate is not None and len(estimate.log_prob) != pair.num_data:
         raise InputError(
-            f"expected an estimate of the {pair.num_data} data, got one of "
+            f"expected an estimate of these {pair.num_data} data points, got one of "
             f"{len(estimate.log_prob)}: pass that of the same x"
         )
     family = _family_of(guide, family)
@@ -274,7 +274,7 @@ class _Refinement:
         ):
             raise InputError(
                 f"expected encode(x) of {type(self.family).__name__} as a dict of tensors, each with "
-                f"a row for each of {len(inputs[0])} data, got {type(parameters).__name__}"
+                f"a row for each of {len(inputs[0])} data points, got {type(parameters).__name__}"
             )
         return parameters
 
@@ -285,7 +285,7 @@ class _Refinement:
         def refined_guide(*inputs: Tensor) -> None:
             if len(inputs[0]) != num_data:
                 raise InputError(
-                    f"expected the {num_data} data that the guide was refined for, got "
+                    f"expected the {num_data} data points that the guide was refined for, got "
                     f"{len(inputs[0])}: it has parameters of its own for each"
                 )
             with pyro.plate(plate, num_data, dim=-1):

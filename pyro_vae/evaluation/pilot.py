@@ -1,7 +1,7 @@
 """The pilot of annealing: a few chains explore each posterior, and what they find is frozen."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,9 +152,12 @@ def fit_start(pilots: list[Pilot]) -> MixtureSameFamily:
     means, factors, evidence = (torch.stack(values, 1) for values in fitted)
     # The root hedges: what is found to be small gets more chains than its share.
     shares = Categorical(logits=(evidence / 2).nan_to_num(nan=-1e9, neginf=-1e9))
+    parts: Any  # unchecked: where a trajectory ran away to there is a density of none
     if factors.dim() == 3:
-        return MixtureSameFamily(shares, Independent(Normal(means, factors), 1))
-    return MixtureSameFamily(shares, MultivariateNormal(means, scale_tril=factors))
+        parts = Independent(Normal(means, factors, validate_args=False), 1, validate_args=False)
+    else:
+        parts = MultivariateNormal(means, scale_tril=factors, validate_args=False)
+    return MixtureSameFamily(shares, parts, validate_args=False)
 
 
 def _fit_normal(pilot: Pilot, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:

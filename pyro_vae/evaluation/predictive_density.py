@@ -122,8 +122,8 @@ def predictive_log_prob(
     unknown = int((~found["trusted"]).sum())
     if unknown:
         warnings.warn(
-            f"{unknown} of {likelihood.shape[1]} data points have too high a Pareto k, or too few "
-            "draws to know it: their log p(x | data) can't be trusted; use more draws",
+            f"{unknown} of {likelihood.shape[1]} data points have a Pareto k that is too high, or "
+            "too few draws to know it: their log p(x | data) can't be trusted; use more draws",
             stacklevel=2,
         )
     joint = LogMarginal(

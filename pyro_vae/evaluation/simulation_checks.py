@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
@@ -24,10 +23,10 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
+    changed_site,
     latent_sites,
     observed_site,
     sample_sites,
-    site_log_prob,
     value_axis,
 )
 from pyro_vae.summary import Summary, shown
@@ -395,13 +394,13 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
         raise InputError(
-            f"expected num_bins of at least 2 that divide num_draws + 1, got {num_bins} for "
+            f"expected num_bins of at least 2 that divides num_draws + 1, got {num_bins} for "
             f"{num_draws} draws: use e.g. num_draws={fitting}"
         )
     if num_data < 5 * num_bins:
         raise InputError(
             f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
-            "test needs five data in each"
+            "test needs five data points in each"
         )
 
 
@@ -425,7 +424,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             inputs[index] = drawn.to(given.dtype)
             if not given.is_floating_point() and (inputs[index] != drawn).any():
                 raise InputError(
-                    f"expected floating-point data at {name!r}, whose simulated values are no whole "
+                    f"expected floating-point data at {name!r}, whose simulated values are not whole "
                     f"numbers, got {given.dtype}: convert them"
                 )
             site["value"] = inputs[index].reshape(site["value"].shape)
@@ -442,16 +441,6 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
     return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in latents}
-
-
-def changed_site(first: Trace, other: Trace) -> str | None:
-    """Return the name of a sample site whose log-density differs between two traces, if one does."""
-    for site in sample_sites(first):
-        name: str = site["name"]
-        both = site_log_prob(site), site_log_prob(other.nodes[name])
-        if not torch.allclose(*both, rtol=1e-4, atol=1e-4, equal_nan=True):
-            return name
-    return None
 
 
 def _source(site: Site, template: Inputs) -> int:

@@ -33,7 +33,7 @@ from pyro_vae.pair.functions import PairFunction, place_pair
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
-from pyro_vae.sources import gather
+from pyro_vae.sources import DataLike, gather
 from pyro_vae.summary import Summary, shown
 
 HISTORY = (
@@ -111,7 +111,7 @@ class FitResult:
 def fit(
     model: PairFunction,
     guide: PairFunction,
-    data: Dataset | Tensor | Sequence[Tensor],
+    data: Dataset | DataLike,
     *,
     epochs: int = 100,
     batch_size: int = 128,
@@ -123,7 +123,7 @@ def fit(
     objective: ELBO | str | None = None,
     beta: float = 1.0,
     warmup_epochs: int | None = 0,
-    validation: Tensor | Sequence[Tensor] | None = None,
+    validation: DataLike | None = None,
     patience: int | None = None,
     schedule: Schedule = "constant",
     gradient_clip: float | None = None,
@@ -376,8 +376,8 @@ def fit(
 def _open(
     model: PairFunction,
     guide: PairFunction,
-    data: Dataset | Tensor | Sequence[Tensor],
-    validation: Tensor | Sequence[Tensor] | None,
+    data: Dataset | DataLike,
+    validation: DataLike | None,
     transform: Transform | None,
     device: str | torch.device,
     settings: FitSettings,

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits, panels
 
 
-def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
+def training_curves(history: Mapping[str, Array], *, title: str = "") -> Figure:
     """Show ELBO, rate and distortion against epochs, as :class:`pyro_vae.FitResult` holds them."""
     figure, places = panels(title, (9, 3.4), columns=3)
     labels = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
@@ -45,7 +45,7 @@ def weight_diagnostics(
     num_samples: Array | None,
     estimates: Array | None,
     *,
-    title: str,
+    title: str = "",
     limit: float = 0.7,
 ) -> Figure:
     """Show how far importance weights can be trusted: their tail index, and the estimate's course.
@@ -80,7 +80,7 @@ def rate_distortion(
     rate_error: Array | None = None,
     distortion_error: Array | None = None,
     active_units: Sequence[int] | None = None,
-    title: str,
+    title: str = "",
 ) -> Figure:
     """Show rate against distortion with the lines of constant ELBO, beside the active units.
 

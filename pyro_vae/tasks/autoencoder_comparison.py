@@ -124,7 +124,7 @@ def compare_autoencoder(
     (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
         raise InputError(
-            f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
+            f"expected at least 2 training data points and 4 held-out ones, got {len(train)} and "
             f"{len(held_out)}"
         )
     with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
@@ -143,7 +143,7 @@ def compare_autoencoder(
         if means.dim() != 2 or not means.is_floating_point():
             raise InputError(
                 "expected a pair with one latent, a vector, got one of shape "
-                f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
+                f"{tuple(means.shape[1:])}: its codes can't be interpolated"
             )
         alone = OpenedFunction(model, (blank(num_random),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]

@@ -79,7 +79,7 @@ def encode(
     code = codes[name]
     if not code.exact:
         warnings.warn(
-            f"the mean of latent {name!r} has no closed form: it is that of "
+            f"the mean of latent {name!r} has no closed form: it is the mean of "
             f"{num_draws or _MEAN_DRAWS:,} draws",
             stacklevel=2,
         )

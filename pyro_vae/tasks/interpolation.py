@@ -94,7 +94,7 @@ def interpolate(
     check_counts(num_steps=num_steps, least=2)
     if pair.num_data != len(ends[0]):
         raise InputError(
-            f"expected as many data to end at as to start from, got {len(ends[0])} for "
+            f"expected as many data points to end at as to start from, got {len(ends[0])} for "
             f"{pair.num_data}"
         )
     with pair.evaluating(seed):
