@@ -108,7 +108,7 @@ def test_a_clone_is_unfitted_and_equal_in_its_settings():
         ("vamp", "full-rank"),
         pytest.param("flow", "iaf", marks=pytest.mark.slow),
         ("gaussian-mixture", "mixture"),
-        ("standard-normal", "spline"),
+        pytest.param("standard-normal", "spline", marks=pytest.mark.slow),
         ("hypersphere-uniform", "von-mises-fisher"),
         ("von-mises-fisher", "von-mises-fisher"),
         ("beta", "beta"),

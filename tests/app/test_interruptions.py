@@ -115,7 +115,7 @@ def test_an_interruption_before_the_command_begins_is_told_too(here, monkeypatch
     assert result == (128 + number, "", told)
 
 
-@pytest.mark.parametrize("command", ["sweep", "compare"])
+@pytest.mark.parametrize("command", [pytest.param("sweep", marks=pytest.mark.slow), "compare"])
 def test_an_interruption_of_several_runs_goes_on_by_the_same_command(here, monkeypatch, command):
     with monkeypatch.context() as patch:
         patch.setattr(study, "train_run", signalled(signal.SIGTERM, study.train_run))

@@ -217,7 +217,10 @@ def test_seeds_share_the_data_and_runs_stay_usable(there):
 
 @pytest.mark.parametrize(
     ("command", "folder", "table"),
-    [(SWEEP, "swept", "sweep.csv"), (COMPARE, "compared", "comparison.csv")],
+    [
+        pytest.param(SWEEP, "swept", "sweep.csv", marks=pytest.mark.slow),
+        (COMPARE, "compared", "comparison.csv"),
+    ],
 )
 def test_a_finished_study_is_loaded_and_a_half_done_run_trained_again(
     there, finished, monkeypatch, command, folder, table

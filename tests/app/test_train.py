@@ -280,7 +280,10 @@ def test_the_bernoulli_starts_at_the_training_mean():
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("network", "shape"), [("conv", (3, 5, 6)), ("resnet", (2, 9))])
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [pytest.param("conv", (3, 5, 6), marks=pytest.mark.slow), ("resnet", (2, 9))],
+)
 def test_convolutional_networks_by_name(tmp_path, monkeypatch, network, shape):
     monkeypatch.chdir(tmp_path)
     np.save("own.npy", np.random.default_rng(0).random((60, *shape)))

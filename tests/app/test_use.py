@@ -39,7 +39,6 @@ REPEATED = ("latent", "traverse", "interpolate", "metropolis")  # of "plain", an
 QUICK = {
     *(("plain", command) for command in COMMANDS.keys() - REPEATED),
     *(("vectors", command) for command in ("manifold", "traverse", "importance")),
-    ("sphere", "latent"),
 }
 
 

@@ -17,12 +17,11 @@ from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.weights.particles import Particles
 
 CONTINUOUS = ["probabilistic_pca", "gaussian", "beta_bernoulli", "mixture_prior", "small_decoder"]
-# One each of a normal latent, one in an interval, several modes and a network, from both starts.
+# One each of a normal latent, one in an interval and a network, from both starts.
 QUICK = {
     ("probabilistic_pca", "guide"),
     ("beta_bernoulli", "guide"),
     ("beta_bernoulli", "prior"),
-    ("mixture_prior", "guide"),
     ("small_decoder", "guide"),
 }
 

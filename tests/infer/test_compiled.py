@@ -151,7 +151,11 @@ def test_subsample_indices_are_fresh_and_scaled():
 
 
 @pytest.mark.parametrize(
-    "normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+    "normed",
+    [
+        pytest.param(nn.utils.parametrizations.weight_norm, marks=pytest.mark.slow),
+        nn.utils.parametrizations.spectral_norm,
+    ],
 )
 def test_weight_and_spectral_norm(x, normed):
     def make():

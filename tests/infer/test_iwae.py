@@ -91,8 +91,14 @@ def test_at_the_posterior_every_draw_gives_log_p(gradient):
 
 # --- gradients ---
 
+# A pair of one latent is the least of them.
+every_pair = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "standard" else ()) for name in PAIRS],
+)
 
-@pytest.mark.parametrize("name", PAIRS)
+
+@every_pair
 def test_doubly_reparameterized_gradient_has_the_plain_ones_mean(name):
     model, guide, modules = make_pair(name)
     x = torch.rand(3, 4).bernoulli().repeat(80, 1)
@@ -103,7 +109,7 @@ def test_doubly_reparameterized_gradient_has_the_plain_ones_mean(name):
     assert_same_mean(doubly, plain)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@every_pair
 def test_doubly_reparameterized_gradient_has_less_variance_for_the_guide(name):
     model, guide, modules = make_pair(name)
     x = torch.rand(3, 4).bernoulli().repeat(20, 1)
@@ -135,7 +141,7 @@ def frozen_vamp_model(vae):
     return model
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_gradients_agree_in_the_mean_under_beta(beta):
     model, guide, modules = make_pair("hierarchical")
     model, guide = scale_latents(model, beta), scale_latents(guide, beta, is_guide=True)

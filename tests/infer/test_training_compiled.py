@@ -105,7 +105,7 @@ def assert_same(found, expected):
     ("make", "options"),
     [
         (make_vae, {"warmup_epochs": 2, "beta": 2.0}),
-        (make_vae, {"gradient_clip": 0.5, "schedule": "cosine"}),
+        pytest.param(make_vae, {"gradient_clip": 0.5, "schedule": "cosine"}, marks=pytest.mark.slow),
         (make_vae, {"precision": "bfloat16"}),
         (Conditional, {}),
         pytest.param(make_spherical_vae, {}, marks=pytest.mark.slow),
@@ -127,7 +127,7 @@ def test_captured_fit_is_eager_fit(make, options, x, captures):
         pytest.param(StickingTheLanding(), marks=pytest.mark.slow),
         pytest.param(AnalyticKL(), marks=pytest.mark.slow),
         DefaultBound(),
-        TraceBound(num_particles=2, vectorize_particles=True),
+        pytest.param(TraceBound(num_particles=2, vectorize_particles=True), marks=pytest.mark.slow),
     ],
     ids=["IWAE", "sticking the landing", "closed form", "default", "vectorised particles"],
 )

@@ -29,7 +29,7 @@ from pyro_vae.infer import AnalyticKL, TraceBound
     [
         Trace_ELBO(num_particles=2),
         pytest.param(Trace_ELBO(num_particles=2, vectorize_particles=True), marks=pytest.mark.slow),
-        TraceMeanField_ELBO(),
+        pytest.param(TraceMeanField_ELBO(), marks=pytest.mark.slow),
         TraceGraph_ELBO(),
     ],
     ids=["particles", "vectorised", "mean-field", "graph"],

@@ -158,7 +158,8 @@ GUIDES = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["AutoNormal", pytest.param("by hand", marks=pytest.mark.slow), "table"]
+    "kind",
+    ["AutoNormal", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("by hand", "table"))],
 )
 def test_parameters_per_data_point_are_trained_on_the_whole_set_in_its_order(kind, x):
     guide = GUIDES[kind](len(x))
