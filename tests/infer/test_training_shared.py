@@ -134,7 +134,7 @@ def test_local_latents_beside_a_shared_one_end_at_the_posterior():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x + pull * mean, scale.exp()))
 
-    settings = {"batch_size": 32, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
+    settings = {"batch_size": 16, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
     pv.fit(hierarchy, guide, x, objective=many_draws(), **settings, **OPTIONS)
     mean, deviation = posterior_of_mean(x, math.sqrt(NOISE**2 + 1))
     assert abs(pyro.param("loc").item() - mean) < 0.1 * deviation
@@ -160,7 +160,7 @@ def test_a_mean_field_guide_ends_at_its_own_optimum():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x + offset, scale.exp()))
 
-    settings = {"batch_size": 32, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
+    settings = {"batch_size": 16, "epochs": 120, "learning_rate": 0.05, "schedule": "cosine"}
     pv.fit(model, guide, x, objective=many_draws(), **settings, **OPTIONS)
     mean, deviation = posterior_of_mean(x, math.sqrt(2))
     own = 1 / math.sqrt(1 / WIDTH**2 + N)  # of the mean given every z
