@@ -64,18 +64,18 @@ def make_pair(prior_name, family_name, latent_dim=4):
     return VAE(prior, likelihood, family)
 
 
-def train(vae, steps=40, data=None):
+def train(vae, steps=60, data=None):
     """Train by plain Pyro and return the losses per datum."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 5e-3}), Trace_ELBO())
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-3}), Trace_ELBO())
     batches = (digits() if data is None else data).split(64)
     losses = [svi.step(batches[step % len(batches)]) / 64 for step in range(steps)]
     pyro.clear_param_store()
     return torch.tensor(losses)
 
 
-def assert_trains(vae, steps=40, data=None):
+def assert_trains(vae, steps=60, data=None):
     before = copy.deepcopy(dict(vae.named_parameters()))
     losses = train(vae, steps, data)
     assert losses.isfinite().all()
