@@ -18,15 +18,9 @@ from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.networks import Head, feature_shape
 
 __all__ = [
-    "Beta",
-    "FullRankNormal",
-    "InverseAutoregressiveFlow",
-    "MeanFieldNormal",
-    "MixtureOfNormals",
-    "NeuralSplineFlow",
-    "VariationalFamily",
-    "VonMisesFisher",
-]
+    "Beta", "FullRankNormal", "InverseAutoregressiveFlow", "MeanFieldNormal", "MixtureOfNormals",
+    "NeuralSplineFlow", "VariationalFamily", "VonMisesFisher",
+]  # fmt: skip
 
 
 class VariationalFamily(nn.Module):

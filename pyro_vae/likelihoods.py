@@ -18,16 +18,9 @@ from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "Gaussian",
-    "Likelihood",
-    "NegativeBinomial",
-    "Poisson",
-    "StudentT",
-]
+    "Bernoulli", "Categorical", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian",
+    "Likelihood", "NegativeBinomial", "Poisson", "StudentT",
+]  # fmt: skip
 
 SIGMAS = ("learned", "per-column", "per-pixel")
 

@@ -19,15 +19,9 @@ from torch import Tensor, nn
 from pyro_vae.errors import InputError, size, sizes, unknown_name
 
 __all__ = [
-    "ACTIVATIONS",
-    "Conditional",
-    "ConvDecoder",
-    "ConvEncoder",
-    "Head",
-    "MLPDecoder",
-    "MLPEncoder",
+    "ACTIVATIONS", "Conditional", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder",
     "Standardized",
-]
+]  # fmt: skip
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

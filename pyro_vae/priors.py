@@ -20,15 +20,9 @@ from pyro_vae.errors import InputError, positive_number, size, sizes
 from pyro_vae.networks import Standardized, check_range, check_shape
 
 __all__ = [
-    "Beta",
-    "FlowPrior",
-    "GaussianMixture",
-    "HypersphericalUniform",
-    "Prior",
-    "StandardNormal",
-    "VampPrior",
-    "VonMisesFisher",
-]
+    "Beta", "FlowPrior", "GaussianMixture", "HypersphericalUniform", "Prior", "StandardNormal",
+    "VampPrior", "VonMisesFisher",
+]  # fmt: skip
 
 
 class Prior(nn.Module):

@@ -112,20 +112,13 @@ def bidirectional(
     model. The upper side holds for simulated data only.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
+        model, guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe
             (labels), which are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M; by default N.
-        num_chains: chains per datum and direction.
-        num_steps: intermediate distributions.
-        num_leapfrog_steps: most gradient evaluations of a transition.
-        num_transitions: transitions at each intermediate distribution.
+        num_chains, num_steps, num_leapfrog_steps, num_transitions: as there; chains each way.
         start: ``"guide"`` or ``"prior"``, the far end of the path.
         schedule: ``"sigmoid"`` or ``"linear"``.
-        max_memory: bytes that a block of chains may need.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data done, M).
 
     Raises:

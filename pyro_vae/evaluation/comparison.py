@@ -100,8 +100,7 @@ def compare(
             is to be trained already) and with ``train`` trains the guides alone; the models of the
             other pairs are not used. None takes each pair whole.
         fit_options: options of :func:`pyro_vae.fit`.
-        max_memory: bytes that a chunk may need.
-        plate: name of the data plate.
+        max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
         seed: seed of training and draws; the generators' state is restored afterwards.
         progress: called with (name of the pair, what is being done, share done of it).
 

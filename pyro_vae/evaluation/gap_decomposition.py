@@ -135,9 +135,8 @@ def inference_gaps(
     local: the true approximation gap can only be smaller.
 
     Args:
-        model: the generative function of the pair.
+        model, x, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, with one latent site.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         family: object with ``encode(*x)`` (a dict of unconstrained per-datum tensors) and
             ``distribution(parameters)`` that the guide draws from; by default the
             ``variational_family`` of the VAE whose method the guide is.
@@ -148,9 +147,6 @@ def inference_gaps(
             steps, and 50 more (250 where it has converged) make the average that is kept.
         tolerance: share of a standard error below which a window's improvement counts as none.
         estimate: an estimate of log p(x) to use instead, e.g. an annealed one of the same data.
-        max_memory: bytes that the draws of a step may need.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data refined, N).
 
     Raises:

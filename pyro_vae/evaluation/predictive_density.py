@@ -73,14 +73,12 @@ def predictive_log_prob(
     ``num_samples`` importance weights; what the model enumerates is summed out.
 
     Args:
-        model: the generative function of the pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, fitted.
         x: data ``(N, ...)``, held out or not, or a tuple of tensors passed as ``model(*x)``.
         given: the data that theta is drawn for, where the guide looks at them.
         num_draws: draws of theta, S.
         num_samples: draws of the latents of each data point for each theta.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: no shared latent, data points that can't be weighed rightly (see

@@ -71,14 +71,10 @@ def posterior_divergence(
     The box holds the mass of both densities. The grid is refined until two of them agree.
 
     Args:
-        model: the generative function of the pair.
+        model, x, max_memory, plate, progress: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, with one real latent site of one or two dimensions per datum.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         num_points: grid points per dimension of the first grid, odd; by default 1,025 and 161.
-        max_memory: bytes that a chunk of the grid may need.
-        plate: name of the data plate.
         seed: seed of the draws that place the box; the result hardly depends on it.
-        progress: called with (data done, N).
 
     Raises:
         InputError: several latent sites, a latent of another size or support, a number of points that

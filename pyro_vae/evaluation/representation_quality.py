@@ -158,16 +158,12 @@ def representation(
     predicted by a fit to the other folds.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``model(*x)``.
         labels: classes ``(N,)``, for the accuracies.
         num_samples: draws of each datum's posterior, at least 2 (the errors come from their spread).
         num_neighbours: k of the nearest-neighbour classifier.
         num_folds: folds of the cross-validation, less where a class has fewer members.
-        max_memory: bytes that a block of scores may need; by default as in
-            :func:`pyro_vae.log_marginal`.
-        plate: name of the data plate.
         seed: seed of draws and folds; the generators' state is restored afterwards.
 
     Raises:

@@ -104,15 +104,12 @@ def posterior_predictive(
     """Draw latents given each datum, new data given these, and compare statistics of both.
 
     Args:
-        model: the generative function of the pair.
+        model, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, taken for the posterior.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         statistics: by name, functions from data ``(N, ...)`` to one number each, ``(N,)``; by default
             the mean and the standard deviation over the values of a datum.
         num_draws: data drawn in place of each datum, S.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: several observed sites without a name, no site of that name, no statistic, one of
@@ -214,12 +211,8 @@ def aggregate_posterior(
     was never trained to decode. Agreement of the dimensions one by one is necessary, not sufficient.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
+        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         num_draws: draws per datum. Several of one are not independent: p-values are too small.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: a number of draws below 1, or a pair that can't be weighed.
@@ -346,15 +339,12 @@ def calibration(
     Where the guide is the posterior the ranks are uniform. Both are run in eval mode.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe, which
             are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M.
         num_draws: draws of the guide per datum, L; L + 1 is to be a multiple of the bins.
         num_bins: bins of the test, at most M / 5: each should expect five data.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data done, M).
 
     Raises:

@@ -101,15 +101,13 @@ def compare_autoencoder(
     Args:
         autoencoder: a trained autoencoder.
         model: the generative function of a trained pair with one latent, a vector.
-        guide: its variational function.
+        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         train: training data ``(M, *data_shape)``, M at least 2.
         held_out: other data ``(N, *data_shape)``, N at least 4; the first four are the grid's
             corners, and at most ``num_random`` of them are used for distances.
         num_random: random latents, S.
         grid_size: latents along each side of the grid, G.
-        observed: name of the pair's observed site; needed where it has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: too few data or random latents, or a pair with several latents.

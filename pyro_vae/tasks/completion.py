@@ -113,7 +113,7 @@ def complete(
 
     Args:
         model: a generative function whose observed site is elementwise given the latents.
-        guide: its variational function.
+        guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, *data_shape)``, or a tuple of tensors; hidden places may hold anything.
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.
@@ -126,9 +126,6 @@ def complete(
             own, of the model; every second one starts from a draw of the prior in any case.
         observed: name of the observed site with missing values; needed where the model has several.
         position: which of the inputs has the missing values.
-        plate: name of the data plate.
-        max_memory: bytes that a pass may need; by default as in :func:`pyro_vae.log_marginal`.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: an option out of range or without effect, a ``missing`` that doesn't fit, a NaN

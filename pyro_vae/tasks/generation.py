@@ -54,13 +54,11 @@ def encode(
     """Return the latent codes of data: posterior means ``(N, ...)`` or draws ``(num_draws, N, ...)``.
 
     Args:
-        guide: the variational function of a pair.
+        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
         mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
         num_draws: draws returned (default 1), or for a mean without closed form (default 1,000).
         site: name of the latent; needed where the guide has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: no latent, several without a name, one of another name or outside the data plate.
@@ -99,14 +97,12 @@ def decode(
     """Return the data that latents stand for, ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
-        model: the generative function of a pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
             name. Sites that are not named are drawn from the prior.
         like: inputs ``(N, ...)`` that give shape and conditions; observed values are not used.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: latents of another name, number or shape, an observed site that can't be told or
@@ -165,7 +161,7 @@ def generate(
         \qquad x \sim p(x | z)
 
     Args:
-        model: the generative function of a pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         like: inputs ``(N, ...)`` that give number, shape and conditions, not the observed values.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
@@ -173,10 +169,7 @@ def generate(
         data: inputs ``(M, ...)`` whose posteriors are mixed; by default ``like``.
         temperature: factor of the spread (standard deviation) of the distributions that latents are
             drawn from: location-scale families, mixtures (each component's), flows (the base's).
-        mean: return the likelihood's mean instead of a draw from it.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
@@ -218,13 +211,8 @@ def reconstruct(
     """Encode data and decode them again, ``(N, *data_shape)``: from the guide, then the likelihood.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
-        mean: return the likelihood's mean instead of a draw from it.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean,

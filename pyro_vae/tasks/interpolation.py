@@ -75,14 +75,11 @@ def interpolate(
     The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data to start from ``(N, ...)``, or a tuple of tensors; they give the conditions.
         to: as many data to end at.
         num_steps: points on the way, both ends included.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
@@ -132,16 +129,13 @@ def traverse(
     moves along the meridian through the code: the others shrink together so that the length stays 1.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data whose codes are moved ``(N, ...)``, or a tuple of tensors.
         dimensions: coordinates of the (flattened) latent to move, from 0; by default every one.
         num_steps: values per coordinate.
         coverage: probability under the prior between the first value and the last.
-        site: name of the latent; needed where the guide has several.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+        site, observed: as :func:`pyro_vae.tasks.encode` and :func:`pyro_vae.tasks.decode` have
+            them.
 
     Raises:
         InputError: options out of range, or a latent that can't be moved.
@@ -178,16 +172,10 @@ def manifold(
     longitude and latitude over the two coordinates and the mean direction of the others.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, num_steps, coverage, site, observed, plate, seed: as
+            :func:`pyro_vae.tasks.traverse` has them.
         x: data ``(N, ...)`` whose mean code is taken; the first gives conditions and other sites.
         dimensions: the two coordinates of the (flattened) latent, from 0.
-        num_steps: values per coordinate.
-        coverage: probability under the prior between a coordinate's first value and its last.
-        site: name of the latent; needed where the guide has several.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
 
     Raises:
         InputError: options out of range, or a latent of fewer than two coordinates.
