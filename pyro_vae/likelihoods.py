@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae.distributions import values
-from pyro_vae.errors import InputError, positive_number, size
+from pyro_vae.errors import InputError, check_choice, positive_number, size
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
 
@@ -87,10 +87,9 @@ class Likelihood(nn.Module):
 
         Both have ``data_shape``. Refused by a likelihood of values with a range of their own.
         """
-        raise InputError(
-            f"expected a likelihood of real values to standardise, got {type(self).__name__}: its "
-            "data stay as they are; divide x by one number yourself, or use Gaussian"
-        )
+        wanted = "a likelihood of real values to standardise"
+        advice = "its data stay as they are; divide x by one number yourself, or use Gaussian"
+        raise InputError(f"expected {wanted}, got {type(self).__name__}: {advice}")
 
     def check(self, x: Tensor) -> None:
         """Refuse data ``(N, *data_shape)`` this density is not defined for, once per data set.
@@ -104,10 +103,8 @@ class Likelihood(nn.Module):
         off = (off - off.round()).abs()
         if off.max() > 1e-3:
             kind = "whole numbers" if self.step == 1 else f"multiples of {self.step:.6g}"
-            raise InputError(
-                f"expected {kind} for {type(self).__name__}, got {x.flatten()[off.argmax()]:g}: "
-                f"{self.instead}"
-            )
+            wanted = f"{kind} for {type(self).__name__}"
+            raise InputError(f"expected {wanted}, got {x.flatten()[off.argmax()]:g}: {self.instead}")
 
     def bits_per_dimension(self, log_prob: float) -> float:
         """Return log p(x) in nats as bits for each value; a code's length where x is discrete."""
@@ -429,8 +426,7 @@ class Poisson(Likelihood):
         self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
     ) -> None:
         super().__init__(decoder, data_shape)
-        if size_factor not in (None, "observed", "learned"):
-            raise InputError(f"expected size_factor None, observed or learned, got {size_factor!r}")
+        check_choice("size_factor", size_factor, (None, "observed", "learned"))
         self.size_factor = size_factor
         self.log_rate = Head(feature_shape(decoder), self.data_shape)
         self.takes_sizes = size_factor == "observed"

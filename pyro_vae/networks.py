@@ -145,10 +145,8 @@ class _Convolutional(nn.Module):
         self.data_shape = sizes("data_shape", data_shape)
         self.dims = len(self.data_shape) - 1
         if self.dims not in _CONVOLUTIONS:
-            raise InputError(
-                "expected curves of shape (channels, length) or images of shape (channels, height, "
-                f"width), got {self.data_shape}: use an MLP for other data"
-            )
+            wanted = "curves of shape (channels, length) or images of shape (channels, height, width)"
+            raise InputError(f"expected {wanted}, got {self.data_shape}: use an MLP for other data")
         self.channels = sizes("channels", channels)
         self.activation, self.norm = activation, norm
         self.residual_blocks = size("residual_blocks", residual_blocks, least=0)
@@ -396,10 +394,8 @@ def check_shape(
         advice = f"build the {owner} with the data's own shape"
         if tuple(x.shape) == data_shape:
             advice = "of one datum pass x[None]"
-        raise InputError(
-            f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
-            f"got {tuple(x.shape)}: {advice}"
-        )
+        wanted = f"data of shape ({batch}, {', '.join(map(str, data_shape))})"
+        raise InputError(f"expected {wanted}, got {tuple(x.shape)}: {advice}")
 
 
 def check_range(x: Tensor, accepts: tuple[float, float], owner: str, advice: str) -> None:
@@ -408,18 +404,15 @@ def check_range(x: Tensor, accepts: tuple[float, float], owner: str, advice: str
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise InputError("expected finite data, got NaN or infinity: remove or fill them")
     if smallest < low or largest > high:
-        raise InputError(
-            f"expected x in [{low:g}, {high:g}] for {owner}, got values from {smallest:g} to "
-            f"{largest:g}: {advice}"
-        )
+        wanted = f"x in [{low:g}, {high:g}] for {owner}"
+        raise InputError(f"expected {wanted}, got values from {smallest:g} to {largest:g}: {advice}")
 
 
 def feature_shape(network: nn.Module) -> tuple[int, ...]:
     """Return the shape of a network's features of one datum; refuse one that does not say it."""
     shape = getattr(network, "out_shape", None)
     if shape is None:
-        raise InputError(
-            f"expected a network with an attribute out_shape, got {type(network).__name__}: "
-            "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
-        )
+        wanted = "a network with an attribute out_shape"
+        advice = "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
+        raise InputError(f"expected {wanted}, got {type(network).__name__}: {advice}")
     return tuple(shape)

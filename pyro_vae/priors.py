@@ -285,10 +285,9 @@ class VampPrior(Prior):
     ) -> None:
         super().__init__()
         if getattr(guide, "latent_dim", None) is None:
-            raise InputError(
-                f"expected a family with an attribute latent_dim, got {type(guide).__name__}: "
-                "set it to the size of the latent vector"
-            )
+            wanted = "a family with an attribute latent_dim"
+            advice = "set it to the size of the latent vector"
+            raise InputError(f"expected {wanted}, got {type(guide).__name__}: {advice}")
         # Past nn.Module's own __setattr__, which would register the family as a part of the prior and
         # so save it, list its parameters and hand it to Pyro a second time.
         object.__setattr__(self, "guide", guide)

@@ -49,10 +49,8 @@ def compare_families(
     if how.method == "annealed":
         raise InputError("expected the method auto, importance or both, got annealed: both has it")
     seeds, hold = combined.seeds, combined.hold
-    axes = {
-        axis: tuple(part.strip() for part in getattr(combined, f"{axis}s").split(","))
-        for axis in ("prior", "likelihood", "guide")
-    }
+    told = {axis: getattr(combined, f"{axis}s") for axis in ("prior", "likelihood", "guide")}
+    axes = {axis: tuple(map(str.strip, text.split(","))) for axis, text in told.items()}
     _check_axes(axes, hold)
     members = _combine(settings, axes, seeds)
     first = next(iter(members.values()))
@@ -180,12 +178,9 @@ def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str,
     shown = []
     for name, row in rows.items():
         difference, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
-        values = (
-            row[quantity],
-            row[f"{quantity}_run_deviation"],
-            plus_minus(difference, half_width, 3),
-        )
-        shown.append([name, *values, row["elbo"], row["verdict"]])
+        values = row[quantity], row[f"{quantity}_run_deviation"]
+        to_best = plus_minus(difference, half_width, 3)
+        shown.append([name, *values, to_best, row["elbo"], row["verdict"]])
     header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
     print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")

@@ -78,12 +78,8 @@ def write_run_page(
     page.section("Pictures")
     for name in ("samples", "reconstructions"):
         page.figure(pictures[name], caption=_CAPTIONS[name])
-    resolved = {
-        "compile": metrics["compile_choice"],
-        "device": metrics["device"],
-        "start": run["start"],
-        "data points": run["num_data"],
-    }
+    resolved = {"compile": metrics["compile_choice"], "device": metrics["device"]}
+    resolved |= {"start": run["start"], "data points": run["num_data"]}
     write_page(page, folder, {**run, "settings": settings | resolved})
 
 

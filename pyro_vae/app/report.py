@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape as escape_markup
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,9 @@ class Page:
 
     def facts(self, values: Mapping[str, object], *, caption: str) -> None:
         """Add names and their values, such as settings; a mapping inside becomes names of its own."""
-        rows = "".join(
-            f'<tr><th scope="row">{escape(name)}</th><td>{escape(_cell(value, None))}</td></tr>\n'
-            for name, value in _flat(values)
-        )
+        cells = [(escape(name), escape(_cell(value, None))) for name, value in _flat(values)]
+        row = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
+        rows = "".join(row(*each) for each in cells)
         self._parts.append(
             f'<div class="wide"><table class="facts"><caption>{escape(caption)}</caption>\n'
             f"<tbody>\n{rows}</tbody></table></div>"
@@ -146,12 +145,7 @@ def escape(text: str, quote: bool = True) -> str:
 
 
 def print_table(
-    title: str,
-    header: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    decimals: int = 2,
-    min_width: int | None = None,
+    title: str, header: Sequence[str], rows: _Rows, *, decimals: int = 2, min_width: int | None = None
 ) -> None:
     """Print a table with the cells of :meth:`Page.table`, numbers to the right."""
     table = Table(title=title, title_justify="left", min_width=min_width)

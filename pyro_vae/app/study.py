@@ -79,10 +79,9 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     begun = _check_folder(folder, asked)
     dataset = load_data(settings)
     if begun not in (None, dataset.checksums):
-        raise InputError(
-            f"expected the data that {folder} was begun with, got others by the checksum: restore "
-            "them or choose another folder"
-        )
+        wanted = f"the data that {folder} was begun with"
+        advice = "restore them or choose another folder"
+        raise InputError(f"expected {wanted}, got others by the checksum: {advice}")
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
     with new_folder(folder), locked(folder):
         try:

@@ -80,10 +80,8 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     check_single(folder)
     run, settings = read_run(folder)
     if run.get("checkpoints") is None:
-        raise InputError(
-            f"expected a run that `pyro-vae train` began in {folder}, got one of several: repeat the "
-            "command that began them"
-        )
+        wanted = f"a run that `pyro-vae train` began in {folder}"
+        raise InputError(f"expected {wanted}, got one of several: repeat the command that began them")
     kinds: dict[str, Any] = {"every": int | None, "minutes": float | int | None}
     check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
     when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
@@ -92,10 +90,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     if _is_finished(folder, processes):
         return folder
     if (begun := run.get("processes", 1)) != processes.size:
-        raise InputError(
-            f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
-            "start as many by torchrun, or one without it"
-        )
+        wanted = f"as many processes as {folder} was begun with, {begun}"
+        advice = "start as many by torchrun, or one without it"
+        raise InputError(f"expected {wanted}, got {processes.size}: {advice}")
     where = given.get("data_root")
     dataset = processes.first_before_others(lambda: load_data_of_run(folder, told, where))
     with ExitStack() as stack:
@@ -249,10 +246,8 @@ def _measure(
 def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
     subject = pictures.Subject(vae, lambda: dataset, pictures.limits_of(dataset), _SEED)
-    drawn = {
-        "samples": pictures.draw_samples(subject, Sample()),
-        "reconstructions": pictures.draw_reconstructions(subject, Reconstruct()),
-    }
+    drawn = {"samples": pictures.draw_samples(subject, Sample())}
+    drawn["reconstructions"] = pictures.draw_reconstructions(subject, Reconstruct())
     if len(result.history["train_elbo"]):
         title = f"Training: {Path(dataset.name).name}, {result.num_parameters:,} parameters"
         drawn["training"] = plots.training_curves(result.history, title=title)

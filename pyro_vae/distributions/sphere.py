@@ -60,10 +60,9 @@ class SphereDistribution(TorchDistribution):
         try:
             super()._validate_sample(value)
         except ValueError as error:
-            raise InputError(
-                f"expected unit vectors that broadcast to shape {tuple(self.shape())}, got "
-                f"{_describe(value)}: check the shape and divide by the norm"
-            ) from error
+            wanted = f"unit vectors that broadcast to shape {tuple(self.shape())}"
+            advice = "check the shape and divide by the norm"
+            raise InputError(f"expected {wanted}, got {_describe(value)}: {advice}") from error
 
 
 def _describe(value: object) -> str:

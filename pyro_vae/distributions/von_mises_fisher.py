@@ -184,10 +184,9 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
     try:
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
     except RuntimeError as error:
-        raise InputError(
-            f"expected concentration of shape {tuple(loc.shape[:-1])} for loc of shape "
-            f"{tuple(loc.shape)}, got {tuple(concentration.shape)}: one number for each vector"
-        ) from error
+        wanted = f"concentration of shape {tuple(loc.shape[:-1])} for loc of shape {tuple(loc.shape)}"
+        advice = "one number for each vector"
+        raise InputError(f"expected {wanted}, got {tuple(concentration.shape)}: {advice}") from error
     loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
     return loc, concentration.to(dtype).expand(batch_shape)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_room
+from pyro_vae.errors import InputError, check_choice, check_counts, check_room
 from pyro_vae.evaluation.estimate import (
     LogMarginal,
     PosteriorDraws,
@@ -52,12 +52,8 @@ class AnnealingOptions:
     def __post_init__(self) -> None:
         check_counts(**{n: value for n, value in vars(self).items() if n.startswith("num_")})
         check_room("temperatures", 32 * self.num_steps, "lower num_steps")
-        if self.start not in ("both", "guide", "prior"):
-            raise InputError(f"expected start 'both', 'guide' or 'prior', got {self.start!r}")
-        if self.schedule not in ("adaptive", "sigmoid", "linear"):
-            raise InputError(
-                f"expected schedule 'adaptive', 'sigmoid' or 'linear', got {self.schedule!r}"
-            )
+        check_choice("start", self.start, ("both", "guide", "prior"))
+        check_choice("schedule", self.schedule, ("adaptive", "sigmoid", "linear"))
 
     def betas(self) -> list[float]:
         """Return the positions on a path that does not adapt, T + 1 numbers from 0 to 1."""
@@ -182,9 +178,8 @@ def annealed_weights(
             log_weights = log_weights + rise * state.increment
         step_size, factor = plan.tuning.at(beta)
         for _ in range(options.num_transitions):
-            state, probability = transition(
-                plan.path, state, beta, step_size, factor, options.num_leapfrog_steps
-            )
+            longest = options.num_leapfrog_steps
+            state, probability = transition(plan.path, state, beta, step_size, factor, longest)
             acceptance.append(probability.mean(0))
         if reverse:
             log_weights = log_weights + rise * state.increment
@@ -207,17 +202,14 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     state = path.evaluate(position)
     bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
     if bad.any():
-        raise InputError(
-            f"expected finite log-probabilities where the chains start, got NaN or infinity for "
-            f"{int(bad.sum())} of {len(bad)} data points: look for NaN parameters"
-        )
-    log_weights, state, acceptance = annealed_weights(
-        plan,
-        state,
-        options,
-        # The last data point is told of once the block's numbers are in.
-        tell=lambda fraction: report.tell(min(fraction, 0.999) * particles.num_data),
-    )
+        wanted = "finite log-probabilities where the chains start"
+        got = f"NaN or infinity for {int(bad.sum())} of {len(bad)} data points"
+        raise InputError(f"expected {wanted}, got {got}: look for NaN parameters")
+
+    def tell(fraction: float) -> None:  # of the last data point once the block's numbers are in
+        report.tell(min(fraction, 0.999) * particles.num_data)
+
+    log_weights, state, acceptance = annealed_weights(plan, state, options, tell=tell)
     # As many chains again, of half the steps: where these are too few the estimate still rises.
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
@@ -247,14 +239,10 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
 
 
 def _diagnose(
-    estimate: dict[str, Tensor],
-    log_weights: Tensor,
-    from_half: Tensor,
-    acceptance: Tensor,
-    plan: Plan,
+    found: Any, log_weights: Tensor, from_half: Tensor, acceptance: Tensor, plan: Plan
 ) -> dict[str, Tensor]:
     """Return what the weights of a block show, each ``(N,)`` as a share of its limit."""
-    value, error = estimate["log_prob"], estimate["standard_error"]
+    value, error = found["log_prob"], found["standard_error"]
 
     def deviate(difference: Tensor, *errors: Tensor) -> Tensor:
         allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
@@ -264,18 +252,15 @@ def _diagnose(
     # By turns: the chains of one part of a mixture stand together. One chain has no halves.
     halves = (log_weights[::2], log_weights[1::2]) if len(log_weights) > 1 else (log_weights,) * 2
     one, other = map(log_mean_weights, halves)
-    found = {
+    errors = one["standard_error"], other["standard_error"]
+    shares = {
         "steps": deviate((value - half["log_prob"]).abs(), error, half["standard_error"]),
-        "halves": deviate(
-            (one["log_prob"] - other["log_prob"]).abs(),
-            one["standard_error"],
-            other["standard_error"],
-        ),
+        "halves": deviate((one["log_prob"] - other["log_prob"]).abs(), *errors),
         "acceptance": (1 - acceptance.amin(0)) / (1 - _LEAST_ACCEPTANCE),
-        "weights": _LEAST_SHARE * len(log_weights) / estimate["ess"],
+        "weights": _LEAST_SHARE * len(log_weights) / found["ess"],
     }
     if plan.prior is not None:
         # What is missed shows as a higher evidence; a path too short for it finds too little.
         above = (plan.prior.log_prob - value).clamp(min=0)
-        found["prior"] = deviate(above, error, plan.prior.variance.sqrt())
-    return found
+        shares["prior"] = deviate(above, error, plan.prior.variance.sqrt())
+    return shares

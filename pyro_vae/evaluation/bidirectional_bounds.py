@@ -131,9 +131,8 @@ def bidirectional(
         Carlo"; Grosse, Ancha, Roy 2016, "Measuring the reliability of MCMC inference with
         bidirectional Monte Carlo", section 3.
     """
-    options = AnnealingOptions(
-        num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
-    )
+    numbers = num_chains, num_steps, num_leapfrog_steps, num_transitions
+    options = AnnealingOptions(*numbers, start, schedule)
     template = open_pair(model, guide, x, plate=plate)
     num_data = template.num_data if num_data is None else num_data
     check_counts(num_data=num_data)

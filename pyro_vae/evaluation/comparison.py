@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
+from pyro_vae.errors import InputError, check_choice, check_optional_counts, first_line, whole_number
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
@@ -41,11 +40,9 @@ from pyro_vae.pair.functions import (
     owned_modules,
     resolve_device,
 )
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.inputs import Data, as_inputs, check_data
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
-
-Data = Tensor | Sequence[Tensor]
 
 
 class _Settings(NamedTuple):
@@ -173,10 +170,8 @@ def compare(
             fits = {} if train is None else train_pairs(chosen, train, options, report)
             if fits or frozen:
                 opened = open_all(chosen)
-            runs = {
-                name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
-                for name, pair in opened.items()
-            }
+            looks_on = {n: (owned[n], fits.get(n)) for n in opened}
+            runs = {n: [_measure(n, p, settings, report, *looks_on[n])] for n, p in opened.items()}
             if auto is not None:
                 runs = _anneal_alike(opened, runs, auto, settings)
     return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
@@ -191,10 +186,9 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
         if not isinstance(name, str):
             raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
-            raise InputError(
-                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: of a VAE pass "
-                "(vae.model, vae.guide)"
-            )
+            wanted = f"(model, guide) for {name!r}"
+            advice = "of a VAE pass (vae.model, vae.guide)"
+            raise InputError(f"expected {wanted}, got {type(pair).__name__}: {advice}")
 
 
 def _check_options(
@@ -203,14 +197,10 @@ def _check_options(
     """Refuse options out of range or without effect; return annealing's, and how many data points."""
     named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
     if named not in ({"importance"}, {"importance", "annealed"}, {"auto"}):
-        raise InputError(
-            "expected methods ('importance',), ('importance', 'annealed') or ('auto',), got "
-            f"{methods!r}"
-        )
-    if posterior not in (None, "quadrature"):
-        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
-    if hold not in (None, "model"):
-        raise InputError(f"expected hold None or 'model', got {hold!r}")
+        wanted = "('importance',), ('importance', 'annealed') or ('auto',)"
+        raise InputError(f"expected methods {wanted}, got {methods!r}")
+    check_choice("posterior", posterior, (None, "quadrature"))
+    check_choice("hold", hold, (None, "model"))
     options = as_dict("annealing_options", given)
     known = set(AnnealingOptions.__dataclass_fields__)
     if named == {"auto"}:
@@ -220,10 +210,8 @@ def _check_options(
     max_annealed = whole_number("max_annealed", options.pop("max_annealed", 100), least=1)
     annealing = AnnealingOptions(**options)
     if options and named == {"importance"}:
-        raise InputError(
-            f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
-            "leave them out, or ask for annealing"
-        )
+        what = "methods=('importance', 'annealed') with annealing_options"
+        raise InputError(f"expected {what}, got {methods!r}: leave them out, or ask for annealing")
     return annealing, max_annealed
 
 
@@ -283,7 +271,7 @@ def _measure(
             reason = why_not_annealed(pair, how.annealing.start)
         if reason is None:
             found = run(estimate_log_prob, 2, "log p(x), annealed", how.annealing)
-            annealed = PerDatum(found.log_prob, found.standard_error)
+            annealed = found.per_datum
             annealed_trusted = found.trusted
     if how.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
@@ -291,7 +279,7 @@ def _measure(
     epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
         **bounds._asdict(),
-        log_prob=PerDatum(estimate.log_prob, estimate.standard_error),
+        log_prob=estimate.per_datum,
         annealed=annealed,
         posterior_divergence=divergence,
         estimate=estimate,
@@ -317,7 +305,5 @@ def _anneal_alike(
 
     first = {name: measured.estimate for name, (measured,) in runs.items()}
     found = anneal_alike(pairs, first, auto, run, max_memory=how.max_memory)
-    return {
-        n: [replace(runs[n][0], estimate=e, log_prob=PerDatum(e.log_prob, e.standard_error))]
-        for n, e in found.items()
-    }
+    values = {n: {"estimate": e, "log_prob": e.per_datum} for n, e in found.items()}
+    return {n: [replace(runs[n][0], **own)] for n, own in values.items()}

@@ -120,10 +120,9 @@ class Comparison:
             raise InputError("expected at least one comparison, got none")
         other = next((kind for kind in kinds if kind != kinds[0]), None)
         if other is not None:
-            raise InputError(
-                f"expected comparisons alike but for their seed, got {kinds[0]} beside {other}: "
-                "compare the same pairs in each"
-            )
+            wanted = "comparisons alike but for their seed"
+            advice = "compare the same pairs in each"
+            raise InputError(f"expected {wanted}, got {kinds[0]} beside {other}: {advice}")
         first = comparisons[0]
         joined = {
             name: [run for each in comparisons for run in each.runs[name]] for name in first.runs

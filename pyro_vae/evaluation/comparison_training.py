@@ -114,10 +114,9 @@ def check_comparable(observed: dict[str, dict[str, Observed]]) -> str:
     (first, reference), *others = observed.items()
     for name, sites in others:
         if len(sites) != len(reference):
-            raise InputError(
-                f"expected pairs that observe the same data, got {len(reference)} observed sites of "
-                f"{first!r} and {len(sites)} of {name!r}: compare models of one data set"
-            )
+            what = "pairs that observe the same data"
+            found_ = f"{len(reference)} observed sites of {first!r} and {len(sites)} of {name!r}"
+            raise InputError(f"expected {what}, got {found_}: compare models of one data set")
         # Names are free; where they differ the sites are taken in the order of the model.
         matched = set(sites) == set(reference)
         for index, (site, wanted) in enumerate(reference.items()):
@@ -247,14 +246,12 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
         if leaves & parameters_in(drawn).keys():
             raise _shared(name)
         if leaves:
-            raise InputError(
-                "expected a model to freeze whose trainable tensors Pyro knows, got unknown ones: "
-                "name their modules by pyro.module, or call requires_grad_(False) on them"
-            )
+            wanted = "a model to freeze whose trainable tensors Pyro knows"
+            advice = "name their modules by pyro.module, or call requires_grad_(False) on them"
+            raise InputError(f"expected {wanted}, got unknown ones: {advice}")
 
 
 def _shared(name: str) -> InputError:
-    return InputError(
-        f"expected a model to freeze that shares no parameters with the guide of {name!r}, got "
-        "shared ones: give the model as a method of the module that owns both, or separate them"
-    )
+    wanted = f"a model to freeze that shares no parameters with the guide of {name!r}"
+    advice = "give the model as a method of the module that owns both, or separate them"
+    return InputError(f"expected {wanted}, got shared ones: {advice}")

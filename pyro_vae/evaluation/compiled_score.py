@@ -140,7 +140,7 @@ def _record(
     """Record the values over fresh aliases: a tensor both passed and closed over is told apart."""
     pair, modules = particles.pair, with_submodules(modules_of(*functions))
     with Snapshot(modules).put_back(), capture.conditions():
-        traces = particles.traces()[: len(functions)]
+        traces = particles.pair.trace()[: len(functions)]
         nodes = [item for trace in traces for item in trace.nodes.items()]
         store = pyro.get_param_store()._params
         names = [name for name, site in nodes if site["type"] == "param" and name in store]

@@ -101,7 +101,7 @@ def _measure_block(particles: Particles, num_groups: int, num_importance: int, b
     measured = {
         n: PerDatum(each.mean().cpu(), each.standard_error().cpu()) for n, each in moments.items()
     }
-    kl = _exact_kl(particles.traces(), particles.pair.plate)
+    kl = _exact_kl(particles.pair.trace(), particles.pair.plate)
     if kl is not None:
         kl, elbo = kl.cpu(), measured["elbo"]
         measured["rate"] = PerDatum(kl, torch.zeros_like(kl))

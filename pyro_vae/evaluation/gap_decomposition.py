@@ -168,15 +168,13 @@ def inference_gaps(
     check_callables(progress=progress)
     pair = open_pair(model, guide, x, plate=plate)
     if estimate is not None and not isinstance(estimate, LogMarginal):
-        raise InputError(
-            "expected an estimate as pyro_vae.log_marginal returns it, got "
-            f"{type(estimate).__name__}: leave it out to have one made"
-        )
+        wanted = "an estimate as pyro_vae.log_marginal returns it"
+        advice = "leave it out to have one made"
+        raise InputError(f"expected {wanted}, got {type(estimate).__name__}: {advice}")
     if estimate is not None and len(estimate.log_prob) != pair.num_data:
-        raise InputError(
-            f"expected an estimate of the {pair.num_data} data, got one of "
-            f"{len(estimate.log_prob)}: pass that of the same x"
-        )
+        wanted = f"an estimate of the {pair.num_data} data"
+        got = f"one of {len(estimate.log_prob)}"
+        raise InputError(f"expected {wanted}, got {got}: pass that of the same x")
     family = _family_of(guide, family)
     search = _Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
     with pair.evaluating(seed, family):
@@ -199,17 +197,15 @@ def _family_of(guide: PairFunction, family: Any) -> Any:
         owners = owned_modules(guide)
         family = getattr(owners[0], "variational_family", None) if owners else None
         if family is None:
-            raise InputError(
-                "expected a guide that is a VAE's, or a family, got a plain guide: pass family=, an "
-                "object whose distribution(encode(x)) the guide draws from"
-            )
+            wanted = "a guide that is a VAE's, or a family"
+            advice = "pass family=, an object whose distribution(encode(x)) the guide draws from"
+            raise InputError(f"expected {wanted}, got a plain guide: {advice}")
     missing = [n for n in ("encode", "distribution") if not callable(getattr(family, n, None))]
     if missing:
         kind = getattr(family, "__name__", type(family).__name__)
-        raise InputError(
-            f"expected a family with encode and distribution, got {kind} without "
-            f"{' and '.join(missing)}: derive it from pyro_vae.guides.VariationalFamily"
-        )
+        wanted = "a family with encode and distribution"
+        advice = "derive it from pyro_vae.guides.VariationalFamily"
+        raise InputError(f"expected {wanted}, got {kind} without {' and '.join(missing)}: {advice}")
     return family
 
 
@@ -238,24 +234,19 @@ class _Refinement:
         trace = poutine.trace(pair.guide).get_trace(*pair.inputs)
         site = single_latent(trace)
         if site is None:
-            raise InputError(
-                "expected a guide with one latent site, got several or none: the best q of each "
-                "datum is searched over one family's parameters"
-            )
+            advice = "the best q of each datum is searched over one family's parameters"
+            raise InputError(f"expected a guide with one latent site, got several or none: {advice}")
         q = self.family.distribution(self._encode(pair.inputs))
         if not q.has_rsample:
-            raise InputError(
-                f"expected a family with reparameterised draws, got {type(q).__name__}: its bound "
-                "can't be optimised by gradients through the draws"
-            )
+            wanted = "a family with reparameterised draws"
+            advice = "its bound can't be optimised by gradients through the draws"
+            raise InputError(f"expected {wanted}, got {type(q).__name__}: {advice}")
         name: str = site["name"]
         same_place = data_dim(site, pair.plate) == -1 and q.batch_shape == (pair.num_data,)
         value = site["value"].clone()  # neither has just drawn it: both solve for it alike
         if not same_place or not all_close((q.log_prob(value),), (site["fn"].log_prob(value),)):
-            raise InputError(
-                f"expected the family whose distribution(encode(x)) the guide draws {name!r} from, "
-                "got another density: pass the guide's own family"
-            )
+            wanted = f"the family whose distribution(encode(x)) the guide draws {name!r} from"
+            raise InputError(f"expected {wanted}, got another density: pass the guide's own family")
         return name
 
     def _encode(self, inputs: Inputs) -> Parameters:
@@ -280,10 +271,9 @@ class _Refinement:
 
         def refined_guide(*inputs: Tensor) -> None:
             if len(inputs[0]) != num_data:
-                raise InputError(
-                    f"expected the {num_data} data that the guide was refined for, got "
-                    f"{len(inputs[0])}: it has parameters of its own for each"
-                )
+                wanted = f"the {num_data} data that the guide was refined for"
+                advice = "it has parameters of its own for each"
+                raise InputError(f"expected {wanted}, got {len(inputs[0])}: {advice}")
             with pyro.plate(plate, num_data, dim=-1):
                 pyro.sample(site, family.distribution(parameters))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
+from pyro_vae.errors import InputError, check_choice, check_counts, check_optional_counts, real_number
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike
 from pyro_vae.evaluation.compiled_score import compiled_score
@@ -52,19 +52,16 @@ class ImportanceOptions:
         target = self.target_standard_error
         check_counts(num_samples=self.num_samples)
         check_optional_counts(max_samples=self.max_samples)
-        if self.compile not in (None, True, False):
-            raise InputError(f"expected compile as None, True or False, got {self.compile!r}")
+        check_choice("compile as", self.compile, (None, True, False))
         if target is None:
             if self.max_samples is not None:
-                raise InputError(
-                    "expected target_standard_error with max_samples, got none: pass both"
-                )
+                text = "expected target_standard_error with max_samples, got none: pass both"
+                raise InputError(text)
         elif not 0 < real_number("target_standard_error", target) < math.inf:
             raise InputError(f"expected a target_standard_error above 0, got {target}")
         elif self.num_samples < 2:
-            raise InputError(
-                "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
-            )
+            pilot = "the pilot of target_standard_error"
+            raise InputError(f"expected num_samples of at least 2 for {pilot}, got 1")
 
 
 def log_marginal(
@@ -145,8 +142,7 @@ def log_marginal(
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    if method not in ("importance", "annealed", "auto"):
-        raise InputError(f"expected method 'importance', 'annealed' or 'auto', got {method!r}")
+    check_choice("method", method, ("importance", "annealed", "auto"))
     options: ImportanceOptions | AnnealingOptions | AutoOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
     if method == "annealed" and (compile or target_standard_error is not None):
@@ -155,9 +151,8 @@ def log_marginal(
             name, advice = "compile=True", "leave it out"
         raise InputError(f"expected method='importance' with {name}, got 'annealed': {advice}")
     if method != "importance":
-        annealing = AnnealingOptions(
-            num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
-        )
+        numbers = num_chains, num_steps, num_leapfrog_steps, num_transitions
+        annealing = AnnealingOptions(*numbers, start, schedule)
         options = annealing if method == "annealed" else AutoOptions(options, annealing, max_annealed)
     check_optional_counts(max_memory=max_memory)
     check_optional_counts(keep_draws=keep_draws, least=0)
@@ -166,9 +161,8 @@ def log_marginal(
     report = Report(pair.num_data, progress, running_mean)
     check_precision(precision)
     with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
-        estimate = estimate_log_prob(
-            pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
-        )
+        how: dict[str, Any] = {"max_memory": max_memory, "keep_draws": keep_draws}
+        estimate = estimate_log_prob(pair, options, report=report, **how)
     warn_if_unreliable(estimate, stacklevel=2)
     return estimate
 
@@ -185,9 +179,8 @@ def estimate_log_prob(
     """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
     if isinstance(options, AutoOptions):
-        first = estimate_log_prob(
-            pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
-        )
+        how: dict[str, Any] = {"max_memory": max_memory, "keep_draws": keep_draws}
+        first = estimate_log_prob(pair, options.importance, report=report, **how)
         one, run = {"": pair}, lambda *_: nullcontext()
         return anneal_alike(one, {"": first}, options, run, max_memory=max_memory)[""]
     if isinstance(options, AnnealingOptions):
@@ -280,10 +273,8 @@ class _Stream:
         for first in range(0, self.num_samples, self.drawn_at_once):
             count = min(self.drawn_at_once, self.num_samples - first)
             latents, log_proposal = particles.propose(count)
-            chunks = [
-                {name: value[start : start + size] for name, value in latents.items()}
-                for start in range(0, count, size)
-            ]
+            rows = (slice(start, start + size) for start in range(0, count, size))
+            chunks = [{name: value[own] for name, value in latents.items()} for own in rows]
             if first == 0 and size > 1:
                 work = self.num_samples * particles.num_data * particles.bytes_per_datum
                 compiled = compiled_score(particles, chunks[0], work, compile)
@@ -321,7 +312,7 @@ class _Stream:
         """Return the estimate of the first ``count`` data points."""
         found = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
         per_datum: dict[str, Any] = {name: value[:count].cpu() for name, value in found.items()}
-        num_samples = torch.full((count,), self.num_samples)
+        num_samples, history = torch.full((count,), self.num_samples), torch.stack(self.history)
         draws = None
         if self.draws:
             rows, *terms = zip(*self.draws, strict=True)
@@ -332,9 +323,7 @@ class _Stream:
             num_samples=num_samples,
             cost=num_samples,
             trusted=per_datum["pareto_k"] <= pareto_k_limit(num_samples),
-            convergence=Convergence(
-                torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]
-            ),
+            convergence=Convergence(torch.tensor(self.checkpoints), history[:, :count]),
             draws=draws and draws.map(lambda value: value[:, :count]),
         )
 
@@ -364,11 +353,9 @@ class _RunningMoments:
         self.count += len(log_weights)
 
     def result(self) -> dict[str, Tensor]:
-        return {
-            **summarise(self.largest, self.sum_weights, self.sum_squares, self.count),
-            "rate": self.sum_rate / self.count,
-            "distortion": self.sum_distortion / self.count,
-        }
+        found = summarise(self.largest, self.sum_weights, self.sum_squares, self.count)
+        means = {"rate": self.sum_rate, "distortion": self.sum_distortion}
+        return found | {name: total / self.count for name, total in means.items()}
 
 
 def _pad_and_score(score: Callable[[Latents], Terms], size: int, latents: Latents) -> Terms:

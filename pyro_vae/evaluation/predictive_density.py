@@ -157,10 +157,8 @@ def _check_independent(pair: OpenedPair) -> None:
     others = pair.part(first).inputs if pair.num_data > 1 else map(torch.zeros_like, pair.inputs)
     both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
     if not all_close(*both):
-        raise InputError(
-            f"expected the data that {min(theta)!r} of the guide depends on, got none: pass those "
-            "that it was fitted to by given="
-        )
+        wanted = f"the data that {min(theta)!r} of the guide depends on"
+        raise InputError(f"expected {wanted}, got none: pass those that it was fitted to by given=")
 
 
 def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge) -> Tensor:

@@ -92,10 +92,9 @@ def posterior_divergence(
         how: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
         found = measure_divergence(pair, num_points=num_points, **how)
     if found.kl.isnan().any():
-        raise InputError(
-            f"expected densities that a grid resolves, got none for {int(found.kl.isnan().sum())} of "
-            f"{len(found.kl)} data points: raise num_points, or use inference_gaps"
-        )
+        wanted = "densities that a grid resolves"
+        got = f"none for {int(found.kl.isnan().sum())} of {len(found.kl)} data points"
+        raise InputError(f"expected {wanted}, got {got}: raise num_points, or use inference_gaps")
     return found
 
 
@@ -139,7 +138,7 @@ class _Grid:
 
     def __init__(self, particles: Particles, num_points: int | None, budget: int) -> None:
         self.particles = particles
-        self.name, self.size = latent_on_grid(particles.traces()[1], particles.num_data)
+        self.name, self.size = latent_on_grid(particles.pair.trace()[1], particles.num_data)
         self.points = num_points or _POINTS[self.size]
         self.at_once = max(2, budget // (particles.bytes_per_datum * particles.num_data))
         self.axis = particles.axes[self.name]
@@ -249,17 +248,15 @@ def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:
     """Return the name of a guide's latent and its size per datum; refuse what has no grid."""
     site = single_latent(guide_trace)
     if site is None:
-        raise InputError(
-            f"expected one latent site for quadrature, got {len(latent_sites(guide_trace))}: leave "
-            "posterior out"
-        )
+        wanted = "one latent site for quadrature"
+        got = len(latent_sites(guide_trace))
+        raise InputError(f"expected {wanted}, got {got}: leave posterior out")
     support = site["fn"].support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     size = site["value"].numel() // num_data
     if support is not constraints.real or size not in _POINTS:
-        raise InputError(
-            f"expected a real latent of 1 or 2 dimensions for quadrature, got {site['name']!r} of "
-            f"{size} on {support}: leave posterior out"
-        )
+        wanted = "a real latent of 1 or 2 dimensions for quadrature"
+        got = f"{site['name']!r} of {size} on {support}"
+        raise InputError(f"expected {wanted}, got {got}: leave posterior out")
     return site["name"], size

@@ -239,10 +239,8 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
     if len(classes) < 2:
         raise InputError("expected labels of at least two classes, got one")
     if counts.min() < 2:
-        raise InputError(
-            f"expected at least two data of every class, got one of {classes[counts.argmin()]}: "
-            "leave it out"
-        )
+        wanted = "at least two data of every class"
+        raise InputError(f"expected {wanted}, got one of {classes[counts.argmin()]}: leave it out")
     folds = min(num_folds, int(counts.min()))
     if num_data - -(-num_data // folds) < num_neighbours:
         raise InputError(f"expected more data than {num_neighbours} neighbours, got {num_data}")
@@ -289,7 +287,7 @@ def _information(
 ) -> dict[str, Any]:
     """Return the information measures of :class:`Representation` by name."""
     particles = Particles(pair.part())
-    model_trace, guide_trace = particles.traces()
+    model_trace, guide_trace = particles.pair.trace()
     check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
     prior = posterior = None
     if len(particles.axes) == 1:

@@ -145,10 +145,8 @@ def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> Tensor:
         found = statistic(values)
         if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(
-                f"expected statistic {name!r} to give one number per datum, shape ({len(values)},), "
-                f"got {got}: leave the first dimension alone"
-            )
+            wanted = f"statistic {name!r} to give one number per datum, shape ({len(values)},)"
+            raise InputError(f"expected {wanted}, got {got}: leave the first dimension alone")
         computed.append(found.double().cpu())
     return torch.stack(computed)
 
@@ -384,15 +382,12 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
     check_counts(num_data=num_data, num_draws=num_draws, num_bins=num_bins)
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
-        raise InputError(
-            f"expected num_bins of at least 2 that divide num_draws + 1, got {num_bins} for "
-            f"{num_draws} draws: use e.g. num_draws={fitting}"
-        )
+        wanted = "num_bins of at least 2 that divide num_draws + 1"
+        got = f"{num_bins} for {num_draws} draws"
+        raise InputError(f"expected {wanted}, got {got}: use e.g. num_draws={fitting}")
     if num_data < 5 * num_bins:
-        raise InputError(
-            f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
-            "test needs five data in each"
-        )
+        wanted = f"num_data of at least {5 * num_bins} for {num_bins} bins"
+        raise InputError(f"expected {wanted}, got {num_data}: the test needs five data in each")
 
 
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:

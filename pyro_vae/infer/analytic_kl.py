@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.errors import InputError, real_number
+from pyro_vae.errors import InputError, check_choice, real_number
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.contract import refuse_score_function
 from pyro_vae.pair.sites import Site, TracePair, is_delta, latent_sites, plate_scale, sample_sites
@@ -212,8 +212,7 @@ class FreeBits(AnalyticKL):
     ) -> None:
         if not 0 <= real_number("floor", floor) < math.inf:
             raise InputError(f"expected a finite floor of at least 0 nats, got {floor}")
-        if per not in ("dimension", "site"):
-            raise InputError(f"expected per to be dimension or site, got {per!r}")
+        check_choice("per", per, ("dimension", "site"))
         super().__init__(**options)
         self.floor, self.per, self.plate = floor, per, plate
 

@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.beta import unscaled_function
-from pyro_vae.errors import InputError, whole_number
+from pyro_vae.errors import InputError, check_choice, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -70,8 +70,7 @@ class IWAE(Bound):
         self, num_particles: int, gradient: str = _GRADIENTS[0], *, plate: str | None = "data"
     ) -> None:
         num_particles = whole_number("num_particles", num_particles, least=1)
-        if gradient not in _GRADIENTS:
-            raise InputError(f"expected a gradient of {' or '.join(_GRADIENTS)}, got {gradient!r}")
+        check_choice("gradient", gradient, _GRADIENTS)
         super().__init__(num_particles=num_particles)
         self.gradient, self.plate = gradient, plate
         self._known: Remembered[Knowledge] = Remembered()
@@ -86,11 +85,9 @@ class IWAE(Bound):
         copies = {name: value.view_as(value) for name, value in draws.latents.items()}
         scored = particles.score_under("model", copies, draws.subsample)
         log_joint = scored.observed + scored.scaled_latent
-        surrogate = (
-            _doubly_reparameterized(particles.axes, draws, copies, log_joint)
-            if doubly
-            else _log_mean_exp(log_joint - draws.scaled_log_proposal).sum()
-        )
+        surrogate = _log_mean_exp(log_joint - draws.scaled_log_proposal).sum()
+        if doubly:
+            surrogate = _doubly_reparameterized(particles.axes, draws, copies, log_joint)
         log_likelihood = scored.observed.detach()
         rates = (draws.log_proposal - scored.latent).detach()
         bound = _log_mean_exp(log_likelihood - rates).sum()

@@ -400,10 +400,9 @@ class Trainer:
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self.updates.leaves]
         if kept != own or self.updates.optimizer is None:
-            raise InputError(
-                f"expected the state of a run of this pair, got {len(kept)} parameters for its "
-                f"{len(own)}, or others in shape: build the pair as it was built then"
-            )
+            wanted = "the state of a run of this pair"
+            got = f"{len(kept)} parameters for its {len(own)}, or others in shape"
+            raise InputError(f"expected {wanted}, got {got}: build the pair as it was built then")
         self.put_back({"parameters": state["parameters"], "buffers": state["own"]["buffers"]})
         if "adam" in state:  # of 0.1.0, which had no other optimiser
             self.updates.load_states(state["adam"])
@@ -420,10 +419,9 @@ def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:
     sizes = [settings.batch_size] * full + [rest] * (rest > 0)
     if sizes[-1] == 1 and has_batch_norm(pair.model, pair.guide):
         if len(sizes) == 1 or settings.batch_size == 1:
-            raise InputError(
-                "expected at least 2 data points in each batch for a batch norm, got a batch of 1: "
-                "take a larger batch_size, more data, or another norm"
-            )
+            wanted = "at least 2 data points in each batch for a batch norm"
+            advice = "take a larger batch_size, more data, or another norm"
+            raise InputError(f"expected {wanted}, got a batch of 1: {advice}")
         sizes[-2:] = [settings.batch_size + 1]
     return sizes
 

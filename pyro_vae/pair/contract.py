@@ -89,10 +89,9 @@ def check_devices(function: str, trace: Trace, device: torch.device) -> None:
         for value in map(vars(fn).get, fn.arg_constraints):
             # A number, a tensor without dimensions, is taken from anywhere.
             if isinstance(value, Tensor) and value.dim() and value.device != device:
-                raise InputError(
-                    f"expected the parameters of site {site['name']!r} of the {function} on {device},"
-                    f" got one on {value.device}: make it by torch.zeros(..., device=x.device)"
-                )
+                wanted = f"the parameters of site {site['name']!r} of the {function} on {device}"
+                advice = "make it by torch.zeros(..., device=x.device)"
+                raise InputError(f"expected {wanted}, got one on {value.device}: {advice}")
 
 
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -> str | None:
@@ -161,14 +160,11 @@ def _check_site(
         wanted = frames[0].size if num_data is None else num_data
         check_rows(function, site, plate, wanted, log_prob.shape)
     plates = {frame.dim for frame in vectorized_frames(site)}
-    stray = [
-        dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
-    ]
-    if stray:
-        raise InputError(
-            f"expected site {name!r} of the {function} to have one log-probability per datum, got "
-            f"shape {tuple(log_prob.shape)}: declare event dimensions by .to_event(k), or squeeze"
-        )
+    wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
+    if wide - plates:
+        what = f"site {name!r} of the {function} to have one log-probability per datum"
+        advice = "declare event dimensions by .to_event(k), or squeeze"
+        raise InputError(f"expected {what}, got shape {tuple(log_prob.shape)}: {advice}")
 
 
 def _takes(distribution: Any, values: Tensor) -> bool:
@@ -197,10 +193,9 @@ def _check_scale(function: str, site: Site) -> None:
     same = not isinstance(scale, Tensor) or scale.numel() == 1
     if not same or not math.isclose(float(scale), float(known), rel_tol=1e-6):
         got = f"{float(scale):g}" if same else f"one of shape {tuple(scale.shape)}"
-        raise InputError(
-            f"expected no scale on site {site['name']!r} of the {function} but the plates', got "
-            f"{got}: a weight can't be told from a poutine.scale; remove it"
-        )
+        wanted = f"no scale on site {site['name']!r} of the {function} but the plates'"
+        advice = "a weight can't be told from a poutine.scale; remove it"
+        raise InputError(f"expected {wanted}, got {got}: {advice}")
 
 
 def _refuse_subsampling(site: Site, plate: str | None) -> None:
@@ -243,10 +238,9 @@ def _check_latents(
     for name in sorted(in_model):
         ranks = [trace.nodes[name]["fn"].event_dim for trace in (model_trace, guide_trace)]
         if ranks[0] != ranks[1]:  # one of the densities would be a sum over the data
-            raise InputError(
-                f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
-                f"and {ranks[1]} in the guide: give both the same .to_event"
-            )
+            wanted = f"one number of event dimensions for {name!r}"
+            got = f"{ranks[0]} in the model and {ranks[1]} in the guide"
+            raise InputError(f"expected {wanted}, got {got}: give both the same .to_event")
 
 
 def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
@@ -259,9 +253,8 @@ def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
     drawn = sum(site["value"].numel() for site in auxiliary.values())
     placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
     if drawn != placed:
-        name = next(iter(auxiliary), None) or next(
-            name for name, site in guide_sites.items() if is_delta(site["fn"])
-        )
+        deltas = (name for name, site in guide_sites.items() if is_delta(site["fn"]))
+        name = next(iter(auxiliary), None) or next(deltas)
         raise InputError(
             f"expected auxiliary sites of the guide to become latents through Delta sites one to "
             f"one, got {drawn} auxiliary values for {placed} placed ones (site {name!r}): draw "
@@ -355,11 +348,9 @@ def _join(support: Any) -> _Bounds | None:
     if len(known) < len(parts) or not scalars or support.dim not in (-1, 0):
         return None
     lengths = getattr(support, "lengths", [1] * len(parts))
-    ends = [
-        torch.cat([getattr(part, name).expand(n) for part, n in zip(known, lengths, strict=True)])
-        for name in ("lower", "upper")
-    ]
-    return _Bounds(ends[0], ends[1], any(part.is_discrete for part in known))
+    each = [*zip(known, lengths, strict=True)]
+    lower, upper = (torch.cat([part[end].expand(n) for part, n in each]) for end in (0, 1))
+    return _Bounds(lower, upper, any(part.is_discrete for part in known))
 
 
 def _box(lower: Any, upper: Any, is_discrete: bool) -> _Bounds:

@@ -14,16 +14,14 @@ from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_m
 from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
+Data = Tensor | Sequence[Tensor]
 
 # Bytes of data moved to a device whole, as a share of what is free there; the rest is to compute in.
 _SHARE_OF_DEVICE = 0.5
 
 
 def as_inputs(
-    x: Tensor | Sequence[Tensor],
-    *functions: PairFunction,
-    are_given: bool = True,
-    share_rows: bool = True,
+    x: Data, *functions: PairFunction, are_given: bool = True, share_rows: bool = True
 ) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
@@ -32,10 +30,8 @@ def as_inputs(
     elsewhere they may be labels. Their number is checked if they ``are_given`` to the functions.
     """
     if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
-        raise InputError(
-            "expected a default device that holds numbers, got 'meta': "
-            "torch.set_default_device(None) puts it back"
-        )
+        mend = "torch.set_default_device(None) puts it back"
+        raise InputError(f"expected a default device that holds numbers, got 'meta': {mend}")
     x = gather(x, *functions)
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
@@ -58,9 +54,8 @@ def as_inputs(
         return inputs
     if are_given:
         check_number(inputs, *functions)
-    return place_inputs(
-        _in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device)
-    )
+    device = device_of(*functions, default=inputs[0].device)
+    return place_inputs(_in_type_of(inputs, *functions), device)
 
 
 def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
@@ -109,19 +104,13 @@ def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -
 
 
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
-    types = {
-        parameter.dtype
-        for module in modules_of(*functions)
-        for parameter in module.parameters()
-        if parameter.is_floating_point()
-    }
+    parameters = (each for module in modules_of(*functions) for each in module.parameters())
+    types = {each.dtype for each in parameters if each.is_floating_point()}
     if len(types) != 1:
         return inputs
     kind = types.pop()
     numbers = any(hasattr(owner, "check_data") for owner in owned_modules(*functions))
-    return tuple(
-        value.to(kind) if numbers or value.is_floating_point() else value for value in inputs
-    )
+    return tuple(v.to(kind) if numbers or v.is_floating_point() else v for v in inputs)
 
 
 # Types of whole numbers that torch knows but hardly computes with -> the next one that it does.
@@ -151,9 +140,8 @@ def _tensor(value: Any) -> Any:
 
 def _check_tensor(value: Tensor) -> None:
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        raise InputError(
-            "expected dense tensors, got a sparse, nested or quantised one: make it dense"
-        )
+        kind = "a sparse, nested or quantised one"
+        raise InputError(f"expected dense tensors, got {kind}: make it dense")
     if value.is_complex():
         raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
     if value.device.type == "meta":

@@ -70,10 +70,9 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
     except InputError:
         raise
     except _UNBUILDABLE as error:
-        raise InputError(
-            f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+        wanted = f"a description of a VAE in {CONFIG}"
+        got = type(error).__name__
+        raise InputError(f"expected {wanted}, got {got}: {first_line(error)}") from error
 
 
 def known_to(earlier: Any, described: Any) -> Any:
@@ -157,10 +156,9 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
         return component
     if isinstance(component, list | tuple):
         return [_describe(inner, shared) for inner in component]
-    raise InputError(
-        f"expected components and settings that can be saved, got {type(component).__name__}: "
-        "write it as a module (see pyro_vae.priors.Prior) or save its state_dict yourself"
-    )
+    wanted = "components and settings that can be saved"
+    advice = "write it as a module (see pyro_vae.priors.Prior) or save its state_dict yourself"
+    raise InputError(f"expected {wanted}, got {type(component).__name__}: {advice}")
 
 
 def _build(description: Any, components: Components, parts: dict[str, Any], bound: Bounded) -> Any:

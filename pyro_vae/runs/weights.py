@@ -66,10 +66,9 @@ def _check_values(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
 def check_checksum(description: Any, weights: Mapping[str, Tensor], checksum: str | None) -> None:
     """Refuse weights or a description that are not those written together."""
     if checksum != checksum_of(description, weights):
-        raise InputError(
-            "expected settings and weights as they were written, got another checksum: one of the "
-            "files is damaged, changed or of another run; save the model again"
-        )
+        wanted = "settings and weights as they were written"
+        advice = "one of the files is damaged, changed or of another run; save the model again"
+        raise InputError(f"expected {wanted}, got another checksum: {advice}")
 
 
 def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

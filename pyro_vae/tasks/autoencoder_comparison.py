@@ -121,10 +121,8 @@ def compare_autoencoder(
         )
     (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
-        raise InputError(
-            f"expected at least 2 training data and 4 held-out ones, got {len(train)} and "
-            f"{len(held_out)}"
-        )
+        wanted = "at least 2 training data and 4 held-out ones"
+        raise InputError(f"expected {wanted}, got {len(train)} and {len(held_out)}")
     with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
         measure = functools.partial(_measure, train, held_out, grid_size)
         codes, held = autoencoder.encode(train), autoencoder.encode(held_out)

@@ -404,10 +404,9 @@ def _by_importance(
     found = estimate_log_prob(weighed, how, max_memory=budget, keep_draws=num_samples)
     impossible = int(found.log_prob.isneginf().sum())
     if impossible or found.draws is None:
-        raise InputError(
-            "expected latents that explain the observed values, got weights of 0 only for "
-            f"{impossible} data: raise num_samples, or use metropolis"
-        )
+        wanted = "latents that explain the observed values"
+        got = f"weights of 0 only for {impossible} data"
+        raise InputError(f"expected {wanted}, got {got}: raise num_samples, or use metropolis")
     picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
     chosen = {
         name: found.draws.latents[name][picked].to(problem.x.device).movedim(1, axis)
@@ -459,10 +458,8 @@ def _fill_first(
         try:
             fill.expand(x.shape)
         except RuntimeError:
-            raise InputError(
-                f"expected initial to broadcast to the data's shape {tuple(x.shape)}, got "
-                f"{tuple(fill.shape)}"
-            ) from None
+            wanted = f"initial to broadcast to the data's shape {tuple(x.shape)}"
+            raise InputError(f"expected {wanted}, got {tuple(fill.shape)}") from None
         if not fill.isfinite().all():
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
@@ -528,10 +525,9 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
 
 
 def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
-    return InputError(
-        f"expected site {name!r} to observe the input as it is, shape {tuple(x.shape)}, got other "
-        f"values of shape {tuple(value.shape)}: name the site by observed=, the input by position="
-    )
+    wanted = f"site {name!r} to observe the input as it is, shape {tuple(x.shape)}"
+    advice = "name the site by observed=, the input by position="
+    return InputError(f"expected {wanted}, got other values of shape {tuple(value.shape)}: {advice}")
 
 
 def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:

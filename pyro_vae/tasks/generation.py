@@ -131,10 +131,8 @@ def decode_latents(
         value = torch.as_tensor(value).to(like)
         wanted = (model.num_data, *like.movedim(axis, 0).shape[1:])
         if value.shape != wanted:
-            raise InputError(
-                f"expected latents {name!r} of shape {wanted}, one for each datum, got "
-                f"{tuple(value.shape)}"
-            )
+            what = f"latents {name!r} of shape {wanted}, one for each datum"
+            raise InputError(f"expected {what}, got {tuple(value.shape)}")
         given[name] = value.movedim(0, axis)
     with Given(given):
         trace = model.trace(explain="model")
@@ -232,10 +230,9 @@ def mean_of(site: Site) -> Tensor:
     except NotImplementedError:
         mean = torch.tensor(torch.nan)
     if mean.isnan().any():
-        raise InputError(
-            f"expected {type(site['fn']).__name__} at {site['name']!r} to have a mean, got NaN: draw "
-            "from it by mean=False, or look for NaN in data and parameters"
-        )
+        wanted = f"{type(site['fn']).__name__} at {site['name']!r} to have a mean"
+        advice = "draw from it by mean=False, or look for NaN in data and parameters"
+        raise InputError(f"expected {wanted}, got NaN: {advice}")
     return mean.detach().clone()  # not the parameter that a model may hand on
 
 

@@ -90,10 +90,8 @@ def interpolate(
     pair, ends = open_pair(model, guide, x, plate=plate), as_inputs(to, model, guide)
     check_counts(num_steps=num_steps, least=2)
     if pair.num_data != len(ends[0]):
-        raise InputError(
-            f"expected as many data to end at as to start from, got {len(ends[0])} for "
-            f"{pair.num_data}"
-        )
+        wanted = "as many data to end at as to start from"
+        raise InputError(f"expected {wanted}, got {len(ends[0])} for {pair.num_data}")
     with pair.evaluating(seed):
         encoder = pair.alone(guide)
         codes = mean_codes(encoder, _CODE_DRAWS)

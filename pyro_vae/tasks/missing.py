@@ -115,10 +115,9 @@ def check_missing(x: Tensor, missing: Tensor) -> None:
         got = missing.dtype if isinstance(missing, Tensor) else type(missing).__name__
         raise InputError(f"expected missing as a boolean tensor, got {got}: e.g. x.isnan()")
     if missing.shape != x.shape:
-        raise InputError(
-            f"expected missing of the data's shape {tuple(x.shape)}, got {tuple(missing.shape)}: "
-            "expand it, or say by position= which input it belongs to"
-        )
+        wanted = f"missing of the data's shape {tuple(x.shape)}"
+        advice = "expand it, or say by position= which input it belongs to"
+        raise InputError(f"expected {wanted}, got {tuple(missing.shape)}: {advice}")
 
 
 class _ObservedPart(Messenger):
@@ -138,11 +137,9 @@ class _ObservedPart(Messenger):
         name, value = message["name"], message["value"]
         base, event_dim = elementwise_base(name, message["fn"])
         if base.batch_shape != self.missing.shape or value.shape != self.missing.shape:
-            raise InputError(
-                f"expected site {name!r} to observe the input as it is, shape "
-                f"{tuple(self.missing.shape)}, got values of shape {tuple(value.shape)}: move the "
-                "reshaping out of the model"
-            )
+            wanted = f"site {name!r} to observe the input as it is, shape {tuple(self.missing.shape)}"
+            advice = "move the reshaping out of the model"
+            raise InputError(f"expected {wanted}, got values of shape {tuple(value.shape)}: {advice}")
         # NaN under a mask would still make NaN gradients, and a value outside the support an error.
         message["value"] = torch.where(self.missing, _inside(base, value), value)
         message["fn"] = base.mask(~self.missing).to_event(event_dim)
@@ -151,10 +148,8 @@ class _ObservedPart(Messenger):
         super().__exit__(*error)
         if error[0] is None and not self.found:
             wanted = "one that observes the input as it is" if self.name is None else repr(self.name)
-            raise InputError(
-                f"expected an observed site, {wanted}, the model has none: name the site by "
-                "observed=, and the input by position="
-            )
+            advice = "name the site by observed=, and the input by position="
+            raise InputError(f"expected an observed site, {wanted}, the model has none: {advice}")
 
 
 class _Owner(nn.Module):
@@ -175,10 +170,9 @@ class _Owner(nn.Module):
 def _fill_hidden(inputs: Inputs, position: int, fill: float | Tensor) -> Inputs:
     """Return the inputs with ``fill`` in the hidden places; ``missing`` stays the last."""
     if not 0 <= position < len(inputs) - 1:
-        raise InputError(
-            f"expected the pair's inputs and then missing, got {len(inputs)} tensors for position "
-            f"{position}: pass (x, missing)"
-        )
+        wanted = "the pair's inputs and then missing"
+        got = f"{len(inputs)} tensors for position {position}"
+        raise InputError(f"expected {wanted}, got {got}: pass (x, missing)")
     x, missing = inputs[position], inputs[-1]
     check_missing(x, missing)
     if isinstance(fill, Tensor):

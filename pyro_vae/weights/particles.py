@@ -1,7 +1,7 @@
 """The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from pyro_vae.errors import InputError, whole_number
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
-from pyro_vae.pair.inputs import tile_inputs
+from pyro_vae.pair.inputs import Data, tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
 from pyro_vae.pair.precision import compute_in, multiply_in, precision_now
 from pyro_vae.pair.sites import (
@@ -24,7 +24,6 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
-    TracePair,
     agree,
     data_dim,
     latent_sites,
@@ -80,12 +79,7 @@ class Draws(NamedTuple):
 
 
 def log_weights(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_samples: int,
-    plate: str | None = "data",
+    model: PairFunction, guide: PairFunction, x: Data, *, num_samples: int, plate: str | None = "data"
 ) -> Tensor:
     """Draw from the guide and return log importance weights ``(num_samples, N)``, float64, nats.
 
@@ -154,9 +148,7 @@ class Particles:
             sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
         drawn = [name for name in rows[0] if name not in self.pair.structure.summed]
-        return {
-            name: self.with_axis(name, torch.stack([row[name] for row in rows])) for name in drawn
-        }
+        return {n: self.with_axis(n, torch.stack([row[n] for row in rows])) for n in drawn}
 
     def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Score latents ``(num_samples, ...)``: log p(x|z), log p(z), each ``(num_samples, N)``."""
@@ -179,10 +171,6 @@ class Particles:
     def _without_axis(self, latents: Latents) -> Latents:
         """Return one particle's latents as the sites have them."""
         return {n: v[0] if n in self._shared else v for n, v in latents.items()}
-
-    def traces(self) -> TracePair:
-        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        return self.pair.trace()
 
     @property
     def num_data(self) -> int:
@@ -222,12 +210,15 @@ class Particles:
         )
 
     def _draw_plain(self, num_particles: int, gates: bool) -> Draws:
+        def as_rows(latents: Latents) -> Latents:
+            return {name: self.with_axis(name, value[None]) for name, value in latents.items()}
+
         rows: list[Draws] = []
         for index in range(num_particles):
             with Given(rows[0].subsample if rows else {}):
                 found = self._run_guide(self.pair.guide, self.pair, gates)
             which = slice(index, index + 1)
-            rows.append(self._draws(found, self._as_rows, lambda value: value[None], which))
+            rows.append(self._draws(found, as_rows, lambda value: value[None], which))
         names = ("log_proposal", "scaled_log_proposal")
         densities: Any = {n: torch.cat([getattr(row, n) for row in rows]) for n in names}
         return rows[0]._replace(
@@ -235,9 +226,6 @@ class Particles:
             gates=[group for row in rows for group in row.gates],
             **densities,
         )
-
-    def _as_rows(self, latents: Latents) -> Latents:
-        return {name: self.with_axis(name, value[None]) for name, value in latents.items()}
 
     def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
         dim = -self.pair.structure.nesting - 1
@@ -362,10 +350,8 @@ class Particles:
     def _score_tiled(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
         _refuse_subsample(subsample)
         count = _count(latents)
-        tiled = {
-            name: value.movedim(0, self.axes[name] - 1).flatten(self.axes[name] - 1, self.axes[name])
-            for name, value in latents.items()
-        }
+        moved = {n: value.movedim(0, self.axes[n] - 1) for n, value in latents.items()}
+        tiled = {n: value.flatten(self.axes[n] - 1, self.axes[n]) for n, value in moved.items()}
         scored = self._score_one(function, _tile_pair(self.pair, count), tiled, subsample)
         return Scored(*(term.view(count, -1) for term in scored))
 
@@ -392,13 +378,9 @@ class Particles:
         trace = run.get_trace(*pair.arguments, **pair.keywords)
         nothing = torch.zeros(pair.num_data, dtype=torch.float64, device=pair.device)
         latents = latent_sites(trace)
-        joint, prior = (
-            sum(
-                (sum_to(term, self._kept(site, None)) for site, term in sum_out(trace, group)),
-                nothing,
-            )
-            for group in (sample_sites(trace), latents)
-        )
+        sums = [sum_out(trace, group) for group in (sample_sites(trace), latents)]
+        terms = [[sum_to(term, self._kept(site, None)) for site, term in each] for each in sums]
+        joint, prior = (sum(each, nothing) for each in terms)
         observed = torch.where(prior.isneginf(), 0.0, joint - prior)
         return Scored(observed, prior, prior * latent_scale_of(latents[0]))
 
