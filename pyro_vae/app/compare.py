@@ -49,8 +49,8 @@ def compare_families(
     if how.method == "annealed":
         raise InputError("expected the method auto, importance or both, got annealed: both has it")
     seeds, hold = combined.seeds, combined.hold
-    told = {axis: getattr(combined, f"{axis}s") for axis in ("prior", "likelihood", "guide")}
-    axes = {axis: tuple(map(str.strip, text.split(","))) for axis, text in told.items()}
+    texts = {axis: getattr(combined, f"{axis}s") for axis in ("prior", "likelihood", "guide")}
+    axes = {axis: tuple(map(str.strip, text.split(","))) for axis, text in texts.items()}
     _check_axes(axes, hold)
     members = _combine(settings, axes, seeds)
     first = next(iter(members.values()))

@@ -303,7 +303,7 @@ def _anneal_alike(
     def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
         return pair.evaluating((how.seed + number) % 2**32)
 
-    first = {name: measured.estimate for name, (measured,) in runs.items()}
-    found = anneal_alike(pairs, first, auto, run, max_memory=how.max_memory)
-    values = {n: {"estimate": e, "log_prob": e.per_datum} for n, e in found.items()}
-    return {n: [replace(runs[n][0], **own)] for n, own in values.items()}
+    first = {name: measured for name, (measured,) in runs.items()}
+    estimates = {name: measured.estimate for name, measured in first.items()}
+    found = anneal_alike(pairs, estimates, auto, run, max_memory=how.max_memory)
+    return {n: [replace(first[n], estimate=e, log_prob=e.per_datum)] for n, e in found.items()}

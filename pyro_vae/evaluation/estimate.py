@@ -393,7 +393,7 @@ def pointwise_densities(
     import xarray
 
     count, attributes = len(log_prob), _MARK if pseudo_likelihood else {}
-    how = {"coords": {"data": range(count)}, "dims": "data", "attrs": attributes}
+    how: Any = {"coords": {"data": range(count)}, "dims": "data", "attrs": attributes}
     values = {"elpd": log_prob.numpy(), "pareto_k": pareto_k.numpy()}
     per_datum = {name: xarray.DataArray(v, name=name, **how) for name, v in values.items()}
     numbers = {

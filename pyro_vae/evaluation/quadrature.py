@@ -248,9 +248,8 @@ def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:
     """Return the name of a guide's latent and its size per datum; refuse what has no grid."""
     site = single_latent(guide_trace)
     if site is None:
-        wanted = "one latent site for quadrature"
-        got = len(latent_sites(guide_trace))
-        raise InputError(f"expected {wanted}, got {got}: leave posterior out")
+        wanted, count = "one latent site for quadrature", len(latent_sites(guide_trace))
+        raise InputError(f"expected {wanted}, got {count}: leave posterior out")
     support = site["fn"].support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

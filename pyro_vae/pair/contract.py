@@ -349,7 +349,8 @@ def _join(support: Any) -> _Bounds | None:
         return None
     lengths = getattr(support, "lengths", [1] * len(parts))
     each = [*zip(known, lengths, strict=True)]
-    lower, upper = (torch.cat([part[end].expand(n) for part, n in each]) for end in (0, 1))
+    lower = torch.cat([part.lower.expand(n) for part, n in each])
+    upper = torch.cat([part.upper.expand(n) for part, n in each])
     return _Bounds(lower, upper, any(part.is_discrete for part in known))
 
 
