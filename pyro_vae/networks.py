@@ -23,14 +23,9 @@ __all__ = [
     "Standardized",
 ]  # fmt: skip
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-}
+Sizes = Sequence[int]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+ACTIVATIONS |= {"silu": nn.SiLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
 
 def _activation(name: str) -> nn.Module:
@@ -42,7 +37,7 @@ def _activation(name: str) -> nn.Module:
 class _MLP(nn.Module):
     """Fully connected layers on the last axis, each followed by the activation."""
 
-    def __init__(self, in_features: int, hidden: Sequence[int], activation: str) -> None:
+    def __init__(self, in_features: int, hidden: Sizes, activation: str) -> None:
         super().__init__()
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise((in_features, *hidden)):
@@ -67,8 +62,8 @@ class MLPEncoder(nn.Module):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
-        hidden: Sequence[int] = (512, 256),
+        data_shape: Sizes,
+        hidden: Sizes = (512, 256),
         *,
         activation: str = "relu",
         log1p: bool = False,
@@ -100,7 +95,7 @@ class MLPDecoder(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, hidden: Sequence[int] = (256, 512), *, activation: str = "relu"
+        self, latent_dim: int, hidden: Sizes = (256, 512), *, activation: str = "relu"
     ) -> None:
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
@@ -135,8 +130,8 @@ class _Convolutional(nn.Module):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
-        channels: Sequence[int],
+        data_shape: Sizes,
+        channels: Sizes,
         activation: str,
         norm: str | None,
         residual_blocks: int,
@@ -193,8 +188,8 @@ class ConvEncoder(_Convolutional):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64),
+        data_shape: Sizes,
+        channels: Sizes = (32, 64),
         *,
         features: int = 256,
         activation: str = "relu",
@@ -240,8 +235,8 @@ class ConvDecoder(_Convolutional):
     def __init__(
         self,
         latent_dim: int,
-        data_shape: Sequence[int],
-        channels: Sequence[int] = (64, 32),
+        data_shape: Sizes,
+        channels: Sizes = (64, 32),
         *,
         activation: str = "relu",
         norm: str | None = None,
@@ -285,7 +280,7 @@ class Standardized(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, encoder: nn.Module, data_shape: Sequence[int]) -> None:
+    def __init__(self, encoder: nn.Module, data_shape: Sizes) -> None:
         super().__init__()
         self.encoder, self.data_shape = encoder, sizes("data_shape", data_shape)
         self.out_shape = feature_shape(encoder)
@@ -353,7 +348,7 @@ class Head(nn.Module):
         ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``.
     """
 
-    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int]) -> None:
+    def __init__(self, in_shape: Sizes, out_shape: Sizes) -> None:
         super().__init__()
         self.in_shape = sizes("in_shape", in_shape)
         self.out_shape = sizes("out_shape", out_shape)

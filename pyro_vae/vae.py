@@ -17,6 +17,7 @@ from pyro_vae.errors import InputError, size
 from pyro_vae.networks import Standardized
 from pyro_vae.scale import location_and_scale
 
+Component = Callable[..., dist.Distribution]
 _numbers = itertools.count()
 
 
@@ -50,12 +51,7 @@ class VAE(nn.Module):
         torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        prior: Callable[..., dist.Distribution],
-        likelihood: Callable[..., dist.Distribution],
-        guide: Callable[..., dist.Distribution],
-    ) -> None:
+    def __init__(self, prior: Component, likelihood: Component, guide: Component) -> None:
         super().__init__()
         _check_components(prior, likelihood, guide)
         self.prior, self.likelihood, self.variational_family = prior, likelihood, guide
@@ -262,9 +258,9 @@ class ConditionalVAE(VAE):
 
     def __init__(
         self,
-        prior: Callable[..., dist.Distribution],
-        likelihood: Callable[..., dist.Distribution],
-        guide: Callable[..., dist.Distribution],
+        prior: Component,
+        likelihood: Component,
+        guide: Component,
         *,
         num_classes: int | None = None,
     ) -> None:

@@ -28,6 +28,7 @@ from pyro_vae.files import UNREADABLE, parse_json, read_tensors, write_whole
 from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
+_Axes = Mapping[str, tuple[str, ...]]
 _MEASURED = "measured.safetensors"
 _ESTIMATE = "estimate."  # begins the names of its tensors in there
 _QUANTITIES = ("elbo", "iwae", "log_prob", "annealed", "rate", "distortion")
@@ -125,9 +126,7 @@ def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
-def _write(
-    study: Study, comparison: Comparison, seconds: dict[str, list[float]], settings: dict[str, Any]
-) -> None:
+def _write(study: Study, comparison: Comparison, seconds: Any, settings: dict[str, Any]) -> None:
     folder, rows = study.folder, comparison.to_dict()["pairs"]
     singles = [
         {
@@ -147,7 +146,7 @@ def _write(
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
     write_rows(singles, folder / "runs.csv")
     made = study.describe(settings)
-    write_comparison_page(folder, comparison, rows, singles, figures, made)
+    write_comparison_page(folder, comparison, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
     _print(folder, comparison, rows)
@@ -186,9 +185,7 @@ def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str,
     print_line(f"comparison: {folder}")
 
 
-def _combine(
-    settings: TrainSettings, axes: Mapping[str, Sequence[str]], seeds: int
-) -> dict[str, list[TrainSettings]]:
+def _combine(settings: TrainSettings, axes: _Axes, seeds: int) -> dict[str, list[TrainSettings]]:
     """Return the settings of every combination's runs, checked before anything is trained."""
     varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
     members = {}
@@ -200,7 +197,7 @@ def _combine(
     return members
 
 
-def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
+def _check_axes(axes: _Axes, hold: str | None) -> None:
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")

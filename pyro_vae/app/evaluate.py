@@ -1,7 +1,6 @@
 """``pyro-vae evaluate``, and the estimate of log p(x) that it shares with the other commands."""
 
 import json
-import math
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
+from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
@@ -92,10 +92,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
             sys.stdout.flush()
         except OSError as error:
             give_up_output()
-            raise InputError(
-                f"expected to write the result to the standard output, got: {error.strerror}; it is "
-                + text
-            ) from error
+            wanted = "to write the result to the standard output"
+            raise InputError(f"expected {wanted}, got: {error.strerror}; it is {text}") from error
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
@@ -136,14 +134,10 @@ def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogM
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x))
-        return log_marginal(
-            vae.model,
-            vae.guide,
-            x,
-            **options,
-            progress=lambda done, _: bar.update(task, completed=done),
-            running_mean=lambda mean: bar.update(task, description=f"log p(x) {mean:.2f}"),
-        )
+        options["progress"] = lambda done, _: bar.update(task, completed=done)
+        told = "log p(x) {:.2f}".format
+        options["running_mean"] = lambda mean: bar.update(task, description=told(mean))
+        return log_marginal(vae.model, vae.guide, x, **options)
 
 
 def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
@@ -189,10 +183,8 @@ def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
 
 def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
     """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    count = len(estimate.log_prob)
-    if count < 2:
-        return dict.fromkeys(TERMS, math.nan)
-    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in TERMS}
+    terms = {name: getattr(estimate, name) for name in TERMS}
+    return {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
 
 
 def active_units(vae: VAE, x: Tensor) -> int:

@@ -19,6 +19,7 @@ from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.plots.images import channel_axis
+from pyro_vae.plots.style import Limits
 from pyro_vae.vae import VAE
 
 # Draws that a posterior mean without closed form rests on.
@@ -28,9 +29,7 @@ _MEAN_DRAWS = 100
 class Subject:
     """A trained VAE as the subject of a picture; ``load`` is called when the data are wanted."""
 
-    def __init__(
-        self, vae: VAE, load: Callable[[], Dataset], limits: tuple[float, float], seed: int
-    ) -> None:
+    def __init__(self, vae: VAE, load: Callable[[], Dataset], limits: Limits, seed: int) -> None:
         assert isinstance(vae.likelihood, likelihoods.Likelihood)  # the commands build no other
         self.vae, self.limits, self.seed = vae, limits, seed
         self.data_shape = vae.likelihood.data_shape
@@ -90,7 +89,7 @@ def save_picture(figure: Figure, path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
 
 
-def limits_of(dataset: Dataset) -> tuple[float, float]:
+def limits_of(dataset: Dataset) -> Limits:
     """Return the values shown as white and black: [0, 1], or the data's range if it is another."""
     low, high = dataset.train.min().item(), dataset.train.max().item()
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)

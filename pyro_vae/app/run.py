@@ -51,15 +51,8 @@ METRICS_SCHEMA = {
     "active_units": int,
     "pseudo_likelihood": bool,
 }
-_RUN_SCHEMA = {
-    "limits": [float | int, float | int],
-    "settings": dict,
-    "checkpoints": dict | None,
-    "checksums": dict | None,
-    "processes": int,
-    "versions": dict,
-    "command": str,
-}
+_RUN_SCHEMA = {"limits": [float | int] * 2, "settings": dict, "checkpoints": dict | None}
+_RUN_SCHEMA |= {"checksums": dict | None, "processes": int, "versions": dict, "command": str}
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
@@ -134,16 +127,9 @@ def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) 
 
 def describe_origin() -> dict[str, Any]:
     """Return the command line that is running and the versions it runs with."""
-    return {
-        "command": shlex.join(["pyro-vae", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "matplotlib": matplotlib.__version__,
-            "pyro_vae": __version__,
-        },
-    }
+    versions = {each.__name__: each.__version__ for each in (torch, pyro, matplotlib)}
+    versions = {"python": platform.python_version(), **versions, "pyro_vae": __version__}
+    return {"command": shlex.join(["pyro-vae", *sys.argv[1:]]), "versions": versions}
 
 
 def check_picture(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def _networks(settings: TrainSettings, data_shape: _Shape, latent_dim: int) -> t
 def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if settings.likelihood in names.WITH_SIGMA:
-        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
+        options["sigma"] = sigma = settings.sigma or _default_sigma(data_shape)
+        with suppress(ValueError):  # else a word, which the likelihood knows or refuses
+            options["sigma"] = float(sigma)
     if settings.likelihood in names.LEVELS:
         options[names.LEVELS[settings.likelihood]] = settings.levels or 256
     if settings.likelihood in names.COUNTS and settings.size_factor is not None:
@@ -120,13 +123,6 @@ def _widths(kind: str, text: str) -> tuple[int, ...]:
 def _default_sigma(data_shape: tuple[int, ...]) -> str:
     # Columns of a table differ in unit and noise; pixels of an image are of one kind.
     return "per-column" if len(data_shape) == 1 else "learned"
-
-
-def _sigma(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # a word, which the likelihood knows or refuses
 
 
 def check_settings(settings: TrainSettings) -> TrainSettings:

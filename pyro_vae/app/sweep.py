@@ -60,7 +60,12 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
         made = study.describe(used)
         _write_page(study.folder, rows, figure, made)
         write_json(study.folder / "sweep.json", {"rows": rows, **made})
-        _print(study.folder, rows)
+        names = (*_MEANS, "active_units")
+        shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
+        label = log_prob_name(rows[0]["pseudo_likelihood"])
+        header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
+        print_table("Test part, nats per datum", header, shown)
+        print_line(f"sweep: {study.folder}")
     return rows
 
 
@@ -120,10 +125,9 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
     )
     shown = []
     for row in rows:
-        above = row["num_unreliable"]
+        above, seconds = row["num_unreliable"], f"{row['training_seconds']:.1f}"
         share = "unknown" if above is None else f"{above / row['num_data']:.1%}"
         means = [plus_minus(row[name], row[f"{name}_standard_error"]) for name in _MEANS]
-        seconds = f"{row['training_seconds']:.1f}"
         shown.append([f"{row['beta']:g}", *means, share, row["active_units"], seconds])
     header = ["beta", "rate", "distortion", "ELBO", log_prob_name(pseudo)]
     page.table(
@@ -135,15 +139,6 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
         "the posterior mean above 0.01 (Burda et al. 2016).",
     )
     write_page(page, folder, made)
-
-
-def _print(folder: Path, rows: _Rows) -> None:
-    label = log_prob_name(rows[0]["pseudo_likelihood"])
-    names = (*_MEANS, "active_units")
-    shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
-    header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
-    print_table("Test part, nats per datum", header, shown)
-    print_line(f"sweep: {folder}")
 
 
 def _betas(text: str) -> tuple[float, ...]:

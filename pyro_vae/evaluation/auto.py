@@ -18,6 +18,8 @@ from pyro_vae.evaluation.pilot import CHAINS, explore
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
 
+_Draws = PosteriorDraws | None
+
 # Stricter than the published limit of 0.7: of exact problems with heavier tails too few estimates lie
 # within two of their standard errors.
 _PARETO_K_LIMIT = 0.4
@@ -177,9 +179,7 @@ def anneal_uncleared(
     return replace(estimate, method="auto", diagnostics=diagnostics, draws=draws, **numbers)
 
 
-def _replace_draws(
-    kept: PosteriorDraws | None, found: PosteriorDraws | None, rows: Tensor
-) -> PosteriorDraws | None:
+def _replace_draws(kept: _Draws, found: _Draws, rows: Tensor) -> _Draws:
     """Put the annealed chains' ends, resampled by their weights, in place of the rows' draws."""
     if kept is None or found is None:
         return None

@@ -77,9 +77,7 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
             )
 
 
-def check_training(
-    pairs: Iterable[Pair], train: TrainingData, options: Mapping[str, Any], plate: str
-) -> None:
+def check_training(pairs: Iterable[Pair], train: TrainingData, options: Any, plate: str) -> None:
     """Refuse training data that one of the pairs does not take: all before anything is trained."""
     drawn_anew = isinstance(train, Dataset) and train.binarize == "dynamic"
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)

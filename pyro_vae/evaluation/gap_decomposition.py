@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -18,7 +18,7 @@ from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair, Progress, open_pair
 from pyro_vae.pair.sites import all_close, data_dim
 from pyro_vae.summary import Summary, plus_minus, shown
 from pyro_vae.weights.particles import Particles, check_weights
@@ -277,7 +277,7 @@ class _Refinement:
             with pyro.plate(plate, num_data, dim=-1):
                 pyro.sample(site, family.distribution(parameters))
 
-        return pair.with_guide(refined_guide)
+        return replace(pair, guide=refined_guide, knowledge=Knowledge())
 
     def _refine(self, pair: OpenedPair) -> tuple[Parameters, int, bool]:
         """Return the better of the encoder's and the refined parameters for each datum."""

@@ -208,19 +208,14 @@ def estimate_log_prob(
 
 
 def _sample_all(
-    pair: OpenedPair,
-    counts: Tensor,
-    budget: int,
-    keep_draws: int | None,
-    compile: bool | None,
-    report: Report,
+    pair: OpenedPair, counts: Tensor, budget: int, kept: int | None, compile: Any, report: Report
 ) -> LogMarginal:
     """Take so many samples of each data point, those of one number together."""
     blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
         for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
-            particles, most = Particles(part), keep_draws
+            particles, most = Particles(part), kept
             if most is None:
                 elements = sum(shape.numel() for shape in particles.latent_shapes.values())
                 bytes_per_draw = (8 * elements + 16 * part.num_data) * pair.num_data

@@ -188,11 +188,11 @@ def representation(
         for name, code in codes.items():
             if code.support == "discrete":
                 raise InputError(f"expected continuous latents, {name!r} is discrete")
-        measures = _information(pair, num_samples=num_samples, max_memory=max_memory)
+        measures = _information(pair, num_samples, max_memory)
     variances = _variances(codes)
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
-        measures |= _probe(features, labels, num_neighbours, num_folds, seed=seed or 0)
+        measures |= _probe(features, labels, num_neighbours, num_folds, seed or 0)
     return Representation(
         sites=tuple(codes),
         latent_dim=len(variances),
@@ -247,9 +247,7 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
     return values
 
 
-def _probe(
-    features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
-) -> dict[str, Any]:
+def _probe(codes: Any, labels: Any, num_neighbours: int, num_folds: int, seed: int) -> dict[str, Any]:
     """Return both accuracies and the number of folds, which hold the classes in equal shares."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -266,7 +264,7 @@ def _probe(
         ("linear_accuracy", LogisticRegression(max_iter=2000)),
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
-        accuracy = float((cross_val_predict(pipeline, features, labels, cv=split) == labels).mean())
+        accuracy = float((cross_val_predict(pipeline, codes, labels, cv=split) == labels).mean())
         error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
         found[name] = Estimate(accuracy, error)
     return found
@@ -282,9 +280,7 @@ class _Coordinates(NamedTuple):
     independent: tuple[Distribution, Distribution] | None = None  # both, where both are independent
 
 
-def _information(
-    pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
-) -> dict[str, Any]:
+def _information(pair: OpenedPair, num_samples: int, max_memory: int | None) -> dict[str, Any]:
     """Return the information measures of :class:`Representation` by name."""
     particles = Particles(pair.part())
     model_trace, guide_trace = particles.pair.trace()
@@ -344,12 +340,8 @@ def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> d
     # One row of latents per datum, the data's axis first.
     rows = {name: value[0] for name, value in particles.data_first(latents).items()}
     aggregate, others, of_coordinates = _aggregate(particles, coordinates, rows, own, budget)
-    terms = {
-        "rate": own - log_prior,
-        "mutual_information": own - aggregate,
-        "mutual_information_upper": own - others,
-        "marginal_kl": aggregate - log_prior,
-    }
+    terms = {"rate": own - log_prior, "mutual_information": own - aggregate}
+    terms |= {"mutual_information_upper": own - others, "marginal_kl": aggregate - log_prior}
     if of_coordinates is not None:
         terms["total_correlation"] = aggregate - of_coordinates.sum(1)
         (value,) = rows.values()

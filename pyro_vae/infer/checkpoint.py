@@ -5,7 +5,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -104,9 +103,7 @@ class Checkpoints:
         found = self.processes.decide(lambda: read_newest(self.folder) if self.folder else None)
         return None if found is None else found["settings"].get("objective")
 
-    def begin(
-        self, settings: Mapping[str, Any], trainer: Trainer, best: EarlyStopping, rows: _Rows
-    ) -> None:
+    def begin(self, settings: Any, trainer: Trainer, best: EarlyStopping, rows: _Rows) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
         if (folder := self.folder) is None:
             return

@@ -29,9 +29,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
-def write_checkpoint(
-    folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
+def write_checkpoint(folder: Path, count: int, settings: Any, state: Mapping[str, Any]) -> None:
     """Write the checkpoint after so many steps; of those before it the last one is kept."""
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}

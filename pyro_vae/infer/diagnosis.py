@@ -39,11 +39,7 @@ def diagnose(
         return ()
     with seeded(0), evaluation_mode(model, guide):
         model_trace, guide_trace = draw_traces(model, guide, batch)
-    found = (
-        _collapse(rows, guide_trace, settings),
-        _explosion(rows),
-        _runaway_sigma(rows, model_trace),
-    )
+    found = _collapse(rows, guide_trace, settings), _explosion(rows), _sigma(rows, model_trace)
     wrong = [text for text in found if text]
     # What a VAE is given it can standardise; a pair of the user's own may do so inside.
     scale = unscaled(model, batch[0]) if wrong or _standardizers(model) else None
@@ -93,7 +89,7 @@ def _explosion(rows: _Rows) -> str | None:
     return None
 
 
-def _runaway_sigma(rows: _Rows, model_trace: Trace) -> str | None:
+def _sigma(rows: _Rows, model_trace: Trace) -> str | None:
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue

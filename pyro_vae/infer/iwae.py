@@ -126,9 +126,7 @@ class IWAE(Bound):
         return pair
 
 
-def _doubly_reparameterized(
-    axes: dict[str, int], draws: Draws, copies: Latents, log_joint: Tensor
-) -> Tensor:
+def _doubly_reparameterized(axes: Any, draws: Draws, copies: Latents, log_joint: Tensor) -> Tensor:
     """Return a tensor whose gradient is the doubly reparameterised one, summed over the data."""
     weights = (log_joint - draws.scaled_log_proposal).detach().softmax(0)
     # E[v dlog q/dphi] = E[dv/dz dz/dphi], and dv/dz = v (1 - v) dlog w/dz: of the plain gradient,

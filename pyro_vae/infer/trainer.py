@@ -33,6 +33,7 @@ from pyro_vae.pair.state import accumulating_leaves
 SUMMARY = ("loss", "rate", "distortion", "gradient norm", "non-finite flag")
 
 Transform = Callable[..., Any]
+AfterStep = Callable[[Tensor, int], bool]
 
 
 class NotFiniteError(InputError):
@@ -166,9 +167,7 @@ class Trainer:
         """Beta of the coming step."""
         return beta_at(self.count, self.settings.beta, self.warmup_steps)
 
-    def run_epoch(
-        self, number: int, *, after_step: Callable[[Tensor, int], bool] | None = None
-    ) -> dict[str, float]:
+    def run_epoch(self, number: int, after_step: AfterStep | None = None) -> dict[str, float]:
         """Take pass ``number``, from 1, or what a state left of it, and return its metrics.
 
         ``after_step`` is given the summary of a step and the size of its batch; True ends the pass.

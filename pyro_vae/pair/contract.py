@@ -119,15 +119,13 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                     raise _outside("model", {**site, "value": whole})
 
 
-def check_rows(
-    function: str, site: Site, plate: str | None, num_data: int, shape: torch.Size | None = None
-) -> None:
+def check_rows(kind: str, site: Site, plate: str | None, num_data: int, shape: Any = None) -> None:
     """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
     dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         raise InputError(
-            f"expected site {site['name']!r} of the {function} to have {num_data} data along plate "
+            f"expected site {site['name']!r} of the {kind} to have {num_data} data along plate "
             f"{plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
         )
 
@@ -142,27 +140,25 @@ def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> Inp
     )
 
 
-def _check_site(
-    function: str, site: Site, plate: str | None, num_data: int | None, serves: Serves
-) -> None:
+def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serves: Serves) -> None:
     """Refuse a site without one log-probability per data point."""
     name = site["name"]
     frames = [frame for frame in vectorized_frames(site) if frame.name == plate]
     if plate is not None and not frames and Serves.SHARED not in serves:
-        raise _outside_plate(function, site, plate, serves)
+        raise _outside_plate(kind, site, plate, serves)
     try:
         log_prob, takes = site_log_prob(site), _takes(site["fn"], site["value"])
     except ValueError as error:  # of torch's validation
-        raise _outside(function, site) from error
+        raise _outside(kind, site) from error
     if not takes:
-        raise _outside(function, site)
+        raise _outside(kind, site)
     if frames:
-        wanted = frames[0].size if num_data is None else num_data
-        check_rows(function, site, plate, wanted, log_prob.shape)
+        wanted = frames[0].size if rows is None else rows
+        check_rows(kind, site, plate, wanted, log_prob.shape)
     plates = {frame.dim for frame in vectorized_frames(site)}
     wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
     if wide - plates:
-        what = f"site {name!r} of the {function} to have one log-probability per datum"
+        what = f"site {name!r} of the {kind} to have one log-probability per datum"
         advice = "declare event dimensions by .to_event(k), or squeeze"
         raise InputError(f"expected {what}, got shape {tuple(log_prob.shape)}: {advice}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from pyro_vae.pair.functions import (
     tensors_of,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
+from pyro_vae.pair.inputs import Data, Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.precision import compute_in
 from pyro_vae.pair.sites import (
     CALLING_ERRORS,
@@ -136,7 +136,7 @@ class Knowledge:
 def open_pair(
     model: PairFunction,
     guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
+    x: Data,
     *,
     plate: str | None = "data",
     serves: Serves = Serves.NOTHING,
@@ -147,9 +147,7 @@ def open_pair(
     return OpenedPair(model, guide, inputs, plate=plate, serves=serves)
 
 
-def open_function(
-    function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
-) -> OpenedFunction:
+def open_function(function: PairFunction, x: Data, *, plate: str = "data") -> OpenedFunction:
     """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
     _check_plate(plate, Serves.NOTHING)
     return OpenedFunction(function, as_inputs(x, function), plate)
@@ -277,10 +275,6 @@ class OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
         rows = slice(None) if self.plate is None else rows
         return replace(self, arguments=take_rows(self.inputs, rows, self.device))
-
-    def with_guide(self, guide: PairFunction) -> OpenedPair:
-        """Return the model with another guide, which is to be inspected by itself."""
-        return replace(self, guide=guide, knowledge=Knowledge())
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), if they may be."""

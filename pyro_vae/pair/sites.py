@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vae.errors import InputError
 
 Latents = dict[str, Tensor]
+Terms = tuple[Tensor, ...]
 Site = dict[str, Any]
 
 
@@ -153,9 +154,7 @@ def is_delta(distribution: Any) -> bool:
 TracePair = tuple[Any, Any]  # a model trace and the guide trace it was replayed against
 
 
-def draw_traces(
-    model: Callable[..., Any], guide: Callable[..., Any], arguments: Any, keywords: Any = None
-) -> TracePair:
+def draw_traces(model: Any, guide: Any, arguments: Any, keywords: Any = None) -> TracePair:
     """Trace the guide, then the model with the guide's draws."""
     guide_trace = poutine.trace(guide).get_trace(*arguments, **(keywords or {}))
     replayed = poutine.replay(model, trace=guide_trace)
@@ -215,16 +214,14 @@ _RELATIVE, _ABSOLUTE = 1e-4, 1e-3
 _LAST_DIGITS, _STEEP = 8, 8
 
 
-def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
+def all_close(batched: Terms, plain: Terms) -> bool:
     """Tell whether batched and plain results are the same but for rounding."""
     how: Any = {"rtol": _RELATIVE, "atol": _ABSOLUTE, "equal_nan": True}
     both = [*zip(batched, plain, strict=True)]
     return all(one.shape == other.shape and torch.allclose(one, other, **how) for one, other in both)
 
 
-def agree(
-    batched: tuple[Tensor, ...], plain: Callable[[Latents], tuple[Tensor, ...]], latents: Latents
-) -> bool:
+def agree(batched: Terms, plain: Callable[[Latents], Terms], latents: Latents) -> bool:
     """Tell whether batched results are those of plain calls, as far as rounding determines these.
 
     A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank

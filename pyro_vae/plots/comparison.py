@@ -35,7 +35,7 @@ def paired_differences(
     """
     figure, axes = style.one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
-    _draw_differences(
+    _draw_rows(
         axes,
         0,
         [differences[index] for index in order],
@@ -66,7 +66,7 @@ def families_and_runs(
     figure, places = style.panels(title, size, columns=len(labels), sharey=True)
     for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
-        _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
+        _draw_rows(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
     places[0].set_yticks(range(len(names)), [style.as_text(name) for name in names])
@@ -177,22 +177,18 @@ def autoencoder_and_vae(
     return figure
 
 
-def _draw_differences(
-    axes: Axes, best: int, means: _Row, half_widths: _Row, by_run: Sequence[_Row]
-) -> None:
+def _draw_rows(axes: Axes, best: int, means: _Row, half_widths: _Row, runs: Sequence[_Row]) -> None:
     """Draw one row per pair: its mean difference with a bar, and below it a dot for each run."""
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
-    for row, (mean, width, runs) in enumerate(zip(means, half_widths, by_run, strict=True)):
+    for row, (mean, width, own) in enumerate(zip(means, half_widths, runs, strict=True)):
         colour = style.ORANGE if row == best else style.BLUE
-        axes.plot(runs, [row + 0.2] * len(runs), "o", color=colour, markersize=3, alpha=0.6)
+        axes.plot(own, [row + 0.2] * len(own), "o", color=colour, markersize=3, alpha=0.6)
         known = None if row == best or not np.isfinite(width) else width
         how: Any = {"color": colour, "markersize": 5, "capsize": 3, "linewidth": 1.3}
         axes.errorbar(mean, row, xerr=known, fmt="o", **how)
 
 
-def _show_pairs(
-    figure: Figure, places: list[Axes], pairs: list[tuple[Array, Array]], labels: tuple[str, str]
-) -> None:
+def _show_pairs(figure: Figure, places: list[Axes], pairs: Sequence[Any], labels: Labels) -> None:
     """Show a pair of distributions in each panel, their legend at the right of the title."""
     for axes, (filled, outlined) in zip(places, pairs, strict=False):
         together = np.concatenate([filled, outlined])

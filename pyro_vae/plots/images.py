@@ -124,14 +124,8 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits =
         return figure
     figure, axes = style.one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
-    if style.are_bits(data):
-        style.show_bits(axes, true, got, "data")
-        axes.set(xlabel="reconstruction", ylabel="values")
-    else:
-        ends = [min(true.min(), got.min()), max(true.max(), got.max())]
-        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+    if _show_values(axes, true, got, "data", ("reconstruction", "values", "reconstruction")):
         axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
-        axes.set(xlabel="data", ylabel="reconstruction")
     style.legend_above(axes)
     return figure
 
@@ -159,19 +153,24 @@ def completions(
         return image_grid(rows, title=title, column_labels=labels, limits=limits)
     figure, axes = style.one_panel(title, (8.4, 4.4))
     true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
-    if style.are_bits(true):
-        style.show_bits(axes, true, got, "truth")
-        axes.set(xlabel="mean of the completions", ylabel="missing values")
-    else:
-        ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
-        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
-        axes.errorbar(
-            true, got, spread, fmt="o", markersize=2.5, color=BLUE, elinewidth=0.5, alpha=0.5,
-            label="mean, one deviation",
-        )  # fmt: skip
-        axes.set(xlabel="truth", ylabel="completion of a missing value")
+    told = "mean of the completions", "missing values", "completion of a missing value"
+    if _show_values(axes, true, got, "truth", told):
+        how: dict[str, Any] = {"fmt": "o", "markersize": 2.5, "elinewidth": 0.5, "alpha": 0.5}
+        axes.errorbar(true, got, spread, color=BLUE, label="mean, one deviation", **how)
     style.legend_above(axes)
     return figure
+
+
+def _show_values(axes: Axes, true: Array, got: Array, name: str, told: tuple[str, str, str]) -> bool:
+    """Show bits, found beside the true ones; of other values the line where both are the same."""
+    if style.are_bits(true):
+        style.show_bits(axes, true, got, name)
+        axes.set(xlabel=told[0], ylabel=told[1])
+        return False
+    ends = [min(true.min(), got.min()), max(true.max(), got.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+    axes.set(xlabel=name, ylabel=told[2])
+    return True
 
 
 def flat_image(image: Array, limits: Limits) -> Array:

@@ -70,13 +70,7 @@ def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def show_histograms(
-    axes: Axes,
-    filled: Array,
-    outlined: Array,
-    bins: Array,
-    labels: tuple[str, str],
-    *,
-    density: bool = True,
+    axes: Axes, filled: Array, outlined: Array, bins: Array, labels: Labels, *, density: bool = True
 ) -> None:
     """Show two distributions in the same bins: one as an area, the other as an outline."""
     edges = bins.tolist()

@@ -68,7 +68,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
     weights, checksum = read_weights(folder)
     with seeded(0):  # constructors draw starting values
         vae = build(config, components or {}, sum(value.numel() for value in weights.values()))
-    assign(vae, weights, checksum, model=config["model"])
+    assign(vae, weights, checksum, config["model"])
     return vae.to(place).eval()
 
 

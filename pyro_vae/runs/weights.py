@@ -40,9 +40,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     return weights, metadata.get(_CHECKSUM)
 
 
-def assign(
-    vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
-) -> None:
+def assign(vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, model: Any) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
     check_weights(tensors_of({"": vae}), weights)
     types = _check_values(weights)

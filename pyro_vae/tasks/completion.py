@@ -164,7 +164,8 @@ def complete(
         if len(seen):
             pair.structure  # noqa: B018
         pair = _fill_first(pair, missing, position, initial, observed)
-        problem, divisible = _bind(pair, missing, position, observed)
+        problem = _bind(pair, missing, position, observed)
+        divisible = problem.is_divisible
         if method == "metropolis":
             sites = latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
@@ -209,6 +210,7 @@ class _Problem(NamedTuple):
     missing: Tensor  # what is hidden of that one
     position: int  # which one it is
     site: str  # name of the site that observes it
+    is_divisible: bool = False  # whether the pair accepts fewer data than these, and more
 
     @property
     def x(self) -> Tensor:
@@ -242,10 +244,7 @@ class _Problem(NamedTuple):
     def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
         """Take latents of one or the other, by one truth value for each data point."""
         shapes = {name: (-1, *[1] * (-axis - 1)) for name, axis in self.pair.axes.items()}
-        return {
-            name: torch.where(truth.view(shapes[name]), value, other[name])
-            for name, value in one.items()
-        }
+        return {n: torch.where(truth.view(shapes[n]), v, other[n]) for n, v in one.items()}
 
     def trace(self, function: PairFunction, latents: Latents) -> Any:
         with Given(latents):
@@ -475,10 +474,8 @@ def _fill_first(
     return with_fill(means / _PRIOR_DRAWS)
 
 
-def _bind(
-    pair: OpenedPair, missing: Tensor, position: int, observed: str | None
-) -> tuple[_Problem, bool]:
-    """Bind a pair of filled data to what is missing, or refuse it; is its pair divisible?"""
+def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None) -> _Problem:
+    """Bind a pair of filled data to what is missing, or refuse it."""
     trace, guide_trace = pair.trace()
     name = observed_site(trace, observed)
     site, x = trace.nodes[name], pair.inputs[position]
@@ -492,7 +489,7 @@ def _bind(
     drawn = problem.fill(_draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
     drawn.pair.structure  # noqa: B018
-    return problem, _is_divisible(drawn)
+    return problem._replace(is_divisible=_is_divisible(drawn))
 
 
 def _is_divisible(problem: _Problem) -> bool:

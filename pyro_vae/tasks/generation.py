@@ -30,12 +30,8 @@ from pyro_vae.pair.sites import (
 )
 
 # Families with a location and a scale: the temperature multiplies the scale.
-_LOCATION_SCALE = (
-    distributions.Normal,
-    distributions.Laplace,
-    distributions.Cauchy,
-    distributions.StudentT,
-)
+_KINDS = ("Normal", "Laplace", "Cauchy", "StudentT")
+_LOCATION_SCALE = tuple(getattr(distributions, kind) for kind in _KINDS)
 
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
@@ -110,16 +106,10 @@ def decode(
     """
     opened = open_function(model, like, plate=plate)
     with opened.evaluating(seed):
-        return decode_latents(opened, z, mean=mean, observed=observed)
+        return decode_latents(opened, z, observed, mean)
 
 
-def decode_latents(
-    model: OpenedFunction,
-    z: Tensor | Mapping[str, Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-) -> Tensor:
+def decode_latents(model: OpenedFunction, z: Any, observed: str | None, mean: bool = True) -> Tensor:
     """Do the work of :func:`decode` for a model that is open."""
     trace = model.first().trace(explain="model")
     sites = {site["name"]: site for site in latent_sites(trace)}

@@ -13,7 +13,7 @@ from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
-from pyro_vae.pair.sites import value_axis
+from pyro_vae.pair.sites import Latents, value_axis
 from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode_latents
 
@@ -105,7 +105,7 @@ def interpolate(
             if code.support == "sphere":
                 way = _great_circle(start, end, shares)
             ways[name] = way.flatten(0, 1)
-        return _decode_repeated(pair.alone(model), num_steps, ways, observed)
+        return _decode(pair.alone(model), num_steps, ways, observed)
 
 
 def traverse(
@@ -290,14 +290,12 @@ class _Walker:
         tiled = tile_inputs(tuple(self.codes.values()), len(flat))
         latents = dict(zip(self.codes, tiled, strict=True))
         latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
-        return _decode_repeated(self.model, len(flat), latents, self.observed)
+        return _decode(self.model, len(flat), latents, self.observed)
 
 
-def _decode_repeated(
-    model: OpenedFunction, count: int, latents: dict[str, Tensor], observed: str | None
-) -> Tensor:
+def _decode(model: OpenedFunction, count: int, latents: Latents, observed: str | None) -> Tensor:
     """Decode ``count`` latents of each data point, ``(count, N, *data_shape)``."""
-    data = decode_latents(model.repeat(count), latents, observed=observed)
+    data = decode_latents(model.repeat(count), latents, observed)
     return data.unflatten(0, (count, model.num_data))
 
 

@@ -81,9 +81,7 @@ def observed_pair(
     return owner.model, owner.guide
 
 
-def on_observed_part(
-    model: PairFunction, *, observed: str | None = None, position: int = 0
-) -> PairFunction:
+def on_observed_part(model: PairFunction, *, observed: str | None, position: int) -> PairFunction:
     """Return the model of the observed part; arguments and errors as for :func:`observed_pair`."""
 
     def masked(*inputs: Tensor) -> Any:

@@ -279,7 +279,7 @@ class Particles:
         return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
 
     def _draws(
-        self, found: Any, convert: Any, shape: Any, which: slice, particle_dim: int | None = None
+        self, found: Any, convert: Any, shape: Any, which: slice, particle_dim: int = 0
     ) -> Draws:
         """Return what a run of the guide found, latents and densities in their own shapes."""
         trace, gates = found
@@ -311,9 +311,7 @@ class Particles:
 
         return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
-    def score_under(
-        self, function: str, latents: Latents, subsample: dict[str, Any] | None = None
-    ) -> Scored:
+    def score_under(self, function: str, latents: Latents, subsample: Any = None) -> Scored:
         """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``."""
         given = subsample or {}
         if _NOTHING_DRAWN in latents:  # all particles are alike
@@ -355,9 +353,7 @@ class Particles:
         scored = self._score_one(function, _tile_pair(self.pair, count), tiled, subsample)
         return Scored(*(term.view(count, -1) for term in scored))
 
-    def _score_one(
-        self, function: str, pair: OpenedPair, latents: Latents, subsample: dict[str, Any]
-    ) -> Scored:
+    def _score_one(self, function: str, pair: OpenedPair, latents: Latents, subsample: Any) -> Scored:
         """Score one particle: each term ``(N,)``."""
         given = {**self._without_axis(latents), **subsample}
         if function == "model" and pair.structure.summed:
@@ -379,16 +375,16 @@ class Particles:
         nothing = torch.zeros(pair.num_data, dtype=torch.float64, device=pair.device)
         latents = latent_sites(trace)
         sums = [sum_out(trace, group) for group in (sample_sites(trace), latents)]
-        terms = [[sum_to(term, self._kept(site, None)) for site, term in each] for each in sums]
+        terms = [[sum_to(term, self._kept(site)) for site, term in each] for each in sums]
         joint, prior = (sum(each, nothing) for each in terms)
         observed = torch.where(prior.isneginf(), 0.0, joint - prior)
         return Scored(observed, prior, prior * latent_scale_of(latents[0]))
 
-    def _kept(self, site: Site, particle_dim: int | None) -> tuple[int, ...]:
+    def _kept(self, site: Site, particle_dim: int = 0) -> tuple[int, ...]:
         own = () if self.pair.plate is None else (data_dim(site, self.pair.plate),)
-        return (*own, particle_dim or 0)
+        return (*own, particle_dim)
 
-    def _sum(self, sites: list[Site], particle_dim: int | None = None) -> Any:
+    def _sum(self, sites: list[Site], particle_dim: int = 0) -> Any:
         """Sum over all but data and particles, plainly and with the beta handler's scale; or None."""
         if not sites:
             return None, None
