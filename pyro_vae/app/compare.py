@@ -204,17 +204,14 @@ def _check_axes(axes: _Axes, hold: str | None) -> None:
     if hold not in (None, "model"):
         raise InputError(f"expected --hold model, got {hold!r}")
     if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
-        raise InputError(
-            "expected likelihoods whose log p(x) can be subtracted, got bernoulli, a probability of "
-            "bits, beside densities: compare them apart"
-        )
+        wanted = "likelihoods whose log p(x) can be subtracted"
+        got = "bernoulli, a probability of bits, beside densities"
+        raise InputError(f"expected {wanted}, got {got}: compare them apart")
     if hold == "model" and (len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1):
         raise InputError("expected one prior and one likelihood to hold, got several: give one each")
     if hold == "model" and axes["prior"] == ("vamp",):
-        raise InputError(
-            "expected a prior that is no part of a guide to hold, got vamp: use pv.compare with "
-            'hold="model"'
-        )
+        wanted = "a prior that is no part of a guide to hold"
+        raise InputError(f'expected {wanted}, got vamp: use pv.compare with hold="model"')
 
 
 def _folder_name(settings: TrainSettings) -> str:

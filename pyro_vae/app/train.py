@@ -211,10 +211,9 @@ def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]
     """Refuse to go on with a run of another model."""
     begun = read_config(folder).get("model")
     if begun != known_to(begun, json.loads(json.dumps(config["model"]))):
-        raise InputError(
-            f"expected the model that {folder} describes, its settings build another one: its "
-            f"{CONFIG} was changed, or another version wrote it"
-        )
+        wanted = f"the model that {folder} describes"
+        advice = f"its {CONFIG} was changed, or another version wrote it"
+        raise InputError(f"expected {wanted}, its settings build another one: {advice}")
     yield
 
 

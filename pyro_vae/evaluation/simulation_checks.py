@@ -397,10 +397,9 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
     sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
     for (name, index), (other, its) in itertools.combinations(sources.items(), 2):
         if index == its:
-            raise InputError(
-                f"expected one observed site for each input, {name!r} and {other!r} observe the "
-                "same: simulated data would differ between them; pass it as two inputs"
-            )
+            wanted = "one observed site for each input"
+            advice = "simulated data would differ between them; pass it as two inputs"
+            raise InputError(f"expected {wanted}, {name!r} and {other!r} observe the same: {advice}")
     inputs = list(template.part(torch.arange(num_data) % template.num_data).inputs)
     with any_number_of_data("pair", num_data):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)

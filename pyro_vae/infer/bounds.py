@@ -202,9 +202,7 @@ def particle_options(objective: ELBO) -> dict[str, Any]:
     names = ("num_particles", "max_plate_nesting", "vectorize_particles")
     options = {name: getattr(objective, name) for name in names}
     # Pyro's constructor adds the particles' own plate to the nesting it is given.
-    options["max_plate_nesting"] -= (
-        bool(options["vectorize_particles"]) and options["num_particles"] > 1
-    )
+    options["max_plate_nesting"] -= objective.vectorize_particles and objective.num_particles > 1
     return options
 
 

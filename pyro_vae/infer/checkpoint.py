@@ -33,10 +33,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, number: int, folder: Path) -> None:
-        super().__init__(
-            f"interrupted by {signal.Signals(number).name}, its state is in {folder}: repeat the "
-            "call with resume=True to go on"
-        )
+        what = f"interrupted by {signal.Signals(number).name}, its state is in {folder}"
+        super().__init__(f"{what}: repeat the call with resume=True to go on")
         self.number, self.folder = number, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -145,10 +143,9 @@ class Checkpoints:
     def _prepare(self) -> None:
         assert self.folder is not None
         if not self.resume and checkpoint_files(self.folder):
-            raise InputError(
-                f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
-                "on from them, or choose another folder"
-            )
+            wanted = "a folder without checkpoints"
+            advice = "resume=True goes on from them, or choose another folder"
+            raise InputError(f"expected {wanted}, {self.folder} holds some: {advice}")
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begun = self.folder.stat()

@@ -110,10 +110,9 @@ class IWAE(Bound):
             particles = Particles(pair)
             for name, latent in structure.latents.items():
                 if latent.is_enumerated:
-                    raise InputError(
-                        f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
-                        "TraceEnum_ELBO, or draw it"
-                    )
+                    wanted = "sites that are drawn"
+                    advice = "use Pyro's TraceEnum_ELBO, or draw it"
+                    raise InputError(f"expected {wanted}, {name!r} is enumerated: {advice}")
                 if not latent.is_reparameterized:
                     raise InputError(
                         f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "

@@ -90,10 +90,9 @@ class FitSettings:
     def _check_optimizer(self) -> None:
         check_callables(optimizer=self.optimizer, scheduler=self.scheduler)
         if isinstance(self.optimizer, PyroOptim):
-            raise InputError(
-                "expected optimizer as a class of torch.optim or a function from parameters to an "
-                f"optimiser, got Pyro's {type(self.optimizer).__name__}: pass torch.optim.Adam itself"
-            )
+            what = "optimizer as a class of torch.optim or a function from parameters to an optimiser"
+            advice = "pass torch.optim.Adam itself"
+            raise InputError(f"expected {what}, got Pyro's {type(self.optimizer).__name__}: {advice}")
         is_function = self.optimizer is not None and optimizer_class(self.optimizer) is None
         if is_function and self.learning_rate != FitSettings.learning_rate:
             wanted = "the learning rate inside the function given as optimizer"
@@ -167,7 +166,5 @@ def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
 
 
 # Half a cosine from 1 down to 0: Loshchilov, Hutter 2017, equation 5, without restarts.
-_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
-}
+_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0}
+_SCHEDULES["cosine"] = lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction))

@@ -195,12 +195,8 @@ class Trainer:
         table, seconds = summaries.cpu().numpy(), epoch.seconds
         self._refuse_not_finite(table, epoch)
         sizes = np.array([len(index) for index in batches[: epoch.taken]])
-        return {
-            **_means(table, sizes),
-            "beta": self.beta,
-            "seconds": seconds,
-            "data_per_second": int(sizes.sum()) / seconds,
-        }
+        pace = {"seconds": seconds, "data_per_second": int(sizes.sum()) / seconds}
+        return {**_means(table, sizes), "beta": self.beta, **pace}
 
     def _take(self, rows: slice | Tensor) -> Inputs:
         """Return some data points on the device; where all are one datum, that."""
@@ -257,7 +253,11 @@ class Trainer:
             summary = self.captured_step(*pair, batch, self.beta, eager)
         if self.processes.are_several:
             summary = self._sum_shares(summary, share)
-        flag = self._apply(summary)
+        flag = summary[-1].float()
+        if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
+            flag = self._stopped = torch.maximum(self._stopped, flag)
+        self.updates.apply(self.count, flag)
+        self.count += 1
         with torch.no_grad():  # a batch norm has seen the batch too
             for buffer, value in zip(self._seen_buffers, before, strict=True):
                 buffer.copy_(torch.where(flag > 0, value, buffer))
@@ -306,15 +306,6 @@ class Trainer:
         whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
         return whole
 
-    def _apply(self, summary: Tensor) -> Tensor:
-        """Let the gradients be taken, unless something is not finite, and return whether it is."""
-        flag = summary[-1].float()
-        if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
-            flag = self._stopped = torch.maximum(self._stopped, flag)
-        self.updates.apply(self.count, flag)
-        self.count += 1
-        return flag
-
     def _inspect(self, batch: Inputs) -> None:
         """Check the pair and what its transform returns, and learn its parameters."""
         self.shown = batch
@@ -353,10 +344,8 @@ class Trainer:
 
     def values(self) -> dict[str, list[Tensor]]:
         """Copies of the parameters in the order of their names, and of the modules' buffers."""
-        return {
-            "parameters": [leaf.detach().clone() for leaf in self.updates.leaves],
-            "buffers": [buffer.detach().clone() for buffer in self._buffers()],
-        }
+        found = {"parameters": self.updates.leaves, "buffers": self._buffers()}
+        return {kind: [each.detach().clone() for each in some] for kind, some in found.items()}
 
     @torch.no_grad()
     def put_back(self, values: dict[str, list[Tensor]]) -> None:
@@ -378,14 +367,8 @@ class Trainer:
             place = epoch.number, epoch.order.clone(), epoch.taken, epoch.seconds
             position = dict(zip(("epoch", "order", "taken", "seconds"), place, strict=True))
             own["summaries"] = epoch.summaries.cpu().clone()
-        return {
-            "parameters": values["parameters"],
-            "updates": self.updates.state_dict(),
-            "count": self.count,
-            "skipped": self.skipped,
-            "position": position,
-            "own": own,
-        }
+        numbers = {"count": self.count, "skipped": self.skipped, "position": position, "own": own}
+        return {**numbers, "parameters": values["parameters"], "updates": self.updates.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""

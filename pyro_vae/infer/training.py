@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,21 +267,16 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
+    given = dict(locals())
     if isinstance(objective, str):
         objective = objective_named(objective)
-    settings = FitSettings(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
-        parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
-        beta=beta, warmup_epochs=warmup_epochs or 0, patience=patience, schedule=schedule,
-        gradient_clip=gradient_clip, precision=precision, compile=compile,
-        on_nonfinite=on_nonfinite, nonfinite_limit=nonfinite_limit, seed=seed, plate=plate,
-    )  # fmt: skip
+    told = given | {"objective": objective, "warmup_epochs": warmup_epochs or 0}
+    settings = FitSettings(**{each.name: told[each.name] for each in fields(FitSettings)})
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
     watchers = Callbacks(callbacks, processes)
-    checkpoints = Checkpoints(
-        checkpoint, checkpoint_every, checkpoint_minutes, resume=resume, processes=processes
-    )
+    when = checkpoint_every, checkpoint_minutes
+    checkpoints = Checkpoints(checkpoint, *when, resume=resume, processes=processes)
     if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
     pair, to_validate, training, capture, place = _open(
@@ -295,12 +290,8 @@ def fit(
         "compiled": capture.is_chosen,
         "transform": training.transform is not None,
     }
-    processes.check_same(
-        data=pair.inputs,
-        validation_data=held_out,
-        checkpoints=(checkpoint is not None, checkpoint_every, resume),
-        **record,
-    )
+    kept = checkpoint is not None, checkpoint_every, resume
+    processes.check_same(data=pair.inputs, validation_data=held_out, checkpoints=kept, **record)
     with (
         pair.training(settings.seed),
         compute_in(settings.precision, place),
@@ -308,15 +299,10 @@ def fit(
         checkpoints,
     ):
         processes.draw_apart()
-        trainer = Trainer(
-            pair,
-            training,
-            settings,
-            device=place,
-            shuffle=_takes_any_batch(pair, training, processes),
-            captured_step=capture.step if capture.is_chosen else None,
-            processes=processes,
-        )
+        step = capture.step if capture.is_chosen else None
+        how: dict[str, Any] = {"device": place, "captured_step": step, "processes": processes}
+        shuffle = _takes_any_batch(pair, training, processes)
+        trainer = Trainer(pair, training, settings, shuffle=shuffle, **how)
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:

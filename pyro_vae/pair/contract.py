@@ -53,10 +53,9 @@ def check_pair(
     """
     observed = observed_names(guide_trace)
     if observed:
-        raise InputError(
-            f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
-            "model before the guide"
-        )
+        wanted = "a guide that observes nothing"
+        advice = "pass the model before the guide"
+        raise InputError(f"expected {wanted}, {observed[0]!r} is observed in it: {advice}")
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
     may_draw_nothing = Serves.NO_LATENT in serves or (summed and Serves.SUMMED in serves)
     if not latent_sites(guide_trace) and not may_draw_nothing:
@@ -74,10 +73,9 @@ def check_pair(
         raise _outside_plate("model", observed_sites[0], plate, serves)
     for site in sample_sites(guide_trace):
         if site_is_factor(site):
-            raise InputError(
-                f"expected a guide of densities alone, {site['name']!r} is a factor: whether it is a "
-                "part of log q can't be told; move the term into the model"
-            )
+            wanted = "a guide of densities alone"
+            advice = "whether it is a part of log q can't be told; move the term into the model"
+            raise InputError(f"expected {wanted}, {site['name']!r} is a factor: {advice}")
         if site["name"] in model_trace.nodes:
             check_guide_support(site, model_trace.nodes[site["name"]])
 
@@ -124,10 +122,8 @@ def check_rows(kind: str, site: Site, plate: str | None, num_data: int, shape: A
     dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
-        raise InputError(
-            f"expected site {site['name']!r} of the {kind} to have {num_data} data along plate "
-            f"{plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
-        )
+        wanted = f"site {site['name']!r} of the {kind} to have {num_data} data along plate {plate!r}"
+        raise InputError(f"expected {wanted}, got {rows}: use pyro.plate({plate!r}, len(x))")
 
 
 def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> InputError:
@@ -220,10 +216,9 @@ def _check_latents(
     missing = sorted(in_model - set(guide_sites))
     if missing:
         enumerated = ", for here nothing is summed out" * (missing[0] in set(summed))
-        raise InputError(
-            f"expected a guide that draws every latent, {missing[0]!r} is missing: "
-            f"add pyro.sample for it{enumerated}, or observe it in the model"
-        )
+        what = "a guide that draws every latent"
+        advice = f"add pyro.sample for it{enumerated}, or observe it in the model"
+        raise InputError(f"expected {what}, {missing[0]!r} is missing: {advice}")
     surplus = {name: site for name, site in guide_sites.items() if name not in in_model}
     named = sorted(name for name, site in surplus.items() if not site["infer"].get("is_auxiliary"))
     if named:
@@ -262,10 +257,8 @@ def check_density_known(guide_sites: Iterable[Site], advice: str) -> None:
     """Refuse a guide whose density is known where it drew alone: point masses follow other sites."""
     for site in guide_sites:
         if is_delta(site["fn"]):
-            raise InputError(
-                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
-                f"mass: {advice}"
-            )
+            wanted = "a guide whose density is known at any point"
+            raise InputError(f"expected {wanted}, {site['name']!r} is a point mass: {advice}")
 
 
 def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> None:

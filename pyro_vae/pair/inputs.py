@@ -152,10 +152,9 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
     """Refuse another number of tensors than the functions take."""
     for function in functions:
         if isinstance(function, nn.Module) and type(function).forward is nn.Module.forward:
-            raise InputError(
-                f"expected two functions, got a {type(function).__name__} without forward: pass its "
-                "methods, e.g. vae.model and vae.guide"
-            )
+            got = f"a {type(function).__name__} without forward"
+            advice = "pass its methods, e.g. vae.model and vae.guide"
+            raise InputError(f"expected two functions, got {got}: {advice}")
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one

@@ -97,10 +97,9 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
         check_weights(own, {where: value for where, value in weights.items() if where not in rest})
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):
-                raise InputError(
-                    f"expected names that Pyro's store does not hold, {name!r} is taken: "
-                    "pyro.clear_param_store() frees the names of earlier pairs"
-                )
+                wanted = "names that Pyro's store does not hold"
+                advice = "pyro.clear_param_store() frees the names of earlier pairs"
+                raise InputError(f"expected {wanted}, {name!r} is taken: {advice}")
         for where, value in own.items():
             if value.dtype != weights[where].dtype:
                 raise InputError(f"expected {where} as {value.dtype}, got {weights[where].dtype}")

@@ -137,10 +137,9 @@ def compare_autoencoder(
 
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
-            raise InputError(
-                "expected a pair with one latent, a vector, got one of shape "
-                f"{tuple(means.shape[1:])}: its codes can't be laid between each other"
-            )
+            what = "a pair with one latent, a vector"
+            advice = "its codes can't be laid between each other"
+            raise InputError(f"expected {what}, got one of shape {tuple(means.shape[1:])}: {advice}")
         alone = OpenedFunction(model, (blank(num_random),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]
         variational = measure(

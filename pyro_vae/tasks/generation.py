@@ -298,7 +298,5 @@ def _spread(name: str, fn: Any, factor: float) -> Any:
         return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
     if isinstance(fn, distributions.TransformedDistribution):
         return dist.TransformedDistribution(_spread(name, fn.base_dist, factor), fn.transforms)
-    raise InputError(
-        f"expected latents with a scale that a temperature multiplies, {name!r} is "
-        f"{type(fn).__name__}: leave temperature at 1"
-    )
+    wanted = "latents with a scale that a temperature multiplies"
+    raise InputError(f"expected {wanted}, {name!r} is {type(fn).__name__}: leave temperature at 1")

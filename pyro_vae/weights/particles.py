@@ -271,10 +271,9 @@ class Particles:
                 )
         scales = {scale for site in sites if not isinstance(scale := latent_scale_of(site), Tensor)}
         if len(scales) > 1:
-            raise InputError(
-                f"expected one beta for all latents of the guide, got {sorted(scales)}: scale the "
-                'guide as a whole, or use gradient="plain"'
-            )
+            wanted = "one beta for all latents of the guide"
+            advice = 'scale the guide as a whole, or use gradient="plain"'
+            raise InputError(f"expected {wanted}, got {sorted(scales)}: {advice}")
         terms = [latent_scale_of(site) * site_log_prob(site).sum() for site in sites]
         return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
 
