@@ -130,8 +130,7 @@ def look_again(
         value, error = (v[own].to(pair.device) for v in (estimate.log_prob, estimate.standard_error))
         pilot = explore(path, options.annealing.num_leapfrog_steps)
         cost[own] += pilot.tuning.cost
-        latents, log_jacobian = path.latents(pilot.position)
-        log_weights = pilot.log_joint - path.particles.score_proposal(latents) - log_jacobian
+        log_weights = pilot.log_joint - path.log_guide(pilot.position)
         rare = log_weights - value > (samples[own].to(value) / _VISITS).log()
         doubt = torch.hypot(pilot.evidence.variance.sqrt(), error)
         higher = pilot.evidence.log_prob - value > _DEVIATIONS * doubt

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily, biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
+from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.compiled_score import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
-from pyro_vae.pair.sites import Latents, Site, latent_sites
+from pyro_vae.pair.sites import Latents, Site, counted_values, latent_sites
 from pyro_vae.weights.particles import Particles
 
 # Runs of a pair that must show the same latents, with the same shapes and supports.
@@ -89,7 +90,7 @@ class AnnealingPath:
     r"""Densities :math:`f_0^{1 - \beta} p(x, z)^\beta` of the latents' unconstrained coordinates.
 
     f_0 is q(z given x), p(z) if ``start`` is ``"prior"``, or a mixture of normals; Jacobians are
-    included.
+    included. Coordinates under a mask, which have no density, are standard normal in all of them.
     """
 
     def __init__(self, particles: Particles, start: str | MixtureSameFamily) -> None:
@@ -104,15 +105,19 @@ class AnnealingPath:
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
+            while counted_values(site) is not None and isinstance(transform, IndependentTransform):
+                transform = transform.base_transform  # a mask may lie inside its event
             _check_apart(name, site, transform)
             axis = particles.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
         self._shapes: dict[str, torch.Size] = {}  # of one datum
+        self._counted: Tensor | None = None  # coordinates outside masks, (1, N, D); None: all
         self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any] | None] = {}
         values = {n: site["value"][None] for n, site in model_sites.items()}
         shown = self.position({n: particles.with_axis(n, value) for n, value in values.items()})
         self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
+        self._counted = self._counted_coordinates(model_sites, shown)
 
     def leave_from(self, start: str | MixtureSameFamily) -> AnnealingPath:
         """Return the path to the same posterior from another start; recordings are shared."""
@@ -136,19 +141,35 @@ class AnnealingPath:
         """Draw positions ``(S, N, D)`` of the guide, whose density is not asked for."""
         return self.position(self.particles.propose(num_draws)[0])
 
-    def latents(self, position: Tensor) -> tuple[Latents, Tensor]:
-        """Return the latents at positions ``(C, N, D)`` and the log Jacobian ``(C, N)``."""
+    def latents(self, position: Tensor, counted: Tensor | None = None) -> tuple[Latents, Tensor]:
+        """Return the latents at positions ``(C, N, D)`` and the log Jacobian ``(C, N)``.
+
+        In place of the Jacobian, coordinates that are not ``counted`` ``(1, N, D)`` have their
+        density.
+        """
         latents: Latents = {}
         log_jacobian = torch.zeros(position.shape[:2], dtype=torch.float64, device=position.device)
         sizes = [self._shapes[site.name].numel() for site in self._sites]
-        for site, part in zip(self._sites, position.split(sizes, dim=2), strict=True):
-            free = part.reshape(*position.shape[:2], *self._shapes[site.name])
-            free = free.movedim(1, site.free_axis)
-            latents[site.name] = site.transform(free)
-            jacobian = site.transform.log_abs_det_jacobian(free, latents[site.name]).double()
-            jacobian = jacobian.movedim(site.axis + site.transform.codomain.event_dim, 1)
+        masks = [None] * len(sizes) if counted is None else counted.split(sizes, dim=2)
+        for site, part, mask in zip(self._sites, position.split(sizes, dim=2), masks, strict=True):
+            shape, transform = self._shapes[site.name], site.transform
+            free = part.reshape(*position.shape[:2], *shape).movedim(1, site.free_axis)
+            latents[site.name] = transform(free)
+            jacobian = transform.log_abs_det_jacobian(free, latents[site.name]).double()
+            jacobian = jacobian.movedim(site.axis + transform.codomain.event_dim, 1)
+            if mask is not None:  # all of an event counts, or nothing
+                mask = mask.reshape(1, -1, *shape)[_first_of_event(transform.domain.event_dim)]
+                jacobian = jacobian * mask
             log_jacobian += jacobian.flatten(2).sum(2) if jacobian.dim() > 2 else jacobian
+        if counted is not None:
+            normal = -0.5 * (position.double().square() + math.log(2 * math.pi))
+            log_jacobian = log_jacobian + torch.where(counted, 0.0, normal).sum(2)
         return latents, log_jacobian
+
+    def log_guide(self, position: Tensor) -> Tensor:
+        """Return log q at positions ``(C, N, D)``, ``(C, N)``, however the path starts."""
+        latents, log_jacobian = self.latents(position, self._counted)
+        return self.particles.score_proposal(latents) + log_jacobian
 
     def evaluate(self, position: Tensor) -> State:
         """Return densities and gradients at positions ``(C, N, D)``: one pass forward, one back."""
@@ -176,25 +197,29 @@ class AnnealingPath:
                 self.particles,
                 (pair.model, pair.guide),
                 ("annealing", kind),
-                [position.contiguous()],
+                self._given(position),
                 partial(self._compute, kind),
                 # A branch on values that was baked in shows elsewhere than at capture.
-                elsewhere=lambda: [position + 0.1 * torch.randn_like(position)],
+                elsewhere=lambda: self._given(position + 0.1 * torch.randn_like(position)),
             )
             self._graphs[kind, position.shape] = None if captured is None else captured[0]
 
     def _run(self, kind: str, position: Tensor) -> Sequence[Tensor]:
         graph = self._graphs.get((kind, position.shape))
         if graph is not None:
-            return cast(Sequence[Tensor], graph([position.contiguous()]))
-        return self._compute(kind, self.particles, [position])
+            return cast(Sequence[Tensor], graph(self._given(position)))
+        return self._compute(kind, self.particles, self._given(position))
+
+    def _given(self, position: Tensor) -> list[Tensor]:
+        """Return what a graph is given: the positions, and which of their coordinates count."""
+        return [position.contiguous(), *([] if self._counted is None else [self._counted])]
 
     def _compute(self, kind: str, particles: Particles, given: Sequence[Tensor]) -> Values:
         """Return log densities, of prior and likelihood or of the guide, and their gradients."""
         # The pair was checked when it was first run.
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = given[0].detach().requires_grad_()
-            latents, log_jacobian = self.latents(position)
+            latents, log_jacobian = self.latents(position, *given[1:])
             terms: Values
             if kind == "guide":
                 terms = (particles.score_proposal(latents) + log_jacobian,)
@@ -216,7 +241,27 @@ class AnnealingPath:
             wanted = "draws inside the support of the model's latents"
             advice = "give guide and prior the same support"
             raise InputError(f"expected {wanted}, got some outside: {advice}")
+        if self._counted is not None:
+            position = torch.where(self._counted, position, torch.randn_like(position))
         return position
+
+    def _counted_coordinates(self, sites: dict[str, Site], shown: Tensor) -> Tensor | None:
+        """Return which of the coordinates ``(1, N, D)`` lie outside every mask; None: all."""
+        masks = {name: counted_values(site) for name, site in sites.items()}
+        if all(mask is None for mask in masks.values()):
+            return None
+        parts = []
+        for site in self._sites:
+            mask, shape = masks[site.name], self._shapes[site.name]
+            if mask is None:
+                parts.append(shown.new_ones(1, shown.shape[1], shape.numel(), dtype=torch.bool))
+                continue
+            codomain, domain = site.transform.codomain.event_dim, site.transform.domain.event_dim
+            mask = self.particles.with_axis(site.name, mask[None])[_first_of_event(codomain)]
+            mask = mask.movedim(site.axis + codomain, 1)
+            mask = mask.reshape(*mask.shape, *[1] * domain).expand(1, -1, *shape)
+            parts.append(mask.reshape(1, -1, shape.numel()))
+        return torch.cat(parts, dim=2).contiguous()
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair; at the first time a few times, to refuse latents that change."""
@@ -238,6 +283,11 @@ class AnnealingPath:
                 )
         knowledge.is_stable = True
         return shown[0], shown[1]
+
+
+def _first_of_event(event_dim: int) -> Any:
+    """Return the index of an event's first value: all of an event are masked alike."""
+    return (..., *[0] * event_dim)
 
 
 def _check_apart(name: str, site: Site, transform: Any) -> None:

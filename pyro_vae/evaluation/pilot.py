@@ -1,7 +1,7 @@
 """The pilot of annealing: a few chains explore each posterior, and what they find is frozen."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,9 +147,13 @@ def fit_start(pilots: list[Pilot]) -> MixtureSameFamily:
     means, factors, evidence = (torch.stack(values, 1) for values in fitted)
     # The root hedges: what is found to be small gets more chains than its share.
     shares = dist.Categorical(logits=(evidence / 2).nan_to_num(nan=-1e9, neginf=-1e9))
+    # Unchecked: where a trajectory ran away to there is a density of none.
+    how: Any = {"validate_args": False}
     if factors.dim() == 3:
-        return MixtureSameFamily(shares, dist.Independent(dist.Normal(means, factors), 1))
-    return MixtureSameFamily(shares, dist.MultivariateNormal(means, scale_tril=factors))
+        parts: Any = dist.Independent(dist.Normal(means, factors, **how), 1, **how)
+    else:
+        parts = dist.MultivariateNormal(means, scale_tril=factors, **how)
+    return MixtureSameFamily(shares, parts, **how)
 
 
 def _fit_normal(pilot: Pilot, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:

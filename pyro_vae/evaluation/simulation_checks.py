@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
@@ -24,10 +23,10 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
+    changed_site,
     latent_sites,
     observed_site,
     sample_sites,
-    site_log_prob,
     value_axis,
 )
 from pyro_vae.summary import Summary, shown
@@ -426,16 +425,6 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
     return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in latents}
-
-
-def changed_site(first: Trace, other: Trace) -> str | None:
-    """Return the name of a sample site whose log-density differs between two traces, if one does."""
-    for site in sample_sites(first):
-        name: str = site["name"]
-        both = site_log_prob(site), site_log_prob(other.nodes[name])
-        if not torch.allclose(*both, rtol=1e-4, atol=1e-4, equal_nan=True):
-            return name
-    return None
 
 
 def _source(site: Site, template: Inputs) -> int:

@@ -20,6 +20,7 @@ from pyro_vae.pair.enumeration import summed_sites
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import (
     Site,
+    counted_values,
     data_dim,
     innermost,
     is_delta,
@@ -102,6 +103,7 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -
                     raise _outside_plate(function, site, plate, Serves.WHOLE)
                 _refuse_subsampling(site, plate)
                 _check_scale(function, site)
+        _check_masks(model_trace, guide_trace)
     except InputError as error:
         return str(error)
     return None
@@ -188,6 +190,34 @@ def _check_scale(function: str, site: Site) -> None:
         wanted = f"no scale on site {site['name']!r} of the {function} but the plates'"
         advice = "a weight can't be told from a poutine.scale; remove it"
         raise InputError(f"expected {wanted}, got {got}: {advice}")
+
+
+def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse a latent that is masked in one of the two alone: its weights would have no mean."""
+    for site in latent_sites(guide_trace):
+        both = [counted_values(site), None]
+        if (own := model_trace.nodes.get(site["name"])) is not None:
+            both[1] = counted_values(own)
+        if not _are_same(*both):
+            raise InputError(
+                f"expected latent {site['name']!r} under one mask in model and guide, got two: a "
+                "value that counts in one alone has no weight; give both the same poutine.mask"
+            )
+
+
+def _are_same(mask: Tensor | None, other: Tensor | None) -> bool:
+    if mask is None or other is None:
+        return mask is other
+    return torch.equal(mask, other)
+
+
+def why_masks_matter(name: str | None) -> str | None:
+    """Return the refusal of a density that depends on masked latents; None where none does."""
+    return name and (
+        f"expected latents that nothing depends on where they are masked, the density at {name!r} "
+        "changes with them: p(x) would be as the guide draws them; mask the ends of sequences, "
+        "and for gaps in between mask the observed site alone"
+    )
 
 
 def _refuse_subsampling(site: Site, plate: str | None) -> None:

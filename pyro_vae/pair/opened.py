@@ -23,6 +23,7 @@ from pyro_vae.pair.contract import (
     check_pair,
     check_rest,
     check_rows,
+    why_masks_matter,
     why_unweighable,
 )
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out, summed_sites
@@ -48,6 +49,8 @@ from pyro_vae.pair.sites import (
     TracePair,
     agree,
     all_close,
+    changed_site,
+    counted_values,
     draw_traces,
     is_delta,
     is_inside,
@@ -380,8 +383,24 @@ class OpenedPair:
             reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
             precision=max(torch.finfo(site_log_prob(site).dtype).eps for site in sites),
             likelihoods=_likelihood_kinds(model_trace),
-            why_unweighable=why_unweighable(model_trace, guide_trace, self.plate),
+            why_unweighable=why_unweighable(model_trace, guide_trace, self.plate)
+            or self._why_masks_matter((model_trace, guide_trace)),
         )
+
+    def _why_masks_matter(self, traces: TracePair) -> str | None:
+        """Draw what is masked of the latents anew: a density that changes has no value of its own."""
+        counted = {s["name"]: counted_values(s) for s in latent_sites(traces[1])}
+        if all(each is None for each in counted.values()):
+            return None
+        drawn, other = _values_of(traces[1]), _values_of(self.alone(self.guide).trace())
+        for name, mask in counted.items():
+            if mask is not None:
+                drawn[name] = torch.where(mask, drawn[name], other[name])
+        changed = [
+            changed_site(first, again)
+            for first, again in zip(traces, _trace_given(self, drawn), strict=True)
+        ]
+        return why_masks_matter(changed[0] or changed[1])
 
     def _check_rows(self, kind: str, trace: Trace, num_data: int) -> None:
         for site in sample_sites(trace):

@@ -7,12 +7,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, constraints
+from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_vae.errors import InputError
 
@@ -117,6 +118,33 @@ def site_log_prob(site: Site) -> Tensor:
     """Return a traced site's log-probability with its mask and without its scale."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])
+
+
+def counted_values(site: Site) -> Tensor | None:
+    """Return which values of a site its masks let count, in the value's shape; None: all of them."""
+    level, masks = site["fn"], [(site["mask"], site["fn"].event_dim)]
+    while isinstance(level, Independent | MaskedDistribution):
+        if isinstance(level, MaskedDistribution):
+            masks.append((level._mask, level.event_dim))
+        level = level.base_dist
+    counted = None
+    for mask, event_dim in masks:
+        if mask is None or mask is True:
+            continue
+        mask = torch.as_tensor(mask, device=site["value"].device)
+        of_values = mask.reshape(*mask.shape, *[1] * event_dim).expand(site["value"].shape)
+        counted = of_values if counted is None else counted & of_values
+    return None if counted is None or bool(counted.all()) else counted
+
+
+def changed_site(first: Trace, other: Trace) -> str | None:
+    """Return the name of a sample site whose log-density differs between two traces, if one does."""
+    for site in sample_sites(first):
+        name: str = site["name"]
+        both = site_log_prob(site), site_log_prob(other.nodes[name])
+        if not torch.allclose(*both, rtol=1e-4, atol=1e-4, equal_nan=True):
+            return name
+    return None
 
 
 def sum_to(log_prob: Tensor, kept: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,6 @@ from pyro_vae.errors import InputError, check_counts, check_optional_counts, unk
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
-from pyro_vae.evaluation.simulation_checks import changed_site
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
@@ -22,14 +21,21 @@ from pyro_vae.pair.sites import (
     Given,
     Latents,
     Site,
+    changed_site,
     latent_sites,
-    observed_site,
     raise_out_of_memory,
     sample_sites,
     total,
 )
 from pyro_vae.summary import shown
-from pyro_vae.tasks.missing import check_missing, elementwise_base, on_observed_part
+from pyro_vae.tasks.missing import check_missing, on_observed_part
+from pyro_vae.tasks.observed_parts import (
+    elementwise_base,
+    observing_sites,
+    parts_of,
+    take_part,
+    value_moments,
+)
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",
@@ -124,7 +130,8 @@ def complete(
         initial: what the hidden places are filled with first: a number, or a tensor that broadcasts
             to the data, where the guide is to start from. By default each chain has draws of its
             own, of the model; every second one starts from a draw of the prior in any case.
-        observed: name of the observed site with missing values; needed where the model has several.
+        observed: name of the observed site with missing values; by default all that observe the
+            input or a part of it, such as ``x[:, t]``.
         position: which of the inputs has the missing values.
 
     Raises:
@@ -171,7 +178,7 @@ def complete(
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
         # What weighs draws by the density of the observed part.
         weighed = OpenedPair(
-            on_observed_part(model, observed=problem.site, position=position),
+            on_observed_part(model, observed=problem.named, position=position),
             lambda *given: guide(*given[:-1]),
             (*pair.inputs, missing),
             plate=plate,
@@ -209,7 +216,8 @@ class _Problem(NamedTuple):
     pair: OpenedPair  # of its inputs, ``(N, ...)`` each, the incomplete one is filled
     missing: Tensor  # what is hidden of that one
     position: int  # which one it is
-    site: str  # name of the site that observes it
+    sites: tuple[str, ...]  # names of the sites that observe it or parts of it
+    named: str | None  # of these, the one that was asked for
     is_divisible: bool = False  # whether the pair accepts fewer data than these, and more
 
     @property
@@ -228,7 +236,9 @@ class _Problem(NamedTuple):
         if count == 1:
             return self
         *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
-        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
+        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing).fill(
+            inputs[self.position]
+        )
 
     @property
     def mixes(self) -> bool:
@@ -256,7 +266,8 @@ class _Problem(NamedTuple):
 
 
 def _replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
-    return pair.on((*pair.inputs[:position], x, *pair.inputs[position + 1 :]))
+    # Contiguous, so that parts of it are told by where they lie.
+    return pair.on((*pair.inputs[:position], x.contiguous(), *pair.inputs[position + 1 :]))
 
 
 def _by_chains(
@@ -275,7 +286,7 @@ def _by_chains(
 
 
 class _State(NamedTuple):
-    """Where chains are: latents, fill, log-densities ``(N,)``, :func:`_value_moments` given z."""
+    """Where chains are: latents, fill, log-densities ``(N,)``, :func:`value_moments` given z."""
 
     latents: Latents
     problem: _Problem
@@ -335,26 +346,18 @@ def _numbers_of(state: _State) -> Tensor:
     return torch.cat(columns, 1).cpu()
 
 
-def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Site]:
-    """Redraw the hidden values; return the data, the model's sites with them, the observed one."""
+def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site], Tensor]:
+    """Redraw the hidden values; return the data, the model's sites with them, the data's moments."""
     trace = problem.trace(problem.pair.model, latents)
-    site = trace.nodes[problem.site]
-    drawn = site["fn"].sample().to(problem.x.dtype)
-    x = torch.where(problem.missing, drawn, problem.x)
-    site["value"] = x
-    return x, sample_sites(trace), site
-
-
-def _value_moments(site: Site) -> Tensor:
-    """Return mean and mean square of a site's values, ``(N, 2, ...)``, or of its draw."""
-    drawn = site["value"].double()
-    try:
-        mean, variance = site["fn"].mean.double(), site["fn"].variance.double()
-    except NotImplementedError:
-        mean = variance = torch.full_like(drawn, math.nan)
-    known = mean.isfinite() & variance.isfinite()
-    square = torch.where(known, variance + mean**2, drawn.square())
-    return torch.stack([torch.where(known, mean, drawn), square], 1)
+    x = problem.x.clone()
+    missing, parts = problem.missing.contiguous(), parts_of(trace, problem.sites, problem.x)
+    for site, place in parts:
+        hidden = take_part(missing, place)
+        drawn = site["fn"].sample().to(x.dtype)
+        take_part(x, place)[hidden] = drawn.expand(hidden.shape)[hidden]
+    for site, place in parts:
+        site["value"] = take_part(x, place)
+    return x, sample_sites(trace), value_moments(parts, x)
 
 
 def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
@@ -389,10 +392,9 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
 
 
 def _redraw(problem: _Problem, latents: Latents) -> _State:
-    x, sites, site = _draw_hidden(problem, latents)
+    x, sites, moments = _draw_hidden(problem, latents)
     log_prior = problem.log_prob([each for each in sites if not each["is_observed"]])
-    log_joint = problem.log_prob(sites)
-    return _State(latents, problem.fill(x), log_joint, log_prior, _value_moments(site))
+    return _State(latents, problem.fill(x), problem.log_prob(sites), log_prior, moments)
 
 
 def _by_importance(
@@ -413,15 +415,16 @@ def _by_importance(
     }
     draws, moments = [], Moments()
     for index in range(num_draws):
-        x, _, site = _draw_hidden(problem, {name: value[index] for name, value in chosen.items()})
+        latents = {name: value[index] for name, value in chosen.items()}
+        x, _, of_values = _draw_hidden(problem, latents)
         draws.append(x)
-        moments.add(_value_moments(site)[None])
+        moments.add(of_values[None])
     ess = found.ess.to(problem.x.device)
     return Completion(torch.stack(draws), *_spread(moments.mean()), "importance", ess=ess)
 
 
 def _spread(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of what has these :func:`_value_moments`."""
+    """Return the mean and the standard deviation of what has these :func:`value_moments`."""
     mean, square = moments.unbind(1)
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
@@ -463,28 +466,34 @@ def _fill_first(
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
     blank = with_fill(x.new_zeros(()))
-    model = blank.alone(blank.model)
+    model, empty = blank.alone(blank.model), blank.inputs[position]
     means = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for _ in range(_PRIOR_DRAWS):
         trace = model.trace()
-        site = trace.nodes[observed_site(trace, observed)]
-        if site["value"].shape != x.shape:
-            raise _not_observed(site["name"], x, site["value"])
-        means += _value_moments({**site, "value": site["fn"].sample()})[:, 0]
+        parts = parts_of(trace, observing_sites(trace, empty, observed), empty)
+        drawn = x.double().clone()
+        for site, place in parts:
+            take_part(drawn, place).copy_(site["fn"].sample())
+        means += value_moments(parts, drawn)[:, 0]
     return with_fill(means / _PRIOR_DRAWS)
 
 
 def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None) -> _Problem:
     """Bind a pair of filled data to what is missing, or refuse it."""
     trace, guide_trace = pair.trace()
-    name = observed_site(trace, observed)
-    site, x = trace.nodes[name], pair.inputs[position]
-    if site["value"].shape != x.shape or not torch.equal(site["value"], x):
-        raise _not_observed(name, x, site["value"])
-    elementwise_base(name, site["fn"])
+    names = observing_sites(trace, x := pair.inputs[position], observed)
+    unseen = missing.clone(memory_format=torch.contiguous_format)
+    for site, place in parts_of(trace, names, x):
+        elementwise_base(site["name"], site["fn"])
+        take_part(unseen, place).fill_(False)
+    if unseen.any():
+        raise InputError(
+            f"expected missing values that an observed site explains, {int(unseen.sum())} lie "
+            f"outside {', '.join(names)}: they can't be filled in"
+        )
     check_latents_match(trace, guide_trace)
     latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
-    problem = _Problem(pair, missing, position, name)
+    problem = _Problem(pair, missing, position, names, observed)
     # Inspected with hidden values in the support of the likelihood: the first fill need not be there.
     drawn = problem.fill(_draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
@@ -512,19 +521,14 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
     traces = []
     for x in (problem.x, other):
         trace = problem.fill(x).trace(problem.pair.model, latents)
-        trace.nodes[problem.site]["value"] = problem.x
+        for site, place in parts_of(trace, problem.sites, x):
+            site["value"] = take_part(problem.x, place)
         traces.append(trace)
     if (name := changed_site(*traces)) is not None:
         raise InputError(
-            f"expected a model that uses the data at its observed site {problem.site!r} alone, the "
-            f"density at {name!r} changes with the hidden values: these can't be drawn given latents"
+            f"expected a model that uses the data at observed sites alone, the density at {name!r} "
+            "changes with the hidden values: these can't be drawn given latents"
         )
-
-
-def _not_observed(name: str, x: Tensor, value: Tensor) -> InputError:
-    wanted = f"site {name!r} to observe the input as it is, shape {tuple(x.shape)}"
-    advice = "name the site by observed=, the input by position="
-    return InputError(f"expected {wanted}, got other values of shape {tuple(value.shape)}: {advice}")
 
 
 def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
-from torch import Tensor, distributions, nn
+from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
+from pyro_vae.tasks.observed_parts import elementwise_base, part_observed, take_part
 
 
 def nan_as_missing(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,8 @@ def observed_pair(
     Args:
         model: a generative function whose observed site is elementwise given the latents.
         guide: its variational function.
-        observed: name of the site that observes the data; by default that of the very input.
+        observed: name of the site that observes the data; by default all that observe the very
+            input or a part of it, such as ``x[:, t]``.
         position: which of the pair's own inputs has missing values.
         fill: what the guide sees in hidden places: a number, or a tensor that broadcasts to the data.
 
@@ -86,25 +88,11 @@ def on_observed_part(model: PairFunction, *, observed: str | None, position: int
 
     def masked(*inputs: Tensor) -> Any:
         *given, missing = inputs
+        given[position] = given[position].contiguous()
         with _ObservedPart(given[position], missing, observed):
             return model(*given)
 
     return masked
-
-
-def elementwise_base(name: str, distribution: Any) -> tuple[Any, int]:
-    """Return a site's distribution of single values, and how many dimensions are its event."""
-    base, event_dim = distribution, 0
-    while isinstance(base, distributions.Independent):
-        event_dim += base.reinterpreted_batch_ndims
-        base = base.base_dist
-    if base.event_shape:
-        raise InputError(
-            f"expected site {name!r} to have independent values given the latents, got "
-            f"{type(base).__name__} with events of shape {tuple(base.event_shape)}: only an "
-            "elementwise distribution made an event by .to_event can be masked"
-        )
-    return base, event_dim
 
 
 def check_missing(x: Tensor, missing: Tensor) -> None:
@@ -123,29 +111,34 @@ class _ObservedPart(Messenger):
 
     def __init__(self, x: Tensor, missing: Tensor, name: str | None) -> None:
         super().__init__()
-        self.x, self.missing, self.name = x, missing, name
+        self.x, self.missing, self.name = x, missing.contiguous(), name
         self.found = False
 
     def _pyro_sample(self, message: Any) -> None:
-        by_name = self.name is not None
-        meant = message["name"] == self.name if by_name else message["value"] is self.x
-        if not message["is_observed"] or site_is_factor(message) or not meant:
+        name, value = message["name"], message["value"]
+        if not message["is_observed"] or site_is_factor(message):
+            return
+        place = part_observed(value, self.x)
+        if place is None if self.name is None else name != self.name:
             return
         self.found = True
-        name, value = message["name"], message["value"]
+        missing = self.missing if place is None else take_part(self.missing, place)
         base, event_dim = elementwise_base(name, message["fn"])
-        if base.batch_shape != self.missing.shape or value.shape != self.missing.shape:
-            wanted = f"site {name!r} to observe the input as it is, shape {tuple(self.missing.shape)}"
+        if base.batch_shape != missing.shape or value.shape != missing.shape:
+            wanted = (
+                f"site {name!r} to observe the input or a part of it, shape {tuple(missing.shape)}"
+            )
+            got = f"values of shape {tuple(value.shape)} under a distribution of"
             advice = "move the reshaping out of the model"
-            raise InputError(f"expected {wanted}, got values of shape {tuple(value.shape)}: {advice}")
+            raise InputError(f"expected {wanted}, got {got} {tuple(base.batch_shape)}: {advice}")
         # NaN under a mask would still make NaN gradients, and a value outside the support an error.
-        message["value"] = torch.where(self.missing, _inside(base, value), value)
-        message["fn"] = base.mask(~self.missing).to_event(event_dim)
+        message["value"] = torch.where(missing, _inside(base, value), value)
+        message["fn"] = base.mask(~missing).to_event(event_dim)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if error[0] is None and not self.found:
-            wanted = "one that observes the input as it is" if self.name is None else repr(self.name)
+            wanted = "one of the input or a part of it" if self.name is None else repr(self.name)
             advice = "name the site by observed=, and the input by position="
             raise InputError(f"expected an observed site, {wanted}, the model has none: {advice}")
 

@@ -303,7 +303,7 @@ def test_a_model_that_uses_the_data_elsewhere_is_refused(pca, hide):
             loc = z @ problem.W.T + x.roll(1, dims=1)
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(pv.InputError, match="at its observed site 'x' alone"):
+    with pytest.raises(pv.InputError, match="at observed sites alone, the density at 'x' changes"):
         complete(model, problem.guide, problem.x, hide(problem.x))
 
 
@@ -315,7 +315,7 @@ def test_a_transformed_observation_is_refused(pca, hide):
             z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ problem.W.T, 1.0).to_event(1), obs=2 * x + 1)
 
-    with pytest.raises(pv.InputError, match="'x' to observe the input as it is"):
+    with pytest.raises(pv.InputError, match="'x' to observe the input or a part of it"):
         complete(model, problem.guide, problem.x, hide(problem.x))
 
 
@@ -476,3 +476,64 @@ def test_r_hat_is_the_largest_of_arviz_and_a_constant_says_nothing():
     values[..., 1, 0] = torch.arange(4.0).double()[:, None]  # each chain keeps to its own
     assert rank_normalized_r_hat(values)[1] == math.inf
     assert rank_normalized_r_hat(values[:, :3]).isnan().all()
+
+
+@pytest.mark.parametrize("method", ["metropolis", "importance"])
+def test_sequences_with_a_site_for_each_time_are_completed(method):
+    """A linear Gaussian chain of many lengths; what is missing has the exact normal's moments."""
+    lengths = torch.tensor([4, 3, 4])
+    on = torch.arange(4) < lengths[:, None]
+
+    def model(x, on):
+        z = x.new_zeros(len(x))
+        with pyro.plate("data", len(x)):
+            for time in pyro.markov(range(4)):
+                with pyro.poutine.mask(mask=on[:, time]):
+                    z = pyro.sample(f"z_{time}", dist.Normal(z, 1.0))
+                    pyro.sample(f"x_{time}", dist.Normal(z, 0.5), obs=x[:, time])
+
+    def guide(x, on):
+        z = x.new_zeros(len(x))
+        with pyro.plate("data", len(x)):
+            for time in pyro.markov(range(4)):
+                with pyro.poutine.mask(mask=on[:, time]):
+                    z = pyro.sample(f"z_{time}", dist.Normal((z + 2 * x[:, time]) / 3, 0.8))
+
+    x = torch.tensor([[0.5, 1.0, 2.0, 1.5], [1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 1.0, 3.0]], dtype=F64)
+    missing = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    options = {"num_steps": 200} if method == "metropolis" else {"num_samples": 20_000}
+    found = complete(model, guide, (x, on), missing, method=method, num_draws=200, seed=0, **options)
+    times = torch.arange(1.0, 5, dtype=F64)
+    covariance = torch.minimum(times, times[:, None]) + 0.25 * torch.eye(4, dtype=F64)
+    for row in range(3):
+        seen = on[row] & ~missing[row]
+        (hidden,) = missing[row].nonzero()[:, 0].tolist()
+        gain = torch.linalg.solve(covariance[seen][:, seen], covariance[seen, hidden])
+        variance = covariance[hidden, hidden] - gain @ covariance[seen, hidden]
+        drawn, count = found.draws[:, row, hidden], 200.0
+        if method == "importance":
+            assert found.ess[row] > 50
+            count = 1 / (1 / count + 1 / found.ess[row])
+        assert (drawn.mean() - gain @ x[row, seen]).abs() < 4 * (variance / count).sqrt()
+        assert (drawn.var() / variance - 1).abs() < 4 * (2 / count) ** 0.5
+        assert (found.draws[:, row][:, ~missing[row]] == x[row, ~missing[row]]).all()
+
+
+def test_values_that_no_site_observes_are_not_filled_in(pca):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("first", dist.Normal(z, 1.0), obs=x[:, 0])
+            pyro.sample("again", dist.Normal(z, 1.0), obs=x[:, twice])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.3 * x.sum(1), 0.7))
+
+    x, missing, twice = torch.randn(5, 3), torch.zeros(5, 3, dtype=torch.bool), 1
+    missing[:2, 2] = True
+    with pytest.raises(pv.InputError, match="2 lie outside first, again"):
+        complete(model, guide, x, missing)
+    missing[:, 2], missing[:, 0], twice = False, True, 0
+    with pytest.raises(pv.InputError, match="observed at one site, 'again' observes some again"):
+        complete(model, guide, x, missing)

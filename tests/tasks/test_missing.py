@@ -180,9 +180,7 @@ def test_a_named_site_a_condition_and_a_mask_of_the_user():
     )
     assert ((estimate.log_prob - exact).abs() < 5 * estimate.standard_error + 1e-6).all()
     unnamed = observed_pair(model, guide, position=1)
-    with pytest.raises(
-        pv.InputError, match="one that observes the input as it is, the model has none"
-    ):
+    with pytest.raises(pv.InputError, match="one of the input or a part of it, the model has none"):
         unnamed[0](y, x, missing)
 
 
@@ -245,15 +243,52 @@ def test_what_is_not_elementwise_is_refused_by_name(distribution):
         model(x, torch.zeros(4, 3, dtype=torch.bool))
 
 
-def test_a_reshaped_observation_is_refused():
+def test_a_view_is_observed_in_part_and_a_copy_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1), obs=x.flatten(1))
+            seen = x.flatten(1) if reshaped else x.flatten(1) + 0
+            pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1), obs=seen)
 
     masked, _ = observed_pair(model, model, observed="x")
-    x = torch.zeros(3, 2, 2)
-    with pytest.raises(pv.InputError, match=r"the input as it is, shape \(3, 2, 2\), got .*\(3, 4\)"):
-        masked(x, torch.zeros_like(x, dtype=torch.bool))
+    x, missing = torch.randn(3, 2, 2), torch.rand(3, 2, 2) < 0.5
+    reshaped = True
+    found = poutine.trace(masked).get_trace(x, missing).log_prob_sum()
+    torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(x[~missing]).sum())
+    reshaped = False
+    with pytest.raises(
+        pv.InputError, match=r"the input or a part of it, shape \(3, 2, 2\), got .*\(3, 4\)"
+    ):
+        masked(x, missing)
+
+
+def test_a_site_for_every_time_is_observed_in_part():
+    """An autoregressive latent, a site for each value: weights of what is seen, trained compiled."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            for time in range(3):
+                pyro.sample(f"x_{time}", dist.Normal(z, 1.0), obs=x[:, time])
+
+    def guide(x):
+        weight = pyro.param("weight", torch.tensor(0.25))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight * x.sum(1), 0.7))
+
+    x = torch.randn(40, 3)
+    x[:, 1:][torch.rand(40, 2) < 0.4] = torch.nan
+    inputs = nan_as_missing(x)
+    pair = observed_pair(model, guide)
+    result = pv.fit(*pair, inputs, epochs=20, batch_size=20, compile=True, seed=0)
+    assert result.compiled
+    found = pv.log_marginal(*pair, inputs, num_samples=4000, seed=0)
+    exact = []
+    for row in x:
+        seen = row[~row.isnan()]
+        covariance = torch.eye(len(seen)) + 1
+        exact.append(dist.MultivariateNormal(seen.new_zeros(len(seen)), covariance).log_prob(seen))
+    exact = torch.stack([value.double() for value in exact])
+    assert ((found.log_prob - exact).abs() < 5 * found.standard_error + 1e-5).all()
 
 
 @pytest.mark.parametrize(
