@@ -5,7 +5,7 @@ Arguments, shapes and errors that all of them share stand at :class:`Likelihood`
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -243,8 +243,7 @@ class Gaussian(Likelihood):
         """Start a learned sigma at the deviation of data ``(N, *data_shape)``, ``again`` or once."""
         if not isinstance(self.sigma, str):
             return
-        raw = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
-        assert raw is not None
+        raw: Any = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
         if raw.any() and not again:
             return
         deviation = moments(x)[1]

@@ -354,20 +354,18 @@ class Head(nn.Module):
         self.out_shape = sizes("out_shape", out_shape)
         dims = len(self.in_shape) - 1
         self.pixelwise = dims in _CONVOLUTIONS and self.in_shape[1:] == self.out_shape[1:]
-        self.map: nn.Conv1d | nn.Conv2d | nn.Linear = (
-            _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
-            if self.pixelwise
-            else nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
-        )
+        self.map: nn.Conv1d | nn.Conv2d | nn.Linear
+        if self.pixelwise:
+            self.map = _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
+        else:
+            self.map = nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the parameter ``(*batch, *out_shape)`` of features ``(*batch, *in_shape)``."""
         batch = features.shape[: features.dim() - len(self.in_shape)]
-        if self.pixelwise:
-            features = features.reshape(-1, *self.in_shape)
-        else:
-            features = features.flatten(start_dim=len(batch))
-        return self.map(features).reshape(*batch, *self.out_shape)
+        flat = features.flatten(start_dim=len(batch))
+        maps = features.reshape(-1, *self.in_shape) if self.pixelwise else flat
+        return self.map(maps).reshape(*batch, *self.out_shape)
 
     @torch.no_grad()
     def start_at(self, weight_scale: float = 1.0, bias: Tensor | float = 0.0) -> None:

@@ -177,9 +177,8 @@ class GaussianMixture(Prior):
         factors, failures = torch.linalg.cholesky_ex(covariances)
         if failures.any():
             raise InputError("expected positive definite covariances, got one that is not")
-        mixture = cls(
-            latent_dim, num_components, learn_weights=learn_weights, learn_components=learn_components
-        ).to(means)
+        how = {"learn_weights": learn_weights, "learn_components": learn_components}
+        mixture = cls(latent_dim, num_components, **how).to(means)
         with torch.no_grad():
             mixture.logits.copy_(weights.log())
             mixture.means.copy_(means)
@@ -403,9 +402,8 @@ class HypersphericalUniform(Prior):
 
     def forward(self) -> dist.Distribution:
         """Return the uniform distribution."""
-        return distributions.HypersphericalUniform(
-            self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, validate_args=False
-        )
+        how: Any = {"dtype": self.origin.dtype, "device": self.origin.device, "validate_args": False}
+        return distributions.HypersphericalUniform(self.latent_dim, **how)
 
 
 class Beta(Prior):

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, get_args
@@ -109,37 +109,16 @@ def _begin(
 
 
 @command("train --dataset digits --output my-run", unless="resume")
-def train(
-    context: typer.Context,
-    settings: names.TrainSettings,
-    output: Annotated[
-        Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(help="Write the run's state every so many epochs.", rich_help_panel="Advanced"),
-    ] = None,
-    checkpoint_minutes: Annotated[
-        float,
-        typer.Option(
-            help="Write the run's state every so many minutes; 0: every step.",
-            rich_help_panel="Advanced",
-        ),
-    ] = 1.0,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with this interrupted run folder; it knows all other options."),
-    ] = None,
-) -> None:
+def train(context: typer.Context, settings: names.TrainSettings, files: names.RunFiles) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
     from pyro_vae.app.run import Checkpointing
     from pyro_vae.distributed import join_processes
 
-    if resume is None:
-        when = Checkpointing(checkpoint_every, checkpoint_minutes)
+    if files.resume is None:
+        when = Checkpointing(files.checkpoint_every, files.checkpoint_minutes)
         with join_processes(settings.device):
-            work.train(settings, output, checkpointing=when)
+            work.train(settings, files.output, checkpointing=when)
         return
     for name in ("output", "checkpoint_every", "checkpoint_minutes"):
         if is_given(context, name):
@@ -148,32 +127,18 @@ def train(
     told = (each.name for each in fields(settings))
     given = {name: getattr(settings, name) for name in told if is_given(context, name)}
     with join_processes(settings.device):
-        work.resume(resume, given)
+        work.resume(files.resume, given)
 
 
 @command("evaluate my-run --num-data 100")
-def evaluate(
-    run: Run,
-    how: names.EvaluateSettings,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="Picture of Pareto k per datum and of the estimate's convergence."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
-    data_root: Annotated[
-        str | None, typer.Option(help="Folder of the data set; default: the run's.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
+def evaluate(run: Run, how: names.EvaluateSettings, files: names.EvaluateFiles) -> None:
     """Estimate log p(x) of a run's test part, and say what of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 
-    with join_processes(device) as processes:
-        own = picture if processes.is_first else None
-        work.evaluate(run, how, data_root=data_root, device=device, picture=own, as_json=as_json)
+    with join_processes(files.device) as processes:
+        picture = files.picture if processes.is_first else None
+        work.evaluate(run, how, replace(files, picture=picture))
 
 
 @command(

@@ -218,9 +218,6 @@ def _folder_name(settings: TrainSettings) -> str:
     return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
 
 
-# --- what was measured of a run, kept beside it: to go on need not repeat it ---------------------
-
-
 def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:
     """Write numbers per datum, plain numbers and the likelihood's kind into a run folder."""
     tensors: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from pyro_vae import likelihoods
-from pyro_vae.app.names import EvaluateSettings
+from pyro_vae.app.names import EvaluateFiles, EvaluateSettings
 from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
@@ -46,25 +46,16 @@ _LABELS = {
 }
 
 
-def evaluate(
-    run: Path,
-    how: EvaluateSettings,
-    *,
-    data_root: str | None,
-    device: str,
-    picture: Path | None,
-    as_json: bool = False,
-) -> dict[str, Any]:
+def evaluate(run: Path, how: EvaluateSettings, files: EvaluateFiles) -> dict[str, Any]:
     """Print and return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
     importance weights. What has been computed is printed whatever becomes of the rest.
     """
-    if picture is not None:
-        picture = check_picture(picture)
-    place = resolve_device(device)
+    picture = None if files.picture is None else check_picture(files.picture)
+    place = resolve_device(files.device)
     vae, settings, _ = open_run(run, place)
-    dataset = load_data_of_run(run, settings, data_root)
+    dataset = load_data_of_run(run, settings, files.data_root)
     test = dataset.test[: how.num_data].to(place)
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(vae, test, first)
@@ -77,7 +68,7 @@ def evaluate(
             second = replace(how, method="annealed", target_standard_error=None)
             values["annealed"] = as_dict(estimate_log_marginal(vae, test, second), vae)
     finally:
-        _print_estimate(values, as_json=as_json)
+        _print_estimate(values, as_json=files.as_json)
     if picture is not None:
         save_picture(draw_diagnostics(estimate), picture)
     return values

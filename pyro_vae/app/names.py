@@ -216,6 +216,26 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class RunFiles:
+    """Where ``pyro-vae train`` writes a run and its state, or which run it goes on with."""
+
+    output: Path | None = option(None, "Run folder; default: a new one below runs/.")  # noqa: RUF009
+    checkpoint_every: int | None = option(None, "Write the run's state every so many epochs.")
+    checkpoint_minutes: float = option(1.0, "Write it every so many minutes; 0: every step.")
+    resume: Path | None = option(None, "Go on with this interrupted run; it knows all other options.")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class EvaluateFiles:
+    """What ``pyro-vae evaluate`` reads besides the run, and writes."""
+
+    picture: Path | None = option(None, "Picture of Pareto k per datum and of convergence.")  # noqa: RUF009
+    as_json: bool = option(False, "Print one JSON object and nothing else.", flags="--json")
+    data_root: str | None = option(None, "Folder of the data set; default: the run's.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+
+
+@dataclass(frozen=True)
 class CompareSettings:
     """What ``pyro-vae compare`` combines, names between commas, and how often it trains each."""
 

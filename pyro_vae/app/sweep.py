@@ -43,13 +43,11 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
     with open_study(output, asked, settings) as study:
         rows = _train(study, settings, values, warm_start)
         columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
-        figure = plots.rate_distortion(
-            *(columns[name] for name in ("beta", "rate", "distortion")),
-            rate_error=columns["rate_standard_error"],
-            distortion_error=columns["distortion_standard_error"],
-            active_units=[row["active_units"] for row in rows],
-            title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
-        )
+        errors = {f"{n}_error": columns[f"{n}_standard_error"] for n in ("rate", "distortion")}
+        title = f"Rate and distortion over beta: {Path(settings.dataset).name}, test part"
+        curve = [columns[name] for name in ("beta", "rate", "distortion")]
+        units = [row["active_units"] for row in rows]
+        figure = plots.rate_distortion(*curve, **errors, active_units=units, title=title)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
         told = tell_defaults(settings, study.dataset.train, study.dataset.validation)

@@ -127,9 +127,8 @@ def train_run(
         vae = build_vae(settings, dataset)
         if start is not None:
             vae.load_state_dict(start.state_dict())
-        if held is not None:
-            for part in ("prior", "likelihood"):
-                getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
+        for part in () if held is None else ("prior", "likelihood"):
+            getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
         start_of = "training data" if start is None else "weights of the run before"
         record = {
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),

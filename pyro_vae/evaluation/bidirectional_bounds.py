@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import check_counts, check_optional_counts
-from pyro_vae.evaluation.ais import (
-    AnnealingOptions,
-    annealed_weights,
-    annealing_block_size,
-    make_plan,
-)
+from pyro_vae.evaluation import ais
+from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
@@ -141,7 +137,7 @@ def bidirectional(
     blocks = []
     with template.evaluating(seed):
         pair, latents = simulate(template, num_data)
-        size = annealing_block_size(pair, num_chains, max_memory)
+        size = ais.annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
             particles = Particles(part)
             axes = particles.axes
@@ -153,13 +149,15 @@ def bidirectional(
 
 def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) -> Tensor:
     """Return the bounds and the acceptances of one block, ``(4, N)``."""
-    plan = make_plan(AnnealingPath(particles, options.start), options)
+    plan = ais.make_plan(AnnealingPath(particles, options.start), options)
     path = plan.path
     start = path.evaluate(path.draw(options.num_chains))
-    forward, _, accepted = annealed_weights(plan, start, options)
+    forward, _, accepted = ais.annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
     exact = exact.expand(options.num_chains, -1, -1)
-    reverse, _, accepted_back = annealed_weights(plan, path.evaluate(exact), options, reverse=True)
+    reverse, _, accepted_back = ais.annealed_weights(
+        plan, path.evaluate(exact), options, reverse=True
+    )
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
     return torch.stack([lower, upper, accepted.mean(0), accepted_back.mean(0)]).cpu()

@@ -59,9 +59,8 @@ def compiled_score(
             warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
 
     key, given = ("score", *names), list(latents.values())
-    captured = capture_values(
-        scorer, (scorer.pair.model,), key, given, score, num_checked=1, compile=True, say=say
-    )
+    how: Any = {"num_checked": 1, "compile": True, "say": say}
+    captured = capture_values(scorer, (scorer.pair.model,), key, given, score, **how)
     if captured is None:
         return None
     run, shown = captured

@@ -81,7 +81,7 @@ def single_latent(trace: Trace) -> dict[str, Any] | None:
 
 def _measure_block(particles: Particles, num_groups: int, num_importance: int, budget: int) -> Bounds:
     moments = {name: Moments() for name in ("elbo", "iwae", "rate", "distortion")}
-    at_once = max(1, budget // (particles.bytes_per_datum * particles.num_data))
+    at_once = max(1, budget // (particles.pair.structure.bytes_per_datum * particles.num_data))
     for _ in range(num_groups):
         starts = range(0, num_importance, at_once)
         chunks = [particles.draw(min(at_once, num_importance - start)) for start in starts]

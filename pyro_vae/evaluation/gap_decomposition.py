@@ -33,6 +33,19 @@ _LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
 _WINDOW, _AVERAGED_WINDOWS, _SELECTION_DRAWS = 50, 5, 400
 
 
+def _gap(upper: str, lower: str, meaning: str) -> tuple[property, property]:
+    """Return properties: the difference of two quantities of a class, and its standard error."""
+
+    def difference(self: Any) -> Tensor:
+        found: Tensor = getattr(self, upper) - getattr(self, lower)
+        return found
+
+    def error(self: Any) -> Tensor:
+        return torch.hypot(*(getattr(self, f"{name}_standard_error") for name in (upper, lower)))
+
+    return property(difference, doc=meaning), property(error, doc=f"Standard error. {meaning}")
+
+
 @shown
 @dataclass(frozen=True)
 class InferenceGaps:
@@ -61,35 +74,15 @@ class InferenceGaps:
     num_steps: int
     converged: bool
 
-    @property
-    def total(self) -> Tensor:
-        """The whole gap: log p(x) - ELBO = KL(q(z|x) || p(z|x))."""
-        return self.log_prob - self.elbo
-
-    @property
-    def total_standard_error(self) -> Tensor:
-        """Standard error of :attr:`total`."""
-        return torch.hypot(self.log_prob_standard_error, self.elbo_standard_error)
-
-    @property
-    def approximation(self) -> Tensor:
-        """What the family can't express: log p(x) - best ELBO."""
-        return self.log_prob - self.best_elbo
-
-    @property
-    def approximation_standard_error(self) -> Tensor:
-        """Standard error of :attr:`approximation`."""
-        return torch.hypot(self.log_prob_standard_error, self.best_elbo_standard_error)
-
-    @property
-    def amortization(self) -> Tensor:
-        """The encoder's shortfall: best ELBO - ELBO."""
-        return self.best_elbo - self.elbo
-
-    @property
-    def amortization_standard_error(self) -> Tensor:
-        """Standard error of :attr:`amortization`."""
-        return torch.hypot(self.best_elbo_standard_error, self.elbo_standard_error)
+    total, total_standard_error = _gap(
+        "log_prob", "elbo", "The whole gap: log p(x) - ELBO = KL(q(z|x) || p(z|x))."
+    )
+    approximation, approximation_standard_error = _gap(
+        "log_prob", "best_elbo", "What the family can't express: log p(x) - best ELBO."
+    )
+    amortization, amortization_standard_error = _gap(
+        "best_elbo", "elbo", "The encoder's shortfall: best ELBO - ELBO."
+    )
 
     def _summary(self) -> Summary:
         names = ("total", "approximation", "amortization")
@@ -156,12 +149,8 @@ def inference_gaps(
     Source:
         Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", section 3.
     """
-    check_counts(
-        num_samples=num_samples,
-        num_importance_samples=num_importance_samples,
-        num_optimization_samples=num_optimization_samples,
-        max_steps=max_steps,
-    )
+    check_counts(num_samples=num_samples, num_importance_samples=num_importance_samples)
+    check_counts(num_optimization_samples=num_optimization_samples, max_steps=max_steps)
     if not 0 < real_number("tolerance", tolerance) < math.inf:
         raise InputError(f"expected a tolerance above 0, got {tolerance}")
     check_optional_counts(max_memory=max_memory)
@@ -179,10 +168,8 @@ def inference_gaps(
     search = _Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
     with pair.evaluating(seed, family):
         refined, num_steps, converged = search.run(max_memory, progress)
-        elbo, best = (
-            measure_bounds(each, num_samples=num_samples, max_memory=max_memory).elbo
-            for each in (pair, refined)
-        )
+        how: Any = {"num_samples": num_samples, "max_memory": max_memory}
+        elbo, best = (measure_bounds(each, **how).elbo for each in (pair, refined))
         if estimate is None:
             options = ImportanceOptions(num_importance_samples)
             estimate = estimate_log_prob(refined, options, max_memory=max_memory)

@@ -253,7 +253,7 @@ class _Stream:
         self.draws: list[PosteriorDraws] = []
         # Half of the budget holds the latents drawn in one pass of the guide, the other half the
         # chunk of them that the model scores. Chunks are of equal size, as far as possible.
-        scored = budget // (2 * particles.bytes_per_datum * particles.num_data)
+        scored = budget // (2 * particles.pair.structure.bytes_per_datum * particles.num_data)
         scored = max(1, min(num_samples, scored))
         self.scored_at_once = math.ceil(num_samples / math.ceil(num_samples / scored))
         drawn = min(budget // 2, _DRAWN_BYTES) // particles.bytes_per_proposal()
@@ -271,7 +271,9 @@ class _Stream:
             rows = (slice(start, start + size) for start in range(0, count, size))
             chunks = [{name: value[own] for name, value in latents.items()} for own in rows]
             if first == 0 and size > 1:
-                work = self.num_samples * particles.num_data * particles.bytes_per_datum
+                work = (
+                    self.num_samples * particles.num_data * particles.pair.structure.bytes_per_datum
+                )
                 compiled = compiled_score(particles, chunks[0], work, compile)
                 if compiled is not None:
                     program, terms = compiled  # the terms of this chunk are there already

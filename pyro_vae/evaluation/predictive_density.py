@@ -151,9 +151,8 @@ def _shared(function: PairFunction, pair: OpenedPair, given: Latents) -> tuple[L
 def _check_independent(pair: OpenedPair) -> None:
     """Refuse a guide whose density of what is shared is another one for other data."""
     theta, _ = _shared(pair.guide, pair, {})
-    first = torch.zeros(
-        pair.num_data, dtype=torch.long
-    )  # again and again, or where it is alone zeros
+    # Again and again the first one, or where it is alone zeros.
+    first = torch.zeros(pair.num_data, dtype=torch.long)
     others = pair.part(first).inputs if pair.num_data > 1 else map(torch.zeros_like, pair.inputs)
     both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
     if not all_close(*both):

@@ -140,7 +140,9 @@ class _Grid:
         self.particles = particles
         self.name, self.size = latent_on_grid(particles.pair.trace()[1], particles.num_data)
         self.points = num_points or _POINTS[self.size]
-        self.at_once = max(2, budget // (particles.bytes_per_datum * particles.num_data))
+        self.at_once = max(
+            2, budget // (particles.pair.structure.bytes_per_datum * particles.num_data)
+        )
         self.axis = particles.axes[self.name]
         self.rest = list(particles.latent_shapes[self.name])
         del self.rest[self.axis]
@@ -183,9 +185,8 @@ class _Grid:
         # Half of it, as densities square their arguments and scales differ.
         self.furthest = 0.5 * math.log(torch.finfo(drawn.dtype).max)
         values = torch.cat([drawn, prior]).movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
-        quarter, self.centre, most = values[:_PLACING_DRAWS].quantile(
-            torch.tensor([0.25, 0.5, 0.75]).to(values), dim=0
-        )
+        quarters = torch.tensor([0.25, 0.5, 0.75]).to(values)
+        quarter, self.centre, most = values[:_PLACING_DRAWS].quantile(quarters, dim=0)
         self.scale = (most - quarter).clamp(min=1e-6 * (1 + self.centre.abs()))
         values = ((values - self.centre) / self.scale).asinh()
         return values.amin(0) - 1, values.amax(0) + 1

@@ -295,17 +295,10 @@ def _information(pair: OpenedPair, num_samples: int, max_memory: int | None) -> 
     budget = pair.memory(max_memory)
     rows = [_one_draw(particles, coordinates, budget) for _ in range(num_samples)]
     terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return {
-        "total_correlation": None,
-        "dimension_wise_kl": None,
-        **{
-            name: Estimate(term.mean().item(), _standard_error(term).item())
-            for name, term in terms.items()
-            if name != "kl_per_dimension"
-        },
-        **_rates(terms, coordinates),
-        "unavailable": unavailable,
-    }
+    found: dict[str, Any] = {"total_correlation": None, "dimension_wise_kl": None}
+    for name in terms.keys() - {"kl_per_dimension"}:
+        found[name] = Estimate(terms[name].mean().item(), _standard_error(terms[name]).item())
+    return found | _rates(terms, coordinates) | {"unavailable": unavailable}
 
 
 def _coordinates(
@@ -365,10 +358,9 @@ def _aggregate(
     aggregate, others, of_coordinates = [], [], []
     for start in range(0, num_data, size):
         part = slice(start, min(start + size, num_data))
-        shown = {}  # each draw is a particle that gives every datum the same value
-        for name, value in rows.items():
-            to_all = value[part, None].expand(-1, num_data, *value.shape[1:])
-            shown[name] = to_all.movedim(1, particles.axes[name])
+        # Each draw is a particle that gives every datum the same value.
+        to_all = {n: v[part, None].expand(-1, num_data, *v.shape[1:]) for n, v in rows.items()}
+        shown = {name: value.movedim(1, particles.axes[name]) for name, value in to_all.items()}
         scores = particles.score_proposal(shown)
         positions = torch.arange(part.start, part.stop, device=scores.device)
         diagonal = positions - part.start, positions
@@ -413,9 +405,7 @@ def _independent_coordinates(distribution: Distribution) -> Distribution | None:
     """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
     if isinstance(distribution, ExpandedDistribution):
         inner = _independent_coordinates(distribution.base_dist)
-        if inner is None:
-            return None
-        return inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
+        return inner and inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
     if not isinstance(distribution, Independent) or len(distribution.event_shape) != 1:
         return None
     base = distribution.base_dist

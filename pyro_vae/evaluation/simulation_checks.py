@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 
 Statistic = Callable[[Tensor], Tensor]
 
-_STATISTICS: dict[str, Statistic] = {
-    "mean": lambda values: values.reshape(len(values), -1).mean(1),
-    "standard deviation": lambda values: values.reshape(len(values), -1).std(1, correction=0),
-}
+_STATISTICS: dict[str, Statistic] = {"mean": lambda x: x.reshape(len(x), -1).mean(1)}
+_STATISTICS["standard deviation"] = lambda x: x.reshape(len(x), -1).std(1, correction=0)
 
 
 @shown
@@ -68,21 +66,17 @@ class PosteriorPredictive:
     @property
     def overall_p_value(self) -> dict[str, float]:
         """By statistic, the share of whole drawn data sets whose mean is above the data's."""
-        return {
-            name: _share_above(self.replicated[name].mean(1), observed.mean()).item()
-            for name, observed in self.observed.items()
-        }
+        means = {n: (self.replicated[n].mean(1), seen.mean()) for n, seen in self.observed.items()}
+        return {name: _share_above(*both).item() for name, both in means.items()}
 
     def plot(self) -> Figure:
         """Show each statistic over the data and over the data drawn in their place."""
         from pyro_vae import plots
 
-        return plots.observed_and_replicated(
-            {name: value.numpy() for name, value in self.observed.items()},
-            {name: value.numpy() for name, value in self.replicated.items()},
-            [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()],
-            title="posterior predictive check",
-        )
+        labels = [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()]
+        both = self.observed, self.replicated
+        seen, drawn = ({name: value.numpy() for name, value in of.items()} for of in both)
+        return plots.observed_and_replicated(seen, drawn, labels, title="posterior predictive check")
 
 
 def _share_above(drawn: Tensor, value: Tensor) -> Tensor:
@@ -188,9 +182,8 @@ class AggregatePosterior:
 
         distances = zip(self.labels, self.statistic.tolist(), strict=True)
         labels = [f"{label}  KS distance {distance:.2f}" for label, distance in distances]
-        return plots.prior_and_aggregate(
-            self.draws.numpy(), self.prior.numpy(), labels, title="aggregate posterior and prior"
-        )
+        both, title = (self.draws.numpy(), self.prior.numpy()), "aggregate posterior and prior"
+        return plots.prior_and_aggregate(*both, labels, title=title)
 
 
 def aggregate_posterior(
@@ -226,9 +219,8 @@ def aggregate_posterior(
             prior = particles.data_first(particles.propose_from_prior(num_draws))
             draws = particles.data_first(particles.propose(num_draws)[0])
             for rows, latents in zip(found, (draws, prior), strict=True):
-                flat = {  # auxiliary sites have no prior
-                    n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in draws if n in prior
-                }
+                both = [n for n in draws if n in prior]  # auxiliary sites have no prior
+                flat = {n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in both}
                 rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
     labels = label_dimensions(flat)
     return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)
@@ -285,16 +277,13 @@ class Calibration:
         return torch.as_tensor(chi2.sf(self.chi_square.numpy(), self.num_bins - 1))
 
     def _summary(self) -> Summary:
-        p_value = self.p_value
+        p_value, count = self.p_value, len(self.x[0])
         lowest = int(p_value.argmin())
-        count = len(self.x[0])
         title = f"ranks of {count} simulated data points among {self.num_draws} draws of the guide"
-        return title, {
-            f"lowest p-value of {len(p_value)} dimensions": (
-                f"{p_value[lowest].item():.2g} ({self.labels[lowest]})"
-            ),
-            "its chi-square": f"{self.chi_square[lowest].item():.1f}, {self.num_bins - 1} expected",
-        }
+        value = f"{p_value[lowest].item():.2g} ({self.labels[lowest]})"
+        statistic = f"{self.chi_square[lowest].item():.1f}, {self.num_bins - 1} expected"
+        name = f"lowest p-value of {len(p_value)} dimensions"
+        return title, {name: value, "its chi-square": statistic}
 
     def plot(self) -> Figure:
         """Show the histogram of ranks of each dimension with the band that 95 % of bins lie in."""

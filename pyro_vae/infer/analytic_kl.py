@@ -51,9 +51,7 @@ def divergences(model_trace: Trace, guide_trace: Trace) -> list[Divergence]:
     (auxiliary ones) give their log q.
     """
     in_model = {site["name"]: site for site in latent_sites(model_trace)}
-    before_in_model = list(in_model)
-    before_in_guide: set[str] = set()
-    found = []
+    before_in_model, before_in_guide, found = list(in_model), set[str](), []
     for site in sample_sites(guide_trace):
         name = site["name"]
         if name not in in_model:

@@ -212,16 +212,14 @@ def _generator_states(device: torch.device) -> dict[str, Any]:
     """Return the state of every random generator: Python's, NumPy's, torch's on CPU and device."""
     version, words, gauss = random.getstate()
     _, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002
-    states = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "words": torch.from_numpy(np.asarray(numpy_words).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(numpy_gauss),
-        },
-        "torch": torch.get_rng_state(),
+    python = {"version": version, "words": torch.tensor(words), "gauss": gauss}
+    numpy: dict[str, Any] = {
+        "position": int(position),
+        "has_gauss": int(has_gauss),
+        "gauss": numpy_gauss,
     }
+    numpy["words"] = torch.from_numpy(np.asarray(numpy_words).astype(np.int64))
+    states = {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states

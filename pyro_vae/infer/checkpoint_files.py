@@ -23,8 +23,7 @@ _TENSOR = "__tensor__"
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the newest last."""
-    what = f"a folder for checkpoints at {folder}"
-    with expecting(what, OSError, advice="choose another"):
+    with expecting(f"a folder for checkpoints at {folder}", OSError, advice="choose another"):
         found = folder.iterdir() if folder.exists() else ()
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 

@@ -99,8 +99,7 @@ class IWAE(Bound):
         """Open the pair of a step with what is known of it, or find out and remember."""
         functions = unscaled_function(model), unscaled_function(guide)
         known = self._known.get(*functions)
-        knowledge = Knowledge() if known is None else known
-        how: Any = {"serves": Serves.WHOLE | Serves.SUMMED, "knowledge": knowledge}
+        how: Any = {"serves": Serves.WHOLE | Serves.SUMMED, "knowledge": known or Knowledge()}
         pair = OpenedPair(model, guide, args, kwargs, plate=self.plate, **how)
         if known is not None:
             return pair

@@ -43,9 +43,6 @@ class NotFiniteError(InputError):
     """
 
 
-# --- the loss of a batch ---------------------------------------------------------------------
-
-
 class DataPlate(Messenger):
     """Notes how many data points the data plate stands for: without one, the rows of a batch."""
 
@@ -112,9 +109,6 @@ class TrainingObjective:
         loss = wide(terms.loss)
         flag = wide(~(loss.isfinite() & norm.isfinite()))
         return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
-
-
-# --- steps and epochs ------------------------------------------------------------------------
 
 
 class _Epoch:
@@ -420,9 +414,6 @@ def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
         "train_distortion": distortion / count,
         "gradient_norm": norm / max(int(applied.sum()), 1),
     }
-
-
-# --- what a pair must keep to be trained -----------------------------------------------------
 
 
 def _parameters_of(trace: Trace) -> dict[str, Tensor]:

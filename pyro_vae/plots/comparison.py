@@ -35,13 +35,8 @@ def paired_differences(
     """
     figure, axes = style.one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
-    _draw_rows(
-        axes,
-        0,
-        [differences[index] for index in order],
-        [errors[index] for index in order],
-        [by_run[index] for index in order] if by_run else [()] * len(names),
-    )
+    columns: Any = differences, errors, by_run or [()] * len(names)
+    _draw_rows(axes, 0, *([column[index] for index in order] for column in columns))
     axes.set_yticks(range(len(names)), [style.as_text(names[index]) for index in order], fontsize=9)
     axes.set(xlabel="nats per datum", ylim=(len(names) - 0.5, -0.5))
     return figure

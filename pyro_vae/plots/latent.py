@@ -36,15 +36,14 @@ def latent_scatter(
     """
     classes = [] if labels is None else list(np.unique(labels))
     named = classes if len(classes) <= _MOST_CLASSES else []
-    groups: list[tuple[Any, dict[str, Any]]] = [
-        (codes[labels == value].T, {"color": [colour], "label": str(value)})
-        for value, colour in zip(named, style.class_colours(len(named)), strict=True)
-    ]
+    colours = zip(named, style.class_colours(len(named)), strict=True)
+    how: list[dict[str, Any]] = [{"color": [each], "label": str(name)} for name, each in colours]
+    groups = [*zip((codes[labels == value].T for value in named), how, strict=True)]
     if codes.shape[1] == 1:
         figure, axes = style.one_panel(title, (6.2, 4))
         bins = np.histogram_bin_edges(codes, bins=50).tolist()
-        for (own,), how in groups:
-            axes.hist(own, bins, histtype="step", linewidth=1.3, **how)
+        for (own,), look in groups:
+            axes.hist(own, bins, histtype="step", linewidth=1.3, **look)
         if groups:
             style.legend_beside(axes, marker_scale=1)
         else:
@@ -53,8 +52,8 @@ def latent_scatter(
         return figure
     figure, axes = style.one_panel(title, (6.2 if classes else 5.4, 5.4))
     size = max(1.5, min(12.0, 12_000 / len(codes)))
-    for own, how in groups:
-        axes.scatter(own[0], own[1], s=size, linewidths=0, **how)
+    for own, look in groups:
+        axes.scatter(own[0], own[1], s=size, linewidths=0, **look)
     if groups:
         style.legend_beside(axes, marker_scale=6 / math.sqrt(size))
     else:

@@ -129,26 +129,19 @@ def compare_autoencoder(
         random = _fitted_normal(codes, num_random)
         deterministic = measure(autoencoder.decode, codes, held, held, random)
 
-        def blank(number: int) -> Tensor:
-            return train.new_zeros(number, *train.shape[1:])
-
         def decoded(z: Tensor) -> Tensor:
-            return decode(model, z, blank(len(z)), observed=observed, plate=plate)
+            like = train.new_zeros(len(z), *train.shape[1:])
+            return decode(model, z, like, observed=observed, plate=plate)
 
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
             what = "a pair with one latent, a vector"
             advice = "its codes can't be laid between each other"
             raise InputError(f"expected {what}, got one of shape {tuple(means.shape[1:])}: {advice}")
-        alone = OpenedFunction(model, (blank(num_random),), plate)
+        alone = OpenedFunction(model, (train.new_zeros(num_random, *train.shape[1:]),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]
-        variational = measure(
-            decoded,
-            encode(guide, train, mean=False, plate=plate)[0],
-            means,
-            encode(guide, held_out, mean=False, plate=plate)[0],
-            prior,
-        )
+        drawn, held = (encode(guide, x, mean=False, plate=plate)[0] for x in (train, held_out))
+        variational = measure(decoded, drawn, means, held, prior)
         reference = _nearest(held_out[:num_random].flatten(1), train.flatten(1))
     reference = reference / math.sqrt(train[0].numel())
     return AutoencoderComparison(deterministic, variational, held_out.cpu(), reference.cpu())
@@ -167,16 +160,12 @@ def _measure(
     """Measure one side on the data, given its decoder, its codes and its random latents."""
     grid = _between(means[:4], grid_size).flatten(0, 1)
     rebuilt, images, corners = decoded(means), decoded(random), decoded(grid)
-    values = (
-        rebuilt,
-        *((each - held_out).flatten(1).square().mean(1).sqrt() for each in (rebuilt, decoded(draws))),
-        _nearest(draws[: len(random)], codes),
-        _nearest(random, codes),
-        images,
-        _nearest(images.flatten(1), train.flatten(1)) / math.sqrt(train[0].numel()),
-        *(each.unflatten(0, (grid_size, grid_size)) for each in (corners, _nearest(grid, codes))),
-    )
-    return Side(*(value.cpu() for value in values))
+    off = [(each - held_out).flatten(1) for each in (rebuilt, decoded(draws))]
+    errors = [each.square().mean(1).sqrt() for each in off]
+    near = _nearest(draws[: len(random)], codes), _nearest(random, codes)
+    data = _nearest(images.flatten(1), train.flatten(1)) / math.sqrt(train[0].numel())
+    grids = [v.unflatten(0, (grid_size, grid_size)) for v in (corners, _nearest(grid, codes))]
+    return Side(*(value.cpu() for value in (rebuilt, *errors, *near, images, data, *grids)))
 
 
 def _fitted_normal(codes: Tensor, number: int) -> Tensor:

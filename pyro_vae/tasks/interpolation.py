@@ -144,11 +144,10 @@ def traverse(
         walker = _Walker(pair, site, observed)
         moved = walker.choose(range(walker.size) if dimensions is None else dimensions)
         values = walker.quantiles(num_steps, coverage)[list(moved)]
-        data = [
-            walker.decode([walker.with_coordinate(dimension, value) for value in row])
-            for dimension, row in zip(moved, values, strict=True)
-        ]
-    return Traversal(moved, values, torch.stack(data))
+        rows = zip(moved, values, strict=True)
+        codes = [[walker.with_coordinate(index, value) for value in row] for index, row in rows]
+        data = torch.stack([walker.decode(each) for each in codes])
+    return Traversal(moved, values, data)
 
 
 def manifold(
@@ -195,11 +194,8 @@ def manifold(
         else:
             values = walker.quantiles(num_steps, coverage)
             first, second = values[right], values[up]
-            codes = [
-                walker.with_coordinate(right, value, walker.with_coordinate(up, height))
-                for height in second
-                for value in first
-            ]
+            high = [walker.with_coordinate(up, height) for height in second]
+            codes = [walker.with_coordinate(right, v, each) for each in high for v in first]
         data = walker.decode(codes)[:, 0].unflatten(0, (len(second), len(first)))
     return Manifold((right, up), first, second, data, walker.support == "sphere")
 

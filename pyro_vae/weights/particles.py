@@ -183,11 +183,6 @@ class Particles:
         latents = self.pair.structure.latents
         return {name: latent.shape_for(self.num_data) for name, latent in latents.items()}
 
-    @property
-    def bytes_per_datum(self) -> int:
-        """Memory that scoring one particle of one data point allocates, an upper bound."""
-        return self.pair.structure.bytes_per_datum
-
     def bytes_per_proposal(self) -> int:
         """Return the bytes that one more particle per data point needs in :meth:`propose`."""
         if self.pair.knowledge.ways.get("draws", "_draw_under_plate") == "_draw_under_plate":
