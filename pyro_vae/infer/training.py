@@ -26,7 +26,7 @@ from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.objectives import objective_named
 from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
-from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
+from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction, place_pair
@@ -279,9 +279,7 @@ def fit(
     checkpoints = Checkpoints(checkpoint, *when, resume=resume, processes=processes)
     if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
-    pair, to_validate, training, capture, place = _open(
-        model, guide, data, validation, transform, device, settings, processes, warmup_epochs
-    )
+    pair, to_validate, training, capture, place = _open(given, settings, processes)
     settings = training.settings
     held_out = None if to_validate is None else to_validate.inputs
     record = settings.record() | {  # plain values, by which a checkpoint knows the run again
@@ -360,20 +358,15 @@ def fit(
 
 
 def _open(
-    model: PairFunction,
-    guide: PairFunction,
-    data: Dataset | Tensor | Sequence[Tensor],
-    validation: Tensor | Sequence[Tensor] | None,
-    transform: Transform | None,
-    device: str | torch.device,
-    settings: FitSettings,
-    processes: Processes,
-    warmup_epochs: int | None,
+    given: Mapping[str, Any], settings: FitSettings, processes: Processes
 ) -> tuple[OpenedPair, OpenedPair | None, TrainingObjective, StepCapture, torch.device]:
     """Check the data, move the pair to its device and the data into its types, once for the run.
 
-    Return it on the data for training, before any transform, and on those for validation.
+    Of what :func:`fit` was given return the pair on the data for training, before any transform, and
+    on those for validation.
     """
+    model, guide, data, device = (given[name] for name in ("model", "guide", "data", "device"))
+    validation, transform = given["validation"], given["transform"]
     is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
@@ -403,7 +396,7 @@ def _open(
     to_validate = None if held_out is None else pair.on(read(held_out, model, guide))
     settings = replace(settings, beta=settings.beta * own_beta)
     per_epoch = settings.steps_per_epoch(pair.num_data)
-    if warmup_epochs is None:
+    if given["warmup_epochs"] is None:
         warmup = default_warmup_epochs(settings.epochs, per_epoch)
         settings = replace(settings, warmup_epochs=warmup)
     share = processes.are_several
