@@ -248,16 +248,10 @@ class NeuralSplineFlow(_FlowFamily):
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        *,
-        num_layers: int = 2,
-        hidden: Sequence[int] = (64,),
-        num_bins: int = 8,
-        bound: float = 5.0,
+        self, encoder: nn.Module, latent_dim: int, *, num_layers: int = 2,
+        hidden: Sequence[int] = (64,), num_bins: int = 8, bound: float = 5.0,
         context_features: int = 32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)

@@ -294,15 +294,9 @@ class StudentT(Gaussian):
     """
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        df: float | str = "learned",
-        sigma: float | str = "learned",
-        floor: float = 0.5 / 255,
-        standardized: bool = False,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, df: float | str = "learned",
+        sigma: float | str = "learned", floor: float = 0.5 / 255, standardized: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape, sigma=sigma, floor=floor, standardized=standardized)
         self.df = df if df == "learned" else positive_number("df", df)
         if self.df == "learned":

@@ -187,15 +187,9 @@ class ConvEncoder(_Convolutional):
     """
 
     def __init__(
-        self,
-        data_shape: Sizes,
-        channels: Sizes = (32, 64),
-        *,
-        features: int = 256,
-        activation: str = "relu",
-        norm: str | None = None,
-        residual_blocks: int = 0,
-    ) -> None:
+        self, data_shape: Sizes, channels: Sizes = (32, 64), *, features: int = 256,
+        activation: str = "relu", norm: str | None = None, residual_blocks: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.features = size("features", features)
         self.out_shape = (self.features,)
@@ -233,15 +227,9 @@ class ConvDecoder(_Convolutional):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        data_shape: Sizes,
-        channels: Sizes = (64, 32),
-        *,
-        activation: str = "relu",
-        norm: str | None = None,
-        residual_blocks: int = 0,
-    ) -> None:
+        self, latent_dim: int, data_shape: Sizes, channels: Sizes = (64, 32), *,
+        activation: str = "relu", norm: str | None = None, residual_blocks: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.latent_dim = size("latent_dim", latent_dim)
         extents = [self.data_shape[1:]]

@@ -104,15 +104,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
 
 
 def train_run(
-    settings: TrainSettings,
-    dataset: Dataset,
-    folder: Path,
-    *,
-    start: VAE | None = None,
-    held: VAE | None = None,
-    checkpointing: Checkpointing | None = None,
-    resumed: bool = False,
-) -> tuple[VAE, dict[str, Any]]:
+    settings: TrainSettings, dataset: Dataset, folder: Path, *, start: VAE | None = None,
+    held: VAE | None = None, checkpointing: Checkpointing | None = None, resumed: bool = False,
+) -> tuple[VAE, dict[str, Any]]:  # fmt: skip
     """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
     The folder's lock is held to the end; of a run that is resumed, the caller holds it.

@@ -82,22 +82,12 @@ class Bidirectional:
 
 
 def bidirectional(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_data: int | None = None,
-    num_chains: int = 16,
-    num_steps: int = 1000,
-    num_leapfrog_steps: int = 5,
-    num_transitions: int = 1,
-    start: str = "guide",
-    schedule: str = "sigmoid",
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Progress | None = None,
-) -> Bidirectional:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_data: int | None = None, num_chains: int = 16, num_steps: int = 1000,
+    num_leapfrog_steps: int = 5, num_transitions: int = 1, start: str = "guide",
+    schedule: str = "sigmoid", max_memory: int | None = None, plate: str = "data",
+    seed: int | None = None, progress: Progress | None = None,
+) -> Bidirectional:  # fmt: skip
     r"""Draw data from the model and bracket their log p(x) by annealing in both directions.
 
     .. math:: E[\log \frac1K \sum_k w_k] \le \log p(x) \le E[-\log \frac1K \sum_k 1 / w'_k]

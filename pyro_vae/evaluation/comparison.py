@@ -58,23 +58,13 @@ class _Settings(NamedTuple):
 
 
 def compare(
-    pairs: Mapping[str, Pair],
-    x: Data,
-    *,
-    num_samples: int = 5000,
-    num_elbo_samples: int = 1000,
-    num_importance: int = 50,
-    methods: Sequence[str] = ("importance",),
-    annealing_options: Mapping[str, Any] | None = None,
-    posterior: str | None = None,
-    train: TrainingData | None = None,
-    hold: str | None = None,
-    fit_options: Mapping[str, Any] | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Report | None = None,
-) -> Comparison:
+    pairs: Mapping[str, Pair], x: Data, *, num_samples: int = 5000, num_elbo_samples: int = 1000,
+    num_importance: int = 50, methods: Sequence[str] = ("importance",),
+    annealing_options: Mapping[str, Any] | None = None, posterior: str | None = None,
+    train: TrainingData | None = None, hold: str | None = None,
+    fit_options: Mapping[str, Any] | None = None, max_memory: int | None = None,
+    plate: str = "data", seed: int | None = None, progress: Report | None = None,
+) -> Comparison:  # fmt: skip
     """Measure pairs on the same data, with paired differences and their standard errors.
 
     Every pair gets the same seed, so pairs that draw alike share their draws. The standard error of a

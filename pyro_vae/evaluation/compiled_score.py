@@ -68,17 +68,11 @@ def compiled_score(
 
 
 def capture_values(
-    particles: Particles,
-    functions: Sequence[PairFunction],
-    key: Hashable,
-    given: Sequence[Tensor],
-    compute: Compute,
-    *,
-    elsewhere: Callable[[], Sequence[Tensor]] | None = None,
-    num_checked: int | None = None,
-    compile: bool = False,
+    particles: Particles, functions: Sequence[PairFunction], key: Hashable, given: Sequence[Tensor],
+    compute: Compute, *, elsewhere: Callable[[], Sequence[Tensor]] | None = None,
+    num_checked: int | None = None, compile: bool = False,
     say: Callable[[str], None] = lambda reason: None,
-) -> Captured | None:
+) -> Captured | None:  # fmt: skip
     """Find or record the program of some values of a pair; return it and what its check gave."""
     pair, programs = particles.pair, PROGRAMS.get(*functions)
     if programs is None:

@@ -95,22 +95,12 @@ class InferenceGaps:
 
 
 def inference_gaps(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    family: Any = None,
-    num_samples: int = 1000,
-    num_importance_samples: int = 5000,
-    num_optimization_samples: int = 32,
-    max_steps: int = 3000,
-    tolerance: float = 1.0,
-    estimate: LogMarginal | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, family: Any = None,
+    num_samples: int = 1000, num_importance_samples: int = 5000, num_optimization_samples: int = 32,
+    max_steps: int = 3000, tolerance: float = 1.0, estimate: LogMarginal | None = None,
+    max_memory: int | None = None, plate: str = "data", seed: int | None = None,
     progress: Progress | None = None,
-) -> InferenceGaps:
+) -> InferenceGaps:  # fmt: skip
     r"""Split log p(x) - ELBO into the family's part and the encoder's.
 
     .. math:: \log p(x) - L(q) = [\log p(x) - L(q^*)] + [L(q^*) - L(q)],

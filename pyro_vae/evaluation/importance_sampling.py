@@ -65,30 +65,16 @@ class ImportanceOptions:
 
 
 def log_marginal(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_samples: int = 5000,
-    method: str = "importance",
-    target_standard_error: float | None = None,
-    max_samples: int | None = None,
-    num_chains: int = 32,
-    num_steps: int = 1000,
-    num_leapfrog_steps: int = 5,
-    num_transitions: int = 1,
-    start: str = "both",
-    schedule: str = "adaptive",
-    max_annealed: int = 100,
-    max_memory: int | None = None,
-    keep_draws: int | None = None,
-    compile: bool | None = None,
-    precision: str = "float32",
-    plate: str | None = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_samples: int = 5000, method: str = "importance", target_standard_error: float | None = None,
+    max_samples: int | None = None, num_chains: int = 32, num_steps: int = 1000,
+    num_leapfrog_steps: int = 5, num_transitions: int = 1, start: str = "both",
+    schedule: str = "adaptive", max_annealed: int = 100, max_memory: int | None = None,
+    keep_draws: int | None = None, compile: bool | None = None, precision: str = "float32",
+    plate: str | None = "data", seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     running_mean: Callable[[float], None] | None = None,
-) -> LogMarginal:
+) -> LogMarginal:  # fmt: skip
     r"""Estimate log p(x) per datum: by importance sampling from the guide, or by annealing from it.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_k p(x, z_k) / q(z_k | x), \quad z_k \sim q(z | x)

@@ -54,16 +54,10 @@ class PredictiveLogProb(NamedTuple):
 
 
 def predictive_log_prob(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    given: Tensor | Sequence[Tensor] | None = None,
-    num_draws: int = 1000,
-    num_samples: int = 100,
-    plate: str = "data",
-    seed: int | None = None,
-) -> PredictiveLogProb:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    given: Tensor | Sequence[Tensor] | None = None, num_draws: int = 1000, num_samples: int = 100,
+    plate: str = "data", seed: int | None = None,
+) -> PredictiveLogProb:  # fmt: skip
     r"""Estimate log p(x_n | data) under a model with latents that all data points share.
 
     .. math:: p(x_n | data) \approx \frac1S \sum_s p(x_n | \theta_s), \quad \theta_s \sim q(\theta)

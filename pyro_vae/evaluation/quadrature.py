@@ -51,16 +51,10 @@ class PosteriorDivergence(NamedTuple):
 
 
 def posterior_divergence(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_points: int | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> PosteriorDivergence:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_points: int | None = None, max_memory: int | None = None, plate: str = "data",
+    seed: int | None = None, progress: Callable[[int, int], None] | None = None,
+) -> PosteriorDivergence:  # fmt: skip
     r"""Integrate the posterior on a grid that is fitted to each datum.
 
     .. math:: KL(q \| p(z|x)) = \int q(z|x) [\log q(z|x) - \log p(x, z)] dz + \log \int p(x, z) dz

@@ -138,18 +138,10 @@ class Representation:
 
 
 def representation(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    labels: Any = None,
-    num_samples: int = 4,
-    num_neighbours: int = 5,
-    num_folds: int = 5,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Representation:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, labels: Any = None,
+    num_samples: int = 4, num_neighbours: int = 5, num_folds: int = 5,
+    max_memory: int | None = None, plate: str = "data", seed: int | None = 0,
+) -> Representation:  # fmt: skip
     """Measure what the latents of a pair hold of the data; several latent sites are taken together.
 
     The cost grows with the square of N (every draw is scored under every datum's posterior); a few

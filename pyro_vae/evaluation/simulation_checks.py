@@ -84,16 +84,10 @@ def _share_above(drawn: Tensor, value: Tensor) -> Tensor:
 
 
 def posterior_predictive(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    statistics: Mapping[str, Statistic] | None = None,
-    num_draws: int = 100,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> PosteriorPredictive:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    statistics: Mapping[str, Statistic] | None = None, num_draws: int = 100,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> PosteriorPredictive:  # fmt: skip
     """Draw latents given each datum, new data given these, and compare statistics of both.
 
     Args:
@@ -309,17 +303,10 @@ class Calibration:
 
 
 def calibration(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_data: int = 1000,
-    num_draws: int = 99,
-    num_bins: int = 20,
-    plate: str = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, num_data: int = 1000,
+    num_draws: int = 99, num_bins: int = 20, plate: str = "data", seed: int | None = None,
     progress: Progress | None = None,
-) -> Calibration:
+) -> Calibration:  # fmt: skip
     """Draw latents and data from the model, and rank the latents among the guide's draws.
 
     Where the guide is the posterior the ranks are uniform. Both are run in eval mode.

@@ -130,16 +130,10 @@ class Trainer:
     """Gradient steps on one pair, by one optimiser over all its parameters at once."""
 
     def __init__(
-        self,
-        pair: OpenedPair,
-        objective: TrainingObjective,
-        settings: FitSettings,
-        *,
-        device: torch.device,
-        shuffle: bool = True,
-        captured_step: Callable[..., Tensor] | None = None,
-        processes: Processes = ALONE,
-    ) -> None:
+        self, pair: OpenedPair, objective: TrainingObjective, settings: FitSettings, *,
+        device: torch.device, shuffle: bool = True,
+        captured_step: Callable[..., Tensor] | None = None, processes: Processes = ALONE,
+    ) -> None:  # fmt: skip
         self.model, self.guide, self.train = pair.model, pair.guide, pair.inputs
         self.pair, self.num_data = pair, pair.num_data
         self.objective, self.settings, self.device = objective, settings, device

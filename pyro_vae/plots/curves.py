@@ -73,15 +73,9 @@ def weight_diagnostics(
 
 
 def rate_distortion(
-    beta: Array,
-    rate: Array,
-    distortion: Array,
-    *,
-    rate_error: Array | None = None,
-    distortion_error: Array | None = None,
-    active_units: Sequence[int] | None = None,
-    title: str,
-) -> Figure:
+    beta: Array, rate: Array, distortion: Array, *, rate_error: Array | None = None,
+    distortion_error: Array | None = None, active_units: Sequence[int] | None = None, title: str,
+) -> Figure:  # fmt: skip
     """Show rate against distortion with the lines of constant ELBO, beside the active units.
 
     All are of R runs, ``(R,)``: beta, the weight of the rate; the rate, mean KL(q(z|x) || p(z)), and

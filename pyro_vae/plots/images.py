@@ -131,15 +131,9 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits =
 
 
 def completions(
-    truth: Array,
-    missing: Array,
-    mean: Array,
-    standard_deviation: Array,
-    draws: Array,
-    *,
-    title: str,
-    limits: Limits = UNIT,
-) -> Figure:
+    truth: Array, missing: Array, mean: Array, standard_deviation: Array, draws: Array, *,
+    title: str, limits: Limits = UNIT,
+) -> Figure:  # fmt: skip
     """Show completed data: images as panels, vectors value against value.
 
     Of the whole data, ``truth`` ``(N, *data_shape)``, the boolean ``missing`` says which values were

@@ -80,18 +80,10 @@ class AutoencoderComparison(NamedTuple):
 
 
 def compare_autoencoder(
-    autoencoder: Autoencoder,
-    model: PairFunction,
-    guide: PairFunction,
-    train: Tensor,
-    held_out: Tensor,
-    *,
-    num_random: int = 1000,
-    grid_size: int = 8,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> AutoencoderComparison:
+    autoencoder: Autoencoder, model: PairFunction, guide: PairFunction, train: Tensor,
+    held_out: Tensor, *, num_random: int = 1000, grid_size: int = 8, observed: str | None = None,
+    plate: str = "data", seed: int | None = None,
+) -> AutoencoderComparison:  # fmt: skip
     """Measure an autoencoder and a VAE side by side on the same data.
 
     An autoencoder has no prior. Its random latents come from the normal distribution with mean and
@@ -148,15 +140,9 @@ def compare_autoencoder(
 
 
 def _measure(
-    train: Tensor,
-    held_out: Tensor,
-    grid_size: int,
-    decoded: PairFunction,
-    codes: Tensor,
-    means: Tensor,
-    draws: Tensor,
-    random: Tensor,
-) -> Side:
+    train: Tensor, held_out: Tensor, grid_size: int, decoded: PairFunction, codes: Tensor,
+    means: Tensor, draws: Tensor, random: Tensor,
+) -> Side:  # fmt: skip
     """Measure one side on the data, given its decoder, its codes and its random latents."""
     grid = _between(means[:4], grid_size).flatten(0, 1)
     rebuilt, images, corners = decoded(means), decoded(random), decoded(grid)

@@ -87,22 +87,12 @@ class Completion(NamedTuple):
 
 
 def complete(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    missing: Tensor,
-    *,
-    method: str = "metropolis",
-    num_draws: int = 16,
-    num_samples: int | None = None,
-    num_steps: int | None = None,
-    initial: float | Tensor | None = None,
-    observed: str | None = None,
-    position: int = 0,
-    plate: str = "data",
-    max_memory: int | None = None,
-    seed: int | None = None,
-) -> Completion:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], missing: Tensor, *,
+    method: str = "metropolis", num_draws: int = 16, num_samples: int | None = None,
+    num_steps: int | None = None, initial: float | Tensor | None = None,
+    observed: str | None = None, position: int = 0, plate: str = "data",
+    max_memory: int | None = None, seed: int | None = None,
+) -> Completion:  # fmt: skip
     r"""Draw the missing values given the observed ones.
 
     ``metropolis`` alternates two moves that leave :math:`p(z, x_{mis} | x_{obs})` invariant: z' from

@@ -38,15 +38,10 @@ _MEAN_DRAWS = 1000
 
 
 def encode(
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    num_draws: int | None = None,
-    site: str | None = None,
-    plate: str = "data",
+    guide: PairFunction, x: Tensor | Sequence[Tensor], *, mean: bool = True,
+    num_draws: int | None = None, site: str | None = None, plate: str = "data",
     seed: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the latent codes of data: posterior means ``(N, ...)`` or draws ``(num_draws, N, ...)``.
 
     Args:
@@ -81,15 +76,9 @@ def encode(
 
 
 def decode(
-    model: PairFunction,
-    z: Tensor | Mapping[str, Tensor],
-    like: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, z: Tensor | Mapping[str, Tensor], like: Tensor | Sequence[Tensor], *,
+    mean: bool = True, observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     """Return the data that latents stand for, ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
@@ -132,17 +121,10 @@ def decode_latents(model: OpenedFunction, z: Any, observed: str | None, mean: bo
 
 
 def generate(
-    model: PairFunction,
-    like: Tensor | Sequence[Tensor],
-    *,
-    guide: PairFunction | None = None,
-    data: Tensor | Sequence[Tensor] | None = None,
-    temperature: float = 1.0,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, like: Tensor | Sequence[Tensor], *, guide: PairFunction | None = None,
+    data: Tensor | Sequence[Tensor] | None = None, temperature: float = 1.0, mean: bool = True,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     r"""Draw new data ``(N, *data_shape)``: latents of prior or aggregate posterior, data given these.
 
     .. math:: z \sim p(z) \quad\text{or}\quad z \sim \frac{1}{M} \sum_m q(z | x_m),
@@ -187,15 +169,9 @@ def generate(
 
 
 def reconstruct(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, mean: bool = True,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     """Encode data and decode them again, ``(N, *data_shape)``: from the guide, then the likelihood.
 
     Args:

@@ -60,16 +60,10 @@ class Manifold(NamedTuple):
 
 
 def interpolate(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    to: Tensor | Sequence[Tensor],
-    *,
-    num_steps: int = 9,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Tensor:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor],
+    to: Tensor | Sequence[Tensor], *, num_steps: int = 9, observed: str | None = None,
+    plate: str = "data", seed: int | None = 0,
+) -> Tensor:  # fmt: skip
     """Decode the way from the codes of some data to those of others, ``(num_steps, N, *data_shape)``.
 
     The way of each latent site is straight, on a sphere the shorter arc of the great circle.
@@ -109,18 +103,10 @@ def interpolate(
 
 
 def traverse(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    dimensions: Sequence[int] | None = None,
-    num_steps: int = 9,
-    coverage: float = 0.95,
-    site: str | None = None,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Traversal:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    dimensions: Sequence[int] | None = None, num_steps: int = 9, coverage: float = 0.95,
+    site: str | None = None, observed: str | None = None, plate: str = "data", seed: int | None = 0,
+) -> Traversal:  # fmt: skip
     """Move one latent coordinate through the prior's range and decode; the others stay at the code.
 
     The values are the prior's quantiles, evenly spaced in probability. On a sphere the coordinate
@@ -151,18 +137,10 @@ def traverse(
 
 
 def manifold(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    dimensions: tuple[int, int] = (0, 1),
-    num_steps: int = 16,
-    coverage: float = 0.98,
-    site: str | None = None,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Manifold:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    dimensions: tuple[int, int] = (0, 1), num_steps: int = 16, coverage: float = 0.98,
+    site: str | None = None, observed: str | None = None, plate: str = "data", seed: int | None = 0,
+) -> Manifold:  # fmt: skip
     """Decode a grid over two latent coordinates; further ones stay at the mean code of the data.
 
     The grid follows the prior's quantiles, evenly spaced in probability. On a sphere it is one of
