@@ -14,21 +14,12 @@ from matplotlib.figure import Figure
 
 from pyro_vae import datasets, plots
 from pyro_vae.app import evaluate, pictures
+from pyro_vae.app import run as run_folder
 from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
-from pyro_vae.app.run import (
-    FREE,
-    METRICS,
-    Checkpointing,
-    check_new_folder,
-    check_single,
-    describe_origin,
-    load_data,
-    load_data_of_run,
-    read_run,
-)
+from pyro_vae.app.run import FREE, METRICS, Checkpointing, load_data_of_run
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
@@ -63,7 +54,7 @@ def train(
     folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
-    dataset = processes.first_before_others(lambda: load_data(settings))
+    dataset = processes.first_before_others(lambda: run_folder.load_data(settings))
     if dataset.is_mapped:
         size = sum(getattr(dataset, part).nbytes for part in datasets.PARTS) / 2**30
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
@@ -77,8 +68,8 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     Settings that are given once more must be the run's own.
     """
     processes, folder = Processes.current(), expand_path(folder)
-    check_single(folder)
-    run, settings = read_run(folder)
+    run_folder.check_single(folder)
+    run, settings = run_folder.read_run(folder)
     if run.get("checkpoints") is None:
         wanted = f"a run that `pyro-vae train` began in {folder}"
         raise InputError(f"expected {wanted}, got one of several: repeat the command that began them")
@@ -134,7 +125,7 @@ def train_run(
             "checksums": dataset.checksums,
             "limits": pictures.limits_of(dataset),
             "processes": processes.size,
-            **describe_origin(),
+            **run_folder.describe_origin(),
         }
         begin = _check_same_model if resumed else new_run
         config = describe(vae, record)
@@ -172,7 +163,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
         paths = (Path("runs") / f"{name}{end}" for end in chain([""], (f"-{n}" for n in count(2))))
         output = next(path for path in paths if not path.exists())
     output = expand_path(output)
-    check_new_folder(output)
+    run_folder.check_new_folder(output)
     return output
 
 

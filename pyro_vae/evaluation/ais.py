@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_choice, check_counts, check_room
-from pyro_vae.evaluation.estimate import (
-    LogMarginal,
-    PosteriorDraws,
-    Report,
-    concatenate,
-    log_mean_weights,
-    measure_weights,
-)
+from pyro_vae.evaluation import estimate as estimates
+from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
@@ -113,7 +107,7 @@ def anneal(
         blocks.append(_anneal_block(Particles(part), options, report))
         report.finish(blocks[-1].log_prob)
         report.tell()
-    whole = concatenate(blocks, keep_draws=keep_draws)
+    whole = estimates.concatenate(blocks, keep_draws=keep_draws)
     return replace(whole, pseudo_likelihood=pair.is_pseudo_likelihood())
 
 
@@ -214,7 +208,7 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
-    estimate = measure_weights(log_weights, path.particles.pair.structure.precision)
+    estimate = estimates.measure_weights(log_weights, path.particles.pair.structure.precision)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
@@ -248,10 +242,10 @@ def _diagnose(
         allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
         return difference / allowed
 
-    half = log_mean_weights(from_half)
+    half = estimates.log_mean_weights(from_half)
     # By turns: the chains of one part of a mixture stand together. One chain has no halves.
     halves = (log_weights[::2], log_weights[1::2]) if len(log_weights) > 1 else (log_weights,) * 2
-    one, other = map(log_mean_weights, halves)
+    one, other = map(estimates.log_mean_weights, halves)
     errors = one["standard_error"], other["standard_error"]
     shares = {
         "steps": deviate((value - half["log_prob"]).abs(), error, half["standard_error"]),

@@ -10,24 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_vae.errors import InputError, check_choice, check_optional_counts, first_line, whole_number
+from pyro_vae.evaluation import comparison_training as training
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.evaluation.comparison_training import (
-    Observed,
-    Pair,
-    Report,
-    Trained,
-    TrainingData,
-    check_apart,
-    check_comparable,
-    check_fit_options,
-    check_training,
-    frozen_model,
-    observed_sites,
-    parameters_in,
-    train_pairs,
-)
+from pyro_vae.evaluation.comparison_training import Observed, Pair, Report, Trained, TrainingData
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
@@ -116,7 +103,7 @@ def compare(
     """
     _check_pairs(pairs)
     annealing, max_annealed = _check_options(methods, annealing_options, posterior, hold)
-    fitting = check_fit_options(fit_options, trains=train is not None)
+    fitting = training.check_fit_options(fit_options, trains=train is not None)
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     as_inputs(x)
@@ -147,17 +134,18 @@ def compare(
             looks = {name: _look_at(pair, settings) for name, pair in opened.items()}
             observed = {name: found for name, (found, _) in looks.items()}
             owned = {name: trained for name, (_, trained) in looks.items()}
-        likelihood = check_comparable(observed)
+        likelihood = training.check_comparable(observed)
         if train is not None:
-            check_apart(pairs, owned, hold)
+            training.check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
-            check_training(list(pairs.values())[: 1 if hold else None], train, options, plate)
+            held = list(pairs.values())[: 1 if hold else None]
+            training.check_training(held, train, options, plate)
         shared: AbstractContextManager[Any] = nullcontext()
         if hold == "model":
             shared = _hold(first, pairs, options, trains=train is not None)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
-            fits = {} if train is None else train_pairs(chosen, train, options, report)
+            fits = {} if train is None else training.train_pairs(chosen, train, options, report)
             if fits or frozen:
                 opened = open_all(chosen)
             looks_on = {n: (owned[n], fits.get(n)) for n in opened}
@@ -210,11 +198,11 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
         Particles(pair)  # refuses a pair that has no weights
-        observed, (model_trace, guide_trace) = observed_sites(pair)
+        observed, (model_trace, guide_trace) = training.observed_sites(pair)
         if settings.posterior == "quadrature":
             latent_on_grid(guide_trace, pair.few(BLOCK).num_data)
-    in_guide = parameters_in(guide_trace)
-    return observed, Trained(parameters_in(model_trace) | in_guide, in_guide)
+    in_guide = training.parameters_in(guide_trace)
+    return observed, Trained(training.parameters_in(model_trace) | in_guide, in_guide)
 
 
 def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
@@ -224,7 +212,7 @@ def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
         trace = first.alone(pair.guide).trace()
         if settings.posterior == "quadrature":
             latent_on_grid(trace, first.num_data)
-    return Trained(parameters_in(trace), parameters_in(trace))
+    return Trained(training.parameters_in(trace), training.parameters_in(trace))
 
 
 def _hold(
@@ -236,7 +224,7 @@ def _hold(
         place = resolve_device(options.get("device", "auto"))
     shown = tuple(value.to(place) for value in first.few(BLOCK).inputs)
     guides = {name: guide for name, (_, guide) in pairs.items()}
-    return frozen_model(first.model, guides, shown, place)
+    return training.frozen_model(first.model, guides, shown, place)
 
 
 def _measure(

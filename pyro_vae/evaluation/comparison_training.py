@@ -18,19 +18,12 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name, whole_number
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult, fit
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_latents_match
 from pyro_vae.pair.functions import PairFunction, device_of, evaluation_mode, owned_modules
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair, any_number_of_data
-from pyro_vae.pair.sites import (
-    Given,
-    TracePair,
-    latent_sites,
-    likelihood_kind,
-    observed_names,
-    sample_sites,
-    value_axis,
-)
+from pyro_vae.pair.sites import Given, TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
 Pair = tuple[PairFunction, PairFunction]
@@ -99,9 +92,9 @@ def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
     for _, part in pair.blocks():
         traces = part.trace()
         first = first or traces
-        for site in map(traces[0].nodes.get, observed_names(traces[0])):
-            values = site["value"].detach().movedim(value_axis(site, pair.plate), 0)
-            seen = Observed(likelihood_kind(site), values.double().cpu())
+        for site in map(traces[0].nodes.get, traced.observed_names(traces[0])):
+            values = site["value"].detach().movedim(traced.value_axis(site, pair.plate), 0)
+            seen = Observed(traced.likelihood_kind(site), values.double().cpu())
             found.setdefault(site["name"], []).append(seen)
     assert first is not None  # data are never empty
     return {name: _join(blocks) for name, blocks in found.items()}, first
@@ -235,11 +228,11 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
         place = device_of(guide, default=device)
         with torch.no_grad():
             drawn = poutine.trace(guide).get_trace(*(value.to(place) for value in inputs))
-        values = {site["name"]: site["value"].to(device) for site in latent_sites(drawn)}
+        values = {site["name"]: site["value"].to(device) for site in traced.latent_sites(drawn)}
         with torch.enable_grad(), Given(values):
             trace = poutine.trace(fixed).get_trace(*inputs)
             check_latents_match(trace, drawn)
-            terms = [site["fn"].log_prob(site["value"]) for site in sample_sites(trace)]
+            terms = [site["fn"].log_prob(site["value"]) for site in traced.sample_sites(trace)]
         leaves = {id(leaf) for leaf in accumulating_leaves(*terms)}
         if leaves & parameters_in(drawn).keys():
             raise _shared(name)

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, check_choice, check_counts, check_optional_counts, real_number
+from pyro_vae.evaluation import estimate as estimates
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike
 from pyro_vae.evaluation.compiled_score import compiled_score
-from pyro_vae.evaluation.estimate import (
-    Convergence,
-    LogMarginal,
-    PosteriorDraws,
-    Report,
-    concatenate,
-    summarise,
-    warn_if_unreliable,
-)
+from pyro_vae.evaluation.estimate import Convergence, LogMarginal, PosteriorDraws, Report
 from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves
@@ -149,7 +142,7 @@ def log_marginal(
     with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
         how: dict[str, Any] = {"max_memory": max_memory, "keep_draws": keep_draws}
         estimate = estimate_log_prob(pair, options, report=report, **how)
-    warn_if_unreliable(estimate, stacklevel=2)
+    estimates.warn_if_unreliable(estimate, stacklevel=2)
     return estimate
 
 
@@ -212,7 +205,7 @@ def _sample_all(
             blocks.append(stream.result(len(positions)))
             places.append(positions)
             report.finish(blocks[-1].log_prob)
-    return concatenate(blocks, positions=places, keep_draws=None)
+    return estimates.concatenate(blocks, positions=places, keep_draws=None)
 
 
 def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
@@ -336,7 +329,7 @@ class _RunningMoments:
         self.count += len(log_weights)
 
     def result(self) -> dict[str, Tensor]:
-        found = summarise(self.largest, self.sum_weights, self.sum_squares, self.count)
+        found = estimates.summarise(self.largest, self.sum_weights, self.sum_squares, self.count)
         means = {"rate": self.sum_rate, "distortion": self.sum_distortion}
         return found | {name: total / self.count for name, total in means.items()}
 

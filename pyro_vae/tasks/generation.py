@@ -15,19 +15,11 @@ from pyro_vae.distributions.flows import FlowDistribution
 from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, check_optional_counts, real_number
 from pyro_vae.evaluation.latent_codes import choose_site, draw_codes, mean_codes
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_function, open_pair
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    Site,
-    is_delta,
-    is_inside,
-    latent_sites,
-    observed_site,
-    value_axis,
-)
+from pyro_vae.pair.sites import Given, Latents, Site
 
 # Families with a location and a scale: the temperature multiplies the scale.
 _KINDS = ("Normal", "Laplace", "Cauchy", "StudentT")
@@ -101,12 +93,12 @@ def decode(
 def decode_latents(model: OpenedFunction, z: Any, observed: str | None, mean: bool = True) -> Tensor:
     """Do the work of :func:`decode` for a model that is open."""
     trace = model.first().trace(explain="model")
-    sites = {site["name"]: site for site in latent_sites(trace)}
+    sites = {site["name"]: site for site in traced.latent_sites(trace)}
     named = dict(z) if isinstance(z, Mapping) else {choose_site(sites, None): z}
     given = {}
     for name, value in named.items():
         site = sites[choose_site(sites, name)]
-        axis, like = value_axis(site, model.plate), site["value"]
+        axis, like = traced.value_axis(site, model.plate), site["value"]
         value = torch.as_tensor(value).to(like)
         wanted = (model.num_data, *like.movedim(axis, 0).shape[1:])
         if value.shape != wanted:
@@ -115,7 +107,7 @@ def decode_latents(model: OpenedFunction, z: Any, observed: str | None, mean: bo
         given[name] = value.movedim(0, axis)
     with Given(given):
         trace = model.trace(explain="model")
-    site = trace.nodes[observed_site(trace, observed)]
+    site = trace.nodes[traced.observed_site(trace, observed)]
     check_rows("model", site, model.plate, model.num_data)
     return mean_of(site) if mean else site["fn"].sample()
 
@@ -156,14 +148,15 @@ def generate(
     source = like if data is None else data
     pair = None if guide is None else open_pair(model, guide, source, plate=plate)
     with opened.evaluating(seed, guide):
-        name = observed_site(opened.trace(), observed)
+        name = traced.observed_site(opened.trace(), observed)
         latents: Latents = {}
         if pair is not None:
             latents = _draw_aggregate_posterior(pair, opened.num_data, temperature)
         with _Freed(name), _AtTemperature(temperature), Given(latents):
             trace = opened.trace()
     site = trace.nodes[name]
-    if is_inside(site, plate):  # of a plate that subsamples, which data were drawn is not known
+    # Of a plate that subsamples, which data were drawn is not known.
+    if traced.is_inside(site, plate):
         check_rows("model", site, plate, opened.num_data)
     return mean_of(site) if mean else site["value"]
 
@@ -185,7 +178,7 @@ def reconstruct(
     pair = open_pair(model, guide, x, plate=plate)
     with pair.evaluating(seed):
         trace, _ = pair.trace()
-        site = trace.nodes[observed_site(trace, observed)]
+        site = trace.nodes[traced.observed_site(trace, observed)]
         return mean_of(site) if mean else site["fn"].sample()
 
 
@@ -248,7 +241,7 @@ class _AtTemperature(Messenger):
         if self.temperature == 1 or message["is_observed"] or message["value"] is not None:
             return
         # A point mass follows from the other sites.
-        if site_is_subsample(message) or is_delta(message["fn"]):
+        if site_is_subsample(message) or traced.is_delta(message["fn"]):
             return
         message["fn"] = _spread(message["name"], message["fn"], self.temperature)
 

@@ -13,26 +13,14 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError, whole_number
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
 from pyro_vae.pair.inputs import Data, tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
 from pyro_vae.pair.precision import compute_in, multiply_in, precision_now
-from pyro_vae.pair.sites import (
-    CALLING_ERRORS,
-    Given,
-    Latents,
-    Site,
-    agree,
-    data_dim,
-    latent_sites,
-    plate_scale,
-    raise_out_of_memory,
-    sample_sites,
-    site_log_prob,
-    sum_to,
-)
+from pyro_vae.pair.sites import CALLING_ERRORS, Given, Latents, Site
 from pyro_vae.weights.pathwise import PathwiseDraws, gated, has_score
 
 # Stands for the draws of a guide that has nothing to draw, where the model sums all its latents out.
@@ -145,7 +133,7 @@ class Particles:
         model = poutine.trace(self.pair.model)
         rows = []
         for _ in range(num_samples):
-            sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
+            sites = traced.latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
         drawn = [name for name in rows[0] if name not in self.pair.structure.summed]
         return {n: self.with_axis(n, torch.stack([row[n] for row in rows])) for n in drawn}
@@ -256,7 +244,7 @@ class Particles:
         trace = poutine.trace(function).get_trace(*pair.arguments, **pair.keywords)
         if not gates:
             return trace, []
-        sites = sample_sites(trace)
+        sites = traced.sample_sites(trace)
         for site in sites:
             if not has_score(site):
                 raise InputError(
@@ -269,7 +257,7 @@ class Particles:
             wanted = "one beta for all latents of the guide"
             advice = 'scale the guide as a whole, or use gradient="plain"'
             raise InputError(f"expected {wanted}, got {sorted(scales)}: {advice}")
-        terms = [latent_scale_of(site) * site_log_prob(site).sum() for site in sites]
+        terms = [latent_scale_of(site) * traced.site_log_prob(site).sum() for site in sites]
         return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
 
     def _draws(
@@ -279,11 +267,11 @@ class Particles:
         trace, gates = found
         latents = convert({name: trace.nodes[name]["value"] for name in self.axes})
         groups = [(which, *map(convert, one)) for one in gates]
-        sites = sample_sites(trace)
+        sites = traced.sample_sites(trace)
         drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and site_is_subsample(s)]
         subsample = {s["name"]: s["value"] for s in drawn if len(s["value"]) < s["fn"].size}
         plain, scaled = self._sum(sites, particle_dim)
-        scales = plate_scale(sites[0]), latent_scale_of(sites[0])
+        scales = traced.plate_scale(sites[0]), latent_scale_of(sites[0])
         return Draws(latents, shape(plain), shape(scaled), groups, subsample, *scales)
 
     def _draws_hold(self, draws: Draws, count: int) -> bool:
@@ -303,7 +291,7 @@ class Particles:
                 rows.append((row.log_proposal, *row.latents.values()))
             return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
-        return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
+        return traced.agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
     def score_under(self, function: str, latents: Latents, subsample: Any = None) -> Scored:
         """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``."""
@@ -315,7 +303,7 @@ class Particles:
         def hold(scored: Scored, count: int) -> bool:
             first = {name: value[:count].detach() for name, value in latents.items()}
             found = tuple(term[:count].detach() for term in scored)
-            return agree(found, lambda some: self._score_plain(function, some, given), first)
+            return traced.agree(found, lambda some: self._score_plain(function, some, given), first)
 
         return self._run_first_that_holds(
             function,
@@ -354,7 +342,7 @@ class Particles:
             return self._score_summed(pair, given)
         with Given(given):
             run = poutine.trace(pair.model if function == "model" else pair.guide)
-            sites = sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
+            sites = traced.sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
         observed, _ = self._sum([site for site in sites if site["is_observed"]])
         latent, scaled = self._sum([site for site in sites if not site["is_observed"]])
         # The guide observes nothing, and a model of conditions alone has no latent of its own.
@@ -367,15 +355,15 @@ class Particles:
         run = poutine.trace(enumerate_latents(pair.model, pair.structure.nesting, given))
         trace = run.get_trace(*pair.arguments, **pair.keywords)
         nothing = torch.zeros(pair.num_data, dtype=torch.float64, device=pair.device)
-        latents = latent_sites(trace)
-        sums = [sum_out(trace, group) for group in (sample_sites(trace), latents)]
-        terms = [[sum_to(term, self._kept(site)) for site, term in each] for each in sums]
+        latents = traced.latent_sites(trace)
+        sums = [sum_out(trace, group) for group in (traced.sample_sites(trace), latents)]
+        terms = [[traced.sum_to(term, self._kept(site)) for site, term in each] for each in sums]
         joint, prior = (sum(each, nothing) for each in terms)
         observed = torch.where(prior.isneginf(), 0.0, joint - prior)
         return Scored(observed, prior, prior * latent_scale_of(latents[0]))
 
     def _kept(self, site: Site, particle_dim: int = 0) -> tuple[int, ...]:
-        own = () if self.pair.plate is None else (data_dim(site, self.pair.plate),)
+        own = () if self.pair.plate is None else (traced.data_dim(site, self.pair.plate),)
         return (*own, particle_dim)
 
     def _sum(self, sites: list[Site], particle_dim: int = 0) -> Any:
@@ -383,7 +371,8 @@ class Particles:
         if not sites:
             return None, None
         kept = [self._kept(site, particle_dim) for site in sites]
-        plain = [sum_to(site_log_prob(site), dims) for site, dims in zip(sites, kept, strict=True)]
+        found = zip(map(traced.site_log_prob, sites), kept, strict=True)
+        plain = [traced.sum_to(log_prob, dims) for log_prob, dims in found]
         if self.pair.plate is None:
             plain = [term.unsqueeze(-1) for term in plain]
         total = torch.stack(torch.broadcast_tensors(*plain)).sum(0)
@@ -429,7 +418,7 @@ class Particles:
                     known[what] = way.__name__
                     return result
             except CALLING_ERRORS as error:
-                raise_out_of_memory(error)
+                traced.raise_out_of_memory(error)
         warnings.warn(
             f"the {kind} of this pair gives other values when its particles are batched; "
             "it is called once per particle instead, which is exact and slow",
