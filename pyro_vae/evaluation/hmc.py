@@ -99,9 +99,8 @@ class AnnealingPath:
         if start == "guide":
             check_density_known(guide_sites.values(), 'use start="both"')
         if not model_sites:
-            raise InputError(
-                "expected a latent to anneal, got none that isn't summed out: use method='importance'"
-            )
+            advice = "use method='importance'"
+            raise InputError(f"expected a latent to anneal, got none that isn't summed out: {advice}")
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])

@@ -383,19 +383,16 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             drawn = site["value"].reshape(given.shape)
             inputs[index] = drawn.to(given.dtype)
             if not given.is_floating_point() and (inputs[index] != drawn).any():
-                raise InputError(
-                    f"expected floating-point data at {name!r}, whose simulated values are no whole "
-                    f"numbers, got {given.dtype}: convert them"
-                )
+                what = f"floating-point data at {name!r}, whose simulated values are no whole numbers"
+                raise InputError(f"expected {what}, got {given.dtype}: convert them")
             site["value"] = inputs[index].reshape(site["value"].shape)
         latents = [site for site in latent_sites(trace) if site["name"] not in sources]
         with Given({site["name"]: site["value"] for site in latents}):
             changed = changed_site(trace, poutine.trace(model).get_trace(*inputs))
         if changed is not None:  # what it drew is then not what it says
-            raise InputError(
-                "expected a model that uses the data at its observed sites alone, the density at "
-                f"{changed!r} changes with them: no data can be simulated from it"
-            )
+            what = "a model that uses the data at its observed sites alone"
+            mend = "no data can be simulated from it"
+            raise InputError(f"expected {what}, the density at {changed!r} changes with them: {mend}")
         pair = template.on(tuple(inputs))
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen

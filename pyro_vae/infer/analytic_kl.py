@@ -227,9 +227,8 @@ class FreeBits(AnalyticKL):
                 "factor or auxiliary: use TraceBound"
             )
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1:
-            raise InputError(
-                f"expected one scale for all data at {name!r}, got a tensor: no floor on their mean"
-            )
+            wanted = f"one scale for all data at {name!r}"
+            raise InputError(f"expected {wanted}, got a tensor: no floor on their mean")
         shift = site["fn"].event_dim if first.by_dimension else 0
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         data = [frame for frame in frames if frame.name == self.plate]

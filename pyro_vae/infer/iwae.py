@@ -113,10 +113,9 @@ class IWAE(Bound):
                     advice = "use Pyro's TraceEnum_ELBO, or draw it"
                     raise InputError(f"expected {wanted}, {name!r} is enumerated: {advice}")
                 if not latent.is_reparameterized:
-                    raise InputError(
-                        f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "
-                        "not: use Trace_ELBO or TraceBound"
-                    )
+                    what = "reparameterised latents for IWAE"
+                    mend = "use Trace_ELBO or TraceBound"
+                    raise InputError(f"expected {what}, {name!r} ({latent.family}) is not: {mend}")
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)

@@ -199,10 +199,9 @@ def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
         if (own := model_trace.nodes.get(site["name"])) is not None:
             both[1] = counted_values(own)
         if not _are_same(*both):
-            raise InputError(
-                f"expected latent {site['name']!r} under one mask in model and guide, got two: a "
-                "value that counts in one alone has no weight; give both the same poutine.mask"
-            )
+            wanted = f"latent {site['name']!r} under one mask in model and guide"
+            advice = "a value that counts in one alone has no weight; give both the same poutine.mask"
+            raise InputError(f"expected {wanted}, got two: {advice}")
 
 
 def _are_same(mask: Tensor | None, other: Tensor | None) -> bool:

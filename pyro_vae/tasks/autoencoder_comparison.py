@@ -108,9 +108,8 @@ def compare_autoencoder(
     check_counts(grid_size=grid_size, least=2)
     given = [as_inputs(data, model) for data in (train, held_out)]
     if number := next((len(each) for each in given if len(each) != 1), None):
-        raise InputError(
-            f"expected one tensor of data, got {number}: an autoencoder has no conditions"
-        )
+        mend = "an autoencoder has no conditions"
+        raise InputError(f"expected one tensor of data, got {number}: {mend}")
     (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
         wanted = "at least 2 training data and 4 held-out ones"

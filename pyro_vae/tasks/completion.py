@@ -529,6 +529,5 @@ def _check_options(method: str, num_samples: int | None, num_steps: int | None) 
     if method == "importance":
         own, other, value = other, own, num_steps
     if value is not None:
-        raise InputError(
-            f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it out"
-        )
+        wanted = f"no {other} with method {method!r}, which has {own}"
+        raise InputError(f"expected {wanted}, got {value}: leave it out")
