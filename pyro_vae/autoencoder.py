@@ -221,11 +221,9 @@ class _PointMassPair(nn.Module):
 
     def losses(self, row: Any) -> dict[str, Any]:
         """Return losses and seconds of an epoch, or of many, from what :func:`fit` notes."""
-        return {
-            "train_loss": row["train_distortion"] - self.constant,
-            "validation_loss": row["validation_distortion"] - self.constant,
-            "seconds": row["seconds"],
-        }
+        parts = ("train", "validation")
+        losses = {f"{part}_loss": row[f"{part}_distortion"] - self.constant for part in parts}
+        return losses | {"seconds": row["seconds"]}
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data of another shape, not finite, or out of the loss's range."""

@@ -167,11 +167,9 @@ def write_comparison_page(
 ) -> None:
     """Write the page of a comparison into its folder, with a row for each of the single runs."""
     settings, rows = made["settings"], found.to_dict()["pairs"]
-    page = Page(
-        "Comparison of " + ", ".join(rows),
-        subtitle=f"{Path(settings['dataset']).name}, {settings['epochs']} epochs, seeds "
-        f"{settings['seed']} to {settings['seed'] + settings['seeds'] - 1}",
-    )
+    seeds = f"{settings['seed']} to {settings['seed'] + settings['seeds'] - 1}"
+    about = f"{Path(settings['dataset']).name}, {settings['epochs']} epochs, seeds {seeds}"
+    page = Page("Comparison of " + ", ".join(rows), subtitle=about)
     page.section("Result")
     page.text(conclude(found))
     _add_warnings(page, found)

@@ -73,12 +73,10 @@ class Bidirectional:
 
     def _summary(self) -> Summary:
         title = f"bracket of log p(x) of {len(self.gap)} simulated data points, mean in nats"
-        return title, {
-            "lower": f"{self.mean_lower:.3f}",
-            "upper": f"{self.mean_upper:.3f}, which holds for simulated data only",
-            "gap": plus_minus(self.mean_gap, self.mean_gap_standard_error),
-            "annealing": f"{self.num_chains} chains, {self.num_steps} steps",
-        }
+        upper = f"{self.mean_upper:.3f}, which holds for simulated data only"
+        rows = {"lower": f"{self.mean_lower:.3f}", "upper": upper}
+        rows["gap"] = plus_minus(self.mean_gap, self.mean_gap_standard_error)
+        return title, rows | {"annealing": f"{self.num_chains} chains, {self.num_steps} steps"}
 
 
 def bidirectional(

@@ -398,10 +398,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     if untrusted and comparison.ranked_by == "log_prob":
         by_weights = all(pair.estimate.method == "importance" for pair in comparison.pairs.values())
         advice = '; methods=("auto",) anneals them' * by_weights
-        yield (
-            f"Some data points of {', '.join(untrusted)} are not trusted: log p(x) may be off there "
-            f"by more than its errors say{advice}."
-        )
+        doubt = f"log p(x) may be off there by more than its errors say{advice}"
+        yield f"Some data points of {', '.join(untrusted)} are not trusted: {doubt}."
     if "withheld" in map(comparison.verdict, comparison.pairs):
         yield "withheld: the numbers can't carry a verdict, see Comparison.verdict."
 

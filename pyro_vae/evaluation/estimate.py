@@ -272,11 +272,9 @@ def summarise(largest: Tensor, total: Tensor, squares: Tensor, count: int) -> di
     correction = count / (count - 1) if count > 1 else math.nan
     standard_error = (relative_variance * correction).sqrt()
     impossible = largest.isneginf()
-    return {
-        "log_prob": torch.where(impossible, -math.inf, log_prob),
-        "standard_error": torch.where(impossible, math.inf, standard_error),
-        "ess": torch.where(impossible, 0.0, ess),
-    }
+    found = {"log_prob": log_prob, "standard_error": standard_error, "ess": ess}
+    without = {"log_prob": -math.inf, "standard_error": math.inf, "ess": 0.0}
+    return {name: torch.where(impossible, without[name], value) for name, value in found.items()}
 
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
@@ -287,29 +285,24 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         unknown = estimate.pareto_k.isnan()
         why = [f"> {limits}"] * (not unknown.all())
         why += ["not known (below 21 samples)"] * bool(unknown.any())
-        texts.append(
-            f"{count} of {total} data points have Pareto k {' or '.join(why)}: neither their log "
-            'p(x) nor its standard error can be trusted; use method="annealed", a wider guide or '
-            "more samples"
-        )
+        doubt = "neither their log p(x) nor its standard error can be trusted"
+        advice = 'use method="annealed", a wider guide or more samples'
+        found = f"{count} of {total} data points have Pareto k {' or '.join(why)}"
+        texts.append(f"{found}: {doubt}; {advice}")
     elif count:
         annealed = torch.tensor([method == "annealed" for method in estimate.methods])
         failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
         failed["not being annealed"] = left = estimate.methods.count("not annealed")
         reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
         behind = f" ({reasons})" * bool(reasons)
-        texts.append(
-            f"{count} of {total} data points are not trusted{behind}: their log p(x) may be off by "
-            "more than their standard errors say; use more steps or chains"
-            + " or a higher max_annealed"
-            * bool(left)
-        )
+        advice = "use more steps or chains" + " or a higher max_annealed" * bool(left)
+        doubt = "their log p(x) may be off by more than their standard errors say"
+        texts.append(f"{count} of {total} data points are not trusted{behind}: {doubt}; {advice}")
     missed = estimate.missed_target
     if missed is not None and missed.any():
-        texts.append(
-            f"{int(missed.sum())} of {total} data points missed target_standard_error: theirs is up "
-            f"to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples"
-        )
+        found = f"{int(missed.sum())} of {total} data points missed target_standard_error"
+        most = f"{estimate.standard_error.max():.2g} (see missed_target)"
+        texts.append(f"{found}: theirs is up to {most}; raise max_samples")
     for text in texts:
         warnings.warn(text, stacklevel=stacklevel + 1)
 

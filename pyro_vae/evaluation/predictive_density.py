@@ -113,11 +113,9 @@ def predictive_log_prob(
     found["trusted"] &= cleared.mean(0) > 0.5
     unknown = int((~found["trusted"]).sum())
     if unknown:
-        warnings.warn(
-            f"{unknown} of {likelihood.shape[1]} data points have too high a Pareto k, or too few "
-            "draws to know it: their log p(x | data) can't be trusted; use more draws",
-            stacklevel=2,
-        )
+        what = f"{unknown} of {likelihood.shape[1]} data points have too high a Pareto k"
+        doubt = "or too few draws to know it: their log p(x | data) can't be trusted; use more draws"
+        warnings.warn(f"{what}, {doubt}", stacklevel=2)
     joint = LogMarginal(
         **measure_weights(likelihood.sum(1, keepdim=True) + ratio, precision),
         rate=-ratio.mean(0),

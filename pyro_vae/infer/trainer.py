@@ -401,13 +401,9 @@ def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
     applied = summaries[:, -1] == 0
     count = int(sizes[applied].sum())
     loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
-    return {
-        "train_bound": -loss / count,
-        "train_elbo": -(rate + distortion) / count,
-        "train_rate": rate / count,
-        "train_distortion": distortion / count,
-        "gradient_norm": norm / max(int(applied.sum()), 1),
-    }
+    sums = {"bound": -loss, "elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
+    means = {f"train_{name}": total / count for name, total in sums.items()}
+    return means | {"gradient_norm": norm / max(int(applied.sum()), 1)}
 
 
 def _parameters_of(trace: Trace) -> dict[str, Tensor]:

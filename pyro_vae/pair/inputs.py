@@ -64,11 +64,9 @@ def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
         needed = sum(value.nbytes for value in inputs)
         free, _ = torch.cuda.mem_get_info(device)
         if needed > _SHARE_OF_DEVICE * free:
-            warnings.warn(
-                f"the data ({needed / 2**30:.1f} GiB) are too large for {device} "
-                f"({free / 2**30:.1f} GiB free): they stay where they are and are moved in blocks",
-                stacklevel=3,
-            )
+            room = f"the data ({needed / 2**30:.1f} GiB) are too large for {device}"
+            what = f"({free / 2**30:.1f} GiB free): they stay where they are and are moved in blocks"
+            warnings.warn(f"{room} {what}", stacklevel=3)
             return inputs
     return tuple(value.to(device) for value in inputs)
 

@@ -59,11 +59,8 @@ def encode(
     name = choose_site(codes, site)
     code = codes[name]
     if not code.exact:
-        warnings.warn(
-            f"the mean of latent {name!r} has no closed form: it is that of "
-            f"{num_draws or _MEAN_DRAWS:,} draws",
-            stacklevel=2,
-        )
+        told = f"the mean of latent {name!r} has no closed form"
+        warnings.warn(f"{told}: it is that of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
     return code.mean
 
 

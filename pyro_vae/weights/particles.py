@@ -419,11 +419,9 @@ class Particles:
                     return result
             except CALLING_ERRORS as error:
                 traced.raise_out_of_memory(error)
-        warnings.warn(
-            f"the {kind} of this pair gives other values when its particles are batched; "
-            "it is called once per particle instead, which is exact and slow",
-            stacklevel=6,
-        )
+        instead = "it is called once per particle instead, which is exact and slow"
+        found = f"the {kind} of this pair gives other values when its particles are batched"
+        warnings.warn(f"{found}; {instead}", stacklevel=6)
         known[what] = plain.__name__
         return run(plain)
 
