@@ -30,6 +30,11 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
 StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
+_BETAS = "Weights of the KL term between commas, in the order of training."
+Betas = Annotated[str, typer.Option(help=_BETAS)]
+WarmStart = Annotated[bool, typer.Option(help="Start each run from the weights of the one before.")]
+_LOSS = "The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
+Loss = Annotated[str | None, typer.Option(help=_LOSS)]
 
 
 def main() -> None:
@@ -99,13 +104,11 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and end.")
+
+
 @app.callback()
-def _begin(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and end."),
-    ] = False,
-) -> None: ...
+def _begin(version: Annotated[bool, _VERSION] = False) -> None: ...
 
 
 @command("train --dataset digits --output my-run", unless="resume")
@@ -164,16 +167,9 @@ def compare(
 
 @command("sweep --betas 0.5,1,2 --output betas", without={names.TrainSettings: ("beta",)})
 def sweep(
-    *,
-    output: StudyFolder,
-    betas: Annotated[
-        str, typer.Option(help="Weights of the KL term between commas, in the order of training.")
-    ] = "0.25,0.5,1,2,4",
-    warm_start: Annotated[
-        bool, typer.Option(help="Start each run from the weights of the one before.")
-    ] = False,
+    *, output: StudyFolder, betas: Betas = "0.25,0.5,1,2,4", warm_start: WarmStart = False,
     settings: names.TrainSettings,
-) -> None:
+) -> None:  # fmt: skip
     """Train a series of runs over beta; write its rate-distortion table, picture and page."""
     from pyro_vae.app import sweep as work
 
@@ -185,17 +181,7 @@ _OF_A_VAE = ("prior", "num_components", "guide", "beta", "schedule", "gradient_c
 
 
 @command("autoencoder --output baseline", without={names.TrainSettings: _OF_A_VAE})
-def autoencoder(
-    *,
-    output: StudyFolder,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
-        ),
-    ] = None,
-    settings: names.TrainSettings,
-) -> None:
+def autoencoder(*, output: StudyFolder, settings: names.TrainSettings, loss: Loss = None) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae.app import autoencoder as work
 
