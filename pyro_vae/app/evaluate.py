@@ -21,10 +21,8 @@ from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
-from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
-from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.vae import VAE
@@ -170,14 +168,3 @@ def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }
-
-
-def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
-    """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    terms = {name: getattr(estimate, name) for name in TERMS}
-    return {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
-
-
-def active_units(vae: VAE, x: Tensor) -> int:
-    """Count the latent coordinates whose posterior mean has a variance over the data above 0.01."""
-    return int((unit_variances(vae.guide, x) > ACTIVE_VARIANCE).sum())

@@ -25,7 +25,9 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError, check_same
 from pyro_vae.evaluation.comparison_training import frozen_model
+from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
@@ -211,6 +213,10 @@ def _measure(
     quick = EvaluateSettings("importance", num_samples=_QUICK_SAMPLES, seed=_SEED)
     estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
+    # NaN of a single datum.
+    terms = {name: getattr(estimate, name) for name in TERMS}
+    errors = {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
+    active = unit_variances(vae.guide, test[:_QUICK_DATA]) > ACTIVE_VARIANCE
     metrics = {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
         **{name: getattr(result, name) for name in told},
@@ -219,8 +225,8 @@ def _measure(
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": len(test)},
         "test_log_marginal": evaluate.as_dict(estimate, vae),
-        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
-        "active_units": evaluate.active_units(vae, test[:_QUICK_DATA]),
+        "test_data_standard_errors": errors,
+        "active_units": int(active.sum()),
         "pseudo_likelihood": estimate.pseudo_likelihood,
     }
     return metrics, estimate

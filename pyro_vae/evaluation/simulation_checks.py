@@ -340,17 +340,13 @@ def calibration(
             drawn = particles.data_first(particles.propose(num_draws)[0])
             for name, value in latents.items():
                 true = value[rows].unsqueeze(-1).flatten(1)
-                found = _ranks(true, drawn[name].unsqueeze(-1).flatten(2))
+                among = drawn[name].unsqueeze(-1).flatten(2)
+                below, equal = (among < true).sum(0), (among == true).sum(0)  # ties at random
+                place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device)
+                found = below + (place * (equal + 1)).long().minimum(equal)
                 ranks.setdefault(name, []).append(found.cpu())
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
     return Calibration(joined, num_draws, num_bins, pair.inputs)
-
-
-def _ranks(true: Tensor, draws: Tensor) -> Tensor:
-    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random."""
-    below, equal = (draws < true).sum(0), (draws == true).sum(0)
-    place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
-    return below + place.long().minimum(equal)
 
 
 def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:

@@ -34,12 +34,6 @@ class Divergence(NamedTuple):
     exact: bool
     by_dimension: bool
 
-    @property
-    def per_batch_element(self) -> Tensor:
-        """The value with the event's dimensions summed: batch shape."""
-        dims = list(range(-self.site["fn"].event_dim, 0)) if self.by_dimension else []
-        return self.value.sum(dims) if dims else self.value
-
 
 def divergences(model_trace: Trace, guide_trace: Trace) -> list[Divergence]:
     """Return what each latent of a traced and scored pair adds to the rate.
@@ -136,7 +130,8 @@ class AnalyticKL(Bound):
 
 
 def _weighed(row: Divergence, scale: Any) -> Tensor:
-    return scale_and_mask(wide(row.per_batch_element), scale=scale)
+    dims = list(range(-row.site["fn"].event_dim, 0)) if row.by_dimension else []
+    return scale_and_mask(wide(row.value.sum(dims) if dims else row.value), scale=scale)
 
 
 class DefaultBound(AnalyticKL):

@@ -161,7 +161,13 @@ class Trainer:
         ``after_step`` is given the summary of a step and the size of its batch; True ends the pass.
         """
         if self._epoch is None or self._epoch.number != number:
-            self._epoch = self._begin_epoch(number)
+            # On the device wherever the data are: a seed gives the same order.
+            draw = torch.randperm if self.shuffle else torch.arange
+            order = draw(self.num_data, device=self.device)
+            self.processes.take_first([order])
+            shape: Any = len(self.batch_sizes), len(SUMMARY)
+            nothing = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self._epoch = _Epoch(number, order, nothing)
         epoch = self._epoch
         self._seen_buffers = self._buffers()
         batches = epoch.order.to(self.train[0].device).split(self.batch_sizes)
@@ -198,14 +204,6 @@ class Trainer:
         values[-1] = 0
         means = _means(values[None].cpu().numpy(), np.array([num_data]))
         return means | {"beta": self.beta, "learning_rate": float(self.updates.learning_rate)}
-
-    def _begin_epoch(self, number: int) -> _Epoch:
-        # On the device wherever the data are: a seed gives the same order.
-        draw = torch.randperm if self.shuffle else torch.arange
-        order = draw(self.num_data, device=self.device)
-        self.processes.take_first([order])
-        shape = len(self.batch_sizes), len(SUMMARY)
-        return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
     def _refuse_not_finite(self, table: np.ndarray, epoch: _Epoch) -> None:
         bad, limit = np.flatnonzero(table[:, -1]), self.settings.skip_limit
