@@ -47,7 +47,6 @@ class VariationalFamily(nn.Module):
         x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
 
     Attributes:
-        latent_dim: size of the latent vector.
         latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
         parameter_names: the heads whose outputs ``encode`` returns.
 
@@ -147,7 +146,6 @@ class MixtureOfNormals(VariationalFamily):
     would learn in step: their means are drawn as in :class:`pyro_vae.priors.GaussianMixture`.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_components: number of components, K.
 
     Source:
@@ -194,7 +192,6 @@ class InverseAutoregressiveFlow(_FlowFamily):
     other point costs one pass per coordinate and layer.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of layers T; the order of the coordinates is reversed from one to the next.
         hidden: widths of each layer's masked network.
         context_features: size of the context.
@@ -236,7 +233,6 @@ class NeuralSplineFlow(_FlowFamily):
     other point two.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.

@@ -51,7 +51,6 @@ class Likelihood(nn.Module):
         accepts: the closed interval of the data's values.
         step: distance between two of the data's values; None where any value is accepted.
         takes_sizes: whether the call takes size factors ``(N,)`` after z, as counts may.
-        data_shape: shape of one datum.
 
     Example:
         >>> from pyro_vae.networks import MLPDecoder
@@ -181,7 +180,6 @@ class Gaussian(Likelihood):
     .. math:: p(x | z) = N(x; f(z), \sigma^2 I)
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         sigma: a positive number (fixed), ``"learned"`` (one for all pixels), ``"per-column"`` (one
             learned for each value of a datum, whatever z) or ``"per-pixel"`` (from a second head,
             depending on z). Where it is learned it starts at the data's own deviation, through
@@ -284,7 +282,6 @@ class StudentT(Gaussian):
     .. math:: p(x | z) = \prod_i t_\nu(x_i; f_i(z), \sigma)
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
             that there is a mean, from 5 on.
         sigma, floor, standardized: as :class:`Gaussian` has them.
@@ -317,7 +314,6 @@ class DiscretizedLogistic(Gaussian):
     lossless code, see :meth:`bits_per_dimension`.
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         levels: number of levels, at least 2; data are k / (levels - 1).
         sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
 
@@ -359,7 +355,6 @@ class Categorical(Likelihood):
     The mean is that of the numbers, for categories with an order; of others use draws.
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         num_categories: K, at least 2.
     """
 
@@ -391,7 +386,6 @@ class Poisson(Likelihood):
     .. math:: p(x | z) = \prod_i Poisson(x_i; s \exp f_i(z))
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         size_factor: the s of a datum (its exposure, its sequencing depth): None is 1; ``"observed"``
             takes it as a last input, ``(N,)``, of model and guide, whose x is then a tuple;
             ``"learned"`` makes it log-normal: the last latent times a learned scale is log s, and

@@ -1,6 +1,6 @@
 """Priors p(z): modules whose call returns the distribution of one datum's latent vector.
 
-Shapes and errors that all of them share stand at :class:`Prior`.
+Shapes, errors and the argument that all of them share stand at :class:`Prior`.
 """
 
 import math
@@ -74,7 +74,6 @@ class StandardNormal(Prior):
     .. math:: p(z) = N(z; 0, s^2 I)
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         scale: the standard deviation s, or its start where it is learned.
         learn_scale: whether s is trained (through its logarithm).
 
@@ -111,7 +110,6 @@ class GaussianMixture(Prior):
     standard normal, about which a fresh encoder scatters (see :func:`variance_of_means`).
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         num_components: number of components, K.
         learn_weights: whether the weights are trained; if not, they stay as they are.
         learn_components: whether means and covariances are trained.
@@ -203,7 +201,6 @@ class FlowPrior(Prior):
     one learned spline.
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.
@@ -416,7 +413,6 @@ class Beta(Prior):
     draws are near which end is right at any concentration.
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         concentration1: a, or its start where it is learned.
         concentration0: b, or its start where it is learned.
         learn_concentrations: whether a and b are trained, one pair per coordinate (through their

@@ -1,4 +1,7 @@
-"""Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state."""
+"""Pictures: arrays in, a matplotlib Figure out; knows no model and touches no global state.
+
+``limits`` are everywhere the values shown as white and as black.
+"""
 
 from pyro_vae.plots.comparison import (
     autoencoder_and_vae,

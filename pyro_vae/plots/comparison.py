@@ -147,7 +147,6 @@ def autoencoder_and_vae(
             :class:`pyro_vae.tasks.autoencoder_comparison.Side`.
         vae: those of the VAE.
         title: a line above the picture.
-        limits: the values shown as white and as black.
     """
     data, image = np.asarray(data), is_image(data.shape[1:])
     figure = style.Picture(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")

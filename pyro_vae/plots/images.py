@@ -41,7 +41,7 @@ def image_grid(
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
     Rows are arrays of images ``(columns, *data_shape)`` (see :func:`is_image`); column labels stand
-    above the first one. ``limits`` are the values shown as white and as black.
+    above the first one.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
     left, gap = 0.75 if row_labels else 0.1, 0.05
@@ -75,7 +75,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> 
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
     Of vectors of three and more values the correlations are shown too, drawn against data. Both are
-    ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
+    ``(N, *data_shape)``.
     """
     if is_image(drawn.shape[1:]):
         cell_width, cell_height = _cell(drawn.shape[1:])
@@ -110,7 +110,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> 
 def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
-    Both are ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
+    Both are ``(N, *data_shape)``.
     """
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
@@ -138,7 +138,7 @@ def completions(
 
     Of the whole data, ``truth`` ``(N, *data_shape)``, the boolean ``missing`` says which values were
     hidden. The completions have a mean and a standard deviation of that shape, and draws
-    ``(num_draws, N, *data_shape)``. ``limits`` are the values shown as white and as black.
+    ``(num_draws, N, *data_shape)``.
     """
     if is_image(truth.shape[1:]):
         observed = np.where(missing, np.nan, truth)
@@ -158,7 +158,9 @@ def completions(
 def _show_values(axes: Axes, true: Array, got: Array, name: str, told: tuple[str, str, str]) -> bool:
     """Show bits, found beside the true ones; of other values the line where both are the same."""
     if style.are_bits(true):
-        style.show_bits(axes, true, got, name)
+        apart = got[true == 0], got[true == 1]
+        labels, bins = (f"{name} 0", f"{name} 1"), np.linspace(0, 1, 26)
+        style.show_histograms(axes, *apart, bins, labels, density=False)
         axes.set(xlabel=told[0], ylabel=told[1])
         return False
     ends = [min(true.min(), got.min()), max(true.max(), got.max())]

@@ -79,8 +79,7 @@ def manifold(
 
     Decoded ``data`` are ``(rows, columns, *data_shape)``, at a value of the ``first`` latent for each
     column, ``(columns,)``, and of the ``second`` for each row, ``(rows,)``: increasing values stand
-    higher. ``axis_labels`` say what the two coordinates are, ``limits`` are the values shown as white
-    and as black.
+    higher. ``axis_labels`` say what the two coordinates are.
     """
     if is_image(data.shape[2:]):
         return _image_manifold(data, first, second, title, axis_labels, limits)
@@ -108,7 +107,7 @@ def traversals(
     """Show what one latent after the other, of these names, does to a datum.
 
     ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
-    moved latent; ``limits`` are the values shown as white and as black.
+    moved latent.
     """
     if is_image(data.shape[2:]):
         return image_grid(list(data), title=title, row_labels=names, limits=limits)
@@ -120,8 +119,7 @@ def interpolations(
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
-    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``; ``limits``
-    are the values shown as white and as black.
+    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``.
     """
     shares = np.linspace(0, 1, len(way))
     if is_image(start.shape[1:]):

@@ -72,12 +72,6 @@ def show_histograms(
     axes.hist(outlined, edges, density=density, color=ORANGE, histtype="step", label=labels[1])
 
 
-def show_bits(axes: Axes, truth: Array, found: Array, name: str) -> None:
-    """Show what was found in [0, 1] where the truth is 0, and where it is 1."""
-    apart, bins = (found[truth == 0], found[truth == 1]), np.linspace(0, 1, 26)
-    show_histograms(axes, *apart, bins, (f"{name} 0", f"{name} 1"), density=False)
-
-
 def are_bits(data: Array) -> bool:
     """Say whether there are no other values than 0 and 1."""
     return bool(((data == 0) | (data == 1)).all())
