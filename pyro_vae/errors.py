@@ -33,8 +33,7 @@ def printable(text: str) -> str:
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Build the error for a name that is not in ``known``, with the nearest right one."""
-    names = sorted(known)
-    given = str(name)[:_LONGEST]
+    names, given = sorted(known), str(name)[:_LONGEST]
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = given if isinstance(name, str) else name

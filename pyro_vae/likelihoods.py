@@ -456,6 +456,5 @@ class NegativeBinomial(Poisson):
     overdispersed = True
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
-        logits = log_rate - self.log_theta
-        theta = self.log_theta.exp()
+        logits, theta = log_rate - self.log_theta, self.log_theta.exp()
         return values.PreciseNegativeBinomial(theta, logits=logits, validate_args=False)

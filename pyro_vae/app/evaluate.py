@@ -100,8 +100,7 @@ def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarg
     processes = Processes.current()
     if not processes.are_several or not len(x):
         return _estimate(vae, x, how, show=True)
-    own = processes.share(x)
-    part = None
+    own, part = processes.share(x), None
     if len(own):
         with warnings.catch_warnings():
             # Told below, once and of all the data.

@@ -70,8 +70,7 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     that decides its result, as plain values; the settings name data and device of all its runs.
     """
     device, folder = resolve_device(settings.device), expand_path(folder)
-    begun = _check_folder(folder, asked)
-    dataset = load_data(settings)
+    begun, dataset = _check_folder(folder, asked), load_data(settings)
     if begun not in (None, dataset.checksums):
         wanted = f"the data that {folder} was begun with"
         advice = "restore them or choose another folder"

@@ -51,8 +51,7 @@ def train(
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
     After an ``Interrupted``, :func:`resume` goes on with it.
     """
-    settings = check_settings(settings)
-    processes = Processes.current()
+    settings, processes = check_settings(settings), Processes.current()
     folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.

@@ -218,8 +218,7 @@ def spline_layers(
     """Return coupling layers of rational-quadratic splines (Durkan et al. 2019)."""
     layer: Any = functools.partial(FlowLayer, **options)
     spline = functools.partial(rational_quadratic_spline, bound=bound)
-    digits = max(1, math.ceil(math.log2(dim)))
-    layers = nn.ModuleList()
+    digits, layers = max(1, math.ceil(math.log2(dim))), nn.ModuleList()
     # Split by the digits of their index, any two coordinates are on different sides in some layer.
     for index in range(num_layers):
         digit = (torch.arange(dim) >> (index // 2 % digits)) % 2

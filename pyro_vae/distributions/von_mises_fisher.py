@@ -298,8 +298,7 @@ def _first_accepted(concentration: Tensor, num_proposals: int, m: int) -> Tensor
     # distances 1 -+ cos(theta_0) are sums of positive terms: small angles keep their digits.
     log_outside = uniform.log() * (2.0 / (m - 2)) if m > 2 else torch.full_like(uniform, -math.inf)
     radius = (-torch.expm1(log_outside)).sqrt()
-    gap = log_outside.exp() / (1.0 + radius)
-    half_psi = math.pi * turn
+    gap, half_psi = log_outside.exp() / (1.0 + radius), math.pi * turn
     near = gap + 2.0 * radius * half_psi.sin().square()
     far = gap + 2.0 * radius * half_psi.cos().square()
 
@@ -320,7 +319,6 @@ def tangent(loc: Tensor, directions: Tensor) -> Tensor:
     """
     m = loc.shape[-1]
     sign = torch.where(loc.detach()[..., :1] >= 0, 1.0, -1.0).to(loc.dtype)
-    u = loc + F.pad(sign, (0, m - 1))
-    y = F.pad(directions, (1, 0))
+    u, y = loc + F.pad(sign, (0, m - 1)), F.pad(directions, (1, 0))
     scale = 2.0 * (u * y).sum(-1, keepdim=True) / u.square().sum(-1, keepdim=True)
     return y - scale * u

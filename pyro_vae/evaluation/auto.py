@@ -164,8 +164,7 @@ def anneal_uncleared(
     }
     if not len(rows):
         return replace(estimate, method="auto", **numbers)
-    part = pair.part(rows)
-    report = Report(len(rows))
+    part, report = pair.part(rows), Report(len(rows))
     found = anneal(part, options.annealing, max_memory=max_memory, report=report)
     found = replace(found, cost=found.cost + estimate.cost[rows])
     for name in ("log_prob", "standard_error", "ess", "pareto_k", "num_samples", "cost"):

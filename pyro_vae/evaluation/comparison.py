@@ -249,8 +249,7 @@ def _measure(
             reason = why_not_annealed(pair, how.annealing.start)
         if reason is None:
             found = run(estimate_log_prob, 2, "log p(x), annealed", how.annealing)
-            annealed = found.per_datum
-            annealed_trusted = found.trusted
+            annealed, annealed_trusted = found.per_datum, found.trusted
     if how.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)

@@ -100,8 +100,7 @@ def measure_divergence(
     progress: Progress | None = None,
 ) -> PosteriorDivergence:
     """Do the work of :func:`posterior_divergence` for an open pair; NaN where no grid resolves it."""
-    budget = pair.memory(max_memory)
-    blocks = pair.blocks(256, progress)
+    budget, blocks = pair.memory(max_memory), pair.blocks(256, progress)
     parts = [_refine(part, num_points, budget) for _, part in blocks]
     kl, log_prob, error = map(torch.cat, zip(*parts, strict=True))
     kl = torch.where(error <= _REFUSE * (1 + kl.abs()), kl, torch.nan)

@@ -130,8 +130,7 @@ class Particles:
 
     def propose_from_prior(self, num_samples: int) -> Latents:
         """Draw latents from the model's prior, each ``(num_samples, *shape of one draw)``."""
-        model = poutine.trace(self.pair.model)
-        rows = []
+        model, rows = poutine.trace(self.pair.model), []
         for _ in range(num_samples):
             sites = traced.latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
