@@ -54,14 +54,16 @@ if TYPE_CHECKING:
     from pyro_vae.vae import ConditionalVAE as ConditionalVAE
     from pyro_vae.weights.particles import log_weights as log_weights
 
+if not TYPE_CHECKING:  # or every name would pass a type checker
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
-    if name not in _NAMES:
-        return importlib.import_module(f"pyro_vae.{name}")
-    value = globals()[name] = getattr(importlib.import_module(f"pyro_vae.{_NAMES[name]}"), name)
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+        if name not in _NAMES:
+            return importlib.import_module(f"pyro_vae.{name}")
+        module = importlib.import_module(f"pyro_vae.{_NAMES[name]}")
+        value = globals()[name] = getattr(module, name)
+        return value
 
 
 def __dir__() -> list[str]:

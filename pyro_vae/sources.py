@@ -18,6 +18,9 @@ LARGE = 1 << 27
 # Rows of a batch of a Dataset.
 _ROWS = 1 << 10
 
+# Data that functions take: tensors and arrays, tuples of these, tables, and what yields batches.
+DataLike = Tensor | np.ndarray | Dataset[Any] | Iterable[Any]
+
 
 def gather(source: Any, *functions: Any) -> Any:
     """Return tensors and arrays for what holds rows in another way, and anything else as it is.

@@ -57,6 +57,11 @@ class VAE(nn.Module):
         self.prior, self.likelihood, self.variational_family = prior, likelihood, guide
         self.name = f"vae_{next(_numbers)}"
 
+    @property
+    def family(self) -> Callable[..., dist.Distribution]:
+        """The variational family: what was passed as ``guide``, under its short name."""
+        return self.variational_family
+
     def model(self, x: Tensor, *given: Tensor) -> None:
         """Draw z from the prior and score x ``(N, *data_shape)`` under the likelihood.
 

@@ -373,3 +373,10 @@ def test_correlations_of_a_table_are_those_drawn_against_those_of_the_data():
 def test_a_figure_shows_itself_as_a_cell_s_last_line():
     figure = plots.image_grid([np.zeros((3, 1, 4, 4))], title="three blanks")
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_no_title():
+    images = np.zeros((3, 8, 8))
+    bare, titled = (plots.image_grid([images], title=title) for title in ("", "three"))
+    assert titled.get_size_inches()[1] - bare.get_size_inches()[1] == pytest.approx(0.3)
+    assert plots.training_curves(history(3, validation=True)).get_suptitle() == ""

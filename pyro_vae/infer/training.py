@@ -33,7 +33,7 @@ from pyro_vae.pair.functions import PairFunction, place_pair
 from pyro_vae.pair.inputs import as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.pair.precision import compute_in
-from pyro_vae.sources import gather
+from pyro_vae.sources import DataLike, gather
 from pyro_vae.summary import Summary, shown
 
 HISTORY = (
@@ -109,13 +109,13 @@ class FitResult:
 
 
 def fit(
-    model: PairFunction, guide: PairFunction, data: Dataset | Tensor | Sequence[Tensor], *,
+    model: PairFunction, guide: PairFunction, data: Dataset | DataLike, *,
     epochs: int = 100, batch_size: int = 128, learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None, ema: float | None = None,
     objective: ELBO | str | None = None, beta: float = 1.0, warmup_epochs: int | None = 0,
-    validation: Tensor | Sequence[Tensor] | None = None, patience: int | None = None,
+    validation: DataLike | None = None, patience: int | None = None,
     schedule: Schedule = "constant", gradient_clip: float | None = None, precision: str = "float32",
     compile: bool | str = "auto", on_nonfinite: str = "stop", nonfinite_limit: int = 20,
     transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,

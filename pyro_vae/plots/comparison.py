@@ -25,7 +25,7 @@ def paired_differences(
     errors: Sequence[float],
     *,
     best: str,
-    title: str,
+    title: str = "",
     by_run: Sequence[Sequence[float]] | None = None,
 ) -> Figure:
     """Show differences to the best pair with their errors, the best at the top.
@@ -49,7 +49,7 @@ def families_and_runs(
     half_widths: Sequence[Sequence[float]],
     *,
     labels: Labels,
-    title: str,
+    title: str = "",
 ) -> Figure:
     """Show differences to the best family, one panel per quantity, the first named family on top.
 
@@ -69,7 +69,7 @@ def families_and_runs(
     return figure
 
 
-def datum_against_datum(first: Array, second: Array, *, labels: Labels, title: str) -> Figure:
+def datum_against_datum(first: Array, second: Array, *, labels: Labels, title: str = "") -> Figure:
     """Show one quantity of every datum under two pairs with these labels, ``(N,)`` each, nats."""
     figure, axes = style.one_panel(title, (4.6, 4.4))
     finite = np.isfinite(first) & np.isfinite(second)
@@ -88,7 +88,7 @@ def datum_against_datum(first: Array, second: Array, *, labels: Labels, title: s
     return figure
 
 
-def rank_histograms(counts: Array, band: Limits, labels: Labels, *, title: str) -> Figure:
+def rank_histograms(counts: Array, band: Limits, labels: Labels, *, title: str = "") -> Figure:
     """Show histograms of ranks, which are flat where a guide is calibrated.
 
     ``counts`` are the data points in each bin, ``(D, B)``, ``band`` the numbers between which a bin
@@ -106,7 +106,7 @@ def rank_histograms(counts: Array, band: Limits, labels: Labels, *, title: str) 
 
 
 def observed_and_replicated(
-    observed: Mapping[str, Array], replicated: Mapping[str, Array], labels: Labels, *, title: str
+    observed: Mapping[str, Array], replicated: Mapping[str, Array], labels: Labels, *, title: str = ""
 ) -> Figure:
     """Show the distribution of statistics over the data, and over data drawn in their place.
 
@@ -119,7 +119,7 @@ def observed_and_replicated(
     return figure
 
 
-def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title: str) -> Figure:
+def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title: str = "") -> Figure:
     """Show draws of the aggregate posterior beside draws of the prior, one panel per dimension.
 
     Both are ``(S, D)``; ``labels`` are the lines above the D panels.
@@ -133,7 +133,7 @@ def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title
 
 
 def autoencoder_and_vae(
-    data: Array, autoencoder: Any, vae: Any, *, title: str, limits: Limits = UNIT
+    data: Array, autoencoder: Any, vae: Any, *, title: str = "", limits: Limits = UNIT
 ) -> Figure:
     """Show reconstructions, decoded random latents, a grid between four codes, and the holes.
 
@@ -193,7 +193,7 @@ def _show_pairs(figure: Figure, places: list[Axes], pairs: Sequence[Any], labels
     figure.legend(*entries, loc="upper right", ncols=2, frameon=False, fontsize=8, borderpad=0)
 
 
-def _labelled_panels(labels: Labels, title: str) -> tuple[Figure, list[Axes]]:
+def _labelled_panels(labels: Labels, title: str = "") -> tuple[Figure, list[Axes]]:
     """Return a panel for each label in rows of four, as many as a page holds."""
     shown = min(len(labels), _MOST_PANELS)
     columns = min(shown, 4)

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pyro_vae.plots.style import BLUE, ORANGE, Array, Limits, panels
 
 
-def training_curves(history: Mapping[str, Array], *, title: str) -> Figure:
+def training_curves(history: Mapping[str, Array], *, title: str = "") -> Figure:
     """Show ELBO, rate and distortion against epochs, as :class:`pyro_vae.FitResult` holds them."""
     figure, places = panels(title, (9, 3.4), columns=3)
     labels = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
@@ -45,7 +45,7 @@ def weight_diagnostics(
     num_samples: Array | None,
     estimates: Array | None,
     *,
-    title: str,
+    title: str = "",
     limit: float = 0.7,
 ) -> Figure:
     """Show how far importance weights can be trusted: their tail index, and the estimate's course.
@@ -74,7 +74,8 @@ def weight_diagnostics(
 
 def rate_distortion(
     beta: Array, rate: Array, distortion: Array, *, rate_error: Array | None = None,
-    distortion_error: Array | None = None, active_units: Sequence[int] | None = None, title: str,
+    distortion_error: Array | None = None, active_units: Sequence[int] | None = None,
+    title: str = "",
 ) -> Figure:  # fmt: skip
     """Show rate against distortion with the lines of constant ELBO, beside the active units.
 

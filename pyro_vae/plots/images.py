@@ -33,7 +33,7 @@ def is_curve(data_shape: Sequence[int]) -> bool:
 def image_grid(
     rows: Sequence[Array],
     *,
-    title: str,
+    title: str = "",
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     limits: Limits = UNIT,
@@ -48,7 +48,7 @@ def image_grid(
     width = left + (cell_width + gap) * max(len(row) for row in rows) + gap
     width = max(width, left + 0.075 * len(title))  # about a character's width at this size
     grid_height = (cell_height + gap) * len(rows)
-    height = grid_height + (0.6 if column_labels else 0.4)
+    height = grid_height + 0.1 + 0.3 * bool(title) + 0.2 * bool(column_labels)
     figure = style.Picture(figsize=(width, height), dpi=150)
     # One pair of axes, in inches from the lower left corner, holds everything.
     axes = figure.add_axes((0, 0, 1, 1))
@@ -71,7 +71,7 @@ def image_grid(
     return figure
 
 
-def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> Figure:
+def samples(drawn: Array, data: Array, *, title: str = "", limits: Limits = UNIT) -> Figure:
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
     Of vectors of three and more values the correlations are shown too, drawn against data. Both are
@@ -107,7 +107,7 @@ def samples(drawn: Array, data: Array, *, title: str, limits: Limits = UNIT) -> 
     return figure
 
 
-def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits = UNIT) -> Figure:
+def reconstructions(data: Array, rebuilt: Array, *, title: str = "", limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
     Both are ``(N, *data_shape)``.
@@ -132,7 +132,7 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str, limits: Limits =
 
 def completions(
     truth: Array, missing: Array, mean: Array, standard_deviation: Array, draws: Array, *,
-    title: str, limits: Limits = UNIT,
+    title: str = "", limits: Limits = UNIT,
 ) -> Figure:  # fmt: skip
     """Show completed data: images as panels, vectors value against value.
 

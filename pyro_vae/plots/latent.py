@@ -25,7 +25,7 @@ def latent_scatter(
     codes: Array,
     labels: Array | None = None,
     *,
-    title: str,
+    title: str = "",
     axis_labels: Labels = ("latent 1", "latent 2"),
     unit_circle: bool = False,
 ) -> Figure:
@@ -71,7 +71,7 @@ def manifold(
     first: Array,
     second: Array,
     *,
-    title: str,
+    title: str = "",
     axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
     limits: Limits = UNIT,
 ) -> Figure:
@@ -102,7 +102,7 @@ def manifold(
 
 
 def traversals(
-    data: Array, values: Array, names: Labels, *, title: str, limits: Limits = UNIT
+    data: Array, values: Array, names: Labels, *, title: str = "", limits: Limits = UNIT
 ) -> Figure:
     """Show what one latent after the other, of these names, does to a datum.
 
@@ -115,7 +115,7 @@ def traversals(
 
 
 def interpolations(
-    start: Array, way: Array, end: Array, *, title: str, limits: Limits = UNIT
+    start: Array, way: Array, end: Array, *, title: str = "", limits: Limits = UNIT
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 

@@ -44,7 +44,8 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """Return a figure with its title at the left and so many of its panels, the rest left empty."""
     figure = Picture(figsize=size, dpi=150, layout="constrained")
-    figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
+    if title:
+        figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")
     places = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
     shown = len(places) if shown is None else shown
     for axes in places[shown:]:
