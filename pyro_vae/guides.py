@@ -5,7 +5,7 @@ Arguments, shapes and errors that all of them share stand at :class:`Variational
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -175,11 +175,18 @@ class _FlowFamily(VariationalFamily):
     """What the flow families share: heads for a location, a scale and the context of the layers."""
 
     layers: nn.ModuleList
+    starts_shifted: ClassVar[bool] = True
 
     def __init__(self, encoder: nn.Module, latent_dim: int, context_features: int) -> None:
         super().__init__(encoder, latent_dim)
         self.context_features, shape = size("context_features", context_features), (self.latent_dim,)
         self.add_heads(loc=shape, log_scale=shape, context=(self.context_features,))
+
+    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
+        """Return the flow with ``loc`` and ``log_scale`` at one end, and this ``context``."""
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
+        layers = [shift, *self.layers] if self.starts_shifted else [*self.layers, shift]
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 class InverseAutoregressiveFlow(_FlowFamily):
@@ -216,12 +223,6 @@ class InverseAutoregressiveFlow(_FlowFamily):
         how: Any = {"hidden": self.hidden, "context_features": self.context_features}
         self.layers = flows.autoregressive_layers(self.latent_dim, self.num_layers, **how)
 
-    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
-        """Return the flow that starts at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
-        layers = [shift, *self.layers]
-        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
-
 
 class NeuralSplineFlow(_FlowFamily):
     r"""Standard normal bent by coupling layers of splines, then shifted and scaled.
@@ -243,6 +244,8 @@ class NeuralSplineFlow(_FlowFamily):
         Durkan et al. 2019, "Neural Spline Flows", section 3; as posterior: section 5.2.
     """
 
+    starts_shifted = False
+
     def __init__(
         self, encoder: nn.Module, latent_dim: int, *, num_layers: int = 2,
         hidden: Sequence[int] = (64,), num_bins: int = 8, bound: float = 5.0,
@@ -256,12 +259,6 @@ class NeuralSplineFlow(_FlowFamily):
         how: Any = {"num_bins": self.num_bins, "bound": self.bound, "hidden": self.hidden}
         how["context_features"] = self.context_features
         self.layers = flows.spline_layers(self.latent_dim, self.num_layers, **how)
-
-    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
-        """Return the flow that ends at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
-        layers = [*self.layers, shift]
-        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 # The concentration per dimension says how far q is from uniform, whatever m. At 1/4 (mean resultant
