@@ -26,6 +26,8 @@ html_math_renderer = "mathml"  # written into the pages, which then need no netw
 exclude_patterns = ["build"]
 html_theme = "furo"
 html_title = f"pyro_vae {release}"
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 html_copy_source = False
 html_show_copyright = False
 

@@ -35,6 +35,10 @@ def _shown(output: NotebookNode, figure: Path) -> list[str]:
     if "image/png" in data:
         figure.write_bytes(base64.b64decode(data["image/png"]))
         return [f"![figure]({figure.name})"]
+    if "text/html" in data:
+        # A data frame brings rules of its own for its looks; the pages have theirs.
+        table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+        return [f'```{{raw}} html\n<div class="output">{table}</div>\n```']
     text = output.get("text", "") or data.get("text/plain", "")
     return [f"```text\n{_COLOURS.sub('', text).rstrip()}\n```"] if text.strip() else []
 

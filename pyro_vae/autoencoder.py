@@ -157,7 +157,7 @@ class Autoencoder(nn.Module):
         for part in (data, validation):
             count = 1 if part is None or isinstance(part, Dataset) else len(as_inputs(part))
             if count != 1:
-                raise InputError(f"expected one tensor of data, got {count}: there are no more")
+                raise InputError(f"expected one tensor of data, got {count}: pass the first alone")
         pair = _PointMassPair(self, loss)
 
         def note(epoch: int, row: dict[str, float]) -> None:
@@ -244,5 +244,5 @@ def _ask_size(network: nn.Module, name: str, given: Any) -> Any:
     value = getattr(network, name, None) if given is None else given
     if value is None:
         kind = type(network).__name__
-        raise InputError(f"expected {name}, {kind} does not say it: pass {name}= to Autoencoder")
+        raise InputError(f"expected {name}, {kind} does not state it: pass {name}= to Autoencoder")
     return value

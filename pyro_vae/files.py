@@ -76,7 +76,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
     def constant(name: str) -> float:
         if finite:
-            raise ValueError(f"{name}, which JSON has not")
+            raise ValueError(f"{name}, which is not JSON")
         return float(name)
 
     return json.loads(

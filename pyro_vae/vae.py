@@ -88,7 +88,7 @@ class VAE(nn.Module):
         if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
             wanted = "size factors as numbers above 0, one for each datum"
             got = f"shape {tuple(given[-1].shape)} and values from {given[-1].min():g}"
-            raise InputError(f"expected {wanted}, got {got}: mend them")
+            raise InputError(f"expected {wanted}, got {got}: correct them")
         if hasattr(self.likelihood, "check"):
             self.likelihood.check(x)
 
@@ -326,7 +326,7 @@ def _training_data(x: Any) -> Tensor:
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
         wanted = "training data as a tensor or an array"
-        advice = "of a Dataset pass data.train"
+        advice = "for a Dataset pass data.train"
         raise InputError(f"expected {wanted}, got {type(x).__name__}: {advice}") from None
     if x.ndim == 0 or not len(x):
         raise InputError(f"expected at least one datum to start at, got shape {tuple(x.shape)}")

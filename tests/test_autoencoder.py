@@ -201,7 +201,7 @@ def test_a_refused_call_changes_nothing():
 
 
 def test_sizes_must_be_said():
-    with pytest.raises(pv.InputError, match="expected latent_dim, Linear does not say it"):
+    with pytest.raises(pv.InputError, match="expected latent_dim, Linear does not state it"):
         pv.Autoencoder(MLPEncoder((6,), (8,)), nn.Linear(2, 8))
     decoder = nn.Linear(2, 8)
     decoder.out_shape = (8,)

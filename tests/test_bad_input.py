@@ -212,7 +212,7 @@ def refuse(action, make, message):
 
 def test_a_data_set_is_passed_by_part():
     data = pv.datasets.load("digits")
-    with pytest.raises(pv.InputError, match=r"got Dataset: of a Dataset pass one part, e.g. data.te"):
+    with pytest.raises(pv.InputError, match=r"got Dataset: for a Dataset pass one part, e.g. data.t"):
         result_of("log_marginal", data)
 
 

@@ -162,7 +162,7 @@ REFUSED = {
     ("mixture", "interpolate"): DISCRETE,
     ("mixture", "traverse"): DISCRETE,
     ("mixture", "manifold"): DISCRETE,
-    ("not_amortised", "calibration"): "expected a pair that takes any number of data",
+    ("not_amortised", "calibration"): "expected a pair that takes any number of data points",
     ("not_amortised", "inference_gaps"): "got a plain guide: pass family=",
 }
 

@@ -169,7 +169,7 @@ def test_processes_that_share_a_run_leave_it_and_resume_it_together(bits, tmp_pa
     wait_for_step(folder / "checkpoints", 10, process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on to each of them
     _, err = process.communicate(timeout=60)
-    assert f"go on by `pyro-vae train --resume {folder}`" in err
+    assert f"resume with `pyro-vae train --resume {folder}`" in err
     assert len(list((folder / "checkpoints").iterdir())) == 2
     assert not (folder / "model.safetensors").exists()
     refused = run("train", "--resume", folder)
@@ -192,7 +192,7 @@ def test_a_signal_ends_the_run_with_its_state_on_disk(bits, whole, tmp_path, num
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
-    assert err == f"pyro-vae: interrupted: go on by `pyro-vae train --resume {folder}`\n"
+    assert err == f"pyro-vae: interrupted: resume with `pyro-vae train --resume {folder}`\n"
     assert len(list((folder / "checkpoints").iterdir())) == 1
     refused = run("train", "--resume", folder, "--epochs", 12)
     assert (refused.code, refused.err.count("\n")) == (2, 1)

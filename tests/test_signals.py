@@ -191,7 +191,7 @@ def check_moment(case, here, bits, whole):
     print(f"seed {case}: {command}, {number.name} at {phase}: code {code}, {len(left)} files")
     if code == 128 + number:
         assert err.count("\n") == 1, err
-        assert err.startswith("pyro-vae: interrupted: go on by "), err
+        assert err.startswith("pyro-vae: interrupted: resume with "), err
     again = COMMANDS[command]
     if "--resume" in err:
         again = shlex.split(err.split("`")[1])[1:]

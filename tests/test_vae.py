@@ -251,7 +251,7 @@ class WithoutMean(pv.likelihoods.Likelihood):
         (make_vae().likelihood, torch.rand(5, 3), r"expected data of shape \(N, 1, 4, 4\)"),
         (make_vae().likelihood, torch.rand(5, *SHAPE) + 1, r"expected x in \[0, 1\]"),
         (make_vae().likelihood, torch.rand(0, *SHAPE), "at least one datum to start at"),
-        (make_vae().likelihood, {"x": 1}, "got dict: of a Dataset pass data.train"),
+        (make_vae().likelihood, {"x": 1}, "got dict: for a Dataset pass data.train"),
     ],
 )
 def test_what_cannot_start_at_the_data_is_refused(likelihood, x, message):

@@ -22,18 +22,18 @@ from pyro_vae.errors import InputError, first_line
 from pyro_vae.version import __version__
 
 app = typer.Typer(
-    help="Variational autoencoders in Pyro: train, measure log p(x), look at what was learned.",
+    help="Variational autoencoders in Pyro: train, measure log p(x), look at what they learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
-StudyFolder = Annotated[Path, typer.Option(help="Folder to write, or to continue where it stopped.")]
-_BETAS = "Weights of the KL term between commas, in the order of training."
+StudyFolder = Annotated[Path, typer.Option(help="Folder to write; it goes on where it stopped.")]
+_BETAS = "Weights of the KL term, separated by commas, in training order."
 Betas = Annotated[str, typer.Option(help=_BETAS)]
 WarmStart = Annotated[bool, typer.Option(help="Start each run from the weights of the one before.")]
-_LOSS = "The autoencoder's: mse or bce; default: bce for data in [0, 1], else mse."
+_LOSS = "Loss of the autoencoder: mse or bce; default: bce for data in [0, 1], else mse."
 Loss = Annotated[str | None, typer.Option(help=_LOSS)]
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         try:
             _open_closed_streams()
             if sys.flags.optimize > 1:
-                raise InputError("expected Python with docstrings, Pyro reads them, got -OO: use -O")
+                raise InputError("expected Python with docstrings, which Pyro reads, got -OO: use -O")
             app()
         except (KeyboardInterrupt, SystemExit) as end:
             # Typer ends by itself what is interrupted before the command begins.
@@ -104,7 +104,7 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
-_VERSION = typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and end.")
+_VERSION = typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit.")
 
 
 @app.callback()
@@ -126,7 +126,7 @@ def train(context: typer.Context, settings: names.TrainSettings, files: names.Ru
     for name in ("output", "checkpoint_every", "checkpoint_minutes"):
         if is_given(context, name):
             flag = name.replace("_", "-")
-            raise InputError(f"expected --resume without --{flag}: the run folder knows it")
+            raise InputError(f"expected --resume without --{flag}: the run folder has it")
     told = (each.name for each in fields(settings))
     given = {name: getattr(settings, name) for name in told if is_given(context, name)}
     with join_processes(settings.device):
@@ -135,7 +135,7 @@ def train(context: typer.Context, settings: names.TrainSettings, files: names.Ru
 
 @command("evaluate my-run --num-data 100")
 def evaluate(run: Run, how: names.EvaluateSettings, files: names.EvaluateFiles) -> None:
-    """Estimate log p(x) of a run's test part, and say what of it can be trusted."""
+    """Estimate log p(x) of a run's test part, and say how much of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 

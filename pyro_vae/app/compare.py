@@ -48,7 +48,7 @@ def compare_families(
     guide against its frozen model.
     """
     if how.method == "annealed":
-        raise InputError("expected the method auto, importance or both, got annealed: both has it")
+        raise InputError("expected method auto, importance or both, got annealed: both includes it")
     seeds, hold = combined.seeds, combined.hold
     texts = {axis: getattr(combined, f"{axis}s") for axis in ("prior", "likelihood", "guide")}
     axes = {axis: tuple(map(str.strip, text.split(","))) for axis, text in texts.items()}
@@ -200,17 +200,17 @@ def _combine(settings: TrainSettings, axes: _Axes, seeds: int) -> dict[str, list
 def _check_axes(axes: _Axes, hold: str | None) -> None:
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
-            raise InputError(f"expected each {axis} once, between commas, got {','.join(names)!r}")
+            raise InputError(f"expected each {axis} once, got {','.join(names)!r}: leave one out")
     if hold not in (None, "model"):
         raise InputError(f"expected --hold model, got {hold!r}")
     if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
         wanted = "likelihoods whose log p(x) can be subtracted"
         got = "bernoulli, a probability of bits, beside densities"
-        raise InputError(f"expected {wanted}, got {got}: compare them apart")
+        raise InputError(f"expected {wanted}, got {got}: compare them in two runs")
     if hold == "model" and (len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1):
-        raise InputError("expected one prior and one likelihood to hold, got several: give one each")
+        raise InputError("expected one prior and one likelihood to hold, got more: give one of each")
     if hold == "model" and axes["prior"] == ("vamp",):
-        wanted = "a prior that is no part of a guide to hold"
+        wanted = "a prior that does not contain the guide to hold"
         raise InputError(f'expected {wanted}, got vamp: use pv.compare with hold="model"')
 
 

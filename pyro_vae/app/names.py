@@ -109,10 +109,10 @@ class TrainSettings:
         "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz/.csv file."
     )
     labels: str | None = option(None, "Column of a .csv file that holds labels.")
-    leave_out: str | None = option(None, "Columns of a .csv file, between commas, that are no data.")
+    leave_out: str | None = option(None, "Columns of a .csv file to ignore, separated by commas.")
     data_root: str | None = option(None, "Folder of the named sets; default: $PYRO_VAE_DATA.", _NAMED)
     download: bool = option(False, "Download a named set that is missing.", _NAMED)
-    validation_size: int | None = option(None, "Data held out of training; default a tenth, 0: none.")
+    validation_size: int | None = option(None, "Size of the validation part; default: a tenth.")
     binarize: str | None = option(
         None,
         "dynamic, static, threshold or none; default: dynamic for bernoulli, else none.",
@@ -133,19 +133,18 @@ class TrainSettings:
     )
     standardize: bool | None = option(
         None,
-        "The networks see standardised data (log p(x) is that of the data all the same); default: "
-        "they do.",
+        "Standardise what the networks see; log p(x) stays that of the data as given; default: yes.",
         flags="--standardize/--no-standardize",
         only_with=OnlyWith("likelihood", REAL),
     )
     levels: int | None = option(
         None,
-        "Values that discretized-logistic (256) or categorical (as the data have) tells apart.",
+        "Number of values of discretized-logistic (256) or categorical (as many as in the data).",
         only_with=OnlyWith("likelihood", tuple(LEVELS)),
     )
     size_factor: str | None = option(
         None,
-        "Of counts: learned (one latent is the logarithm of a datum's size); default: none.",
+        "For counts: learned (one latent is the log of a data point's size); default: none.",
         only_with=OnlyWith("likelihood", COUNTS),
         choices=("learned",),
     )
@@ -154,12 +153,12 @@ class TrainSettings:
     network: str = option("mlp", choices=NETWORKS)
     hidden: str = option(
         "512,256",
-        "Widths from the data to the latent side; the decoder mirrors them.",
+        "Widths of the encoder's layers; the decoder mirrors them.",
         only_with=OnlyWith("network", ("mlp",)),
     )
     channels: str = option(
         "32,64",
-        "Channels of conv and resnet, likewise; each halves the data's lengths.",
+        "Channels of conv and resnet, likewise; each stage halves the length or height and width.",
         only_with=OnlyWith("network", ("conv", "resnet")),
     )
     activation: str = option("relu", choices=ACTIVATIONS)
@@ -169,24 +168,24 @@ class TrainSettings:
         "Epochs over which beta rises from 0; default: a tenth of the epochs, more in short runs.",
     )
     objective: str = option("analytic-kl", choices=OBJECTIVES)
-    num_particles: int | None = option(None, "Draws per datum and step; default 1, for iwae 5.")
+    num_particles: int | None = option(None, "Draws per data point and step; default: 1, for iwae 5.")
     free_bits: float | None = option(
-        None, "Objective free-bits: nats of each latent dimension that cost nothing."
+        None, "With --objective free-bits: nats that each latent dimension has free of charge."
     )
     epochs: int = option(200, "Passes over the training data.")
-    batch_size: int = option(64, "Data per step.")
+    batch_size: int = option(64, "Data points per step.")
     learning_rate: float = option(1e-3, "Adam's step size.")
-    schedule: str = option("constant", "Of the learning rate: constant, or cosine (down to 0).")
-    gradient_clip: float | None = option(None, "Greatest norm of the gradient per datum.")
+    schedule: str = option("constant", "Learning rate: constant, or cosine (down to 0).")
+    gradient_clip: float | None = option(None, "Clip the gradient (per data point) to this norm.")
     precision: str = option("float32", "float32, tf32 or bfloat16.")
     compile: str = option("auto", "auto, on or off: compile the training step.", choices=COMPILE)
     patience: int | None = option(
         None,
-        "Stop after so many epochs without a better validation ELBO and keep the best; default: a "
-        "fifth of the epochs, 20 at least, for gaussian and student-t, else none.",
+        "Stop after this many epochs without improvement of the validation ELBO, and keep the best; "
+        "default for gaussian and student-t: a fifth of the epochs, at least 20; else none.",
     )
-    seed: int = option(0, "Seed of initial weights and training.")
-    data_seed: int | None = option(None, "Seed of split and bits drawn once; default: the seed.")
+    seed: int = option(0, "Seed of the initial weights and of training.")
+    data_seed: int | None = option(None, "Seed of the split and of fixed bits; default: --seed.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
     @property
@@ -200,15 +199,15 @@ class EvaluateSettings:
     """How ``pyro-vae evaluate`` estimates log p(x)."""
 
     method: str = option("auto", choices=METHODS)
-    num_samples: int = option(5000, "Importance samples per datum.", _SAMPLING)
+    num_samples: int = option(5000, "Importance samples per data point.", _SAMPLING)
     target_standard_error: float | None = option(
-        None, "Nats; the samples become a pilot that decides each datum's number.", _SAMPLING
+        None, "Nats; the samples become a pilot that says how many each datum needs.", _SAMPLING
     )
-    num_chains: int = option(32, "Annealing: chains per datum.", _ANNEALING)
-    num_steps: int = option(1000, "Annealing: steps at most.", _ANNEALING)
+    num_chains: int = option(32, "Annealing: chains per data point.", _ANNEALING)
+    num_steps: int = option(1000, "Annealing: most steps of a chain.", _ANNEALING)
     max_annealed: int = option(
         100,
-        "Data points to anneal at most; four times as many are looked at from the prior.",
+        "Most data points to anneal; up to four times as many are checked from the prior.",
         only_with=OnlyWith("method", ("auto",)),
     )
     num_data: int | None = option(None, "Use only the first N test data points.")
@@ -220,16 +219,18 @@ class RunFiles:
     """Where ``pyro-vae train`` writes a run and its state, or which run it goes on with."""
 
     output: Path | None = option(None, "Run folder; default: a new one below runs/.")  # noqa: RUF009
-    checkpoint_every: int | None = option(None, "Write the run's state every so many epochs.")
-    checkpoint_minutes: float = option(1.0, "Write it every so many minutes; 0: every step.")
-    resume: Path | None = option(None, "Go on with this interrupted run; it knows all other options.")  # noqa: RUF009
+    checkpoint_every: int | None = option(None, "Write a checkpoint every N epochs.")
+    checkpoint_minutes: float = option(1.0, "Write a checkpoint every N minutes; 0: at every step.")
+    resume: Path | None = option(None, "Resume this interrupted run folder, with the options it has.")  # noqa: RUF009
 
 
 @dataclass(frozen=True)
 class EvaluateFiles:
     """What ``pyro-vae evaluate`` reads besides the run, and writes."""
 
-    picture: Path | None = option(None, "Picture of Pareto k per datum and of convergence.")  # noqa: RUF009
+    picture: Path | None = option(  # noqa: RUF009
+        None, "Picture of Pareto k and of how the estimate converges, to this file."
+    )
     as_json: bool = option(False, "Print one JSON object and nothing else.", flags="--json")
     data_root: str | None = option(None, "Folder of the data set; default: the run's.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
@@ -241,14 +242,14 @@ class CompareSettings:
 
     guides: str = option(
         "mean-field,full-rank,iaf,spline,mixture",
-        "Variational families between commas, as `train --guide` names them; default: "
+        "Variational families of `train --guide`, separated by commas; default: "
         "mean-field, full-rank, iaf, spline and mixture.",
         show_default=False,  # one word too wide for a narrow terminal
     )
-    priors: str = option("standard-normal", "Priors between commas.")
-    likelihoods: str = option("bernoulli", "Likelihoods between commas.")
+    priors: str = option("standard-normal", "Priors, separated by commas.")
+    likelihoods: str = option("bernoulli", "Likelihoods, separated by commas.")
     seeds: int = option(3, "Runs of each combination, from --seed on; all see the same data.")
-    hold: str | None = option(None, "model: train every guide against the first one's frozen model.")
+    hold: str | None = option(None, "model: train every guide on the frozen model of the first.")
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ class PictureSettings:
 class Sample:
     """Draw new data from a run's model into a picture."""
 
-    num: int | None = option(None, "How many; default: 64 images or 1000 vectors.")
+    num: int | None = option(None, "How many to draw; default: 64 images or 1000 vectors.")
     mean: bool | None = option(
         None,
         "Means of the likelihood or draws; default: draws for real vectors, else means.",
@@ -274,32 +275,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Reconstruct a run's first test data into a picture."""
+    """Reconstruct the first test data points of a run, into a picture."""
 
     num: int | None = option(None, "How many; default: 12 images or 500 vectors.")
 
 
 @dataclass(frozen=True)
 class Complete:
-    """Hide a part of a run's first test data and fill it in, into a picture."""
+    """Hide a part of the first test data points of a run and fill it in, into a picture."""
 
     missing: str = option(
-        "right", "lower, upper, left, right (of vectors left, right), or random:SHARE."
+        "right", "lower, upper, left, right (for vectors left, right), or random:SHARE."
     )
     method: str = option(COMPLETIONS[0], choices=COMPLETIONS)
     num: int | None = option(None, "How many; default: 8 images or 200 vectors.")
-    num_draws: int = option(6, "Completions of each.")
+    num_draws: int = option(6, "Completions of each data point.")
     num_steps: int = option(
         200,
         "Steps of each chain of metropolis or pseudo-gibbs.",
         only_with=OnlyWith("method", ("metropolis", "pseudo-gibbs")),
     )
-    num_samples: int = option(1000, "Samples per datum.", OnlyWith("method", ("importance",)))
+    num_samples: int = option(1000, "Samples per data point.", OnlyWith("method", ("importance",)))
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Show a run's latent space in a picture: the test data's codes, or the manifold."""
+    """Draw a run's latent space: the codes of the test data, or the manifold."""
 
     view: str = option(
         VIEWS[0], "scatter of the codes, or manifold: what a grid decodes to.", choices=VIEWS
@@ -310,29 +311,29 @@ class Latent:
         only_with=OnlyWith("view", ("scatter",)),
         choices=PLANES,
     )
-    num: int | None = option(None, "How many test data; default: 5000.")
+    num: int | None = option(None, "Number of test data points; default: 5000.")
     num_steps: int | None = option(
         None,
-        "Values per latent of the grid; default: 16, of vectors 40.",
+        "Values per latent of the grid; default: 16, for vectors 40.",
         only_with=OnlyWith("view", ("manifold",)),
     )
 
 
 @dataclass(frozen=True)
 class Traverse:
-    """Move one latent of a test datum after the other, into a picture."""
+    """Vary the latents of a test data point one at a time, into a picture."""
 
-    datum: int = option(1, "Which test datum, from 1.")
-    num: int = option(8, "How many latents at most, the most active.")
+    datum: int = option(1, "Number of the test data point, from 1.")
+    num: int = option(8, "Most latents to vary, the most active first.")
     num_steps: int = option(11, "Values per latent.")
 
 
 @dataclass(frozen=True)
 class Interpolate:
-    """Walk between the codes of a run's first test data, into a picture."""
+    """Walk between the codes of the first test data points of a run, into a picture."""
 
-    num: int = option(6, "How many ways.")
-    num_steps: int = option(11, "Points on each way.")
+    num: int = option(6, "Number of paths.")
+    num_steps: int = option(11, "Number of points on each path.")
 
 
 # What is drawn of a run, in the order of the help.

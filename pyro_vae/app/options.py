@@ -75,7 +75,7 @@ def as_command(
             raise typer.Exit(tell_interruption(interruption)) from None
 
     # By keyword their order is free: options with a default may stand before those without.
-    told = "Show where in the code an error was raised."
+    told = "Show the traceback of an error."
     debugging = typer.Option("--debug", help=told, rich_help_panel=panel_of("debug"))
     options["debug"] = _as_keyword("debug", Annotated[bool, debugging], False)
     shown = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in options.values()]
@@ -123,7 +123,7 @@ def tell(text: str) -> None:
 def tell_interruption(interruption: KeyboardInterrupt) -> int:
     """Say how to go on after an interruption; return the exit code, 128 and the signal's number."""
     told = [*getattr(interruption, "__notes__", ()), "the same command"]
-    tell(f"interrupted: go on by {told[0]}")
+    tell(f"interrupted: resume with {told[0]}")
     numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
     return 128 + next(each for each in numbers if isinstance(each, int))
 

@@ -115,7 +115,7 @@ def _widths(kind: str, text: str) -> tuple[int, ...]:
     except ValueError:
         widths = ()
     if not widths or min(widths) < 1:
-        wanted = f"{kind} as whole numbers of at least 1 between commas"
+        wanted = f"{kind} as whole numbers above 0, separated by commas"
         raise InputError(f"expected {wanted}, got {text!r}: e.g. {names.TrainSettings.hidden}")
     return widths
 

@@ -142,7 +142,7 @@ def _betas(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"expected betas as numbers between commas, got {text!r}") from None
+        raise InputError(f"expected betas as numbers separated by commas, got {text!r}") from None
     if len(set(values)) < len(values):
         raise InputError(f"expected each beta once, got {text!r}")
     return values

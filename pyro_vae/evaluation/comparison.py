@@ -165,7 +165,7 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
             raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
             wanted = f"(model, guide) for {name!r}"
-            advice = "of a VAE pass (vae.model, vae.guide)"
+            advice = "for a VAE pass (vae.model, vae.guide)"
             raise InputError(f"expected {wanted}, got {type(pair).__name__}: {advice}")
 
 

@@ -56,7 +56,7 @@ def compiled_score(
 
     def say(reason: str) -> None:
         if wanted:
-            warnings.warn(f"the model's score runs uncompiled: {reason}", stacklevel=7)
+            warnings.warn(f"the model's log-probabilities run uncompiled: {reason}", stacklevel=7)
 
     key, given = ("score", *names), list(latents.values())
     how: Any = {"num_checked": 1, "compile": True, "say": say}

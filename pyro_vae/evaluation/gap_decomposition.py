@@ -151,7 +151,7 @@ def inference_gaps(
         advice = "leave it out to have one made"
         raise InputError(f"expected {wanted}, got {type(estimate).__name__}: {advice}")
     if estimate is not None and len(estimate.log_prob) != pair.num_data:
-        wanted = f"an estimate of the {pair.num_data} data"
+        wanted = f"an estimate of these {pair.num_data} data points"
         got = f"one of {len(estimate.log_prob)}"
         raise InputError(f"expected {wanted}, got {got}: pass that of the same x")
     family = _family_of(guide, family)
@@ -238,7 +238,7 @@ class _Refinement:
         ):
             raise InputError(
                 f"expected encode(x) of {type(self.family).__name__} as a dict of tensors, each with "
-                f"a row for each of {len(inputs[0])} data, got {type(parameters).__name__}"
+                f"a row for each of {len(inputs[0])} data points, got {type(parameters).__name__}"
             )
         return parameters
 
@@ -248,7 +248,7 @@ class _Refinement:
 
         def refined_guide(*inputs: Tensor) -> None:
             if len(inputs[0]) != num_data:
-                wanted = f"the {num_data} data that the guide was refined for"
+                wanted = f"the {num_data} data points that the guide was refined for"
                 advice = "it has parameters of its own for each"
                 raise InputError(f"expected {wanted}, got {len(inputs[0])}: {advice}")
             with pyro.plate(plate, num_data, dim=-1):

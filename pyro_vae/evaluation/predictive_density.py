@@ -113,7 +113,7 @@ def predictive_log_prob(
     found["trusted"] &= cleared.mean(0) > 0.5
     unknown = int((~found["trusted"]).sum())
     if unknown:
-        what = f"{unknown} of {likelihood.shape[1]} data points have too high a Pareto k"
+        what = f"{unknown} of {likelihood.shape[1]} data points have a Pareto k that is too high"
         doubt = "or too few draws to know it: their log p(x | data) can't be trusted; use more draws"
         warnings.warn(f"{what}, {doubt}", stacklevel=2)
     joint = LogMarginal(

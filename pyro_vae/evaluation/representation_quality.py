@@ -172,7 +172,7 @@ def representation(
     check_optional_counts(max_memory=max_memory)
     pair = open_pair(model, guide, x, plate=plate)
     if pair.num_data < 2:
-        raise InputError("expected at least 2 data to compare, got 1")
+        raise InputError("expected at least 2 data points to compare, got 1")
     if labels is not None:
         labels = _check_labels(labels, pair.num_data, num_neighbours, num_folds)
     with pair.evaluating(seed):
@@ -231,11 +231,11 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
     if len(classes) < 2:
         raise InputError("expected labels of at least two classes, got one")
     if counts.min() < 2:
-        wanted = "at least two data of every class"
-        raise InputError(f"expected {wanted}, got one of {classes[counts.argmin()]}: leave it out")
+        wanted = "at least 2 data points of every class"
+        raise InputError(f"expected {wanted}, got 1 of {classes[counts.argmin()]}: leave it out")
     folds = min(num_folds, int(counts.min()))
     if num_data - -(-num_data // folds) < num_neighbours:
-        raise InputError(f"expected more data than {num_neighbours} neighbours, got {num_data}")
+        raise InputError(f"expected fewer neighbours of {num_data} data points, got {num_neighbours}")
     return values
 
 

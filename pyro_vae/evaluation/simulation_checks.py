@@ -353,12 +353,13 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
     check_counts(num_data=num_data, num_draws=num_draws, num_bins=num_bins)
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
-        wanted = "num_bins of at least 2 that divide num_draws + 1"
+        wanted = "num_bins of at least 2 that divides num_draws + 1"
         got = f"{num_bins} for {num_draws} draws"
         raise InputError(f"expected {wanted}, got {got}: use e.g. num_draws={fitting}")
     if num_data < 5 * num_bins:
         wanted = f"num_data of at least {5 * num_bins} for {num_bins} bins"
-        raise InputError(f"expected {wanted}, got {num_data}: the test needs five data in each")
+        advice = "the test needs five data points in each"
+        raise InputError(f"expected {wanted}, got {num_data}: {advice}")
 
 
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
@@ -379,8 +380,8 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             drawn = site["value"].reshape(given.shape)
             inputs[index] = drawn.to(given.dtype)
             if not given.is_floating_point() and (inputs[index] != drawn).any():
-                what = f"floating-point data at {name!r}, whose simulated values are no whole numbers"
-                raise InputError(f"expected {what}, got {given.dtype}: convert them")
+                what = f"data at {name!r}, whose simulated values are not whole numbers"
+                raise InputError(f"expected floating-point {what}, got {given.dtype}: convert them")
             site["value"] = inputs[index].reshape(site["value"].shape)
         latents = [site for site in latent_sites(trace) if site["name"] not in sources]
         with Given({site["name"]: site["value"] for site in latents}):

@@ -24,6 +24,9 @@ FUSED_DEVICES = {
 # Options that choose an implementation and leave the numbers alone; not part of a saved state.
 IMPLEMENTATION_OPTIONS = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
 
+# Before the number of a tensor that isn't in Pyro's store, which no name there begins with.
+_UNNAMED = "\0"
+
 
 class FusedOptim(PyroOptim):
     """A ``PyroOptim`` that holds a single torch optimiser over all parameters.
@@ -42,7 +45,8 @@ class FusedOptim(PyroOptim):
     ``keep_none``.
 
     The state has the format of ``PyroOptim``, parameter name to the state dict of an optimiser over
-    that one parameter, and loads from and into ``pyro.optim`` optimisers.
+    that one parameter, and loads from and into ``pyro.optim`` optimisers. A tensor that is not in
+    Pyro's store is stepped too; it keeps its gradient and has no state there.
 
     Args:
         optim_constructor: a ``torch.optim.Optimizer`` class, or a function that is called as one is.
@@ -89,12 +93,13 @@ class FusedOptim(PyroOptim):
         self.scheduler: Any = None
         self.optim_objs: dict[Tensor, Any] = {}
         self._names: dict[Tensor, str] = {}
+        self._outside: set[Tensor] = set()  # tensors that aren't in Pyro's store, stepped by hand
         # What each group was opened with: its options, and those of a loaded state.
         self._group_options: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
         self._clipped: dict[tuple[float | None, float | None], list[Tensor]] = {}
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """Step the given parameters, then set their gradients to None."""
+        """Step the given parameters, then set the gradients of those in Pyro's store to None."""
         given = params if isinstance(params, set) else set(params)
         if not given:
             return
@@ -113,7 +118,7 @@ class FusedOptim(PyroOptim):
         self._clip()
         assert self.optimizer is not None
         self.optimizer.step(*args, **kwargs)
-        for param in given:
+        for param in given - self._outside if self._outside else given:
             param.grad = None
         for param, gradient in hidden:
             param.grad = gradient
@@ -124,15 +129,12 @@ class FusedOptim(PyroOptim):
             self.scheduler.step(*args, **kwargs)
 
     def _add(self, params: list[Tensor]) -> None:
-        store = pyro.get_param_store()
-        named = {}
-        for param in params:
+        store, named = pyro.get_param_store(), {}
+        for number, param in enumerate(params, start=len(self._names)):
             name = store.param_name(param)
             if name is None:
-                raise InputError(
-                    "expected parameters of Pyro's store, got a tensor without a name there: "
-                    "declare it with pyro.param or pyro.module"
-                )
+                name = f"{_UNNAMED}{number}"
+                self._outside.add(param)
             named[name] = param
         for name, param in sorted(named.items()):
             self._drop_replaced(name)
@@ -223,6 +225,8 @@ class FusedOptim(PyroOptim):
             return result
         packed = self.optimizer.state_dict()
         for name, index, packed_group in self._packed(packed):
+            if name[0] == _UNNAMED:
+                continue  # nothing to know it by in another process
             state: dict[str, Any] = {
                 "state": {0: packed["state"][index]} if index in packed["state"] else {},
                 "param_groups": [{**packed_group, "params": [0]}],

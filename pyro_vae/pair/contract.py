@@ -124,8 +124,9 @@ def check_rows(kind: str, site: Site, plate: str | None, num_data: int, shape: A
     dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
-        wanted = f"site {site['name']!r} of the {kind} to have {num_data} data along plate {plate!r}"
-        raise InputError(f"expected {wanted}, got {rows}: use pyro.plate({plate!r}, len(x))")
+        wanted = f"of the {kind} to have {num_data} data points along plate {plate!r}"
+        use = f"use pyro.plate({plate!r}, len(x))"
+        raise InputError(f"expected site {site['name']!r} {wanted}, got {rows}: {use}")
 
 
 def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> InputError:

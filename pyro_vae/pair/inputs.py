@@ -39,7 +39,7 @@ def as_inputs(
         got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
         advice = "make it one by torch.as_tensor or numpy.asarray"
         if got == "Dataset":
-            advice = "of a Dataset pass one part, e.g. data.test"
+            advice = "for a Dataset pass one part, e.g. data.test"
         elif got in ("str", "PosixPath"):
             advice = "load the file by pyro_vae.datasets.load, or by numpy or pandas"
         raise InputError(f"expected x as a tensor or a tuple of tensors, got {got}: {advice}")

@@ -460,9 +460,9 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
         raise
     except CALLING_ERRORS as error:
         raise_out_of_memory(error)
-        wanted = f"a {kind} that takes any number of data, as one without parameters per datum does"
-        advice = first_line(error)
-        raise InputError(f"expected {wanted}, got an error for {num_data}: {advice}") from error
+        wanted = f"a {kind} that takes any number of data points, as one without parameters for each"
+        got = f"got an error for {num_data}: {first_line(error)}"
+        raise InputError(f"expected {wanted} does, {got}") from error
 
 
 def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:

@@ -112,7 +112,7 @@ def compare_autoencoder(
         raise InputError(f"expected one tensor of data, got {number}: {mend}")
     (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
-        wanted = "at least 2 training data and 4 held-out ones"
+        wanted = "at least 2 training data points and 4 held-out ones"
         raise InputError(f"expected {wanted}, got {len(train)} and {len(held_out)}")
     with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
         measure = functools.partial(_measure, train, held_out, grid_size)
@@ -127,7 +127,7 @@ def compare_autoencoder(
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
             what = "a pair with one latent, a vector"
-            advice = "its codes can't be laid between each other"
+            advice = "its codes can't be interpolated"
             raise InputError(f"expected {what}, got one of shape {tuple(means.shape[1:])}: {advice}")
         alone = OpenedFunction(model, (train.new_zeros(num_random, *train.shape[1:]),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]

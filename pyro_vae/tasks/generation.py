@@ -60,7 +60,7 @@ def encode(
     code = codes[name]
     if not code.exact:
         told = f"the mean of latent {name!r} has no closed form"
-        warnings.warn(f"{told}: it is that of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
+        warnings.warn(f"{told}: it is the mean of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
     return code.mean
 
 

@@ -71,7 +71,7 @@ def interpolate(
     Args:
         model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data to start from ``(N, ...)``, or a tuple of tensors; they give the conditions.
-        to: as many data to end at.
+        to: as many data points to end at.
         num_steps: points on the way, both ends included.
         observed: as :func:`pyro_vae.tasks.decode` has it.
 
@@ -84,7 +84,7 @@ def interpolate(
     pair, ends = open_pair(model, guide, x, plate=plate), as_inputs(to, model, guide)
     check_counts(num_steps=num_steps, least=2)
     if pair.num_data != len(ends[0]):
-        wanted = "as many data to end at as to start from"
+        wanted = "as many data points to end at as to start from"
         raise InputError(f"expected {wanted}, got {len(ends[0])} for {pair.num_data}")
     with pair.evaluating(seed):
         encoder = pair.alone(guide)

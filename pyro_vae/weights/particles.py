@@ -418,7 +418,7 @@ class Particles:
                     return result
             except CALLING_ERRORS as error:
                 traced.raise_out_of_memory(error)
-        instead = "it is called once per particle instead, which is exact and slow"
+        instead = "it is called once per particle instead, which is exact but slow"
         found = f"the {kind} of this pair gives other values when its particles are batched"
         warnings.warn(f"{found}; {instead}", stacklevel=6)
         known[what] = plain.__name__
@@ -436,8 +436,8 @@ def check_weights(densities: LogDensities) -> None:
             if bad.any():
                 raise InputError(
                     f"expected finite log-probabilities, got {kind} in {name} for "
-                    f"{int(bad.any(0).sum())} of {weights.shape[1]} data: look for NaN parameters, "
-                    "a log of a negative number or a scale of 0"
+                    f"{int(bad.any(0).sum())} of {weights.shape[1]} data points: look for NaN "
+                    "parameters, a log of a negative number or a scale of 0"
                 )
 
 

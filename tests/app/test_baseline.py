@@ -67,7 +67,7 @@ def test_a_comparison_that_was_interrupted_goes_on_by_the_same_command(tmp_path,
     for _ in range(2):
         result = run("autoencoder", *options, "--output", folder)
         assert result.code == 143
-        assert "interrupted: go on by the same command" in result.err
+        assert "interrupted: resume with the same command" in result.err
         assert not (folder / "autoencoder.json").exists()
     for _ in range(2):  # once more when it is finished: nothing is trained twice
         assert run("autoencoder", *options, "--output", folder).code == 0

@@ -96,11 +96,11 @@ def test_an_interruption_outside_the_training_says_how_to_go_on(
     assert (result.code, result.out) == (128 + number, "")
     assert signal.getsignal(signal.SIGTERM) == before
     if name == "build_vae":
-        assert result.err == "pyro-vae: interrupted: go on by the same command\n"
+        assert result.err == "pyro-vae: interrupted: resume with the same command\n"
         assert not (here / "out").exists()
         assert run(*COMMANDS["train"]).code == 0
     else:
-        assert result.err == "pyro-vae: interrupted: go on by `pyro-vae train --resume out`\n"
+        assert result.err == "pyro-vae: interrupted: resume with `pyro-vae train --resume out`\n"
         assert run("train", "--resume", "out").code == 0
     assert (here / "out" / "metrics.json").is_file()
     assert not (here / "out" / ".lock").exists()
@@ -111,7 +111,7 @@ def test_an_interruption_before_the_command_begins_is_told_too(here, monkeypatch
     parse = TyperGroup.parse_args
     monkeypatch.setattr(TyperGroup, "parse_args", signalled(number, parse))
     result = run(*COMMANDS["train"])
-    told = "pyro-vae: interrupted: go on by the same command\n"
+    told = "pyro-vae: interrupted: resume with the same command\n"
     assert result == (128 + number, "", told)
 
 
@@ -121,7 +121,7 @@ def test_an_interruption_of_several_runs_goes_on_by_the_same_command(here, monke
         patch.setattr(study, "train_run", signalled(signal.SIGTERM, study.train_run))
         result = run(*COMMANDS[command])
     assert (result.code, result.out) == (128 + signal.SIGTERM, "")
-    assert result.err == "pyro-vae: interrupted: go on by the same command\n"
+    assert result.err == "pyro-vae: interrupted: resume with the same command\n"
     assert not (here / "out").exists()
     assert run(*COMMANDS[command]).code == 0
 

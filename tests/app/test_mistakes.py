@@ -50,7 +50,7 @@ BAD_SETTINGS = {
     "--likelihood poisson --size-factor learned --latent-dim 1": "--latent-dim of at least 2 with",
     "--likelihood categorical --levels 1": "num_categories of at least 2, got 1",
     "--network dense": "unknown network 'dense'",
-    "--network conv --channels 8,x": "expected channels as whole numbers of at least 1 between",
+    "--network conv --channels 8,x": "expected channels as whole numbers above 0, separated by",
     "--likelihood bernouli": "did you mean 'bernoulli'?",
     "--guide meanfield": "did you mean 'mean-field'?",
     "--activation rely": "did you mean 'relu'?",

@@ -257,7 +257,7 @@ def test_an_interruption_leaves_the_finished_runs(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(studies, "train_run", interrupted)
         result = run(*COMPARE, "--seeds", 1, "--output", "compared")
-    assert (result.code, result.err) == (130, "pyro-vae: interrupted: go on by the same command\n")
+    assert (result.code, result.err) == (130, "pyro-vae: interrupted: resume with the same command\n")
     name = "standard-normal-bernoulli-mean-field-seed-0"
     assert [path.name for path in (here / "compared" / "runs").iterdir()] == [name]
     kept = snapshot(here / "compared" / "runs" / name)
@@ -349,7 +349,7 @@ def test_data_that_do_not_fit_leave_no_folder(here, command):
 
 
 BAD = {
-    "sweep --betas 1,x": "expected betas as numbers between commas, got '1,x'",
+    "sweep --betas 1,x": "expected betas as numbers separated by commas, got '1,x'",
     "sweep --betas 1,1.0": "expected each beta once",
     "sweep --betas 1,-1": "beta",
     "sweep --betas 1,nan": "beta",
@@ -359,7 +359,7 @@ BAD = {
     "compare --guides mean-feld": "did you mean 'mean-field'?",
     "compare --priors standard-normal,vmp": "did you mean 'vamp'?",
     "compare --priors beta": "latents",
-    "compare --likelihoods bernoulli,gaussian": "compare them apart",
+    "compare --likelihoods bernoulli,gaussian": "compare them in two runs",
     "compare --seeds 0": "expected --seeds of at least 1, got 0",
     "compare --hold guide": "expected --hold model, got 'guide'",
     "compare --hold model --priors vamp": "got vamp: use pv.compare",

@@ -95,7 +95,7 @@ def test_python_without_docstrings_is_refused_in_one_line(here):
     )  # fmt: skip
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith(
-        "pyro-vae: expected Python with docstrings, Pyro reads them, got -OO: use -O"
+        "pyro-vae: expected Python with docstrings, which Pyro reads, got -OO: use -O"
     )
     assert process.stderr.count("\n") == 1
     assert not (here / "out").exists()

@@ -200,7 +200,7 @@ def test_what_few_draws_of_a_wrong_guide_find_is_not_trusted():
     def far(x, y):
         pyro.sample("weights", dist.Normal(x.new_zeros(D) - 3.0, 0.5).to_event(1))
 
-    with pytest.warns(UserWarning, match=r"of 8 data points have too high a Pareto k"):
+    with pytest.warns(UserWarning, match=r"of 8 data points have a Pareto k that is too high"):
         found = evaluation.predictive_log_prob(regression, far, draw(8), num_draws=100, seed=0)
     assert not found.trusted.all()
     assert not found.joint.trusted.any()

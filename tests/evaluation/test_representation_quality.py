@@ -333,9 +333,9 @@ def test_a_nearest_neighbour_sees_what_a_plane_does_not():
         ({"max_memory": 0}, "max_memory of at least 1, got 0"),
         ({"labels": [0, 1]}, r"labels of shape \(10,\)"),
         ({"labels": [0] * 10}, "at least two classes"),
-        ({"labels": [0] * 9 + [1]}, "two data of every class, got one of 1"),
+        ({"labels": [0] * 9 + [1]}, "2 data points of every class, got 1 of 1"),
         ({"labels": [0, 1] * 5, "num_neighbours": 0}, "num_neighbours of at least 1"),
-        ({"labels": [0, 1] * 5, "num_neighbours": 9}, "more data than 9 neighbours"),
+        ({"labels": [0, 1] * 5, "num_neighbours": 9}, "fewer neighbours of 10 data points, got 9"),
         ({"labels": [0, 1] * 5, "num_folds": 1}, "num_folds of at least 2"),
     ],
 )

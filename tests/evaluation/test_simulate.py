@@ -58,7 +58,7 @@ REFUSED = {
     "data used elsewhere": (looks_back, torch.zeros(4, 2), "the density at 'x' changes with them"),
     "one input, two sites": (seen_twice, torch.zeros(4, 2), "'first' and 'second' observe the same"),
     "another order": (transposed, torch.zeros(4, 2), "'x' to observe an input as it is"),
-    "a fixed number": (fixed, torch.zeros(4, 2), "any number of data, .* an error for 100: "),
+    "a fixed number": (fixed, torch.zeros(4, 2), "any number of data points, .* an error for 100: "),
     "whole numbers": (plain, torch.zeros(4, 2, dtype=torch.long), "floating-point data at 'x'"),
 }
 
@@ -86,7 +86,7 @@ def test_a_guide_with_parameters_per_datum_takes_its_own_number_of_data():
     exact = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(drawn).double()
     assert (bounds.lower < exact + 0.5).all()
     assert (bounds.upper > exact - 0.5).all()
-    with pytest.raises(InputError, match="a pair that takes any number of data"):
+    with pytest.raises(InputError, match="a pair that takes any number of data points"):
         calibration(model, guide, x, **FEW)
 
 

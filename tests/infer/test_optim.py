@@ -1,5 +1,6 @@
 """FusedOptim takes the steps of Pyro's own optimisers, with one torch optimiser."""
 
+import functools
 import warnings
 
 import pyro
@@ -301,15 +302,28 @@ def test_gradients_that_are_missing_do_not_warn():
             ),
             "expected clip_norm and clip_value",
         ),
-        (
-            lambda: FusedOptim(torch.optim.SGD, {"lr": 0.1})([torch.zeros(1)]),
-            "without a name there",
-        ),
     ],
 )
 def test_wrong_use_is_named(use, match):
     with pytest.raises(InputError, match=match):
         use()
+
+
+def test_tensors_outside_the_store_are_stepped_as_pyro_does():
+    ends = []
+    for make in (pyro.optim.Adam, functools.partial(FusedOptim, torch.optim.Adam)):
+        optim, tensors = make({"lr": 0.1}), [torch.zeros(2, requires_grad=True) for _ in range(2)]
+        named = pyro.param("named", torch.zeros(2))
+        for given in ([*tensors, named], tensors[:1], tensors):
+            for count, tensor in enumerate(given, start=1):
+                tensor.grad = torch.full((2,), float(count))
+            optim(given)
+            assert tensors[0].grad.tolist() == [1.0, 1.0]
+            pyro.infer.util.zero_grads(given)
+        ends.append([tensor.detach().clone() for tensor in tensors])
+        pyro.clear_param_store()
+    torch.testing.assert_close(*ends)
+    assert list(optim.get_state()) == ["named"]
 
 
 def test_new_options_after_a_schedule_began_are_refused():

@@ -117,7 +117,7 @@ def test_the_figure_shows_images_where_there_are_any(shape, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": torch.rand(1, 6)}, "at least 2 training data and 4 held-out ones, got 1 and 9"),
+        ({"train": torch.rand(1, 6)}, "2 training data points and 4 held-out ones, got 1 and 9"),
         ({"held_out": torch.rand(3, 6)}, "4 held-out ones, got 30 and 3"),
         ({"num_random": 0}, "num_random of at least 1, got 0"),
         ({"num_random": 9.5}, "num_random as a whole number, got 9.5"),

@@ -211,7 +211,7 @@ def test_mistakes_are_refused():
         tasks.manifold(*flat(), x, dimensions=(1, 1))
     with pytest.raises(pv.InputError, match="coverage between 0 and 1"):
         tasks.traverse(*flat(), x, coverage=1.0)
-    with pytest.raises(pv.InputError, match="as many data to end at"):
+    with pytest.raises(pv.InputError, match="as many data points to end at"):
         tasks.interpolate(*flat(), x, x[:2])
     with pytest.raises(pv.InputError, match="'z' is discrete"):
         tasks.traverse(
