@@ -209,14 +209,9 @@ class InverseAutoregressiveFlow(_FlowFamily):
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        *,
-        num_layers: int = 2,
-        hidden: Sequence[int] = (128,),
-        context_features: int = 32,
-    ) -> None:
+        self, encoder: nn.Module, latent_dim: int, *, num_layers: int = 2,
+        hidden: Sequence[int] = (128,), context_features: int = 32,
+    ) -> None:  # fmt: skip
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)

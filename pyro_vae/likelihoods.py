@@ -199,14 +199,9 @@ class Gaussian(Likelihood):
     scale: Tensor
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        sigma: float | str = 0.1,
-        floor: float = 0.5 / 255,
-        standardized: bool = False,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, sigma: float | str = 0.1,
+        floor: float = 0.5 / 255, standardized: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape)
         if isinstance(sigma, str) and sigma not in SIGMAS:
             words = ", ".join(SIGMAS)
@@ -332,14 +327,9 @@ class DiscretizedLogistic(Gaussian):
     standardize = Likelihood.standardize  # levels have a range of their own
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        levels: int = 256,
-        sigma: float | str = "learned",
-        floor: float = 0.5 / 255,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, levels: int = 256,
+        sigma: float | str = "learned", floor: float = 0.5 / 255,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape, sigma=sigma, floor=floor)
         self.levels = size("levels", levels, least=2)
         self.step = 1 / (self.levels - 1)

@@ -146,14 +146,9 @@ class GaussianMixture(Prior):
 
     @classmethod
     def from_parameters(
-        cls,
-        weights: Tensor,
-        means: Tensor,
-        covariances: Tensor,
-        *,
-        learn_weights: bool = False,
+        cls, weights: Tensor, means: Tensor, covariances: Tensor, *, learn_weights: bool = False,
         learn_components: bool = False,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Return the mixture with these parameters, by default all fixed.
 
         Weights ``(K,)`` are positive and sum to 1, means are ``(K, latent_dim)`` and covariances
@@ -214,14 +209,9 @@ class FlowPrior(Prior):
     loc: Tensor
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        num_layers: int = 4,
-        hidden: Sequence[int] = (64, 64),
-        num_bins: int = 8,
-        bound: float = 5.0,
-    ) -> None:
+        self, latent_dim: int, *, num_layers: int = 4, hidden: Sequence[int] = (64, 64),
+        num_bins: int = 8, bound: float = 5.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
         self.num_layers = size("num_layers", num_layers)
@@ -271,14 +261,9 @@ class VampPrior(Prior):
     logits: Tensor
 
     def __init__(
-        self,
-        guide: Callable[[Tensor], dist.Distribution],
-        data_shape: Sequence[int],
-        *,
-        num_pseudo_inputs: int = 500,
-        learn_weights: bool = False,
-        unit_interval: bool = True,
-    ) -> None:
+        self, guide: Callable[[Tensor], dist.Distribution], data_shape: Sequence[int], *,
+        num_pseudo_inputs: int = 500, learn_weights: bool = False, unit_interval: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         if getattr(guide, "latent_dim", None) is None:
             wanted = "a family with an attribute latent_dim"

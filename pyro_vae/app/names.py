@@ -78,14 +78,9 @@ class OnlyWith(NamedTuple):
 
 
 def option(
-    default: _Value,
-    text: str = "",
-    only_with: OnlyWith | None = None,
-    *,
-    flags: str | None = None,
-    show_default: bool = True,
-    choices: Collection[str] = (),
-) -> _Value:
+    default: _Value, text: str = "", only_with: OnlyWith | None = None, *, flags: str | None = None,
+    show_default: bool = True, choices: Collection[str] = (),
+) -> _Value:  # fmt: skip
     """Declare a setting that is an option of the command line.
 
     ``flags`` is how it is written, where that is not its name; ``only_with`` what it needs to have an

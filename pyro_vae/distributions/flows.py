@@ -95,14 +95,9 @@ class FlowLayer(nn.Module):
     degrees: Tensor
 
     def __init__(
-        self,
-        degrees: Tensor,
-        elementwise: Elementwise,
-        num_parameters: int,
-        *,
-        hidden: Sequence[int],
-        context_features: int = 0,
-    ) -> None:
+        self, degrees: Tensor, elementwise: Elementwise, num_parameters: int, *,
+        hidden: Sequence[int], context_features: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.elementwise = elementwise
         self.num_passes = int(degrees.max()) + 1

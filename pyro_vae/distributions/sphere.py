@@ -125,14 +125,10 @@ class HypersphericalUniform(SphereDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
-        self,
-        m: int,
-        *,
-        batch_shape: torch.Size | tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, m: int, *, batch_shape: torch.Size | tuple[int, ...] = (),
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
         validate_args: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.m = check_dimension(m)
         self._origin = torch.zeros(m, dtype=dtype, device=device)
         super().__init__(torch.Size(batch_shape), torch.Size([m]), validate_args=validate_args)

@@ -151,14 +151,9 @@ def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
 
 
 def annealed_weights(
-    plan: Plan,
-    state: State,
-    options: AnnealingOptions,
-    *,
-    betas: Tensor | None = None,
-    reverse: bool = False,
-    tell: Callable[[float], None] | None = None,
-) -> tuple[Tensor, State, Tensor]:
+    plan: Plan, state: State, options: AnnealingOptions, *, betas: Tensor | None = None,
+    reverse: bool = False, tell: Callable[[float], None] | None = None,
+) -> tuple[Tensor, State, Tensor]:  # fmt: skip
     """Move chains along the path; return log weights ``(C, N)``, last state, acceptance ``(T, N)``.
 
     Their mean weight is p(x); with ``reverse``, from posterior draws, their mean inverse 1 / p(x).

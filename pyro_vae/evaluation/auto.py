@@ -139,14 +139,9 @@ def look_again(
 
 
 def anneal_uncleared(
-    pair: OpenedPair,
-    estimate: LogMarginal,
-    cleared: Tensor,
-    options: AutoOptions,
-    *,
-    urgent: Tensor,
-    max_memory: int | None = None,
-) -> LogMarginal:
+    pair: OpenedPair, estimate: LogMarginal, cleared: Tensor, options: AutoOptions, *,
+    urgent: Tensor, max_memory: int | None = None,
+) -> LogMarginal:  # fmt: skip
     """Return the estimate with the numbers of data points not cleared from annealing.
 
     Where the budget is too small for all, ``urgent`` ones ``(N,)`` come first.

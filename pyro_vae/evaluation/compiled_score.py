@@ -122,14 +122,9 @@ def capture_values(
 
 
 def _record(
-    particles: Particles,
-    functions: Sequence[PairFunction],
-    signature: Signature,
-    given: Sequence[Tensor],
-    compute: Compute,
-    *,
-    is_worth_plain: bool,
-) -> Program:
+    particles: Particles, functions: Sequence[PairFunction], signature: Signature,
+    given: Sequence[Tensor], compute: Compute, *, is_worth_plain: bool,
+) -> Program:  # fmt: skip
     """Record the values over fresh aliases: a tensor both passed and closed over is told apart."""
     pair, modules = particles.pair, with_submodules(modules_of(*functions))
     with Snapshot(modules).put_back(), capture.conditions():

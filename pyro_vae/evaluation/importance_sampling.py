@@ -147,14 +147,10 @@ def log_marginal(
 
 
 def estimate_log_prob(
-    pair: OpenedPair,
-    options: ImportanceOptions | AnnealingOptions | AutoOptions,
-    *,
-    max_memory: int | None = None,
-    keep_draws: int | None = None,
-    progress: Progress | None = None,
+    pair: OpenedPair, options: ImportanceOptions | AnnealingOptions | AutoOptions, *,
+    max_memory: int | None = None, keep_draws: int | None = None, progress: Progress | None = None,
     report: Report | None = None,
-) -> LogMarginal:
+) -> LogMarginal:  # fmt: skip
     """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
     if isinstance(options, AutoOptions):

@@ -181,14 +181,9 @@ class AggregatePosterior:
 
 
 def aggregate_posterior(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_draws: int = 1,
-    plate: str = "data",
-    seed: int | None = None,
-) -> AggregatePosterior:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, num_draws: int = 1,
+    plate: str = "data", seed: int | None = None,
+) -> AggregatePosterior:  # fmt: skip
     """Compare the guide's draws over all data with the prior, dimension by dimension.
 
     A model generates from its prior; where the aggregate posterior is elsewhere, it generates what it

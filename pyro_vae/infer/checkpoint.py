@@ -45,14 +45,9 @@ class Checkpoints:
     """The checkpoints of one run; without a folder none are read or written."""
 
     def __init__(
-        self,
-        folder: str | Path | None,
-        every: int | None,
-        minutes: float | None,
-        *,
-        resume: bool,
+        self, folder: str | Path | None, every: int | None, minutes: float | None, *, resume: bool,
         processes: Processes = ALONE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if every is not None:
             every = whole_number("checkpoint_every", every, least=1)
         if minutes is not None:

@@ -20,14 +20,9 @@ _SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
 
 
 def paired_differences(
-    names: Labels,
-    differences: Sequence[float],
-    errors: Sequence[float],
-    *,
-    best: str,
-    title: str = "",
-    by_run: Sequence[Sequence[float]] | None = None,
-) -> Figure:
+    names: Labels, differences: Sequence[float], errors: Sequence[float], *, best: str,
+    title: str = "", by_run: Sequence[Sequence[float]] | None = None,
+) -> Figure:  # fmt: skip
     """Show differences to the best pair with their errors, the best at the top.
 
     Each named pair has a mean paired difference to the ``best``, at most 0, nats; half the width of
@@ -43,14 +38,9 @@ def paired_differences(
 
 
 def families_and_runs(
-    names: Labels,
-    by_run: Sequence[Sequence[Sequence[float]]],
-    means: Sequence[Sequence[float]],
-    half_widths: Sequence[Sequence[float]],
-    *,
-    labels: Labels,
-    title: str = "",
-) -> Figure:
+    names: Labels, by_run: Sequence[Sequence[Sequence[float]]], means: Sequence[Sequence[float]],
+    half_widths: Sequence[Sequence[float]], *, labels: Labels, title: str = "",
+) -> Figure:  # fmt: skip
     """Show differences to the best family, one panel per quantity, the first named family on top.
 
     For each quantity, which ``labels`` name, and each of the named families there are differences of

@@ -67,14 +67,9 @@ def latent_scatter(
 
 
 def manifold(
-    data: Array,
-    first: Array,
-    second: Array,
-    *,
-    title: str = "",
-    axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: Limits = UNIT,
-) -> Figure:
+    data: Array, first: Array, second: Array, *, title: str = "",
+    axis_labels: tuple[str, str] = ("latent 1", "latent 2"), limits: Limits = UNIT,
+) -> Figure:  # fmt: skip
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
     Decoded ``data`` are ``(rows, columns, *data_shape)``, at a value of the ``first`` latent for each
