@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import pytest
+import typer
 from matplotlib.figure import Figure
 
 from pyro_vae.app.cli import main
@@ -74,6 +75,10 @@ def sketching():
     return mock.patch.object(Figure, "savefig", save_blank)
 
 
+# Typer builds all commands at each call, which takes longer than to refuse one.
+get_command = functools.cache(typer.main.get_command)
+
+
 class Result(NamedTuple):
     code: int
     out: str
@@ -85,6 +90,7 @@ def run(*arguments):
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["pyro-vae", *map(str, arguments)]),
+        mock.patch.object(typer.main, "get_command", get_command),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

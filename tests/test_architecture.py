@@ -35,9 +35,14 @@ def unit_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported_units(path: Path) -> set[str]:
     units = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             units |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -91,7 +96,7 @@ def module_of(path: Path) -> str:
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
     """Return the package's modules that a file imports anywhere, in functions and for types too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -124,7 +129,7 @@ def test_a_circle_between_files_is_found(tmp_path, monkeypatch):
 
 def test_every_file_says_in_its_first_line_what_it_is_for():
     for path in PACKAGE.rglob("*.py"):
-        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        docstring = ast.get_docstring(parse(path))
         assert docstring, f"{path} has no docstring"
         assert docstring.splitlines()[0].endswith("."), f"{path}: {docstring.splitlines()[0]}"
 

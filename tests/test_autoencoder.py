@@ -31,7 +31,7 @@ def test_a_linear_autoencoder_finds_the_principal_subspace():
     """Its best loss is the sum of the variances that two components leave."""
     x = torch.randn(200, 5) @ torch.diag(torch.tensor([3.0, 2.0, 0.5, 0.3, 0.2])) + 1
     autoencoder = pv.Autoencoder(Identity(5), Identity(2))
-    result = autoencoder.fit(x, epochs=100, batch_size=40, learning_rate=0.03, seed=0)
+    result = autoencoder.fit(x, epochs=80, batch_size=100, learning_rate=0.05, seed=0)
     left = torch.linalg.svdvals(x - x.mean(0))[2:].square().sum().item() / len(x)
     with torch.no_grad():
         error = (autoencoder.reconstruct(x) - x).square().sum(1).mean().item()
@@ -45,7 +45,7 @@ def test_cross_entropy_ends_in_probabilities():
     autoencoder = make_autoencoder((2,))
     nn.init.zeros_(autoencoder.code.map.weight)
     autoencoder.code.requires_grad_(False)
-    result = autoencoder.fit(x, epochs=100, learning_rate=0.02, loss="bce", seed=0)
+    result = autoencoder.fit(x, epochs=50, learning_rate=0.04, loss="bce", seed=0)
     with torch.no_grad():
         torch.testing.assert_close(
             autoencoder.reconstruct(x), torch.tensor([[0.75, 0.75]]).expand(200, 2), atol=0.05, rtol=0

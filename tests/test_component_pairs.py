@@ -93,7 +93,11 @@ def test_matching_pair_trains(prior, family):
     assert_trains(make_pair(prior, family))
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+# A variant of a likelihood (its gradients are looked at in test_components.py) with the slow part.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if " " in name else ()) for name in LIKELIHOODS],
+)
 def test_likelihood_trains(name):
     torch.manual_seed(0)
     likelihood = LIKELIHOODS[name](MLPDecoder(decoder_dim(name, 4), (32,)), (64,))

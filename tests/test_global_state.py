@@ -242,7 +242,7 @@ def trained(vae, seed):
     return torch.cat([weights_of(vae), estimate.log_prob])
 
 
-@pytest.mark.parametrize("num_threads", [2, 4])
+@pytest.mark.parametrize("num_threads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fits_in_threads_take_turns_and_give_what_each_gives_alone(num_threads):
     alone = [trained(made(seed), seed) for seed in range(num_threads)]
     # Made before: threads that draw starting values would share one stream.

@@ -166,8 +166,7 @@ def history(epochs, validation=True):
     return rows
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 60])
-@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize(("epochs", "validation"), [(1, False), (1, True), (2, False), (60, True)])
 def test_training_curves_have_three_panels(epochs, validation):
     rows = history(epochs, validation)
     figure = plots.training_curves(rows, title="t")
@@ -280,9 +279,7 @@ def test_the_images_of_a_manifold_stand_where_their_latents_are(shape, rows):
     pixels(figure)
 
 
-@pytest.mark.parametrize(
-    ("shape", "rows"), [((1,), 1), ((1,), 5), ((3,), 1), ((2, 3), 5), ((100,), 5)]
-)
+@pytest.mark.parametrize(("shape", "rows"), [((1,), 5), ((3,), 1), ((2, 3), 1), ((100,), 2)])
 def test_the_manifold_of_vectors_has_a_panel_per_coordinate(shape, rows):
     data = RANDOM.random((rows, 4, *shape))
     figure = plots.manifold(data, np.arange(4.0), np.arange(float(rows)), title="t")
@@ -291,7 +288,7 @@ def test_the_manifold_of_vectors_has_a_panel_per_coordinate(shape, rows):
     pixels(figure)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3), (100,), *IMAGES[:4]])
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (100,), *IMAGES[:4]])
 def test_traversals_and_interpolations_of_every_kind(shape):
     data, values = RANDOM.random((3, 5, *shape)), np.sort(RANDOM.random((3, 5)))
     walks = plots.traversals(data, values, ["a", "b", "c"], title="t")

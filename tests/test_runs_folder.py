@@ -4,11 +4,10 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 
 import pytest
@@ -88,21 +87,19 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from pyro_vae.runs.files import write_json, write_whole
-from pyro_vae.runs.folder import locked, new_run
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def hold(folder, held):
+    with locked(folder):
+        held.set()
+        time.sleep(60)
 
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
+    processes = multiprocessing.get_context("fork")  # a new one would import all of torch
+    held = processes.Event()
+    first = processes.Process(target=hold, args=(tmp_path, held))
+    first.start()
+    try:
+        assert held.wait(30)
         for act in (lambda: locked(tmp_path), lambda: new_run(tmp_path, {})):
             with (
                 pytest.raises(pv.InputError, match=f"in use by process {first.pid} on .*: wait"),
@@ -110,8 +107,9 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_one_ends(tmp_path
             ):
                 pytest.fail("entered")
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
         first.kill()
-        first.wait()
+        first.join()
     assert (tmp_path / ".lock").exists()  # of a process that is no more
     pv.save(make_vae(), tmp_path)
     assert pv.load(tmp_path)

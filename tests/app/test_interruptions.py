@@ -115,7 +115,7 @@ def test_an_interruption_before_the_command_begins_is_told_too(here, monkeypatch
     assert result == (128 + number, "", told)
 
 
-@pytest.mark.parametrize("command", ["sweep", "compare"])
+@pytest.mark.parametrize("command", [pytest.param("sweep", marks=pytest.mark.slow), "compare"])
 def test_an_interruption_of_several_runs_goes_on_by_the_same_command(here, monkeypatch, command):
     with monkeypatch.context() as patch:
         patch.setattr(study, "train_run", signalled(signal.SIGTERM, study.train_run))
@@ -136,7 +136,9 @@ def interrupt_training(monkeypatch):
         assert run(*COMMANDS["train"]).code == 130
 
 
-@pytest.mark.parametrize(("room", "name"), MOMENTS[1:])
+@pytest.mark.parametrize(
+    ("room", "name"), [pytest.param(*MOMENTS[1], marks=pytest.mark.slow), *MOMENTS[2:]]
+)
 def test_a_run_is_locked_to_its_last_file(here, monkeypatch, room, name):
     interrupt_training(monkeypatch)
     function, second = getattr(room, name), []
@@ -188,7 +190,9 @@ def test_a_study_that_another_process_has_begun_meanwhile_is_not_mixed_with(here
     assert snapshot(here) == inner[0]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "runs", "runs/beta-1"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", pytest.param("runs", marks=pytest.mark.slow), "runs/beta-1"]
+)
 def test_folders_inside_a_run_folder_that_are_links_are_not_written_to(here, monkeypatch, name):
     command = ("sweep", *COMMANDS["sweep"][1:])
     if name == "checkpoints":

@@ -42,7 +42,16 @@ def bits():
     return np.random.default_rng(0).integers(0, 2, (60, 6))
 
 
-def test_a_run_of_any_name_on_a_file_of_any_name(tmp_path, monkeypatch, bits, rendered):
+def test_a_run_of_any_name_on_a_file_of_any_name(tmp_path, monkeypatch, bits):
+    train_under_any_name(tmp_path, monkeypatch, bits)
+
+
+@pytest.mark.slow
+def test_the_pictures_of_a_run_of_any_name_are_rendered(tmp_path, monkeypatch, bits, rendered):
+    train_under_any_name(tmp_path, monkeypatch, bits)
+
+
+def train_under_any_name(tmp_path, monkeypatch, bits):
     name = "".join(NAMES.values()).replace("/", "")
     folder = name.replace(NAMES["no UTF-8"], "")
     monkeypatch.chdir(tmp_path)

@@ -55,10 +55,9 @@ def finished(tmp_path_factory, data):
         patch.chdir(folder)
         compare = (*COMPARE, "--output", "compared")
         sweep = (*SWEEP, "--output", "swept")
+        # A second time, when the runs are finished; test_plots_of_studies.py renders the pictures.
         with sketching():
-            results = [run(*compare), run(*sweep)]
-        # Rendered: the pages of both studies, whose runs are finished.
-        results += [run(*compare), run(*sweep)]
+            results = [run(*command) for command in (compare, sweep, compare, sweep)]
     for result in results:
         assert result.code == 0, result.err
         assert result.err == ""
@@ -218,7 +217,10 @@ def test_seeds_share_the_data_and_runs_stay_usable(there):
 
 @pytest.mark.parametrize(
     ("command", "folder", "table"),
-    [(SWEEP, "swept", "sweep.csv"), (COMPARE, "compared", "comparison.csv")],
+    [
+        pytest.param(SWEEP, "swept", "sweep.csv", marks=pytest.mark.slow),
+        (COMPARE, "compared", "comparison.csv"),
+    ],
 )
 def test_a_finished_study_is_loaded_and_a_half_done_run_trained_again(
     there, finished, monkeypatch, command, folder, table

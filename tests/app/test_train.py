@@ -156,16 +156,21 @@ def test_every_objective_trains(here, monkeypatch, options):
 
 
 def test_a_seed_repeats_a_run(here):
-    weights = []
+    weights = []  # of grey pixels, binarised by drawing
     for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
-        train("--dataset", "grey.npy", "--output", folder, "--seed", seed)  # binarised by drawing
+        train("--dataset", "grey.npy", "--output", folder, "--seed", seed, epochs=1)
         weights.append(Path(folder, "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "sigma"), [("vectors", "learned"), ("plane", "per-pixel"), ("scalars", "0.5")]
+    ("name", "sigma"),
+    [
+        ("vectors", "learned"),
+        pytest.param("plane", "per-pixel", marks=pytest.mark.slow),
+        ("scalars", "0.5"),
+    ],
 )
 def test_vectors_of_ones_own_under_a_gaussian(here, name, sigma):
     data = ("--dataset", f"{name}.npy", "--likelihood", "gaussian", "--sigma", sigma)
@@ -186,13 +191,15 @@ def test_other_data_of_ones_own(here, name):
 
 
 def test_grey_pixels_under_a_bernoulli_are_labelled(here):
-    result = train("--dataset", "grey.npy", "--binarize", "none", "--output", "grey-run")
+    result = train("--dataset", "grey.npy", "--binarize", "none", "--output", "grey-run", epochs=1)
     assert "log p(x) (pseudo-likelihood)" in result.out
     assert json.loads(Path("grey-run/metrics.json").read_text())["pseudo_likelihood"] is True
     result = run("evaluate", "grey-run", "--num-samples", 5, "--method", "importance", "--json")
     assert set(json.loads(result.out)) == ESTIMATE_KEYS
     assert "pyro-vae: warning: grey values under a Bernoulli" in result.err
-    gaussian = train("--dataset", "grey.npy", "--likelihood", "gaussian", "--output", "gaussian")
+    gaussian = train(
+        "--dataset", "grey.npy", "--likelihood", "gaussian", "--output", "gaussian", epochs=0
+    )
     assert "pseudo" not in gaussian.out
     assert json.loads(Path("gaussian/metrics.json").read_text())["pseudo_likelihood"] is False
     assert (
@@ -273,7 +280,10 @@ def test_the_bernoulli_starts_at_the_training_mean():
     torch.testing.assert_close(bias.sigmoid(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("network", "shape"), [("conv", (3, 5, 6)), ("resnet", (2, 9))])
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [pytest.param("conv", (3, 5, 6), marks=pytest.mark.slow), ("resnet", (2, 9))],
+)
 def test_convolutional_networks_by_name(tmp_path, monkeypatch, network, shape):
     monkeypatch.chdir(tmp_path)
     np.save("own.npy", np.random.default_rng(0).random((60, *shape)))

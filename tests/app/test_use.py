@@ -38,8 +38,7 @@ REPEATED = ("latent", "traverse", "interpolate", "metropolis")  # of "plain", an
 # One run of each kind of picture is looked at in every test run, the others with the slow tests.
 QUICK = {
     *(("plain", command) for command in COMMANDS.keys() - REPEATED),
-    *(("vectors", command) for command in COMMANDS),
-    ("sphere", "latent"),
+    *(("vectors", command) for command in ("manifold", "traverse", "importance")),
 }
 
 

@@ -65,7 +65,7 @@ def check_bounds(exact, num_data, steps):
 
 
 def test_the_exact_value_lies_between(exact):
-    check_bounds(exact, 300, [15])
+    check_bounds(exact, 300, [8])
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def test_bounds_and_log_prob_are_the_exact_ones(exact):
         posterior="quadrature",
         methods=("importance", "annealed"),
         annealing_options={
-            "num_steps": 15,
-            "num_chains": 200,
+            "num_steps": 10,
+            "num_chains": 100,
             "num_leapfrog_steps": 2,
             "start": "guide",
         },

@@ -10,6 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.errors import InputError
+from pyro_vae.evaluation import gap_decomposition
 
 F64 = torch.float64
 NUM_DATA, NUM_PIXELS, NUM_LATENTS, VARIANCE = 16, 6, 4, 0.5
@@ -102,7 +103,10 @@ def problem():
 
 @pytest.fixture(scope="module")
 def mean_field(problem):
-    return gaps_of(problem, problem.family(diagonal=True), tolerance=3.0)
+    """Its start is so near that looks every 20 steps suffice; the slow tests keep those of 50."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gap_decomposition, "_WINDOW", 20)
+        return gaps_of(problem, problem.family(diagonal=True), tolerance=3.0)
 
 
 def mean_of(gaps, name):
@@ -186,7 +190,8 @@ def test_the_refined_q_can_be_compared_with_the_encoder_s(problem, mean_field):
     assert comparison.pairs["refined"].num_parameters == 0
 
 
-def test_blocks_and_an_estimate_of_ones_own(problem):
+def test_blocks_and_an_estimate_of_ones_own(problem, monkeypatch):
+    monkeypatch.setattr(gap_decomposition, "_WINDOW", 20)
     estimate = pv.log_marginal(
         problem.model, guide_of(problem.family(diagonal=False)), problem.x, num_samples=3000, seed=1
     )
@@ -196,7 +201,7 @@ def test_blocks_and_an_estimate_of_ones_own(problem):
         problem.family(diagonal=True),
         estimate=estimate,
         max_memory=200_000,
-        max_steps=50,
+        max_steps=20,
         progress=lambda *done: calls.append(done),
     )
     assert len(calls) > 1
@@ -225,12 +230,13 @@ def small_vae(guide):
     )
 
 
-def test_a_vae_brings_its_family_and_keeps_its_mode_and_parameters():
+def test_a_vae_brings_its_family_and_keeps_its_mode_and_parameters(monkeypatch):
+    monkeypatch.setattr(gap_decomposition, "_WINDOW", 10)
     vae = small_vae(pv.guides.MeanFieldNormal(pv.networks.MLPEncoder((6,), (8,)), 2))
     x = (torch.rand(5, 6) < 0.5).float()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     state = torch.get_rng_state()
-    options = {"max_steps": 50, "num_importance_samples": 500, "num_samples": 300, "seed": 1}
+    options = {"max_steps": 10, "num_importance_samples": 500, "num_samples": 300, "seed": 1}
     first = pv.evaluation.inference_gaps(vae.model, vae.guide, x, **options)
     again = pv.evaluation.inference_gaps(vae.model, vae.guide, x, **options)
     assert torch.equal(first.total, again.total)

@@ -159,7 +159,7 @@ def test_many_data_points_weighed_inside_have_the_joint_evidence():
     guide = effects_guide(1.3)
     with pytest.warns(UserWarning, match="1 of 1 data points have Pareto k"):
         pv.log_marginal(random_effects, guide, x, num_samples=2000, plate=None, seed=0)
-    options = {"num_draws": 200, "num_samples": 400, "seed": 0}
+    options = {"num_draws": 200, "num_samples": 150, "seed": 0}
     joint = evaluation.predictive_log_prob(random_effects, guide, x, **options).joint
     assert joint.trusted.all()
     assert abs(joint.log_prob - exact) < 5 * joint.standard_error

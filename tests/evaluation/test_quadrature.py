@@ -15,8 +15,17 @@ from pyro_vae.errors import InputError
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("num_latents", [1, 2])
-@pytest.mark.parametrize(("covariance_scale", "shift"), [(1.3, 0.1), (0.05, 0.4), (30.0, 0.0)])
+@pytest.mark.parametrize(
+    ("covariance_scale", "shift", "num_latents"),
+    [
+        (1.3, 0.1, 1),
+        (0.05, 0.4, 1),
+        (30.0, 0.0, 1),
+        pytest.param(1.3, 0.1, 2, marks=pytest.mark.slow),
+        (0.05, 0.4, 2),
+        (30.0, 0.0, 2),
+    ],
+)
 def test_normal_against_normal(exact, num_latents, covariance_scale, shift):
     problem = exact["probabilistic_pca"](
         num_data=6, num_latents=num_latents, covariance_scale=covariance_scale, shift=shift

@@ -254,7 +254,7 @@ def hierarchical():
 
 def test_several_latents_are_taken_together():
     x = some_data(20)
-    result = representation(*hierarchical(), x, num_samples=100)
+    result = representation(*hierarchical(), x, num_samples=40)
     assert result.sites == ("top", "z")
     assert result.latent_dim == 3
     assert result.total_correlation is None
@@ -273,7 +273,10 @@ def test_several_latents_are_taken_together():
 
 @pytest.mark.parametrize(
     "guide",
-    ["mean-field", "full-rank", "mixture", "iaf", "spline", "von-mises-fisher", "beta"],
+    [
+        *("mean-field", "full-rank", "mixture", "iaf", "von-mises-fisher", "beta"),
+        pytest.param("spline", marks=pytest.mark.slow),
+    ],
 )
 def test_every_family_is_measured_within_its_identities(guide):
     prior = {"von-mises-fisher": "hypersphere-uniform", "beta": "beta"}.get(guide, "vamp")

@@ -76,7 +76,11 @@ def one_direction(num_latents=40):
 
 
 @pytest.mark.parametrize(
-    "case", [on_a_square, far_away, pytest.param(one_direction, marks=pytest.mark.slow)]
+    "case",
+    [
+        on_a_square,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (far_away, one_direction)),
+    ],
 )
 def test_what_the_guide_misses_is_found_by_the_defaults(case):
     model, guide, x, exact = case()
@@ -143,7 +147,10 @@ def test_a_comparison_anneals_alike():
             pyro.sample("z", dist.Normal(torch.zeros_like(x), 2.5))
 
     pairs = {"one mode": (model, narrow), "both": (model, both)}
-    found = pv.compare(pairs, x, methods=("auto",), num_elbo_samples=10, seed=0)
+    short = {"num_steps": 40, "num_leapfrog_steps": 4}
+    found = pv.compare(
+        pairs, x, methods=("auto",), num_elbo_samples=10, annealing_options=short, seed=0
+    )
     for pair in found.pairs.values():
         assert pair.estimate.was_annealed.all()
         error = (pair.log_prob.value - exact).abs()
@@ -268,7 +275,11 @@ def coin_pair(concentration, dtype):
 
 
 @pytest.mark.parametrize(
-    ("concentration", "dtype"), [(0.5, torch.float32), (0.1, torch.float64)], ids=["wide", "double"]
+    ("concentration", "dtype"),
+    [
+        pytest.param(0.5, torch.float32, id="wide", marks=pytest.mark.slow),
+        pytest.param(0.1, torch.float64, id="double"),
+    ],
 )
 def test_ends_that_numbers_tell_apart_are_annealed_right(concentration, dtype):
     model, guide, x, exact = coin_pair(concentration, dtype)

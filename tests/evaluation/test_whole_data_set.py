@@ -204,7 +204,7 @@ def test_an_auto_guide_is_annealed():
     guide = AutoMultivariateNormal(pair.model, init_scale=0.5)
     for method in ("annealed", "auto"):
         found = pv.log_marginal(
-            pair.model, guide, pair.data, method=method, num_steps=50, plate=None, seed=0
+            pair.model, guide, pair.data, method=method, num_steps=30, plate=None, seed=0
         )
         assert not far(found, pair.evidence)
         assert found.trusted.all()

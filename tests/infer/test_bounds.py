@@ -51,10 +51,14 @@ def test_a_step_of_svi_trains_both_functions(name, x):
     assert isinstance(svi.evaluate_loss(x), float)
 
 
-@every_objective
+# Other settings of a bound are captured like the bound: they are recorded with the slow tests.
 @pytest.mark.parametrize(
-    ("pair", "beta"),
-    [("hierarchical", 0.7), pytest.param("VampPrior", None, marks=pytest.mark.slow)],
+    ("name", "pair", "beta"),
+    [
+        pytest.param(name, *given, marks=pytest.mark.slow if slow or " " in name else ())
+        for name in OBJECTIVES
+        for given, slow in ((("hierarchical", 0.7), False), (("VampPrior", None), True))
+    ],
 )
 def test_captured_graph_gives_the_same_loss_and_gradients(name, pair, beta):
     model, guide, modules = make_pair(pair)

@@ -117,7 +117,11 @@ def assert_same(found, expected):
     [
         (make_vae, {"warmup_epochs": 4, "schedule": "cosine", "gradient_clip": 0.5}),
         (make_vae, {"objective": IWAE(3), "transform": torch.bernoulli}),
-        (make_vae, {"objective": RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=False)}),
+        pytest.param(
+            make_vae,
+            {"objective": RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=False)},
+            marks=pytest.mark.slow,
+        ),
         (make_vae, {"patience": 1, "learning_rate": 0.5, "validation": "data"}),
         (Drawing, {"validation": "data"}),
         pytest.param(
@@ -224,7 +228,7 @@ def test_a_run_goes_on_with_another_number_of_threads(x, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("cut", [0, 100, -1])
+@pytest.mark.parametrize("cut", [0, pytest.param(100, marks=pytest.mark.slow), -1])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(x, tmp_path, cut):
     paths = interrupted(x, tmp_path / "run")
     _, expected = resume(x, tmp_path / "whole")

@@ -16,8 +16,10 @@ from pyro_vae.infer.optim import FusedOptim
 # --- holds under joint capture ---
 
 
-@pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("vectorize_particles", [False, True])
+@pytest.mark.parametrize(
+    ("vectorize_particles", "num_particles"),
+    [(False, 1), (True, 3), pytest.param(False, 3, marks=pytest.mark.slow)],
+)
 def test_vae(x, num_particles, vectorize_particles):
     assert_same_run(make_vae, x, num_particles=num_particles, vectorize_particles=vectorize_particles)
 
@@ -149,7 +151,11 @@ def test_subsample_indices_are_fresh_and_scaled():
 
 
 @pytest.mark.parametrize(
-    "normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+    "normed",
+    [
+        pytest.param(nn.utils.parametrizations.weight_norm, marks=pytest.mark.slow),
+        nn.utils.parametrizations.spectral_norm,
+    ],
 )
 def test_weight_and_spectral_norm(x, normed):
     def make():

@@ -50,7 +50,9 @@ def test_convolutional_decoder(gradient):
     assert used == ("_draw_under_plate", "_score_under_vmap")
 
 
-@pytest.mark.parametrize("gradient", ["doubly-reparameterized", "plain"])
+@pytest.mark.parametrize(
+    "gradient", ["doubly-reparameterized", pytest.param("plain", marks=pytest.mark.slow)]
+)
 def test_guide_that_concatenates_is_drawn_as_more_data(gradient):
     model, guide, modules = hierarchical_pair(concatenates=True)
     x = torch.rand(5, 4).bernoulli()

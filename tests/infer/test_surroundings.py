@@ -101,8 +101,8 @@ def slowly(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-PLACES = ["closure", "dict", "instance"]
-PLACES += slowly("global", "list", "class", "handler", "namespace")
+PLACES = ["closure", "instance"]
+PLACES += slowly("dict", "global", "list", "class", "handler", "namespace")
 
 
 @pytest.mark.parametrize("place", PLACES)

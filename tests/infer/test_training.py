@@ -40,7 +40,7 @@ def test_four_pairs_in_one_process_train_their_own_parameters_only():
     for model, guide, data, own in runs:
         states = {id(run[3]): copy.deepcopy(run[3].state_dict()) for run in runs}
         result = pv.fit(
-            model, guide, data, epochs=40, batch_size=16, learning_rate=0.03, warmup_epochs=10, seed=0
+            model, guide, data, epochs=24, batch_size=16, learning_rate=0.05, warmup_epochs=6, seed=0
         )
         assert changed(own, states[id(own)]) == set(own.state_dict())
         for _, _, _, other in runs:

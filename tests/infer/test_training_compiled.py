@@ -105,10 +105,10 @@ def assert_same(found, expected):
     ("make", "options"),
     [
         (make_vae, {"warmup_epochs": 2, "beta": 2.0}),
-        (make_vae, {"gradient_clip": 0.5, "schedule": "cosine"}),
+        pytest.param(make_vae, {"gradient_clip": 0.5, "schedule": "cosine"}, marks=pytest.mark.slow),
         (make_vae, {"precision": "bfloat16"}),
         (Conditional, {}),
-        (make_spherical_vae, {}),
+        pytest.param(make_spherical_vae, {}, marks=pytest.mark.slow),
     ],
     ids=["warm-up", "clip and schedule", "bfloat16", "conditional", "von Mises-Fisher"],
 )
@@ -124,10 +124,10 @@ def test_captured_fit_is_eager_fit(make, options, x, captures):
     "objective",
     [
         IWAE(3),
-        StickingTheLanding(),
-        AnalyticKL(),
+        pytest.param(StickingTheLanding(), marks=pytest.mark.slow),
+        pytest.param(AnalyticKL(), marks=pytest.mark.slow),
         DefaultBound(),
-        TraceBound(num_particles=2, vectorize_particles=True),
+        pytest.param(TraceBound(num_particles=2, vectorize_particles=True), marks=pytest.mark.slow),
     ],
     ids=["IWAE", "sticking the landing", "closed form", "default", "vectorised particles"],
 )
@@ -163,7 +163,11 @@ def test_pyros_closed_form_elbo_is_the_bound_that_can_be_captured(options, setti
 
 @pytest.mark.parametrize(
     "objective",
-    [IWAE(3), StickingTheLanding(), FreeBits(0.5)],
+    [
+        pytest.param(IWAE(3), marks=pytest.mark.slow),
+        pytest.param(StickingTheLanding(), marks=pytest.mark.slow),
+        FreeBits(0.5),
+    ],
     ids=["IWAE", "sticking the landing", "free bits"],
 )
 def test_other_bounds_are_captured_under_svi(objective, x):
@@ -312,14 +316,15 @@ def test_a_step_that_is_not_finite_is_not_applied(kind, options, x):
     with pytest.raises(pv.InputError, match=f"finite {kind}, got .* in epoch 1, batch 1:"):
         pv.fit(model, guide, spoiled, **settings)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(pv.InputError, match=r"no step of the epoch was left, 4 were skipped\)"):
-        pv.fit(model, guide, spoiled, on_nonfinite="skip", **settings)
-    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     one = x.clone()
     one[7, 0] = -1.0
-    with pytest.raises(pv.InputError, match=r"epoch 2, batch \d \(2 steps were skipped\)"):
-        pv.fit(model, guide, one, on_nonfinite="skip", nonfinite_limit=1, **settings)
-    net.load_state_dict(before)
+    if "compile" in options:  # what is made of the steps that were skipped, whoever took them
+        with pytest.raises(pv.InputError, match=r"no step of the epoch was left, 4 were skipped\)"):
+            pv.fit(model, guide, spoiled, on_nonfinite="skip", **settings)
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        with pytest.raises(pv.InputError, match=r"epoch 2, batch \d \(2 steps were skipped\)"):
+            pv.fit(model, guide, one, on_nonfinite="skip", nonfinite_limit=1, **settings)
+        net.load_state_dict(before)
     result = pv.fit(model, guide, one, on_nonfinite="skip", **settings)
     assert result.skipped_steps == 2
     assert all(parameter.isfinite().all() for parameter in net.parameters())

@@ -157,7 +157,10 @@ GUIDES = {
 }
 
 
-@pytest.mark.parametrize("kind", GUIDES)
+@pytest.mark.parametrize(
+    "kind",
+    ["AutoNormal", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("by hand", "table"))],
+)
 def test_parameters_per_data_point_are_trained_on_the_whole_set_in_its_order(kind, x):
     guide = GUIDES[kind](len(x))
     options = {"epochs": 300, "batch_size": 1000, "learning_rate": 0.1, "schedule": "cosine"}

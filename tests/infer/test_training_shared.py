@@ -63,7 +63,7 @@ def many_draws():
 def test_batches_find_the_posterior_of_a_mean(plate):
     x = data()
     mean, deviation = posterior_of_mean(x)
-    settings = {"batch_size": 16, "epochs": 80, "learning_rate": 0.1, "schedule": "cosine"}
+    settings = {"batch_size": 32, "epochs": 80, "learning_rate": 0.1, "schedule": "cosine"}
     objective = many_draws()
     result = pv.fit(normal_mean(plate), mean_guide, x, objective=objective, **settings, **OPTIONS)
     found = pyro.param("loc").item(), pyro.param("log_scale").exp().item()

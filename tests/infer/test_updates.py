@@ -260,7 +260,10 @@ GROUPS = {"*variational_family*": {"lr": 0.02}, "*bias": {"weight_decay": 0.0}}
     "options",
     [
         {"optimizer": AdamW, "parameter_groups": GROUPS, "scheduler": "one cycle", "ema": 0.7},
-        {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, nesterov=True)},
+        pytest.param(
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, nesterov=True)},
+            marks=pytest.mark.slow,
+        ),
         {"optimizer": torch.optim.NAdam, "schedule": "cosine", "gradient_clip": 1.0},
         {"scheduler": lambda o: MultiStepLR(o, [4, 8]), "ema": 0.9, "patience": 1},
         {

@@ -196,21 +196,38 @@ FUNCTIONS = {
     ),
     "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, num_samples=4, num_elbo_samples=4),
     "inference_gaps": lambda m, g, x: evaluation.inference_gaps(m, g, x, family=FAMILY),
-    "posterior_divergence": evaluation.posterior_divergence,
+    "posterior_divergence": lambda m, g, x: evaluation.posterior_divergence(m, g, x, num_points=41),
     "representation": evaluation.representation,
     "aggregate_posterior": evaluation.aggregate_posterior,
     "posterior_predictive": evaluation.posterior_predictive,
     "calibration": evaluation.calibration,
     "bidirectional": evaluation.bidirectional,
-    "complete": lambda m, g, x: tasks.complete(m, g, x, torch.zeros_like(x, dtype=torch.bool)),
+    "complete": lambda m, g, x: tasks.complete(
+        m, g, x, torch.zeros_like(x, dtype=torch.bool), num_draws=2, num_steps=5
+    ),
     "reconstruct": tasks.reconstruct,
     "interpolate": lambda m, g, x: tasks.interpolate(m, g, x, x),
     "traverse": tasks.traverse,
 }
 
 
-@pytest.mark.parametrize("validates", [True, False], ids=["validating", "not validating"])
-@pytest.mark.parametrize("kind", WORDS, ids=lambda kind: kind.__name__)
+# Of these Pyro's own validation speaks too: both ways each time, the others with the slow part.
+VALIDATED = (values_outside_the_support, nan_under_a_mask, missing_latent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "validates"),
+    [
+        pytest.param(
+            kind,
+            validates,
+            id=f"{kind.__name__}-{'validating' if validates else 'not validating'}",
+            marks=() if validates or kind in VALIDATED else pytest.mark.slow,
+        )
+        for kind in WORDS
+        for validates in (True, False)
+    ],
+)
 def test_the_same_words_whoever_asks(kind, validates):
     for name, function in FUNCTIONS.items():
         pyro.clear_param_store()

@@ -73,7 +73,8 @@ def test_metropolis_draws_the_exact_conditional(pca, hide, shift, scale):
 def test_mean_and_standard_deviation_are_the_conditional_s(pca, hide):
     problem = pca(shift=0.1, covariance_scale=1.3)
     missing = hide(problem.x)
-    result = complete(problem.model, problem.guide, problem.x, missing, num_draws=1000, seed=0)
+    options = {"num_draws": 1000, "num_steps": 40, "seed": 0}
+    result = complete(problem.model, problem.guide, problem.x, missing, **options)
     for n, hidden in enumerate(missing):
         mean, covariance = problem.conditional(problem.x[n], hidden)
         deviation = covariance.diag().sqrt()
@@ -87,7 +88,7 @@ def test_mean_and_standard_deviation_are_the_conditional_s(pca, hide):
 
 
 def test_pseudo_gibbs_is_biased_where_the_guide_is_not_the_posterior(pca, hide):
-    options = {"method": "pseudo-gibbs", "num_draws": 2000, "num_steps": 40, "seed": 0}
+    options = {"method": "pseudo-gibbs", "num_draws": 2000, "num_steps": 25, "seed": 0}
     exact = pca()
     missing = hide(exact.x)
     result = complete(exact.model, exact.guide, exact.x, missing, **options)
@@ -161,9 +162,9 @@ def test_any_memory_will_do(pca, hide):
     """A byte at a time: one datum and one chain after another."""
     problem = pca(shift=0.2, covariance_scale=1.5)
     missing = hide(problem.x)
-    options = {"num_draws": 6, "num_steps": 12, "max_memory": 1, "seed": 0}
+    options = {"num_draws": 4, "num_steps": 10, "max_memory": 1, "seed": 0}
     result = complete(problem.model, problem.guide, problem.x, missing, **options)
-    assert result.draws.shape == (6, 3, 8)
+    assert result.draws.shape == (4, 3, 8)
     assert result.acceptance.shape == result.r_hat.shape == (3,)
     assert mean_errors(problem, missing, result.draws).abs().max() < 5
 
@@ -177,7 +178,7 @@ def test_a_guide_with_parameters_per_datum_runs_chain_by_chain(pca, hide):
         with pyro.plate("data", 3):
             pyro.sample("z", dist.Normal(means, 0.7).to_event(1))
 
-    options = {"num_draws": 10, "num_steps": 20, "seed": 0}
+    options = {"num_draws": 6, "num_steps": 15, "seed": 0}
     result = complete(problem.model, guide, problem.x, missing, **options)
     assert mean_errors(problem, missing, result.draws).abs().max() < 5
 
@@ -203,7 +204,7 @@ def test_several_latents_a_condition_and_an_inner_plate(pca):
     y = torch.tensor([[5.0], [-5.0]], dtype=F64)
     missing = torch.tensor([[False, True], [True, False]])
     result = complete(
-        model, guide, (y, x + y), missing, position=1, num_draws=3000, num_steps=60, seed=0
+        model, guide, (y, x + y), missing, position=1, num_draws=3000, num_steps=40, seed=0
     )
     # Var x = 1 + 1/4 + 1/4, Cov = 1: the other column has mean x / 1.5 and variance 1.5 - 1 / 1.5.
     values = (result.draws - y)[:, missing]
@@ -249,12 +250,12 @@ def test_bits_have_the_exact_conditional_probabilities():
         weight = (log_weight - 0.5 * z.square().sum(1)).softmax(0)
         exact = weight @ probability[:, 3:]
     num_draws = 1000
-    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=30, seed=0)
+    result = complete(vae.model, vae.guide, x, missing, num_draws=num_draws, num_steps=20, seed=0)
     got = result.draws[:, 0, 3:].mean(0)
     assert ((got - exact).abs() < 5 * (exact * (1 - exact) / num_draws).sqrt()).all()
     result = complete(
         vae.model, vae.guide, x, missing, method="importance", num_draws=num_draws, seed=0,
-        num_samples=10_000,
+        num_samples=4000,
     )  # fmt: skip
     error = (exact * (1 - exact) * (1 / num_draws + 1 / result.ess.min())).sqrt()
     assert ((result.draws[:, 0, 3:].mean(0) - exact).abs() < 5 * error).all()
@@ -455,7 +456,7 @@ def test_a_single_chain_has_no_r_hat(pca, hide):
     problem = pca()
     with pytest.warns(UserWarning, match="R-hat > 1.1 or not known"):
         found = complete(
-            problem.model, problem.guide, problem.x, hide(problem.x), num_draws=1, seed=0
+            problem.model, problem.guide, problem.x, hide(problem.x), num_draws=1, num_steps=8, seed=0
         )
     assert found.r_hat.isnan().all()
 

@@ -156,7 +156,7 @@ def test_a_circle_has_one_row():
     ("prior", "guide"),
     [
         ("vamp", "mean-field"),
-        ("flow", "iaf"),
+        pytest.param("flow", "iaf", marks=pytest.mark.slow),
         ("gaussian-mixture", "spline"),
         ("hypersphere-uniform", "von-mises-fisher"),
         ("beta", "beta"),

@@ -79,7 +79,9 @@ def test_parameters_per_datum_in_the_guide_are_served():
     assert drawn.shape == (50, 3)
     missing = torch.tensor([True, False, False]).expand(N, 3)
     for method in tasks.completion.METHODS:
-        filled = tasks.complete(model, own_guide, X, missing, method=method, num_draws=2, seed=0)
+        options = {"num_samples": 50} if method == "importance" else {"num_steps": 5}
+        options |= {"method": method, "num_draws": 2, "seed": 0}
+        filled = tasks.complete(model, own_guide, X, missing, **options)
         assert filled.draws[:, ~missing].equal(X[~missing].expand(2, -1))
 
 
