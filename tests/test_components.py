@@ -241,11 +241,11 @@ def test_family_gradient_through_draws_is_unbiased(name, latent_dim):
             for key, value in parameters.items()
         }
 
-    drawn = copies(5000)
+    drawn = copies(3000)
     z = family.distribution(drawn).rsample()
     (statistics(z) @ weights).sum().backward()
 
-    nodes, log_weights = (part.transpose(0, 1) for part in quadrature(support, latent_dim))
+    nodes, log_weights = (part.transpose(0, 1) for part in quadrature(support, latent_dim, 6))
     exact = copies(nodes.shape[1])
     mass = (family.distribution(exact).log_prob(nodes) + log_weights).exp()
     (mass * (statistics(nodes) @ weights)).sum().backward()

@@ -143,6 +143,18 @@ def test_a_run_left_at_any_step_is_the_run_that_was_not(make, options, x, tmp_pa
     assert_same(run(make, x, tmp_path / "left", resume=True, **options), expected)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_that_was_left_is_the_same_but_for_rounding(x, tmp_path):
+    """The same draws, batches and schedule; each start holds compiled steps against plain ones."""
+    options = {"compile": True, "schedule": "cosine", "warmup_epochs": 2}
+    expected = run(make_vae, x, tmp_path / "whole", **options)
+    found = run(make_vae, x, tmp_path / "left", stops=(0, 4, 17), **options)
+    for name in found[0].history.keys() - TIMES:
+        np.testing.assert_allclose(found[0].history[name], expected[0].history[name], rtol=1e-5)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[2][0], expected[2][0])
+
+
 def test_state_after_every_step_and_two_are_kept(x, tmp_path):
     kept = []
     expected = run(make_vae, x, tmp_path / "whole")
