@@ -29,6 +29,16 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import without a look for garbage: what modules make is kept."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish():
     """Leave what the imports made out of every later collection, and collect all the rest seldom."""
     import torch  # here: a process that only deals out the tests needs none of it

@@ -55,6 +55,7 @@ SHORTER = {
     r'(epochs"?[=:] ?)\d+': r"\g<1>1",
     r"num_samples=\d+": "num_samples=30",
     r"num_steps=\d+": "num_steps=5",
+    r"num_draws=4, seed": "num_draws=4, num_steps=5, seed",
     r"data\.test\[:20\]": "data.test[:3], max_steps=20",
     r"CompiledTrace_ELBO\(\)": 'CompiledTrace_ELBO(backend="eager")',
 }
