@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
+from pyro_vae.scale import fill_missing
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
 from pyro_vae.summary import Summary, shown
 
@@ -59,6 +60,9 @@ class Dataset:
         binarize: how grey values are turned into bits, one of :data:`BINARIZATIONS`.
         checksums: SHA-256 of each part as it is here.
         is_mapped: whether the data stay on the disk and are read from there, in the file's order.
+        given: of each part what a pair is given beside its data, each ``(N,)``.
+        allow_missing: whether NaN in the data stands for missing values.
+        words: of labels and of what is given by its name: the words that the numbers stand for.
     """
 
     name: str
@@ -71,6 +75,9 @@ class Dataset:
     binarize: str = "none"
     checksums: dict[str, str] | None = None
     is_mapped: bool = False
+    given: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    allow_missing: bool = False
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def _summary(self) -> Summary:
         labels = self.train_labels
@@ -87,9 +94,16 @@ class Dataset:
         """Shape of one datum."""
         return tuple(self.train.shape[1:])
 
-    def draw(self, batch: Tensor) -> Tensor:
+    def inputs(self, part: str, number: int | None = None, device: Any = "cpu") -> tuple[Any, ...]:
+        """Return what a pair is given of a part: the first data, and what was asked for beside."""
+        inputs = getattr(self, part), *self.given.get(part, ())
+        return tuple(value[:number].to(device) for value in inputs)
+
+    def draw(self, batch: Tensor, *given: Tensor) -> Any:
         """Return a training batch as the model sees it: bits drawn afresh if dynamic."""
-        return torch.bernoulli(batch) if self.binarize == "dynamic" else batch
+        if self.binarize == "dynamic":
+            batch = _draw_bits(batch) if self.allow_missing else torch.bernoulli(batch)
+        return (batch, *given) if given else batch
 
 
 def load(
@@ -103,6 +117,7 @@ def load(
     labels: str | None = None,
     leave_out: Sequence[str] = (),
     allow_missing: bool = False,
+    given: Sequence[str] = (),
 ) -> Dataset:
     """Load a named data set, a file of the user's own, or what holds data in another way.
 
@@ -128,7 +143,9 @@ def load(
         download: allow torchvision to download a set that is missing.
         labels: name of a table's column that holds labels: classes, which may be words, or numbers.
         leave_out: names of a table's columns that are no data.
-        allow_missing: keep NaN, where values are missing (see :func:`pyro_vae.tasks.nan_as_missing`).
+        allow_missing: keep NaN, where values are missing (see :func:`pyro_vae.tasks.observed_pair`).
+        given: what a pair takes beside the data, such as a condition or size factors: ``labels``,
+            columns of a table, or arrays of a ``.npz`` file by name (``NAME``, or ``train_NAME``).
 
     Returns:
         the data set. Images have shape ``(channels, height, width)`` and values in [0, 1]; files keep
@@ -150,7 +167,7 @@ def load(
     is_named = is_path and str(name_or_path) in NAMES
     if has_columns:
         path = _data_file(Path(name_or_path)) if is_path else name_or_path
-        loaded: dict[str, Any] = read_table(path, labels, leave_out)
+        loaded: dict[str, Any] = read_table(path, labels, leave_out, given)
     elif labels is not None or leave_out:
         raise InputError(
             "expected labels and leave_out with a table, whose columns have names, got them without: "
@@ -159,14 +176,36 @@ def load(
     elif is_named:
         loaded = _load_named(str(name_or_path), root_of(root), download)
     else:
-        loaded = _load_file(Path(name_or_path)) if is_path else _load_rows(name_or_path)
-    tensors = {name: _as_tensor(name, value, allow_missing) for name, value in loaded.items()}
+        loaded = _load_file(Path(name_or_path), given) if is_path else _load_rows(name_or_path)
+    if "labels" in given:
+        labels_of = {"y": "x:labels"} | {f"{part}_labels": f"{part}:labels" for part in PARTS}
+        loaded = {labels_of[name]: loaded[name] for name in loaded.keys() & labels_of} | loaded
+    for name in given:
+        if not {f"x:{name}", f"train:{name}"} & loaded.keys():
+            raise InputError(
+                "expected labels (labels=), a column of a table or an array of a .npz file to give "
+                f"beside the data, got {name!r}, which is none: check the name"
+            )
+    words: dict[str, tuple[str, ...]] = {}
+    tensors = {}
+    for name, value in loaded.items():
+        read: tuple[Any, Any] = (_as_tensor, allow_missing)
+        read = read if name in ("x", *PARTS) else (_labels, words)
+        tensors[name] = read[0](name, value, read[1])
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
-    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in PARTS}
+    beside = {  # of a part without data nothing was cut
+        part: tuple(parts.get(f"{part}:{name}", parts[f"train:{name}"][:0]) for name in given)
+        for part in PARTS
+    }
+    hashed = [name for name in parts if name in PARTS or ":" in name]
+    checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in hashed}
     name = str(name_or_path) if is_path else type(name_or_path).__name__
-    return Dataset(name=name, binarize=binarize, checksums=checksums, is_mapped=is_mapped, **parts)
+    known = {name: value for name, value in parts.items() if ":" not in name}
+    how: dict[str, Any] = {"binarize": binarize, "is_mapped": is_mapped, "words": words}
+    how |= {"checksums": checksums, "allow_missing": allow_missing, "given": beside}
+    return Dataset(name=name, **how, **known)
 
 
 def root_of(root: str | Path | None) -> Path:
@@ -235,27 +274,29 @@ def _data_file(path: Path) -> Path:
     return path
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def _load_file(path: Path, given: Sequence[str] = ()) -> dict[str, Any]:
     path = _data_file(path)
     advice = "write it by numpy.save"
     with expecting(f"an array file of numbers at {path}", *_UNREADABLE, advice=advice):
         arrays = {_OTHER_NAMES.get(name, name): each for name, each in read_arrays(path).items()}
-    if len(arrays) == 1:
-        return {"x": next(iter(arrays.values()))}
     known = {field for field in Dataset.__dataclass_fields__ if field.startswith(PARTS)}
+    for name in given:
+        keys = {name: f"x:{name}"} | {f"{part}_{name}": f"{part}:{name}" for part in PARTS}
+        arrays = {each if each in known else keys.get(each, each): arrays[each] for each in arrays}
+    beside = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
+    if len(arrays) == 1:
+        return {"x": next(iter(arrays.values())), **beside}
     if not ({"x"} <= set(arrays) <= {"x", "y"} or {"train", "test"} <= set(arrays) <= known):
         raise InputError(
             f"expected one array, x (and y), or train and test (and validation, *_labels) in {path}, "
             f"got {', '.join(sorted(arrays)) or 'nothing'}: rename them"
         )
-    return arrays
+    return arrays | beside
 
 
 def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
-    """Return data as float32, and labels as int64 or, if they are fractions, too; refuse no data."""
+    """Return data as float32; refuse what is none."""
     array = np.asanyarray(value)
-    if name == "y" or name.endswith("_labels"):
-        return _labels(name, np.asarray(array))
     if array.dtype.kind not in "fiub":
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")
     if array.ndim < 2 or 0 in array.shape:
@@ -279,15 +320,19 @@ def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
     return tensor
 
 
-def _labels(name: str, array: np.ndarray) -> Tensor:
+def _labels(name: str, value: Any, words: dict[str, tuple[str, ...]]) -> Tensor:
     """Return labels ``(N,)``: whole numbers, fractions, or words numbered in their order."""
+    array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iubfUO":
         raise InputError(
             f"expected labels {name!r} of shape (N,), as numbers or words, got {array.dtype} "
             f"{array.shape}"
         )
     if array.dtype.kind in "UO":
-        array = np.unique(array.astype(str), return_inverse=True)[1]
+        found, array = np.unique(array.astype(str), return_inverse=True)
+        own, kind = tuple(found.tolist()), name.partition(":")[2] or "labels"
+        if words.setdefault(kind, own) != own:
+            raise InputError(f"expected one set of words for {kind} in all parts: number them")
     if array.dtype.kind == "f" and not (array == np.round(array)).all():
         return torch.as_tensor(array.astype(np.float32))
     return torch.as_tensor(array.astype(np.int64))
@@ -297,8 +342,9 @@ def _split(
     parts: dict[str, Any], held_out: int | None, generator: torch.Generator | None, *, stratify: bool
 ) -> dict[str, Any]:
     """Bring any of the accepted layouts to train, validation and test; without generator in order."""
-    for labels, of in (("y", "x"), *((f"{part}_labels", part) for part in PARTS)):
-        if labels in parts and len(parts[labels]) != len(parts.get(of, ())):
+    for labels in parts:
+        of = "x" if labels == "y" else labels.partition(":")[0].removesuffix("_labels")
+        if len(parts[labels]) != len(parts.get(of, ())):
             raise InputError(
                 f"expected one label per datum, got {len(parts[labels])} {labels!r} for "
                 f"{len(parts.get(of, ()))} {of!r}"
@@ -307,7 +353,9 @@ def _split(
         x, y = parts["x"], parts.get("y")
         test_size = max(1, round(_TEST_SHARE * len(x)))
         _check_size("data", len(x), test_size + 1)
-        parts = _cut({"train": x, "train_labels": y}, "test", test_size, generator, stratify)
+        beside = {f"train{name[1:]}": parts[name] for name in parts if ":" in name}
+        whole = {"train": x, "train_labels": y, **beside}
+        parts = _cut(whole, "test", test_size, generator, stratify)
     shapes = {name: tuple(parts[name].shape[1:]) for name in PARTS if name in parts}
     if len(set(shapes.values())) > 1:
         raise InputError(f"expected parts of one data shape, got {shapes}")
@@ -336,10 +384,9 @@ def _cut(
             order = _spread_classes(order, labels)
         taken, kept = order[:size].sort().values, order[size:].sort().values
     cut = dict(parts)
-    for kind in ("", "_labels"):
-        if parts.get(f"train{kind}") is not None:
-            cut[f"{name}{kind}"] = parts[f"train{kind}"][taken]
-            cut[f"train{kind}"] = parts[f"train{kind}"][kept]
+    for whole, value in parts.items():
+        if whole.startswith("train") and value is not None:
+            cut[whole.replace("train", name, 1)], cut[whole] = value[taken], value[kept]
     return cut
 
 
@@ -361,8 +408,8 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
     """Turn grey into bits, except training data of which every batch draws its own."""
     if how == "none":
         return parts
-    for part in (parts[name] for name in PARTS):
-        if len(part) and not (part.min() >= 0 and part.max() <= 1):
+    for part in (fill_missing(parts[name]) for name in PARTS if len(parts[name])):
+        if part.min() < 0 or part.max() > 1:
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "
                 f"{part.max():g}: divide by the largest possible value (255 for bytes), or use "
@@ -371,8 +418,13 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
 
     def bits(part: Tensor) -> Tensor:
         if how == "threshold":
-            return (part > 0.5).float()
-        return torch.bernoulli(part, generator=generator)
+            return torch.where(part.isnan(), part, (part > 0.5).float())
+        return _draw_bits(part, generator)
 
     drawn = PARTS[1:] if how == "dynamic" else PARTS
     return {**parts, **{name: bits(parts[name]) for name in drawn}}
+
+
+def _draw_bits(grey: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw bits with grey values as their probabilities; NaN stays."""
+    return torch.bernoulli(grey.nan_to_num(0.0), generator=generator) + 0 * grey

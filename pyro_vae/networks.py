@@ -290,6 +290,9 @@ class Conditional(nn.Module):
         condition_dim: size of a condition.
         activation: of that layer, one of :data:`ACTIVATIONS`.
 
+    Attributes:
+        loc, scale: buffers ``(condition_dim,)``; networks get ``(condition - loc) / scale``.
+
     Shapes:
         ``(*batch, latent_dim)`` or ``(*batch, *data_shape)``, and ``(*batch, condition_dim)``, to the
         features, an encoder's flat.
@@ -298,12 +301,17 @@ class Conditional(nn.Module):
         InputError: a decoder that leaves no latents, or a network without ``out_shape``.
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, network: nn.Module, condition_dim: int, *, activation: str = "relu") -> None:
         super().__init__()
         self.network, self.activation = network, activation
         self.condition_dim = size("condition_dim", condition_dim)
         self.out_shape = feature_shape(network)
         self.decodes = hasattr(network, "latent_dim")
+        self.register_buffer("loc", torch.zeros(self.condition_dim))
+        self.register_buffer("scale", torch.ones(self.condition_dim))
         if self.decodes:
             whole: Any = network.latent_dim
             self.latent_dim = size("latent_dim beside the condition", whole - condition_dim)
@@ -317,6 +325,7 @@ class Conditional(nn.Module):
         if not self.decodes:
             axes = len(feature_shape(self.network))
             inputs = self.network(inputs).flatten(start_dim=-axes)
+        condition = (condition - self.loc) / self.scale
         shared = condition.expand(*inputs.shape[:-1], self.condition_dim)
         joined = torch.cat([inputs, shared.to(inputs.dtype)], -1)
         return self.network(joined) if self.decodes else self.body(joined)

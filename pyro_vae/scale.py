@@ -23,6 +23,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count).sqrt()
 
 
+def fill_missing(x: Tensor) -> Tensor:
+    """Return data as they are, or a copy with a value that was observed in place of NaN."""
+    return x.masked_fill(x.isnan(), x.nanmedian()) if x.amin().isnan() else x
+
+
 def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what to subtract from data and then to divide them by, both ``data_shape``.
 

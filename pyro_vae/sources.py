@@ -150,16 +150,23 @@ def table_values(frame: Any) -> np.ndarray:
     return np.asarray(frame.to_numpy(np.float64, na_value=np.nan), np.float32)
 
 
-def read_table(table: Any, labels: str | None, leave_out: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the columns of a pandas table or a CSV file as ``x``, but one of them as ``y``."""
+def read_table(
+    table: Any, labels: str | None, leave_out: Sequence[str], given: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Return the columns of a pandas table or a CSV file as ``x``, labels as ``y``, ``x:given``."""
     if not is_table(table):
         import pandas  # type: ignore[import-untyped, unused-ignore]
 
         with expecting(f"a CSV table in {table}", ValueError, OSError):
             table = pandas.read_csv(table)
-    wanted = [*leave_out, *([] if labels is None else [labels])]
+    beside = [name for name in given if name in table or name != "labels"]
+    wanted = [*leave_out, *([] if labels is None else [labels]), *beside]
     for name in wanted:
         if name not in table:
             raise InputError(f"expected a column {name!r}, got {', '.join(map(str, table))[:200]}")
+    for name in beside if "labels" not in given else wanted[len(leave_out) :]:
+        if empty := int(table[name].isna().sum()):
+            raise InputError(f"expected {name!r} in each row, {empty} are without: leave them out")
     found = {} if labels is None else {"y": table[labels].to_numpy()}
-    return {"x": table_values(table.drop(columns=wanted)), **found}
+    found |= {f"x:{name}": table[name].to_numpy() for name in beside}
+    return {"x": table_values(table.drop(columns=list(dict.fromkeys(wanted)))), **found}

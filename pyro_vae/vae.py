@@ -14,8 +14,8 @@ from torch.distributions import Distribution
 
 from pyro_vae import guides
 from pyro_vae.errors import InputError, size
-from pyro_vae.networks import Standardized
-from pyro_vae.scale import location_and_scale
+from pyro_vae.networks import Conditional, Standardized
+from pyro_vae.scale import fill_missing, location_and_scale, moments
 
 Component = Callable[..., dist.Distribution]
 _numbers = itertools.count()
@@ -92,7 +92,7 @@ class VAE(nn.Module):
         if hasattr(self.likelihood, "check"):
             self.likelihood.check(x)
 
-    def start_at_data(self, x: Tensor) -> None:
+    def start_at_data(self, x: Tensor | tuple[Tensor, ...]) -> None:
         """Set what training starts from to the data, before :func:`pyro_vae.fit`.
 
         The decoder's first mean becomes the data's, so that the latents are not spent on it (see
@@ -101,7 +101,7 @@ class VAE(nn.Module):
         :class:`pyro_vae.VAETransformer` start so. Call it again and it starts again.
 
         Training data are ``(N, *data_shape)``, a tensor or an array, or a tuple with all that the
-        model is given.
+        model is given; NaN, where values are missing, is left out.
 
         Raises:
             InputError: data of another shape or that the likelihood is not defined for, or a
@@ -117,12 +117,10 @@ class VAE(nn.Module):
             tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
         """
         x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
-        self.check_data(x, *given)
-        # Of counts, what their mean is with a size factor of 1.
-        mean = x.mean(0) / (given[-1].mean() if self._takes_sizes else 1)
-        self._start_at(x, mean)
+        self.check_data(fill_missing(x), *given)
+        self._start_at(x, *given)
 
-    def standardize(self, x: Tensor) -> None:
+    def standardize(self, x: Tensor | tuple[Tensor, ...]) -> None:
         """Let the networks see standardised data, in place of :meth:`start_at_data`.
 
         The encoder is given ``(x - loc) / scale`` and the likelihood's output is mapped back, so that
@@ -131,8 +129,7 @@ class VAE(nn.Module):
         the data's own units. The scale is one for images and sequences and each column's own for
         tables ``(N, columns)``, 1 for a column that does not vary. Then training starts at the data.
 
-        Training data are ``(N, *data_shape)``, a tensor or an array; NaN, where values are missing,
-        is left out.
+        Training data are as :meth:`start_at_data` takes them.
 
         Raises:
             InputError: data of another shape; a likelihood without such a map, such as one of values
@@ -147,7 +144,7 @@ class VAE(nn.Module):
             >>> likelihood.scale
             tensor([1000.,    1.])
         """
-        x = _training_data(x)
+        x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
         family, likelihood = self.variational_family, self.likelihood
         encoder = getattr(family, "encoder", None)
         if not hasattr(likelihood, "standardize") or not isinstance(encoder, nn.Module):
@@ -156,8 +153,7 @@ class VAE(nn.Module):
                 f"{type(likelihood).__name__} and {type(family).__name__}: give the pair (x - mean) "
                 "/ deviation, and subtract the sum of log(deviation) over a datum from its log p(x)"
             )
-        is_whole = not x.amin().isnan()
-        self.check_data(x if is_whole else x[:1].nan_to_num())
+        self.check_data(fill_missing(x), *given)
         loc, scale = location_and_scale(x)
         likelihood.standardize(loc, scale)
         if not isinstance(encoder, Standardized):
@@ -165,10 +161,13 @@ class VAE(nn.Module):
         first = next(self.parameters(), loc)
         encoder.to(first).loc.copy_(loc)
         encoder.scale.copy_(scale)
-        x = x if is_whole else torch.where(x.isnan(), loc.to(x), x)
-        self._start_at(x, x.mean(0))
+        self._start_at(x, *given)
 
-    def _start_at(self, x: Tensor, mean: Tensor) -> None:
+    def _start_at(self, x: Tensor, *given: Tensor) -> None:
+        is_whole = not x.amin().isnan()
+        mean = x.mean(0) if is_whole else moments(x)[0].to(x)
+        # Of counts, what their mean is with a size factor of 1.
+        mean = mean / (given[-1].mean() if self._takes_sizes else 1)
         try:
             if not hasattr(self.likelihood, "start_at_mean"):
                 raise NotImplementedError
@@ -182,7 +181,7 @@ class VAE(nn.Module):
         if hasattr(self.likelihood, "start_sigma"):
             self.likelihood.start_sigma(x)
         if hasattr(self.prior, "start_at_data"):
-            self.prior.start_at_data(x)
+            self.prior.start_at_data(x if is_whole else torch.where(x.isnan(), mean, x))
 
     @property
     def num_inputs(self) -> int:
@@ -241,10 +240,12 @@ class ConditionalVAE(VAE):
         likelihood, guide: as :class:`VAE` has them, called with c too; the package's own hand c on to
             their network, see :class:`pyro_vae.networks.Conditional`.
         num_classes: conditions are labels 0 to num_classes - 1, ``(N,)``, which components get as
-            vectors with a single 1; None: they are covariates ``(N, condition_dim)`` or ``(N,)``.
+            vectors with a single 1; None: they are covariates ``(N, condition_dim)`` or ``(N,)``,
+            of which :class:`pyro_vae.networks.Conditional` keeps the scale that they start with.
 
     Raises:
-        InputError: as of :class:`VAE`; conditions that are no such labels, or not finite.
+        InputError: as of :class:`VAE`; a VampPrior, whose pseudo-inputs have no condition; conditions
+            that are no such labels, or not finite.
 
     Source:
         Sohn, Lee, Yan 2015, "Learning Structured Output Representation using Deep Conditional
@@ -273,6 +274,9 @@ class ConditionalVAE(VAE):
         self.num_classes = None if num_classes is None else size("num_classes", num_classes)
         call = prior.forward if isinstance(prior, nn.Module) else prior
         self.has_conditional_prior = bool(inspect.signature(call).parameters)
+        if hasattr(prior, "guide") and not self.has_conditional_prior:
+            kind = type(prior).__name__
+            raise InputError(f"expected a prior without pseudo-inputs, got {kind}: use another one")
 
     @property
     def num_inputs(self) -> int:
@@ -295,6 +299,15 @@ class ConditionalVAE(VAE):
     def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return what of the inputs q depends on: x and the condition."""
         return x, self.as_vectors(given[0])
+
+    def _start_at(self, x: Tensor, *given: Tensor) -> None:
+        super()._start_at(x, *given)
+        if self.num_classes is None:
+            scale = location_and_scale(self.as_vectors(given[0]))
+            for network in self.modules():
+                if isinstance(network, Conditional):
+                    network.loc.copy_(scale[0])
+                    network.scale.copy_(scale[1])
 
     def as_vectors(self, condition: Tensor) -> Tensor:
         """Return conditions as components get them, ``(N, condition_dim)``."""

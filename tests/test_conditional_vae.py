@@ -64,13 +64,13 @@ def test_labels_in_training_estimates_tasks_and_on_disk(tmp_path, monkeypatch, m
     monkeypatch.setattr("pyro_vae.evaluation.gap_decomposition._WINDOW", 5)
     vae, (x, labels) = make_vae(make_prior(2)), data()
     vae.start_at_data((x, labels))
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in vae.named_parameters()}
     result = pv.fit(
         vae.model, vae.guide, (x, labels), epochs=2, batch_size=10, seed=0,
         validation=(x, labels), objective=pv.infer.AnalyticKL(),
     )  # fmt: skip
     assert math.isfinite(result.history["validation_elbo"][-1])
-    assert all(not torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(not torch.equal(value, before[name]) for name, value in vae.named_parameters())
     estimate = pv.log_marginal(vae.model, vae.guide, (x, labels), num_samples=200, seed=0)
     pv.save(vae, tmp_path / "run")
     loaded = pv.load(tmp_path / "run")
@@ -151,3 +151,35 @@ def test_a_size_factor_beside_a_condition():
     like = torch.zeros(2, 6), torch.tensor([1, 1]), torch.tensor([1.0, 50.0])
     drawn = pv.tasks.generate(vae.model, like, seed=0)
     assert (drawn[1] > 5 * drawn[0]).all()
+
+
+def test_covariates_and_data_keep_their_own_scales():
+    torch.manual_seed(0)
+    encoder = Conditional(MLPEncoder((2,), (8,)), 1)
+    decoder = Conditional(MLPDecoder(2 + 1, (8,)), 1)
+    likelihood = pv.likelihoods.Gaussian(decoder, (2,), sigma="learned")
+    guide = pv.guides.MeanFieldNormal(encoder, 2)
+    vae = pv.ConditionalVAE(pv.priors.StandardNormal(2), likelihood, guide)
+    year = torch.linspace(1990, 2020, 61)
+    x = torch.stack([100 * year, torch.randn(61)], 1)
+    x[::4, 1] = math.nan
+    vae.standardize((x, year))
+    for network in (encoder, decoder):
+        torch.testing.assert_close(network.loc, torch.tensor([2005.0]))
+        torch.testing.assert_close(network.scale, year.std(correction=0)[None])
+    torch.testing.assert_close(likelihood.loc[0], x[:, 0].mean())
+    column = x[:, 1][x[:, 1].isfinite()]
+    torch.testing.assert_close(likelihood.scale[1], column.std(correction=0))
+    # One unit of a covariate moves what the networks are given by one part of its deviation.
+    with torch.no_grad():
+        near = decoder(torch.zeros(1, 2), torch.tensor([[2005.0]]))
+        torch.testing.assert_close(near, decoder.network(torch.zeros(1, 3)))
+
+
+def test_pseudo_inputs_have_no_condition():
+    encoder = Conditional(MLPEncoder((6,), (8,)), NUM_CLASSES)
+    family = pv.guides.MeanFieldNormal(encoder, 2)
+    with pytest.raises(pv.InputError, match="without pseudo-inputs, got VampPrior"):
+        pv.ConditionalVAE(
+            pv.priors.VampPrior(family, (6,)), make_vae().likelihood, family, num_classes=NUM_CLASSES
+        )

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -136,6 +138,48 @@ def test_classes_have_their_share_of_every_part_of_a_file(tmp_path):
     torch.testing.assert_close(train, torch.tensor([0.7, 0.2, 0.1]), rtol=0, atol=0.02)
 
 
+def test_what_is_given_beside_the_data_goes_with_its_rows(tmp_path):
+    random = np.random.default_rng(0)
+    x, sizes = random.random((50, 2)).astype(np.float32), random.random(50).astype(np.float32)
+    kinds = np.array(["fox", "ant", "elk"])[np.arange(50) % 3]
+    np.savez(tmp_path / "whole.npz", x=x, sizes=sizes, y=kinds)
+    found = load(tmp_path / "whole.npz", binarize="none", given=("labels", "sizes"))
+    assert found.words == {"labels": ("ant", "elk", "fox")}
+    for part in ("train", "validation", "test"):
+        own, kind, size = found.inputs(part)
+        rows = [int(np.flatnonzero((x == row).all(1))[0]) for row in own.numpy()]
+        assert np.array_equal(size, sizes[rows])
+        assert [found.words["labels"][number] for number in kind] == kinds[rows].tolist()
+    other = load(tmp_path / "whole.npz", binarize="none", given=("sizes",))
+    assert other.checksums != found.checksums
+    parts = {"train": x[:30], "test": x[30:], "train_sizes": sizes[:30], "test_sizes": sizes[30:]}
+    np.savez(tmp_path / "parts.npz", **parts)
+    found = load(tmp_path / "parts.npz", binarize="none", given=("sizes",), validation_size=0)
+    assert np.array_equal(found.inputs("test")[1], sizes[30:])
+    assert [len(value) for value in found.inputs("validation")] == [0, 0]
+
+
+def test_a_fit_is_given_what_stands_beside_the_data():
+    columns = table()[["height", "kind"]].assign(sizes=2.0)
+    found = load(columns, given=("kind", "sizes"))
+    assert found.words["kind"] == tuple(sorted(set(columns["kind"])))
+    seen = []
+
+    def model(x, kind, sizes):
+        seen.append((x.shape[1], len(kind), sizes.unique().tolist()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(x, kind, sizes):
+        scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, scale))
+
+    pv.fit(model, guide, found, epochs=1, batch_size=len(found.train), compile=False, seed=0)
+    assert (1, len(found.train), [2.0]) in seen
+
+
 REFUSED = {
     "words": (lambda: table(), "expected columns of numbers, got kind, id: leave them out"),
     "nothing but words": (lambda: table()[["id"]], "got id"),
@@ -152,6 +196,27 @@ def test_what_is_not_taken_says_what_to_do_with_it(case):
     source, message = REFUSED[case]
     with pytest.raises(pv.InputError, match=message):
         load(source(), binarize="none")
+
+
+def test_what_can_not_be_given_beside_the_data_is_refused(tmp_path):
+    holed = table()
+    holed.loc[3, "kind"] = None
+    for how, message in (
+        ({"given": ("kind",)}, "expected 'kind' in each row, 1 are without"),
+        ({"given": ("labels",), "labels": "kind"}, "expected 'kind' in each row, 1 are without"),
+        (
+            {"given": ("labels",), "leave_out": ["kind"]},
+            r"expected labels \(labels=\), a column .* got 'labels'",
+        ),
+    ):
+        with pytest.raises(pv.InputError, match=message):
+            load(holed.drop(columns="id"), **how)
+    with pytest.raises(pv.InputError, match="got 'sizes', which is none"):
+        load("digits", given=("sizes",))
+    words = {"train": X, "test": X, "train_labels": ["a", "b"] * 30, "test_labels": ["b"] * 60}
+    np.savez(tmp_path / "words.npz", **words)
+    with pytest.raises(pv.InputError, match="one set of words for labels in all parts"):
+        load(tmp_path / "words.npz", binarize="none")
 
 
 def test_other_refusals(tmp_path, vae):

@@ -177,10 +177,11 @@ def sweep(
 
 
 # The autoencoder's training has no schedule, no clipping and no precision.
-_OF_A_VAE = ("prior", "num_components", "guide", "beta", "schedule", "gradient_clip", "precision")
+_OF_VAE = {"prior", "num_components", "guide", "beta", "schedule", "gradient_clip", "precision"}
+_OF_VAE |= {"missing", "condition"}
 
 
-@command("autoencoder --output baseline", without={names.TrainSettings: _OF_A_VAE})
+@command("autoencoder --output baseline", without={names.TrainSettings: _OF_VAE})
 def autoencoder(*, output: StudyFolder, settings: names.TrainSettings, loss: Loss = None) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae.app import autoencoder as work

@@ -17,6 +17,7 @@ from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
 from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
 from pyro_vae.app.report import plus_minus, print_line, print_table
+from pyro_vae.app.run import pair_of
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError, expecting
@@ -96,8 +97,8 @@ def _run(
             annealing["max_annealed"] = how.max_annealed
         methods = {"auto": ("auto",), "both": ("importance", "annealed")}
         comparison = compare(
-            {name: (trained[name][0].model, trained[name][0].guide) for name in missing},
-            study.dataset.test[: how.num_data].to(study.device),
+            {name: pair_of(trained[name][0], chosen[name]) for name in missing},
+            study.dataset.inputs("test", how.num_data, study.device),
             num_samples=how.num_samples,
             num_elbo_samples=_ELBO_SAMPLES,
             num_importance=_IMPORTANCE,

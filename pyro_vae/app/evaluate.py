@@ -1,6 +1,7 @@
 """``pyro-vae evaluate``, and the estimate of log p(x) that it shares with the other commands."""
 
 import json
+import math
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from pyro_vae.app.names import EvaluateFiles, EvaluateSettings
 from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
-from pyro_vae.app.run import check_picture, load_data_of_run, open_run
+from pyro_vae.app.run import Pair, check_picture, load_data_of_run, open_run, pair_of
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
@@ -25,6 +26,7 @@ from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unrel
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
+from pyro_vae.pair.inputs import Inputs
 from pyro_vae.vae import VAE
 
 # Of the numbers of an estimate, as a table names them.
@@ -35,6 +37,7 @@ _LABELS = {
     "expected_bias": "its expected bias",
     "bits_per_dimension": "bits per dimension",
     **TERMS,
+    "missing": "share of values missing, left out",
     "num_data": "data points",
     "num_samples": "draws per datum",
     "median_ess": "median effective sample size",
@@ -54,17 +57,17 @@ def evaluate(run: Path, how: EvaluateSettings, files: EvaluateFiles) -> dict[str
     place = resolve_device(files.device)
     vae, settings, _ = open_run(run, place)
     dataset = load_data_of_run(run, settings, files.data_root)
-    test = dataset.test[: how.num_data].to(place)
+    test, pair = dataset.inputs("test", how.num_data, place), pair_of(vae, settings)
     first = replace(how, method="importance") if how.method == "both" else how
-    estimate = estimate_log_marginal(vae, test, first)
+    estimate = estimate_log_marginal(pair, test, first)
     if estimate.pseudo_likelihood:
         warnings.warn(PSEUDO.rstrip("."), stacklevel=2)
-    values = as_dict(estimate, vae)
+    values = as_dict(estimate, vae, test[0])
     try:
         if how.method == "both":
             # The target is importance sampling's; annealing has its chains and steps.
             second = replace(how, method="annealed", target_standard_error=None)
-            values["annealed"] = as_dict(estimate_log_marginal(vae, test, second), vae)
+            values["annealed"] = as_dict(estimate_log_marginal(pair, test, second), vae, test[0])
     finally:
         _print_estimate(values, as_json=files.as_json)
     if picture is not None:
@@ -92,40 +95,40 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
     print_table("Test part, nats per datum", header, rows, decimals=3, min_width=52)
 
 
-def estimate_log_marginal(vae: VAE, x: Tensor, how: EvaluateSettings) -> LogMarginal:
+def estimate_log_marginal(pair: Pair, x: Inputs, how: EvaluateSettings) -> LogMarginal:
     """Return the estimate of log p(x); a terminal shows the data done and the running mean.
 
     Several processes share the data out, and each returns the whole estimate, without draws.
     """
     processes = Processes.current()
-    if not processes.are_several or not len(x):
-        return _estimate(vae, x, how, show=True)
-    own, part = processes.share(x), None
-    if len(own):
+    if not processes.are_several or not len(x[0]):
+        return _estimate(pair, x, how, show=True)
+    own, part = tuple(processes.share(value) for value in x), None
+    if len(own[0]):
         with warnings.catch_warnings():
             # Told below, once and of all the data.
             warnings.filterwarnings("ignore", r"\d+ of \d+ data")
             how = replace(how, seed=processes.own_seed(how.seed))
-            part = replace(_estimate(vae, own, how, show=processes.is_first), draws=None)
+            part = replace(_estimate(pair, own, how, show=processes.is_first), draws=None)
     whole = concatenate([part for part in processes.gather(part) if part is not None])
     warn_if_unreliable(whole, stacklevel=2)
     return whole
 
 
-def _estimate(vae: VAE, x: Tensor, how: EvaluateSettings, *, show: bool) -> LogMarginal:
+def _estimate(pair: Pair, x: Inputs, how: EvaluateSettings, *, show: bool) -> LogMarginal:
     options = asdict(how)
     del options["num_data"]  # x is as many as that already
     console = Console(stderr=True)
     hidden = not (show and console.is_terminal)
     if how.method == "auto" and show:
-        console.print(_tell_budget(len(x), how), soft_wrap=True, highlight=False)
+        console.print(_tell_budget(len(x[0]), how), soft_wrap=True, highlight=False)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("log p(x)", total=len(x))
+        task = bar.add_task("log p(x)", total=len(x[0]))
         options["progress"] = lambda done, _: bar.update(task, completed=done)
         told = "log p(x) {:.2f}".format
         options["running_mean"] = lambda mean: bar.update(task, description=told(mean))
-        return log_marginal(vae.model, vae.guide, x, **options)
+        return log_marginal(*pair, x, **options)
 
 
 def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
@@ -141,18 +144,21 @@ def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
     )
 
 
-def as_dict(estimate: LogMarginal, vae: VAE) -> dict[str, Any]:
+def as_dict(estimate: LogMarginal, vae: VAE, x: Tensor) -> dict[str, Any]:
     """Return the estimate's means per datum, in nats, as ``evaluate`` reports them.
 
     ``log_marginal`` has its ``standard_error`` (Monte Carlo), ``data_standard_error`` and
     ``expected_bias``; beside it are ``elbo``, ``rate``, ``distortion``, and how the weights were; of
-    levels and categories also ``bits_per_dimension``, the length of a code for each value.
+    levels and categories also ``bits_per_dimension``, the length of a code for each value; where
+    some of the data x are missing also ``missing``, their share.
     """
-    likelihood, bits = vae.likelihood, {}
+    likelihood, missing = vae.likelihood, x.isnan().double().mean().item()
+    more = {"missing": missing} if missing else {}
     if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
-        bits["bits_per_dimension"] = likelihood.bits_per_dimension(estimate.mean)
+        bits = likelihood.bits_per_dimension(estimate.mean)
+        more["bits_per_dimension"] = bits / (1 - missing or math.nan)
     return {
-        **bits,
+        **more,
         "log_marginal": estimate.mean,
         "standard_error": estimate.mean_standard_error,
         "data_standard_error": estimate.data_standard_error,

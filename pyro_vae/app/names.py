@@ -56,16 +56,22 @@ AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "seeds": 1000, "num": 10_0
 
 # How the help groups the options of a training; all others stand among the rest.
 PANELS = {
-    "Data": "dataset labels leave_out data_root download validation_size binarize data_seed",
-    "Model": "prior num_components likelihood sigma standardize levels size_factor guide latent_dim "
-    "network hidden channels activation",
+    "Data": "dataset labels leave_out missing data_root download validation_size binarize data_seed",
+    "Model": "prior num_components likelihood sigma standardize levels size_factor condition guide "
+    "latent_dim network hidden channels activation",
     "Training": "beta warmup_epochs objective num_particles free_bits epochs batch_size "
     "learning_rate schedule patience seed",
     "Advanced": "gradient_clip precision compile device checkpoint_every checkpoint_minutes debug",
 }
 
 # What messages for Python advise, and how the command line has it.
-SPOKEN = {"the right root": "the right --data-root", "allow the download": "allow it by --download"}
+SPOKEN = {
+    "the right root": "the right --data-root",
+    "allow the download": "allow it by --download",
+    "allow_missing=True": "--missing nan",
+    "leave_out=": "--leave-out",
+    "labels=": "--labels",
+}
 
 _Value = TypeVar("_Value")
 
@@ -105,6 +111,7 @@ class TrainSettings:
     )
     labels: str | None = option(None, "Column of a .csv file that holds labels.")
     leave_out: str | None = option(None, "Columns of a .csv file to ignore, separated by commas.")
+    missing: str | None = option(None, "nan: NaN stands for a missing value.", choices=("nan",))
     data_root: str | None = option(None, "Folder of the named sets; default: $PYRO_VAE_DATA.", _NAMED)
     download: bool = option(False, "Download a named set that is missing.", _NAMED)
     validation_size: int | None = option(None, "Size of the validation part; default: a tenth.")
@@ -139,10 +146,10 @@ class TrainSettings:
     )
     size_factor: str | None = option(
         None,
-        "For counts: learned (one latent is the log of a data point's size); default: none.",
+        "For counts: learned (one latent is its log), or a column or an array; default: none.",
         only_with=OnlyWith("likelihood", COUNTS),
-        choices=("learned",),
     )
+    condition: str | None = option(None, "Given to the networks: labels, a column or an array.")
     guide: str = option("mean-field", choices=FAMILIES)
     latent_dim: int = option(8, "Size of the latent vector.")
     network: str = option("mlp", choices=NETWORKS)
@@ -252,6 +259,7 @@ class PictureSettings:
     """What every command that draws a picture of a run can be told."""
 
     output: Path | None = option(None, "Picture file: .png, .svg or .pdf.")  # noqa: RUF009
+    condition: str | None = option(None, "Draw of this class or number, and its test data.")
     data_root: str | None = option(None, "Folder of the data set; default: the run's.")
     seed: int = option(0, "Seed of the draws.")
 
@@ -280,7 +288,7 @@ class Complete:
     """Hide a part of the first test data points of a run and fill it in, into a picture."""
 
     missing: str = option(
-        "right", "lower, upper, left, right (for vectors left, right), or random:SHARE."
+        "right", "lower, upper, left, right (for vectors left, right), random:SHARE, or nan: no more."
     )
     method: str = option(COMPLETIONS[0], choices=COMPLETIONS)
     num: int | None = option(None, "How many; default: 8 images or 200 vectors.")

@@ -152,6 +152,10 @@ def _add_result(page: Page, metrics: Row) -> None:
         "per datum: means per datum in nats, with standard errors where they are known. Rate and "
         "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
     )
+    if (missing := estimate.get("missing")) is not None:
+        page.text(
+            f"{missing:.1%} of these values are missing: all is told of those that were observed."
+        )
     if "bits_per_dimension" in estimate:
         page.text(f"Bits per dimension: {estimate['bits_per_dimension']:.3f}.")
     page.text(

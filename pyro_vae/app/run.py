@@ -19,10 +19,15 @@ from pyro_vae.app.names import TrainSettings
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError
 from pyro_vae.files import PART, expand_path, writing_to
+from pyro_vae.networks import Standardized
+from pyro_vae.pair.functions import PairFunction
 from pyro_vae.runs.files import CHECKPOINTS, CONFIG, RUNS, STUDY, WEIGHTS, check_schema, read_config
 from pyro_vae.runs.folder import check_free, has_files
+from pyro_vae.tasks.missing import observed_pair
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
+
+Pair = tuple[PairFunction, PairFunction]
 
 # Of a run, written last: a folder that has it is whole.
 METRICS = "metrics.json"
@@ -103,6 +108,8 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
     source = Path(settings.dataset)
     if data_root is not None and source.suffix in datasets.FILE_TYPES:
         source = Path(data_root) / source.name
+    sizes = None if settings.size_factor == "learned" else settings.size_factor
+    given = [name for name in (settings.condition, sizes) if name is not None]
     return datasets.load(
         str(source),
         data_root or settings.data_root,
@@ -112,7 +119,20 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
         download=settings.download,
         labels=settings.labels,
         leave_out=tuple(filter(None, (settings.leave_out or "").split(","))),
+        allow_missing=settings.missing == "nan",
+        given=given,
     )
+
+
+def pair_of(vae: VAE, settings: TrainSettings, model: PairFunction | None = None) -> Pair:
+    """Return model and guide of a run, for which NaN is a missing value if its settings say so."""
+    model = model or vae.model
+    if settings.missing is None:
+        return model, vae.guide
+    encoder: Any = getattr(vae.variational_family, "encoder", None)
+    # Where the networks see standardised data the mean, else nothing: 0 of counts and of pixels.
+    fill = encoder.loc if isinstance(encoder, Standardized) else 0.0
+    return observed_pair(model, vae.guide, fill=fill, nan=True)
 
 
 def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) -> Dataset:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vae import datasets, guides, likelihoods, networks, priors
@@ -17,7 +18,8 @@ from pyro_vae.infer.objectives import default_particles, objective_named
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.description import Bounded
-from pyro_vae.vae import VAE
+from pyro_vae.scale import fill_missing
+from pyro_vae.vae import VAE, ConditionalVAE
 
 _Shape = tuple[int, ...]
 # A weight, its gradient and its two moments.
@@ -29,12 +31,17 @@ _PATIENCE = 20
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     """Build the VAE that the settings name, started at the data set that it is to be trained on."""
     if settings.likelihood == "categorical" and settings.levels is None:
-        settings = replace(settings, levels=max(2, int(dataset.train.max()) + 1))
-    vae = assemble_vae(settings, dataset.data_shape, len(dataset.train))
-    for part in (dataset.train, dataset.validation, dataset.test):
-        if len(part):
-            vae.check_data(part)
-    start_vae(vae, settings, dataset.train)
+        settings = replace(settings, levels=max(2, int(fill_missing(dataset.train).max()) + 1))
+    classes = None
+    if settings.condition is not None:
+        found = torch.cat([given[0] for given in dataset.given.values()]).unique().tolist()
+        classes = len(found) if found == list(range(len(found))) else None
+    vae = assemble_vae(settings, dataset.data_shape, len(dataset.train), classes)
+    for part in datasets.PARTS:
+        x, *given = dataset.inputs(part)
+        if len(x):
+            vae.check_data(fill_missing(x), *given)
+    start_vae(vae, settings, *dataset.inputs("train"))
     # What the layers give, for the gradient once more.
     widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))
     particles = settings.num_particles or default_particles(settings.objective)
@@ -43,14 +50,16 @@ def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     return vae
 
 
-def start_vae(vae: VAE, settings: TrainSettings, train: Tensor) -> None:
+def start_vae(vae: VAE, settings: TrainSettings, *train: Tensor) -> None:
     """Set what training starts from to the training data, which the networks may see standardised."""
     by_default = settings.likelihood in names.REAL
     wanted = by_default if settings.standardize is None else settings.standardize
     (vae.standardize if wanted else vae.start_at_data)(train)
 
 
-def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data: int) -> VAE:
+def assemble_vae(
+    settings: TrainSettings, data_shape: tuple[int, ...], num_data: int, classes: int | None = None
+) -> VAE:
     """Put the VAE that the settings name together, its weights drawn from the global random state."""
     latent_dim = settings.latent_dim
     options = _likelihood_options(settings, data_shape)
@@ -61,11 +70,16 @@ def assemble_vae(settings: TrainSettings, data_shape: tuple[int, ...], num_data:
     got = f"widths {widths[:80]} and latent dimension {latent_dim}"
     refusal = f"expected networks that fit in memory, got {got}: make them smaller"
     with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
-        encoder, decoder = _networks(settings, data_shape, codes)
+        size = 0 if settings.condition is None else classes or 1
+        encoder, decoder = _networks(settings, data_shape, codes + size)
+        if size:
+            how = {"activation": settings.activation}
+            encoder, decoder = (networks.Conditional(n, size, **how) for n in (encoder, decoder))
         guide = getattr(guides, names.FAMILIES[settings.guide])(encoder, latent_dim)
         prior = _prior(settings, guide, data_shape, num_data)
         likelihood = getattr(likelihoods, names.LIKELIHOODS[settings.likelihood])
-        return VAE(prior, likelihood(decoder, data_shape, **options), guide)
+        parts = (prior, likelihood(decoder, data_shape, **options), guide)
+        return ConditionalVAE(*parts, num_classes=classes) if size else VAE(*parts)
 
 
 def _networks(settings: TrainSettings, data_shape: _Shape, latent_dim: int) -> tuple[nn.Module, ...]:
@@ -90,7 +104,7 @@ def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) ->
     if settings.likelihood in names.LEVELS:
         options[names.LEVELS[settings.likelihood]] = settings.levels or 256
     if settings.likelihood in names.COUNTS and settings.size_factor is not None:
-        options["size_factor"] = settings.size_factor
+        options["size_factor"] = "learned" if settings.size_factor == "learned" else "observed"
     return options
 
 

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from pyro_vae import datasets, plots
 from pyro_vae.app import evaluate, pictures
 from pyro_vae.app import run as run_folder
-from pyro_vae.app.names import EvaluateSettings, Reconstruct, Sample, TrainSettings
+from pyro_vae.app.names import EvaluateSettings, PictureSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
-from pyro_vae.app.run import FREE, METRICS, Checkpointing, load_data_of_run
+from pyro_vae.app.run import FREE, METRICS, Checkpointing, load_data_of_run, pair_of
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
@@ -124,7 +124,7 @@ def train_run(
             "settings": as_record(settings),
             "num_data": {part: len(getattr(dataset, part)) for part in datasets.PARTS},
             "checksums": dataset.checksums,
-            "limits": pictures.limits_of(dataset),
+            "limits": (limits := pictures.limits_of(dataset)),
             "processes": processes.size,
             **run_folder.describe_origin(),
         }
@@ -140,15 +140,17 @@ def train_run(
         model: PairFunction = vae.model
         with ExitStack() as frozen:
             if held is not None:
-                first = (dataset.test[:1].to(device),)
+                first = tuple(value.nan_to_num() for value in dataset.inputs("test", 1, device))
                 model = frozen.enter_context(frozen_model(model, {"guide": vae.guide}, first, device))
-            result = fit(model, vae.guide, dataset, **fit_options(settings), **how)
+            model, guide = pair_of(vae, settings, model)
+            result = fit(model, guide, dataset, **fit_options(settings), **how)
         if processes.is_first:
             save_weights(vae, folder)
-        metrics, estimate = _measure(vae, dataset, result, processes)
+        subject = pictures.Subject(vae, settings, lambda: dataset, limits, PictureSettings())
+        metrics, estimate = _measure(subject, result, processes)
         if begun is not None:
             check_in_place(folder, begun)
-            drawn = _write_pictures(vae, dataset, result, folder)
+            drawn = _write_pictures(subject, result, folder)
             drawn["diagnostics"] = pictures.draw_diagnostics(estimate)
             # What began the run is in its folder; a version that knew less may have done so.
             made = record | read_config(folder)["run"] | {"settings": record["settings"]}
@@ -203,27 +205,27 @@ def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]
 
 
 def _measure(
-    vae: VAE, dataset: Dataset, result: FitResult, processes: Processes
+    subject: pictures.Subject, result: FitResult, processes: Processes
 ) -> tuple[dict[str, Any], LogMarginal]:
     """Return what ``metrics.json`` holds, and the estimate of log p(x) in it."""
-    test = dataset.test.to(next(vae.parameters()).device)
+    pair, test, first = subject.pair, subject.inputs(), subject.inputs(_QUICK_DATA)
     with seeded(processes.own_seed(_SEED)):
-        bound = bound_terms(vae.model, vae.guide, test, processes=processes)
+        bound = bound_terms(*pair, test, processes=processes)
     quick = EvaluateSettings("importance", num_samples=_QUICK_SAMPLES, seed=_SEED)
-    estimate = evaluate.estimate_log_marginal(vae, test[:_QUICK_DATA], quick)
+    estimate = evaluate.estimate_log_marginal(pair, first, quick)
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
     # NaN of a single datum.
     terms = {name: getattr(estimate, name) for name in TERMS}
     errors = {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
-    active = unit_variances(vae.guide, test[:_QUICK_DATA]) > ACTIVE_VARIANCE
+    active = unit_variances(pair[1], first) > ACTIVE_VARIANCE
     metrics = {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
         **{name: getattr(result, name) for name in told},
         "training_seconds": result.seconds,
         "warnings": list(result.warnings),
         # The bound is the whole test part's; log p(x) is a first look at its first data.
-        "test": {**bound, "num_data": len(test)},
-        "test_log_marginal": evaluate.as_dict(estimate, vae),
+        "test": {**bound, "num_data": len(test[0])},
+        "test_log_marginal": evaluate.as_dict(estimate, subject.vae, first[0]),
         "test_data_standard_errors": errors,
         "active_units": int(active.sum()),
         "pseudo_likelihood": estimate.pseudo_likelihood,
@@ -231,13 +233,12 @@ def _measure(
     return metrics, estimate
 
 
-def _write_pictures(vae: VAE, dataset: Dataset, result: FitResult, folder: Path) -> dict[str, Figure]:
+def _write_pictures(subject: pictures.Subject, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
-    subject = pictures.Subject(vae, lambda: dataset, pictures.limits_of(dataset), _SEED)
     drawn = {"samples": pictures.draw_samples(subject, Sample())}
     drawn["reconstructions"] = pictures.draw_reconstructions(subject, Reconstruct())
     if len(result.history["train_elbo"]):
-        title = f"Training: {Path(dataset.name).name}, {result.num_parameters:,} parameters"
+        title = f"Training: {Path(subject.dataset.name).name}, {result.num_parameters:,} parameters"
         drawn["training"] = plots.training_curves(result.history, title=title)
     for name, figure in drawn.items():
         pictures.save_picture(figure, folder / f"{name}.png")

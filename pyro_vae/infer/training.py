@@ -352,11 +352,11 @@ def _open(
     is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
-            validation = data.validation
+            validation = data.inputs("validation")
         if data.binarize == "dynamic":
             draw, after = data.draw, transform
-            transform = draw if after is None else lambda batch: after(draw(batch))
-        data = data.train
+            transform = draw if after is None else lambda x, *given: after(draw(x), *given)
+        data = data.inputs("train")
     if settings.plate is None and processes.are_several:
         raise InputError("expected one process with plate=None, got several: one datum has no shares")
     read = partial(as_inputs, share_rows=settings.plate is not None)

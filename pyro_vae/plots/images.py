@@ -90,11 +90,11 @@ def samples(drawn: Array, data: Array, *, title: str = "", limits: Limits = UNIT
     drawn, data = drawn.reshape(len(drawn), -1), data.reshape(len(data), -1)
     if data.shape[1] > 2:
         figure, (axes, other) = style.panels(title, (9, 4), columns=2, width_ratios=[3, 2])
-        _correlations(other, data, drawn)
+        _correlations(other, *map(np.ma.masked_invalid, (data, drawn)))
     else:
         figure, axes = style.one_panel(title, (6.4, 4))
     if data.shape[1] == 1:
-        bins = np.histogram_bin_edges(np.concatenate([data, drawn]), bins=40)
+        bins = np.histogram_bin_edges(np.ma.masked_invalid([*data, *drawn]).compressed(), bins=40)
         style.show_histograms(axes, data[:, 0], drawn[:, 0], bins, ("data", "drawn"))
         axes.set(xlabel="value", ylabel="density")
     elif data.shape[1] == 2:
@@ -146,7 +146,8 @@ def completions(
         labels = ["observed", "mean", *("draw" for _ in draws), "truth"]
         return image_grid(rows, title=title, column_labels=labels, limits=limits)
     figure, axes = style.one_panel(title, (8.4, 4.4))
-    true, got, spread = (values[missing][:5000] for values in (truth, mean, standard_deviation))
+    hidden = missing & ~np.isnan(truth)
+    true, got, spread = (values[hidden][:5000] for values in (truth, mean, standard_deviation))
     told = "mean of the completions", "missing values", "completion of a missing value"
     if _show_values(axes, true, got, "truth", told):
         how: dict[str, Any] = {"fmt": "o", "markersize": 2.5, "elinewidth": 0.5, "alpha": 0.5}
@@ -163,7 +164,7 @@ def _show_values(axes: Axes, true: Array, got: Array, name: str, told: tuple[str
         style.show_histograms(axes, *apart, bins, labels, density=False)
         axes.set(xlabel=told[0], ylabel=told[1])
         return False
-    ends = [min(true.min(), got.min()), max(true.max(), got.max())]
+    ends = [min(np.nanmin(true), got.min()), max(np.nanmax(true), got.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
     axes.set(xlabel=name, ylabel=told[2])
     return True
@@ -216,9 +217,9 @@ def _lines(axes: Axes, curves: Array, colour: str, label: str) -> None:
 
 def _correlations(axes: Axes, data: Array, drawn: Array) -> None:
     """Show the correlation of each two columns that vary, drawn against data."""
-    varies = (data.std(0) > 0) & (drawn.std(0) > 0)
+    varies = np.ma.filled((data.std(0) > 0) & (drawn.std(0) > 0), False)
     pairs = np.triu_indices(int(varies.sum()), 1)
-    found = [np.corrcoef(values[:, varies].T)[pairs] for values in (data, drawn) if len(pairs[0])]
+    found = [np.ma.corrcoef(values[:, varies].T)[pairs] for values in (data, drawn) if len(pairs[0])]
     axes.plot([-1, 1], [-1, 1], color="0.6", linewidth=1)
     if found:
         axes.scatter(found[0], found[1], s=5, color=BLUE, alpha=0.5, linewidths=0)
@@ -230,9 +231,9 @@ def _bands(axes: Axes, data: Array, drawn: Array) -> None:
     bits = style.are_bits(data)
     position = np.arange(1, data.shape[1] + 1)
     for values, colour, label, shift in ((data, BLUE, "data", -0.12), (drawn, ORANGE, "drawn", 0.12)):
-        low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
+        low, middle, high = np.nanquantile(values, [0.05, 0.5, 0.95], axis=0)
         if bits:
-            low = middle = high = values.mean(0)
+            low = middle = high = np.nanmean(values, 0)
         errors = np.stack([middle - low, high - middle])
         how: dict[str, Any] = {"fmt": "o", "markersize": 3, "linewidth": 1}
         axes.errorbar(position + shift, middle, errors, color=colour, label=label, **how)

@@ -74,8 +74,8 @@ def show_histograms(
 
 
 def are_bits(data: Array) -> bool:
-    """Say whether there are no other values than 0 and 1."""
-    return bool(((data == 0) | (data == 1)).all())
+    """Say whether there are no other values than 0 and 1, and NaN."""
+    return bool(((data == 0) | (data == 1) | np.isnan(data)).all())
 
 
 def legend_above(axes: Axes) -> None:

@@ -1,5 +1,6 @@
 """Data with missing values: the likelihood of what was observed, for any pair as it stands."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def observed_pair(
     observed: str | None = None,
     position: int = 0,
     fill: float | Tensor = 0.0,
+    nan: bool = False,
 ) -> tuple[PairFunction, PairFunction]:
     r"""Turn a pair for whole data into one for data with missing values.
 
@@ -46,10 +48,11 @@ def observed_pair(
             input or a part of it, such as ``x[:, t]``.
         position: which of the pair's own inputs has missing values.
         fill: what the guide sees in hidden places: a number, or a tensor that broadcasts to the data.
+        nan: values are missing where the incomplete input is NaN; there is no input ``missing``.
 
     Returns:
-        model and guide, called with the pair's own inputs and then ``missing`` (boolean, of the shape
-        of the incomplete input, which may hold anything there, also NaN).
+        model and guide, called with the pair's own inputs and then, unless ``nan`` says it,
+        ``missing`` (boolean, of the shape of the incomplete input, which may hold anything there).
 
     Raises:
         InputError: when called: no such site, one not elementwise, or a ``missing`` that doesn't fit.
@@ -68,14 +71,9 @@ def observed_pair(
         >>> pair = observed_pair(vae.model, vae.guide)
         >>> result = pv.fit(*pair, nan_as_missing(x), epochs=2, seed=0)
     """
-    masked = on_observed_part(model, observed=observed, position=position)
-
-    def observed_model(*inputs: Tensor) -> Any:
-        return masked(*_fill_hidden(inputs, position, fill))
-
-    def observed_guide(*inputs: Tensor) -> Any:
-        return guide(*_fill_hidden(inputs, position, fill)[:-1])
-
+    fill_in = partial(_fill_hidden, position, fill, nan)
+    observed_model = partial(_run_model, model, fill_in, observed, position)
+    observed_guide = partial(_run_guide, guide, fill_in)
     owners = owned_modules(model, guide)
     if not owners:
         return observed_model, observed_guide
@@ -143,8 +141,16 @@ class _ObservedPart(Messenger):
             raise InputError(f"expected an observed site, {wanted}, the model has none: {advice}")
 
 
+def _run_model(model: PairFunction, fill: Any, observed: Any, position: int, *inputs: Tensor) -> Any:
+    return on_observed_part(model, observed=observed, position=position)(*fill(*inputs))
+
+
+def _run_guide(guide: PairFunction, fill: Any, *inputs: Tensor) -> Any:
+    return guide(*fill(*inputs)[:-1])
+
+
 class _Owner(nn.Module):
-    """Owns the modules of a wrapped pair, so that training moves them to the device as usual."""
+    """Owns the modules of a wrapped pair, so that they are moved, and copied with its functions."""
 
     def __init__(self, model: PairFunction, guide: PairFunction, owners: list[nn.Module]) -> None:
         super().__init__()
@@ -158,8 +164,9 @@ class _Owner(nn.Module):
         return self._guide(*inputs)
 
 
-def _fill_hidden(inputs: Inputs, position: int, fill: float | Tensor) -> Inputs:
-    """Return the inputs with ``fill`` in the hidden places; ``missing`` stays the last."""
+def _fill_hidden(position: int, fill: float | Tensor, nan: bool, *inputs: Tensor) -> Inputs:
+    """Return the inputs with ``fill`` in the hidden places, and then ``missing``."""
+    inputs = (*inputs, inputs[position].isnan()) if nan and position < len(inputs) else inputs
     if not 0 <= position < len(inputs) - 1:
         wanted = "the pair's inputs and then missing"
         got = f"{len(inputs)} tensors for position {position}"

@@ -145,6 +145,19 @@ def test_nan_as_missing_says_where():
     assert torch.equal(filled, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
 
 
+def test_nan_says_where_values_are_missing():
+    vae, x = make_vae(), torch.rand(6, 1, 4, 4)
+    missing = torch.rand_like(x) < 0.3
+    pair = observed_pair(vae.model, vae.guide, nan=True, fill=0.5)
+    explicit = observed_pair(vae.model, vae.guide, fill=0.5)
+    holed = x.masked_fill(missing, math.nan)
+    found = pv.log_marginal(*pair, holed, num_samples=20, seed=0)
+    expected = pv.log_marginal(*explicit, (x, missing), num_samples=20, seed=0)
+    assert torch.equal(found.log_prob, expected.log_prob)
+    result = pv.fit(*pair, holed, validation=holed, epochs=2, batch_size=3, seed=0)
+    assert math.isfinite(result.history["validation_elbo"][-1])
+
+
 def test_the_guide_sees_the_fill():
     seen = []
 
