@@ -23,7 +23,7 @@ version = release = pyro_vae.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]  # as the notebooks write it
 html_math_renderer = "mathml"  # written into the pages, which then need no network
-exclude_patterns = ["build"]
+exclude_patterns = ["build", "description.md"]  # the latter is for a package index
 html_theme = "furo"
 html_title = f"pyro_vae {release}"
 html_static_path = ["style.css"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from nbformat import NotebookNode
 import pyro_vae
 
 FOLDER = Path(__file__).parent
+# What a training without widgets says of how it goes, which is over when it is read.
+PROGRESS = re.compile(r"\r?(epoch \d+/\d+|eager|compiled)\b[^\r\n]*")
 # Seconds that one cell may take before it counts as hanging.
 TIMEOUT = 600
 
@@ -64,6 +67,11 @@ def note_what_ran(notebook: NotebookNode) -> None:
     )
     for cell in notebook.cells:
         cell.metadata = NotebookNode()
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                output.text = PROGRESS.sub("", output.text).strip()
+        if cell.cell_type == "code":
+            cell.outputs = [each for each in cell.outputs if each.get("text") != ""]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What is public is documented: in the pages built from the docstrings, and in the guide's tables."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 import pyro_vae
 
@@ -102,3 +104,22 @@ def test_the_page_lists_exactly_the_public_names():
             elif not isinstance(value, types.ModuleType):
                 public[f"{module.__name__}.{name}"] = value
     assert sorted(listed) == sorted(public)
+
+
+def test_a_notebooks_tables_are_tables_of_its_page(tmp_path):
+    page = runpy.run_path(str(ROOT / "docs" / "notebook_pages.py"))["page"]
+    shown = {"text/html": "<style>th {}</style><table><th>k</th></table>", "text/plain": "k 0.7"}
+    cell = new_code_cell("table", outputs=[new_output("execute_result", shown)])
+    text = page(new_notebook(cells=[cell]), "name", tmp_path)
+    assert "<table><th>k</th></table>" in text
+    assert "<style>" not in text
+    assert "0.7" not in text
+
+
+def test_kept_notebooks_hold_what_was_said_but_no_progress():
+    note_what_ran = runpy.run_path(str(ROOT / "notebooks" / "execute.py"))["note_what_ran"]
+    said = ["\repoch 0/2 ? \repoch 1/2 00:01 ELBO -3.2", "eager as asked\n", "a warning\n"]
+    outputs = [new_output("stream", name="stderr", text=text) for text in said]
+    notebook = new_notebook(cells=[new_code_cell("fit()", outputs=outputs)])
+    note_what_ran(notebook)
+    assert [output.text for output in notebook.cells[0].outputs] == ["a warning"]

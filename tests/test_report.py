@@ -75,6 +75,19 @@ def test_the_page_needs_nothing_else():
     assert "default-src 'none'" in html
 
 
+def test_on_a_narrow_screen_wide_figures_scroll_and_names_wrap():
+    page = Page("figures")
+    for width in (3, 9):
+        figure = Figure(figsize=(width, 3))
+        figure.subplots().plot([0, 1])
+        page.figure(figure, caption="c")
+    html = page.html()
+    assert ["class" in image for image in Reader(html).images] == [False, True]
+    narrow = html.split("@media (max-width: 40rem)")[1].split("@page")[0]
+    assert "img.broad" in narrow
+    assert "tbody th { white-space: normal; }" in narrow
+
+
 def test_the_same_content_gives_the_same_bytes():
     assert full_page().html() == full_page().html()
     assert Page("a").html() != Page("b").html()

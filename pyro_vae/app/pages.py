@@ -90,8 +90,8 @@ def add_reliability(page: Page, estimate: Row) -> None:
     count, untrusted = estimate["num_data"], estimate["num_unreliable"]
     said = (
         f"{untrusted:,} of {count:,} data points can't be trusted: the Pareto k of their importance "
-        "weights is above min(0.7, 1 - 1 / log10 of the number of samples), or not known, which "
-        "takes 21 samples."
+        "weights is above min(0.7, 1 - 1 / log10 of the number of samples), or not known (below 21 "
+        "samples)."
     )
     if untrusted > MANY_UNRELIABLE * count:
         page.warning(

@@ -310,7 +310,7 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.rand(number, *plane, generator=generator) < share
     else:
-        halves = {"left": -1, "right": -1, "nan": -1} | ({"upper": -2, "lower": -2} if image else {})
+        halves = {"nan": -1, "left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
         if missing not in halves:
             told = f"{', '.join(halves)} or random:SHARE"
             raise InputError(f"expected as missing {told}, got {missing!r}")

@@ -109,8 +109,9 @@ class Page:
         kind, content = _picture(figure)
         width, height = (round(_PIXELS_PER_INCH * inches) for inches in figure.get_size_inches())
         source = base64.b64encode(content).decode("ascii")
+        broad = ' class="broad"' if width > 2 * height else ""
         self._parts.append(
-            f'<figure><img src="data:image/{kind};base64,{source}" width="{width}" '
+            f'<figure><img{broad} src="data:image/{kind};base64,{source}" width="{width}" '
             f'height="{height}" alt="{escape(description or caption, quote=True)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
