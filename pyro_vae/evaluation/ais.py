@@ -28,6 +28,9 @@ _WORTH_RECORDING = 150
 # 1.6, and the error of the mean of few such weights is not known.
 _DEVIATIONS, _LEAST_ACCEPTANCE, _LEAST_SHARE = 3.5, 0.3, 0.2
 
+# The most that an error of few weights is told larger than these show it.
+_MOST_MORE = 1.5
+
 # Scoring forward and backward keeps and makes about three times what scoring forward makes.
 GRADIENT_MEMORY = 3
 
@@ -205,6 +208,7 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
     estimate = estimates.measure_weights(log_weights, path.particles.pair.structure.precision)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
+    estimate["standard_error"] = error_of_few(log_weights, estimate["standard_error"])
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
     per_datum: dict[str, Any] = {
@@ -225,6 +229,24 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
         diagnostics={name: value.cpu() for name, value in diagnostics.items()},
         draws=draws.map(Tensor.cpu),
     )
+
+
+def error_of_few(log_weights: Tensor, standard_error: Tensor) -> Tensor:
+    """Return the standard error to tell of a log mean of few weights ``(K, N)``, ``(N,)``, nats.
+
+    Where the largest weights have not been drawn, the mean is low and the error the weights show is
+    too small. A sum of many small steps, a log weight is about normal, and of normal ones with
+    variance s^2 the error is sqrt((exp(s^2) - 1) / K). The larger of both is told, at most half more
+    than shown: chains that arrived nowhere are no normal's tail.
+
+    Source:
+        Neal 2001, "Annealed importance sampling", section 4.
+    """
+    if len(log_weights) < 2:
+        return standard_error
+    of_normal = (log_weights.var(0).exp() - 1).div(len(log_weights)).sqrt()
+    larger = torch.maximum(standard_error, torch.minimum(of_normal, _MOST_MORE * standard_error))
+    return torch.where(of_normal.isnan(), standard_error, larger)
 
 
 def _diagnose(
