@@ -9,22 +9,13 @@ from typing import TYPE_CHECKING, Any
 from pyro_vae.version import __version__ as __version__
 
 _NAMES = {
-    "VAE": "pyro_vae.vae",
-    "ConditionalVAE": "pyro_vae.vae",
-    "Autoencoder": "pyro_vae.autoencoder",
-    "VAETransformer": "pyro_vae.transformer",
-    "InputError": "pyro_vae.errors",
-    "FitResult": "pyro_vae.infer.training",
-    "fit": "pyro_vae.infer.training",
-    "Comparison": "pyro_vae.evaluation.comparison_result",
-    "compare": "pyro_vae.evaluation.comparison",
-    "LogMarginal": "pyro_vae.evaluation.estimate",
-    "log_marginal": "pyro_vae.evaluation.importance_sampling",
-    "log_weights": "pyro_vae.weights.particles",
-    "load": "pyro_vae.runs",
-    "load_pair": "pyro_vae.runs",
-    "save": "pyro_vae.runs",
-    "save_pair": "pyro_vae.runs",
+    **dict.fromkeys(("VAE", "ConditionalVAE"), "vae"),
+    **dict.fromkeys(("FitResult", "fit"), "infer.training"),
+    **dict.fromkeys(("load", "load_pair", "save", "save_pair"), "runs"),
+    **{"Autoencoder": "autoencoder", "VAETransformer": "transformer", "InputError": "errors"},
+    **{"Comparison": "evaluation.comparison_result", "compare": "evaluation.comparison"},
+    **{"LogMarginal": "evaluation.estimate", "log_marginal": "evaluation.importance_sampling"},
+    "log_weights": "weights.particles",
 }
 
 _MODULES = (
@@ -70,7 +61,8 @@ if not TYPE_CHECKING:  # or every name would pass a type checker
             raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
         if name not in _NAMES:
             return importlib.import_module(f"pyro_vae.{name}")
-        value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+        module = importlib.import_module(f"pyro_vae.{_NAMES[name]}")
+        value = globals()[name] = getattr(module, name)
         return value
 
 

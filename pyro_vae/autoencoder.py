@@ -124,24 +124,14 @@ class Autoencoder(nn.Module):
     forward = reconstruct
 
     def fit(
-        self,
-        data: Dataset | Tensor,
-        *,
-        epochs: int = 100,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        loss: str = "mse",
-        validation: Tensor | None = None,
-        patience: int | None = None,
-        device: str | torch.device = "auto",
-        seed: int | None = None,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int | None = None,
-        checkpoint_minutes: float | None = 1.0,
-        resume: bool = False,
+        self, data: Dataset | Tensor, *, epochs: int = 100, batch_size: int = 128,
+        learning_rate: float = 1e-3, loss: str = "mse", validation: Tensor | None = None,
+        patience: int | None = None, device: str | torch.device = "auto", seed: int | None = None,
+        checkpoint: str | Path | None = None, checkpoint_every: int | None = None,
+        checkpoint_minutes: float | None = 1.0, resume: bool = False,
         on_epoch: Callable[[int, dict[str, float]], None] | None = None,
         progress: bool | None = None,
-    ) -> AutoencoderFit:
+    ) -> AutoencoderFit:  # fmt: skip
         """Train by Adam on the reconstruction loss.
 
         It is :func:`pyro_vae.fit` of a pair whose guide is a point mass at the code, under a flat
@@ -231,11 +221,9 @@ class _PointMassPair(nn.Module):
 
     def losses(self, row: Any) -> dict[str, Any]:
         """Return losses and seconds of an epoch, or of many, from what :func:`fit` notes."""
-        return {
-            "train_loss": row["train_distortion"] - self.constant,
-            "validation_loss": row["validation_distortion"] - self.constant,
-            "seconds": row["seconds"],
-        }
+        parts = ("train", "validation")
+        losses = {f"{part}_loss": row[f"{part}_distortion"] - self.constant for part in parts}
+        return losses | {"seconds": row["seconds"]}
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data of another shape, not finite, or out of the loss's range."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, real_number
 
+Function = Callable[..., Any]
 _SCALE = "pyro_vae_latent_scale"
 _FUNCTION = "pyro_vae_unscaled_function"
 
@@ -28,9 +29,7 @@ class _ScaleLatents(Messenger):
         message["infer"] = {**message["infer"], _SCALE: known * self.scale}
 
 
-def scale_latents(
-    function: Callable[..., Any], scale: float | Tensor, *, is_guide: bool = False
-) -> Callable[..., Any]:
+def scale_latents(function: Function, scale: float | Tensor, *, is_guide: bool = False) -> Function:
     """Scale the log-probabilities of the latent sites of a model or a guide, and of no other site.
 
     Applied to both functions of a pair it turns the ELBO into the beta-VAE's objective, distortion +
@@ -64,7 +63,7 @@ def scale_pair(model: Any, guide: Any, scale: float | Tensor) -> tuple[Any, Any]
     return scale_latents(model, scale), scale_latents(guide, scale, is_guide=True)
 
 
-def unscaled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def unscaled_function(function: Function) -> Function:
     """Return the function that :func:`scale_latents` was given, however often it was applied."""
     while _FUNCTION in getattr(function, "__dict__", ()):
         function = function.__dict__[_FUNCTION]

@@ -125,10 +125,9 @@ class Processes:
         for name in settings:
             values = [other[name] for other in found]
             if len(set(values)) > 1:
-                raise InputError(
-                    f"expected the same {name.replace('_', ' ')} in every process, got {values}: "
-                    "give each all the data and the same options; batches are shared out here"
-                )
+                wanted = f"the same {name.replace('_', ' ')} in every process"
+                advice = "give each all the data and the same options; batches are shared out here"
+                raise InputError(f"expected {wanted}, got {values}: {advice}")
 
 
 ALONE = Processes()
@@ -184,13 +183,11 @@ def _local_device(device: str) -> int:
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if together > 1 and device not in ("auto", "cuda"):
-        raise InputError(
-            f"expected --device auto, cuda or cpu with several processes, got {device!r}: each takes "
-            "the device of its local rank"
-        )
+        wanted = "--device auto, cuda or cpu with several processes"
+        advice = "each takes the device of its local rank"
+        raise InputError(f"expected {wanted}, got {device!r}: {advice}")
     if together > count:
-        raise InputError(
-            f"expected at most one process per CUDA device, got {together} for {count}: lower "
-            "--nproc-per-node or use --device cpu"
-        )
+        wanted = "at most one process per CUDA device"
+        advice = "lower --nproc-per-node or use --device cpu"
+        raise InputError(f"expected {wanted}, got {together} for {count}: {advice}")
     return local

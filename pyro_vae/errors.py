@@ -33,12 +33,18 @@ def printable(text: str) -> str:
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Build the error for a name that is not in ``known``, with the nearest right one."""
-    names = sorted(known)
-    given = str(name)[:_LONGEST]
+    names, given = sorted(known), str(name)[:_LONGEST]
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = given if isinstance(name, str) else name
     return InputError(f"unknown {kind} {shown!r}: {hint}choose from {', '.join(names)}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse an option that is none of a few values."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise InputError(f"expected {name} {', '.join(others)} or {last}, got {value!r}")
 
 
 def first_line(error: object) -> str:
@@ -128,20 +134,17 @@ def check_same(
     """Refuse settings that are not those that something was begun with, but for the free ones."""
     for name in {**new, **old}:
         if name not in free and new.get(name) != old.get(name):
-            raise InputError(
-                f"expected {name.replace('_', ' ')} {old.get(name)!r} as {where} was begun with, got "
-                f"{new.get(name)!r}: {advice}"
-            )
+            wanted = f"{name.replace('_', ' ')} {old.get(name)!r} as {where} was begun with"
+            raise InputError(f"expected {wanted}, got {new.get(name)!r}: {advice}")
 
 
 def check_room(what: str, needed: int, advice: str) -> None:
     """Refuse what needs more bytes than the memory has, before it is full."""
     available = available_memory()
     if needed > available:
-        raise InputError(
-            f"expected {what} that fit in memory, got {needed / 2**30:,.1f} GiB with "
-            f"{available / 2**30:.1f} GiB free: {advice}"
-        )
+        wanted = f"{what} that fit in memory"
+        got = f"{needed / 2**30:,.1f} GiB with {available / 2**30:.1f} GiB free"
+        raise InputError(f"expected {wanted}, got {got}: {advice}")
 
 
 def available_memory() -> int:

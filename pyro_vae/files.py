@@ -130,10 +130,9 @@ def check_in_place(folder: Path, before: os.stat_result) -> None:
     with suppress(FileNotFoundError):
         if os.path.samestat(os.stat(folder), before):
             return
-    raise InputError(
-        f"expected {folder} where the run began, it was moved, replaced or deleted since: go on with "
-        "the run where it is now"
-    )
+    wanted = f"{folder} where the run began"
+    advice = "go on with the run where it is now"
+    raise InputError(f"expected {wanted}, it was moved, replaced or deleted since: {advice}")
 
 
 def writing_to(path: Path, *more: type[Exception]) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ Arguments, shapes and errors that all of them share stand at :class:`Variational
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -18,15 +18,9 @@ from pyro_vae.errors import positive_number, size, sizes
 from pyro_vae.networks import Head, feature_shape
 
 __all__ = [
-    "Beta",
-    "FullRankNormal",
-    "InverseAutoregressiveFlow",
-    "MeanFieldNormal",
-    "MixtureOfNormals",
-    "NeuralSplineFlow",
-    "VariationalFamily",
-    "VonMisesFisher",
-]
+    "Beta", "FullRankNormal", "InverseAutoregressiveFlow", "MeanFieldNormal", "MixtureOfNormals",
+    "NeuralSplineFlow", "VariationalFamily", "VonMisesFisher",
+]  # fmt: skip
 
 
 class VariationalFamily(nn.Module):
@@ -53,7 +47,6 @@ class VariationalFamily(nn.Module):
         x ``(*batch, *data_shape)``; the call returns batch shape ``batch``, event ``(latent_dim,)``.
 
     Attributes:
-        latent_dim: size of the latent vector.
         latent_support: ``"real"``, ``"unit sphere"`` or ``"unit interval"``.
         parameter_names: the heads whose outputs ``encode`` returns.
 
@@ -153,7 +146,6 @@ class MixtureOfNormals(VariationalFamily):
     would learn in step: their means are drawn as in :class:`pyro_vae.priors.GaussianMixture`.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_components: number of components, K.
 
     Source:
@@ -183,11 +175,18 @@ class _FlowFamily(VariationalFamily):
     """What the flow families share: heads for a location, a scale and the context of the layers."""
 
     layers: nn.ModuleList
+    starts_shifted: ClassVar[bool] = True
 
     def __init__(self, encoder: nn.Module, latent_dim: int, context_features: int) -> None:
         super().__init__(encoder, latent_dim)
         self.context_features, shape = size("context_features", context_features), (self.latent_dim,)
         self.add_heads(loc=shape, log_scale=shape, context=(self.context_features,))
+
+    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
+        """Return the flow with ``loc`` and ``log_scale`` at one end, and this ``context``."""
+        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
+        layers = [shift, *self.layers] if self.starts_shifted else [*self.layers, shift]
+        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 class InverseAutoregressiveFlow(_FlowFamily):
@@ -200,7 +199,6 @@ class InverseAutoregressiveFlow(_FlowFamily):
     other point costs one pass per coordinate and layer.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of layers T; the order of the coordinates is reversed from one to the next.
         hidden: widths of each layer's masked network.
         context_features: size of the context.
@@ -211,25 +209,14 @@ class InverseAutoregressiveFlow(_FlowFamily):
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        *,
-        num_layers: int = 2,
-        hidden: Sequence[int] = (128,),
-        context_features: int = 32,
-    ) -> None:
+        self, encoder: nn.Module, latent_dim: int, *, num_layers: int = 2,
+        hidden: Sequence[int] = (128,), context_features: int = 32,
+    ) -> None:  # fmt: skip
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)
         how: Any = {"hidden": self.hidden, "context_features": self.context_features}
         self.layers = flows.autoregressive_layers(self.latent_dim, self.num_layers, **how)
-
-    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
-        """Return the flow that starts at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
-        layers = [shift, *self.layers]
-        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 class NeuralSplineFlow(_FlowFamily):
@@ -242,7 +229,6 @@ class NeuralSplineFlow(_FlowFamily):
     other point two.
 
     Args:
-        encoder, latent_dim: as :class:`VariationalFamily` has them.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.
@@ -253,17 +239,13 @@ class NeuralSplineFlow(_FlowFamily):
         Durkan et al. 2019, "Neural Spline Flows", section 3; as posterior: section 5.2.
     """
 
+    starts_shifted = False
+
     def __init__(
-        self,
-        encoder: nn.Module,
-        latent_dim: int,
-        *,
-        num_layers: int = 2,
-        hidden: Sequence[int] = (64,),
-        num_bins: int = 8,
-        bound: float = 5.0,
+        self, encoder: nn.Module, latent_dim: int, *, num_layers: int = 2,
+        hidden: Sequence[int] = (64,), num_bins: int = 8, bound: float = 5.0,
         context_features: int = 32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(encoder, latent_dim, context_features)
         self.num_layers = size("num_layers", num_layers)
         self.hidden = sizes("hidden widths", hidden)
@@ -272,12 +254,6 @@ class NeuralSplineFlow(_FlowFamily):
         how: Any = {"num_bins": self.num_bins, "bound": self.bound, "hidden": self.hidden}
         how["context_features"] = self.context_features
         self.layers = flows.spline_layers(self.latent_dim, self.num_layers, **how)
-
-    def distribution(self, parameters: dict[str, Tensor]) -> dist.Distribution:
-        """Return the flow that ends at ``loc`` and ``log_scale``, with this ``context``."""
-        shift = flows.Shift(parameters["loc"], parameters["log_scale"])
-        layers = [*self.layers, shift]
-        return flows.FlowDistribution(flows.standard_normal(shift.loc), layers, parameters["context"])
 
 
 # The concentration per dimension says how far q is from uniform, whatever m. At 1/4 (mean resultant

@@ -5,7 +5,7 @@ Arguments, shapes and errors that all of them share stand at :class:`Likelihood`
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -13,21 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae.distributions import values
-from pyro_vae.errors import InputError, positive_number, size
+from pyro_vae.errors import InputError, check_choice, positive_number, size
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.scale import moments
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "Gaussian",
-    "Likelihood",
-    "NegativeBinomial",
-    "Poisson",
-    "StudentT",
-]
+    "Bernoulli", "Categorical", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian",
+    "Likelihood", "NegativeBinomial", "Poisson", "StudentT",
+]  # fmt: skip
 
 SIGMAS = ("learned", "per-column", "per-pixel")
 
@@ -58,7 +51,6 @@ class Likelihood(nn.Module):
         accepts: the closed interval of the data's values.
         step: distance between two of the data's values; None where any value is accepted.
         takes_sizes: whether the call takes size factors ``(N,)`` after z, as counts may.
-        data_shape: shape of one datum.
 
     Example:
         >>> from pyro_vae.networks import MLPDecoder
@@ -94,10 +86,9 @@ class Likelihood(nn.Module):
 
         Both have ``data_shape``. Refused by a likelihood of values with a range of their own.
         """
-        raise InputError(
-            f"expected a likelihood of real values to standardise, got {type(self).__name__}: its "
-            "data stay as they are; divide x by one number yourself, or use Gaussian"
-        )
+        wanted = "a likelihood of real values to standardise"
+        advice = "its data stay as they are; divide x by one number yourself, or use Gaussian"
+        raise InputError(f"expected {wanted}, got {type(self).__name__}: {advice}")
 
     def check(self, x: Tensor) -> None:
         """Refuse data ``(N, *data_shape)`` this density is not defined for, once per data set.
@@ -111,10 +102,8 @@ class Likelihood(nn.Module):
         off = (off - off.round()).abs()
         if off.max() > 1e-3:
             kind = "whole numbers" if self.step == 1 else f"multiples of {self.step:.6g}"
-            raise InputError(
-                f"expected {kind} for {type(self).__name__}, got {x.flatten()[off.argmax()]:g}: "
-                f"{self.instead}"
-            )
+            wanted = f"{kind} for {type(self).__name__}"
+            raise InputError(f"expected {wanted}, got {x.flatten()[off.argmax()]:g}: {self.instead}")
 
     def bits_per_dimension(self, log_prob: float) -> float:
         """Return log p(x) in nats as bits for each value; a code's length where x is discrete."""
@@ -191,7 +180,6 @@ class Gaussian(Likelihood):
     .. math:: p(x | z) = N(x; f(z), \sigma^2 I)
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         sigma: a positive number (fixed), ``"learned"`` (one for all pixels), ``"per-column"`` (one
             learned for each value of a datum, whatever z) or ``"per-pixel"`` (from a second head,
             depending on z). Where it is learned it starts at the data's own deviation, through
@@ -211,14 +199,9 @@ class Gaussian(Likelihood):
     scale: Tensor
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        sigma: float | str = 0.1,
-        floor: float = 0.5 / 255,
-        standardized: bool = False,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, sigma: float | str = 0.1,
+        floor: float = 0.5 / 255, standardized: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape)
         if isinstance(sigma, str) and sigma not in SIGMAS:
             words = ", ".join(SIGMAS)
@@ -253,8 +236,7 @@ class Gaussian(Likelihood):
         """Start a learned sigma at the deviation of data ``(N, *data_shape)``, ``again`` or once."""
         if not isinstance(self.sigma, str):
             return
-        raw = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
-        assert raw is not None
+        raw: Any = self.raw_sigma_head.map.bias if self.sigma == "per-pixel" else self.raw_sigma
         if raw.any() and not again:
             return
         deviation = moments(x)[1]
@@ -295,7 +277,6 @@ class StudentT(Gaussian):
     .. math:: p(x | z) = \prod_i t_\nu(x_i; f_i(z), \sigma)
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
             that there is a mean, from 5 on.
         sigma, floor, standardized: as :class:`Gaussian` has them.
@@ -305,15 +286,9 @@ class StudentT(Gaussian):
     """
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        df: float | str = "learned",
-        sigma: float | str = "learned",
-        floor: float = 0.5 / 255,
-        standardized: bool = False,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, df: float | str = "learned",
+        sigma: float | str = "learned", floor: float = 0.5 / 255, standardized: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape, sigma=sigma, floor=floor, standardized=standardized)
         self.df = df if df == "learned" else positive_number("df", df)
         if self.df == "learned":
@@ -334,7 +309,6 @@ class DiscretizedLogistic(Gaussian):
     lossless code, see :meth:`bits_per_dimension`.
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         levels: number of levels, at least 2; data are k / (levels - 1).
         sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
 
@@ -353,14 +327,9 @@ class DiscretizedLogistic(Gaussian):
     standardize = Likelihood.standardize  # levels have a range of their own
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: Sequence[int],
-        *,
-        levels: int = 256,
-        sigma: float | str = "learned",
-        floor: float = 0.5 / 255,
-    ) -> None:
+        self, decoder: nn.Module, data_shape: Sequence[int], *, levels: int = 256,
+        sigma: float | str = "learned", floor: float = 0.5 / 255,
+    ) -> None:  # fmt: skip
         super().__init__(decoder, data_shape, sigma=sigma, floor=floor)
         self.levels = size("levels", levels, least=2)
         self.step = 1 / (self.levels - 1)
@@ -376,7 +345,6 @@ class Categorical(Likelihood):
     The mean is that of the numbers, for categories with an order; of others use draws.
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         num_categories: K, at least 2.
     """
 
@@ -408,7 +376,6 @@ class Poisson(Likelihood):
     .. math:: p(x | z) = \prod_i Poisson(x_i; s \exp f_i(z))
 
     Args:
-        decoder, data_shape: as :class:`Likelihood` has them.
         size_factor: the s of a datum (its exposure, its sequencing depth): None is 1; ``"observed"``
             takes it as a last input, ``(N,)``, of model and guide, whose x is then a tuple;
             ``"learned"`` makes it log-normal: the last latent times a learned scale is log s, and
@@ -436,8 +403,7 @@ class Poisson(Likelihood):
         self, decoder: nn.Module, data_shape: Sequence[int], *, size_factor: str | None = None
     ) -> None:
         super().__init__(decoder, data_shape)
-        if size_factor not in (None, "observed", "learned"):
-            raise InputError(f"expected size_factor None, observed or learned, got {size_factor!r}")
+        check_choice("size_factor", size_factor, (None, "observed", "learned"))
         self.size_factor = size_factor
         self.log_rate = Head(feature_shape(decoder), self.data_shape)
         self.takes_sizes = size_factor == "observed"
@@ -480,6 +446,5 @@ class NegativeBinomial(Poisson):
     overdispersed = True
 
     def _counts(self, log_rate: Tensor) -> dist.Distribution:
-        logits = log_rate - self.log_theta
-        theta = self.log_theta.exp()
+        logits, theta = log_rate - self.log_theta, self.log_theta.exp()
         return values.PreciseNegativeBinomial(theta, logits=logits, validate_args=False)

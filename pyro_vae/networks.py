@@ -19,24 +19,13 @@ from torch import Tensor, nn
 from pyro_vae.errors import InputError, size, sizes, unknown_name
 
 __all__ = [
-    "ACTIVATIONS",
-    "Conditional",
-    "ConvDecoder",
-    "ConvEncoder",
-    "Head",
-    "MLPDecoder",
-    "MLPEncoder",
+    "ACTIVATIONS", "Conditional", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder",
     "Standardized",
-]
+]  # fmt: skip
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-}
+Sizes = Sequence[int]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+ACTIVATIONS |= {"silu": nn.SiLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
 
 def _activation(name: str) -> nn.Module:
@@ -48,7 +37,7 @@ def _activation(name: str) -> nn.Module:
 class _MLP(nn.Module):
     """Fully connected layers on the last axis, each followed by the activation."""
 
-    def __init__(self, in_features: int, hidden: Sequence[int], activation: str) -> None:
+    def __init__(self, in_features: int, hidden: Sizes, activation: str) -> None:
         super().__init__()
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise((in_features, *hidden)):
@@ -73,8 +62,8 @@ class MLPEncoder(nn.Module):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
-        hidden: Sequence[int] = (512, 256),
+        data_shape: Sizes,
+        hidden: Sizes = (512, 256),
         *,
         activation: str = "relu",
         log1p: bool = False,
@@ -106,7 +95,7 @@ class MLPDecoder(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, hidden: Sequence[int] = (256, 512), *, activation: str = "relu"
+        self, latent_dim: int, hidden: Sizes = (256, 512), *, activation: str = "relu"
     ) -> None:
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
@@ -141,8 +130,8 @@ class _Convolutional(nn.Module):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
-        channels: Sequence[int],
+        data_shape: Sizes,
+        channels: Sizes,
         activation: str,
         norm: str | None,
         residual_blocks: int,
@@ -151,10 +140,8 @@ class _Convolutional(nn.Module):
         self.data_shape = sizes("data_shape", data_shape)
         self.dims = len(self.data_shape) - 1
         if self.dims not in _CONVOLUTIONS:
-            raise InputError(
-                "expected curves of shape (channels, length) or images of shape (channels, height, "
-                f"width), got {self.data_shape}: use an MLP for other data"
-            )
+            wanted = "curves of shape (channels, length) or images of shape (channels, height, width)"
+            raise InputError(f"expected {wanted}, got {self.data_shape}: use an MLP for other data")
         self.channels = sizes("channels", channels)
         self.activation, self.norm = activation, norm
         self.residual_blocks = size("residual_blocks", residual_blocks, least=0)
@@ -200,15 +187,9 @@ class ConvEncoder(_Convolutional):
     """
 
     def __init__(
-        self,
-        data_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64),
-        *,
-        features: int = 256,
-        activation: str = "relu",
-        norm: str | None = None,
-        residual_blocks: int = 0,
-    ) -> None:
+        self, data_shape: Sizes, channels: Sizes = (32, 64), *, features: int = 256,
+        activation: str = "relu", norm: str | None = None, residual_blocks: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.features = size("features", features)
         self.out_shape = (self.features,)
@@ -246,15 +227,9 @@ class ConvDecoder(_Convolutional):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        data_shape: Sequence[int],
-        channels: Sequence[int] = (64, 32),
-        *,
-        activation: str = "relu",
-        norm: str | None = None,
-        residual_blocks: int = 0,
-    ) -> None:
+        self, latent_dim: int, data_shape: Sizes, channels: Sizes = (64, 32), *,
+        activation: str = "relu", norm: str | None = None, residual_blocks: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(data_shape, channels, activation, norm, residual_blocks)
         self.latent_dim = size("latent_dim", latent_dim)
         extents = [self.data_shape[1:]]
@@ -293,7 +268,7 @@ class Standardized(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, encoder: nn.Module, data_shape: Sequence[int]) -> None:
+    def __init__(self, encoder: nn.Module, data_shape: Sizes) -> None:
         super().__init__()
         self.encoder, self.data_shape = encoder, sizes("data_shape", data_shape)
         self.out_shape = feature_shape(encoder)
@@ -370,26 +345,24 @@ class Head(nn.Module):
         ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``.
     """
 
-    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int]) -> None:
+    def __init__(self, in_shape: Sizes, out_shape: Sizes) -> None:
         super().__init__()
         self.in_shape = sizes("in_shape", in_shape)
         self.out_shape = sizes("out_shape", out_shape)
         dims = len(self.in_shape) - 1
         self.pixelwise = dims in _CONVOLUTIONS and self.in_shape[1:] == self.out_shape[1:]
-        self.map: nn.Conv1d | nn.Conv2d | nn.Linear = (
-            _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
-            if self.pixelwise
-            else nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
-        )
+        self.map: nn.Conv1d | nn.Conv2d | nn.Linear
+        if self.pixelwise:
+            self.map = _CONVOLUTIONS[dims](self.in_shape[0], self.out_shape[0], kernel_size=1)
+        else:
+            self.map = nn.Linear(math.prod(self.in_shape), math.prod(self.out_shape))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the parameter ``(*batch, *out_shape)`` of features ``(*batch, *in_shape)``."""
         batch = features.shape[: features.dim() - len(self.in_shape)]
-        if self.pixelwise:
-            features = features.reshape(-1, *self.in_shape)
-        else:
-            features = features.flatten(start_dim=len(batch))
-        return self.map(features).reshape(*batch, *self.out_shape)
+        flat = features.flatten(start_dim=len(batch))
+        maps = features.reshape(-1, *self.in_shape) if self.pixelwise else flat
+        return self.map(maps).reshape(*batch, *self.out_shape)
 
     @torch.no_grad()
     def start_at(self, weight_scale: float = 1.0, bias: Tensor | float = 0.0) -> None:
@@ -411,10 +384,8 @@ def check_shape(
         advice = f"build the {owner} with the data's own shape"
         if tuple(x.shape) == data_shape:
             advice = "of one datum pass x[None]"
-        raise InputError(
-            f"expected data of shape ({batch}, {', '.join(map(str, data_shape))}), "
-            f"got {tuple(x.shape)}: {advice}"
-        )
+        wanted = f"data of shape ({batch}, {', '.join(map(str, data_shape))})"
+        raise InputError(f"expected {wanted}, got {tuple(x.shape)}: {advice}")
 
 
 def check_range(x: Tensor, accepts: tuple[float, float], owner: str, advice: str) -> None:
@@ -423,18 +394,15 @@ def check_range(x: Tensor, accepts: tuple[float, float], owner: str, advice: str
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise InputError("expected finite data, got NaN or infinity: remove or fill them")
     if smallest < low or largest > high:
-        raise InputError(
-            f"expected x in [{low:g}, {high:g}] for {owner}, got values from {smallest:g} to "
-            f"{largest:g}: {advice}"
-        )
+        wanted = f"x in [{low:g}, {high:g}] for {owner}"
+        raise InputError(f"expected {wanted}, got values from {smallest:g} to {largest:g}: {advice}")
 
 
 def feature_shape(network: nn.Module) -> tuple[int, ...]:
     """Return the shape of a network's features of one datum; refuse one that does not say it."""
     shape = getattr(network, "out_shape", None)
     if shape is None:
-        raise InputError(
-            f"expected a network with an attribute out_shape, got {type(network).__name__}: "
-            "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
-        )
+        wanted = "a network with an attribute out_shape"
+        advice = "set it to the shape of its features for one datum, e.g. network.out_shape = (256,)"
+        raise InputError(f"expected {wanted}, got {type(network).__name__}: {advice}")
     return tuple(shape)

@@ -1,6 +1,6 @@
 """Priors p(z): modules whose call returns the distribution of one datum's latent vector.
 
-Shapes and errors that all of them share stand at :class:`Prior`.
+Shapes, errors and the argument that all of them share stand at :class:`Prior`.
 """
 
 import math
@@ -20,15 +20,9 @@ from pyro_vae.errors import InputError, positive_number, size, sizes
 from pyro_vae.networks import Standardized, check_range, check_shape
 
 __all__ = [
-    "Beta",
-    "FlowPrior",
-    "GaussianMixture",
-    "HypersphericalUniform",
-    "Prior",
-    "StandardNormal",
-    "VampPrior",
-    "VonMisesFisher",
-]
+    "Beta", "FlowPrior", "GaussianMixture", "HypersphericalUniform", "Prior", "StandardNormal",
+    "VampPrior", "VonMisesFisher",
+]  # fmt: skip
 
 
 class Prior(nn.Module):
@@ -80,7 +74,6 @@ class StandardNormal(Prior):
     .. math:: p(z) = N(z; 0, s^2 I)
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         scale: the standard deviation s, or its start where it is learned.
         learn_scale: whether s is trained (through its logarithm).
 
@@ -117,7 +110,6 @@ class GaussianMixture(Prior):
     standard normal, about which a fresh encoder scatters (see :func:`variance_of_means`).
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         num_components: number of components, K.
         learn_weights: whether the weights are trained; if not, they stay as they are.
         learn_components: whether means and covariances are trained.
@@ -154,14 +146,9 @@ class GaussianMixture(Prior):
 
     @classmethod
     def from_parameters(
-        cls,
-        weights: Tensor,
-        means: Tensor,
-        covariances: Tensor,
-        *,
-        learn_weights: bool = False,
+        cls, weights: Tensor, means: Tensor, covariances: Tensor, *, learn_weights: bool = False,
         learn_components: bool = False,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Return the mixture with these parameters, by default all fixed.
 
         Weights ``(K,)`` are positive and sum to 1, means are ``(K, latent_dim)`` and covariances
@@ -183,9 +170,8 @@ class GaussianMixture(Prior):
         factors, failures = torch.linalg.cholesky_ex(covariances)
         if failures.any():
             raise InputError("expected positive definite covariances, got one that is not")
-        mixture = cls(
-            latent_dim, num_components, learn_weights=learn_weights, learn_components=learn_components
-        ).to(means)
+        how = {"learn_weights": learn_weights, "learn_components": learn_components}
+        mixture = cls(latent_dim, num_components, **how).to(means)
         with torch.no_grad():
             mixture.logits.copy_(weights.log())
             mixture.means.copy_(means)
@@ -210,7 +196,6 @@ class FlowPrior(Prior):
     one learned spline.
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         num_layers: number of coupling layers.
         hidden: widths of each layer's network.
         num_bins: bins of each spline.
@@ -224,14 +209,9 @@ class FlowPrior(Prior):
     loc: Tensor
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        num_layers: int = 4,
-        hidden: Sequence[int] = (64, 64),
-        num_bins: int = 8,
-        bound: float = 5.0,
-    ) -> None:
+        self, latent_dim: int, *, num_layers: int = 4, hidden: Sequence[int] = (64, 64),
+        num_bins: int = 8, bound: float = 5.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
         self.num_layers = size("num_layers", num_layers)
@@ -281,20 +261,14 @@ class VampPrior(Prior):
     logits: Tensor
 
     def __init__(
-        self,
-        guide: Callable[[Tensor], dist.Distribution],
-        data_shape: Sequence[int],
-        *,
-        num_pseudo_inputs: int = 500,
-        learn_weights: bool = False,
-        unit_interval: bool = True,
-    ) -> None:
+        self, guide: Callable[[Tensor], dist.Distribution], data_shape: Sequence[int], *,
+        num_pseudo_inputs: int = 500, learn_weights: bool = False, unit_interval: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         if getattr(guide, "latent_dim", None) is None:
-            raise InputError(
-                f"expected a family with an attribute latent_dim, got {type(guide).__name__}: "
-                "set it to the size of the latent vector"
-            )
+            wanted = "a family with an attribute latent_dim"
+            advice = "set it to the size of the latent vector"
+            raise InputError(f"expected {wanted}, got {type(guide).__name__}: {advice}")
         # Past nn.Module's own __setattr__, which would register the family as a part of the prior and
         # so save it, list its parameters and hand it to Pyro a second time.
         object.__setattr__(self, "guide", guide)
@@ -410,9 +384,8 @@ class HypersphericalUniform(Prior):
 
     def forward(self) -> dist.Distribution:
         """Return the uniform distribution."""
-        return distributions.HypersphericalUniform(
-            self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, validate_args=False
-        )
+        how: Any = {"dtype": self.origin.dtype, "device": self.origin.device, "validate_args": False}
+        return distributions.HypersphericalUniform(self.latent_dim, **how)
 
 
 class Beta(Prior):
@@ -425,7 +398,6 @@ class Beta(Prior):
     draws are near which end is right at any concentration.
 
     Args:
-        latent_dim: as :class:`Prior` has it.
         concentration1: a, or its start where it is learned.
         concentration0: b, or its start where it is learned.
         learn_concentrations: whether a and b are trained, one pair per coordinate (through their

@@ -17,6 +17,7 @@ from pyro_vae.errors import InputError, size
 from pyro_vae.networks import Conditional, Standardized
 from pyro_vae.scale import fill_missing, location_and_scale, moments
 
+Component = Callable[..., dist.Distribution]
 _numbers = itertools.count()
 
 
@@ -50,12 +51,7 @@ class VAE(nn.Module):
         torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        prior: Callable[..., dist.Distribution],
-        likelihood: Callable[..., dist.Distribution],
-        guide: Callable[..., dist.Distribution],
-    ) -> None:
+    def __init__(self, prior: Component, likelihood: Component, guide: Component) -> None:
         super().__init__()
         _check_components(prior, likelihood, guide)
         self.prior, self.likelihood, self.variational_family = prior, likelihood, guide
@@ -90,10 +86,9 @@ class VAE(nn.Module):
     def check_data(self, x: Tensor, *given: Tensor) -> None:
         """Refuse data the likelihood is not defined for (see ``Likelihood.check``)."""
         if self._takes_sizes and not (given[-1].dim() == 1 and bool((given[-1] > 0).all())):
-            raise InputError(
-                "expected size factors as numbers above 0, one for each datum, got shape "
-                f"{tuple(given[-1].shape)} and values from {given[-1].min():g}: correct them"
-            )
+            wanted = "size factors as numbers above 0, one for each datum"
+            got = f"shape {tuple(given[-1].shape)} and values from {given[-1].min():g}"
+            raise InputError(f"expected {wanted}, got {got}: correct them")
         if hasattr(self.likelihood, "check"):
             self.likelihood.check(x)
 
@@ -202,10 +197,9 @@ class VAE(nn.Module):
         if prior.batch_shape:
             batch, event = tuple(prior.batch_shape), tuple(prior.event_shape)
             advice = "leave the leading dimensions out" if event else f"add .to_event({len(batch)})"
-            raise InputError(
-                f"expected a prior with batch shape (), got batch shape {batch} and event shape "
-                f"{event}: {advice}"
-            )
+            wanted = "a prior with batch shape ()"
+            got = f"batch shape {batch} and event shape {event}"
+            raise InputError(f"expected {wanted}, got {got}: {advice}")
         return prior
 
     def _register(self, part: str) -> None:
@@ -270,9 +264,9 @@ class ConditionalVAE(VAE):
 
     def __init__(
         self,
-        prior: Callable[..., dist.Distribution],
-        likelihood: Callable[..., dist.Distribution],
-        guide: Callable[..., dist.Distribution],
+        prior: Component,
+        likelihood: Component,
+        guide: Component,
         *,
         num_classes: int | None = None,
     ) -> None:
@@ -344,10 +338,9 @@ def _training_data(x: Any) -> Tensor:
     try:
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"expected training data as a tensor or an array, got {type(x).__name__}: for a Dataset "
-            "pass data.train"
-        ) from None
+        wanted = "training data as a tensor or an array"
+        advice = "for a Dataset pass data.train"
+        raise InputError(f"expected {wanted}, got {type(x).__name__}: {advice}") from None
     if x.ndim == 0 or not len(x):
         raise InputError(f"expected at least one datum to start at, got shape {tuple(x.shape)}")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
@@ -358,23 +351,20 @@ def _check_components(prior: object, likelihood: object, guide: object) -> None:
     for part, given in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
         if isinstance(given, Distribution):  # Pyro's are callable: they draw
             arguments = {"prior": "", "likelihood": " z", "guide": " x"}[part]
-            raise InputError(
-                f"expected {part} as a function that returns a distribution, got a "
-                f"{type(given).__name__} itself: pass lambda{arguments}: distribution"
-            )
+            what = f"{part} as a function that returns a distribution"
+            found_ = f"a {type(given).__name__} itself: pass lambda{arguments}"
+            raise InputError(f"expected {what}, got {found_}: distribution")
     wanted, got = getattr(prior, "latent_support", None), getattr(guide, "latent_support", None)
     if wanted is not None and got is not None and wanted != got:
         names = sorted(set(guides.__all__) - {"VariationalFamily"})
         matching = [name for name in names if getattr(guides, name).latent_support == wanted]
-        raise InputError(
-            f"expected a family with latents on the {wanted} for {type(prior).__name__}, got "
-            f"{type(guide).__name__} (latents on the {got}): use {' or '.join(matching)}"
-        )
+        what = f"a family with latents on the {wanted} for {type(prior).__name__}"
+        found_ = f"{type(guide).__name__} (latents on the {got})"
+        raise InputError(f"expected {what}, got {found_}: use {' or '.join(matching)}")
     if getattr(prior, "guide", guide) is not guide:
-        raise InputError(
-            f"expected {type(prior).__name__} to be built on the family of the same VAE, got another "
-            "one, which nobody trains: pass it the family that is the VAE's guide"
-        )
+        what = f"{type(prior).__name__} to be built on the family of the same VAE"
+        advice = "pass it the family that is the VAE's guide"
+        raise InputError(f"expected {what}, got another one, which nobody trains: {advice}")
     parts = [part for part in (prior, likelihood, guide) if hasattr(part, "latent_dim")]
     sizes = {type(part).__name__: part.latent_dim for part in parts if part.latent_dim is not None}
     if len(set(sizes.values())) > 1:

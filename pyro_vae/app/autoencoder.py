@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from pyro_vae import plots
 from pyro_vae.app import names
 from pyro_vae.app.names import TrainSettings
@@ -27,6 +25,8 @@ _SEED = 0  # of what is drawn from the trained models
 
 _HEADER = ["quantity", "autoencoder", "VAE"]
 _CAPTION = "Test data: root-mean-square errors per value, median distances"
+_SHOWN = "Reconstructions, decoded random latents, latents between the codes of four data points, "
+_SHOWN += "and how far random latents are from the training codes."
 
 
 def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> dict[str, Any]:
@@ -61,7 +61,11 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
         table = result["table"].items()
         rows: list[Any] = [(name, row["autoencoder"], row["vae"]) for name, row in table]
         rows.append(("training seconds", *result["training_seconds"].values()))
-        _write_page(study.folder, result, rows, figure)
+        page = Page(f"Autoencoder and VAE {study.folder.name}", subtitle=f"autoencoder's loss {loss}")
+        page.section("Result")
+        page.table(_HEADER, rows, caption=_CAPTION, decimals=3)
+        page.figure(figure, caption=_SHOWN)
+        write_page(page, study.folder, result)
         write_json(study.folder / "autoencoder.json", result)
         print_table(_CAPTION, _HEADER, rows, decimals=3)
         print_line(f"written: {study.folder}")
@@ -88,15 +92,3 @@ def _train(
     test = dataset.test.to(device)
     comparison = compare_autoencoder(baseline, vae.model, vae.guide, train, test, seed=_SEED)
     return comparison, {"autoencoder": deterministic, "vae": variational}
-
-
-def _write_page(folder: Path, result: dict[str, Any], rows: list[Any], figure: Figure) -> None:
-    page = Page(f"Autoencoder and VAE {folder.name}", subtitle=f"autoencoder's loss {result['loss']}")
-    page.section("Result")
-    page.table(_HEADER, rows, caption=_CAPTION, decimals=3)
-    page.figure(
-        figure,
-        caption="Reconstructions, decoded random latents, latents between the codes of four data "
-        "points, and how far random latents are from the training codes.",
-    )
-    write_page(page, folder, result)

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, get_args
@@ -30,6 +30,11 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Run folder written by `pyro-vae train`.")]
 StudyFolder = Annotated[Path, typer.Option(help="Folder to write; it goes on where it stopped.")]
+_BETAS = "Weights of the KL term, separated by commas, in training order."
+Betas = Annotated[str, typer.Option(help=_BETAS)]
+WarmStart = Annotated[bool, typer.Option(help="Start each run from the weights of the one before.")]
+_LOSS = "Loss of the autoencoder: mse or bce; default: bce for data in [0, 1], else mse."
+Loss = Annotated[str | None, typer.Option(help=_LOSS)]
 
 
 def main() -> None:
@@ -99,47 +104,24 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit.")
+
+
 @app.callback()
-def _begin(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit."),
-    ] = False,
-) -> None: ...
+def _begin(version: Annotated[bool, _VERSION] = False) -> None: ...
 
 
 @command("train --dataset digits --output my-run", unless="resume")
-def train(
-    context: typer.Context,
-    settings: names.TrainSettings,
-    output: Annotated[
-        Path | None, typer.Option(help="Run folder; default: a new one below runs/.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(help="Write a checkpoint every N epochs.", rich_help_panel="Advanced"),
-    ] = None,
-    checkpoint_minutes: Annotated[
-        float,
-        typer.Option(
-            help="Write a checkpoint every N minutes; 0: at every step.",
-            rich_help_panel="Advanced",
-        ),
-    ] = 1.0,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Resume this interrupted run folder, with the options it has."),
-    ] = None,
-) -> None:
+def train(context: typer.Context, settings: names.TrainSettings, files: names.RunFiles) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
     from pyro_vae.app.run import Checkpointing
     from pyro_vae.distributed import join_processes
 
-    if resume is None:
-        when = Checkpointing(checkpoint_every, checkpoint_minutes)
+    if files.resume is None:
+        when = Checkpointing(files.checkpoint_every, files.checkpoint_minutes)
         with join_processes(settings.device):
-            work.train(settings, output, checkpointing=when)
+            work.train(settings, files.output, checkpointing=when)
         return
     for name in ("output", "checkpoint_every", "checkpoint_minutes"):
         if is_given(context, name):
@@ -148,32 +130,18 @@ def train(
     told = (each.name for each in fields(settings))
     given = {name: getattr(settings, name) for name in told if is_given(context, name)}
     with join_processes(settings.device):
-        work.resume(resume, given)
+        work.resume(files.resume, given)
 
 
 @command("evaluate my-run --num-data 100")
-def evaluate(
-    run: Run,
-    how: names.EvaluateSettings,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="Picture of Pareto k and of how the estimate converges, to this file."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
-    data_root: Annotated[
-        str | None, typer.Option(help="Folder of the data set; default: the run's.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
+def evaluate(run: Run, how: names.EvaluateSettings, files: names.EvaluateFiles) -> None:
     """Estimate log p(x) of a run's test part, and say how much of it can be trusted."""
     from pyro_vae.app import evaluate as work
     from pyro_vae.distributed import join_processes
 
-    with join_processes(device) as processes:
-        own = picture if processes.is_first else None
-        work.evaluate(run, how, data_root=data_root, device=device, picture=own, as_json=as_json)
+    with join_processes(files.device) as processes:
+        picture = files.picture if processes.is_first else None
+        work.evaluate(run, how, replace(files, picture=picture))
 
 
 @command(
@@ -199,16 +167,9 @@ def compare(
 
 @command("sweep --betas 0.5,1,2 --output betas", without={names.TrainSettings: ("beta",)})
 def sweep(
-    *,
-    output: StudyFolder,
-    betas: Annotated[
-        str, typer.Option(help="Weights of the KL term, separated by commas, in training order.")
-    ] = "0.25,0.5,1,2,4",
-    warm_start: Annotated[
-        bool, typer.Option(help="Start each run from the weights of the one before.")
-    ] = False,
+    *, output: StudyFolder, betas: Betas = "0.25,0.5,1,2,4", warm_start: WarmStart = False,
     settings: names.TrainSettings,
-) -> None:
+) -> None:  # fmt: skip
     """Train a series of runs over beta; write its rate-distortion table, picture and page."""
     from pyro_vae.app import sweep as work
 
@@ -221,17 +182,7 @@ _OF_VAE |= {"missing", "condition"}
 
 
 @command("autoencoder --output baseline", without={names.TrainSettings: _OF_VAE})
-def autoencoder(
-    *,
-    output: StudyFolder,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="Loss of the autoencoder: mse or bce; default: bce for data in [0, 1], else mse."
-        ),
-    ] = None,
-    settings: names.TrainSettings,
-) -> None:
+def autoencoder(*, output: StudyFolder, settings: names.TrainSettings, loss: Loss = None) -> None:
     """Train an autoencoder and a VAE on the same data; compare them in a table and a picture."""
     from pyro_vae.app import autoencoder as work
 

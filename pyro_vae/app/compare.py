@@ -29,6 +29,7 @@ from pyro_vae.files import UNREADABLE, parse_json, read_tensors, write_whole
 from pyro_vae.runs.files import RUNS, own_file, write_json
 from pyro_vae.vae import VAE
 
+_Axes = Mapping[str, tuple[str, ...]]
 _MEASURED = "measured.safetensors"
 _ESTIMATE = "estimate."  # begins the names of its tensors in there
 _QUANTITIES = ("elbo", "iwae", "log_prob", "annealed", "rate", "distortion")
@@ -50,10 +51,8 @@ def compare_families(
     if how.method == "annealed":
         raise InputError("expected method auto, importance or both, got annealed: both includes it")
     seeds, hold = combined.seeds, combined.hold
-    axes = {
-        axis: tuple(part.strip() for part in getattr(combined, f"{axis}s").split(","))
-        for axis in ("prior", "likelihood", "guide")
-    }
+    texts = {axis: getattr(combined, f"{axis}s") for axis in ("prior", "likelihood", "guide")}
+    axes = {axis: tuple(map(str.strip, text.split(","))) for axis, text in texts.items()}
     _check_axes(axes, hold)
     members = _combine(settings, axes, seeds)
     first = next(iter(members.values()))
@@ -128,9 +127,7 @@ def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
-def _write(
-    study: Study, comparison: Comparison, seconds: dict[str, list[float]], settings: dict[str, Any]
-) -> None:
+def _write(study: Study, comparison: Comparison, seconds: Any, settings: dict[str, Any]) -> None:
     folder, rows = study.folder, comparison.to_dict()["pairs"]
     singles = [
         {
@@ -150,7 +147,7 @@ def _write(
     write_rows([{"name": name, **row} for name, row in rows.items()], folder / "comparison.csv")
     write_rows(singles, folder / "runs.csv")
     made = study.describe(settings)
-    write_comparison_page(folder, comparison, rows, singles, figures, made)
+    write_comparison_page(folder, comparison, singles, figures, made)
     about = {name: getattr(comparison, name) for name in ("likelihood", "ranked_by", "num_samples")}
     write_json(folder / "comparison.json", {**about, "families": rows, "runs": singles, **made})
     _print(folder, comparison, rows)
@@ -181,20 +178,15 @@ def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str,
     shown = []
     for name, row in rows.items():
         difference, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
-        values = (
-            row[quantity],
-            row[f"{quantity}_run_deviation"],
-            plus_minus(difference, half_width, 3),
-        )
-        shown.append([name, *values, row["elbo"], row["verdict"]])
+        values = row[quantity], row[f"{quantity}_run_deviation"]
+        to_best = plus_minus(difference, half_width, 3)
+        shown.append([name, *values, to_best, row["elbo"], row["verdict"]])
     header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
     print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")
 
 
-def _combine(
-    settings: TrainSettings, axes: Mapping[str, Sequence[str]], seeds: int
-) -> dict[str, list[TrainSettings]]:
+def _combine(settings: TrainSettings, axes: _Axes, seeds: int) -> dict[str, list[TrainSettings]]:
     """Return the settings of every combination's runs, checked before anything is trained."""
     varied = [axis for axis, names in axes.items() if len(names) > 1] or ["guide"]
     members = {}
@@ -206,31 +198,25 @@ def _combine(
     return members
 
 
-def _check_axes(axes: dict[str, tuple[str, ...]], hold: str | None) -> None:
+def _check_axes(axes: _Axes, hold: str | None) -> None:
     for axis, names in axes.items():
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"expected each {axis} once, got {','.join(names)!r}: leave one out")
     if hold not in (None, "model"):
         raise InputError(f"expected --hold model, got {hold!r}")
     if len(axes["likelihood"]) > 1 and "bernoulli" in axes["likelihood"]:
-        raise InputError(
-            "expected likelihoods whose log p(x) can be subtracted, got bernoulli, a probability of "
-            "bits, beside densities: compare them in two runs"
-        )
+        wanted = "likelihoods whose log p(x) can be subtracted"
+        got = "bernoulli, a probability of bits, beside densities"
+        raise InputError(f"expected {wanted}, got {got}: compare them in two runs")
     if hold == "model" and (len(axes["prior"]) > 1 or len(axes["likelihood"]) > 1):
         raise InputError("expected one prior and one likelihood to hold, got more: give one of each")
     if hold == "model" and axes["prior"] == ("vamp",):
-        raise InputError(
-            "expected a prior that does not contain the guide to hold, got vamp: use pv.compare with "
-            'hold="model"'
-        )
+        wanted = "a prior that does not contain the guide to hold"
+        raise InputError(f'expected {wanted}, got vamp: use pv.compare with hold="model"')
 
 
 def _folder_name(settings: TrainSettings) -> str:
     return f"{settings.prior}-{settings.likelihood}-{settings.guide}-seed-{settings.seed}"
-
-
-# --- what was measured of a run, kept beside it: to go on need not repeat it ---------------------
 
 
 def save_measured(measured: Measured, likelihood: str, folder: Path) -> None:

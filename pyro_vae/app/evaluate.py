@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from pyro_vae import likelihoods
-from pyro_vae.app.names import EvaluateSettings
+from pyro_vae.app.names import EvaluateFiles, EvaluateSettings
 from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
 from pyro_vae.app.report import give_up_output, print_table
@@ -24,9 +24,8 @@ from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unreliable
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
-from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import finite_or_none
-from pyro_vae.pair.functions import PairFunction, resolve_device
+from pyro_vae.pair.functions import resolve_device
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.vae import VAE
 
@@ -48,25 +47,16 @@ _LABELS = {
 }
 
 
-def evaluate(
-    run: Path,
-    how: EvaluateSettings,
-    *,
-    data_root: str | None,
-    device: str,
-    picture: Path | None,
-    as_json: bool = False,
-) -> dict[str, Any]:
+def evaluate(run: Path, how: EvaluateSettings, files: EvaluateFiles) -> dict[str, Any]:
     """Print and return the estimate of log p(x) of a run's test part, see :func:`as_dict`.
 
     With both methods, annealing's is under ``annealed``. A picture shows the diagnostics of the
     importance weights. What has been computed is printed whatever becomes of the rest.
     """
-    if picture is not None:
-        picture = check_picture(picture)
-    place = resolve_device(device)
+    picture = None if files.picture is None else check_picture(files.picture)
+    place = resolve_device(files.device)
     vae, settings, _ = open_run(run, place)
-    dataset = load_data_of_run(run, settings, data_root)
+    dataset = load_data_of_run(run, settings, files.data_root)
     test, pair = dataset.inputs("test", how.num_data, place), pair_of(vae, settings)
     first = replace(how, method="importance") if how.method == "both" else how
     estimate = estimate_log_marginal(pair, test, first)
@@ -79,7 +69,7 @@ def evaluate(
             second = replace(how, method="annealed", target_standard_error=None)
             values["annealed"] = as_dict(estimate_log_marginal(pair, test, second), vae, test[0])
     finally:
-        _print_estimate(values, as_json=as_json)
+        _print_estimate(values, as_json=files.as_json)
     if picture is not None:
         save_picture(draw_diagnostics(estimate), picture)
     return values
@@ -94,10 +84,8 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
             sys.stdout.flush()
         except OSError as error:
             give_up_output()
-            raise InputError(
-                f"expected to write the result to the standard output, got: {error.strerror}; it is "
-                + text
-            ) from error
+            wanted = "to write the result to the standard output"
+            raise InputError(f"expected {wanted}, got: {error.strerror}; it is {text}") from error
         return
     columns = [values, *([values["annealed"]] if "annealed" in values else [])]
     header = ["quantity", *(column["method"] for column in columns)]
@@ -115,8 +103,7 @@ def estimate_log_marginal(pair: Pair, x: Inputs, how: EvaluateSettings) -> LogMa
     processes = Processes.current()
     if not processes.are_several or not len(x[0]):
         return _estimate(pair, x, how, show=True)
-    own = tuple(processes.share(value) for value in x)
-    part = None
+    own, part = tuple(processes.share(value) for value in x), None
     if len(own[0]):
         with warnings.catch_warnings():
             # Told below, once and of all the data.
@@ -138,13 +125,10 @@ def _estimate(pair: Pair, x: Inputs, how: EvaluateSettings, *, show: bool) -> Lo
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("log p(x)", total=len(x[0]))
-        return log_marginal(
-            *pair,
-            x,
-            **options,
-            progress=lambda done, _: bar.update(task, completed=done),
-            running_mean=lambda mean: bar.update(task, description=f"log p(x) {mean:.2f}"),
-        )
+        options["progress"] = lambda done, _: bar.update(task, completed=done)
+        told = "log p(x) {:.2f}".format
+        options["running_mean"] = lambda mean: bar.update(task, description=told(mean))
+        return log_marginal(*pair, x, **options)
 
 
 def _tell_budget(num_data: int, how: EvaluateSettings) -> str:
@@ -189,16 +173,3 @@ def as_dict(estimate: LogMarginal, vae: VAE, x: Tensor) -> dict[str, Any]:
         "acceptance": None if estimate.acceptance is None else estimate.acceptance.nanmean().item(),
         "method": estimate.method,
     }
-
-
-def data_standard_errors(estimate: LogMarginal) -> dict[str, float]:
-    """Return the standard errors over data of the estimate's means, nats; NaN for a single datum."""
-    count = len(estimate.log_prob)
-    if count < 2:
-        return dict.fromkeys(TERMS, math.nan)
-    return {name: getattr(estimate, name).std().item() / math.sqrt(count) for name in TERMS}
-
-
-def active_units(guide: PairFunction, x: Inputs) -> int:
-    """Count the latent coordinates whose posterior mean has a variance over the data above 0.01."""
-    return int((unit_variances(guide, x) > ACTIVE_VARIANCE).sum())

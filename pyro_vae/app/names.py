@@ -84,14 +84,9 @@ class OnlyWith(NamedTuple):
 
 
 def option(
-    default: _Value,
-    text: str = "",
-    only_with: OnlyWith | None = None,
-    *,
-    flags: str | None = None,
-    show_default: bool = True,
-    choices: Collection[str] = (),
-) -> _Value:
+    default: _Value, text: str = "", only_with: OnlyWith | None = None, *, flags: str | None = None,
+    show_default: bool = True, choices: Collection[str] = (),
+) -> _Value:  # fmt: skip
     """Declare a setting that is an option of the command line.
 
     ``flags`` is how it is written, where that is not its name; ``only_with`` what it needs to have an
@@ -219,6 +214,28 @@ class EvaluateSettings:
     )
     num_data: int | None = option(None, "Use only the first N test data points.")
     seed: int = option(0, "Seed of the draws.")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where ``pyro-vae train`` writes a run and its state, or which run it goes on with."""
+
+    output: Path | None = option(None, "Run folder; default: a new one below runs/.")  # noqa: RUF009
+    checkpoint_every: int | None = option(None, "Write a checkpoint every N epochs.")
+    checkpoint_minutes: float = option(1.0, "Write a checkpoint every N minutes; 0: at every step.")
+    resume: Path | None = option(None, "Resume this interrupted run folder, with the options it has.")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class EvaluateFiles:
+    """What ``pyro-vae evaluate`` reads besides the run, and writes."""
+
+    picture: Path | None = option(  # noqa: RUF009
+        None, "Picture of Pareto k and of how the estimate converges, to this file."
+    )
+    as_json: bool = option(False, "Print one JSON object and nothing else.", flags="--json")
+    data_root: str | None = option(None, "Folder of the data set; default: the run's.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
 
 @dataclass(frozen=True)

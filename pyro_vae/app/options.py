@@ -55,16 +55,14 @@ def as_command(
 
     def command(*, context: typer.Context, debug: bool, **values: Any) -> None:
         own_names = frozenset(options)
-        warnings.showwarning = lambda said, *_, **__: tell(
-            f"warning: {in_options(str(said), own_names)}"
-        )
+        said = "warning: {}".format
+        warnings.showwarning = lambda text, *_, **__: tell(said(in_options(str(text), own_names)))
         try:
             if unless is None or values[unless] is None:
                 _refuse_without_effect(context, declared)
             for name, part in gathered.items():
-                values[name] = own[name].annotation(
-                    **{each.name: values.pop(each.name) for each in part}
-                )
+                chosen = {each.name: values.pop(each.name) for each in part}
+                values[name] = own[name].annotation(**chosen)
                 check_values(values[name])
             function(**values, **({"context": context} if "context" in own else {}))
         except (InputError, OSError) as error:
@@ -77,11 +75,8 @@ def as_command(
             raise typer.Exit(tell_interruption(interruption)) from None
 
     # By keyword their order is free: options with a default may stand before those without.
-    debugging = typer.Option(
-        "--debug",
-        help="Show the traceback of an error.",
-        rich_help_panel=panel_of("debug"),
-    )
+    told = "Show the traceback of an error."
+    debugging = typer.Option("--debug", help=told, rich_help_panel=panel_of("debug"))
     options["debug"] = _as_keyword("debug", Annotated[bool, debugging], False)
     shown = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in options.values()]
     command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
@@ -164,10 +159,9 @@ def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -
             continue
         *others, last = condition.values
         needed = f"{', '.join(others)} or {last}" if others else last
-        raise InputError(
-            f"expected {_flag(each.name)} with {_flag(option)} {needed}, got it with {given}, where "
-            "it has no effect: leave it out"
-        )
+        wanted = f"{_flag(each.name)} with {_flag(option)} {needed}"
+        got = f"it with {given}, where it has no effect"
+        raise InputError(f"expected {wanted}, got {got}: leave it out")
 
 
 def _annotate(declared: Field[Any], hint: Any) -> Any:

@@ -12,6 +12,7 @@ from pyro_vae.app.report import Page, plus_minus
 from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.files import write_whole
 
+Row = Mapping[str, Any]
 PAGE = "report.html"
 # Where more than this share of the data has too heavy a tail, their mean can't be trusted either.
 MANY_UNRELIABLE = 0.05
@@ -20,10 +21,8 @@ _LINE = 80
 # Of the ELBO, as tables name them.
 TERMS = {"elbo": "ELBO", "rate": "rate (KL)", "distortion": "distortion"}
 
-PSEUDO = (
-    "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which can't be compared with a "
-    "density or with a likelihood of binary data."
-)
+PSEUDO = "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which can't be compared "
+PSEUDO += "with a density or with a likelihood of binary data."
 
 _CAPTIONS = {
     "training": (
@@ -46,9 +45,7 @@ _CAPTIONS = {
 }
 
 
-def write_run_page(
-    folder: Path, run: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, Figure]
-) -> None:
+def write_run_page(folder: Path, run: Row, metrics: Row, pictures: Mapping[str, Figure]) -> None:
     """Write a training run's page: of what ``config.json`` and ``metrics.json`` hold, with figures.
 
     There is none named ``training`` after no epochs.
@@ -78,12 +75,8 @@ def write_run_page(
     page.section("Pictures")
     for name in ("samples", "reconstructions"):
         page.figure(pictures[name], caption=_CAPTIONS[name])
-    resolved = {
-        "compile": metrics["compile_choice"],
-        "device": metrics["device"],
-        "start": run["start"],
-        "data points": run["num_data"],
-    }
+    resolved = {"compile": metrics["compile_choice"], "device": metrics["device"]}
+    resolved |= {"start": run["start"], "data points": run["num_data"]}
     write_page(page, folder, {**run, "settings": settings | resolved})
 
 
@@ -92,7 +85,7 @@ def log_prob_name(pseudo: bool) -> str:
     return "log p(x)" + (" (pseudo-likelihood)" if pseudo else "")
 
 
-def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
+def add_reliability(page: Page, estimate: Row) -> None:
     """Say in words and numbers how far an estimate of log p(x) can be trusted."""
     count, untrusted = estimate["num_data"], estimate["num_unreliable"]
     said = (
@@ -107,25 +100,20 @@ def add_reliability(page: Page, estimate: Mapping[str, Any]) -> None:
             "variational family or more samples help."
         )
     else:
-        page.text(
-            f"{said} The weights of the others have a tail light enough for the estimate and its "
-            "standard error to mean what they say."
-        )
-    page.table(
-        ["diagnostic", "value"],
-        [
-            ["data points not trusted", f"{untrusted / count:.1%}"],
-            ["samples per datum", estimate["num_samples"]],
-            ["median effective sample size", estimate["median_ess"]],
-            ["standard error of the mean, Monte Carlo (nats)", f"{estimate['standard_error']:.4f}"],
-            ["standard error of the mean, over data (nats)", estimate["data_standard_error"]],
-            ["expected bias of the mean (nats)", f"{estimate['expected_bias']:.4f}"],
-        ],
-        caption="Importance weights of the test data",
-    )
+        light = "The weights of the others have a tail light enough for the estimate and its standard"
+        page.text(f"{said} {light} error to mean what they say.")
+    rows = [
+        ["data points not trusted", f"{untrusted / count:.1%}"],
+        ["samples per datum", estimate["num_samples"]],
+        ["median effective sample size", estimate["median_ess"]],
+        ["standard error of the mean, Monte Carlo (nats)", f"{estimate['standard_error']:.4f}"],
+        ["standard error of the mean, over data (nats)", estimate["data_standard_error"]],
+        ["expected bias of the mean (nats)", f"{estimate['expected_bias']:.4f}"],
+    ]
+    page.table(["diagnostic", "value"], rows, caption="Importance weights of the test data")
 
 
-def write_page(page: Page, folder: Path, made: Mapping[str, Any]) -> None:
+def write_page(page: Page, folder: Path, made: Row) -> None:
     """Write a page whole or not at all, with how to get the same again at its end."""
     page.section("How it was made")
     page.code(in_lines(made["command"]))
@@ -146,7 +134,7 @@ def in_lines(command: str) -> str:
     return " \\\n".join(lines)
 
 
-def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
+def _add_result(page: Page, metrics: Row) -> None:
     bound, estimate = metrics["test"], metrics["test_log_marginal"]
     errors = metrics["test_data_standard_errors"]
     page.section("Result")
@@ -179,33 +167,26 @@ def _add_result(page: Page, metrics: Mapping[str, Any]) -> None:
 
 
 def write_comparison_page(
-    folder: Path,
-    comparison: Comparison,
-    rows: Mapping[str, Mapping[str, Any]],
-    singles: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Figure],
-    made: Mapping[str, Any],
+    folder: Path, found: Comparison, singles: Sequence[Row], figures: Mapping[str, Figure], made: Row
 ) -> None:
-    """Write the page of a comparison into its folder."""
-    settings = made["settings"]
-    page = Page(
-        "Comparison of " + ", ".join(rows),
-        subtitle=f"{Path(settings['dataset']).name}, {settings['epochs']} epochs, seeds "
-        f"{settings['seed']} to {settings['seed'] + settings['seeds'] - 1}",
-    )
+    """Write the page of a comparison into its folder, with a row for each of the single runs."""
+    settings, rows = made["settings"], found.to_dict()["pairs"]
+    seeds = f"{settings['seed']} to {settings['seed'] + settings['seeds'] - 1}"
+    about = f"{Path(settings['dataset']).name}, {settings['epochs']} epochs, seeds {seeds}"
+    page = Page("Comparison of " + ", ".join(rows), subtitle=about)
     page.section("Result")
-    page.text(conclude(comparison))
-    _add_warnings(page, comparison)
-    _add_ranking(page, comparison, rows)
+    page.text(conclude(found))
+    _add_warnings(page, found)
+    _add_ranking(page, found, rows)
     page.figure(figures["differences"], caption=_CAPTIONS["differences"])
     page.section("Where the bound goes")
-    _add_bounds(page, comparison, rows)
+    _add_bounds(page, found, rows)
     if "per-datum" in figures:
         page.figure(figures["per-datum"], caption=_CAPTIONS["per-datum"])
     page.section("Reliability and cost")
     _add_cost(page, rows)
     page.section("Single runs")
-    _add_runs(page, comparison.ranked_by, singles)
+    _add_runs(page, found.ranked_by, singles)
     write_page(page, folder, made)
 
 
@@ -245,7 +226,7 @@ def _add_warnings(page: Page, comparison: Comparison) -> None:
         )
 
 
-def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Row]) -> None:
     quantity = comparison.ranked_by
     method = "annealing" if quantity == "annealed" else "importance sampling"
     if any(pair.estimate.method == "auto" for pair in comparison.pairs.values()):
@@ -273,7 +254,7 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[
     )
 
 
-def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Row]) -> None:
     ranked_by, bound = comparison.ranked_by, f"IWAE-{comparison.num_importance}"
     means = ("elbo", "iwae", ranked_by)
     page.table(
@@ -295,36 +276,26 @@ def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Mapping[s
     )
 
 
-def _add_cost(page: Page, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    numbers = {
-        "median_ess": "median effective sample size",
-        "num_parameters": "parameters trained",
-        "seconds_per_epoch": "seconds per epoch",
-        "seconds_per_1000": "seconds per 1,000 log p(x)",
-    }
+def _add_cost(page: Page, rows: Mapping[str, Row]) -> None:
+    numbers = ("median_ess", "num_parameters", "seconds_per_epoch", "seconds_per_1000")
+    header = ["", "data points not trusted", "median effective sample size", "parameters trained"]
+    cells = {name: [row[number] for number in numbers] for name, row in rows.items()}
     page.table(
-        ["", "data points not trusted", *numbers.values()],
-        [
-            [name, f"{row['unreliable_share']:.1%}", *(row[number] for number in numbers)]
-            for name, row in rows.items()
-        ],
+        [*header, "seconds per epoch", "seconds per 1,000 log p(x)"],
+        [[name, f"{rows[name]['unreliable_share']:.1%}", *own] for name, own in cells.items()],
         caption="Importance weights of all runs, and what training and measuring cost on the machine "
         "that ran them.",
     )
 
 
-def _add_runs(page: Page, quantity: str, singles: Sequence[Mapping[str, Any]]) -> None:
+def _add_runs(page: Page, quantity: str, singles: Sequence[Row]) -> None:
     page.table(
         ["", "seed", "log p(x)", "ELBO", "rate (KL)", "distortion", "not trusted", "seconds"],
         [
             [
-                row["name"],
-                str(row["seed"]),
-                plus_minus(row[quantity], row[f"{quantity}_standard_error"], 3),
-                plus_minus(row["elbo"], row["elbo_standard_error"], 3),
-                row["rate"],
-                row["distortion"],
-                f"{row['unreliable_share']:.1%}",
+                *(row["name"], str(row["seed"])),
+                *(plus_minus(row[q], row[f"{q}_standard_error"], 3) for q in (quantity, "elbo")),
+                *(row["rate"], row["distortion"], f"{row['unreliable_share']:.1%}"),
                 row["training_seconds"],
             ]
             for row in singles

@@ -23,6 +23,7 @@ from pyro_vae.evaluation.estimate import LogMarginal
 from pyro_vae.files import write_whole
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.plots.images import channel_axis
+from pyro_vae.plots.style import Limits
 from pyro_vae.scale import fill_missing
 from pyro_vae.vae import VAE
 
@@ -34,13 +35,9 @@ class Subject:
     """A trained VAE as the subject of a picture; ``load`` is called when the data are wanted."""
 
     def __init__(
-        self,
-        vae: VAE,
-        settings: names.TrainSettings,
-        load: Callable[[], Dataset],
-        limits: tuple[float, float],
+        self, vae: VAE, settings: names.TrainSettings, load: Callable[[], Dataset], limits: Limits,
         how: names.PictureSettings,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert isinstance(vae.likelihood, likelihoods.Likelihood)  # the commands build no other
         self.vae, self.limits, self.seed = vae, limits, how.seed
         self.settings, self.pair, self._condition = settings, pair_of(vae, settings), how.condition
@@ -137,7 +134,7 @@ def save_picture(figure: Figure, path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
 
 
-def limits_of(dataset: Dataset) -> tuple[float, float]:
+def limits_of(dataset: Dataset) -> Limits:
     """Return the values shown as white and black: [0, 1], or the data's range if it is another."""
     train = fill_missing(dataset.train)
     low, high = train.min().item(), train.max().item()
@@ -162,9 +159,8 @@ def draw_reconstructions(subject: Subject, what: names.Reconstruct) -> Figure:
     """Show the first test data points beside their reconstructions."""
     x, *given = subject.inputs(what.num or subject.either(12, 500))
     rebuilt = subject.run(tasks.reconstruct, (x, *given))
-    title = f"{len(x)} test data points and their reconstructions" + (
-        " (z from the guide, mean of p(x|z))" if subject.is_image else ""
-    )
+    title = f"{len(x)} test data points and their reconstructions"
+    title += " (z from the guide, mean of p(x|z))" * subject.is_image
     return plots.reconstructions(_array(x), _array(rebuilt), title=title, limits=subject.limits)
 
 
@@ -201,13 +197,10 @@ def _draw_latent(subject: Subject, what: names.Latent) -> Figure:
         axis_labels = [_name(dimension) for dimension in chosen]
         if means.shape[1] > 2:
             title += f": the two most active of {means.shape[1]} latents"
-    return plots.latent_scatter(
-        _array(points),
-        None if labels is None or labels.is_floating_point() else labels[: len(means)].numpy(),
-        title=title,
-        axis_labels=axis_labels,
-        unit_circle=subject.is_on_sphere and not pca,
-    )
+    real = labels is None or labels.is_floating_point()
+    classes = None if labels is None or real else labels[: len(means)].numpy()
+    how: Any = {"axis_labels": axis_labels, "unit_circle": subject.is_on_sphere and not pca}
+    return plots.latent_scatter(_array(points), classes, title=title, **how)
 
 
 def _draw_manifold(subject: Subject, x: Inputs, means: Tensor, num_steps: int) -> Figure:
@@ -243,13 +236,9 @@ def _draw_traversal(subject: Subject, what: names.Traverse) -> Figure:
     walk = subject.run(tasks.traverse, datum, dimensions=chosen, num_steps=what.num_steps)
     many = len(chosen) < means.shape[1]
     which = f"the {len(chosen)} most active latents" if many else "each latent"
-    return plots.traversals(
-        _array(walk.data[:, :, 0]),
-        _array(walk.values),
-        [_name(dimension) for dimension in chosen],
-        title=f"Test datum {what.datum}: {which} from the prior's 2.5% to 97.5% quantile",
-        limits=subject.limits,
-    )
+    title = f"Test datum {what.datum}: {which} from the prior's 2.5% to 97.5% quantile"
+    shown = _array(walk.data[:, :, 0]), _array(walk.values), [*map(_name, chosen)]
+    return plots.traversals(*shown, title=title, limits=subject.limits)
 
 
 def _draw_interpolations(subject: Subject, what: names.Interpolate) -> Figure:
@@ -275,14 +264,10 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     by_importance = what.method == "importance"
     each = max(what.num_draws, what.num_samples * by_importance)
     check_room("completions", 8 * x.numel() * each, "lower num, num_draws or num_samples")
-    completed = tasks.complete(
-        *(subject.vae.model, subject.vae.guide, (x, *given), hidden),
-        seed=subject.seed,
-        method=what.method,
-        num_draws=what.num_draws,
-        num_steps=None if by_importance else what.num_steps,
-        num_samples=what.num_samples if by_importance else None,
-    )
+    own = "num_samples" if by_importance else "num_steps"
+    how: Any = {name: getattr(what, name) for name in ("method", "num_draws", own)}
+    pair = subject.vae.model, subject.vae.guide
+    completed = tasks.complete(*pair, (x, *given), hidden, seed=subject.seed, **how)
     told = [f"{len(x)} test data points, {hidden.double().mean():.0%} hidden", completed.method]
     if completed.acceptance is not None:
         told.append(f"mean acceptance {completed.acceptance.mean():.2f}")
@@ -317,10 +302,15 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
     plane = [size for axis, size in enumerate(data_shape) if axis != channel]
     word, _, text = missing.partition(":")
     if word == "random":
+        share = math.nan
+        with suppress(ValueError):
+            share = float(text)
+        if not 0 < share < 1:
+            raise InputError(f"expected a share between 0 and 1 after random:, got {text!r}")
         generator = torch.Generator().manual_seed(seed)
-        hidden = torch.rand(number, *plane, generator=generator) < _share(text)
+        hidden = torch.rand(number, *plane, generator=generator) < share
     else:
-        halves = {"left": -1, "right": -1, "nan": -1} | ({"upper": -2, "lower": -2} if image else {})
+        halves = {"nan": -1, "left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
         if missing not in halves:
             told = f"{', '.join(halves)} or random:SHARE"
             raise InputError(f"expected as missing {told}, got {missing!r}")
@@ -330,16 +320,6 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
     if channel is not None:
         hidden = hidden.unsqueeze(channel + 1)
     return hidden.expand(number, *data_shape).clone()
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise InputError(f"expected a share between 0 and 1 after random:, got {text!r}")
-    return share
 
 
 def _most_active(means: Tensor, number: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape as escape_markup
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,10 +83,8 @@ class Page:
         cells = [[_cell(value, decimals) for value in row] for row in rows]
         numeric = [all(_NUMERIC.match(row[i]) for row in cells) for i in range(len(header))]
         numeric[0] = False
-        head = "".join(
-            f'<th scope="col"{_class(number)}>{escape(name)}</th>'
-            for name, number in zip(header, numeric, strict=True)
-        )
+        columns = zip(map(_class, numeric), map(escape, header), strict=True)
+        head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in columns)
         body = "".join(f"<tr>{_row(row, numeric)}</tr>\n" for row in cells)
         label = escape(caption, quote=True)
         self._parts.append(
@@ -97,14 +95,11 @@ class Page:
 
     def facts(self, values: Mapping[str, object], *, caption: str) -> None:
         """Add names and their values, such as settings; a mapping inside becomes names of its own."""
-        rows = "".join(
-            f'<tr><th scope="row">{escape(name)}</th><td>{escape(_cell(value, None))}</td></tr>\n'
-            for name, value in _flat(values)
-        )
-        self._parts.append(
-            f'<div class="wide"><table class="facts"><caption>{escape(caption)}</caption>\n'
-            f"<tbody>\n{rows}</tbody></table></div>"
-        )
+        cells = [(escape(name), escape(_cell(value, None))) for name, value in _flat(values)]
+        row = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
+        rows = "".join(row(*each) for each in cells)
+        table = f'<table class="facts"><caption>{escape(caption)}</caption>\n<tbody>\n{rows}</tbody>'
+        self._parts.append(f'<div class="wide">{table}</table></div>')
 
     def figure(self, figure: Figure, *, caption: str, description: str | None = None) -> None:
         """Add a figure: as SVG, or as PNG where that is much smaller.
@@ -147,12 +142,7 @@ def escape(text: str, quote: bool = True) -> str:
 
 
 def print_table(
-    title: str,
-    header: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    decimals: int = 2,
-    min_width: int | None = None,
+    title: str, header: Sequence[str], rows: _Rows, *, decimals: int = 2, min_width: int | None = None
 ) -> None:
     """Print a table with the cells of :meth:`Page.table`, numbers to the right."""
     table = Table(title=title, title_justify="left", min_width=min_width)
@@ -207,11 +197,10 @@ def _cell(value: object, decimals: int | None) -> str:
 
 
 def _row(cells: Sequence[str], numeric: Sequence[bool]) -> str:
-    first, *others = cells
-    return f'<th scope="row">{escape(first)}</th>' + "".join(
-        f"<td{_class(number)}>{escape(cell)}</td>"
-        for cell, number in zip(others, numeric[1:], strict=True)
-    )
+    first, *others = map(escape, cells)
+    values = zip(map(_class, numeric[1:]), others, strict=True)
+    rest = "".join(f"<td{kind}>{cell}</td>" for kind, cell in values)
+    return f'<th scope="row">{first}</th>{rest}'
 
 
 def _class(numeric: bool) -> str:

@@ -56,15 +56,8 @@ METRICS_SCHEMA = {
     "active_units": int,
     "pseudo_likelihood": bool,
 }
-_RUN_SCHEMA = {
-    "limits": [float | int, float | int],
-    "settings": dict,
-    "checkpoints": dict | None,
-    "checksums": dict | None,
-    "processes": int,
-    "versions": dict,
-    "command": str,
-}
+_RUN_SCHEMA = {"limits": [float | int] * 2, "settings": dict, "checkpoints": dict | None}
+_RUN_SCHEMA |= {"checksums": dict | None, "processes": int, "versions": dict, "command": str}
 
 # Where the data lie and what computes may be told anew of what was begun; checksums tell the data.
 FREE = ("data_root", "download", "device")
@@ -74,20 +67,17 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
     """Return what a run of `pyro-vae train` says of itself, and its settings."""
     run = read_config(folder).get("run", {})
     if "settings" not in run or "limits" not in run:
-        raise InputError(
-            f"expected a run of `pyro-vae train` in {folder}, got a folder by pv.save: use the "
-            "library on it"
-        )
+        wanted = f"a run of `pyro-vae train` in {folder}"
+        raise InputError(f"expected {wanted}, got a folder by pv.save: use the library on it")
     kinds = {name: _RUN_SCHEMA[name] for name in _RUN_SCHEMA.keys() & run.keys()}
     check_schema(run, kinds, f"{folder / CONFIG}: run")
     settings = run["settings"]
     hints = get_type_hints(TrainSettings)
     newer = settings.keys() - hints.keys()
     if newer:
-        raise InputError(
-            f"expected the settings of `pyro-vae train` in {folder}, got {min(newer)[:80]!r} among "
-            "them: it was changed, or written by a newer pyro_vae"
-        )
+        wanted = f"the settings of `pyro-vae train` in {folder}"
+        advice = "it was changed, or written by a newer pyro_vae"
+        raise InputError(f"expected {wanted}, got {min(newer)[:80]!r} among them: {advice}")
     kinds = {name: hints[name] | (int if hints[name] is float else hints[name]) for name in settings}
     check_schema(settings, kinds, f"{folder / CONFIG}: settings")
     # An earlier version knew no other way than the data as they come.
@@ -99,10 +89,8 @@ def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple
     check_single(run)
     read_config(run)
     if not (run / WEIGHTS).exists():
-        raise InputError(
-            f"expected a finished run, {run} has no weights yet: go on with it by `pyro-vae train "
-            f"--resume {shlex.quote(str(run))}`"
-        )
+        advice = f"go on with it by `pyro-vae train --resume {shlex.quote(str(run))}`"
+        raise InputError(f"expected a finished run, {run} has no weights yet: {advice}")
     vae, (record, settings) = runs.load(run, device=str(device)), read_run(run)
     low, high = record["limits"]
     return vae, replace(settings, download=False), (low, high)  # that was leave to train, not to look
@@ -111,10 +99,8 @@ def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple
 def check_single(folder: Path) -> None:
     """Refuse a folder of several runs, as ``pyro-vae compare`` and ``sweep`` write it."""
     if (folder / STUDY).is_file():
-        raise InputError(
-            f"expected a run folder, {folder} holds several runs: give one in {folder / RUNS}, or "
-            "repeat the command that began them to go on"
-        )
+        advice = f"give one in {folder / RUNS}, or repeat the command that began them to go on"
+        raise InputError(f"expected a run folder, {folder} holds several runs: {advice}")
 
 
 def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
@@ -153,25 +139,17 @@ def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) 
     """Load the data that a run was trained on."""
     dataset = load_data(settings, data_root)
     if dataset.checksums != read_config(run)["run"].get("checksums"):
-        raise InputError(
-            f"expected the data that {run} was trained on, got others by the checksum: restore them "
-            "or give --data-root"
-        )
+        wanted = f"the data that {run} was trained on"
+        advice = "restore them or give --data-root"
+        raise InputError(f"expected {wanted}, got others by the checksum: {advice}")
     return dataset
 
 
 def describe_origin() -> dict[str, Any]:
     """Return the command line that is running and the versions it runs with."""
-    return {
-        "command": shlex.join(["pyro-vae", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "matplotlib": matplotlib.__version__,
-            "pyro_vae": __version__,
-        },
-    }
+    versions = {each.__name__: each.__version__ for each in (torch, pyro, matplotlib)}
+    versions = {"python": platform.python_version(), **versions, "pyro_vae": __version__}
+    return {"command": shlex.join(["pyro-vae", *sys.argv[1:]]), "versions": versions}
 
 
 def check_picture(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.app.options import check_values
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, available_memory, check_room
-from pyro_vae.infer.bounds import Bound
 from pyro_vae.infer.objectives import default_particles, objective_named
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
@@ -67,10 +67,8 @@ def assemble_vae(
     if latent_dim == 1 and not codes:
         raise InputError("expected latent_dim of at least 2 with a size factor, one of them, got 1")
     widths = settings.hidden if settings.network == "mlp" else settings.channels
-    refusal = (
-        f"expected networks that fit in memory, got widths {widths[:80]} and latent dimension "
-        f"{latent_dim}: make them smaller"
-    )
+    got = f"widths {widths[:80]} and latent dimension {latent_dim}"
+    refusal = f"expected networks that fit in memory, got {got}: make them smaller"
     with Bounded(available_memory() // _BYTES_PER_WEIGHT, refusal):
         size = 0 if settings.condition is None else classes or 1
         encoder, decoder = _networks(settings, data_shape, codes + size)
@@ -100,7 +98,9 @@ def _networks(settings: TrainSettings, data_shape: _Shape, latent_dim: int) -> t
 def _likelihood_options(settings: TrainSettings, data_shape: tuple[int, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if settings.likelihood in names.WITH_SIGMA:
-        options["sigma"] = _sigma(settings.sigma or _default_sigma(data_shape))
+        options["sigma"] = sigma = settings.sigma or _default_sigma(data_shape)
+        with suppress(ValueError):  # else a word, which the likelihood knows or refuses
+            options["sigma"] = float(sigma)
     if settings.likelihood in names.LEVELS:
         options[names.LEVELS[settings.likelihood]] = settings.levels or 256
     if settings.likelihood in names.COUNTS and settings.size_factor is not None:
@@ -129,26 +129,14 @@ def _widths(kind: str, text: str) -> tuple[int, ...]:
     except ValueError:
         widths = ()
     if not widths or min(widths) < 1:
-        raise InputError(
-            f"expected {kind} as whole numbers above 0, separated by commas, got {text!r}: "
-            f"e.g. {names.TrainSettings.hidden}"
-        )
+        wanted = f"{kind} as whole numbers above 0, separated by commas"
+        raise InputError(f"expected {wanted}, got {text!r}: e.g. {names.TrainSettings.hidden}")
     return widths
 
 
 def _default_sigma(data_shape: tuple[int, ...]) -> str:
     # Columns of a table differ in unit and noise; pixels of an image are of one kind.
     return "per-column" if len(data_shape) == 1 else "learned"
-
-
-def _sigma(text: str) -> float | str:
-    if text in likelihoods.SIGMAS:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        words = ", ".join(likelihoods.SIGMAS)
-        raise InputError(f"expected sigma as a positive number, {words}, got {text!r}") from None
 
 
 def check_settings(settings: TrainSettings) -> TrainSettings:
@@ -172,9 +160,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data_root=str(datasets.root_of(settings.data_root)))
 
 
-def tell_defaults(
-    settings: TrainSettings, train: Tensor, validation: Tensor | None = None
-) -> TrainSettings:
+def tell_defaults(settings: TrainSettings, train: Tensor, held_out: Any = ()) -> TrainSettings:
     """Return the settings with the defaults as they are for the data."""
     num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
@@ -182,7 +168,7 @@ def tell_defaults(
         told["sigma"] = settings.sigma or _default_sigma(tuple(train.shape[1:]))
     if settings.likelihood in names.REAL:
         told["standardize"] = settings.standardize is not False
-        if settings.patience is None and validation is not None and len(validation):
+        if settings.patience is None and len(held_out):
             # Where sigma is learned too, data learned by heart cost the held-out ones ever more nats.
             told["patience"] = max(_PATIENCE, settings.epochs // 5)
     if settings.num_components is None:
@@ -209,16 +195,11 @@ def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
 def fit_options(settings: TrainSettings) -> dict[str, Any]:
     """Return what :func:`pyro_vae.fit` is to be told."""
     same = {each.name for each in fields(FitSettings)} & vars(settings).keys() - {"seed"}
-    options = {name: getattr(settings, name) for name in sorted(same)}
-    objective, compile = _objective_of(settings), names.COMPILE[settings.compile]
-    return options | {"objective": objective, "compile": compile}
-
-
-def _objective_of(settings: TrainSettings) -> Bound:
-    """Return the objective that the settings name."""
     name, floor = settings.objective, settings.free_bits
     if (floor is not None) != (name == "free-bits"):
         told = f"got {'none' if floor is None else floor} with {name}"
         raise InputError(f"expected --free-bits with --objective free-bits and only there, {told}")
-    options = {} if floor is None else {"floor": floor}
-    return objective_named(name, settings.num_particles, **options)
+    own = {} if floor is None else {"floor": floor}
+    objective = objective_named(name, settings.num_particles, **own)
+    options = {name: getattr(settings, name) for name in sorted(same)}
+    return options | {"objective": objective, "compile": names.COMPILE[settings.compile]}

@@ -12,17 +12,10 @@ from typing import Any
 import torch
 
 from pyro_vae import runs
+from pyro_vae.app import run as run_folder
 from pyro_vae.app.names import TrainSettings
 from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import (
-    FREE,
-    METRICS,
-    METRICS_SCHEMA,
-    check_new_folder,
-    check_writable,
-    describe_origin,
-    load_data,
-)
+from pyro_vae.app.run import FREE, METRICS, METRICS_SCHEMA, load_data
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, check_same
@@ -65,7 +58,8 @@ class Study:
 
     def describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a page and a JSON file say of how their numbers were made."""
-        return {"settings": settings, "checksums": self.dataset.checksums, **describe_origin()}
+        made = {"settings": settings, "checksums": self.dataset.checksums}
+        return made | run_folder.describe_origin()
 
 
 @contextmanager
@@ -76,13 +70,11 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
     that decides its result, as plain values; the settings name data and device of all its runs.
     """
     device, folder = resolve_device(settings.device), expand_path(folder)
-    begun = _check_folder(folder, asked)
-    dataset = load_data(settings)
+    begun, dataset = _check_folder(folder, asked), load_data(settings)
     if begun not in (None, dataset.checksums):
-        raise InputError(
-            f"expected the data that {folder} was begun with, got others by the checksum: restore "
-            "them or choose another folder"
-        )
+        wanted = f"the data that {folder} was begun with"
+        advice = "restore them or choose another folder"
+        raise InputError(f"expected {wanted}, got others by the checksum: {advice}")
     record = {"format": FORMAT, "asked": dict(asked), "checksums": dataset.checksums}
     with new_folder(folder), locked(folder):
         try:
@@ -109,9 +101,9 @@ def _check_folder(folder: Path, asked: Mapping[str, Any]) -> Any:
     """Refuse a folder that can't be this study's; return the checksums of one that is begun."""
     found = read_json(folder, STUDY)
     if found is None:
-        check_new_folder(folder)
+        run_folder.check_new_folder(folder)
         return None
-    check_writable(folder / STUDY)
+    run_folder.check_writable(folder / STUDY)
     check_schema(found, {"asked": dict, "checksums": dict}, str(folder / STUDY))
     begun = dict(found["asked"])
     if "standardize" not in begun:  # an earlier version took data as they come

@@ -43,13 +43,11 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
     with open_study(output, asked, settings) as study:
         rows = _train(study, settings, values, warm_start)
         columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
-        figure = plots.rate_distortion(
-            *(columns[name] for name in ("beta", "rate", "distortion")),
-            rate_error=columns["rate_standard_error"],
-            distortion_error=columns["distortion_standard_error"],
-            active_units=[row["active_units"] for row in rows],
-            title=f"Rate and distortion over beta: {Path(settings.dataset).name}, test part",
-        )
+        errors = {f"{n}_error": columns[f"{n}_standard_error"] for n in ("rate", "distortion")}
+        title = f"Rate and distortion over beta: {Path(settings.dataset).name}, test part"
+        curve = [columns[name] for name in ("beta", "rate", "distortion")]
+        units = [row["active_units"] for row in rows]
+        figure = plots.rate_distortion(*curve, **errors, active_units=units, title=title)
         save_picture(figure, study.folder / _PICTURE)
         write_rows(rows, study.folder / "sweep.csv")
         told = tell_defaults(settings, study.dataset.train, study.dataset.validation)
@@ -60,7 +58,12 @@ def sweep(settings: TrainSettings, betas: str, *, warm_start: bool, output: Path
         made = study.describe(used)
         _write_page(study.folder, rows, figure, made)
         write_json(study.folder / "sweep.json", {"rows": rows, **made})
-        _print(study.folder, rows)
+        names = (*_MEANS, "active_units")
+        shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
+        label = log_prob_name(rows[0]["pseudo_likelihood"])
+        header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
+        print_table("Test part, nats per datum", header, shown)
+        print_line(f"sweep: {study.folder}")
     return rows
 
 
@@ -105,10 +108,9 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
     page = Page("Rate and distortion over beta", subtitle=about)
     page.section("Result")
     best = max(rows, key=lambda row: row["elbo"])
-    page.text(
-        f"{len(rows)} runs minimise distortion + beta * rate. The highest ELBO is "
-        f"{plus_minus(best['elbo'], best['elbo_standard_error'])} nats at beta {best['beta']:g}."
-    )
+    highest = f"{plus_minus(best['elbo'], best['elbo_standard_error'])} nats at beta {best['beta']:g}"
+    told = f"{len(rows)} runs minimise distortion + beta * rate"
+    page.text(f"{told}. The highest ELBO is {highest}.")
     pseudo = rows[0]["pseudo_likelihood"]
     if pseudo:
         page.warning(PSEUDO)
@@ -120,10 +122,9 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
     )
     shown = []
     for row in rows:
-        above = row["num_unreliable"]
+        above, seconds = row["num_unreliable"], f"{row['training_seconds']:.1f}"
         share = "unknown" if above is None else f"{above / row['num_data']:.1%}"
         means = [plus_minus(row[name], row[f"{name}_standard_error"]) for name in _MEANS]
-        seconds = f"{row['training_seconds']:.1f}"
         shown.append([f"{row['beta']:g}", *means, share, row["active_units"], seconds])
     header = ["beta", "rate", "distortion", "ELBO", log_prob_name(pseudo)]
     page.table(
@@ -135,15 +136,6 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
         "the posterior mean above 0.01 (Burda et al. 2016).",
     )
     write_page(page, folder, made)
-
-
-def _print(folder: Path, rows: _Rows) -> None:
-    label = log_prob_name(rows[0]["pseudo_likelihood"])
-    names = (*_MEANS, "active_units")
-    shown = [[f"{row['beta']:g}", *(row[name] for name in names)] for row in rows]
-    header = ["beta", "rate", "distortion", "ELBO", label, "active units"]
-    print_table("Test part, nats per datum", header, shown)
-    print_line(f"sweep: {folder}")
 
 
 def _betas(text: str) -> tuple[float, ...]:

@@ -14,28 +14,20 @@ from matplotlib.figure import Figure
 
 from pyro_vae import datasets, plots
 from pyro_vae.app import evaluate, pictures
+from pyro_vae.app import run as run_folder
 from pyro_vae.app.names import EvaluateSettings, PictureSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
 from pyro_vae.app.report import print_line, print_table
-from pyro_vae.app.run import (
-    FREE,
-    METRICS,
-    Checkpointing,
-    check_new_folder,
-    check_single,
-    describe_origin,
-    load_data,
-    load_data_of_run,
-    pair_of,
-    read_run,
-)
+from pyro_vae.app.run import FREE, METRICS, Checkpointing, load_data_of_run, pair_of
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError, check_same
 from pyro_vae.evaluation.comparison_training import frozen_model
+from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal
+from pyro_vae.evaluation.representation_quality import ACTIVE_VARIANCE, unit_variances
 from pyro_vae.files import check_in_place, expand_path, is_regular
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.infer.validation import bound_terms
@@ -59,12 +51,11 @@ def train(
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
     After an ``Interrupted``, :func:`resume` goes on with it.
     """
-    settings = check_settings(settings)
-    processes = Processes.current()
+    settings, processes = check_settings(settings), Processes.current()
     folder = processes.decide(lambda: _new_folder(output, settings))
     resolve_device(settings.device)
     # One process fetches or unpacks what is missing, and the others find it.
-    dataset = processes.first_before_others(lambda: load_data(settings))
+    dataset = processes.first_before_others(lambda: run_folder.load_data(settings))
     if dataset.is_mapped:
         size = sum(getattr(dataset, part).nbytes for part in datasets.PARTS) / 2**30
         print_line(f"data: {size:.1f} GiB, read from the disk batch by batch, split in their order")
@@ -78,13 +69,11 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     Settings that are given once more must be the run's own.
     """
     processes, folder = Processes.current(), expand_path(folder)
-    check_single(folder)
-    run, settings = read_run(folder)
+    run_folder.check_single(folder)
+    run, settings = run_folder.read_run(folder)
     if run.get("checkpoints") is None:
-        raise InputError(
-            f"expected a run that `pyro-vae train` began in {folder}, got one of several: repeat the "
-            "command that began them"
-        )
+        wanted = f"a run that `pyro-vae train` began in {folder}"
+        raise InputError(f"expected {wanted}, got one of several: repeat the command that began them")
     kinds: dict[str, Any] = {"every": int | None, "minutes": float | int | None}
     check_schema(run["checkpoints"], kinds, f"{folder / CONFIG}: checkpoints")
     when = Checkpointing(**{name: run["checkpoints"][name] for name in kinds})
@@ -93,10 +82,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
     if _is_finished(folder, processes):
         return folder
     if (begun := run.get("processes", 1)) != processes.size:
-        raise InputError(
-            f"expected as many processes as {folder} was begun with, {begun}, got {processes.size}: "
-            "start as many by torchrun, or one without it"
-        )
+        wanted = f"as many processes as {folder} was begun with, {begun}"
+        advice = "start as many by torchrun, or one without it"
+        raise InputError(f"expected {wanted}, got {processes.size}: {advice}")
     where = given.get("data_root")
     dataset = processes.first_before_others(lambda: load_data_of_run(folder, told, where))
     with ExitStack() as stack:
@@ -108,15 +96,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Path:
 
 
 def train_run(
-    settings: TrainSettings,
-    dataset: Dataset,
-    folder: Path,
-    *,
-    start: VAE | None = None,
-    held: VAE | None = None,
-    checkpointing: Checkpointing | None = None,
-    resumed: bool = False,
-) -> tuple[VAE, dict[str, Any]]:
+    settings: TrainSettings, dataset: Dataset, folder: Path, *, start: VAE | None = None,
+    held: VAE | None = None, checkpointing: Checkpointing | None = None, resumed: bool = False,
+) -> tuple[VAE, dict[str, Any]]:  # fmt: skip
     """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
 
     The folder's lock is held to the end; of a run that is resumed, the caller holds it.
@@ -131,9 +113,8 @@ def train_run(
         vae = build_vae(settings, dataset)
         if start is not None:
             vae.load_state_dict(start.state_dict())
-        if held is not None:
-            for part in ("prior", "likelihood"):
-                getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
+        for part in () if held is None else ("prior", "likelihood"):
+            getattr(vae, part).load_state_dict(getattr(held, part).state_dict())
         start_of = "training data" if start is None else "weights of the run before"
         record = {
             **({} if checkpointing is None else {"checkpoints": asdict(checkpointing)}),
@@ -145,7 +126,7 @@ def train_run(
             "checksums": dataset.checksums,
             "limits": (limits := pictures.limits_of(dataset)),
             "processes": processes.size,
-            **describe_origin(),
+            **run_folder.describe_origin(),
         }
         begin = _check_same_model if resumed else new_run
         config = describe(vae, record)
@@ -185,7 +166,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
         paths = (Path("runs") / f"{name}{end}" for end in chain([""], (f"-{n}" for n in count(2))))
         output = next(path for path in paths if not path.exists())
     output = expand_path(output)
-    check_new_folder(output)
+    run_folder.check_new_folder(output)
     return output
 
 
@@ -217,10 +198,9 @@ def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]
     """Refuse to go on with a run of another model."""
     begun = read_config(folder).get("model")
     if begun != known_to(begun, json.loads(json.dumps(config["model"]))):
-        raise InputError(
-            f"expected the model that {folder} describes, its settings build another one: its "
-            f"{CONFIG} was changed, or another version wrote it"
-        )
+        wanted = f"the model that {folder} describes"
+        advice = f"its {CONFIG} was changed, or another version wrote it"
+        raise InputError(f"expected {wanted}, its settings build another one: {advice}")
     yield
 
 
@@ -234,6 +214,10 @@ def _measure(
     quick = EvaluateSettings("importance", num_samples=_QUICK_SAMPLES, seed=_SEED)
     estimate = evaluate.estimate_log_marginal(pair, first, quick)
     told = ("best_epoch", "device", "num_parameters", "compiled", "compile_choice")
+    # NaN of a single datum.
+    terms = {name: getattr(estimate, name) for name in TERMS}
+    errors = {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
+    active = unit_variances(pair[1], first) > ACTIVE_VARIANCE
     metrics = {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
         **{name: getattr(result, name) for name in told},
@@ -242,8 +226,8 @@ def _measure(
         # The bound is the whole test part's; log p(x) is a first look at its first data.
         "test": {**bound, "num_data": len(test[0])},
         "test_log_marginal": evaluate.as_dict(estimate, subject.vae, first[0]),
-        "test_data_standard_errors": evaluate.data_standard_errors(estimate),
-        "active_units": evaluate.active_units(pair[1], first),
+        "test_data_standard_errors": errors,
+        "active_units": int(active.sum()),
         "pseudo_likelihood": estimate.pseudo_likelihood,
     }
     return metrics, estimate
@@ -251,10 +235,8 @@ def _measure(
 
 def _write_pictures(subject: pictures.Subject, result: FitResult, folder: Path) -> dict[str, Figure]:
     """Write the pictures of a run, each under its name; return them."""
-    drawn = {
-        "samples": pictures.draw_samples(subject, Sample()),
-        "reconstructions": pictures.draw_reconstructions(subject, Reconstruct()),
-    }
+    drawn = {"samples": pictures.draw_samples(subject, Sample())}
+    drawn["reconstructions"] = pictures.draw_reconstructions(subject, Reconstruct())
     if len(result.history["train_elbo"]):
         title = f"Training: {Path(subject.dataset.name).name}, {result.num_parameters:,} parameters"
         drawn["training"] = plots.training_curves(result.history, title=title)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from pyro_vae.distributions.normal import LatestDraw
 
+Mapped = tuple[Tensor, Tensor]  # points, and logarithms of slopes or of determinants
 # (inputs, raw parameters on one axis more, inverse?) -> (outputs, log of the forward slope there).
-Elementwise = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+Elementwise = Callable[[Tensor, Tensor, bool], Mapped]
 
 # Durkan et al. 2019, section 3.1: no bin narrower than this share of the box, no slope below this.
 LEAST_BIN = 1e-3
@@ -94,27 +95,22 @@ class FlowLayer(nn.Module):
     degrees: Tensor
 
     def __init__(
-        self,
-        degrees: Tensor,
-        elementwise: Elementwise,
-        num_parameters: int,
-        *,
-        hidden: Sequence[int],
-        context_features: int = 0,
-    ) -> None:
+        self, degrees: Tensor, elementwise: Elementwise, num_parameters: int, *,
+        hidden: Sequence[int], context_features: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.elementwise = elementwise
         self.num_passes = int(degrees.max()) + 1
         self.register_buffer("degrees", degrees, persistent=False)
         self.conditioner = _MaskedConditioner(degrees, num_parameters, hidden, context_features)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Mapped:
         """Map x to y."""
         x = _broadcast_batch(x, context)
         y, log_slope = self.elementwise(x, self.conditioner(x, context), False)
         return y, log_slope.sum(-1)
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Mapped:
         """Map y to x, one pass of the network per degree."""
         y = _broadcast_batch(y, context)
         x, log_slope = torch.zeros_like(y), torch.zeros_like(y)
@@ -131,11 +127,11 @@ class Shift:
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
         self.loc, self.log_scale = loc, log_scale
 
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Mapped:
         """Map x to ``loc + scale * x``."""
         return self.loc + self.log_scale.exp() * x, self.log_scale.sum(-1)
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Mapped:
         """Map y to ``(y - loc) / scale``."""
         return (y - self.loc) * (-self.log_scale).exp(), self.log_scale.sum(-1)
 
@@ -146,12 +142,12 @@ class Inverse:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Mapped:
         """Map x to y by the layer's inverse."""
         y, log_det = self.layer.inverse(x, context)
         return y, -log_det
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Mapped:
         """Map y to x by the layer."""
         x, log_det = self.layer(y, context)
         return x, -log_det
@@ -169,9 +165,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(
-        self, base: dist.Distribution, layers: Iterable[Any], context: Tensor | None = None
-    ) -> None:
+    def __init__(self, base: Any, layers: Iterable[Any], context: Tensor | None = None) -> None:
         self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
@@ -206,29 +200,20 @@ def standard_normal(like: Tensor) -> dist.Distribution:
     return dist.Normal(zero, torch.ones_like(like), validate_args=False).to_event(1)
 
 
-def autoregressive_layers(
-    dim: int, num_layers: int, *, hidden: Sequence[int], context_features: int
-) -> nn.ModuleList:
+def autoregressive_layers(dim: int, num_layers: int, **options: Any) -> nn.ModuleList:
     """Return inverse autoregressive layers (Kingma et al. 2016), their order reversed each time."""
-    layer = functools.partial(FlowLayer, hidden=hidden, context_features=context_features)
+    layer: Any = functools.partial(FlowLayer, **options)
     orders = (torch.arange(dim), torch.arange(dim).flip(0))
     return nn.ModuleList(layer(orders[index % 2], gated_affine, 2) for index in range(num_layers))
 
 
 def spline_layers(
-    dim: int,
-    num_layers: int,
-    *,
-    hidden: Sequence[int],
-    num_bins: int,
-    bound: float,
-    context_features: int = 0,
+    dim: int, num_layers: int, *, num_bins: int, bound: float, **options: Any
 ) -> nn.ModuleList:
     """Return coupling layers of rational-quadratic splines (Durkan et al. 2019)."""
-    layer = functools.partial(FlowLayer, hidden=hidden, context_features=context_features)
+    layer: Any = functools.partial(FlowLayer, **options)
     spline = functools.partial(rational_quadratic_spline, bound=bound)
-    digits = max(1, math.ceil(math.log2(dim)))
-    layers = nn.ModuleList()
+    digits, layers = max(1, math.ceil(math.log2(dim))), nn.ModuleList()
     # Split by the digits of their index, any two coordinates are on different sides in some layer.
     for index in range(num_layers):
         digit = (torch.arange(dim) >> (index // 2 % digits)) % 2
@@ -237,7 +222,7 @@ def spline_layers(
     return layers
 
 
-def gated_affine(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def gated_affine(x: Tensor, raw: Tensor, inverse: bool) -> Mapped:
     """Map x to ``g x + (1 - g) m``, raw being m and the logit of g (Kingma et al. 2016, 13, 14)."""
     mean, gate = raw.unbind(-1)
     # Section 5 of the paper: a forget gate that starts at +2 passes most of x.
@@ -247,9 +232,7 @@ def gated_affine(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
     return mapped, log_gate
 
 
-def rational_quadratic_spline(
-    x: Tensor, raw: Tensor, inverse: bool, *, bound: float
-) -> tuple[Tensor, Tensor]:
+def rational_quadratic_spline(x: Tensor, raw: Tensor, inverse: bool, *, bound: float) -> Mapped:
     """Map x by a monotone spline on [-bound, bound], by the identity outside.
 
     Raw are K widths, K heights and K - 1 inner slopes, 0 for the identity (Durkan et al. 2019, 4-8).

@@ -184,9 +184,9 @@ class DiagonalNormalMixture(TorchDistribution):
         towards = fixed_weights * (component_cdf - cdf.detach()[..., None, :])
         jacobian = towards.mT @ (-standardised / scale)
         motion = (cdf - cdf.detach()) / slope
-        return torch.linalg.solve_triangular(
-            (jacobian / slope[..., None]).tril(-1), motion[..., None], upper=False, unitriangular=True
-        ).squeeze(-1)
+        how: Any = {"upper": False, "unitriangular": True}
+        lower = (jacobian / slope[..., None]).tril(-1)
+        return torch.linalg.solve_triangular(lower, motion[..., None], **how).squeeze(-1)
 
 
 def _log_normal(standardised: Tensor, scale: Tensor) -> Tensor:

@@ -125,28 +125,21 @@ def _polynomial_table(m: int) -> list[list[float]]:
     remainder = list(accumulate(reversed(series)))[::-1]
     f = [Fraction(1, 2), *slope]
     ratio_part = polymul(_fractions(0, -1, -1), f)
-    slope_part = polyadd(
-        polymul(_fractions(0, 0, 1, 0, -1), polyder(f)), polymul(_fractions(0, 0, 0, -2), f)
-    )
+    flat = polymul(_fractions(0, 0, 0, -2), f)
+    slope_part = polyadd(polymul(_fractions(0, 0, 1, 0, -1), polyder(f)), flat)
     in_t = [remainder, *(polyadd([1], row / large_order) for row in (ratio_part, slope_part))]
 
     p_lower, q_lower = _shift_order([1.0], [0.0], order, steps)
     p_upper, q_upper = _shift_order([0.0], [1.0], order, steps)
-    p_lower_slope, p_upper_slope, q_lower_slope, q_upper_slope = (
-        np.arange(len(row)) * row for row in (p_lower, p_upper, q_lower, q_upper)
-    )
-    in_y = [
-        *([0.0, *p_lower[1:]], p_upper, p_lower_slope, p_upper_slope),
-        *(q_lower, q_upper, q_lower_slope, q_upper_slope),
-    ]
+    in_y = [[0.0, *p_lower[1:]], p_upper]
+    in_y += [np.arange(len(row)) * row for row in (p_lower, p_upper)]
+    in_y += [q_lower, q_upper, *(np.arange(len(row)) * row for row in (q_lower, q_upper))]
     rows = [[float(c) for c in row] for row in (*in_t, *in_y)]
     length = max(len(row) for row in rows)
     return [row + [0.0] * (length - len(row)) for row in rows]
 
 
-def _shift_order(
-    p: list[float], q: list[float], order: float, steps: int
-) -> tuple[_Polynomial, _Polynomial]:
+def _shift_order(p: list[float], q: list[float], order: float, steps: int) -> tuple[Any, Any]:
     """Rewrite p M_a + q M_(a+1) at a = order as the same form at a = order + steps, in floats."""
     lower, upper = np.array(p), np.array(q)
     for a in (order + step for step in range(steps)):

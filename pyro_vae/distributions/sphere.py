@@ -60,10 +60,9 @@ class SphereDistribution(TorchDistribution):
         try:
             super()._validate_sample(value)
         except ValueError as error:
-            raise InputError(
-                f"expected unit vectors that broadcast to shape {tuple(self.shape())}, got "
-                f"{_describe(value)}: check the shape and divide by the norm"
-            ) from error
+            wanted = f"unit vectors that broadcast to shape {tuple(self.shape())}"
+            advice = "check the shape and divide by the norm"
+            raise InputError(f"expected {wanted}, got {_describe(value)}: {advice}") from error
 
 
 def _describe(value: object) -> str:
@@ -91,11 +90,9 @@ def log_sphere_area(m: int) -> float:
     return math.log(2.0) + 0.5 * m * math.log(math.pi) - math.lgamma(0.5 * m)
 
 
-def random_directions(
-    shape: torch.Size, *, dtype: torch.dtype | None, device: torch.device | None
-) -> Tensor:
-    """Draw independent uniform unit vectors along the last dimension of ``shape``."""
-    normal = torch.randn(shape, dtype=dtype, device=device)
+def random_directions(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Draw uniform unit vectors along the last dimension of ``shape``, of the type of ``like``."""
+    normal = torch.randn(shape, dtype=like.dtype, device=like.device)
     norm = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
     # The generators' grid makes all of a vector exactly zero with chance 2^-24 (float32) where it
     # is one or two numbers long. It has no direction; a fixed unit vector stands in for it.
@@ -128,14 +125,10 @@ class HypersphericalUniform(SphereDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
-        self,
-        m: int,
-        *,
-        batch_shape: torch.Size | tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, m: int, *, batch_shape: torch.Size | tuple[int, ...] = (),
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
         validate_args: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.m = check_dimension(m)
         self._origin = torch.zeros(m, dtype=dtype, device=device)
         super().__init__(torch.Size(batch_shape), torch.Size([m]), validate_args=validate_args)
@@ -166,4 +159,4 @@ class HypersphericalUniform(SphereDistribution):
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draw normal vectors divided by their norm, shape ``(*sample, *batch, m)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return random_directions(shape, dtype=self._origin.dtype, device=self._origin.device)
+        return random_directions(shape, self._origin)

@@ -134,8 +134,7 @@ class StableBeta(dist.Beta):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``(*sample_shape, *batch_shape)``, with gradients."""
-        shape = self._extended_shape(sample_shape)
-        logarithms = []
+        shape, logarithms = self._extended_shape(sample_shape), []
         for each in (self.concentration1.expand(shape), self.concentration0.expand(shape)):
             larger = dist.Gamma(each + 1, torch.ones_like(each), validate_args=False).rsample()
             logarithms.append(larger.log() + torch.log1p(-torch.rand_like(each)) / each)
@@ -191,8 +190,7 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantile log(1 + u (exp(eta) - 1)) / eta, from which the draws are made."""
         # By symmetry the case eta < 0 is enough, where nothing overflows or cancels.
-        positive = self.logits > 0
-        rate = -self.logits.abs()
+        positive, rate = self.logits > 0, -self.logits.abs()
         u = torch.where(positive, 1 - value, value)
         flat, steep = rate > -1e-3, rate < -1
         # The series log(1 + u (r + r^2/2 + r^3/6)) / r, up to terms below r^3.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -68,10 +68,7 @@ class VonMisesFisher(SphereDistribution):
         tensor([0.0000, 0.0000, 0.9000])
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "loc": unit_sphere,
-        "concentration": constraints.nonnegative,
-    }
+    arg_constraints = {"loc": unit_sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
 
     def __init__(
         self, loc: Tensor, concentration: Tensor | float, *, validate_args: bool | None = None
@@ -164,9 +161,7 @@ class VonMisesFisher(SphereDistribution):
         mean_cosine = self._cosine_cumulants().mean.expand(shape[:-1])
         with torch.no_grad():
             angle = sample_angle(concentration.reshape(-1), self.m).reshape(shape[:-1])
-            directions = random_directions(
-                torch.Size([*shape[:-1], self.m - 1]), dtype=self.loc.dtype, device=self.loc.device
-            )
+            directions = random_directions((*shape[:-1], self.m - 1), self.loc)
         angle = _ImplicitAngle.apply(angle, concentration, mean_cosine, self.m).unsqueeze(-1)
         return angle.cos() * self.loc + angle.sin() * tangent(self.loc, directions)
 
@@ -184,10 +179,9 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
     try:
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
     except RuntimeError as error:
-        raise InputError(
-            f"expected concentration of shape {tuple(loc.shape[:-1])} for loc of shape "
-            f"{tuple(loc.shape)}, got {tuple(concentration.shape)}: one number for each vector"
-        ) from error
+        wanted = f"concentration of shape {tuple(loc.shape[:-1])} for loc of shape {tuple(loc.shape)}"
+        advice = "one number for each vector"
+        raise InputError(f"expected {wanted}, got {tuple(concentration.shape)}: {advice}") from error
     loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
     return loc, concentration.to(dtype).expand(batch_shape)
 
@@ -198,22 +192,18 @@ class _CosineMoments(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        concentration: Tensor, log_partition: Tensor, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(concentration: Tensor, log_partition: Tensor, mean: Tensor, variance: Tensor) -> Any:
         return log_partition.clone(), mean.clone()
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx: Any, log_partition_gradient: Tensor | None, mean_gradient: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> Any:
         concentration, log_partition, mean, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             _, mean = _CosineMoments.apply(concentration, log_partition, mean, variance)
@@ -300,17 +290,15 @@ def _first_accepted(concentration: Tensor, num_proposals: int, m: int) -> Tensor
     not cancel; with xi = x_0 cos(theta_0) his test reads (m-1) (xi/(1+xi) - log(1+xi)) >= log U.
     """
     h = 0.5 * torch.asinh(concentration.unsqueeze(-1) * (2.0 / (m - 1)))
-    uniform, turn, level = torch.rand(
-        (3, len(concentration), num_proposals), dtype=h.dtype, device=h.device
-    ).unbind(0)
+    shape = (3, len(concentration), num_proposals)
+    uniform, turn, level = torch.rand(shape, dtype=h.dtype, device=h.device)
 
     # A uniform point, projected on a plane through the pole, has squared radius 1 - U^(2/(m-2))
     # and a uniform direction psi; its height is cos(theta_0) = radius cos(psi) (Ulrich 1984). The
     # distances 1 -+ cos(theta_0) are sums of positive terms: small angles keep their digits.
     log_outside = uniform.log() * (2.0 / (m - 2)) if m > 2 else torch.full_like(uniform, -math.inf)
     radius = (-torch.expm1(log_outside)).sqrt()
-    gap = log_outside.exp() / (1.0 + radius)
-    half_psi = math.pi * turn
+    gap, half_psi = log_outside.exp() / (1.0 + radius), math.pi * turn
     near = gap + 2.0 * radius * half_psi.sin().square()
     far = gap + 2.0 * radius * half_psi.cos().square()
 
@@ -331,7 +319,6 @@ def tangent(loc: Tensor, directions: Tensor) -> Tensor:
     """
     m = loc.shape[-1]
     sign = torch.where(loc.detach()[..., :1] >= 0, 1.0, -1.0).to(loc.dtype)
-    u = loc + F.pad(sign, (0, m - 1))
-    y = F.pad(directions, (1, 0))
+    u, y = loc + F.pad(sign, (0, m - 1)), F.pad(directions, (1, 0))
     scale = 2.0 * (u * y).sum(-1, keepdim=True) / u.square().sum(-1, keepdim=True)
     return y - scale * u

@@ -19,26 +19,9 @@ from pyro_vae.evaluation.simulation_checks import (
 )
 
 __all__ = [
-    "AggregatePosterior",
-    "Bidirectional",
-    "Calibration",
-    "Comparison",
-    "Estimate",
-    "InferenceGaps",
-    "LogMarginal",
-    "PosteriorDivergence",
-    "PosteriorPredictive",
-    "PredictiveLogProb",
-    "Representation",
-    "aggregate_posterior",
-    "bidirectional",
-    "calibration",
-    "compare",
-    "inference_gaps",
-    "log_marginal",
-    "posterior_divergence",
-    "posterior_predictive",
-    "predictive_log_prob",
-    "representation",
-    "to_arviz",
-]
+    "AggregatePosterior", "Bidirectional", "Calibration", "Comparison", "Estimate", "InferenceGaps",
+    "LogMarginal", "PosteriorDivergence", "PosteriorPredictive", "PredictiveLogProb",
+    "Representation", "aggregate_posterior", "bidirectional", "calibration", "compare",
+    "inference_gaps", "log_marginal", "posterior_divergence", "posterior_predictive",
+    "predictive_log_prob", "representation", "to_arviz",
+]  # fmt: skip

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_room
-from pyro_vae.evaluation.estimate import (
-    LogMarginal,
-    PosteriorDraws,
-    Report,
-    concatenate,
-    log_mean_weights,
-    measure_weights,
-)
+from pyro_vae.errors import InputError, check_choice, check_counts, check_room
+from pyro_vae.evaluation import estimate as estimates
+from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report
 from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
@@ -33,6 +27,9 @@ _WORTH_RECORDING = 150
 # the path, and the effective share of the chains. Below 0.2 a weight's logarithm has a variance above
 # 1.6, and the error of the mean of few such weights is not known.
 _DEVIATIONS, _LEAST_ACCEPTANCE, _LEAST_SHARE = 3.5, 0.3, 0.2
+
+# The most that an error of few weights is told larger than these show it.
+_MOST_MORE = 1.5
 
 # Scoring forward and backward keeps and makes about three times what scoring forward makes.
 GRADIENT_MEMORY = 3
@@ -52,12 +49,8 @@ class AnnealingOptions:
     def __post_init__(self) -> None:
         check_counts(**{n: value for n, value in vars(self).items() if n.startswith("num_")})
         check_room("temperatures", 32 * self.num_steps, "lower num_steps")
-        if self.start not in ("both", "guide", "prior"):
-            raise InputError(f"expected start 'both', 'guide' or 'prior', got {self.start!r}")
-        if self.schedule not in ("adaptive", "sigmoid", "linear"):
-            raise InputError(
-                f"expected schedule 'adaptive', 'sigmoid' or 'linear', got {self.schedule!r}"
-            )
+        check_choice("start", self.start, ("both", "guide", "prior"))
+        check_choice("schedule", self.schedule, ("adaptive", "sigmoid", "linear"))
 
     def betas(self) -> list[float]:
         """Return the positions on a path that does not adapt, T + 1 numbers from 0 to 1."""
@@ -117,7 +110,7 @@ def anneal(
         blocks.append(_anneal_block(Particles(part), options, report))
         report.finish(blocks[-1].log_prob)
         report.tell()
-    whole = concatenate(blocks, keep_draws=keep_draws)
+    whole = estimates.concatenate(blocks, keep_draws=keep_draws)
     return replace(whole, pseudo_likelihood=pair.is_pseudo_likelihood())
 
 
@@ -161,14 +154,9 @@ def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
 
 
 def annealed_weights(
-    plan: Plan,
-    state: State,
-    options: AnnealingOptions,
-    *,
-    betas: Tensor | None = None,
-    reverse: bool = False,
-    tell: Callable[[float], None] | None = None,
-) -> tuple[Tensor, State, Tensor]:
+    plan: Plan, state: State, options: AnnealingOptions, *, betas: Tensor | None = None,
+    reverse: bool = False, tell: Callable[[float], None] | None = None,
+) -> tuple[Tensor, State, Tensor]:  # fmt: skip
     """Move chains along the path; return log weights ``(C, N)``, last state, acceptance ``(T, N)``.
 
     Their mean weight is p(x); with ``reverse``, from posterior draws, their mean inverse 1 / p(x).
@@ -182,9 +170,8 @@ def annealed_weights(
             log_weights = log_weights + rise * state.increment
         step_size, factor = plan.tuning.at(beta)
         for _ in range(options.num_transitions):
-            state, probability = transition(
-                plan.path, state, beta, step_size, factor, options.num_leapfrog_steps
-            )
+            longest = options.num_leapfrog_steps
+            state, probability = transition(plan.path, state, beta, step_size, factor, longest)
             acceptance.append(probability.mean(0))
         if reverse:
             log_weights = log_weights + rise * state.increment
@@ -207,23 +194,21 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     state = path.evaluate(position)
     bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
     if bad.any():
-        raise InputError(
-            f"expected finite log-probabilities where the chains start, got NaN or infinity for "
-            f"{int(bad.sum())} of {len(bad)} data points: look for NaN parameters"
-        )
-    log_weights, state, acceptance = annealed_weights(
-        plan,
-        state,
-        options,
-        # The last data point is told of once the block's numbers are in.
-        tell=lambda fraction: report.tell(min(fraction, 0.999) * particles.num_data),
-    )
+        wanted = "finite log-probabilities where the chains start"
+        got = f"NaN or infinity for {int(bad.sum())} of {len(bad)} data points"
+        raise InputError(f"expected {wanted}, got {got}: look for NaN parameters")
+
+    def tell(fraction: float) -> None:  # of the last data point once the block's numbers are in
+        report.tell(min(fraction, 0.999) * particles.num_data)
+
+    log_weights, state, acceptance = annealed_weights(plan, state, options, tell=tell)
     # As many chains again, of half the steps: where these are too few the estimate still rises.
     few = plan.betas[torch.linspace(0, len(plan.betas) - 1, (len(plan.betas) + 2) // 2).long()]
     start = path.evaluate(path.draw(options.num_chains))
     from_half, _, _ = annealed_weights(plan, start, options, betas=few)
-    estimate = measure_weights(log_weights, path.particles.pair.structure.precision)
+    estimate = estimates.measure_weights(log_weights, path.particles.pair.structure.precision)
     diagnostics = _diagnose(estimate, log_weights, from_half, acceptance, plan)
+    estimate["standard_error"] = error_of_few(log_weights, estimate["standard_error"])
     num_transitions = (len(plan.betas) + len(few) - 2) * options.num_transitions
     evaluations = options.num_chains * (2 + num_transitions * options.mean_length) + plan.cost
     per_datum: dict[str, Any] = {
@@ -246,36 +231,47 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
     )
 
 
+def error_of_few(log_weights: Tensor, standard_error: Tensor) -> Tensor:
+    """Return the standard error to tell of a log mean of few weights ``(K, N)``, ``(N,)``, nats.
+
+    Where the largest weights have not been drawn, the mean is low and the error the weights show is
+    too small. A sum of many small steps, a log weight is about normal, and of normal ones with
+    variance s^2 the error is sqrt((exp(s^2) - 1) / K). The larger of both is told, at most half more
+    than shown: chains that arrived nowhere are no normal's tail.
+
+    Source:
+        Neal 2001, "Annealed importance sampling", section 4.
+    """
+    if len(log_weights) < 2:
+        return standard_error
+    of_normal = (log_weights.var(0).exp() - 1).div(len(log_weights)).sqrt()
+    larger = torch.maximum(standard_error, torch.minimum(of_normal, _MOST_MORE * standard_error))
+    return torch.where(of_normal.isnan(), standard_error, larger)
+
+
 def _diagnose(
-    estimate: dict[str, Tensor],
-    log_weights: Tensor,
-    from_half: Tensor,
-    acceptance: Tensor,
-    plan: Plan,
+    found: Any, log_weights: Tensor, from_half: Tensor, acceptance: Tensor, plan: Plan
 ) -> dict[str, Tensor]:
     """Return what the weights of a block show, each ``(N,)`` as a share of its limit."""
-    value, error = estimate["log_prob"], estimate["standard_error"]
+    value, error = found["log_prob"], found["standard_error"]
 
     def deviate(difference: Tensor, *errors: Tensor) -> Tensor:
         allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
         return difference / allowed
 
-    half = log_mean_weights(from_half)
+    half = estimates.log_mean_weights(from_half)
     # By turns: the chains of one part of a mixture stand together. One chain has no halves.
     halves = (log_weights[::2], log_weights[1::2]) if len(log_weights) > 1 else (log_weights,) * 2
-    one, other = map(log_mean_weights, halves)
-    found = {
+    one, other = map(estimates.log_mean_weights, halves)
+    errors = one["standard_error"], other["standard_error"]
+    shares = {
         "steps": deviate((value - half["log_prob"]).abs(), error, half["standard_error"]),
-        "halves": deviate(
-            (one["log_prob"] - other["log_prob"]).abs(),
-            one["standard_error"],
-            other["standard_error"],
-        ),
+        "halves": deviate((one["log_prob"] - other["log_prob"]).abs(), *errors),
         "acceptance": (1 - acceptance.amin(0)) / (1 - _LEAST_ACCEPTANCE),
-        "weights": _LEAST_SHARE * len(log_weights) / estimate["ess"],
+        "weights": _LEAST_SHARE * len(log_weights) / found["ess"],
     }
     if plan.prior is not None:
         # What is missed shows as a higher evidence; a path too short for it finds too little.
         above = (plan.prior.log_prob - value).clamp(min=0)
-        found["prior"] = deviate(above, error, plan.prior.variance.sqrt())
-    return found
+        shares["prior"] = deviate(above, error, plan.prior.variance.sqrt())
+    return shares

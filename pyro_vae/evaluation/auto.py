@@ -18,6 +18,8 @@ from pyro_vae.evaluation.pilot import CHAINS, explore
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
 
+_Draws = PosteriorDraws | None
+
 # Stricter than the published limit of 0.7: of exact problems with heavier tails too few estimates lie
 # within two of their standard errors.
 _PARETO_K_LIMIT = 0.4
@@ -137,14 +139,9 @@ def look_again(
 
 
 def anneal_uncleared(
-    pair: OpenedPair,
-    estimate: LogMarginal,
-    cleared: Tensor,
-    options: AutoOptions,
-    *,
-    urgent: Tensor,
-    max_memory: int | None = None,
-) -> LogMarginal:
+    pair: OpenedPair, estimate: LogMarginal, cleared: Tensor, options: AutoOptions, *,
+    urgent: Tensor, max_memory: int | None = None,
+) -> LogMarginal:  # fmt: skip
     """Return the estimate with the numbers of data points not cleared from annealing.
 
     Where the budget is too small for all, ``urgent`` ones ``(N,)`` come first.
@@ -162,8 +159,7 @@ def anneal_uncleared(
     }
     if not len(rows):
         return replace(estimate, method="auto", **numbers)
-    part = pair.part(rows)
-    report = Report(len(rows))
+    part, report = pair.part(rows), Report(len(rows))
     found = anneal(part, options.annealing, max_memory=max_memory, report=report)
     found = replace(found, cost=found.cost + estimate.cost[rows])
     for name in ("log_prob", "standard_error", "ess", "pareto_k", "num_samples", "cost"):
@@ -176,9 +172,7 @@ def anneal_uncleared(
     return replace(estimate, method="auto", diagnostics=diagnostics, draws=draws, **numbers)
 
 
-def _replace_draws(
-    kept: PosteriorDraws | None, found: PosteriorDraws | None, rows: Tensor
-) -> PosteriorDraws | None:
+def _replace_draws(kept: _Draws, found: _Draws, rows: Tensor) -> _Draws:
     """Put the annealed chains' ends, resampled by their weights, in place of the rows' draws."""
     if kept is None or found is None:
         return None

@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import check_counts, check_optional_counts
-from pyro_vae.evaluation.ais import (
-    AnnealingOptions,
-    annealed_weights,
-    annealing_block_size,
-    make_plan,
-)
+from pyro_vae.evaluation import ais
+from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
 from pyro_vae.evaluation.hmc import AnnealingPath
@@ -77,31 +73,19 @@ class Bidirectional:
 
     def _summary(self) -> Summary:
         title = f"bracket of log p(x) of {len(self.gap)} simulated data points, mean in nats"
-        return title, {
-            "lower": f"{self.mean_lower:.3f}",
-            "upper": f"{self.mean_upper:.3f}, which holds for simulated data only",
-            "gap": plus_minus(self.mean_gap, self.mean_gap_standard_error),
-            "annealing": f"{self.num_chains} chains, {self.num_steps} steps",
-        }
+        upper = f"{self.mean_upper:.3f}, which holds for simulated data only"
+        rows = {"lower": f"{self.mean_lower:.3f}", "upper": upper}
+        rows["gap"] = plus_minus(self.mean_gap, self.mean_gap_standard_error)
+        return title, rows | {"annealing": f"{self.num_chains} chains, {self.num_steps} steps"}
 
 
 def bidirectional(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_data: int | None = None,
-    num_chains: int = 16,
-    num_steps: int = 1000,
-    num_leapfrog_steps: int = 5,
-    num_transitions: int = 1,
-    start: str = "guide",
-    schedule: str = "sigmoid",
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Progress | None = None,
-) -> Bidirectional:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_data: int | None = None, num_chains: int = 16, num_steps: int = 1000,
+    num_leapfrog_steps: int = 5, num_transitions: int = 1, start: str = "guide",
+    schedule: str = "sigmoid", max_memory: int | None = None, plate: str = "data",
+    seed: int | None = None, progress: Progress | None = None,
+) -> Bidirectional:  # fmt: skip
     r"""Draw data from the model and bracket their log p(x) by annealing in both directions.
 
     .. math:: E[\log \frac1K \sum_k w_k] \le \log p(x) \le E[-\log \frac1K \sum_k 1 / w'_k]
@@ -112,20 +96,13 @@ def bidirectional(
     model. The upper side holds for simulated data only.
 
     Args:
-        model: the generative function of the pair.
-        guide: the variational function of the pair.
+        model, guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe
             (labels), which are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M; by default N.
-        num_chains: chains per datum and direction.
-        num_steps: intermediate distributions.
-        num_leapfrog_steps: most gradient evaluations of a transition.
-        num_transitions: transitions at each intermediate distribution.
+        num_chains, num_steps, num_leapfrog_steps, num_transitions: as there; chains each way.
         start: ``"guide"`` or ``"prior"``, the far end of the path.
         schedule: ``"sigmoid"`` or ``"linear"``.
-        max_memory: bytes that a block of chains may need.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data done, M).
 
     Raises:
@@ -138,9 +115,8 @@ def bidirectional(
         Carlo"; Grosse, Ancha, Roy 2016, "Measuring the reliability of MCMC inference with
         bidirectional Monte Carlo", section 3.
     """
-    options = AnnealingOptions(
-        num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
-    )
+    numbers = num_chains, num_steps, num_leapfrog_steps, num_transitions
+    options = AnnealingOptions(*numbers, start, schedule)
     template = open_pair(model, guide, x, plate=plate)
     num_data = template.num_data if num_data is None else num_data
     check_counts(num_data=num_data)
@@ -149,7 +125,7 @@ def bidirectional(
     blocks = []
     with template.evaluating(seed):
         pair, latents = simulate(template, num_data)
-        size = annealing_block_size(pair, num_chains, max_memory)
+        size = ais.annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
             particles = Particles(part)
             axes = particles.axes
@@ -161,13 +137,15 @@ def bidirectional(
 
 def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) -> Tensor:
     """Return the bounds and the acceptances of one block, ``(4, N)``."""
-    plan = make_plan(AnnealingPath(particles, options.start), options)
+    plan = ais.make_plan(AnnealingPath(particles, options.start), options)
     path = plan.path
     start = path.evaluate(path.draw(options.num_chains))
-    forward, _, accepted = annealed_weights(plan, start, options)
+    forward, _, accepted = ais.annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
     exact = exact.expand(options.num_chains, -1, -1)
-    reverse, _, accepted_back = annealed_weights(plan, path.evaluate(exact), options, reverse=True)
+    reverse, _, accepted_back = ais.annealed_weights(
+        plan, path.evaluate(exact), options, reverse=True
+    )
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
     return torch.stack([lower, upper, accepted.mean(0), accepted_back.mean(0)]).cpu()

@@ -8,27 +8,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from pyro_vae.errors import InputError, check_optional_counts, first_line, whole_number
+from pyro_vae.errors import InputError, check_choice, check_optional_counts, first_line, whole_number
+from pyro_vae.evaluation import comparison_training as training
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
-from pyro_vae.evaluation.comparison_training import (
-    Observed,
-    Pair,
-    Report,
-    Trained,
-    TrainingData,
-    check_apart,
-    check_comparable,
-    check_fit_options,
-    check_training,
-    frozen_model,
-    observed_sites,
-    parameters_in,
-    train_pairs,
-)
+from pyro_vae.evaluation.comparison_training import Observed, Pair, Report, Trained, TrainingData
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
@@ -41,11 +27,9 @@ from pyro_vae.pair.functions import (
     owned_modules,
     resolve_device,
 )
-from pyro_vae.pair.inputs import as_inputs, check_data
+from pyro_vae.pair.inputs import Data, as_inputs, check_data
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
-
-Data = Tensor | Sequence[Tensor]
 
 
 class _Settings(NamedTuple):
@@ -61,23 +45,13 @@ class _Settings(NamedTuple):
 
 
 def compare(
-    pairs: Mapping[str, Pair],
-    x: Data,
-    *,
-    num_samples: int = 5000,
-    num_elbo_samples: int = 1000,
-    num_importance: int = 50,
-    methods: Sequence[str] = ("importance",),
-    annealing_options: Mapping[str, Any] | None = None,
-    posterior: str | None = None,
-    train: TrainingData | None = None,
-    hold: str | None = None,
-    fit_options: Mapping[str, Any] | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Report | None = None,
-) -> Comparison:
+    pairs: Mapping[str, Pair], x: Data, *, num_samples: int = 5000, num_elbo_samples: int = 1000,
+    num_importance: int = 50, methods: Sequence[str] = ("importance",),
+    annealing_options: Mapping[str, Any] | None = None, posterior: str | None = None,
+    train: TrainingData | None = None, hold: str | None = None,
+    fit_options: Mapping[str, Any] | None = None, max_memory: int | None = None,
+    plate: str = "data", seed: int | None = None, progress: Report | None = None,
+) -> Comparison:  # fmt: skip
     """Measure pairs on the same data, with paired differences and their standard errors.
 
     Every pair gets the same seed, so pairs that draw alike share their draws. The standard error of a
@@ -100,8 +74,7 @@ def compare(
             is to be trained already) and with ``train`` trains the guides alone; the models of the
             other pairs are not used. None takes each pair whole.
         fit_options: options of :func:`pyro_vae.fit`.
-        max_memory: bytes that a chunk may need.
-        plate: name of the data plate.
+        max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
         seed: seed of training and draws; the generators' state is restored afterwards.
         progress: called with (name of the pair, what is being done, share done of it).
 
@@ -130,7 +103,7 @@ def compare(
     """
     _check_pairs(pairs)
     annealing, max_annealed = _check_options(methods, annealing_options, posterior, hold)
-    fitting = check_fit_options(fit_options, trains=train is not None)
+    fitting = training.check_fit_options(fit_options, trains=train is not None)
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     as_inputs(x)
@@ -161,23 +134,22 @@ def compare(
             looks = {name: _look_at(pair, settings) for name, pair in opened.items()}
             observed = {name: found for name, (found, _) in looks.items()}
             owned = {name: trained for name, (_, trained) in looks.items()}
-        likelihood = check_comparable(observed)
+        likelihood = training.check_comparable(observed)
         if train is not None:
-            check_apart(pairs, owned, hold)
+            training.check_apart(pairs, owned, hold)
             # Held, the other guides may still be on another device than the model.
-            check_training(list(pairs.values())[: 1 if hold else None], train, options, plate)
+            held = list(pairs.values())[: 1 if hold else None]
+            training.check_training(held, train, options, plate)
         shared: AbstractContextManager[Any] = nullcontext()
         if hold == "model":
             shared = _hold(first, pairs, options, trains=train is not None)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
-            fits = {} if train is None else train_pairs(chosen, train, options, report)
+            fits = {} if train is None else training.train_pairs(chosen, train, options, report)
             if fits or frozen:
                 opened = open_all(chosen)
-            runs = {
-                name: [_measure(name, pair, settings, report, owned[name], fits.get(name))]
-                for name, pair in opened.items()
-            }
+            looks_on = {n: (owned[n], fits.get(n)) for n in opened}
+            runs = {n: [_measure(n, p, settings, report, *looks_on[n])] for n, p in opened.items()}
             if auto is not None:
                 runs = _anneal_alike(opened, runs, auto, settings)
     return Comparison(runs, likelihood, num_importance, num_samples, hold, seed)
@@ -192,10 +164,9 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
         if not isinstance(name, str):
             raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
-            raise InputError(
-                f"expected (model, guide) for {name!r}, got {type(pair).__name__}: for a VAE pass "
-                "(vae.model, vae.guide)"
-            )
+            wanted = f"(model, guide) for {name!r}"
+            advice = "for a VAE pass (vae.model, vae.guide)"
+            raise InputError(f"expected {wanted}, got {type(pair).__name__}: {advice}")
 
 
 def _check_options(
@@ -204,14 +175,10 @@ def _check_options(
     """Refuse options out of range or without effect; return annealing's, and how many data points."""
     named = set(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else set()
     if named not in ({"importance"}, {"importance", "annealed"}, {"auto"}):
-        raise InputError(
-            "expected methods ('importance',), ('importance', 'annealed') or ('auto',), got "
-            f"{methods!r}"
-        )
-    if posterior not in (None, "quadrature"):
-        raise InputError(f"expected posterior None or 'quadrature', got {posterior!r}")
-    if hold not in (None, "model"):
-        raise InputError(f"expected hold None or 'model', got {hold!r}")
+        wanted = "('importance',), ('importance', 'annealed') or ('auto',)"
+        raise InputError(f"expected methods {wanted}, got {methods!r}")
+    check_choice("posterior", posterior, (None, "quadrature"))
+    check_choice("hold", hold, (None, "model"))
     options = as_dict("annealing_options", given)
     known = set(AnnealingOptions.__dataclass_fields__)
     if named == {"auto"}:
@@ -221,10 +188,8 @@ def _check_options(
     max_annealed = whole_number("max_annealed", options.pop("max_annealed", 100), least=1)
     annealing = AnnealingOptions(**options)
     if options and named == {"importance"}:
-        raise InputError(
-            f"expected methods=('importance', 'annealed') with annealing_options, got {methods!r}: "
-            "leave them out, or ask for annealing"
-        )
+        what = "methods=('importance', 'annealed') with annealing_options"
+        raise InputError(f"expected {what}, got {methods!r}: leave them out, or ask for annealing")
     return annealing, max_annealed
 
 
@@ -233,11 +198,11 @@ def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed]
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
         Particles(pair)  # refuses a pair that has no weights
-        observed, (model_trace, guide_trace) = observed_sites(pair)
+        observed, (model_trace, guide_trace) = training.observed_sites(pair)
         if settings.posterior == "quadrature":
             latent_on_grid(guide_trace, pair.few(BLOCK).num_data)
-    in_guide = parameters_in(guide_trace)
-    return observed, Trained(parameters_in(model_trace) | in_guide, in_guide)
+    in_guide = training.parameters_in(guide_trace)
+    return observed, Trained(training.parameters_in(model_trace) | in_guide, in_guide)
 
 
 def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
@@ -247,7 +212,7 @@ def _look_at_guide(pair: OpenedPair, settings: _Settings) -> Trained:
         trace = first.alone(pair.guide).trace()
         if settings.posterior == "quadrature":
             latent_on_grid(trace, first.num_data)
-    return Trained(parameters_in(trace), parameters_in(trace))
+    return Trained(training.parameters_in(trace), training.parameters_in(trace))
 
 
 def _hold(
@@ -259,7 +224,7 @@ def _hold(
         place = resolve_device(options.get("device", "auto"))
     shown = tuple(value.to(place) for value in first.few(BLOCK).inputs)
     guides = {name: guide for name, (_, guide) in pairs.items()}
-    return frozen_model(first.model, guides, shown, place)
+    return training.frozen_model(first.model, guides, shown, place)
 
 
 def _measure(
@@ -284,15 +249,14 @@ def _measure(
             reason = why_not_annealed(pair, how.annealing.start)
         if reason is None:
             found = run(estimate_log_prob, 2, "log p(x), annealed", how.annealing)
-            annealed = PerDatum(found.log_prob, found.standard_error)
-            annealed_trusted = found.trusted
+            annealed, annealed_trusted = found.per_datum, found.trusted
     if how.posterior == "quadrature":
         exact = run(measure_divergence, 0, "posterior")
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
         **bounds._asdict(),
-        log_prob=PerDatum(estimate.log_prob, estimate.standard_error),
+        log_prob=estimate.per_datum,
         annealed=annealed,
         posterior_divergence=divergence,
         estimate=estimate,
@@ -316,9 +280,7 @@ def _anneal_alike(
     def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
         return pair.evaluating((how.seed + number) % 2**32)
 
-    first = {name: measured.estimate for name, (measured,) in runs.items()}
-    found = anneal_alike(pairs, first, auto, run, max_memory=how.max_memory)
-    return {
-        n: [replace(runs[n][0], estimate=e, log_prob=PerDatum(e.log_prob, e.standard_error))]
-        for n, e in found.items()
-    }
+    first = {name: measured for name, (measured,) in runs.items()}
+    estimates = {name: measured.estimate for name, measured in first.items()}
+    found = anneal_alike(pairs, estimates, auto, run, max_memory=how.max_memory)
+    return {n: [replace(first[n], estimate=e, log_prob=e.per_datum)] for n, e in found.items()}

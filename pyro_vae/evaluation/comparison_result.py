@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.evaluation import paired_difference as paired
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, pointwise_densities
-from pyro_vae.evaluation.paired_difference import (
-    Difference,
-    average_runs,
-    deviation,
-    judge,
-    paired_difference,
-)
+from pyro_vae.evaluation.paired_difference import Difference
 from pyro_vae.files import finite_or_none
 from pyro_vae.summary import table
 
@@ -120,14 +115,11 @@ class Comparison:
             raise InputError("expected at least one comparison, got none")
         other = next((kind for kind in kinds if kind != kinds[0]), None)
         if other is not None:
-            raise InputError(
-                f"expected comparisons alike but for their seed, got {kinds[0]} beside {other}: "
-                "compare the same pairs in each"
-            )
+            wanted = "comparisons alike but for their seed"
+            advice = "compare the same pairs in each"
+            raise InputError(f"expected {wanted}, got {kinds[0]} beside {other}: {advice}")
         first = comparisons[0]
-        joined = {
-            name: [run for each in comparisons for run in each.runs[name]] for name in first.runs
-        }
+        joined = {n: [run for each in comparisons for run in each.runs[n]] for n in first.runs}
         return replace(first, runs=joined)
 
     @cached_property
@@ -176,7 +168,7 @@ class Comparison:
 
     def run_deviation(self, name: str, quantity: str = "log_prob") -> float:
         """Return the standard deviation between runs of their means; NaN for a single run."""
-        return deviation([getattr(run, quantity).mean for run in self.runs[name]])
+        return paired.deviation([getattr(run, quantity).mean for run in self.runs[name]])
 
     def difference(
         self, name: str, quantity: str = "log_prob", *, to: str | None = None
@@ -192,7 +184,7 @@ class Comparison:
         if name == to:
             return Difference(0.0, 0.0, 0.0, 0.0, 0.0, (0.0,) * self.num_runs)
         mine, theirs = ([getattr(run, quantity) for run in self.runs[each]] for each in (name, to))
-        return paired_difference(mine, theirs)
+        return paired.paired_difference(mine, theirs)
 
     def verdict(self, name: str) -> str:
         """Return ``"best"``, ``"tied"``, ``"behind"`` or ``"withheld"``, by :attr:`ranked_by`.
@@ -213,7 +205,7 @@ class Comparison:
 
     def _judge(self, name: str, best: str) -> str:
         mine, theirs = ([getattr(r, self.ranked_by) for r in self.runs[n]] for n in (name, best))
-        return judge(mine, theirs, self._trusted(name) & self._trusted(best))
+        return paired.judge(mine, theirs, self._trusted(name) & self._trusted(best))
 
     def _trusted(self, name: str) -> Tensor:
         """Return which data points' log p(x) is trusted in all runs, ``(N,)``."""
@@ -331,12 +323,8 @@ class Comparison:
         return row | plain | {"num_runs": self.num_runs}
 
 
-_NAMES = {
-    "log_prob": "log p(x)",
-    "annealed": "log p(x), annealed",
-    "iwae": "importance-weighted bound",
-    "elbo": "ELBO",
-}
+_NAMES = {"log_prob": "log p(x)", "annealed": "log p(x), annealed"}
+_NAMES |= {"iwae": "importance-weighted bound", "elbo": "ELBO"}
 
 
 def _average(runs: Sequence[Measured]) -> Measured:
@@ -347,7 +335,7 @@ def _average(runs: Sequence[Measured]) -> Measured:
     for part in fields(Measured):
         values = [getattr(run, part.name) for run in runs]
         if all(isinstance(value, PerDatum) for value in values):
-            averaged[part.name] = average_runs(values)
+            averaged[part.name] = paired.average_runs(values)
         elif None in values and part.name != "fit":
             averaged[part.name] = None
         elif part.name.startswith("seconds"):
@@ -410,10 +398,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     if untrusted and comparison.ranked_by == "log_prob":
         by_weights = all(pair.estimate.method == "importance" for pair in comparison.pairs.values())
         advice = '; methods=("auto",) anneals them' * by_weights
-        yield (
-            f"Some data points of {', '.join(untrusted)} are not trusted: log p(x) may be off there "
-            f"by more than its errors say{advice}."
-        )
+        doubt = f"log p(x) may be off there by more than its errors say{advice}"
+        yield f"Some data points of {', '.join(untrusted)} are not trusted: {doubt}."
     if "withheld" in map(comparison.verdict, comparison.pairs):
         yield "withheld: the numbers can't carry a verdict, see Comparison.verdict."
 

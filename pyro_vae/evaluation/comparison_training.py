@@ -18,19 +18,12 @@ from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, unknown_name, whole_number
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult, fit
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_latents_match
 from pyro_vae.pair.functions import PairFunction, device_of, evaluation_mode, owned_modules
 from pyro_vae.pair.inputs import Inputs, as_inputs, check_data
 from pyro_vae.pair.opened import OpenedPair, any_number_of_data
-from pyro_vae.pair.sites import (
-    Given,
-    TracePair,
-    latent_sites,
-    likelihood_kind,
-    observed_names,
-    sample_sites,
-    value_axis,
-)
+from pyro_vae.pair.sites import Given, TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
 Pair = tuple[PairFunction, PairFunction]
@@ -77,9 +70,7 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
             )
 
 
-def check_training(
-    pairs: Iterable[Pair], train: TrainingData, options: Mapping[str, Any], plate: str
-) -> None:
+def check_training(pairs: Iterable[Pair], train: TrainingData, options: Any, plate: str) -> None:
     """Refuse training data that one of the pairs does not take: all before anything is trained."""
     drawn_anew = isinstance(train, Dataset) and train.binarize == "dynamic"
     inputs = as_inputs(train.train if isinstance(train, Dataset) else train)
@@ -101,9 +92,9 @@ def observed_sites(pair: OpenedPair) -> tuple[dict[str, Observed], TracePair]:
     for _, part in pair.blocks():
         traces = part.trace()
         first = first or traces
-        for site in map(traces[0].nodes.get, observed_names(traces[0])):
-            values = site["value"].detach().movedim(value_axis(site, pair.plate), 0)
-            seen = Observed(likelihood_kind(site), values.double().cpu())
+        for site in map(traces[0].nodes.get, traced.observed_names(traces[0])):
+            values = site["value"].detach().movedim(traced.value_axis(site, pair.plate), 0)
+            seen = Observed(traced.likelihood_kind(site), values.double().cpu())
             found.setdefault(site["name"], []).append(seen)
     assert first is not None  # data are never empty
     return {name: _join(blocks) for name, blocks in found.items()}, first
@@ -114,10 +105,9 @@ def check_comparable(observed: dict[str, dict[str, Observed]]) -> str:
     (first, reference), *others = observed.items()
     for name, sites in others:
         if len(sites) != len(reference):
-            raise InputError(
-                f"expected pairs that observe the same data, got {len(reference)} observed sites of "
-                f"{first!r} and {len(sites)} of {name!r}: compare models of one data set"
-            )
+            what = "pairs that observe the same data"
+            found_ = f"{len(reference)} observed sites of {first!r} and {len(sites)} of {name!r}"
+            raise InputError(f"expected {what}, got {found_}: compare models of one data set")
         # Names are free; where they differ the sites are taken in the order of the model.
         matched = set(sites) == set(reference)
         for index, (site, wanted) in enumerate(reference.items()):
@@ -238,23 +228,21 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
         place = device_of(guide, default=device)
         with torch.no_grad():
             drawn = poutine.trace(guide).get_trace(*(value.to(place) for value in inputs))
-        values = {site["name"]: site["value"].to(device) for site in latent_sites(drawn)}
+        values = {site["name"]: site["value"].to(device) for site in traced.latent_sites(drawn)}
         with torch.enable_grad(), Given(values):
             trace = poutine.trace(fixed).get_trace(*inputs)
             check_latents_match(trace, drawn)
-            terms = [site["fn"].log_prob(site["value"]) for site in sample_sites(trace)]
+            terms = [site["fn"].log_prob(site["value"]) for site in traced.sample_sites(trace)]
         leaves = {id(leaf) for leaf in accumulating_leaves(*terms)}
         if leaves & parameters_in(drawn).keys():
             raise _shared(name)
         if leaves:
-            raise InputError(
-                "expected a model to freeze whose trainable tensors Pyro knows, got unknown ones: "
-                "name their modules by pyro.module, or call requires_grad_(False) on them"
-            )
+            wanted = "a model to freeze whose trainable tensors Pyro knows"
+            advice = "name their modules by pyro.module, or call requires_grad_(False) on them"
+            raise InputError(f"expected {wanted}, got unknown ones: {advice}")
 
 
 def _shared(name: str) -> InputError:
-    return InputError(
-        f"expected a model to freeze that shares no parameters with the guide of {name!r}, got "
-        "shared ones: give the model as a method of the module that owns both, or separate them"
-    )
+    wanted = f"a model to freeze that shares no parameters with the guide of {name!r}"
+    advice = "give the model as a method of the module that owns both, or separate them"
+    return InputError(f"expected {wanted}, got shared ones: {advice}")

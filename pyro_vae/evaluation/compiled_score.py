@@ -59,9 +59,8 @@ def compiled_score(
             warnings.warn(f"the model's log-probabilities run uncompiled: {reason}", stacklevel=7)
 
     key, given = ("score", *names), list(latents.values())
-    captured = capture_values(
-        scorer, (scorer.pair.model,), key, given, score, num_checked=1, compile=True, say=say
-    )
+    how: Any = {"num_checked": 1, "compile": True, "say": say}
+    captured = capture_values(scorer, (scorer.pair.model,), key, given, score, **how)
     if captured is None:
         return None
     run, shown = captured
@@ -69,17 +68,11 @@ def compiled_score(
 
 
 def capture_values(
-    particles: Particles,
-    functions: Sequence[PairFunction],
-    key: Hashable,
-    given: Sequence[Tensor],
-    compute: Compute,
-    *,
-    elsewhere: Callable[[], Sequence[Tensor]] | None = None,
-    num_checked: int | None = None,
-    compile: bool = False,
+    particles: Particles, functions: Sequence[PairFunction], key: Hashable, given: Sequence[Tensor],
+    compute: Compute, *, elsewhere: Callable[[], Sequence[Tensor]] | None = None,
+    num_checked: int | None = None, compile: bool = False,
     say: Callable[[str], None] = lambda reason: None,
-) -> Captured | None:
+) -> Captured | None:  # fmt: skip
     """Find or record the program of some values of a pair; return it and what its check gave."""
     pair, programs = particles.pair, PROGRAMS.get(*functions)
     if programs is None:
@@ -129,18 +122,13 @@ def capture_values(
 
 
 def _record(
-    particles: Particles,
-    functions: Sequence[PairFunction],
-    signature: Signature,
-    given: Sequence[Tensor],
-    compute: Compute,
-    *,
-    is_worth_plain: bool,
-) -> Program:
+    particles: Particles, functions: Sequence[PairFunction], signature: Signature,
+    given: Sequence[Tensor], compute: Compute, *, is_worth_plain: bool,
+) -> Program:  # fmt: skip
     """Record the values over fresh aliases: a tensor both passed and closed over is told apart."""
     pair, modules = particles.pair, with_submodules(modules_of(*functions))
     with Snapshot(modules).put_back(), capture.conditions():
-        traces = particles.traces()[: len(functions)]
+        traces = particles.pair.trace()[: len(functions)]
         nodes = [item for trace in traces for item in trace.nodes.items()]
         store = pyro.get_param_store()._params
         names = [name for name, site in nodes if site["type"] == "param" and name in store]

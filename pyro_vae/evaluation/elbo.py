@@ -65,16 +65,12 @@ def measure_bounds(
     """
     # One group has no spread: a standard error takes two.
     num_groups = max(2, -(-num_samples // num_importance))
-    budget = pair.memory(max_memory)
-    parts = [
-        _measure_block(Particles(part), num_groups, num_importance, budget)
-        for _, part in pair.blocks(progress=progress)
-    ]
-    elbo, iwae, rate, distortion = (
-        PerDatum(*map(torch.cat, zip(*column, strict=True)))
-        for column in zip(*(part[:4] for part in parts), strict=True)
-    )
-    return Bounds(elbo, iwae, rate, distortion, exact_kl=all(part.exact_kl for part in parts))
+    how = num_groups, num_importance, pair.memory(max_memory)
+    blocks = pair.blocks(progress=progress)
+    parts = [_measure_block(Particles(part), *how) for _, part in blocks]
+    *columns, exact = zip(*parts, strict=True)
+    found: Any = (PerDatum(*map(torch.cat, zip(*column, strict=True))) for column in columns)
+    return Bounds._make([*found, all(exact)])
 
 
 def single_latent(trace: Trace) -> dict[str, Any] | None:
@@ -85,12 +81,10 @@ def single_latent(trace: Trace) -> dict[str, Any] | None:
 
 def _measure_block(particles: Particles, num_groups: int, num_importance: int, budget: int) -> Bounds:
     moments = {name: Moments() for name in ("elbo", "iwae", "rate", "distortion")}
-    at_once = max(1, budget // (particles.bytes_per_datum * particles.num_data))
+    at_once = max(1, budget // (particles.pair.structure.bytes_per_datum * particles.num_data))
     for _ in range(num_groups):
-        chunks = [
-            particles.draw(min(at_once, num_importance - first))
-            for first in range(0, num_importance, at_once)
-        ]
+        starts = range(0, num_importance, at_once)
+        chunks = [particles.draw(min(at_once, num_importance - start)) for start in starts]
         densities = LogDensities(*(torch.cat(terms) for terms in zip(*chunks, strict=True)))
         check_weights(densities)
         log_weights = densities.log_weights
@@ -98,10 +92,9 @@ def _measure_block(particles: Particles, num_groups: int, num_importance: int, b
         moments["iwae"].add(log_weights.logsumexp(0, keepdim=True) - math.log(num_importance))
         moments["rate"].add(densities.log_proposal - densities.log_prior)
         moments["distortion"].add(-densities.log_likelihood)
-    measured = {
-        n: PerDatum(each.mean().cpu(), each.standard_error().cpu()) for n, each in moments.items()
-    }
-    kl = _exact_kl(particles.traces(), particles.pair.plate)
+    means = {name: (each.mean(), each.standard_error()) for name, each in moments.items()}
+    measured = {name: PerDatum(*map(Tensor.cpu, both)) for name, both in means.items()}
+    kl = _exact_kl(particles.pair.trace(), particles.pair.plate)
     if kl is not None:
         kl, elbo = kl.cpu(), measured["elbo"]
         measured["rate"] = PerDatum(kl, torch.zeros_like(kl))

@@ -102,19 +102,24 @@ class LogMarginal:
         return -self.rate - self.distortion
 
     @property
+    def per_datum(self) -> PerDatum:
+        """The estimate and its standard error, with their means over the data."""
+        return PerDatum(self.log_prob, self.standard_error)
+
+    @property
     def mean(self) -> float:
         """Mean of log p(x) over the data."""
-        return self.log_prob.mean().item()
+        return self.per_datum.mean
 
     @property
     def mean_standard_error(self) -> float:
         """Monte Carlo standard error of :attr:`mean` (the data held fixed)."""
-        return PerDatum(self.log_prob, self.standard_error).mean_standard_error
+        return self.per_datum.mean_standard_error
 
     @property
     def data_standard_error(self) -> float:
         """Standard error of :attr:`mean` over the data's distribution; NaN for a single datum."""
-        return PerDatum(self.log_prob, self.standard_error).data_standard_error
+        return self.per_datum.data_standard_error
 
     @property
     def expected_bias(self) -> Tensor:
@@ -166,11 +171,9 @@ class LogMarginal:
         means = {"importance": "importance sampling", "annealed": "annealing"}
         return f"log p(x){mark} of {count} data points by {means.get(self.method, self.method)}", rows
 
-    def to_arviz(
-        self, *, num_draws: int = 1000, seed: int = 0, labels: Sequence[Any] | None = None
-    ) -> Any:
+    def to_arviz(self, **options: Any) -> Any:
         """Return the estimate in ArviZ's data structure: see :func:`pyro_vae.evaluation.to_arviz`."""
-        return to_arviz(self, num_draws=num_draws, seed=seed, labels=labels)
+        return to_arviz(self, **options)
 
 
 def to_arviz(
@@ -178,7 +181,7 @@ def to_arviz(
     *,
     num_draws: int = 1000,
     seed: int = 0,
-    labels: Sequence[Any] | None = None,
+    labels: Iterable[Any] | None = None,
 ) -> Any:
     """Return an estimate as ArviZ's ``InferenceData`` (0.23) or as a ``DataTree`` (1.x).
 
@@ -220,6 +223,7 @@ def to_arviz(
     if estimate.trusted is not None:
         variables["trusted"] = (("data",), estimate.trusted.numpy())
         variables["method"] = (("data",), estimate.methods)
+    about = {"method": estimate.method, "unit": "nats"}
     chosen = estimate.draws.choose(num_draws, torch.Generator().manual_seed(seed))
     return structure(
         {
@@ -229,15 +233,14 @@ def to_arviz(
             "importance": xarray.Dataset(
                 variables,
                 coords={"sample": list(range(len(log_weights))), "data": names},
-                attrs={"method": estimate.method, "unit": "nats"} | _mark(estimate.pseudo_likelihood),
+                attrs=about | (_MARK if estimate.pseudo_likelihood else {}),
             ),
         }
     )
 
 
-def _mark(pseudo_likelihood: bool) -> dict[str, str]:
-    """Return the attribute of numbers that are no density and no probability."""
-    return {"likelihood": "pseudo-likelihood"} if pseudo_likelihood else {}
+# The attribute of numbers that are no density and no probability.
+_MARK = {"likelihood": "pseudo-likelihood"}
 
 
 def log_mean_weights(log_weights: Tensor) -> dict[str, Tensor]:
@@ -256,26 +259,22 @@ def measure_weights(log_weights: Tensor, precision: float) -> dict[str, Any]:
     return {**log_mean_weights(log_weights), "pareto_k": pareto_k, "trusted": trusted}
 
 
-def summarise(
-    largest: Tensor, sum_weights: Tensor, sum_squares: Tensor, count: int
-) -> dict[str, Tensor]:
+def summarise(largest: Tensor, total: Tensor, squares: Tensor, count: int) -> dict[str, Tensor]:
     """Turn sums of w and w^2, relative to the largest weight, into the estimate and its error.
 
     Source:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    log_prob = sum_weights.log() + largest - math.log(count)
-    ess = sum_weights.square() / sum_squares
+    log_prob = total.log() + largest - math.log(count)
+    ess = total.square() / squares
     # Var(log mean w) ~ Var(w) / (K mean(w)^2), with the unbiased sample variance of w.
     relative_variance = (1 / ess - 1 / count).clamp(min=0)
     correction = count / (count - 1) if count > 1 else math.nan
     standard_error = (relative_variance * correction).sqrt()
     impossible = largest.isneginf()
-    return {
-        "log_prob": torch.where(impossible, -math.inf, log_prob),
-        "standard_error": torch.where(impossible, math.inf, standard_error),
-        "ess": torch.where(impossible, 0.0, ess),
-    }
+    found = {"log_prob": log_prob, "standard_error": standard_error, "ess": ess}
+    without = {"log_prob": -math.inf, "standard_error": math.inf, "ess": 0.0}
+    return {name: torch.where(impossible, without[name], value) for name, value in found.items()}
 
 
 def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
@@ -286,29 +285,24 @@ def warn_if_unreliable(estimate: LogMarginal, *, stacklevel: int) -> None:
         unknown = estimate.pareto_k.isnan()
         why = [f"> {limits}"] * (not unknown.all())
         why += ["not known (below 21 samples)"] * bool(unknown.any())
-        texts.append(
-            f"{count} of {total} data points have Pareto k {' or '.join(why)}: neither their log "
-            'p(x) nor its standard error can be trusted; use method="annealed", a wider guide or '
-            "more samples"
-        )
+        doubt = "neither their log p(x) nor its standard error can be trusted"
+        advice = 'use method="annealed", a wider guide or more samples'
+        found = f"{count} of {total} data points have Pareto k {' or '.join(why)}"
+        texts.append(f"{found}: {doubt}; {advice}")
     elif count:
         annealed = torch.tensor([method == "annealed" for method in estimate.methods])
         failed = {n: int((~(v <= 1) & annealed).sum()) for n, v in estimate.diagnostics.items()}
         failed["not being annealed"] = left = estimate.methods.count("not annealed")
         reasons = ", ".join(f"{count} by {name}" for name, count in failed.items() if count)
         behind = f" ({reasons})" * bool(reasons)
-        texts.append(
-            f"{count} of {total} data points are not trusted{behind}: their log p(x) may be off by "
-            "more than their standard errors say; use more steps or chains"
-            + " or a higher max_annealed"
-            * bool(left)
-        )
+        advice = "use more steps or chains" + " or a higher max_annealed" * bool(left)
+        doubt = "their log p(x) may be off by more than their standard errors say"
+        texts.append(f"{count} of {total} data points are not trusted{behind}: {doubt}; {advice}")
     missed = estimate.missed_target
     if missed is not None and missed.any():
-        texts.append(
-            f"{int(missed.sum())} of {total} data points missed target_standard_error: theirs is up "
-            f"to {estimate.standard_error.max():.2g} (see missed_target); raise max_samples"
-        )
+        found = f"{int(missed.sum())} of {total} data points missed target_standard_error"
+        most = f"{estimate.standard_error.max():.2g} (see missed_target)"
+        texts.append(f"{found}: theirs is up to {most}; raise max_samples")
     for text in texts:
         warnings.warn(text, stacklevel=stacklevel + 1)
 
@@ -391,11 +385,10 @@ def pointwise_densities(
     import arviz
     import xarray
 
-    count, attributes = len(log_prob), _mark(pseudo_likelihood)
-    per_datum = {
-        name: xarray.DataArray(value.numpy(), {"data": range(count)}, "data", name, attrs=attributes)
-        for name, value in (("elpd", log_prob), ("pareto_k", pareto_k))
-    }
+    count, attributes = len(log_prob), _MARK if pseudo_likelihood else {}
+    how: Any = {"coords": {"data": range(count)}, "dims": "data", "attrs": attributes}
+    values = {"elpd": log_prob.numpy(), "pareto_k": pareto_k.numpy()}
+    per_datum = {name: xarray.DataArray(v, name=name, **how) for name, v in values.items()}
     numbers = {
         "elpd": log_prob.sum().item(),
         "se": math.sqrt(count) * log_prob.std(correction=0).item(),

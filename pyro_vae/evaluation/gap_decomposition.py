@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -18,7 +18,7 @@ from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.opened import BLOCK, OpenedPair, Progress, open_pair
+from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair, Progress, open_pair
 from pyro_vae.pair.sites import all_close, data_dim
 from pyro_vae.summary import Summary, plus_minus, shown
 from pyro_vae.weights.particles import Particles, check_weights
@@ -31,6 +31,19 @@ _LEARNING_RATES = (0.05, 0.015, 0.005, 0.0015)
 
 # Steps between two looks, windows that are averaged in the end, draws that hold it against the start.
 _WINDOW, _AVERAGED_WINDOWS, _SELECTION_DRAWS = 50, 5, 400
+
+
+def _gap(upper: str, lower: str, meaning: str) -> tuple[property, property]:
+    """Return properties: the difference of two quantities of a class, and its standard error."""
+
+    def difference(self: Any) -> Tensor:
+        found: Tensor = getattr(self, upper) - getattr(self, lower)
+        return found
+
+    def error(self: Any) -> Tensor:
+        return torch.hypot(*(getattr(self, f"{name}_standard_error") for name in (upper, lower)))
+
+    return property(difference, doc=meaning), property(error, doc=f"Standard error. {meaning}")
 
 
 @shown
@@ -61,35 +74,15 @@ class InferenceGaps:
     num_steps: int
     converged: bool
 
-    @property
-    def total(self) -> Tensor:
-        """The whole gap: log p(x) - ELBO = KL(q(z|x) || p(z|x))."""
-        return self.log_prob - self.elbo
-
-    @property
-    def total_standard_error(self) -> Tensor:
-        """Standard error of :attr:`total`."""
-        return torch.hypot(self.log_prob_standard_error, self.elbo_standard_error)
-
-    @property
-    def approximation(self) -> Tensor:
-        """What the family can't express: log p(x) - best ELBO."""
-        return self.log_prob - self.best_elbo
-
-    @property
-    def approximation_standard_error(self) -> Tensor:
-        """Standard error of :attr:`approximation`."""
-        return torch.hypot(self.log_prob_standard_error, self.best_elbo_standard_error)
-
-    @property
-    def amortization(self) -> Tensor:
-        """The encoder's shortfall: best ELBO - ELBO."""
-        return self.best_elbo - self.elbo
-
-    @property
-    def amortization_standard_error(self) -> Tensor:
-        """Standard error of :attr:`amortization`."""
-        return torch.hypot(self.best_elbo_standard_error, self.elbo_standard_error)
+    total, total_standard_error = _gap(
+        "log_prob", "elbo", "The whole gap: log p(x) - ELBO = KL(q(z|x) || p(z|x))."
+    )
+    approximation, approximation_standard_error = _gap(
+        "log_prob", "best_elbo", "What the family can't express: log p(x) - best ELBO."
+    )
+    amortization, amortization_standard_error = _gap(
+        "best_elbo", "elbo", "The encoder's shortfall: best ELBO - ELBO."
+    )
 
     def _summary(self) -> Summary:
         names = ("total", "approximation", "amortization")
@@ -102,22 +95,12 @@ class InferenceGaps:
 
 
 def inference_gaps(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    family: Any = None,
-    num_samples: int = 1000,
-    num_importance_samples: int = 5000,
-    num_optimization_samples: int = 32,
-    max_steps: int = 3000,
-    tolerance: float = 1.0,
-    estimate: LogMarginal | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, family: Any = None,
+    num_samples: int = 1000, num_importance_samples: int = 5000, num_optimization_samples: int = 32,
+    max_steps: int = 3000, tolerance: float = 1.0, estimate: LogMarginal | None = None,
+    max_memory: int | None = None, plate: str = "data", seed: int | None = None,
     progress: Progress | None = None,
-) -> InferenceGaps:
+) -> InferenceGaps:  # fmt: skip
     r"""Split log p(x) - ELBO into the family's part and the encoder's.
 
     .. math:: \log p(x) - L(q) = [\log p(x) - L(q^*)] + [L(q^*) - L(q)],
@@ -135,9 +118,8 @@ def inference_gaps(
     local: the true approximation gap can only be smaller.
 
     Args:
-        model: the generative function of the pair.
+        model, x, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, with one latent site.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         family: object with ``encode(*x)`` (a dict of unconstrained per-datum tensors) and
             ``distribution(parameters)`` that the guide draws from; by default the
             ``variational_family`` of the VAE whose method the guide is.
@@ -148,9 +130,6 @@ def inference_gaps(
             steps, and 50 more (250 where it has converged) make the average that is kept.
         tolerance: share of a standard error below which a window's improvement counts as none.
         estimate: an estimate of log p(x) to use instead, e.g. an annealed one of the same data.
-        max_memory: bytes that the draws of a step may need.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data refined, N).
 
     Raises:
@@ -160,35 +139,27 @@ def inference_gaps(
     Source:
         Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", section 3.
     """
-    check_counts(
-        num_samples=num_samples,
-        num_importance_samples=num_importance_samples,
-        num_optimization_samples=num_optimization_samples,
-        max_steps=max_steps,
-    )
+    check_counts(num_samples=num_samples, num_importance_samples=num_importance_samples)
+    check_counts(num_optimization_samples=num_optimization_samples, max_steps=max_steps)
     if not 0 < real_number("tolerance", tolerance) < math.inf:
         raise InputError(f"expected a tolerance above 0, got {tolerance}")
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     pair = open_pair(model, guide, x, plate=plate)
     if estimate is not None and not isinstance(estimate, LogMarginal):
-        raise InputError(
-            "expected an estimate as pyro_vae.log_marginal returns it, got "
-            f"{type(estimate).__name__}: leave it out to have one made"
-        )
+        wanted = "an estimate as pyro_vae.log_marginal returns it"
+        advice = "leave it out to have one made"
+        raise InputError(f"expected {wanted}, got {type(estimate).__name__}: {advice}")
     if estimate is not None and len(estimate.log_prob) != pair.num_data:
-        raise InputError(
-            f"expected an estimate of these {pair.num_data} data points, got one of "
-            f"{len(estimate.log_prob)}: pass that of the same x"
-        )
+        wanted = f"an estimate of these {pair.num_data} data points"
+        got = f"one of {len(estimate.log_prob)}"
+        raise InputError(f"expected {wanted}, got {got}: pass that of the same x")
     family = _family_of(guide, family)
     search = _Refinement(pair, family, num_optimization_samples, max_steps, tolerance)
     with pair.evaluating(seed, family):
         refined, num_steps, converged = search.run(max_memory, progress)
-        elbo, best = (
-            measure_bounds(each, num_samples=num_samples, max_memory=max_memory).elbo
-            for each in (pair, refined)
-        )
+        how: Any = {"num_samples": num_samples, "max_memory": max_memory}
+        elbo, best = (measure_bounds(each, **how).elbo for each in (pair, refined))
         if estimate is None:
             options = ImportanceOptions(num_importance_samples)
             estimate = estimate_log_prob(refined, options, max_memory=max_memory)
@@ -203,17 +174,15 @@ def _family_of(guide: PairFunction, family: Any) -> Any:
         owners = owned_modules(guide)
         family = getattr(owners[0], "variational_family", None) if owners else None
         if family is None:
-            raise InputError(
-                "expected a guide that is a VAE's, or a family, got a plain guide: pass family=, an "
-                "object whose distribution(encode(x)) the guide draws from"
-            )
+            wanted = "a guide that is a VAE's, or a family"
+            advice = "pass family=, an object whose distribution(encode(x)) the guide draws from"
+            raise InputError(f"expected {wanted}, got a plain guide: {advice}")
     missing = [n for n in ("encode", "distribution") if not callable(getattr(family, n, None))]
     if missing:
         kind = getattr(family, "__name__", type(family).__name__)
-        raise InputError(
-            f"expected a family with encode and distribution, got {kind} without "
-            f"{' and '.join(missing)}: derive it from pyro_vae.guides.VariationalFamily"
-        )
+        wanted = "a family with encode and distribution"
+        advice = "derive it from pyro_vae.guides.VariationalFamily"
+        raise InputError(f"expected {wanted}, got {kind} without {' and '.join(missing)}: {advice}")
     return family
 
 
@@ -242,24 +211,19 @@ class _Refinement:
         trace = poutine.trace(pair.guide).get_trace(*pair.inputs)
         site = single_latent(trace)
         if site is None:
-            raise InputError(
-                "expected a guide with one latent site, got several or none: the best q of each "
-                "datum is searched over one family's parameters"
-            )
+            advice = "the best q of each datum is searched over one family's parameters"
+            raise InputError(f"expected a guide with one latent site, got several or none: {advice}")
         q = self.family.distribution(self._encode(pair.inputs))
         if not q.has_rsample:
-            raise InputError(
-                f"expected a family with reparameterised draws, got {type(q).__name__}: its bound "
-                "can't be optimised by gradients through the draws"
-            )
+            wanted = "a family with reparameterised draws"
+            advice = "its bound can't be optimised by gradients through the draws"
+            raise InputError(f"expected {wanted}, got {type(q).__name__}: {advice}")
         name: str = site["name"]
         same_place = data_dim(site, pair.plate) == -1 and q.batch_shape == (pair.num_data,)
         value = site["value"].clone()  # neither has just drawn it: both solve for it alike
         if not same_place or not all_close((q.log_prob(value),), (site["fn"].log_prob(value),)):
-            raise InputError(
-                f"expected the family whose distribution(encode(x)) the guide draws {name!r} from, "
-                "got another density: pass the guide's own family"
-            )
+            wanted = f"the family whose distribution(encode(x)) the guide draws {name!r} from"
+            raise InputError(f"expected {wanted}, got another density: pass the guide's own family")
         return name
 
     def _encode(self, inputs: Inputs) -> Parameters:
@@ -284,14 +248,13 @@ class _Refinement:
 
         def refined_guide(*inputs: Tensor) -> None:
             if len(inputs[0]) != num_data:
-                raise InputError(
-                    f"expected the {num_data} data points that the guide was refined for, got "
-                    f"{len(inputs[0])}: it has parameters of its own for each"
-                )
+                wanted = f"the {num_data} data points that the guide was refined for"
+                advice = "it has parameters of its own for each"
+                raise InputError(f"expected {wanted}, got {len(inputs[0])}: {advice}")
             with pyro.plate(plate, num_data, dim=-1):
                 pyro.sample(site, family.distribution(parameters))
 
-        return pair.with_guide(refined_guide)
+        return replace(pair, guide=refined_guide, knowledge=Knowledge())
 
     def _refine(self, pair: OpenedPair) -> tuple[Parameters, int, bool]:
         """Return the better of the encoder's and the refined parameters for each datum."""

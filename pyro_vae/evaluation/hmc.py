@@ -99,9 +99,8 @@ class AnnealingPath:
         if start == "guide":
             check_density_known(guide_sites.values(), 'use start="both"')
         if not model_sites:
-            raise InputError(
-                "expected a latent to anneal, got none that isn't summed out: use method='importance'"
-            )
+            advice = "use method='importance'"
+            raise InputError(f"expected a latent to anneal, got none that isn't summed out: {advice}")
         self._sites = []
         for name, site in model_sites.items():
             transform = _transform_of(name, site, guide_sites[name])
@@ -114,9 +113,8 @@ class AnnealingPath:
         self._shapes: dict[str, torch.Size] = {}  # of one datum
         self._counted: Tensor | None = None  # coordinates outside masks, (1, N, D); None: all
         self._graphs: dict[tuple[str, torch.Size], Callable[[Sequence[Tensor]], Any] | None] = {}
-        shown = self.position(
-            {n: particles.with_axis(n, site["value"][None]) for n, site in model_sites.items()}
-        )
+        values = {n: site["value"][None] for n, site in model_sites.items()}
+        shown = self.position({n: particles.with_axis(n, value) for n, value in values.items()})
         self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
         self._counted = self._counted_coordinates(model_sites, shown)
 
@@ -239,10 +237,9 @@ class AnnealingPath:
             parts.append(free.flatten(2) if free.dim() > 2 else free[..., None])
         position = torch.cat(parts, dim=2)
         if not position.isfinite().all():
-            raise InputError(
-                "expected draws inside the support of the model's latents, got some outside: "
-                "give guide and prior the same support"
-            )
+            wanted = "draws inside the support of the model's latents"
+            advice = "give guide and prior the same support"
+            raise InputError(f"expected {wanted}, got some outside: {advice}")
         if self._counted is not None:
             position = torch.where(self._counted, position, torch.randn_like(position))
         return position
@@ -267,16 +264,17 @@ class AnnealingPath:
 
     def _stable_sites(self) -> tuple[dict[str, Site], dict[str, Site]]:
         """Run the pair; at the first time a few times, to refuse latents that change."""
-        knowledge, summed = self.particles.pair.knowledge, self.particles.pair.structure.summed
-        runs = (self.particles.traces() for _ in range(1 if knowledge.is_stable else _STRUCTURE_RUNS))
-        shown, *others = (
-            [{s["name"]: s for s in latent_sites(trace) if s["name"] not in summed} for trace in run]
-            for run in runs
-        )
+        pair = self.particles.pair
+        knowledge, summed = pair.knowledge, pair.structure.summed
+
+        def named(trace: Any) -> dict[str, Site]:
+            return {s["name"]: s for s in latent_sites(trace) if s["name"] not in summed}
+
+        count = 1 if knowledge.is_stable else _STRUCTURE_RUNS
+        shown, *others = ([*map(named, pair.trace())] for _ in range(count))
         for first, other in (both for run in others for both in zip(shown, run, strict=True)):
-            changed = sorted(set(first) ^ set(other)) or sorted(
-                name for name in first if _differs(first[name], other[name])
-            )
+            changed = sorted(set(first) ^ set(other))
+            changed = changed or sorted(n for n in first if _differs(first[n], other[n]))
             if changed:
                 raise InputError(
                     f"expected the same latents, shapes and supports in every run, {changed[0]!r} "
@@ -311,17 +309,12 @@ def _check_apart(name: str, site: Site, transform: Any) -> None:
 
 
 def transition(
-    path: AnnealingPath,
-    state: State,
-    beta: Tensor,
-    step_size: Tensor,
-    factor: Tensor,
-    num_leapfrog_steps: int,
+    path: AnnealingPath, state: State, beta: Tensor, step_size: Tensor, factor: Tensor, longest: int
 ) -> tuple[State, Tensor]:
     """Move every chain once at ``beta``; return state and acceptance probabilities ``(C, N)``.
 
-    Positions on the path and step sizes are per datum, ``(N,)``; the momentum's covariance is the
-    inverse of F F^T, the factor's (see :func:`multiply`).
+    At most ``longest`` leapfrog steps; positions on the path and step sizes are per datum, ``(N,)``;
+    the momentum's covariance is the inverse of F F^T, the factor's (see :func:`multiply`).
 
     Source:
         Neal 2011, "MCMC using Hamiltonian dynamics", sections 3.2, 4.1 and 4.2.
@@ -330,7 +323,7 @@ def transition(
     jitter = 0.8 + 0.4 * torch.rand_like(state.position[..., :1])
     steps = jitter * step_size.to(factor.dtype)[:, None]
     # Drawn anew each time: a trajectory of fixed length may close on itself, and then moves nothing.
-    length = int(torch.randint(1, num_leapfrog_steps + 1, ()))
+    length = int(torch.randint(1, longest + 1, ()))
     before = state.log_density(beta) - kinetic(momentum)
 
     def kick(at: State) -> Tensor:
@@ -369,10 +362,8 @@ def _transform_of(name: str, model_site: Site, guide_site: Site) -> Any:
         except NotImplementedError:
             continue
         if support.is_discrete:
-            raise InputError(
-                f"expected continuous latents, {name!r} is discrete: annealing moves along "
-                "gradients; use method='importance'"
-            )
+            advice = "annealing moves along gradients; use method='importance'"
+            raise InputError(f"expected continuous latents, {name!r} is discrete: {advice}")
         try:
             return biject_to(support)
         except NotImplementedError:

@@ -10,19 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
+from pyro_vae.errors import InputError, check_choice, check_counts, check_optional_counts, real_number
+from pyro_vae.evaluation import estimate as estimates
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal
 from pyro_vae.evaluation.auto import AutoOptions, anneal_alike
 from pyro_vae.evaluation.compiled_score import compiled_score
-from pyro_vae.evaluation.estimate import (
-    Convergence,
-    LogMarginal,
-    PosteriorDraws,
-    Report,
-    concatenate,
-    summarise,
-    warn_if_unreliable,
-)
+from pyro_vae.evaluation.estimate import Convergence, LogMarginal, PosteriorDraws, Report
 from pyro_vae.evaluation.pareto import TailWeights, pareto_k_limit
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.contract import Serves
@@ -52,46 +45,29 @@ class ImportanceOptions:
         target = self.target_standard_error
         check_counts(num_samples=self.num_samples)
         check_optional_counts(max_samples=self.max_samples)
-        if self.compile not in (None, True, False):
-            raise InputError(f"expected compile as None, True or False, got {self.compile!r}")
+        check_choice("compile as", self.compile, (None, True, False))
         if target is None:
             if self.max_samples is not None:
-                raise InputError(
-                    "expected target_standard_error with max_samples, got none: pass both"
-                )
+                text = "expected target_standard_error with max_samples, got none: pass both"
+                raise InputError(text)
         elif not 0 < real_number("target_standard_error", target) < math.inf:
             raise InputError(f"expected a target_standard_error above 0, got {target}")
         elif self.num_samples < 2:
-            raise InputError(
-                "expected num_samples of at least 2 for the pilot of target_standard_error, got 1"
-            )
+            pilot = "the pilot of target_standard_error"
+            raise InputError(f"expected num_samples of at least 2 for {pilot}, got 1")
 
 
 def log_marginal(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_samples: int = 5000,
-    method: str = "importance",
-    target_standard_error: float | None = None,
-    max_samples: int | None = None,
-    num_chains: int = 32,
-    num_steps: int = 1000,
-    num_leapfrog_steps: int = 5,
-    num_transitions: int = 1,
-    start: str = "both",
-    schedule: str = "adaptive",
-    max_annealed: int = 100,
-    max_memory: int | None = None,
-    keep_draws: int | None = None,
-    compile: bool | None = None,
-    precision: str = "float32",
-    plate: str | None = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_samples: int = 5000, method: str = "importance", target_standard_error: float | None = None,
+    max_samples: int | None = None, num_chains: int = 32, num_steps: int = 1000,
+    num_leapfrog_steps: int = 5, num_transitions: int = 1, start: str = "both",
+    schedule: str = "adaptive", max_annealed: int = 100, max_memory: int | None = None,
+    keep_draws: int | None = None, compile: bool | None = None, precision: str = "float32",
+    plate: str | None = "data", seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     running_mean: Callable[[float], None] | None = None,
-) -> LogMarginal:
+) -> LogMarginal:  # fmt: skip
     r"""Estimate log p(x) per datum: by importance sampling from the guide, or by annealing from it.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_k p(x, z_k) / q(z_k | x), \quad z_k \sim q(z | x)
@@ -145,8 +121,7 @@ def log_marginal(
         Burda, Grosse, Salakhutdinov 2016, equation 8; delta-method error and effective sample size:
         Owen 2013, "Monte Carlo theory, methods and examples", sections 9.2 and 9.3.
     """
-    if method not in ("importance", "annealed", "auto"):
-        raise InputError(f"expected method 'importance', 'annealed' or 'auto', got {method!r}")
+    check_choice("method", method, ("importance", "annealed", "auto"))
     options: ImportanceOptions | AnnealingOptions | AutoOptions
     options = ImportanceOptions(num_samples, target_standard_error, max_samples, compile)
     if method == "annealed" and (compile or target_standard_error is not None):
@@ -155,9 +130,8 @@ def log_marginal(
             name, advice = "compile=True", "leave it out"
         raise InputError(f"expected method='importance' with {name}, got 'annealed': {advice}")
     if method != "importance":
-        annealing = AnnealingOptions(
-            num_chains, num_steps, num_leapfrog_steps, num_transitions, start, schedule
-        )
+        numbers = num_chains, num_steps, num_leapfrog_steps, num_transitions
+        annealing = AnnealingOptions(*numbers, start, schedule)
         options = annealing if method == "annealed" else AutoOptions(options, annealing, max_annealed)
     check_optional_counts(max_memory=max_memory)
     check_optional_counts(keep_draws=keep_draws, least=0)
@@ -166,28 +140,22 @@ def log_marginal(
     report = Report(pair.num_data, progress, running_mean)
     check_precision(precision)
     with pair.evaluating(seed), compute_in(precision, pair.device), multiply_in(precision):
-        estimate = estimate_log_prob(
-            pair, options, max_memory=max_memory, keep_draws=keep_draws, report=report
-        )
-    warn_if_unreliable(estimate, stacklevel=2)
+        how: dict[str, Any] = {"max_memory": max_memory, "keep_draws": keep_draws}
+        estimate = estimate_log_prob(pair, options, report=report, **how)
+    estimates.warn_if_unreliable(estimate, stacklevel=2)
     return estimate
 
 
 def estimate_log_prob(
-    pair: OpenedPair,
-    options: ImportanceOptions | AnnealingOptions | AutoOptions,
-    *,
-    max_memory: int | None = None,
-    keep_draws: int | None = None,
-    progress: Progress | None = None,
+    pair: OpenedPair, options: ImportanceOptions | AnnealingOptions | AutoOptions, *,
+    max_memory: int | None = None, keep_draws: int | None = None, progress: Progress | None = None,
     report: Report | None = None,
-) -> LogMarginal:
+) -> LogMarginal:  # fmt: skip
     """Estimate log p(x) of an open pair by the method that the options are of; warn of nothing."""
     report = report or Report(pair.num_data, progress)
     if isinstance(options, AutoOptions):
-        first = estimate_log_prob(
-            pair, options.importance, max_memory=max_memory, keep_draws=keep_draws, report=report
-        )
+        how: dict[str, Any] = {"max_memory": max_memory, "keep_draws": keep_draws}
+        first = estimate_log_prob(pair, options.importance, report=report, **how)
         one, run = {"": pair}, lambda *_: nullcontext()
         return anneal_alike(one, {"": first}, options, run, max_memory=max_memory)[""]
     if isinstance(options, AnnealingOptions):
@@ -215,19 +183,14 @@ def estimate_log_prob(
 
 
 def _sample_all(
-    pair: OpenedPair,
-    counts: Tensor,
-    budget: int,
-    keep_draws: int | None,
-    compile: bool | None,
-    report: Report,
+    pair: OpenedPair, counts: Tensor, budget: int, kept: int | None, compile: Any, report: Report
 ) -> LogMarginal:
     """Take so many samples of each data point, those of one number together."""
     blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
         for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
-            particles, most = Particles(part), keep_draws
+            particles, most = Particles(part), kept
             if most is None:
                 elements = sum(shape.numel() for shape in particles.latent_shapes.values())
                 bytes_per_draw = (8 * elements + 16 * part.num_data) * pair.num_data
@@ -238,7 +201,7 @@ def _sample_all(
             blocks.append(stream.result(len(positions)))
             places.append(positions)
             report.finish(blocks[-1].log_prob)
-    return concatenate(blocks, positions=places, keep_draws=None)
+    return estimates.concatenate(blocks, positions=places, keep_draws=None)
 
 
 def _cut(pair: OpenedPair, positions: Tensor) -> Iterator[tuple[Tensor, OpenedPair]]:
@@ -265,7 +228,7 @@ class _Stream:
         self.draws: list[PosteriorDraws] = []
         # Half of the budget holds the latents drawn in one pass of the guide, the other half the
         # chunk of them that the model scores. Chunks are of equal size, as far as possible.
-        scored = budget // (2 * particles.bytes_per_datum * particles.num_data)
+        scored = budget // (2 * particles.pair.structure.bytes_per_datum * particles.num_data)
         scored = max(1, min(num_samples, scored))
         self.scored_at_once = math.ceil(num_samples / math.ceil(num_samples / scored))
         drawn = min(budget // 2, _DRAWN_BYTES) // particles.bytes_per_proposal()
@@ -280,12 +243,12 @@ class _Stream:
         for first in range(0, self.num_samples, self.drawn_at_once):
             count = min(self.drawn_at_once, self.num_samples - first)
             latents, log_proposal = particles.propose(count)
-            chunks = [
-                {name: value[start : start + size] for name, value in latents.items()}
-                for start in range(0, count, size)
-            ]
+            rows = (slice(start, start + size) for start in range(0, count, size))
+            chunks = [{name: value[own] for name, value in latents.items()} for own in rows]
             if first == 0 and size > 1:
-                work = self.num_samples * particles.num_data * particles.bytes_per_datum
+                work = (
+                    self.num_samples * particles.num_data * particles.pair.structure.bytes_per_datum
+                )
                 compiled = compiled_score(particles, chunks[0], work, compile)
                 if compiled is not None:
                     program, terms = compiled  # the terms of this chunk are there already
@@ -321,7 +284,7 @@ class _Stream:
         """Return the estimate of the first ``count`` data points."""
         found = {**self.moments.result(), "pareto_k": self.tail.pareto_k()}
         per_datum: dict[str, Any] = {name: value[:count].cpu() for name, value in found.items()}
-        num_samples = torch.full((count,), self.num_samples)
+        num_samples, history = torch.full((count,), self.num_samples), torch.stack(self.history)
         draws = None
         if self.draws:
             rows, *terms = zip(*self.draws, strict=True)
@@ -332,9 +295,7 @@ class _Stream:
             num_samples=num_samples,
             cost=num_samples,
             trusted=per_datum["pareto_k"] <= pareto_k_limit(num_samples),
-            convergence=Convergence(
-                torch.tensor(self.checkpoints), torch.stack(self.history)[:, :count]
-            ),
+            convergence=Convergence(torch.tensor(self.checkpoints), history[:, :count]),
             draws=draws and draws.map(lambda value: value[:, :count]),
         )
 
@@ -364,11 +325,9 @@ class _RunningMoments:
         self.count += len(log_weights)
 
     def result(self) -> dict[str, Tensor]:
-        return {
-            **summarise(self.largest, self.sum_weights, self.sum_squares, self.count),
-            "rate": self.sum_rate / self.count,
-            "distortion": self.sum_distortion / self.count,
-        }
+        found = estimates.summarise(self.largest, self.sum_weights, self.sum_squares, self.count)
+        means = {"rate": self.sum_rate, "distortion": self.sum_distortion}
+        return found | {name: total / self.count for name, total in means.items()}
 
 
 def _pad_and_score(score: Callable[[Latents], Terms], size: int, latents: Latents) -> Terms:

@@ -48,11 +48,9 @@ def choose_site(sites: dict[str, Any], site: str | None) -> str:
 
 def label_dimensions(columns: dict[str, Tensor]) -> list[str]:
     """Return a name for each column of some sites' matrices ``(N, D)``."""
-    return [
-        name if matrix.shape[1] == 1 else f"{name}[{index}]"
-        for name, matrix in columns.items()
-        for index in range(matrix.shape[1])
-    ]
+    sizes = {name: matrix.shape[1] for name, matrix in columns.items()}
+    several = {name: [f"{name}[{index}]" for index in range(size)] for name, size in sizes.items()}
+    return [label for n, size in sizes.items() for label in ([n] if size == 1 else several[n])]
 
 
 def draw_codes(guide: OpenedFunction, num_draws: int) -> dict[str, Tensor]:

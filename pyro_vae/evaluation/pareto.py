@@ -77,8 +77,7 @@ def _pareto_k(largest_first: Tensor, precision: float) -> Tensor:
     largest, cutoff = largest_first[:, 0], largest_first[:, -1]
     pareto_k = torch.full_like(largest, math.inf)
     rounding = _LAST_PLACES * precision * largest.abs().clamp(min=1)
-    equal = largest - cutoff <= rounding
-    possible = largest.isfinite()
+    equal, possible = largest - cutoff <= rounding, largest.isfinite()
     # Weights too small for float64 beside the largest one are no part of a tail.
     smallest = math.log(torch.finfo(torch.float64).tiny)
     relative = largest_first - torch.where(possible, largest, 0.0)[:, None]

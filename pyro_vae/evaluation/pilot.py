@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import (
-    Categorical,
-    Independent,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-)
+from torch import distributions as dist
+from torch.distributions import MixtureSameFamily
 
 from pyro_vae.evaluation.hmc import AnnealingPath, State, choose, multiply, transition
 
@@ -53,9 +48,8 @@ class Tuning(NamedTuple):
         wanted = torch.linspace(0, 1, num_steps + 1, dtype=ruler.dtype, device=ruler.device)
         wanted = (ruler[-1] * wanted[:, None]).T.contiguous()
         after = torch.searchsorted(ruler.T.contiguous(), wanted).clamp(1, len(ruler) - 1).T
-        low, high, start, end = (
-            values.gather(0, at) for values in (ruler, self.stops) for at in (after - 1, after)
-        )
+        ends = (after - 1, after)
+        (low, high), (start, end) = ([v.gather(0, at) for at in ends] for v in (ruler, self.stops))
         share = ((wanted.T - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
         betas = start + share * (end - start)
         betas[0], betas[-1] = 0.0, 1.0
@@ -87,7 +81,7 @@ class Pilot(NamedTuple):
     tuning: Tuning
 
 
-def explore(path: AnnealingPath, num_leapfrog_steps: int, position: Tensor | None = None) -> Pilot:
+def explore(path: AnnealingPath, longest: int, position: Tensor | None = None) -> Pilot:
     """Take a few chains along the path by sequential Monte Carlo; learn how to move there.
 
     Chains that are given a position ``(C, N, D)`` move at the end of the path alone.
@@ -116,23 +110,24 @@ def explore(path: AnnealingPath, num_leapfrog_steps: int, position: Tensor | Non
             variance = variance + (1 / share - 1) / len(weights)
             length = length + (-share.log()).clamp(min=0).sqrt()
             beta = torch.where(rise < 1 - beta, beta + rise, 1.0)
-            state = state.take(_resample(weights))
+            # Which chains go on, by systematic resampling.
+            shares = weights.softmax(0).nan_to_num(nan=1 / len(weights))
+            state = state.take(choose(shares.cumsum(0), len(weights)))
             stops_left -= 1
         else:
             repeats, rounds_left = _ARRIVED, rounds_left - 1
         factor = whiten(*_gather([*visited, state], beta))
         visited = []
         for _ in range(repeats):
-            state, probability = transition(
-                path, state, beta, log_step.exp(), factor, num_leapfrog_steps
-            )
+            step = log_step.exp()
+            state, probability = transition(path, state, beta, step, factor, longest)
             log_step = log_step + _GAIN * (probability.mean(0) - _TARGET_ACCEPTANCE)
             visited.append(state)
         moves += repeats
         found = (beta, length, log_step.exp(), factor)
         for record, value in zip((stops, lengths, steps, factors), found, strict=True):
             record.append(value)
-    cost = math.ceil(len(position) * (1 + moves * (1 + num_leapfrog_steps) / 2))
+    cost = math.ceil(len(position) * (1 + moves * (1 + longest) / 2))
     along = [torch.stack(values) for values in (stops, steps, factors, lengths)]
     log_joint = torch.cat([each.log_density(beta) for each in visited])
     tuning = Tuning(along[0], along[1], along[2], along[3], cost)
@@ -151,13 +146,14 @@ def fit_start(pilots: list[Pilot]) -> MixtureSameFamily:
     fitted = zip(*(_fit_normal(pilot, members) for pilot, members in clusters), strict=True)
     means, factors, evidence = (torch.stack(values, 1) for values in fitted)
     # The root hedges: what is found to be small gets more chains than its share.
-    shares = Categorical(logits=(evidence / 2).nan_to_num(nan=-1e9, neginf=-1e9))
-    parts: Any  # unchecked: where a trajectory ran away to there is a density of none
+    shares = dist.Categorical(logits=(evidence / 2).nan_to_num(nan=-1e9, neginf=-1e9))
+    # Unchecked: where a trajectory ran away to there is a density of none.
+    how: Any = {"validate_args": False}
     if factors.dim() == 3:
-        parts = Independent(Normal(means, factors, validate_args=False), 1, validate_args=False)
+        parts: Any = dist.Independent(dist.Normal(means, factors, **how), 1, **how)
     else:
-        parts = MultivariateNormal(means, scale_tril=factors, validate_args=False)
-    return MixtureSameFamily(shares, parts, validate_args=False)
+        parts = dist.MultivariateNormal(means, scale_tril=factors, **how)
+    return MixtureSameFamily(shares, parts, **how)
 
 
 def _fit_normal(pilot: Pilot, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,9 +273,3 @@ def _next_rise(increment: Tensor, left: Tensor, stops_left: int) -> tuple[Tensor
     rise = left * torch.where(share_left(left) >= _CESS, 1.0, low.exp())
     rise = torch.maximum(rise, left / stops_left**2)
     return rise, share_left(rise)
-
-
-def _resample(log_weights: Tensor) -> Tensor:
-    """Return which chains go on, ``(C, N)``, by systematic resampling."""
-    ends = log_weights.softmax(0).nan_to_num(nan=1 / len(log_weights)).cumsum(0)
-    return choose(ends, len(log_weights))

@@ -54,16 +54,10 @@ class PredictiveLogProb(NamedTuple):
 
 
 def predictive_log_prob(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    given: Tensor | Sequence[Tensor] | None = None,
-    num_draws: int = 1000,
-    num_samples: int = 100,
-    plate: str = "data",
-    seed: int | None = None,
-) -> PredictiveLogProb:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    given: Tensor | Sequence[Tensor] | None = None, num_draws: int = 1000, num_samples: int = 100,
+    plate: str = "data", seed: int | None = None,
+) -> PredictiveLogProb:  # fmt: skip
     r"""Estimate log p(x_n | data) under a model with latents that all data points share.
 
     .. math:: p(x_n | data) \approx \frac1S \sum_s p(x_n | \theta_s), \quad \theta_s \sim q(\theta)
@@ -73,14 +67,12 @@ def predictive_log_prob(
     ``num_samples`` importance weights; what the model enumerates is summed out.
 
     Args:
-        model: the generative function of the pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, fitted.
         x: data ``(N, ...)``, held out or not, or a tuple of tensors passed as ``model(*x)``.
         given: the data that theta is drawn for, where the guide looks at them.
         num_draws: draws of theta, S.
         num_samples: draws of the latents of each data point for each theta.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: no shared latent, data points that can't be weighed rightly (see
@@ -121,11 +113,9 @@ def predictive_log_prob(
     found["trusted"] &= cleared.mean(0) > 0.5
     unknown = int((~found["trusted"]).sum())
     if unknown:
-        warnings.warn(
-            f"{unknown} of {likelihood.shape[1]} data points have a Pareto k that is too high, or "
-            "too few draws to know it: their log p(x | data) can't be trusted; use more draws",
-            stacklevel=2,
-        )
+        what = f"{unknown} of {likelihood.shape[1]} data points have a Pareto k that is too high"
+        doubt = "or too few draws to know it: their log p(x | data) can't be trusted; use more draws"
+        warnings.warn(f"{what}, {doubt}", stacklevel=2)
     joint = LogMarginal(
         **measure_weights(likelihood.sum(1, keepdim=True) + ratio, precision),
         rate=-ratio.mean(0),
@@ -153,16 +143,13 @@ def _shared(function: PairFunction, pair: OpenedPair, given: Latents) -> tuple[L
 def _check_independent(pair: OpenedPair) -> None:
     """Refuse a guide whose density of what is shared is another one for other data."""
     theta, _ = _shared(pair.guide, pair, {})
-    first = torch.zeros(
-        pair.num_data, dtype=torch.long
-    )  # again and again, or where it is alone zeros
+    # Again and again the first one, or where it is alone zeros.
+    first = torch.zeros(pair.num_data, dtype=torch.long)
     others = pair.part(first).inputs if pair.num_data > 1 else map(torch.zeros_like, pair.inputs)
     both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
     if not all_close(*both):
-        raise InputError(
-            f"expected the data that {min(theta)!r} of the guide depends on, got none: pass those "
-            "that it was fitted to by given="
-        )
+        wanted = f"the data that {min(theta)!r} of the guide depends on"
+        raise InputError(f"expected {wanted}, got none: pass those that it was fitted to by given=")
 
 
 def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge) -> Tensor:

@@ -51,16 +51,10 @@ class PosteriorDivergence(NamedTuple):
 
 
 def posterior_divergence(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_points: int | None = None,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> PosteriorDivergence:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    num_points: int | None = None, max_memory: int | None = None, plate: str = "data",
+    seed: int | None = None, progress: Callable[[int, int], None] | None = None,
+) -> PosteriorDivergence:  # fmt: skip
     r"""Integrate the posterior on a grid that is fitted to each datum.
 
     .. math:: KL(q \| p(z|x)) = \int q(z|x) [\log q(z|x) - \log p(x, z)] dz + \log \int p(x, z) dz
@@ -71,14 +65,10 @@ def posterior_divergence(
     The box holds the mass of both densities. The grid is refined until two of them agree.
 
     Args:
-        model: the generative function of the pair.
+        model, x, max_memory, plate, progress: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, with one real latent site of one or two dimensions per datum.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         num_points: grid points per dimension of the first grid, odd; by default 1,025 and 161.
-        max_memory: bytes that a chunk of the grid may need.
-        plate: name of the data plate.
         seed: seed of the draws that place the box; the result hardly depends on it.
-        progress: called with (data done, N).
 
     Raises:
         InputError: several latent sites, a latent of another size or support, a number of points that
@@ -96,10 +86,9 @@ def posterior_divergence(
         how: dict[str, Any] = {"max_memory": max_memory, "progress": progress}
         found = measure_divergence(pair, num_points=num_points, **how)
     if found.kl.isnan().any():
-        raise InputError(
-            f"expected densities that a grid resolves, got none for {int(found.kl.isnan().sum())} of "
-            f"{len(found.kl)} data points: raise num_points, or use inference_gaps"
-        )
+        wanted = "densities that a grid resolves"
+        got = f"none for {int(found.kl.isnan().sum())} of {len(found.kl)} data points"
+        raise InputError(f"expected {wanted}, got {got}: raise num_points, or use inference_gaps")
     return found
 
 
@@ -111,8 +100,7 @@ def measure_divergence(
     progress: Progress | None = None,
 ) -> PosteriorDivergence:
     """Do the work of :func:`posterior_divergence` for an open pair; NaN where no grid resolves it."""
-    budget = pair.memory(max_memory)
-    blocks = pair.blocks(256, progress)
+    budget, blocks = pair.memory(max_memory), pair.blocks(256, progress)
     parts = [_refine(part, num_points, budget) for _, part in blocks]
     kl, log_prob, error = map(torch.cat, zip(*parts, strict=True))
     kl = torch.where(error <= _REFUSE * (1 + kl.abs()), kl, torch.nan)
@@ -143,9 +131,11 @@ class _Grid:
 
     def __init__(self, particles: Particles, num_points: int | None, budget: int) -> None:
         self.particles = particles
-        self.name, self.size = latent_on_grid(particles.traces()[1], particles.num_data)
+        self.name, self.size = latent_on_grid(particles.pair.trace()[1], particles.num_data)
         self.points = num_points or _POINTS[self.size]
-        self.at_once = max(2, budget // (particles.bytes_per_datum * particles.num_data))
+        self.at_once = max(
+            2, budget // (particles.pair.structure.bytes_per_datum * particles.num_data)
+        )
         self.axis = particles.axes[self.name]
         self.rest = list(particles.latent_shapes[self.name])
         del self.rest[self.axis]
@@ -188,9 +178,8 @@ class _Grid:
         # Half of it, as densities square their arguments and scales differ.
         self.furthest = 0.5 * math.log(torch.finfo(drawn.dtype).max)
         values = torch.cat([drawn, prior]).movedim(self.axis, 1).unsqueeze(-1).flatten(2).double()
-        quarter, self.centre, most = values[:_PLACING_DRAWS].quantile(
-            torch.tensor([0.25, 0.5, 0.75]).to(values), dim=0
-        )
+        quarters = torch.tensor([0.25, 0.5, 0.75]).to(values)
+        quarter, self.centre, most = values[:_PLACING_DRAWS].quantile(quarters, dim=0)
         self.scale = (most - quarter).clamp(min=1e-6 * (1 + self.centre.abs()))
         values = ((values - self.centre) / self.scale).asinh()
         return values.amin(0) - 1, values.amax(0) + 1
@@ -253,17 +242,14 @@ def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:
     """Return the name of a guide's latent and its size per datum; refuse what has no grid."""
     site = single_latent(guide_trace)
     if site is None:
-        raise InputError(
-            f"expected one latent site for quadrature, got {len(latent_sites(guide_trace))}: leave "
-            "posterior out"
-        )
+        wanted, count = "one latent site for quadrature", len(latent_sites(guide_trace))
+        raise InputError(f"expected {wanted}, got {count}: leave posterior out")
     support = site["fn"].support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     size = site["value"].numel() // num_data
     if support is not constraints.real or size not in _POINTS:
-        raise InputError(
-            f"expected a real latent of 1 or 2 dimensions for quadrature, got {site['name']!r} of "
-            f"{size} on {support}: leave posterior out"
-        )
+        wanted = "a real latent of 1 or 2 dimensions for quadrature"
+        got = f"{site['name']!r} of {size} on {support}"
+        raise InputError(f"expected {wanted}, got {got}: leave posterior out")
     return site["name"], size

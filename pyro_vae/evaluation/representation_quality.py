@@ -138,18 +138,10 @@ class Representation:
 
 
 def representation(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    labels: Any = None,
-    num_samples: int = 4,
-    num_neighbours: int = 5,
-    num_folds: int = 5,
-    max_memory: int | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Representation:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, labels: Any = None,
+    num_samples: int = 4, num_neighbours: int = 5, num_folds: int = 5,
+    max_memory: int | None = None, plate: str = "data", seed: int | None = 0,
+) -> Representation:  # fmt: skip
     """Measure what the latents of a pair hold of the data; several latent sites are taken together.
 
     The cost grows with the square of N (every draw is scored under every datum's posterior); a few
@@ -158,16 +150,12 @@ def representation(
     predicted by a fit to the other folds.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``model(*x)``.
         labels: classes ``(N,)``, for the accuracies.
         num_samples: draws of each datum's posterior, at least 2 (the errors come from their spread).
         num_neighbours: k of the nearest-neighbour classifier.
         num_folds: folds of the cross-validation, less where a class has fewer members.
-        max_memory: bytes that a block of scores may need; by default as in
-            :func:`pyro_vae.log_marginal`.
-        plate: name of the data plate.
         seed: seed of draws and folds; the generators' state is restored afterwards.
 
     Raises:
@@ -192,11 +180,11 @@ def representation(
         for name, code in codes.items():
             if code.support == "discrete":
                 raise InputError(f"expected continuous latents, {name!r} is discrete")
-        measures = _information(pair, num_samples=num_samples, max_memory=max_memory)
+        measures = _information(pair, num_samples, max_memory)
     variances = _variances(codes)
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
-        measures |= _probe(features, labels, num_neighbours, num_folds, seed=seed or 0)
+        measures |= _probe(features, labels, num_neighbours, num_folds, seed or 0)
     return Representation(
         sites=tuple(codes),
         latent_dim=len(variances),
@@ -243,19 +231,15 @@ def _check_labels(labels: Any, num_data: int, num_neighbours: int, num_folds: in
     if len(classes) < 2:
         raise InputError("expected labels of at least two classes, got one")
     if counts.min() < 2:
-        raise InputError(
-            f"expected at least 2 data points of every class, got 1 of {classes[counts.argmin()]}: "
-            "leave it out"
-        )
+        wanted = "at least 2 data points of every class"
+        raise InputError(f"expected {wanted}, got 1 of {classes[counts.argmin()]}: leave it out")
     folds = min(num_folds, int(counts.min()))
     if num_data - -(-num_data // folds) < num_neighbours:
         raise InputError(f"expected fewer neighbours of {num_data} data points, got {num_neighbours}")
     return values
 
 
-def _probe(
-    features: np.ndarray, labels: np.ndarray, num_neighbours: int, num_folds: int, *, seed: int
-) -> dict[str, Any]:
+def _probe(codes: Any, labels: Any, num_neighbours: int, num_folds: int, seed: int) -> dict[str, Any]:
     """Return both accuracies and the number of folds, which hold the classes in equal shares."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -272,7 +256,7 @@ def _probe(
         ("linear_accuracy", LogisticRegression(max_iter=2000)),
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
-        accuracy = float((cross_val_predict(pipeline, features, labels, cv=split) == labels).mean())
+        accuracy = float((cross_val_predict(pipeline, codes, labels, cv=split) == labels).mean())
         error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
         found[name] = Estimate(accuracy, error)
     return found
@@ -288,12 +272,10 @@ class _Coordinates(NamedTuple):
     independent: tuple[Distribution, Distribution] | None = None  # both, where both are independent
 
 
-def _information(
-    pair: OpenedPair, *, num_samples: int, max_memory: int | None = None
-) -> dict[str, Any]:
+def _information(pair: OpenedPair, num_samples: int, max_memory: int | None) -> dict[str, Any]:
     """Return the information measures of :class:`Representation` by name."""
     particles = Particles(pair.part())
-    model_trace, guide_trace = particles.traces()
+    model_trace, guide_trace = particles.pair.trace()
     check_density_known(latent_sites(guide_trace), "posteriors can't be compared at one latent")
     prior = posterior = None
     if len(particles.axes) == 1:
@@ -305,17 +287,10 @@ def _information(
     budget = pair.memory(max_memory)
     rows = [_one_draw(particles, coordinates, budget) for _ in range(num_samples)]
     terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return {
-        "total_correlation": None,
-        "dimension_wise_kl": None,
-        **{
-            name: Estimate(term.mean().item(), _standard_error(term).item())
-            for name, term in terms.items()
-            if name != "kl_per_dimension"
-        },
-        **_rates(terms, coordinates),
-        "unavailable": unavailable,
-    }
+    found: dict[str, Any] = {"total_correlation": None, "dimension_wise_kl": None}
+    for name in terms.keys() - {"kl_per_dimension"}:
+        found[name] = Estimate(terms[name].mean().item(), _standard_error(terms[name]).item())
+    return found | _rates(terms, coordinates) | {"unavailable": unavailable}
 
 
 def _coordinates(
@@ -350,12 +325,8 @@ def _one_draw(particles: Particles, coordinates: _Coordinates, budget: int) -> d
     # One row of latents per datum, the data's axis first.
     rows = {name: value[0] for name, value in particles.data_first(latents).items()}
     aggregate, others, of_coordinates = _aggregate(particles, coordinates, rows, own, budget)
-    terms = {
-        "rate": own - log_prior,
-        "mutual_information": own - aggregate,
-        "mutual_information_upper": own - others,
-        "marginal_kl": aggregate - log_prior,
-    }
+    terms = {"rate": own - log_prior, "mutual_information": own - aggregate}
+    terms |= {"mutual_information_upper": own - others, "marginal_kl": aggregate - log_prior}
     if of_coordinates is not None:
         terms["total_correlation"] = aggregate - of_coordinates.sum(1)
         (value,) = rows.values()
@@ -379,10 +350,9 @@ def _aggregate(
     aggregate, others, of_coordinates = [], [], []
     for start in range(0, num_data, size):
         part = slice(start, min(start + size, num_data))
-        shown = {}  # each draw is a particle that gives every datum the same value
-        for name, value in rows.items():
-            to_all = value[part, None].expand(-1, num_data, *value.shape[1:])
-            shown[name] = to_all.movedim(1, particles.axes[name])
+        # Each draw is a particle that gives every datum the same value.
+        to_all = {n: v[part, None].expand(-1, num_data, *v.shape[1:]) for n, v in rows.items()}
+        shown = {name: value.movedim(1, particles.axes[name]) for name, value in to_all.items()}
         scores = particles.score_proposal(shown)
         positions = torch.arange(part.start, part.stop, device=scores.device)
         diagonal = positions - part.start, positions
@@ -427,9 +397,7 @@ def _independent_coordinates(distribution: Distribution) -> Distribution | None:
     """Return the distribution of the coordinates, ``(*batch, D)``, if they are independent."""
     if isinstance(distribution, ExpandedDistribution):
         inner = _independent_coordinates(distribution.base_dist)
-        if inner is None:
-            return None
-        return inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
+        return inner and inner.expand(distribution.batch_shape + inner.batch_shape[-1:])
     if not isinstance(distribution, Independent) or len(distribution.event_shape) != 1:
         return None
     base = distribution.base_dist

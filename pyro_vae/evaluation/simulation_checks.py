@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 
 Statistic = Callable[[Tensor], Tensor]
 
-_STATISTICS: dict[str, Statistic] = {
-    "mean": lambda values: values.reshape(len(values), -1).mean(1),
-    "standard deviation": lambda values: values.reshape(len(values), -1).std(1, correction=0),
-}
+_STATISTICS: dict[str, Statistic] = {"mean": lambda x: x.reshape(len(x), -1).mean(1)}
+_STATISTICS["standard deviation"] = lambda x: x.reshape(len(x), -1).std(1, correction=0)
 
 
 @shown
@@ -68,21 +66,17 @@ class PosteriorPredictive:
     @property
     def overall_p_value(self) -> dict[str, float]:
         """By statistic, the share of whole drawn data sets whose mean is above the data's."""
-        return {
-            name: _share_above(self.replicated[name].mean(1), observed.mean()).item()
-            for name, observed in self.observed.items()
-        }
+        means = {n: (self.replicated[n].mean(1), seen.mean()) for n, seen in self.observed.items()}
+        return {name: _share_above(*both).item() for name, both in means.items()}
 
     def plot(self) -> Figure:
         """Show each statistic over the data and over the data drawn in their place."""
         from pyro_vae import plots
 
-        return plots.observed_and_replicated(
-            {name: value.numpy() for name, value in self.observed.items()},
-            {name: value.numpy() for name, value in self.replicated.items()},
-            [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()],
-            title="posterior predictive check",
-        )
+        labels = [f"{name}  p = {p_value:.2f}" for name, p_value in self.overall_p_value.items()]
+        both = self.observed, self.replicated
+        seen, drawn = ({name: value.numpy() for name, value in of.items()} for of in both)
+        return plots.observed_and_replicated(seen, drawn, labels, title="posterior predictive check")
 
 
 def _share_above(drawn: Tensor, value: Tensor) -> Tensor:
@@ -90,28 +84,19 @@ def _share_above(drawn: Tensor, value: Tensor) -> Tensor:
 
 
 def posterior_predictive(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    statistics: Mapping[str, Statistic] | None = None,
-    num_draws: int = 100,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> PosteriorPredictive:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    statistics: Mapping[str, Statistic] | None = None, num_draws: int = 100,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> PosteriorPredictive:  # fmt: skip
     """Draw latents given each datum, new data given these, and compare statistics of both.
 
     Args:
-        model: the generative function of the pair.
+        model, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         guide: its variational function, taken for the posterior.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
         statistics: by name, functions from data ``(N, ...)`` to one number each, ``(N,)``; by default
             the mean and the standard deviation over the values of a datum.
         num_draws: data drawn in place of each datum, S.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: several observed sites without a name, no site of that name, no statistic, one of
@@ -147,10 +132,8 @@ def _compute(statistics: Mapping[str, Statistic], values: Tensor) -> Tensor:
         found = statistic(values)
         if not isinstance(found, Tensor) or found.shape != values.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(
-                f"expected statistic {name!r} to give one number per datum, shape ({len(values)},), "
-                f"got {got}: leave the first dimension alone"
-            )
+            wanted = f"statistic {name!r} to give one number per datum, shape ({len(values)},)"
+            raise InputError(f"expected {wanted}, got {got}: leave the first dimension alone")
         computed.append(found.double().cpu())
     return torch.stack(computed)
 
@@ -193,32 +176,22 @@ class AggregatePosterior:
 
         distances = zip(self.labels, self.statistic.tolist(), strict=True)
         labels = [f"{label}  KS distance {distance:.2f}" for label, distance in distances]
-        return plots.prior_and_aggregate(
-            self.draws.numpy(), self.prior.numpy(), labels, title="aggregate posterior and prior"
-        )
+        both, title = (self.draws.numpy(), self.prior.numpy()), "aggregate posterior and prior"
+        return plots.prior_and_aggregate(*both, labels, title=title)
 
 
 def aggregate_posterior(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_draws: int = 1,
-    plate: str = "data",
-    seed: int | None = None,
-) -> AggregatePosterior:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, num_draws: int = 1,
+    plate: str = "data", seed: int | None = None,
+) -> AggregatePosterior:  # fmt: skip
     """Compare the guide's draws over all data with the prior, dimension by dimension.
 
     A model generates from its prior; where the aggregate posterior is elsewhere, it generates what it
     was never trained to decode. Agreement of the dimensions one by one is necessary, not sufficient.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function.
-        x: data ``(N, ...)`` on the pair's device, or a tuple of tensors passed as ``model(*x)``.
+        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         num_draws: draws per datum. Several of one are not independent: p-values are too small.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: a number of draws below 1, or a pair that can't be weighed.
@@ -235,9 +208,8 @@ def aggregate_posterior(
             prior = particles.data_first(particles.propose_from_prior(num_draws))
             draws = particles.data_first(particles.propose(num_draws)[0])
             for rows, latents in zip(found, (draws, prior), strict=True):
-                flat = {  # auxiliary sites have no prior
-                    n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in draws if n in prior
-                }
+                both = [n for n in draws if n in prior]  # auxiliary sites have no prior
+                flat = {n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in both}
                 rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
     labels = label_dimensions(flat)
     return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)
@@ -294,16 +266,13 @@ class Calibration:
         return torch.as_tensor(chi2.sf(self.chi_square.numpy(), self.num_bins - 1))
 
     def _summary(self) -> Summary:
-        p_value = self.p_value
+        p_value, count = self.p_value, len(self.x[0])
         lowest = int(p_value.argmin())
-        count = len(self.x[0])
         title = f"ranks of {count} simulated data points among {self.num_draws} draws of the guide"
-        return title, {
-            f"lowest p-value of {len(p_value)} dimensions": (
-                f"{p_value[lowest].item():.2g} ({self.labels[lowest]})"
-            ),
-            "its chi-square": f"{self.chi_square[lowest].item():.1f}, {self.num_bins - 1} expected",
-        }
+        value = f"{p_value[lowest].item():.2g} ({self.labels[lowest]})"
+        statistic = f"{self.chi_square[lowest].item():.1f}, {self.num_bins - 1} expected"
+        name = f"lowest p-value of {len(p_value)} dimensions"
+        return title, {name: value, "its chi-square": statistic}
 
     def plot(self) -> Figure:
         """Show the histogram of ranks of each dimension with the band that 95 % of bins lie in."""
@@ -329,31 +298,21 @@ class Calibration:
 
 
 def calibration(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_data: int = 1000,
-    num_draws: int = 99,
-    num_bins: int = 20,
-    plate: str = "data",
-    seed: int | None = None,
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, num_data: int = 1000,
+    num_draws: int = 99, num_bins: int = 20, plate: str = "data", seed: int | None = None,
     progress: Progress | None = None,
-) -> Calibration:
+) -> Calibration:  # fmt: skip
     """Draw latents and data from the model, and rank the latents among the guide's draws.
 
     Where the guide is the posterior the ranks are uniform. Both are run in eval mode.
 
     Args:
-        model: the generative function of the pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe, which
             are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M.
         num_draws: draws of the guide per datum, L; L + 1 is to be a multiple of the bins.
         num_bins: bins of the test, at most M / 5: each should expect five data.
-        plate: name of the data plate.
-        seed: seed of all draws; the generators' state is restored afterwards.
         progress: called with (data done, M).
 
     Raises:
@@ -376,32 +335,26 @@ def calibration(
             drawn = particles.data_first(particles.propose(num_draws)[0])
             for name, value in latents.items():
                 true = value[rows].unsqueeze(-1).flatten(1)
-                found = _ranks(true, drawn[name].unsqueeze(-1).flatten(2))
+                among = drawn[name].unsqueeze(-1).flatten(2)
+                below, equal = (among < true).sum(0), (among == true).sum(0)  # ties at random
+                place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device)
+                found = below + (place * (equal + 1)).long().minimum(equal)
                 ranks.setdefault(name, []).append(found.cpu())
     joined = {name: torch.cat(parts) for name, parts in ranks.items()}
     return Calibration(joined, num_draws, num_bins, pair.inputs)
-
-
-def _ranks(true: Tensor, draws: Tensor) -> Tensor:
-    """Return how many draws ``(L, N, D)`` lie below the true values ``(N, D)``; ties at random."""
-    below, equal = (draws < true).sum(0), (draws == true).sum(0)
-    place = torch.rand(equal.shape, dtype=torch.float64, device=equal.device) * (equal + 1)
-    return below + place.long().minimum(equal)
 
 
 def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
     check_counts(num_data=num_data, num_draws=num_draws, num_bins=num_bins)
     if num_bins < 2 or (num_draws + 1) % num_bins:
         fitting = max(1, round((num_draws + 1) / max(num_bins, 2))) * max(num_bins, 2) - 1
-        raise InputError(
-            f"expected num_bins of at least 2 that divides num_draws + 1, got {num_bins} for "
-            f"{num_draws} draws: use e.g. num_draws={fitting}"
-        )
+        wanted = "num_bins of at least 2 that divides num_draws + 1"
+        got = f"{num_bins} for {num_draws} draws"
+        raise InputError(f"expected {wanted}, got {got}: use e.g. num_draws={fitting}")
     if num_data < 5 * num_bins:
-        raise InputError(
-            f"expected num_data of at least {5 * num_bins} for {num_bins} bins, got {num_data}: the "
-            "test needs five data points in each"
-        )
+        wanted = f"num_data of at least {5 * num_bins} for {num_bins} bins"
+        advice = "the test needs five data points in each"
+        raise InputError(f"expected {wanted}, got {num_data}: {advice}")
 
 
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
@@ -411,10 +364,9 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
     sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
     for (name, index), (other, its) in itertools.combinations(sources.items(), 2):
         if index == its:
-            raise InputError(
-                f"expected one observed site for each input, {name!r} and {other!r} observe the "
-                "same: simulated data would differ between them; pass it as two inputs"
-            )
+            wanted = "one observed site for each input"
+            advice = "simulated data would differ between them; pass it as two inputs"
+            raise InputError(f"expected {wanted}, {name!r} and {other!r} observe the same: {advice}")
     inputs = list(template.part(torch.arange(num_data) % template.num_data).inputs)
     with any_number_of_data("pair", num_data):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*inputs)
@@ -423,19 +375,16 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
             drawn = site["value"].reshape(given.shape)
             inputs[index] = drawn.to(given.dtype)
             if not given.is_floating_point() and (inputs[index] != drawn).any():
-                raise InputError(
-                    f"expected floating-point data at {name!r}, whose simulated values are not whole "
-                    f"numbers, got {given.dtype}: convert them"
-                )
+                what = f"data at {name!r}, whose simulated values are not whole numbers"
+                raise InputError(f"expected floating-point {what}, got {given.dtype}: convert them")
             site["value"] = inputs[index].reshape(site["value"].shape)
         latents = [site for site in latent_sites(trace) if site["name"] not in sources]
         with Given({site["name"]: site["value"] for site in latents}):
             changed = changed_site(trace, poutine.trace(model).get_trace(*inputs))
         if changed is not None:  # what it drew is then not what it says
-            raise InputError(
-                "expected a model that uses the data at its observed sites alone, the density at "
-                f"{changed!r} changes with them: no data can be simulated from it"
-            )
+            what = "a model that uses the data at its observed sites alone"
+            mend = "no data can be simulated from it"
+            raise InputError(f"expected {what}, the density at {changed!r} changes with them: {mend}")
         pair = template.on(tuple(inputs))
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen

@@ -14,21 +14,7 @@ from pyro_vae.infer.validation import bound_terms
 from pyro_vae.weights.particles import log_weights
 
 __all__ = [
-    "IWAE",
-    "AnalyticKL",
-    "Bound",
-    "BoundTerms",
-    "Callback",
-    "Compiled",
-    "CompiledTrace_ELBO",
-    "FitResult",
-    "FreeBits",
-    "FusedOptim",
-    "Interrupted",
-    "StickingTheLanding",
-    "TraceBound",
-    "bound_terms",
-    "fit",
-    "log_weights",
-    "scale_latents",
-]
+    "IWAE", "AnalyticKL", "Bound", "BoundTerms", "Callback", "Compiled", "CompiledTrace_ELBO",
+    "FitResult", "FreeBits", "FusedOptim", "Interrupted", "StickingTheLanding", "TraceBound",
+    "bound_terms", "fit", "log_weights", "scale_latents",
+]  # fmt: skip

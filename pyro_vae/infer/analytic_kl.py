@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.distributions.kl import closed_form_kl
-from pyro_vae.errors import InputError, real_number
+from pyro_vae.errors import InputError, check_choice, real_number
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.pair.contract import refuse_score_function
 from pyro_vae.pair.sites import Site, TracePair, is_delta, latent_sites, plate_scale, sample_sites
@@ -34,12 +34,6 @@ class Divergence(NamedTuple):
     exact: bool
     by_dimension: bool
 
-    @property
-    def per_batch_element(self) -> Tensor:
-        """The value with the event's dimensions summed: batch shape."""
-        dims = list(range(-self.site["fn"].event_dim, 0)) if self.by_dimension else []
-        return self.value.sum(dims) if dims else self.value
-
 
 def divergences(model_trace: Trace, guide_trace: Trace) -> list[Divergence]:
     """Return what each latent of a traced and scored pair adds to the rate.
@@ -51,9 +45,7 @@ def divergences(model_trace: Trace, guide_trace: Trace) -> list[Divergence]:
     (auxiliary ones) give their log q.
     """
     in_model = {site["name"]: site for site in latent_sites(model_trace)}
-    before_in_model = list(in_model)
-    before_in_guide: set[str] = set()
-    found = []
+    before_in_model, before_in_guide, found = list(in_model), set[str](), []
     for site in sample_sites(guide_trace):
         name = site["name"]
         if name not in in_model:
@@ -138,7 +130,8 @@ class AnalyticKL(Bound):
 
 
 def _weighed(row: Divergence, scale: Any) -> Tensor:
-    return scale_and_mask(wide(row.per_batch_element), scale=scale)
+    dims = list(range(-row.site["fn"].event_dim, 0)) if row.by_dimension else []
+    return scale_and_mask(wide(row.value.sum(dims) if dims else row.value), scale=scale)
 
 
 class DefaultBound(AnalyticKL):
@@ -212,8 +205,7 @@ class FreeBits(AnalyticKL):
     ) -> None:
         if not 0 <= real_number("floor", floor) < math.inf:
             raise InputError(f"expected a finite floor of at least 0 nats, got {floor}")
-        if per not in ("dimension", "site"):
-            raise InputError(f"expected per to be dimension or site, got {per!r}")
+        check_choice("per", per, ("dimension", "site"))
         super().__init__(**options)
         self.floor, self.per, self.plate = floor, per, plate
 
@@ -230,9 +222,8 @@ class FreeBits(AnalyticKL):
                 "factor or auxiliary: use TraceBound"
             )
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1:
-            raise InputError(
-                f"expected one scale for all data at {name!r}, got a tensor: no floor on their mean"
-            )
+            wanted = f"one scale for all data at {name!r}"
+            raise InputError(f"expected {wanted}, got a tensor: no floor on their mean")
         shift = site["fn"].event_dim if first.by_dimension else 0
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         data = [frame for frame in frames if frame.name == self.plate]

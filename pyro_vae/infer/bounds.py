@@ -95,10 +95,8 @@ class Bound(ELBO):
         model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, args, kwargs)
         for name, site in _samples(model_trace) + _samples(guide_trace):
             if site["infer"].get("enumerate"):  # summed out: there is no single draw to score
-                raise InputError(
-                    f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
-                    "TraceEnum_ELBO, or draw it"
-                )
+                advice = "use Pyro's TraceEnum_ELBO, or draw it"
+                raise InputError(f"expected sites that are drawn, {name!r} is enumerated: {advice}")
         return model_trace, guide_trace
 
 
@@ -204,9 +202,7 @@ def particle_options(objective: ELBO) -> dict[str, Any]:
     names = ("num_particles", "max_plate_nesting", "vectorize_particles")
     options = {name: getattr(objective, name) for name in names}
     # Pyro's constructor adds the particles' own plate to the nesting it is given.
-    options["max_plate_nesting"] -= (
-        bool(options["vectorize_particles"]) and options["num_particles"] > 1
-    )
+    options["max_plate_nesting"] -= objective.vectorize_particles and objective.num_particles > 1
     return options
 
 

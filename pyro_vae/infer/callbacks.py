@@ -49,10 +49,9 @@ class Callbacks:
         for each in self.callbacks:
             whole_number("every of a callback", getattr(each, "every", 1), least=1)
             if isinstance(each, type) or not any(hasattr(each, name) for name in _METHODS):
-                raise InputError(
-                    f"expected callbacks as objects with {' or '.join(_METHODS)}, got {each!r}: pass "
-                    "a function of epochs as on_epoch="
-                )
+                wanted = f"callbacks as objects with {' or '.join(_METHODS)}"
+                advice = "pass a function of epochs as on_epoch="
+                raise InputError(f"expected {wanted}, got {each!r}: {advice}")
 
     def tell(self, method: str, *values: Any) -> None:
         """Call a method of all callbacks that have it."""

@@ -5,7 +5,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -34,10 +33,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, number: int, folder: Path) -> None:
-        super().__init__(
-            f"interrupted by {signal.Signals(number).name}, its state is in {folder}: repeat the "
-            "call with resume=True to go on"
-        )
+        what = f"interrupted by {signal.Signals(number).name}, its state is in {folder}"
+        super().__init__(f"{what}: repeat the call with resume=True to go on")
         self.number, self.folder = number, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,14 +45,9 @@ class Checkpoints:
     """The checkpoints of one run; without a folder none are read or written."""
 
     def __init__(
-        self,
-        folder: str | Path | None,
-        every: int | None,
-        minutes: float | None,
-        *,
-        resume: bool,
+        self, folder: str | Path | None, every: int | None, minutes: float | None, *, resume: bool,
         processes: Processes = ALONE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if every is not None:
             every = whole_number("checkpoint_every", every, least=1)
         if minutes is not None:
@@ -104,9 +96,7 @@ class Checkpoints:
         found = self.processes.decide(lambda: read_newest(self.folder) if self.folder else None)
         return None if found is None else found["settings"].get("objective")
 
-    def begin(
-        self, settings: Mapping[str, Any], trainer: Trainer, best: EarlyStopping, rows: _Rows
-    ) -> None:
+    def begin(self, settings: Any, trainer: Trainer, best: EarlyStopping, rows: _Rows) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
         if (folder := self.folder) is None:
             return
@@ -148,10 +138,9 @@ class Checkpoints:
     def _prepare(self) -> None:
         assert self.folder is not None
         if not self.resume and checkpoint_files(self.folder):
-            raise InputError(
-                f"expected a folder without checkpoints, {self.folder} holds some: resume=True goes "
-                "on from them, or choose another folder"
-            )
+            wanted = "a folder without checkpoints"
+            advice = "resume=True goes on from them, or choose another folder"
+            raise InputError(f"expected {wanted}, {self.folder} holds some: {advice}")
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begun = self.folder.stat()
@@ -218,16 +207,14 @@ def _generator_states(device: torch.device) -> dict[str, Any]:
     """Return the state of every random generator: Python's, NumPy's, torch's on CPU and device."""
     version, words, gauss = random.getstate()
     _, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002
-    states = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "words": torch.from_numpy(np.asarray(numpy_words).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(numpy_gauss),
-        },
-        "torch": torch.get_rng_state(),
+    python = {"version": version, "words": torch.tensor(words), "gauss": gauss}
+    numpy: dict[str, Any] = {
+        "position": int(position),
+        "has_gauss": int(has_gauss),
+        "gauss": numpy_gauss,
     }
+    numpy["words"] = torch.from_numpy(np.asarray(numpy_words).astype(np.int64))
+    states = {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states

@@ -23,15 +23,12 @@ _TENSOR = "__tensor__"
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the newest last."""
-    what = f"a folder for checkpoints at {folder}"
-    with expecting(what, OSError, advice="choose another"):
+    with expecting(f"a folder for checkpoints at {folder}", OSError, advice="choose another"):
         found = folder.iterdir() if folder.exists() else ()
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
-def write_checkpoint(
-    folder: Path, count: int, settings: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
+def write_checkpoint(folder: Path, count: int, settings: Any, state: Mapping[str, Any]) -> None:
     """Write the checkpoint after so many steps; of those before it the last one is kept."""
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
@@ -64,10 +61,9 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
                 other.unlink()  # or it would pass for the newest again
         return found
     if damaged:
-        raise InputError(
-            f"expected a checkpoint in {folder} that can be read, got {len(damaged)} damaged ones "
-            f"(the newest: {next(iter(damaged.values()))}): start again in another folder"
-        )
+        wanted = f"a checkpoint in {folder} that can be read"
+        got = f"{len(damaged)} damaged ones (the newest: {next(iter(damaged.values()))})"
+        raise InputError(f"expected {wanted}, got {got}: start again in another folder")
     return None
 
 
@@ -79,10 +75,9 @@ def _read(path: Path) -> dict[str, Any] | str:
         tensors, metadata = read_tensors(path)
         content = parse_json(metadata[_ENTRY], finite=False)
         if type(content["format"]) is int and content["format"] > _FORMAT:
-            raise InputError(
-                f"expected format {_FORMAT} in {path}, got {content['format']}: it was written by a "
-                "newer pyro_vae: update"
-            )
+            wanted = f"format {_FORMAT} in {path}"
+            got = f"{content['format']}: it was written by a newer pyro_vae"
+            raise InputError(f"expected {wanted}, got {got}: update")
         written = content.pop("checksum")
         if content["format"] != _FORMAT or written != checksum_of(content, tensors):
             return "its checksum is another"

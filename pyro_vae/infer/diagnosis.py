@@ -39,11 +39,7 @@ def diagnose(
         return ()
     with seeded(0), evaluation_mode(model, guide):
         model_trace, guide_trace = draw_traces(model, guide, batch)
-    found = (
-        _collapse(rows, guide_trace, settings),
-        _explosion(rows),
-        _runaway_sigma(rows, model_trace),
-    )
+    found = _collapse(rows, guide_trace, settings), _explosion(rows), _sigma(rows, model_trace)
     wrong = [text for text in found if text]
     # What a VAE is given it can standardise; a pair of the user's own may do so inside.
     scale = unscaled(model, batch[0]) if wrong or _standardizers(model) else None
@@ -72,10 +68,9 @@ def _collapse(rows: _Rows, guide_trace: Trace, settings: FitSettings) -> str | N
     if not units or not abs(rate) < _CODES_NOTHING * units:
         return None
     which = "the one latent unit codes" if units == 1 else f"all {units} latent units together code"
-    return (
-        f"posterior collapse: {which} {rate:.2g} nats, so the model ignores its latents; try a "
-        "longer warm-up (warmup_epochs), a smaller beta, free bits, or a weaker decoder"
-    )
+    advice = "a longer warm-up (warmup_epochs), a smaller beta, free bits, or a weaker decoder"
+    found = f"posterior collapse: {which} {rate:.2g} nats, so the model ignores its latents"
+    return f"{found}; try {advice}"
 
 
 def _explosion(rows: _Rows) -> str | None:
@@ -85,15 +80,13 @@ def _explosion(rows: _Rows) -> str | None:
         before = float(np.median(norms[:epoch]))
         # A density that sharpens has steep gradients too, but a bound that gets better.
         if norms[epoch] > _EXPLODES * before > 0 and bounds[epoch] < bounds[:epoch].max():
-            return (
-                f"exploding gradients: their norm rose to {norms[epoch]:.2g} in epoch {epoch + 1}, "
-                f"{norms[epoch] / before:,.0f} times the median before, and the bound fell; try a "
-                "lower learning_rate, gradient_clip, or a schedule"
-            )
+            rose = f"exploding gradients: their norm rose to {norms[epoch]:.2g} in epoch {epoch + 1}"
+            much = f"{norms[epoch] / before:,.0f} times the median before, and the bound fell"
+            return f"{rose}, {much}; try a lower learning_rate, gradient_clip, or a schedule"
     return None
 
 
-def _runaway_sigma(rows: _Rows, model_trace: Trace) -> str | None:
+def _sigma(rows: _Rows, model_trace: Trace) -> str | None:
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue

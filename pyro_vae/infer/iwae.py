@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.beta import unscaled_function
-from pyro_vae.errors import InputError, whole_number
+from pyro_vae.errors import InputError, check_choice, whole_number
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.opened import Knowledge, OpenedPair
@@ -70,8 +70,7 @@ class IWAE(Bound):
         self, num_particles: int, gradient: str = _GRADIENTS[0], *, plate: str | None = "data"
     ) -> None:
         num_particles = whole_number("num_particles", num_particles, least=1)
-        if gradient not in _GRADIENTS:
-            raise InputError(f"expected a gradient of {' or '.join(_GRADIENTS)}, got {gradient!r}")
+        check_choice("gradient", gradient, _GRADIENTS)
         super().__init__(num_particles=num_particles)
         self.gradient, self.plate = gradient, plate
         self._known: Remembered[Knowledge] = Remembered()
@@ -86,11 +85,9 @@ class IWAE(Bound):
         copies = {name: value.view_as(value) for name, value in draws.latents.items()}
         scored = particles.score_under("model", copies, draws.subsample)
         log_joint = scored.observed + scored.scaled_latent
-        surrogate = (
-            _doubly_reparameterized(particles.axes, draws, copies, log_joint)
-            if doubly
-            else _log_mean_exp(log_joint - draws.scaled_log_proposal).sum()
-        )
+        surrogate = _log_mean_exp(log_joint - draws.scaled_log_proposal).sum()
+        if doubly:
+            surrogate = _doubly_reparameterized(particles.axes, draws, copies, log_joint)
         log_likelihood = scored.observed.detach()
         rates = (draws.log_proposal - scored.latent).detach()
         bound = _log_mean_exp(log_likelihood - rates).sum()
@@ -102,8 +99,7 @@ class IWAE(Bound):
         """Open the pair of a step with what is known of it, or find out and remember."""
         functions = unscaled_function(model), unscaled_function(guide)
         known = self._known.get(*functions)
-        knowledge = Knowledge() if known is None else known
-        how: Any = {"serves": Serves.WHOLE | Serves.SUMMED, "knowledge": knowledge}
+        how: Any = {"serves": Serves.WHOLE | Serves.SUMMED, "knowledge": known or Knowledge()}
         pair = OpenedPair(model, guide, args, kwargs, plate=self.plate, **how)
         if known is not None:
             return pair
@@ -113,15 +109,13 @@ class IWAE(Bound):
             particles = Particles(pair)
             for name, latent in structure.latents.items():
                 if latent.is_enumerated:
-                    raise InputError(
-                        f"expected sites that are drawn, {name!r} is enumerated: use Pyro's "
-                        "TraceEnum_ELBO, or draw it"
-                    )
+                    wanted = "sites that are drawn"
+                    advice = "use Pyro's TraceEnum_ELBO, or draw it"
+                    raise InputError(f"expected {wanted}, {name!r} is enumerated: {advice}")
                 if not latent.is_reparameterized:
-                    raise InputError(
-                        f"expected reparameterised latents for IWAE, {name!r} ({latent.family}) is "
-                        "not: use Trace_ELBO or TraceBound"
-                    )
+                    what = "reparameterised latents for IWAE"
+                    mend = "use Trace_ELBO or TraceBound"
+                    raise InputError(f"expected {what}, {name!r} ({latent.family}) is not: {mend}")
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)
                 particles.score_under("model", draws.latents, draws.subsample)
@@ -129,9 +123,7 @@ class IWAE(Bound):
         return pair
 
 
-def _doubly_reparameterized(
-    axes: dict[str, int], draws: Draws, copies: Latents, log_joint: Tensor
-) -> Tensor:
+def _doubly_reparameterized(axes: Any, draws: Draws, copies: Latents, log_joint: Tensor) -> Tensor:
     """Return a tensor whose gradient is the doubly reparameterised one, summed over the data."""
     weights = (log_joint - draws.scaled_log_proposal).detach().softmax(0)
     # E[v dlog q/dphi] = E[dv/dz dz/dphi], and dv/dz = v (1 - v) dlog w/dz: of the plain gradient,

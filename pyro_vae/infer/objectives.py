@@ -28,8 +28,6 @@ def objective_named(name: str, num_particles: int | None = None, **options: Any)
     if name not in OBJECTIVES:
         raise unknown_name("objective", name, tuple(OBJECTIVES))
     if name == "free-bits" and "floor" not in options:
-        raise InputError(
-            "expected how many nats cost nothing with the objective 'free-bits', got none: pass "
-            "pyro_vae.infer.FreeBits(floor)"
-        )
+        wanted = "how many nats cost nothing with the objective 'free-bits'"
+        raise InputError(f"expected {wanted}, got none: pass pyro_vae.infer.FreeBits(floor)")
     return OBJECTIVES[name](num_particles=num_particles or default_particles(name), **options)

@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 from pyro_vae.beta import check_beta
-from pyro_vae.errors import InputError, first_line, positive_number, whole_number
+from pyro_vae.errors import InputError, check_choice, first_line, positive_number, whole_number
 from pyro_vae.infer.optim import optimizer_class
 from pyro_vae.pair.precision import check_precision
 
@@ -79,31 +79,25 @@ class FitSettings:
             raise InputError(f"expected {what}, got {schedule!r}")
         self._check_optimizer()
         check_precision(self.precision)
-        if self.compile not in (True, False, "auto"):
-            raise InputError(f"expected compile as True, False or 'auto', got {self.compile!r}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise InputError(f"expected on_nonfinite stop or skip, got {self.on_nonfinite!r}")
+        check_choice("compile as", self.compile, (True, False, "auto"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if not isinstance(self.objective, ELBO | None):
             is_class = isinstance(self.objective, type) and issubclass(self.objective, ELBO)
             advice = f": pass an instance, {self.objective.__name__}(...)" if is_class else ""
-            raise InputError(
-                "expected an objective of pyro_vae.infer or an ELBO of Pyro, got "
-                f"{first_line(repr(self.objective))}{advice}"
-            )
+            wanted = "an objective of pyro_vae.infer or an ELBO of Pyro"
+            raise InputError(f"expected {wanted}, got {first_line(repr(self.objective))}{advice}")
 
     def _check_optimizer(self) -> None:
         check_callables(optimizer=self.optimizer, scheduler=self.scheduler)
         if isinstance(self.optimizer, PyroOptim):
-            raise InputError(
-                "expected optimizer as a class of torch.optim or a function from parameters to an "
-                f"optimiser, got Pyro's {type(self.optimizer).__name__}: pass torch.optim.Adam itself"
-            )
+            what = "optimizer as a class of torch.optim or a function from parameters to an optimiser"
+            advice = "pass torch.optim.Adam itself"
+            raise InputError(f"expected {what}, got Pyro's {type(self.optimizer).__name__}: {advice}")
         is_function = self.optimizer is not None and optimizer_class(self.optimizer) is None
         if is_function and self.learning_rate != FitSettings.learning_rate:
-            raise InputError(
-                "expected the learning rate inside the function given as optimizer, got "
-                f"learning_rate={self.learning_rate} beside it: leave it out"
-            )
+            wanted = "the learning rate inside the function given as optimizer"
+            got = f"learning_rate={self.learning_rate} beside it"
+            raise InputError(f"expected {wanted}, got {got}: leave it out")
         if self.scheduler is not None and self.schedule != "constant":
             raise InputError("expected a schedule or a scheduler, got both: leave one of them out")
         for pattern, options in as_dict("parameter_groups", self.parameter_groups).items():
@@ -172,7 +166,5 @@ def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
 
 
 # Half a cosine from 1 down to 0: Loshchilov, Hutter 2017, equation 5, without restarts.
-_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "cosine": lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction)),
-}
+_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0}
+_SCHEDULES["cosine"] = lambda fraction: 0.5 * (1 + math.cos(math.pi * fraction))

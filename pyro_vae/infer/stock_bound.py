@@ -86,10 +86,9 @@ def bound_of(objective: ELBO | None) -> Bound:
     if isinstance(objective, infer.TraceTailAdaptive_ELBO):
         raise InputError(f"expected an objective with a loss, got {name}, which has none: use IWAE")
     if isinstance(objective, _JIT):  # their graphs keep the first batch's shape and parameters
-        raise InputError(
-            f"expected an objective that fit captures itself, if it can, got {name}: use "
-            f"{type(objective).__bases__[0].__name__}"
-        )
+        wanted = "an objective that fit captures itself, if it can"
+        advice = f"use {type(objective).__bases__[0].__name__}"
+        raise InputError(f"expected {wanted}, got {name}: {advice}")
     if type(objective) in _BOUNDS:
         return _BOUNDS[type(objective)](**particle_options(objective))
     return StockBound(objective)

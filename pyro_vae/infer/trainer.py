@@ -33,6 +33,7 @@ from pyro_vae.pair.state import accumulating_leaves
 SUMMARY = ("loss", "rate", "distortion", "gradient norm", "non-finite flag")
 
 Transform = Callable[..., Any]
+AfterStep = Callable[[Tensor, int], bool]
 
 
 class NotFiniteError(InputError):
@@ -40,9 +41,6 @@ class NotFiniteError(InputError):
 
     Processes that share the steps raise it together.
     """
-
-
-# --- the loss of a batch ---------------------------------------------------------------------
 
 
 class DataPlate(Messenger):
@@ -113,9 +111,6 @@ class TrainingObjective:
         return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
 
 
-# --- steps and epochs ------------------------------------------------------------------------
-
-
 class _Epoch:
     """A pass over the data, from 1, that can be left and taken up again between two steps."""
 
@@ -135,16 +130,10 @@ class Trainer:
     """Gradient steps on one pair, by one optimiser over all its parameters at once."""
 
     def __init__(
-        self,
-        pair: OpenedPair,
-        objective: TrainingObjective,
-        settings: FitSettings,
-        *,
-        device: torch.device,
-        shuffle: bool = True,
-        captured_step: Callable[..., Tensor] | None = None,
-        processes: Processes = ALONE,
-    ) -> None:
+        self, pair: OpenedPair, objective: TrainingObjective, settings: FitSettings, *,
+        device: torch.device, shuffle: bool = True,
+        captured_step: Callable[..., Tensor] | None = None, processes: Processes = ALONE,
+    ) -> None:  # fmt: skip
         self.model, self.guide, self.train = pair.model, pair.guide, pair.inputs
         self.pair, self.num_data = pair, pair.num_data
         self.objective, self.settings, self.device = objective, settings, device
@@ -166,15 +155,19 @@ class Trainer:
         """Beta of the coming step."""
         return beta_at(self.count, self.settings.beta, self.warmup_steps)
 
-    def run_epoch(
-        self, number: int, *, after_step: Callable[[Tensor, int], bool] | None = None
-    ) -> dict[str, float]:
+    def run_epoch(self, number: int, after_step: AfterStep | None = None) -> dict[str, float]:
         """Take pass ``number``, from 1, or what a state left of it, and return its metrics.
 
         ``after_step`` is given the summary of a step and the size of its batch; True ends the pass.
         """
         if self._epoch is None or self._epoch.number != number:
-            self._epoch = self._begin_epoch(number)
+            # On the device wherever the data are: a seed gives the same order.
+            draw = torch.randperm if self.shuffle else torch.arange
+            order = draw(self.num_data, device=self.device)
+            self.processes.take_first([order])
+            shape: Any = len(self.batch_sizes), len(SUMMARY)
+            nothing = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self._epoch = _Epoch(number, order, nothing)
         epoch = self._epoch
         self._seen_buffers = self._buffers()
         batches = epoch.order.to(self.train[0].device).split(self.batch_sizes)
@@ -196,12 +189,8 @@ class Trainer:
         table, seconds = summaries.cpu().numpy(), epoch.seconds
         self._refuse_not_finite(table, epoch)
         sizes = np.array([len(index) for index in batches[: epoch.taken]])
-        return {
-            **_means(table, sizes),
-            "beta": self.beta,
-            "seconds": seconds,
-            "data_per_second": int(sizes.sum()) / seconds,
-        }
+        pace = {"seconds": seconds, "data_per_second": int(sizes.sum()) / seconds}
+        return {**_means(table, sizes), "beta": self.beta, **pace}
 
     def _take(self, rows: slice | Tensor) -> Inputs:
         """Return some data points on the device; where all are one datum, that."""
@@ -215,14 +204,6 @@ class Trainer:
         values[-1] = 0
         means = _means(values[None].cpu().numpy(), np.array([num_data]))
         return means | {"beta": self.beta, "learning_rate": float(self.updates.learning_rate)}
-
-    def _begin_epoch(self, number: int) -> _Epoch:
-        # On the device wherever the data are: a seed gives the same order.
-        draw = torch.randperm if self.shuffle else torch.arange
-        order = draw(self.num_data, device=self.device)
-        self.processes.take_first([order])
-        shape = len(self.batch_sizes), len(SUMMARY)
-        return _Epoch(number, order, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
     def _refuse_not_finite(self, table: np.ndarray, epoch: _Epoch) -> None:
         bad, limit = np.flatnonzero(table[:, -1]), self.settings.skip_limit
@@ -258,7 +239,11 @@ class Trainer:
             summary = self.captured_step(*pair, batch, self.beta, eager)
         if self.processes.are_several:
             summary = self._sum_shares(summary, share)
-        flag = self._apply(summary)
+        flag = summary[-1].float()
+        if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
+            flag = self._stopped = torch.maximum(self._stopped, flag)
+        self.updates.apply(self.count, flag)
+        self.count += 1
         with torch.no_grad():  # a batch norm has seen the batch too
             for buffer, value in zip(self._seen_buffers, before, strict=True):
                 buffer.copy_(torch.where(flag > 0, value, buffer))
@@ -307,15 +292,6 @@ class Trainer:
         whole[-1].clamp_(min=(failed[0] > 0).to(whole.dtype))
         return whole
 
-    def _apply(self, summary: Tensor) -> Tensor:
-        """Let the gradients be taken, unless something is not finite, and return whether it is."""
-        flag = summary[-1].float()
-        if self.settings.skip_limit is None:  # nothing after the step that stops the run is applied
-            flag = self._stopped = torch.maximum(self._stopped, flag)
-        self.updates.apply(self.count, flag)
-        self.count += 1
-        return flag
-
     def _inspect(self, batch: Inputs) -> None:
         """Check the pair and what its transform returns, and learn its parameters."""
         self.shown = batch
@@ -354,10 +330,8 @@ class Trainer:
 
     def values(self) -> dict[str, list[Tensor]]:
         """Copies of the parameters in the order of their names, and of the modules' buffers."""
-        return {
-            "parameters": [leaf.detach().clone() for leaf in self.updates.leaves],
-            "buffers": [buffer.detach().clone() for buffer in self._buffers()],
-        }
+        found = {"parameters": self.updates.leaves, "buffers": self._buffers()}
+        return {kind: [each.detach().clone() for each in some] for kind, some in found.items()}
 
     @torch.no_grad()
     def put_back(self, values: dict[str, list[Tensor]]) -> None:
@@ -379,14 +353,8 @@ class Trainer:
             place = epoch.number, epoch.order.clone(), epoch.taken, epoch.seconds
             position = dict(zip(("epoch", "order", "taken", "seconds"), place, strict=True))
             own["summaries"] = epoch.summaries.cpu().clone()
-        return {
-            "parameters": values["parameters"],
-            "updates": self.updates.state_dict(),
-            "count": self.count,
-            "skipped": self.skipped,
-            "position": position,
-            "own": own,
-        }
+        numbers = {"count": self.count, "skipped": self.skipped, "position": position, "own": own}
+        return {**numbers, "parameters": values["parameters"], "updates": self.updates.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""
@@ -400,10 +368,9 @@ class Trainer:
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self.updates.leaves]
         if kept != own or self.updates.optimizer is None:
-            raise InputError(
-                f"expected the state of a run of this pair, got {len(kept)} parameters for its "
-                f"{len(own)}, or others in shape: build the pair as it was built then"
-            )
+            wanted = "the state of a run of this pair"
+            got = f"{len(kept)} parameters for its {len(own)}, or others in shape"
+            raise InputError(f"expected {wanted}, got {got}: build the pair as it was built then")
         self.put_back({"parameters": state["parameters"], "buffers": state["own"]["buffers"]})
         if "adam" in state:  # of 0.1.0, which had no other optimiser
             self.updates.load_states(state["adam"])
@@ -420,10 +387,9 @@ def _batch_sizes(pair: OpenedPair, settings: FitSettings) -> list[int]:
     sizes = [settings.batch_size] * full + [rest] * (rest > 0)
     if sizes[-1] == 1 and has_batch_norm(pair.model, pair.guide):
         if len(sizes) == 1 or settings.batch_size == 1:
-            raise InputError(
-                "expected at least 2 data points in each batch for a batch norm, got a batch of 1: "
-                "take a larger batch_size, more data, or another norm"
-            )
+            wanted = "at least 2 data points in each batch for a batch norm"
+            advice = "take a larger batch_size, more data, or another norm"
+            raise InputError(f"expected {wanted}, got a batch of 1: {advice}")
         sizes[-2:] = [settings.batch_size + 1]
     return sizes
 
@@ -433,16 +399,9 @@ def _means(summaries: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
     applied = summaries[:, -1] == 0
     count = int(sizes[applied].sum())
     loss, rate, distortion, norm = summaries[applied, :-1].sum(0)
-    return {
-        "train_bound": -loss / count,
-        "train_elbo": -(rate + distortion) / count,
-        "train_rate": rate / count,
-        "train_distortion": distortion / count,
-        "gradient_norm": norm / max(int(applied.sum()), 1),
-    }
-
-
-# --- what a pair must keep to be trained -----------------------------------------------------
+    sums = {"bound": -loss, "elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
+    means = {f"train_{name}": total / count for name, total in sums.items()}
+    return means | {"gradient_norm": norm / max(int(applied.sum()), 1)}
 
 
 def _parameters_of(trace: Trace) -> dict[str, Tensor]:

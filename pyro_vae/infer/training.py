@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pyro_vae.infer.diagnosis import diagnose
 from pyro_vae.infer.objectives import objective_named
 from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
 from pyro_vae.infer.stock_bound import bound_of, name_of
-from pyro_vae.infer.trainer import Trainer, TrainingObjective, Transform
+from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.functions import PairFunction, place_pair
@@ -109,40 +109,22 @@ class FitResult:
 
 
 def fit(
-    model: PairFunction,
-    guide: PairFunction,
-    data: Dataset | DataLike,
-    *,
-    epochs: int = 100,
-    batch_size: int = 128,
-    learning_rate: float = 1e-3,
+    model: PairFunction, guide: PairFunction, data: Dataset | DataLike, *,
+    epochs: int = 100, batch_size: int = 128, learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
-    ema: float | None = None,
-    objective: ELBO | str | None = None,
-    beta: float = 1.0,
-    warmup_epochs: int | None = 0,
-    validation: DataLike | None = None,
-    patience: int | None = None,
-    schedule: Schedule = "constant",
-    gradient_clip: float | None = None,
-    precision: str = "float32",
-    compile: bool | str = "auto",
-    on_nonfinite: str = "stop",
-    nonfinite_limit: int = 20,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None, ema: float | None = None,
+    objective: ELBO | str | None = None, beta: float = 1.0, warmup_epochs: int | None = 0,
+    validation: DataLike | None = None, patience: int | None = None,
+    schedule: Schedule = "constant", gradient_clip: float | None = None, precision: str = "float32",
+    compile: bool | str = "auto", on_nonfinite: str = "stop", nonfinite_limit: int = 20,
     transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
-    device: str | torch.device = "auto",
-    seed: int | None = None,
-    plate: str | None = "data",
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int | None = None,
-    checkpoint_minutes: float | None = 1.0,
-    resume: bool = False,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-    callbacks: Sequence[Any] = (),
+    device: str | torch.device = "auto", seed: int | None = None, plate: str | None = "data",
+    checkpoint: str | Path | None = None, checkpoint_every: int | None = None,
+    checkpoint_minutes: float | None = 1.0, resume: bool = False,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None, callbacks: Sequence[Any] = (),
     progress: bool | None = None,
-) -> FitResult:
+) -> FitResult:  # fmt: skip
     """Train a model/guide pair by stochastic variational inference, by default with Adam.
 
     The loss of a batch is the objective's, divided by the number of data in the batch: an unbiased
@@ -267,26 +249,19 @@ def fit(
         >>> result.history["train_elbo"].shape
         (2,)
     """
+    given = dict(locals())
     if isinstance(objective, str):
         objective = objective_named(objective)
-    settings = FitSettings(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer,
-        parameter_groups=parameter_groups, scheduler=scheduler, ema=ema, objective=objective,
-        beta=beta, warmup_epochs=warmup_epochs or 0, patience=patience, schedule=schedule,
-        gradient_clip=gradient_clip, precision=precision, compile=compile,
-        on_nonfinite=on_nonfinite, nonfinite_limit=nonfinite_limit, seed=seed, plate=plate,
-    )  # fmt: skip
+    told = given | {"objective": objective, "warmup_epochs": warmup_epochs or 0}
+    settings = FitSettings(**{each.name: told[each.name] for each in fields(FitSettings)})
     check_callables(transform=transform, on_epoch=on_epoch)
     processes = Processes.current()
     watchers = Callbacks(callbacks, processes)
-    checkpoints = Checkpoints(
-        checkpoint, checkpoint_every, checkpoint_minutes, resume=resume, processes=processes
-    )
+    when = checkpoint_every, checkpoint_minutes
+    checkpoints = Checkpoints(checkpoint, *when, resume=resume, processes=processes)
     if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
-    pair, to_validate, training, capture, place = _open(
-        model, guide, data, validation, transform, device, settings, processes, warmup_epochs
-    )
+    pair, to_validate, training, capture, place = _open(given, settings, processes)
     settings = training.settings
     held_out = None if to_validate is None else to_validate.inputs
     record = settings.record() | {  # plain values, by which a checkpoint knows the run again
@@ -295,12 +270,8 @@ def fit(
         "compiled": capture.is_chosen,
         "transform": training.transform is not None,
     }
-    processes.check_same(
-        data=pair.inputs,
-        validation_data=held_out,
-        checkpoints=(checkpoint is not None, checkpoint_every, resume),
-        **record,
-    )
+    kept = checkpoint is not None, checkpoint_every, resume
+    processes.check_same(data=pair.inputs, validation_data=held_out, checkpoints=kept, **record)
     with (
         pair.training(settings.seed),
         compute_in(settings.precision, place),
@@ -308,15 +279,10 @@ def fit(
         checkpoints,
     ):
         processes.draw_apart()
-        trainer = Trainer(
-            pair,
-            training,
-            settings,
-            device=place,
-            shuffle=_takes_any_batch(pair, training, processes),
-            captured_step=capture.step if capture.is_chosen else None,
-            processes=processes,
-        )
+        step = capture.step if capture.is_chosen else None
+        how: dict[str, Any] = {"device": place, "captured_step": step, "processes": processes}
+        shuffle = _takes_any_batch(pair, training, processes)
+        trainer = Trainer(pair, training, settings, shuffle=shuffle, **how)
         rows: list[dict[str, float]] = []
         best = EarlyStopping(settings.patience, settings.warmup_epochs)
         if checkpoint is not None:
@@ -374,20 +340,15 @@ def fit(
 
 
 def _open(
-    model: PairFunction,
-    guide: PairFunction,
-    data: Dataset | DataLike,
-    validation: DataLike | None,
-    transform: Transform | None,
-    device: str | torch.device,
-    settings: FitSettings,
-    processes: Processes,
-    warmup_epochs: int | None,
+    given: Mapping[str, Any], settings: FitSettings, processes: Processes
 ) -> tuple[OpenedPair, OpenedPair | None, TrainingObjective, StepCapture, torch.device]:
     """Check the data, move the pair to its device and the data into its types, once for the run.
 
-    Return it on the data for training, before any transform, and on those for validation.
+    Of what :func:`fit` was given return the pair on the data for training, before any transform, and
+    on those for validation.
     """
+    model, guide, data, device = (given[name] for name in ("model", "guide", "data", "device"))
+    validation, transform = given["validation"], given["transform"]
     is_given = transform is None  # what a transform returns is checked in the first step
     if isinstance(data, Dataset):
         if validation is None and len(data.validation):
@@ -417,7 +378,7 @@ def _open(
     to_validate = None if held_out is None else pair.on(read(held_out, model, guide))
     settings = replace(settings, beta=settings.beta * own_beta)
     per_epoch = settings.steps_per_epoch(pair.num_data)
-    if warmup_epochs is None:
+    if given["warmup_epochs"] is None:
         warmup = default_warmup_epochs(settings.epochs, per_epoch)
         settings = replace(settings, warmup_epochs=warmup)
     share = processes.are_several

@@ -54,10 +54,9 @@ def check_pair(
     """
     observed = observed_names(guide_trace)
     if observed:
-        raise InputError(
-            f"expected a guide that observes nothing, {observed[0]!r} is observed in it: pass the "
-            "model before the guide"
-        )
+        wanted = "a guide that observes nothing"
+        advice = "pass the model before the guide"
+        raise InputError(f"expected {wanted}, {observed[0]!r} is observed in it: {advice}")
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
     may_draw_nothing = Serves.NO_LATENT in serves or (summed and Serves.SUMMED in serves)
     if not latent_sites(guide_trace) and not may_draw_nothing:
@@ -75,10 +74,9 @@ def check_pair(
         raise _outside_plate("model", observed_sites[0], plate, serves)
     for site in sample_sites(guide_trace):
         if site_is_factor(site):
-            raise InputError(
-                f"expected a guide of densities alone, {site['name']!r} is a factor: whether it is a "
-                "part of log q can't be told; move the term into the model"
-            )
+            wanted = "a guide of densities alone"
+            advice = "whether it is a part of log q can't be told; move the term into the model"
+            raise InputError(f"expected {wanted}, {site['name']!r} is a factor: {advice}")
         if site["name"] in model_trace.nodes:
             check_guide_support(site, model_trace.nodes[site["name"]])
 
@@ -90,10 +88,9 @@ def check_devices(function: str, trace: Trace, device: torch.device) -> None:
         for value in map(vars(fn).get, fn.arg_constraints):
             # A number, a tensor without dimensions, is taken from anywhere.
             if isinstance(value, Tensor) and value.dim() and value.device != device:
-                raise InputError(
-                    f"expected the parameters of site {site['name']!r} of the {function} on {device},"
-                    f" got one on {value.device}: make it by torch.zeros(..., device=x.device)"
-                )
+                wanted = f"the parameters of site {site['name']!r} of the {function} on {device}"
+                advice = "make it by torch.zeros(..., device=x.device)"
+                raise InputError(f"expected {wanted}, got one on {value.device}: {advice}")
 
 
 def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -> str | None:
@@ -122,17 +119,14 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
                     raise _outside("model", {**site, "value": whole})
 
 
-def check_rows(
-    function: str, site: Site, plate: str | None, num_data: int, shape: torch.Size | None = None
-) -> None:
+def check_rows(kind: str, site: Site, plate: str | None, num_data: int, shape: Any = None) -> None:
     """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
     dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
-        raise InputError(
-            f"expected site {site['name']!r} of the {function} to have {num_data} data points along "
-            f"plate {plate!r}, got {rows}: use pyro.plate({plate!r}, len(x))"
-        )
+        wanted = f"of the {kind} to have {num_data} data points along plate {plate!r}"
+        use = f"use pyro.plate({plate!r}, len(x))"
+        raise InputError(f"expected site {site['name']!r} {wanted}, got {rows}: {use}")
 
 
 def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> InputError:
@@ -145,32 +139,27 @@ def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> Inp
     )
 
 
-def _check_site(
-    function: str, site: Site, plate: str | None, num_data: int | None, serves: Serves
-) -> None:
+def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serves: Serves) -> None:
     """Refuse a site without one log-probability per data point."""
     name = site["name"]
     frames = [frame for frame in vectorized_frames(site) if frame.name == plate]
     if plate is not None and not frames and Serves.SHARED not in serves:
-        raise _outside_plate(function, site, plate, serves)
+        raise _outside_plate(kind, site, plate, serves)
     try:
         log_prob, takes = site_log_prob(site), _takes(site["fn"], site["value"])
     except ValueError as error:  # of torch's validation
-        raise _outside(function, site) from error
+        raise _outside(kind, site) from error
     if not takes:
-        raise _outside(function, site)
+        raise _outside(kind, site)
     if frames:
-        wanted = frames[0].size if num_data is None else num_data
-        check_rows(function, site, plate, wanted, log_prob.shape)
+        wanted = frames[0].size if rows is None else rows
+        check_rows(kind, site, plate, wanted, log_prob.shape)
     plates = {frame.dim for frame in vectorized_frames(site)}
-    stray = [
-        dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1 and dim not in plates
-    ]
-    if stray:
-        raise InputError(
-            f"expected site {name!r} of the {function} to have one log-probability per datum, got "
-            f"shape {tuple(log_prob.shape)}: declare event dimensions by .to_event(k), or squeeze"
-        )
+    wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
+    if wide - plates:
+        what = f"site {name!r} of the {kind} to have one log-probability per datum"
+        advice = "declare event dimensions by .to_event(k), or squeeze"
+        raise InputError(f"expected {what}, got shape {tuple(log_prob.shape)}: {advice}")
 
 
 def _takes(distribution: Any, values: Tensor) -> bool:
@@ -199,10 +188,9 @@ def _check_scale(function: str, site: Site) -> None:
     same = not isinstance(scale, Tensor) or scale.numel() == 1
     if not same or not math.isclose(float(scale), float(known), rel_tol=1e-6):
         got = f"{float(scale):g}" if same else f"one of shape {tuple(scale.shape)}"
-        raise InputError(
-            f"expected no scale on site {site['name']!r} of the {function} but the plates', got "
-            f"{got}: a weight can't be told from a poutine.scale; remove it"
-        )
+        wanted = f"no scale on site {site['name']!r} of the {function} but the plates'"
+        advice = "a weight can't be told from a poutine.scale; remove it"
+        raise InputError(f"expected {wanted}, got {got}: {advice}")
 
 
 def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
@@ -212,10 +200,9 @@ def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
         if (own := model_trace.nodes.get(site["name"])) is not None:
             both[1] = counted_values(own)
         if not _are_same(*both):
-            raise InputError(
-                f"expected latent {site['name']!r} under one mask in model and guide, got two: a "
-                "value that counts in one alone has no weight; give both the same poutine.mask"
-            )
+            wanted = f"latent {site['name']!r} under one mask in model and guide"
+            advice = "a value that counts in one alone has no weight; give both the same poutine.mask"
+            raise InputError(f"expected {wanted}, got two: {advice}")
 
 
 def _are_same(mask: Tensor | None, other: Tensor | None) -> bool:
@@ -259,10 +246,9 @@ def _check_latents(
     missing = sorted(in_model - set(guide_sites))
     if missing:
         enumerated = ", for here nothing is summed out" * (missing[0] in set(summed))
-        raise InputError(
-            f"expected a guide that draws every latent, {missing[0]!r} is missing: "
-            f"add pyro.sample for it{enumerated}, or observe it in the model"
-        )
+        what = "a guide that draws every latent"
+        advice = f"add pyro.sample for it{enumerated}, or observe it in the model"
+        raise InputError(f"expected {what}, {missing[0]!r} is missing: {advice}")
     surplus = {name: site for name, site in guide_sites.items() if name not in in_model}
     named = sorted(name for name, site in surplus.items() if not site["infer"].get("is_auxiliary"))
     if named:
@@ -273,10 +259,9 @@ def _check_latents(
     for name in sorted(in_model):
         ranks = [trace.nodes[name]["fn"].event_dim for trace in (model_trace, guide_trace)]
         if ranks[0] != ranks[1]:  # one of the densities would be a sum over the data
-            raise InputError(
-                f"expected one number of event dimensions for {name!r}, got {ranks[0]} in the model "
-                f"and {ranks[1]} in the guide: give both the same .to_event"
-            )
+            wanted = f"one number of event dimensions for {name!r}"
+            got = f"{ranks[0]} in the model and {ranks[1]} in the guide"
+            raise InputError(f"expected {wanted}, got {got}: give both the same .to_event")
 
 
 def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
@@ -289,9 +274,8 @@ def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
     drawn = sum(site["value"].numel() for site in auxiliary.values())
     placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
     if drawn != placed:
-        name = next(iter(auxiliary), None) or next(
-            name for name, site in guide_sites.items() if is_delta(site["fn"])
-        )
+        deltas = (name for name, site in guide_sites.items() if is_delta(site["fn"]))
+        name = next(iter(auxiliary), None) or next(deltas)
         raise InputError(
             f"expected auxiliary sites of the guide to become latents through Delta sites one to "
             f"one, got {drawn} auxiliary values for {placed} placed ones (site {name!r}): draw "
@@ -303,10 +287,8 @@ def check_density_known(guide_sites: Iterable[Site], advice: str) -> None:
     """Refuse a guide whose density is known where it drew alone: point masses follow other sites."""
     for site in guide_sites:
         if is_delta(site["fn"]):
-            raise InputError(
-                f"expected a guide whose density is known at any point, {site['name']!r} is a point "
-                f"mass: {advice}"
-            )
+            wanted = "a guide whose density is known at any point"
+            raise InputError(f"expected {wanted}, {site['name']!r} is a point mass: {advice}")
 
 
 def refuse_score_function(sites: Iterable[dict[str, Any]], objective: str) -> None:
@@ -385,11 +367,10 @@ def _join(support: Any) -> _Bounds | None:
     if len(known) < len(parts) or not scalars or support.dim not in (-1, 0):
         return None
     lengths = getattr(support, "lengths", [1] * len(parts))
-    ends = [
-        torch.cat([getattr(part, name).expand(n) for part, n in zip(known, lengths, strict=True)])
-        for name in ("lower", "upper")
-    ]
-    return _Bounds(ends[0], ends[1], any(part.is_discrete for part in known))
+    each = [*zip(known, lengths, strict=True)]
+    lower = torch.cat([part.lower.expand(n) for part, n in each])
+    upper = torch.cat([part.upper.expand(n) for part, n in each])
+    return _Bounds(lower, upper, any(part.is_discrete for part in known))
 
 
 def _box(lower: Any, upper: Any, is_discrete: bool) -> _Bounds:

@@ -4,18 +4,15 @@ import functools
 import inspect
 import operator
 import os
-import random
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from pyro_vae.errors import InputError
@@ -54,11 +51,8 @@ class _HandlerLock:
     def __enter__(self) -> None:
         self._acquire()
         # An optimiser's own trace, which notes parameters and nothing else, does no harm.
-        handlers = [
-            type(handler).__name__
-            for handler in _PYRO_STACK
-            if not (isinstance(handler, TraceMessenger) and handler.param_only)
-        ]
+        others = (each for each in _PYRO_STACK if not getattr(each, "param_only", False))
+        handlers = [type(each).__name__ for each in others]
         if handlers and not self._depth:
             self._lock.release()
             raise InputError(
@@ -174,13 +168,12 @@ def seeded(seed: int | None) -> Iterator[None]:
         raise InputError(f"expected a seed from 0 to 2**32 - 1, got {seed!r}")
     # Every device is named, for torch warns of several that are not.
     with HANDLER_LOCK.alone(), torch.random.fork_rng(range(torch.cuda.device_count())):
-        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+        state = pyro.util.get_rng_state()
         try:
             pyro.set_rng_seed(number)
             yield
         finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+            pyro.util.set_rng_state(state)
 
 
 def _owner(function: Any) -> Any:
@@ -235,9 +228,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise InputError(
-            f"expected a device that is here, got {device!r}: {count} CUDA devices found"
-        )
+        advice = f"{count} CUDA devices found"
+        raise InputError(f"expected a device that is here, got {device!r}: {advice}")
     return chosen
 
 
@@ -254,8 +246,7 @@ def place_pair(
     default = given if device == "auto" else resolve_device(device)
     place = device_of(model, guide, default=default)
     if device != "auto" and place.type != default.type:
-        raise InputError(
-            f"expected the parameters of plain functions on {device}, they are on {place}: move "
-            "their modules there, plain functions are never moved"
-        )
+        wanted = f"the parameters of plain functions on {device}"
+        advice = "move their modules there, plain functions are never moved"
+        raise InputError(f"expected {wanted}, they are on {place}: {advice}")
     return place

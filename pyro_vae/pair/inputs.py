@@ -14,16 +14,14 @@ from pyro_vae.pair.functions import PairFunction, device_of, modules_of, owned_m
 from pyro_vae.sources import gather
 
 Inputs = tuple[Tensor, ...]
+Data = Tensor | Sequence[Tensor]
 
 # Bytes of data moved to a device whole, as a share of what is free there; the rest is to compute in.
 _SHARE_OF_DEVICE = 0.5
 
 
 def as_inputs(
-    x: Tensor | Sequence[Tensor],
-    *functions: PairFunction,
-    are_given: bool = True,
-    share_rows: bool = True,
+    x: Data, *functions: PairFunction, are_given: bool = True, share_rows: bool = True
 ) -> Inputs:
     """Return the pair's inputs: tensors that share their first dimension, as the pair takes them.
 
@@ -32,10 +30,8 @@ def as_inputs(
     elsewhere they may be labels. Their number is checked if they ``are_given`` to the functions.
     """
     if torch.get_default_device().type == "meta":  # new tensors would be memory that nobody wrote
-        raise InputError(
-            "expected a default device that holds numbers, got 'meta': "
-            "torch.set_default_device(None) puts it back"
-        )
+        mend = "torch.set_default_device(None) puts it back"
+        raise InputError(f"expected a default device that holds numbers, got 'meta': {mend}")
     x = gather(x, *functions)
     values = tuple(x) if isinstance(x, list | tuple) else (x,)
     inputs = tuple(_tensor(value) for value in values)
@@ -58,9 +54,8 @@ def as_inputs(
         return inputs
     if are_given:
         check_number(inputs, *functions)
-    return place_inputs(
-        _in_type_of(inputs, *functions), device_of(*functions, default=inputs[0].device)
-    )
+    device = device_of(*functions, default=inputs[0].device)
+    return place_inputs(_in_type_of(inputs, *functions), device)
 
 
 def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
@@ -69,11 +64,9 @@ def place_inputs(inputs: Inputs, device: torch.device) -> Inputs:
         needed = sum(value.nbytes for value in inputs)
         free, _ = torch.cuda.mem_get_info(device)
         if needed > _SHARE_OF_DEVICE * free:
-            warnings.warn(
-                f"the data ({needed / 2**30:.1f} GiB) are too large for {device} "
-                f"({free / 2**30:.1f} GiB free): they stay where they are and are moved in blocks",
-                stacklevel=3,
-            )
+            room = f"the data ({needed / 2**30:.1f} GiB) are too large for {device}"
+            what = f"({free / 2**30:.1f} GiB free): they stay where they are and are moved in blocks"
+            warnings.warn(f"{room} {what}", stacklevel=3)
             return inputs
     return tuple(value.to(device) for value in inputs)
 
@@ -109,19 +102,13 @@ def check_data(model: PairFunction, inputs: Inputs, *, to_train: bool = False) -
 
 
 def _in_type_of(inputs: Inputs, *functions: PairFunction) -> Inputs:
-    types = {
-        parameter.dtype
-        for module in modules_of(*functions)
-        for parameter in module.parameters()
-        if parameter.is_floating_point()
-    }
+    parameters = (each for module in modules_of(*functions) for each in module.parameters())
+    types = {each.dtype for each in parameters if each.is_floating_point()}
     if len(types) != 1:
         return inputs
     kind = types.pop()
     numbers = any(hasattr(owner, "check_data") for owner in owned_modules(*functions))
-    return tuple(
-        value.to(kind) if numbers or value.is_floating_point() else value for value in inputs
-    )
+    return tuple(v.to(kind) if numbers or v.is_floating_point() else v for v in inputs)
 
 
 # Types of whole numbers that torch knows but hardly computes with -> the next one that it does.
@@ -151,9 +138,8 @@ def _tensor(value: Any) -> Any:
 
 def _check_tensor(value: Tensor) -> None:
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        raise InputError(
-            "expected dense tensors, got a sparse, nested or quantised one: make it dense"
-        )
+        kind = "a sparse, nested or quantised one"
+        raise InputError(f"expected dense tensors, got {kind}: make it dense")
     if value.is_complex():
         raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
     if value.device.type == "meta":
@@ -164,10 +150,9 @@ def check_number(inputs: Inputs, *functions: PairFunction) -> None:
     """Refuse another number of tensors than the functions take."""
     for function in functions:
         if isinstance(function, nn.Module) and type(function).forward is nn.Module.forward:
-            raise InputError(
-                f"expected two functions, got a {type(function).__name__} without forward: pass its "
-                "methods, e.g. vae.model and vae.guide"
-            )
+            got = f"a {type(function).__name__} without forward"
+            advice = "pass its methods, e.g. vae.model and vae.guide"
+            raise InputError(f"expected two functions, got {got}: {advice}")
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # not every callable has one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from pyro_vae.pair.functions import (
     tensors_of,
     training_mode,
 )
-from pyro_vae.pair.inputs import Inputs, as_inputs, check_data, take_rows, tile_inputs
+from pyro_vae.pair.inputs import Data, Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.precision import compute_in
 from pyro_vae.pair.sites import (
     CALLING_ERRORS,
@@ -139,7 +139,7 @@ class Knowledge:
 def open_pair(
     model: PairFunction,
     guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
+    x: Data,
     *,
     plate: str | None = "data",
     serves: Serves = Serves.NOTHING,
@@ -150,9 +150,7 @@ def open_pair(
     return OpenedPair(model, guide, inputs, plate=plate, serves=serves)
 
 
-def open_function(
-    function: PairFunction, x: Tensor | Sequence[Tensor], *, plate: str = "data"
-) -> OpenedFunction:
+def open_function(function: PairFunction, x: Data, *, plate: str = "data") -> OpenedFunction:
     """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
     _check_plate(plate, Serves.NOTHING)
     return OpenedFunction(function, as_inputs(x, function), plate)
@@ -280,10 +278,6 @@ class OpenedPair:
         """Return the pair of some of the data points, on the device that it computes on."""
         rows = slice(None) if self.plate is None else rows
         return replace(self, arguments=take_rows(self.inputs, rows, self.device))
-
-    def with_guide(self, guide: PairFunction) -> OpenedPair:
-        """Return the model with another guide, which is to be inspected by itself."""
-        return replace(self, guide=guide, knowledge=Knowledge())
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), if they may be."""
@@ -466,10 +460,9 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
         raise
     except CALLING_ERRORS as error:
         raise_out_of_memory(error)
-        raise InputError(
-            f"expected a {kind} that takes any number of data points, as one without parameters for "
-            f"each does, got an error for {num_data}: {first_line(error)}"
-        ) from error
+        wanted = f"a {kind} that takes any number of data points, as one without parameters for each"
+        got = f"got an error for {num_data}: {first_line(error)}"
+        raise InputError(f"expected {wanted} does, {got}") from error
 
 
 def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:

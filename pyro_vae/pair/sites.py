@@ -18,6 +18,7 @@ from torch.distributions import Independent
 from pyro_vae.errors import InputError
 
 Latents = dict[str, Tensor]
+Terms = tuple[Tensor, ...]
 Site = dict[str, Any]
 
 
@@ -59,13 +60,9 @@ def share_terms(trace: Trace, plate: str | None, share: float) -> None:
 
 def sample_sites(trace: Trace) -> list[Site]:
     """Return the sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
-    ]
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    sites = [site for site in sites if not site_is_subsample(site)]
+    return [site for site in sites if not site["infer"].get("_deterministic")]
 
 
 def latent_sites(trace: Trace) -> list[Site]:
@@ -81,10 +78,8 @@ def observed_names(trace: Trace) -> list[str]:
 
 def nothing_observed() -> InputError:
     """Return the refusal of a model without an observed site."""
-    return InputError(
-        "expected a model that observes data, got none observed: pass obs= to pyro.sample, and the "
-        "model before the guide"
-    )
+    advice = "pass obs= to pyro.sample, and the model before the guide"
+    return InputError(f"expected a model that observes data, got none observed: {advice}")
 
 
 def observed_site(trace: Trace, name: str | None) -> str:
@@ -164,10 +159,9 @@ def data_dim(site: Site, plate: str | None) -> int:
     for frame in vectorized_frames(site):
         if frame.name == plate:
             return int(frame.dim)
-    raise InputError(
-        f"expected site {site['name']!r} inside the data plate {plate!r}, got one outside: move it "
-        "there, or name your plate by plate="
-    )
+    wanted = f"site {site['name']!r} inside the data plate {plate!r}"
+    advice = "move it there, or name your plate by plate="
+    raise InputError(f"expected {wanted}, got one outside: {advice}")
 
 
 def value_axis(site: Site, plate: str | None) -> int:
@@ -188,9 +182,7 @@ def is_delta(distribution: Any) -> bool:
 TracePair = tuple[Any, Any]  # a model trace and the guide trace it was replayed against
 
 
-def draw_traces(
-    model: Callable[..., Any], guide: Callable[..., Any], arguments: Any, keywords: Any = None
-) -> TracePair:
+def draw_traces(model: Any, guide: Any, arguments: Any, keywords: Any = None) -> TracePair:
     """Trace the guide, then the model with the guide's draws."""
     guide_trace = poutine.trace(guide).get_trace(*arguments, **(keywords or {}))
     replayed = poutine.replay(model, trace=guide_trace)
@@ -250,18 +242,14 @@ _RELATIVE, _ABSOLUTE = 1e-4, 1e-3
 _LAST_DIGITS, _STEEP = 8, 8
 
 
-def all_close(batched: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> bool:
+def all_close(batched: Terms, plain: Terms) -> bool:
     """Tell whether batched and plain results are the same but for rounding."""
-    return all(
-        left.shape == right.shape
-        and torch.allclose(left, right, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True)
-        for left, right in zip(batched, plain, strict=True)
-    )
+    how: Any = {"rtol": _RELATIVE, "atol": _ABSOLUTE, "equal_nan": True}
+    both = [*zip(batched, plain, strict=True)]
+    return all(one.shape == other.shape and torch.allclose(one, other, **how) for one, other in both)
 
 
-def agree(
-    batched: tuple[Tensor, ...], plain: Callable[[Latents], tuple[Tensor, ...]], latents: Latents
-) -> bool:
+def agree(batched: Terms, plain: Callable[[Latents], Terms], latents: Latents) -> bool:
     """Tell whether batched results are those of plain calls, as far as rounding determines these.
 
     A steep density multiplies the rounding of the latents, and more so one that a flow or a full-rank
@@ -279,16 +267,13 @@ def agree(
     with pyro.validation_enabled(False):
         for period in (1, 2, 4):
             moved = plain({name: _moved(value, period) for name, value in latents.items()})
-            slack = [
-                torch.maximum(most, (left - right).abs())
-                for most, left, right in zip(slack, moved, expected, strict=True)
-            ]
+            each = zip(slack, moved, expected, strict=True)
+            slack = [torch.maximum(most, (left - right).abs()) for most, left, right in each]
     # A latent that was moved over an edge says nothing of how steep the density is before it.
     slack = [most.where(most.isfinite(), 0.0) for most in slack]
-    return all(
-        bool(((left - right).abs() <= _ABSOLUTE + _RELATIVE * right.abs() + _STEEP * extra).all())
-        for left, right, extra in zip(batched, expected, slack, strict=True)
-    )
+    off = [(left - right).abs() for left, right in zip(batched, expected, strict=True)]
+    allowed = zip(off, expected, slack, strict=True)
+    return all(bool((o <= _ABSOLUTE + _RELATIVE * e.abs() + _STEEP * s).all()) for o, e, s in allowed)
 
 
 def _moved(value: Tensor, period: int) -> Tensor:

@@ -20,14 +20,9 @@ _SHOWN = 12  # images and random latents per row, of an autoencoder and a VAE
 
 
 def paired_differences(
-    names: Labels,
-    differences: Sequence[float],
-    errors: Sequence[float],
-    *,
-    best: str,
-    title: str = "",
-    by_run: Sequence[Sequence[float]] | None = None,
-) -> Figure:
+    names: Labels, differences: Sequence[float], errors: Sequence[float], *, best: str,
+    title: str = "", by_run: Sequence[Sequence[float]] | None = None,
+) -> Figure:  # fmt: skip
     """Show differences to the best pair with their errors, the best at the top.
 
     Each named pair has a mean paired difference to the ``best``, at most 0, nats; half the width of
@@ -35,27 +30,17 @@ def paired_differences(
     """
     figure, axes = style.one_panel(title, (6.4, 1.2 + 0.36 * len(names)))
     order = sorted(range(len(names)), key=lambda index: (names[index] != best, -differences[index]))
-    _draw_differences(
-        axes,
-        0,
-        [differences[index] for index in order],
-        [errors[index] for index in order],
-        [by_run[index] for index in order] if by_run else [()] * len(names),
-    )
+    columns: Any = differences, errors, by_run or [()] * len(names)
+    _draw_rows(axes, 0, *([column[index] for index in order] for column in columns))
     axes.set_yticks(range(len(names)), [style.as_text(names[index]) for index in order], fontsize=9)
     axes.set(xlabel="nats per datum", ylim=(len(names) - 0.5, -0.5))
     return figure
 
 
 def families_and_runs(
-    names: Labels,
-    by_run: Sequence[Sequence[Sequence[float]]],
-    means: Sequence[Sequence[float]],
-    half_widths: Sequence[Sequence[float]],
-    *,
-    labels: Labels,
-    title: str = "",
-) -> Figure:
+    names: Labels, by_run: Sequence[Sequence[Sequence[float]]], means: Sequence[Sequence[float]],
+    half_widths: Sequence[Sequence[float]], *, labels: Labels, title: str = "",
+) -> Figure:  # fmt: skip
     """Show differences to the best family, one panel per quantity, the first named family on top.
 
     For each quantity, which ``labels`` name, and each of the named families there are differences of
@@ -66,7 +51,7 @@ def families_and_runs(
     figure, places = style.panels(title, size, columns=len(labels), sharey=True)
     for index, axes in enumerate(places):
         best = int(np.argmax(means[index]))
-        _draw_differences(axes, best, means[index], half_widths[index], by_run[index])
+        _draw_rows(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
         axes.set_xlabel("difference to the best (nats)")
     places[0].set_yticks(range(len(names)), [style.as_text(name) for name in names])
@@ -152,7 +137,6 @@ def autoencoder_and_vae(
             :class:`pyro_vae.tasks.autoencoder_comparison.Side`.
         vae: those of the VAE.
         title: a line above the picture.
-        limits: the values shown as white and as black.
     """
     data, image = np.asarray(data), is_image(data.shape[1:])
     figure = style.Picture(figsize=(9, 8.4 if image else 3.2), dpi=150, layout="constrained")
@@ -177,22 +161,18 @@ def autoencoder_and_vae(
     return figure
 
 
-def _draw_differences(
-    axes: Axes, best: int, means: _Row, half_widths: _Row, by_run: Sequence[_Row]
-) -> None:
+def _draw_rows(axes: Axes, best: int, means: _Row, half_widths: _Row, runs: Sequence[_Row]) -> None:
     """Draw one row per pair: its mean difference with a bar, and below it a dot for each run."""
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
-    for row, (mean, width, runs) in enumerate(zip(means, half_widths, by_run, strict=True)):
+    for row, (mean, width, own) in enumerate(zip(means, half_widths, runs, strict=True)):
         colour = style.ORANGE if row == best else style.BLUE
-        axes.plot(runs, [row + 0.2] * len(runs), "o", color=colour, markersize=3, alpha=0.6)
+        axes.plot(own, [row + 0.2] * len(own), "o", color=colour, markersize=3, alpha=0.6)
         known = None if row == best or not np.isfinite(width) else width
         how: Any = {"color": colour, "markersize": 5, "capsize": 3, "linewidth": 1.3}
         axes.errorbar(mean, row, xerr=known, fmt="o", **how)
 
 
-def _show_pairs(
-    figure: Figure, places: list[Axes], pairs: list[tuple[Array, Array]], labels: tuple[str, str]
-) -> None:
+def _show_pairs(figure: Figure, places: list[Axes], pairs: Sequence[Any], labels: Labels) -> None:
     """Show a pair of distributions in each panel, their legend at the right of the title."""
     for axes, (filled, outlined) in zip(places, pairs, strict=False):
         together = np.concatenate([filled, outlined])

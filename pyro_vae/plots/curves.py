@@ -73,15 +73,10 @@ def weight_diagnostics(
 
 
 def rate_distortion(
-    beta: Array,
-    rate: Array,
-    distortion: Array,
-    *,
-    rate_error: Array | None = None,
-    distortion_error: Array | None = None,
-    active_units: Sequence[int] | None = None,
+    beta: Array, rate: Array, distortion: Array, *, rate_error: Array | None = None,
+    distortion_error: Array | None = None, active_units: Sequence[int] | None = None,
     title: str = "",
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Show rate against distortion with the lines of constant ELBO, beside the active units.
 
     All are of R runs, ``(R,)``: beta, the weight of the rate; the rate, mean KL(q(z|x) || p(z)), and
@@ -130,8 +125,7 @@ def _draw_constant_elbo(axes: Axes, rate: Array, distortion: Array) -> None:
     if rate.min() >= 0:  # as every true rate is
         left = max(left, 0.0)
     bottom, top = distortion.min() - margins[1], distortion.max() + margins[1]
-    best = (rate + distortion).min()
-    ends = np.array([left, right])
+    best, ends = (rate + distortion).min(), np.array([left, right])
     for level in MaxNLocator(nbins=7).tick_values(left + bottom, right + top):
         axes.plot(ends, level - ends, color="0.85", linewidth=0.8, zorder=1)
     label = f"R + D = -ELBO = {best:.2f}, the best"
@@ -143,8 +137,7 @@ def _draw_constant_elbo(axes: Axes, rate: Array, distortion: Array) -> None:
 
 def _show_units(axes: Axes, beta: Array, active_units: Sequence[int]) -> None:
     # Positions instead of values: a series of betas is neither evenly spaced nor free of 0.
-    order = np.argsort(beta)
-    places = np.arange(len(beta))
+    order, places = np.argsort(beta), np.arange(len(beta))
     axes.bar(places, np.asarray(active_units)[order], color=BLUE, width=0.6)
     axes.set_xticks(places, [f"{value:g}" for value in beta[order]])
     axes.set(xlabel="beta", ylabel="active units")

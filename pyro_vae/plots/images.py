@@ -41,7 +41,7 @@ def image_grid(
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
     Rows are arrays of images ``(columns, *data_shape)`` (see :func:`is_image`); column labels stand
-    above the first one. ``limits`` are the values shown as white and as black.
+    above the first one.
     """
     cell_width, cell_height = _cell(rows[0].shape[1:])
     left, gap = 0.75 if row_labels else 0.1, 0.05
@@ -75,7 +75,7 @@ def samples(drawn: Array, data: Array, *, title: str = "", limits: Limits = UNIT
     """Show drawn data: images as a square grid, curves and vectors beside the data's own.
 
     Of vectors of three and more values the correlations are shown too, drawn against data. Both are
-    ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
+    ``(N, *data_shape)``.
     """
     if is_image(drawn.shape[1:]):
         cell_width, cell_height = _cell(drawn.shape[1:])
@@ -110,7 +110,7 @@ def samples(drawn: Array, data: Array, *, title: str = "", limits: Limits = UNIT
 def reconstructions(data: Array, rebuilt: Array, *, title: str = "", limits: Limits = UNIT) -> Figure:
     """Show data and reconstructions: images in two rows, curves over each other, values in a plane.
 
-    Both are ``(N, *data_shape)``; ``limits`` are the values shown as white and as black.
+    Both are ``(N, *data_shape)``.
     """
     if is_image(data.shape[1:]):
         labels = ("data", "rebuilt")
@@ -124,33 +124,21 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str = "", limits: Lim
         return figure
     figure, axes = style.one_panel(title, (6.4, 4.4))
     true, got = data.reshape(-1)[:5000], rebuilt.reshape(-1)[:5000]
-    if style.are_bits(data):
-        style.show_bits(axes, true, got, "data")
-        axes.set(xlabel="reconstruction", ylabel="values")
-    else:
-        ends = [min(np.nanmin(true), got.min()), max(np.nanmax(true), got.max())]
-        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+    if _show_values(axes, true, got, "data", ("reconstruction", "values", "reconstruction")):
         axes.scatter(true, got, s=5, color=BLUE, alpha=0.4, linewidths=0, label="one value")
-        axes.set(xlabel="data", ylabel="reconstruction")
     style.legend_above(axes)
     return figure
 
 
 def completions(
-    truth: Array,
-    missing: Array,
-    mean: Array,
-    standard_deviation: Array,
-    draws: Array,
-    *,
-    title: str = "",
-    limits: Limits = UNIT,
-) -> Figure:
+    truth: Array, missing: Array, mean: Array, standard_deviation: Array, draws: Array, *,
+    title: str = "", limits: Limits = UNIT,
+) -> Figure:  # fmt: skip
     """Show completed data: images as panels, vectors value against value.
 
     Of the whole data, ``truth`` ``(N, *data_shape)``, the boolean ``missing`` says which values were
     hidden. The completions have a mean and a standard deviation of that shape, and draws
-    ``(num_draws, N, *data_shape)``. ``limits`` are the values shown as white and as black.
+    ``(num_draws, N, *data_shape)``.
     """
     if is_image(truth.shape[1:]):
         observed = np.where(missing, np.nan, truth)
@@ -160,19 +148,26 @@ def completions(
     figure, axes = style.one_panel(title, (8.4, 4.4))
     hidden = missing & ~np.isnan(truth)
     true, got, spread = (values[hidden][:5000] for values in (truth, mean, standard_deviation))
-    if style.are_bits(true):
-        style.show_bits(axes, true, got, "truth")
-        axes.set(xlabel="mean of the completions", ylabel="missing values")
-    else:
-        ends = [float(true.min()), float(true.max())] if len(true) else [0.0, 1.0]
-        axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
-        axes.errorbar(
-            true, got, spread, fmt="o", markersize=2.5, color=BLUE, elinewidth=0.5, alpha=0.5,
-            label="mean, one deviation",
-        )  # fmt: skip
-        axes.set(xlabel="truth", ylabel="completion of a missing value")
+    told = "mean of the completions", "missing values", "completion of a missing value"
+    if _show_values(axes, true, got, "truth", told):
+        how: dict[str, Any] = {"fmt": "o", "markersize": 2.5, "elinewidth": 0.5, "alpha": 0.5}
+        axes.errorbar(true, got, spread, color=BLUE, label="mean, one deviation", **how)
     style.legend_above(axes)
     return figure
+
+
+def _show_values(axes: Axes, true: Array, got: Array, name: str, told: tuple[str, str, str]) -> bool:
+    """Show bits, found beside the true ones; of other values the line where both are the same."""
+    if style.are_bits(true):
+        apart = got[true == 0], got[true == 1]
+        labels, bins = (f"{name} 0", f"{name} 1"), np.linspace(0, 1, 26)
+        style.show_histograms(axes, *apart, bins, labels, density=False)
+        axes.set(xlabel=told[0], ylabel=told[1])
+        return False
+    ends = [min(np.nanmin(true), got.min()), max(np.nanmax(true), got.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, label="perfect")
+    axes.set(xlabel=name, ylabel=told[2])
+    return True
 
 
 def flat_image(image: Array, limits: Limits) -> Array:

@@ -36,15 +36,14 @@ def latent_scatter(
     """
     classes = [] if labels is None else list(np.unique(labels))
     named = classes if len(classes) <= _MOST_CLASSES else []
-    groups: list[tuple[Any, dict[str, Any]]] = [
-        (codes[labels == value].T, {"color": [colour], "label": str(value)})
-        for value, colour in zip(named, style.class_colours(len(named)), strict=True)
-    ]
+    colours = zip(named, style.class_colours(len(named)), strict=True)
+    how: list[dict[str, Any]] = [{"color": [each], "label": str(name)} for name, each in colours]
+    groups = [*zip((codes[labels == value].T for value in named), how, strict=True)]
     if codes.shape[1] == 1:
         figure, axes = style.one_panel(title, (6.2, 4))
         bins = np.histogram_bin_edges(codes, bins=50).tolist()
-        for (own,), how in groups:
-            axes.hist(own, bins, histtype="step", linewidth=1.3, **how)
+        for (own,), look in groups:
+            axes.hist(own, bins, histtype="step", linewidth=1.3, **look)
         if groups:
             style.legend_beside(axes, marker_scale=1)
         else:
@@ -53,8 +52,8 @@ def latent_scatter(
         return figure
     figure, axes = style.one_panel(title, (6.2 if classes else 5.4, 5.4))
     size = max(1.5, min(12.0, 12_000 / len(codes)))
-    for own, how in groups:
-        axes.scatter(own[0], own[1], s=size, linewidths=0, **how)
+    for own, look in groups:
+        axes.scatter(own[0], own[1], s=size, linewidths=0, **look)
     if groups:
         style.legend_beside(axes, marker_scale=6 / math.sqrt(size))
     else:
@@ -68,20 +67,14 @@ def latent_scatter(
 
 
 def manifold(
-    data: Array,
-    first: Array,
-    second: Array,
-    *,
-    title: str = "",
-    axis_labels: tuple[str, str] = ("latent 1", "latent 2"),
-    limits: Limits = UNIT,
-) -> Figure:
+    data: Array, first: Array, second: Array, *, title: str = "",
+    axis_labels: tuple[str, str] = ("latent 1", "latent 2"), limits: Limits = UNIT,
+) -> Figure:  # fmt: skip
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 
     Decoded ``data`` are ``(rows, columns, *data_shape)``, at a value of the ``first`` latent for each
     column, ``(columns,)``, and of the ``second`` for each row, ``(rows,)``: increasing values stand
-    higher. ``axis_labels`` say what the two coordinates are, ``limits`` are the values shown as white
-    and as black.
+    higher. ``axis_labels`` say what the two coordinates are.
     """
     if is_image(data.shape[2:]):
         return _image_manifold(data, first, second, title, axis_labels, limits)
@@ -109,7 +102,7 @@ def traversals(
     """Show what one latent after the other, of these names, does to a datum.
 
     ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
-    moved latent; ``limits`` are the values shown as white and as black.
+    moved latent.
     """
     if is_image(data.shape[2:]):
         return image_grid(list(data), title=title, row_labels=names, limits=limits)
@@ -121,8 +114,7 @@ def interpolations(
 ) -> Figure:
     """Show the way from some data to others: between them what was decoded.
 
-    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``; ``limits``
-    are the values shown as white and as black.
+    ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``.
     """
     shares = np.linspace(0, 1, len(way))
     if is_image(start.shape[1:]):

@@ -39,15 +39,9 @@ def as_text(name: str) -> str:
 
 
 def panels(
-    title: str,
-    size: tuple[float, float],
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    shown: int | None = None,
-    framed: bool = False,
-    **how: Any,
-) -> tuple[Figure, list[Axes]]:
+    title: str, size: tuple[float, float], rows: int = 1, columns: int = 1, *,
+    shown: int | None = None, framed: bool = False, **how: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """Return a figure with its title at the left and so many of its panels, the rest left empty."""
     figure = Picture(figsize=size, dpi=150, layout="constrained")
     if title:
@@ -71,24 +65,12 @@ def one_panel(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def show_histograms(
-    axes: Axes,
-    filled: Array,
-    outlined: Array,
-    bins: Array,
-    labels: tuple[str, str],
-    *,
-    density: bool = True,
+    axes: Axes, filled: Array, outlined: Array, bins: Array, labels: Labels, *, density: bool = True
 ) -> None:
     """Show two distributions in the same bins: one as an area, the other as an outline."""
     edges = bins.tolist()
     axes.hist(filled, edges, density=density, color=BLUE, alpha=0.5, label=labels[0])
     axes.hist(outlined, edges, density=density, color=ORANGE, histtype="step", label=labels[1])
-
-
-def show_bits(axes: Axes, truth: Array, found: Array, name: str) -> None:
-    """Show what was found in [0, 1] where the truth is 0, and where it is 1."""
-    apart, bins = (found[truth == 0], found[truth == 1]), np.linspace(0, 1, 26)
-    show_histograms(axes, *apart, bins, (f"{name} 0", f"{name} 1"), density=False)
 
 
 def are_bits(data: Array) -> bool:

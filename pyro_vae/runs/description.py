@@ -53,10 +53,8 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
     parts: dict[str, Any] = {}
     try:
         most = max(_ELEMENTS_AT_LEAST, _PER_WEIGHT * num_weights)
-        refusal = (
-            f"expected settings that fit the weights, {CONFIG} describes networks far larger than "
-            "the weights beside it: the two are not of one run"
-        )
+        told = f"{CONFIG} describes networks far larger than the weights beside it"
+        refusal = f"expected settings that fit the weights, {told}: the two are not of one run"
         largest_size = max(_LARGEST_SIZE, num_weights)
         with torch.device("cpu"), Bounded(most, refusal, largest_size) as bound:
             for part in _PARTS:
@@ -70,10 +68,9 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
     except InputError:
         raise
     except _UNBUILDABLE as error:
-        raise InputError(
-            f"expected a description of a VAE in {CONFIG}, got {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+        wanted = f"a description of a VAE in {CONFIG}"
+        got = type(error).__name__
+        raise InputError(f"expected {wanted}, got {got}: {first_line(error)}") from error
 
 
 def known_to(earlier: Any, described: Any) -> Any:
@@ -144,23 +141,18 @@ def _describe(component: Any, shared: dict[int, str]) -> Any:
         return {"class": names.get(kind, f"custom.{kind.__name__}"), "settings": settings}
     if isinstance(component, Tensor) and str(component.dtype).removeprefix("torch.") in _DTYPES:
         tensor = component.detach()
-        return {
-            "tensor": {  # its values are read back to the bit
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": list(tensor.shape),
-                "values": [_describe(value, {}) for value in tensor.flatten().tolist()],
-            }
-        }
+        values = [_describe(value, {}) for value in tensor.flatten().tolist()]  # to the bit
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return {"tensor": {"dtype": dtype, "shape": list(tensor.shape), "values": values}}
     if isinstance(component, float) and not math.isfinite(component):
         return {"float": str(float(component))}  # JSON has no number for it
     if component is None or isinstance(component, bool | int | float | str):
         return component
     if isinstance(component, list | tuple):
         return [_describe(inner, shared) for inner in component]
-    raise InputError(
-        f"expected components and settings that can be saved, got {type(component).__name__}: "
-        "write it as a module (see pyro_vae.priors.Prior) or save its state_dict yourself"
-    )
+    wanted = "components and settings that can be saved"
+    advice = "write it as a module (see pyro_vae.priors.Prior) or save its state_dict yourself"
+    raise InputError(f"expected {wanted}, got {type(component).__name__}: {advice}")
 
 
 def _build(description: Any, components: Components, parts: dict[str, Any], bound: Bounded) -> Any:
@@ -187,9 +179,8 @@ def _build(description: Any, components: Components, parts: dict[str, Any], boun
     if kind is None:
         told = f"pass components={{{own!r}: {own}}}"
         raise InputError(f"expected the class of component {own!r}: {told}")
-    settings = {}
-    for key, value in description["settings"].items():
-        settings[key] = _build(value, components, parts, bound)
-        if registered is not None:
-            bound.check_size(settings[key])
+    told = description["settings"].items()
+    settings = {key: _build(value, components, parts, bound) for key, value in told}
+    for value in settings.values() if registered else ():
+        bound.check_size(value)
     return kind(**settings)

@@ -87,10 +87,8 @@ def own_folder(folder: Path, name: str) -> Path:
 
 
 def _refuse_link(path: Path) -> NoReturn:
-    raise InputError(
-        f"expected {path.name} inside {path.parent}, got a link to {os.path.realpath(path)}: put "
-        "itself there"
-    )
+    wanted = f"{path.name} inside {path.parent}"
+    raise InputError(f"expected {wanted}, got a link to {os.path.realpath(path)}: put itself there")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

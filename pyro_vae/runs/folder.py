@@ -32,10 +32,8 @@ def save(vae: VAE, folder: str | Path, *, settings: Mapping[str, Any] | None = N
             component, settings or weights that :func:`load` would not read. Nothing is left behind.
     """
     if not isinstance(vae, VAE):
-        raise InputError(
-            f"expected a VAE to save, got {type(vae).__name__}: pv.save_pair(model, guide, folder) "
-            "saves any other pair"
-        )
+        advice = "pv.save_pair(model, guide, folder) saves any other pair"
+        raise InputError(f"expected a VAE to save, got {type(vae).__name__}: {advice}")
     folder = expand_path(folder)
     if not isinstance(settings, Mapping | None):
         raise InputError(f"expected settings as a dict, got {type(settings).__name__}")
@@ -61,10 +59,8 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
             unknown component, weights that do not match the settings, or a device that is not here.
     """
     if not isinstance(components, Mapping | None):
-        raise InputError(
-            "expected components as classes by their names, such as {'MyPrior': MyPrior}, got "
-            f"{type(components).__name__}"
-        )
+        wanted = "components as classes by their names, such as {'MyPrior': MyPrior}"
+        raise InputError(f"expected {wanted}, got {type(components).__name__}")
     folder, place = expand_path(folder), resolve_device(device)
     config = read_config(folder)
     if "pair" in config:
@@ -72,7 +68,7 @@ def load(folder: str | Path, *, components: Components | None = None, device: st
     weights, checksum = read_weights(folder)
     with seeded(0):  # constructors draw starting values
         vae = build(config, components or {}, sum(value.numel() for value in weights.values()))
-    assign(vae, weights, checksum, model=config["model"])
+    assign(vae, weights, checksum, config["model"])
     return vae.to(place).eval()
 
 

@@ -14,15 +14,9 @@ from pyro_vae.distributions import unit_sphere
 from pyro_vae.errors import InputError, expecting
 from pyro_vae.files import expand_path
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, device_of, modules_of
+from pyro_vae.runs import weights as files
 from pyro_vae.runs.files import CONFIG, FORMAT, read_config
 from pyro_vae.runs.folder import check_free, new_run
-from pyro_vae.runs.weights import (
-    check_checksum,
-    check_weights,
-    read_weights,
-    tensors_of,
-    write_weights,
-)
 from pyro_vae.vae import VAE
 from pyro_vae.version import __version__
 
@@ -63,7 +57,7 @@ def save_pair(model: PairFunction, guide: PairFunction, folder: str | Path) -> P
         if not tensors:
             raise InputError("expected a pair with parameters, got none: train it before it is saved")
         with new_run(folder, {"format": FORMAT, "pyro_vae": __version__, "pair": named}):
-            write_weights(folder, named, tensors)
+            files.write_weights(folder, named, tensors)
     return folder
 
 
@@ -82,8 +76,8 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
     named = read_config(folder).get("pair")
     if not isinstance(named, dict):
         raise InputError(f"expected a pair in {folder}, got the {CONFIG} of a VAE: use pv.load")
-    weights, checksum = read_weights(folder)
-    check_checksum(named, weights, checksum)
+    weights, checksum = files.read_weights(folder)
+    files.check_checksum(named, weights, checksum)
     with HANDLER_LOCK, torch.no_grad():
         own, store = _tensors_of(model, guide), pyro.get_param_store()
         unusable = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
@@ -94,13 +88,14 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
             for where, value in rest.items():
                 transform_to(limits[names[where]])(value)  # or the first use of it would fail
-        check_weights(own, {where: value for where, value in weights.items() if where not in rest})
+        files.check_weights(
+            own, {where: value for where, value in weights.items() if where not in rest}
+        )
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):
-                raise InputError(
-                    f"expected names that Pyro's store does not hold, {name!r} is taken: "
-                    "pyro.clear_param_store() frees the names of earlier pairs"
-                )
+                wanted = "names that Pyro's store does not hold"
+                advice = "pyro.clear_param_store() frees the names of earlier pairs"
+                raise InputError(f"expected {wanted}, {name!r} is taken: {advice}")
         for where, value in own.items():
             if value.dtype != weights[where].dtype:
                 raise InputError(f"expected {where} as {value.dtype}, got {weights[where].dtype}")
@@ -112,7 +107,7 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
 
 
 def _tensors_of(model: PairFunction, guide: PairFunction) -> dict[str, Tensor]:
-    return tensors_of({f"{i}.": module for i, module in enumerate(modules_of(model, guide))})
+    return files.tensors_of({f"{i}.": module for i, module in enumerate(modules_of(model, guide))})
 
 
 def _describe(constraint: Any) -> Any:

@@ -40,9 +40,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     return weights, metadata.get(_CHECKSUM)
 
 
-def assign(
-    vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, *, model: Mapping[str, Any]
-) -> None:
+def assign(vae: VAE, weights: Mapping[str, Tensor], checksum: str | None, model: Any) -> None:
     """Check every tensor and the checksum, then assign all; the VAE takes on their float type."""
     check_weights(tensors_of({"": vae}), weights)
     types = _check_values(weights)
@@ -66,10 +64,9 @@ def _check_values(weights: Mapping[str, Tensor]) -> set[torch.dtype]:
 def check_checksum(description: Any, weights: Mapping[str, Tensor], checksum: str | None) -> None:
     """Refuse weights or a description that are not those written together."""
     if checksum != checksum_of(description, weights):
-        raise InputError(
-            "expected settings and weights as they were written, got another checksum: one of the "
-            "files is damaged, changed or of another run; save the model again"
-        )
+        wanted = "settings and weights as they were written"
+        advice = "one of the files is damaged, changed or of another run; save the model again"
+        raise InputError(f"expected {wanted}, got another checksum: {advice}")
 
 
 def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

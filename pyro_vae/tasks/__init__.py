@@ -7,19 +7,7 @@ from pyro_vae.tasks.interpolation import Manifold, Traversal, interpolate, manif
 from pyro_vae.tasks.missing import nan_as_missing, observed_pair
 
 __all__ = [
-    "AutoencoderComparison",
-    "Completion",
-    "Manifold",
-    "Traversal",
-    "compare_autoencoder",
-    "complete",
-    "decode",
-    "encode",
-    "generate",
-    "interpolate",
-    "manifold",
-    "nan_as_missing",
-    "observed_pair",
-    "reconstruct",
-    "traverse",
-]
+    "AutoencoderComparison", "Completion", "Manifold", "Traversal", "compare_autoencoder",
+    "complete", "decode", "encode", "generate", "interpolate", "manifold", "nan_as_missing",
+    "observed_pair", "reconstruct", "traverse",
+]  # fmt: skip

@@ -80,18 +80,10 @@ class AutoencoderComparison(NamedTuple):
 
 
 def compare_autoencoder(
-    autoencoder: Autoencoder,
-    model: PairFunction,
-    guide: PairFunction,
-    train: Tensor,
-    held_out: Tensor,
-    *,
-    num_random: int = 1000,
-    grid_size: int = 8,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> AutoencoderComparison:
+    autoencoder: Autoencoder, model: PairFunction, guide: PairFunction, train: Tensor,
+    held_out: Tensor, *, num_random: int = 1000, grid_size: int = 8, observed: str | None = None,
+    plate: str = "data", seed: int | None = None,
+) -> AutoencoderComparison:  # fmt: skip
     """Measure an autoencoder and a VAE side by side on the same data.
 
     An autoencoder has no prior. Its random latents come from the normal distribution with mean and
@@ -101,15 +93,13 @@ def compare_autoencoder(
     Args:
         autoencoder: a trained autoencoder.
         model: the generative function of a trained pair with one latent, a vector.
-        guide: its variational function.
+        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         train: training data ``(M, *data_shape)``, M at least 2.
         held_out: other data ``(N, *data_shape)``, N at least 4; the first four are the grid's
             corners, and at most ``num_random`` of them are used for distances.
         num_random: random latents, S.
         grid_size: latents along each side of the grid, G.
-        observed: name of the pair's observed site; needed where it has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: too few data or random latents, or a pair with several latents.
@@ -118,70 +108,49 @@ def compare_autoencoder(
     check_counts(grid_size=grid_size, least=2)
     given = [as_inputs(data, model) for data in (train, held_out)]
     if number := next((len(each) for each in given if len(each) != 1), None):
-        raise InputError(
-            f"expected one tensor of data, got {number}: an autoencoder has no conditions"
-        )
+        mend = "an autoencoder has no conditions"
+        raise InputError(f"expected one tensor of data, got {number}: {mend}")
     (train,), (held_out,) = given
     if len(train) < 2 or len(held_out) < 4:
-        raise InputError(
-            f"expected at least 2 training data points and 4 held-out ones, got {len(train)} and "
-            f"{len(held_out)}"
-        )
+        wanted = "at least 2 training data points and 4 held-out ones"
+        raise InputError(f"expected {wanted}, got {len(train)} and {len(held_out)}")
     with OpenedFunction(model, (train,), plate).evaluating(seed, guide, autoencoder):
         measure = functools.partial(_measure, train, held_out, grid_size)
         codes, held = autoencoder.encode(train), autoencoder.encode(held_out)
         random = _fitted_normal(codes, num_random)
         deterministic = measure(autoencoder.decode, codes, held, held, random)
 
-        def blank(number: int) -> Tensor:
-            return train.new_zeros(number, *train.shape[1:])
-
         def decoded(z: Tensor) -> Tensor:
-            return decode(model, z, blank(len(z)), observed=observed, plate=plate)
+            like = train.new_zeros(len(z), *train.shape[1:])
+            return decode(model, z, like, observed=observed, plate=plate)
 
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
-            raise InputError(
-                "expected a pair with one latent, a vector, got one of shape "
-                f"{tuple(means.shape[1:])}: its codes can't be interpolated"
-            )
-        alone = OpenedFunction(model, (blank(num_random),), plate)
+            what = "a pair with one latent, a vector"
+            advice = "its codes can't be interpolated"
+            raise InputError(f"expected {what}, got one of shape {tuple(means.shape[1:])}: {advice}")
+        alone = OpenedFunction(model, (train.new_zeros(num_random, *train.shape[1:]),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]
-        variational = measure(
-            decoded,
-            encode(guide, train, mean=False, plate=plate)[0],
-            means,
-            encode(guide, held_out, mean=False, plate=plate)[0],
-            prior,
-        )
+        drawn, held = (encode(guide, x, mean=False, plate=plate)[0] for x in (train, held_out))
+        variational = measure(decoded, drawn, means, held, prior)
         reference = _nearest(held_out[:num_random].flatten(1), train.flatten(1))
     reference = reference / math.sqrt(train[0].numel())
     return AutoencoderComparison(deterministic, variational, held_out.cpu(), reference.cpu())
 
 
 def _measure(
-    train: Tensor,
-    held_out: Tensor,
-    grid_size: int,
-    decoded: PairFunction,
-    codes: Tensor,
-    means: Tensor,
-    draws: Tensor,
-    random: Tensor,
-) -> Side:
+    train: Tensor, held_out: Tensor, grid_size: int, decoded: PairFunction, codes: Tensor,
+    means: Tensor, draws: Tensor, random: Tensor,
+) -> Side:  # fmt: skip
     """Measure one side on the data, given its decoder, its codes and its random latents."""
     grid = _between(means[:4], grid_size).flatten(0, 1)
     rebuilt, images, corners = decoded(means), decoded(random), decoded(grid)
-    values = (
-        rebuilt,
-        *((each - held_out).flatten(1).square().mean(1).sqrt() for each in (rebuilt, decoded(draws))),
-        _nearest(draws[: len(random)], codes),
-        _nearest(random, codes),
-        images,
-        _nearest(images.flatten(1), train.flatten(1)) / math.sqrt(train[0].numel()),
-        *(each.unflatten(0, (grid_size, grid_size)) for each in (corners, _nearest(grid, codes))),
-    )
-    return Side(*(value.cpu() for value in values))
+    off = [(each - held_out).flatten(1) for each in (rebuilt, decoded(draws))]
+    errors = [each.square().mean(1).sqrt() for each in off]
+    near = _nearest(draws[: len(random)], codes), _nearest(random, codes)
+    data = _nearest(images.flatten(1), train.flatten(1)) / math.sqrt(train[0].numel())
+    grids = [v.unflatten(0, (grid_size, grid_size)) for v in (corners, _nearest(grid, codes))]
+    return Side(*(value.cpu() for value in (rebuilt, *errors, *near, images, data, *grids)))
 
 
 def _fitted_normal(codes: Tensor, number: int) -> Tensor:

@@ -87,22 +87,12 @@ class Completion(NamedTuple):
 
 
 def complete(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    missing: Tensor,
-    *,
-    method: str = "metropolis",
-    num_draws: int = 16,
-    num_samples: int | None = None,
-    num_steps: int | None = None,
-    initial: float | Tensor | None = None,
-    observed: str | None = None,
-    position: int = 0,
-    plate: str = "data",
-    max_memory: int | None = None,
-    seed: int | None = None,
-) -> Completion:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], missing: Tensor, *,
+    method: str = "metropolis", num_draws: int = 16, num_samples: int | None = None,
+    num_steps: int | None = None, initial: float | Tensor | None = None,
+    observed: str | None = None, position: int = 0, plate: str = "data",
+    max_memory: int | None = None, seed: int | None = None,
+) -> Completion:  # fmt: skip
     r"""Draw the missing values given the observed ones.
 
     ``metropolis`` alternates two moves that leave :math:`p(z, x_{mis} | x_{obs})` invariant: z' from
@@ -119,7 +109,7 @@ def complete(
 
     Args:
         model: a generative function whose observed site is elementwise given the latents.
-        guide: its variational function.
+        guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, *data_shape)``, or a tuple of tensors; hidden places may hold anything.
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.
@@ -133,9 +123,6 @@ def complete(
         observed: name of the observed site with missing values; by default all that observe the
             input or a part of it, such as ``x[:, t]``.
         position: which of the inputs has the missing values.
-        plate: name of the data plate.
-        max_memory: bytes that a pass may need; by default as in :func:`pyro_vae.log_marginal`.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: an option out of range or without effect, a ``missing`` that doesn't fit, a NaN
@@ -174,7 +161,8 @@ def complete(
         if len(seen):
             pair.structure  # noqa: B018
         pair = _fill_first(pair, missing, position, initial, observed)
-        problem, divisible = _bind(pair, missing, position, observed)
+        problem = _bind(pair, missing, position, observed)
+        divisible = problem.is_divisible
         if method == "metropolis":
             sites = latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
@@ -220,6 +208,7 @@ class _Problem(NamedTuple):
     position: int  # which one it is
     sites: tuple[str, ...]  # names of the sites that observe it or parts of it
     named: str | None  # of these, the one that was asked for
+    is_divisible: bool = False  # whether the pair accepts fewer data than these, and more
 
     @property
     def x(self) -> Tensor:
@@ -255,10 +244,7 @@ class _Problem(NamedTuple):
     def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
         """Take latents of one or the other, by one truth value for each data point."""
         shapes = {name: (-1, *[1] * (-axis - 1)) for name, axis in self.pair.axes.items()}
-        return {
-            name: torch.where(truth.view(shapes[name]), value, other[name])
-            for name, value in one.items()
-        }
+        return {n: torch.where(truth.view(shapes[n]), v, other[n]) for n, v in one.items()}
 
     def trace(self, function: PairFunction, latents: Latents) -> Any:
         with Given(latents):
@@ -409,10 +395,9 @@ def _by_importance(
     found = estimate_log_prob(weighed, how, max_memory=budget, keep_draws=num_samples)
     impossible = int(found.log_prob.isneginf().sum())
     if impossible or found.draws is None:
-        raise InputError(
-            "expected latents that explain the observed values, got weights of 0 only for "
-            f"{impossible} data points: raise num_samples, or use metropolis"
-        )
+        wanted = "latents that explain the observed values"
+        got = f"weights of 0 only for {impossible} data points"
+        raise InputError(f"expected {wanted}, got {got}: raise num_samples, or use metropolis")
     picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
     chosen = {
         name: found.draws.latents[name][picked].to(problem.x.device).movedim(1, axis)
@@ -465,10 +450,8 @@ def _fill_first(
         try:
             fill.expand(x.shape)
         except RuntimeError:
-            raise InputError(
-                f"expected initial to broadcast to the data's shape {tuple(x.shape)}, got "
-                f"{tuple(fill.shape)}"
-            ) from None
+            wanted = f"initial to broadcast to the data's shape {tuple(x.shape)}"
+            raise InputError(f"expected {wanted}, got {tuple(fill.shape)}") from None
         if not fill.isfinite().all():
             raise InputError("expected finite values to fill with, got NaN or infinity in initial")
         return with_fill(fill)
@@ -485,10 +468,8 @@ def _fill_first(
     return with_fill(means / _PRIOR_DRAWS)
 
 
-def _bind(
-    pair: OpenedPair, missing: Tensor, position: int, observed: str | None
-) -> tuple[_Problem, bool]:
-    """Bind a pair of filled data to what is missing, or refuse it; is its pair divisible?"""
+def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None) -> _Problem:
+    """Bind a pair of filled data to what is missing, or refuse it."""
     trace, guide_trace = pair.trace()
     names = observing_sites(trace, x := pair.inputs[position], observed)
     unseen = missing.clone(memory_format=torch.contiguous_format)
@@ -507,7 +488,7 @@ def _bind(
     drawn = problem.fill(_draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
     drawn.pair.structure  # noqa: B018
-    return problem, _is_divisible(drawn)
+    return problem._replace(is_divisible=_is_divisible(drawn))
 
 
 def _is_divisible(problem: _Problem) -> bool:
@@ -548,6 +529,5 @@ def _check_options(method: str, num_samples: int | None, num_steps: int | None) 
     if method == "importance":
         own, other, value = other, own, num_steps
     if value is not None:
-        raise InputError(
-            f"expected no {other} with method {method!r}, which has {own}, got {value}: leave it out"
-        )
+        wanted = f"no {other} with method {method!r}, which has {own}"
+        raise InputError(f"expected {wanted}, got {value}: leave it out")

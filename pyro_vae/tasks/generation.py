@@ -15,52 +15,33 @@ from pyro_vae.distributions.flows import FlowDistribution
 from pyro_vae.distributions.normal import DiagonalNormalMixture
 from pyro_vae.errors import InputError, check_optional_counts, real_number
 from pyro_vae.evaluation.latent_codes import choose_site, draw_codes, mean_codes
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_function, open_pair
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    Site,
-    is_delta,
-    is_inside,
-    latent_sites,
-    observed_site,
-    value_axis,
-)
+from pyro_vae.pair.sites import Given, Latents, Site
 
 # Families with a location and a scale: the temperature multiplies the scale.
-_LOCATION_SCALE = (
-    distributions.Normal,
-    distributions.Laplace,
-    distributions.Cauchy,
-    distributions.StudentT,
-)
+_KINDS = ("Normal", "Laplace", "Cauchy", "StudentT")
+_LOCATION_SCALE = tuple(getattr(distributions, kind) for kind in _KINDS)
 
 # Draws a mean without closed form rests on: its error is a thirtieth of the posterior's deviation.
 _MEAN_DRAWS = 1000
 
 
 def encode(
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    num_draws: int | None = None,
-    site: str | None = None,
-    plate: str = "data",
+    guide: PairFunction, x: Tensor | Sequence[Tensor], *, mean: bool = True,
+    num_draws: int | None = None, site: str | None = None, plate: str = "data",
     seed: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the latent codes of data: posterior means ``(N, ...)`` or draws ``(num_draws, N, ...)``.
 
     Args:
-        guide: the variational function of a pair.
+        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
         mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
         num_draws: draws returned (default 1), or for a mean without closed form (default 1,000).
         site: name of the latent; needed where the guide has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: no latent, several without a name, one of another name or outside the data plate.
@@ -78,35 +59,24 @@ def encode(
     name = choose_site(codes, site)
     code = codes[name]
     if not code.exact:
-        warnings.warn(
-            f"the mean of latent {name!r} has no closed form: it is the mean of "
-            f"{num_draws or _MEAN_DRAWS:,} draws",
-            stacklevel=2,
-        )
+        told = f"the mean of latent {name!r} has no closed form"
+        warnings.warn(f"{told}: it is the mean of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
     return code.mean
 
 
 def decode(
-    model: PairFunction,
-    z: Tensor | Mapping[str, Tensor],
-    like: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, z: Tensor | Mapping[str, Tensor], like: Tensor | Sequence[Tensor], *,
+    mean: bool = True, observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     """Return the data that latents stand for, ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
-        model: the generative function of a pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
             name. Sites that are not named are drawn from the prior.
         like: inputs ``(N, ...)`` that give shape and conditions; observed values are not used.
         mean: return the likelihood's mean instead of a draw from it.
         observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
 
     Raises:
         InputError: latents of another name, number or shape, an observed site that can't be told or
@@ -114,58 +84,43 @@ def decode(
     """
     opened = open_function(model, like, plate=plate)
     with opened.evaluating(seed):
-        return decode_latents(opened, z, mean=mean, observed=observed)
+        return decode_latents(opened, z, observed, mean)
 
 
-def decode_latents(
-    model: OpenedFunction,
-    z: Tensor | Mapping[str, Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-) -> Tensor:
+def decode_latents(model: OpenedFunction, z: Any, observed: str | None, mean: bool = True) -> Tensor:
     """Do the work of :func:`decode` for a model that is open."""
     trace = model.first().trace(explain="model")
-    sites = {site["name"]: site for site in latent_sites(trace)}
+    sites = {site["name"]: site for site in traced.latent_sites(trace)}
     named = dict(z) if isinstance(z, Mapping) else {choose_site(sites, None): z}
     given = {}
     for name, value in named.items():
         site = sites[choose_site(sites, name)]
-        axis, like = value_axis(site, model.plate), site["value"]
+        axis, like = traced.value_axis(site, model.plate), site["value"]
         value = torch.as_tensor(value).to(like)
         wanted = (model.num_data, *like.movedim(axis, 0).shape[1:])
         if value.shape != wanted:
-            raise InputError(
-                f"expected latents {name!r} of shape {wanted}, one for each datum, got "
-                f"{tuple(value.shape)}"
-            )
+            what = f"latents {name!r} of shape {wanted}, one for each datum"
+            raise InputError(f"expected {what}, got {tuple(value.shape)}")
         given[name] = value.movedim(0, axis)
     with Given(given):
         trace = model.trace(explain="model")
-    site = trace.nodes[observed_site(trace, observed)]
+    site = trace.nodes[traced.observed_site(trace, observed)]
     check_rows("model", site, model.plate, model.num_data)
     return mean_of(site) if mean else site["fn"].sample()
 
 
 def generate(
-    model: PairFunction,
-    like: Tensor | Sequence[Tensor],
-    *,
-    guide: PairFunction | None = None,
-    data: Tensor | Sequence[Tensor] | None = None,
-    temperature: float = 1.0,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, like: Tensor | Sequence[Tensor], *, guide: PairFunction | None = None,
+    data: Tensor | Sequence[Tensor] | None = None, temperature: float = 1.0, mean: bool = True,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     r"""Draw new data ``(N, *data_shape)``: latents of prior or aggregate posterior, data given these.
 
     .. math:: z \sim p(z) \quad\text{or}\quad z \sim \frac{1}{M} \sum_m q(z | x_m),
         \qquad x \sim p(x | z)
 
     Args:
-        model: the generative function of a pair.
+        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         like: inputs ``(N, ...)`` that give number, shape and conditions, not the observed values.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
@@ -173,10 +128,7 @@ def generate(
         data: inputs ``(M, ...)`` whose posteriors are mixed; by default ``like``.
         temperature: factor of the spread (standard deviation) of the distributions that latents are
             drawn from: location-scale families, mixtures (each component's), flows (the base's).
-        mean: return the likelihood's mean instead of a draw from it.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
@@ -193,38 +145,28 @@ def generate(
     source = like if data is None else data
     pair = None if guide is None else open_pair(model, guide, source, plate=plate)
     with opened.evaluating(seed, guide):
-        name = observed_site(opened.trace(), observed)
+        name = traced.observed_site(opened.trace(), observed)
         latents: Latents = {}
         if pair is not None:
             latents = _draw_aggregate_posterior(pair, opened.num_data, temperature)
         with _Freed(name), _AtTemperature(temperature), Given(latents):
             trace = opened.trace()
     site = trace.nodes[name]
-    if is_inside(site, plate):  # of a plate that subsamples, which data were drawn is not known
+    # Of a plate that subsamples, which data were drawn is not known.
+    if traced.is_inside(site, plate):
         check_rows("model", site, plate, opened.num_data)
     return mean_of(site) if mean else site["value"]
 
 
 def reconstruct(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    mean: bool = True,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = None,
-) -> Tensor:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *, mean: bool = True,
+    observed: str | None = None, plate: str = "data", seed: int | None = None,
+) -> Tensor:  # fmt: skip
     """Encode data and decode them again, ``(N, *data_shape)``: from the guide, then the likelihood.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
-        x: data ``(N, ...)``, or a tuple of tensors passed as ``model(*x)``.
-        mean: return the likelihood's mean instead of a draw from it.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of the draws; the generators' state is restored afterwards.
+        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean,
@@ -233,7 +175,7 @@ def reconstruct(
     pair = open_pair(model, guide, x, plate=plate)
     with pair.evaluating(seed):
         trace, _ = pair.trace()
-        site = trace.nodes[observed_site(trace, observed)]
+        site = trace.nodes[traced.observed_site(trace, observed)]
         return mean_of(site) if mean else site["fn"].sample()
 
 
@@ -244,10 +186,9 @@ def mean_of(site: Site) -> Tensor:
     except NotImplementedError:
         mean = torch.tensor(torch.nan)
     if mean.isnan().any():
-        raise InputError(
-            f"expected {type(site['fn']).__name__} at {site['name']!r} to have a mean, got NaN: draw "
-            "from it by mean=False, or look for NaN in data and parameters"
-        )
+        wanted = f"{type(site['fn']).__name__} at {site['name']!r} to have a mean"
+        advice = "draw from it by mean=False, or look for NaN in data and parameters"
+        raise InputError(f"expected {wanted}, got NaN: {advice}")
     return mean.detach().clone()  # not the parameter that a model may hand on
 
 
@@ -297,7 +238,7 @@ class _AtTemperature(Messenger):
         if self.temperature == 1 or message["is_observed"] or message["value"] is not None:
             return
         # A point mass follows from the other sites.
-        if site_is_subsample(message) or is_delta(message["fn"]):
+        if site_is_subsample(message) or traced.is_delta(message["fn"]):
             return
         message["fn"] = _spread(message["name"], message["fn"], self.temperature)
 
@@ -323,7 +264,5 @@ def _spread(name: str, fn: Any, factor: float) -> Any:
         return FlowDistribution(_spread(name, fn.base, factor), fn.layers, fn.context)
     if isinstance(fn, distributions.TransformedDistribution):
         return dist.TransformedDistribution(_spread(name, fn.base_dist, factor), fn.transforms)
-    raise InputError(
-        f"expected latents with a scale that a temperature multiplies, {name!r} is "
-        f"{type(fn).__name__}: leave temperature at 1"
-    )
+    wanted = "latents with a scale that a temperature multiplies"
+    raise InputError(f"expected {wanted}, {name!r} is {type(fn).__name__}: leave temperature at 1")

@@ -13,7 +13,7 @@ from pyro_vae.pair.contract import check_rows
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import OpenedFunction, OpenedPair, open_pair
-from pyro_vae.pair.sites import value_axis
+from pyro_vae.pair.sites import Latents, value_axis
 from pyro_vae.summary import shown
 from pyro_vae.tasks.generation import decode_latents
 
@@ -60,29 +60,20 @@ class Manifold(NamedTuple):
 
 
 def interpolate(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    to: Tensor | Sequence[Tensor],
-    *,
-    num_steps: int = 9,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Tensor:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor],
+    to: Tensor | Sequence[Tensor], *, num_steps: int = 9, observed: str | None = None,
+    plate: str = "data", seed: int | None = 0,
+) -> Tensor:  # fmt: skip
     """Decode the way from the codes of some data to those of others, ``(num_steps, N, *data_shape)``.
 
     The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data to start from ``(N, ...)``, or a tuple of tensors; they give the conditions.
-        to: as many data to end at.
+        to: as many data points to end at.
         num_steps: points on the way, both ends included.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+        observed: as :func:`pyro_vae.tasks.decode` has it.
 
     Raises:
         InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
@@ -93,10 +84,8 @@ def interpolate(
     pair, ends = open_pair(model, guide, x, plate=plate), as_inputs(to, model, guide)
     check_counts(num_steps=num_steps, least=2)
     if pair.num_data != len(ends[0]):
-        raise InputError(
-            f"expected as many data points to end at as to start from, got {len(ends[0])} for "
-            f"{pair.num_data}"
-        )
+        wanted = "as many data points to end at as to start from"
+        raise InputError(f"expected {wanted}, got {len(ends[0])} for {pair.num_data}")
     with pair.evaluating(seed):
         encoder = pair.alone(guide)
         codes = mean_codes(encoder, _CODE_DRAWS)
@@ -110,38 +99,27 @@ def interpolate(
             if code.support == "sphere":
                 way = _great_circle(start, end, shares)
             ways[name] = way.flatten(0, 1)
-        return _decode_repeated(pair.alone(model), num_steps, ways, observed)
+        return _decode(pair.alone(model), num_steps, ways, observed)
 
 
 def traverse(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    dimensions: Sequence[int] | None = None,
-    num_steps: int = 9,
-    coverage: float = 0.95,
-    site: str | None = None,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Traversal:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    dimensions: Sequence[int] | None = None, num_steps: int = 9, coverage: float = 0.95,
+    site: str | None = None, observed: str | None = None, plate: str = "data", seed: int | None = 0,
+) -> Traversal:  # fmt: skip
     """Move one latent coordinate through the prior's range and decode; the others stay at the code.
 
     The values are the prior's quantiles, evenly spaced in probability. On a sphere the coordinate
     moves along the meridian through the code: the others shrink together so that the length stays 1.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
         x: data whose codes are moved ``(N, ...)``, or a tuple of tensors.
         dimensions: coordinates of the (flattened) latent to move, from 0; by default every one.
         num_steps: values per coordinate.
         coverage: probability under the prior between the first value and the last.
-        site: name of the latent; needed where the guide has several.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
+        site, observed: as :func:`pyro_vae.tasks.encode` and :func:`pyro_vae.tasks.decode` have
+            them.
 
     Raises:
         InputError: options out of range, or a latent that can't be moved.
@@ -152,42 +130,27 @@ def traverse(
         walker = _Walker(pair, site, observed)
         moved = walker.choose(range(walker.size) if dimensions is None else dimensions)
         values = walker.quantiles(num_steps, coverage)[list(moved)]
-        data = [
-            walker.decode([walker.with_coordinate(dimension, value) for value in row])
-            for dimension, row in zip(moved, values, strict=True)
-        ]
-    return Traversal(moved, values, torch.stack(data))
+        rows = zip(moved, values, strict=True)
+        codes = [[walker.with_coordinate(index, value) for value in row] for index, row in rows]
+        data = torch.stack([walker.decode(each) for each in codes])
+    return Traversal(moved, values, data)
 
 
 def manifold(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    dimensions: tuple[int, int] = (0, 1),
-    num_steps: int = 16,
-    coverage: float = 0.98,
-    site: str | None = None,
-    observed: str | None = None,
-    plate: str = "data",
-    seed: int | None = 0,
-) -> Manifold:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    dimensions: tuple[int, int] = (0, 1), num_steps: int = 16, coverage: float = 0.98,
+    site: str | None = None, observed: str | None = None, plate: str = "data", seed: int | None = 0,
+) -> Manifold:  # fmt: skip
     """Decode a grid over two latent coordinates; further ones stay at the mean code of the data.
 
     The grid follows the prior's quantiles, evenly spaced in probability. On a sphere it is one of
     longitude and latitude over the two coordinates and the mean direction of the others.
 
     Args:
-        model: the generative function of a pair.
-        guide: its variational function.
+        model, guide, num_steps, coverage, site, observed, plate, seed: as
+            :func:`pyro_vae.tasks.traverse` has them.
         x: data ``(N, ...)`` whose mean code is taken; the first gives conditions and other sites.
         dimensions: the two coordinates of the (flattened) latent, from 0.
-        num_steps: values per coordinate.
-        coverage: probability under the prior between a coordinate's first value and its last.
-        site: name of the latent; needed where the guide has several.
-        observed: name of the observed site; needed where the model has several.
-        plate: name of the data plate.
-        seed: seed of what has to be drawn; the generators' state is restored afterwards.
 
     Raises:
         InputError: options out of range, or a latent of fewer than two coordinates.
@@ -209,11 +172,8 @@ def manifold(
         else:
             values = walker.quantiles(num_steps, coverage)
             first, second = values[right], values[up]
-            codes = [
-                walker.with_coordinate(right, value, walker.with_coordinate(up, height))
-                for height in second
-                for value in first
-            ]
+            high = [walker.with_coordinate(up, height) for height in second]
+            codes = [walker.with_coordinate(right, v, each) for each in high for v in first]
         data = walker.decode(codes)[:, 0].unflatten(0, (len(second), len(first)))
     return Manifold((right, up), first, second, data, walker.support == "sphere")
 
@@ -304,14 +264,12 @@ class _Walker:
         tiled = tile_inputs(tuple(self.codes.values()), len(flat))
         latents = dict(zip(self.codes, tiled, strict=True))
         latents[self.site] = torch.cat(list(flat)).reshape(-1, *self.shape)
-        return _decode_repeated(self.model, len(flat), latents, self.observed)
+        return _decode(self.model, len(flat), latents, self.observed)
 
 
-def _decode_repeated(
-    model: OpenedFunction, count: int, latents: dict[str, Tensor], observed: str | None
-) -> Tensor:
+def _decode(model: OpenedFunction, count: int, latents: Latents, observed: str | None) -> Tensor:
     """Decode ``count`` latents of each data point, ``(count, N, *data_shape)``."""
-    data = decode_latents(model.repeat(count), latents, observed=observed)
+    data = decode_latents(model.repeat(count), latents, observed)
     return data.unflatten(0, (count, model.num_data))
 
 

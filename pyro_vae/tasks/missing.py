@@ -81,9 +81,7 @@ def observed_pair(
     return owner.model, owner.guide
 
 
-def on_observed_part(
-    model: PairFunction, *, observed: str | None = None, position: int = 0
-) -> PairFunction:
+def on_observed_part(model: PairFunction, *, observed: str | None, position: int) -> PairFunction:
     """Return the model of the observed part; arguments and errors as for :func:`observed_pair`."""
 
     def masked(*inputs: Tensor) -> Any:
@@ -101,10 +99,9 @@ def check_missing(x: Tensor, missing: Tensor) -> None:
         got = missing.dtype if isinstance(missing, Tensor) else type(missing).__name__
         raise InputError(f"expected missing as a boolean tensor, got {got}: e.g. x.isnan()")
     if missing.shape != x.shape:
-        raise InputError(
-            f"expected missing of the data's shape {tuple(x.shape)}, got {tuple(missing.shape)}: "
-            "expand it, or say by position= which input it belongs to"
-        )
+        wanted = f"missing of the data's shape {tuple(x.shape)}"
+        advice = "expand it, or say by position= which input it belongs to"
+        raise InputError(f"expected {wanted}, got {tuple(missing.shape)}: {advice}")
 
 
 class _ObservedPart(Messenger):
@@ -126,11 +123,12 @@ class _ObservedPart(Messenger):
         missing = self.missing if place is None else take_part(self.missing, place)
         base, event_dim = elementwise_base(name, message["fn"])
         if base.batch_shape != missing.shape or value.shape != missing.shape:
-            raise InputError(
-                f"expected site {name!r} to observe the input or a part of it, shape "
-                f"{tuple(missing.shape)}, got values of shape {tuple(value.shape)} under a "
-                f"distribution of {tuple(base.batch_shape)}: move the reshaping out of the model"
+            wanted = (
+                f"site {name!r} to observe the input or a part of it, shape {tuple(missing.shape)}"
             )
+            got = f"values of shape {tuple(value.shape)} under a distribution of"
+            advice = "move the reshaping out of the model"
+            raise InputError(f"expected {wanted}, got {got} {tuple(base.batch_shape)}: {advice}")
         # NaN under a mask would still make NaN gradients, and a value outside the support an error.
         message["value"] = torch.where(missing, _inside(base, value), value)
         message["fn"] = base.mask(~missing).to_event(event_dim)
@@ -139,10 +137,8 @@ class _ObservedPart(Messenger):
         super().__exit__(*error)
         if error[0] is None and not self.found:
             wanted = "one of the input or a part of it" if self.name is None else repr(self.name)
-            raise InputError(
-                f"expected an observed site, {wanted}, the model has none: name the site by "
-                "observed=, and the input by position="
-            )
+            advice = "name the site by observed=, and the input by position="
+            raise InputError(f"expected an observed site, {wanted}, the model has none: {advice}")
 
 
 def _run_model(model: PairFunction, fill: Any, observed: Any, position: int, *inputs: Tensor) -> Any:
@@ -172,10 +168,9 @@ def _fill_hidden(position: int, fill: float | Tensor, nan: bool, *inputs: Tensor
     """Return the inputs with ``fill`` in the hidden places, and then ``missing``."""
     inputs = (*inputs, inputs[position].isnan()) if nan and position < len(inputs) else inputs
     if not 0 <= position < len(inputs) - 1:
-        raise InputError(
-            f"expected the pair's inputs and then missing, got {len(inputs)} tensors for position "
-            f"{position}: pass (x, missing)"
-        )
+        wanted = "the pair's inputs and then missing"
+        got = f"{len(inputs)} tensors for position {position}"
+        raise InputError(f"expected {wanted}, got {got}: pass (x, missing)")
     x, missing = inputs[position], inputs[-1]
     check_missing(x, missing)
     if isinstance(fill, Tensor):

@@ -50,10 +50,9 @@ def observing_sites(trace: Trace, x: Tensor, observed: str | None) -> tuple[str,
     for _, place in parts_of(trace, names, x):
         take_part(times, place).add_(1)
     if times.max() > 1:
-        raise InputError(
-            f"expected each value observed at one site, {names[-1]!r} observes some again: they "
-            "can't be filled in; name the site by observed="
-        )
+        wanted = "each value observed at one site"
+        advice = "they can't be filled in; name the site by observed="
+        raise InputError(f"expected {wanted}, {names[-1]!r} observes some again: {advice}")
     return names
 
 

@@ -1,7 +1,7 @@
 """The importance weight p(x, z) / q(z given x): many particles drawn and scored, one definition."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,27 +13,14 @@ from torch import Tensor
 
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.errors import InputError, whole_number
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out
 from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction, eval_mode
-from pyro_vae.pair.inputs import tile_inputs
+from pyro_vae.pair.inputs import Data, tile_inputs
 from pyro_vae.pair.opened import OpenedPair, open_pair
 from pyro_vae.pair.precision import compute_in, multiply_in, precision_now
-from pyro_vae.pair.sites import (
-    CALLING_ERRORS,
-    Given,
-    Latents,
-    Site,
-    TracePair,
-    agree,
-    data_dim,
-    latent_sites,
-    plate_scale,
-    raise_out_of_memory,
-    sample_sites,
-    site_log_prob,
-    sum_to,
-)
+from pyro_vae.pair.sites import CALLING_ERRORS, Given, Latents, Site
 from pyro_vae.weights.pathwise import PathwiseDraws, gated, has_score
 
 # Stands for the draws of a guide that has nothing to draw, where the model sums all its latents out.
@@ -80,12 +67,7 @@ class Draws(NamedTuple):
 
 
 def log_weights(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    num_samples: int,
-    plate: str | None = "data",
+    model: PairFunction, guide: PairFunction, x: Data, *, num_samples: int, plate: str | None = "data"
 ) -> Tensor:
     """Draw from the guide and return log importance weights ``(num_samples, N)``, float64, nats.
 
@@ -148,15 +130,12 @@ class Particles:
 
     def propose_from_prior(self, num_samples: int) -> Latents:
         """Draw latents from the model's prior, each ``(num_samples, *shape of one draw)``."""
-        model = poutine.trace(self.pair.model)
-        rows = []
+        model, rows = poutine.trace(self.pair.model), []
         for _ in range(num_samples):
-            sites = latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
+            sites = traced.latent_sites(model.get_trace(*self.pair.arguments, **self.pair.keywords))
             rows.append({site["name"]: site["value"] for site in sites})
         drawn = [name for name in rows[0] if name not in self.pair.structure.summed]
-        return {
-            name: self.with_axis(name, torch.stack([row[name] for row in rows])) for name in drawn
-        }
+        return {n: self.with_axis(n, torch.stack([row[n] for row in rows])) for n in drawn}
 
     def score(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Score latents ``(num_samples, ...)``: log p(x|z), log p(z), each ``(num_samples, N)``."""
@@ -180,10 +159,6 @@ class Particles:
         """Return one particle's latents as the sites have them."""
         return {n: v[0] if n in self._shared else v for n, v in latents.items()}
 
-    def traces(self) -> TracePair:
-        """Run the guide, then the model on its draws, plainly: (model trace, guide trace)."""
-        return self.pair.trace()
-
     @property
     def num_data(self) -> int:
         """Number of data points, N."""
@@ -194,11 +169,6 @@ class Particles:
         """Shape of each latent for one particle."""
         latents = self.pair.structure.latents
         return {name: latent.shape_for(self.num_data) for name, latent in latents.items()}
-
-    @property
-    def bytes_per_datum(self) -> int:
-        """Memory that scoring one particle of one data point allocates, an upper bound."""
-        return self.pair.structure.bytes_per_datum
 
     def bytes_per_proposal(self) -> int:
         """Return the bytes that one more particle per data point needs in :meth:`propose`."""
@@ -222,12 +192,15 @@ class Particles:
         )
 
     def _draw_plain(self, num_particles: int, gates: bool) -> Draws:
+        def as_rows(latents: Latents) -> Latents:
+            return {name: self.with_axis(name, value[None]) for name, value in latents.items()}
+
         rows: list[Draws] = []
         for index in range(num_particles):
             with Given(rows[0].subsample if rows else {}):
                 found = self._run_guide(self.pair.guide, self.pair, gates)
             which = slice(index, index + 1)
-            rows.append(self._draws(found, self._as_rows, lambda value: value[None], which))
+            rows.append(self._draws(found, as_rows, lambda value: value[None], which))
         names = ("log_proposal", "scaled_log_proposal")
         densities: Any = {n: torch.cat([getattr(row, n) for row in rows]) for n in names}
         return rows[0]._replace(
@@ -235,9 +208,6 @@ class Particles:
             gates=[group for row in rows for group in row.gates],
             **densities,
         )
-
-    def _as_rows(self, latents: Latents) -> Latents:
-        return {name: self.with_axis(name, value[None]) for name, value in latents.items()}
 
     def _draw_under_plate(self, num_particles: int, gates: bool) -> Draws:
         dim = -self.pair.structure.nesting - 1
@@ -273,7 +243,7 @@ class Particles:
         trace = poutine.trace(function).get_trace(*pair.arguments, **pair.keywords)
         if not gates:
             return trace, []
-        sites = sample_sites(trace)
+        sites = traced.sample_sites(trace)
         for site in sites:
             if not has_score(site):
                 raise InputError(
@@ -283,25 +253,24 @@ class Particles:
                 )
         scales = {scale for site in sites if not isinstance(scale := latent_scale_of(site), Tensor)}
         if len(scales) > 1:
-            raise InputError(
-                f"expected one beta for all latents of the guide, got {sorted(scales)}: scale the "
-                'guide as a whole, or use gradient="plain"'
-            )
-        terms = [latent_scale_of(site) * site_log_prob(site).sum() for site in sites]
+            wanted = "one beta for all latents of the guide"
+            advice = 'scale the guide as a whole, or use gradient="plain"'
+            raise InputError(f"expected {wanted}, got {sorted(scales)}: {advice}")
+        terms = [latent_scale_of(site) * traced.site_log_prob(site).sum() for site in sites]
         return trace, [(draws.drawn, draws.slopes(torch.stack(terms).sum()))]
 
     def _draws(
-        self, found: Any, convert: Any, shape: Any, which: slice, particle_dim: int | None = None
+        self, found: Any, convert: Any, shape: Any, which: slice, particle_dim: int = 0
     ) -> Draws:
         """Return what a run of the guide found, latents and densities in their own shapes."""
         trace, gates = found
         latents = convert({name: trace.nodes[name]["value"] for name in self.axes})
         groups = [(which, *map(convert, one)) for one in gates]
-        sites = sample_sites(trace)
+        sites = traced.sample_sites(trace)
         drawn = [s for s in trace.nodes.values() if s["type"] == "sample" and site_is_subsample(s)]
         subsample = {s["name"]: s["value"] for s in drawn if len(s["value"]) < s["fn"].size}
         plain, scaled = self._sum(sites, particle_dim)
-        scales = plate_scale(sites[0]), latent_scale_of(sites[0])
+        scales = traced.plate_scale(sites[0]), latent_scale_of(sites[0])
         return Draws(latents, shape(plain), shape(scaled), groups, subsample, *scales)
 
     def _draws_hold(self, draws: Draws, count: int) -> bool:
@@ -321,11 +290,9 @@ class Particles:
                 rows.append((row.log_proposal, *row.latents.values()))
             return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
-        return agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
+        return traced.agree((draws.log_proposal[:count].detach(), *first.values()), plain, random)
 
-    def score_under(
-        self, function: str, latents: Latents, subsample: dict[str, Any] | None = None
-    ) -> Scored:
+    def score_under(self, function: str, latents: Latents, subsample: Any = None) -> Scored:
         """Score latents ``(num_particles, ...)`` under ``"model"`` or ``"guide"``."""
         given = subsample or {}
         if _NOTHING_DRAWN in latents:  # all particles are alike
@@ -335,7 +302,7 @@ class Particles:
         def hold(scored: Scored, count: int) -> bool:
             first = {name: value[:count].detach() for name, value in latents.items()}
             found = tuple(term[:count].detach() for term in scored)
-            return agree(found, lambda some: self._score_plain(function, some, given), first)
+            return traced.agree(found, lambda some: self._score_plain(function, some, given), first)
 
         return self._run_first_that_holds(
             function,
@@ -362,23 +329,19 @@ class Particles:
     def _score_tiled(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
         _refuse_subsample(subsample)
         count = _count(latents)
-        tiled = {
-            name: value.movedim(0, self.axes[name] - 1).flatten(self.axes[name] - 1, self.axes[name])
-            for name, value in latents.items()
-        }
+        moved = {n: value.movedim(0, self.axes[n] - 1) for n, value in latents.items()}
+        tiled = {n: value.flatten(self.axes[n] - 1, self.axes[n]) for n, value in moved.items()}
         scored = self._score_one(function, _tile_pair(self.pair, count), tiled, subsample)
         return Scored(*(term.view(count, -1) for term in scored))
 
-    def _score_one(
-        self, function: str, pair: OpenedPair, latents: Latents, subsample: dict[str, Any]
-    ) -> Scored:
+    def _score_one(self, function: str, pair: OpenedPair, latents: Latents, subsample: Any) -> Scored:
         """Score one particle: each term ``(N,)``."""
         given = {**self._without_axis(latents), **subsample}
         if function == "model" and pair.structure.summed:
             return self._score_summed(pair, given)
         with Given(given):
             run = poutine.trace(pair.model if function == "model" else pair.guide)
-            sites = sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
+            sites = traced.sample_sites(run.get_trace(*pair.arguments, **pair.keywords))
         observed, _ = self._sum([site for site in sites if site["is_observed"]])
         latent, scaled = self._sum([site for site in sites if not site["is_observed"]])
         # The guide observes nothing, and a model of conditions alone has no latent of its own.
@@ -391,27 +354,24 @@ class Particles:
         run = poutine.trace(enumerate_latents(pair.model, pair.structure.nesting, given))
         trace = run.get_trace(*pair.arguments, **pair.keywords)
         nothing = torch.zeros(pair.num_data, dtype=torch.float64, device=pair.device)
-        latents = latent_sites(trace)
-        joint, prior = (
-            sum(
-                (sum_to(term, self._kept(site, None)) for site, term in sum_out(trace, group)),
-                nothing,
-            )
-            for group in (sample_sites(trace), latents)
-        )
+        latents = traced.latent_sites(trace)
+        sums = [sum_out(trace, group) for group in (traced.sample_sites(trace), latents)]
+        terms = [[traced.sum_to(term, self._kept(site)) for site, term in each] for each in sums]
+        joint, prior = (sum(each, nothing) for each in terms)
         observed = torch.where(prior.isneginf(), 0.0, joint - prior)
         return Scored(observed, prior, prior * latent_scale_of(latents[0]))
 
-    def _kept(self, site: Site, particle_dim: int | None) -> tuple[int, ...]:
-        own = () if self.pair.plate is None else (data_dim(site, self.pair.plate),)
-        return (*own, particle_dim or 0)
+    def _kept(self, site: Site, particle_dim: int = 0) -> tuple[int, ...]:
+        own = () if self.pair.plate is None else (traced.data_dim(site, self.pair.plate),)
+        return (*own, particle_dim)
 
-    def _sum(self, sites: list[Site], particle_dim: int | None = None) -> Any:
+    def _sum(self, sites: list[Site], particle_dim: int = 0) -> Any:
         """Sum over all but data and particles, plainly and with the beta handler's scale; or None."""
         if not sites:
             return None, None
         kept = [self._kept(site, particle_dim) for site in sites]
-        plain = [sum_to(site_log_prob(site), dims) for site, dims in zip(sites, kept, strict=True)]
+        found = zip(map(traced.site_log_prob, sites), kept, strict=True)
+        plain = [traced.sum_to(log_prob, dims) for log_prob, dims in found]
         if self.pair.plate is None:
             plain = [term.unsqueeze(-1) for term in plain]
         total = torch.stack(torch.broadcast_tensors(*plain)).sum(0)
@@ -457,12 +417,10 @@ class Particles:
                     known[what] = way.__name__
                     return result
             except CALLING_ERRORS as error:
-                raise_out_of_memory(error)
-        warnings.warn(
-            f"the {kind} of this pair gives other values when its particles are batched; "
-            "it is called once per particle instead, which is exact but slow",
-            stacklevel=6,
-        )
+                traced.raise_out_of_memory(error)
+        instead = "it is called once per particle instead, which is exact but slow"
+        found = f"the {kind} of this pair gives other values when its particles are batched"
+        warnings.warn(f"{found}; {instead}", stacklevel=6)
         known[what] = plain.__name__
         return run(plain)
 

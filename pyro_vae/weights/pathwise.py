@@ -47,9 +47,7 @@ class PathwiseDraws(Messenger):
             slopes = torch.autograd.grad(log_proposal, passed, retain_graph=True, allow_unused=True)
         finally:
             self.closed = False
-        return {
-            name: slope for name, slope in zip(self.passed, slopes, strict=True) if slope is not None
-        }
+        return {n: s for n, s in zip(self.passed, slopes, strict=True) if s is not None}
 
 
 class _Gate(torch.autograd.Function):
@@ -68,10 +66,8 @@ class _Gate(torch.autograd.Function):
 def refuse_handler(guide: Any) -> None:
     """Refuse a guide that is a handler of the model: its draws can't be told from the model's."""
     if isinstance(poutine.unwrap(guide), Messenger):
-        raise InputError(
-            "expected a guide that is a function of its own, got a handler of the model: use "
-            "TraceBound"
-        )
+        wanted = "a guide that is a function of its own"
+        raise InputError(f"expected {wanted}, got a handler of the model: use TraceBound")
 
 
 def gated(guide: Any, draws: PathwiseDraws) -> Any:

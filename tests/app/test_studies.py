@@ -366,7 +366,7 @@ BAD = {
     "compare --hold guide": "expected --hold model, got 'guide'",
     "compare --hold model --priors vamp": "got vamp: use pv.compare",
     "compare --hold model --priors standard-normal,flow": "expected one prior and one likelihood",
-    "compare --method annealed": "expected the method auto, importance or both",
+    "compare --method annealed": "expected method auto, importance or both",
     "compare --num-samples 0": "at least 1, got 0",
 }
 

@@ -11,7 +11,8 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.ais import AnnealingOptions, make_plan
+from pyro_vae.evaluation.ais import AnnealingOptions, error_of_few, make_plan
+from pyro_vae.evaluation.estimate import measure_weights
 from pyro_vae.evaluation.hmc import AnnealingPath, transition
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.weights.particles import Particles
@@ -358,3 +359,28 @@ def test_schedules_rise_from_0_to_1(schedule):
     assert betas[-1] == 1
     assert (betas.diff() > 0).all()
     torch.testing.assert_close(betas, 1 - betas.flip(0))
+
+
+def test_errors_of_few_weights_hold_three_standard_errors():
+    """Normal log weights of variance 0.8, as d = 50 has them: their mean is known exactly."""
+    generator = torch.Generator().manual_seed(0)
+    log_weights = 0.8**0.5 * torch.randn(32, 20_000, generator=generator, dtype=torch.float64)
+    found = measure_weights(log_weights, 1e-16)
+    told = error_of_few(log_weights, found["standard_error"])
+    away = (found["log_prob"] - 0.4).abs()
+    shown_alone = (away > 3 * found["standard_error"]).double().mean()
+    assert shown_alone > 0.015  # what the weights show is not enough
+    assert (away > 3 * told).double().mean() < 0.01
+    assert (told >= found["standard_error"]).all()
+    spread = (found["log_prob"]).std()
+    assert 0.9 * spread < told.square().mean().sqrt() < 1.3 * spread
+
+
+def test_chains_that_arrived_nowhere_do_not_swell_the_error():
+    log_weights = torch.zeros(32, 2, dtype=torch.float64)
+    log_weights[::2, 0] = -40.0
+    log_weights[:3, 1] = -math.inf
+    found = measure_weights(log_weights, 1e-16)["standard_error"]
+    told = error_of_few(log_weights, found)
+    torch.testing.assert_close(told[0], 1.5 * found[0])
+    assert told[1] == found[1]

@@ -92,7 +92,6 @@ def test_a_mean_field_guide_annealed_by_default_is_right_or_not_trusted(num_weig
     options = {"method": "annealed", "plate": None, "seed": 0}
     found = pv.log_marginal(pair.model, pair.mean_field, pair.data, **options)
     error = (found.log_prob - pair.evidence).abs()
-    print(f"{num_weights}: {error.item():.3f}, {found.standard_error.item():.3f}, {found.trusted}")
     assert (error < 3 * found.standard_error) | ~found.trusted
 
 
