@@ -11,17 +11,9 @@ import pyro
 from torch import Tensor
 
 from pyro_vae.infer import capture
+from pyro_vae.infer import program as recorded
 from pyro_vae.infer.capture import CannotCaptureError
-from pyro_vae.infer.program import (
-    Program,
-    Programs,
-    Signature,
-    State,
-    are_close,
-    sign,
-    tolerance_of,
-    verify,
-)
+from pyro_vae.infer.program import Program, Programs, Signature, State
 from pyro_vae.pair.functions import PairFunction, modules_of
 from pyro_vae.pair.precision import ROUNDING, precision_now
 from pyro_vae.pair.sites import Latents
@@ -78,19 +70,21 @@ def capture_values(
     if programs is None:
         programs = Programs()
         PROGRAMS.keep(programs, *functions)
-    signature = sign((key, pair.plate), [*given, *pair.inputs], [], {})
+    signature = recorded.sign((key, pair.plate), [*given, *pair.inputs], [], {})
     where = functools.cache(elsewhere or (lambda: given))  # drawn where first needed, and once
 
     def check(program: Program, num_checked: int | None) -> list[Tensor]:
         def compare(expected: Values, found: list[Tensor], tensors: list[Tensor]) -> None:
             dtypes = [value.dtype for value in (*where(), *tensors, *found)]
-            tolerance = tolerance_of([*dtypes, *ROUNDING.get(precision_now(), ())])
+            tolerance = recorded.tolerance_of([*dtypes, *ROUNDING.get(precision_now(), ())])
             for own, standard in zip(found, expected, strict=True):
-                if not are_close(own[: len(standard)], standard, tolerance):
+                if not recorded.are_close(own[: len(standard)], standard, tolerance):
                     raise CannotCaptureError("it gives other values than the model")
 
         few = [value[:num_checked] for value in where()]
-        return verify(program, [*where(), *pair.inputs], lambda: compute(particles, few), compare)
+        return recorded.verify(
+            program, [*where(), *pair.inputs], lambda: compute(particles, few), compare
+        )
 
     def ready(program: Program, shown: list[Tensor]) -> Captured:
         tensors, inputs = program.state.current(), pair.inputs

@@ -16,19 +16,11 @@ from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.estimate import one_chain, structure
 from pyro_vae.evaluation.latent_codes import label_dimensions
 from pyro_vae.infer.settings import check_callables
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.opened import Knowledge, OpenedPair, Progress, any_number_of_data, open_pair
-from pyro_vae.pair.sites import (
-    Given,
-    Latents,
-    Site,
-    changed_site,
-    latent_sites,
-    observed_site,
-    sample_sites,
-    value_axis,
-)
+from pyro_vae.pair.sites import Given, Latents, Site
 from pyro_vae.summary import Summary, shown
 from pyro_vae.weights.particles import Particles
 
@@ -116,8 +108,8 @@ def posterior_predictive(
             replicated = []
             for _ in range(num_draws):
                 trace, _ = part.trace()
-                site = trace.nodes[observed_site(trace, observed)]
-                axis = value_axis(site, plate)
+                site = trace.nodes[traced.observed_site(trace, observed)]
+                axis = traced.value_axis(site, plate)
                 replicated.append(_compute(statistics, site["fn"].sample().movedim(axis, 0)))
             drawn.append(torch.stack(replicated, 1))
             seen.append(_compute(statistics, site["value"].movedim(axis, 0)))
@@ -360,7 +352,7 @@ def _check_options(num_data: int, num_draws: int, num_bins: int) -> None:
 def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
     """Draw data from the model of an open pair; return their pair, and their latents, data first."""
     model = template.model
-    observed = sample_sites(poutine.trace(model).get_trace(*template.inputs))
+    observed = traced.sample_sites(poutine.trace(model).get_trace(*template.inputs))
     sources = {s["name"]: _source(s, template.inputs) for s in observed if s["is_observed"]}
     for (name, index), (other, its) in itertools.combinations(sources.items(), 2):
         if index == its:
@@ -378,9 +370,9 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
                 what = f"data at {name!r}, whose simulated values are not whole numbers"
                 raise InputError(f"expected floating-point {what}, got {given.dtype}: convert them")
             site["value"] = inputs[index].reshape(site["value"].shape)
-        latents = [site for site in latent_sites(trace) if site["name"] not in sources]
+        latents = [site for site in traced.latent_sites(trace) if site["name"] not in sources]
         with Given({site["name"]: site["value"] for site in latents}):
-            changed = changed_site(trace, poutine.trace(model).get_trace(*inputs))
+            changed = traced.changed_site(trace, poutine.trace(model).get_trace(*inputs))
         if changed is not None:  # what it drew is then not what it says
             what = "a model that uses the data at its observed sites alone"
             mend = "no data can be simulated from it"
@@ -389,7 +381,9 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
-    return pair, {s["name"]: s["value"].movedim(value_axis(s, template.plate), 0) for s in latents}
+    return pair, {
+        s["name"]: s["value"].movedim(traced.value_axis(s, template.plate), 0) for s in latents
+    }
 
 
 def _source(site: Site, template: Inputs) -> int:

@@ -20,19 +20,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_vae.beta import scale_pair
 from pyro_vae.errors import InputError
 from pyro_vae.infer import capture
+from pyro_vae.infer import program as recorded
 from pyro_vae.infer.bounds import Bound, BoundTerms
 from pyro_vae.infer.capture import CannotCaptureError
-from pyro_vae.infer.program import (
-    Program,
-    Programs,
-    Signature,
-    State,
-    are_close,
-    hooked,
-    sign,
-    tolerance_of,
-    verify,
-)
+from pyro_vae.infer.program import Program, Programs, Signature, State
 from pyro_vae.infer.surroundings import Surroundings, look_around
 from pyro_vae.pair.functions import modules_of
 from pyro_vae.pair.state import Remembered, Snapshot, accumulating_leaves, with_submodules
@@ -217,7 +208,7 @@ class Engine:
         inputs: list[Tensor] = []
         try:
             capture.refuse_handlers()
-            signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
+            signature = recorded.sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
         except CannotCaptureError as reason:
             pair.report(reason)
             return eager()
@@ -260,7 +251,7 @@ class Engine:
             result = eager()
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
-        signature = sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
+        signature = recorded.sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
         if pair.refused or pair.find(signature) or not pair.wants(signature):
             return result
         modules = with_submodules([*found, *modules_of(call.model, call.guide)])
@@ -301,7 +292,7 @@ class Engine:
             for leaf, gradient in reference.gradients.items():
                 if gradient.layout is not torch.strided:
                     raise CannotCaptureError(f"the gradient of {state.name(leaf)!r} is sparse")
-                if hooked(leaf):
+                if recorded.hooked(leaf):
                     raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
             chosen = pair.choose_inputs(signature, around)
             program = StepProgram(signature, state, around, reference)
@@ -366,9 +357,9 @@ class Engine:
             if set(leaves) != set(reference.gradients):
                 raise CannotCaptureError("the set of parameters that get a gradient changes")
             expected = [reference.gradients[leaf] for leaf in leaves]
-            tolerance = tolerance_of([g.dtype for g in expected] + [*self.rounding])
+            tolerance = recorded.tolerance_of([g.dtype for g in expected] + [*self.rounding])
             for name, value, standard in zip(self.names, summary, reference.summary, strict=False):
-                if not are_close(value, standard, tolerance):
+                if not recorded.are_close(value, standard, tolerance):
                     raise CannotCaptureError(
                         f"its {name} {float(value):.6g} differs from the eager {float(standard):.6g}"
                     )
@@ -376,9 +367,9 @@ class Engine:
             finite = (gradient.double().nan_to_num(0.0, 0.0, 0.0) for gradient in expected)
             floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in finite))
             for leaf, gradient, standard in zip(leaves, gradients, expected, strict=True):
-                if not are_close(gradient, standard, tolerance, floor=floor, whole=True):
+                if not recorded.are_close(gradient, standard, tolerance, floor=floor, whole=True):
                     name = program.state.name(leaf)
                     raise CannotCaptureError(f"its gradient of {name!r} differs from the eager one")
             program.note_layouts([*given, *tensors], leaves, gradients)
 
-        verify(program, given, lambda: self._reference(call), compare)
+        recorded.verify(program, given, lambda: self._reference(call), compare)

@@ -16,23 +16,10 @@ from torch.distributions.constraints import _Cat, _Stack
 from pyro_vae.beta import latent_scale_of
 from pyro_vae.distributions.sphere import unit_sphere
 from pyro_vae.errors import InputError
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.enumeration import summed_sites
 from pyro_vae.pair.inputs import Inputs
-from pyro_vae.pair.sites import (
-    Site,
-    counted_values,
-    data_dim,
-    innermost,
-    is_delta,
-    is_inside,
-    latent_sites,
-    nothing_observed,
-    observed_names,
-    plate_scale,
-    sample_sites,
-    site_log_prob,
-    vectorized_frames,
-)
+from pyro_vae.pair.sites import Site
 
 
 class Serves(enum.Flag):
@@ -52,27 +39,27 @@ def check_pair(
 
     The data plate is to hold ``num_data`` points (None: as many as it says).
     """
-    observed = observed_names(guide_trace)
+    observed = traced.observed_names(guide_trace)
     if observed:
         wanted = "a guide that observes nothing"
         advice = "pass the model before the guide"
         raise InputError(f"expected {wanted}, {observed[0]!r} is observed in it: {advice}")
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
     may_draw_nothing = Serves.NO_LATENT in serves or (summed and Serves.SUMMED in serves)
-    if not latent_sites(guide_trace) and not may_draw_nothing:
+    if not traced.latent_sites(guide_trace) and not may_draw_nothing:
         raise InputError("expected a guide that draws a latent, got none: add pyro.sample to it")
     _check_latents(model_trace, guide_trace, summed, Serves.SUMMED in serves)
     for function, trace in (("guide", guide_trace), ("model", model_trace)):
-        for site in sample_sites(trace):
+        for site in traced.sample_sites(trace):
             # A value that is summed over is one of all the data only where these are one datum.
             own = serves & ~Serves.SHARED if site["name"] in summed else serves
             _check_site(function, site, plate, num_data, own)
-    observed_sites = [site for site in sample_sites(model_trace) if site["is_observed"]]
+    observed_sites = [site for site in traced.sample_sites(model_trace) if site["is_observed"]]
     if not observed_sites:
-        raise nothing_observed()
-    if plate is not None and not any(is_inside(site, plate) for site in observed_sites):
+        raise traced.nothing_observed()
+    if plate is not None and not any(traced.is_inside(site, plate) for site in observed_sites):
         raise _outside_plate("model", observed_sites[0], plate, serves)
-    for site in sample_sites(guide_trace):
+    for site in traced.sample_sites(guide_trace):
         if site_is_factor(site):
             wanted = "a guide of densities alone"
             advice = "whether it is a part of log q can't be told; move the term into the model"
@@ -83,8 +70,8 @@ def check_pair(
 
 def check_devices(function: str, trace: Trace, device: torch.device) -> None:
     """Refuse a site whose parameters are on another device than the pair, by its name."""
-    for site in sample_sites(trace):
-        fn = innermost(site["fn"])
+    for site in traced.sample_sites(trace):
+        fn = traced.innermost(site["fn"])
         for value in map(vars(fn).get, fn.arg_constraints):
             # A number, a tensor without dimensions, is taken from anywhere.
             if isinstance(value, Tensor) and value.dim() and value.device != device:
@@ -98,8 +85,8 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -
     try:
         _check_auxiliary(model_trace, guide_trace)
         for function, trace in (("guide", guide_trace), ("model", model_trace)):
-            for site in sample_sites(trace):
-                if plate is not None and not is_inside(site, plate):
+            for site in traced.sample_sites(trace):
+                if plate is not None and not traced.is_inside(site, plate):
                     raise _outside_plate(function, site, plate, Serves.WHOLE)
                 _refuse_subsampling(site, plate)
                 _check_scale(function, site)
@@ -111,7 +98,7 @@ def why_unweighable(model_trace: Trace, guide_trace: Trace, plate: str | None) -
 
 def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
     """Refuse values that an observed site can't take beyond the first rows, which were looked at."""
-    for site in sample_sites(trace):
+    for site in traced.sample_sites(trace):
         for seen, whole in zip(looked_at, inputs, strict=True):
             if site["is_observed"] and site["value"] is seen:
                 blocks = whole[len(seen) :].split(len(seen))
@@ -121,7 +108,7 @@ def check_rest(trace: Trace, looked_at: Inputs, inputs: Inputs) -> None:
 
 def check_rows(kind: str, site: Site, plate: str | None, num_data: int, shape: Any = None) -> None:
     """Refuse a site without one row per datum: outside the data plate, of other size, subsampled."""
-    dim, shape = data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
+    dim, shape = traced.data_dim(site, plate), site["fn"].batch_shape if shape is None else shape
     rows = shape[dim] if len(shape) >= -dim else 1
     if rows != num_data:
         wanted = f"of the {kind} to have {num_data} data points along plate {plate!r}"
@@ -142,11 +129,11 @@ def _outside_plate(function: str, site: Site, plate: str, serves: Serves) -> Inp
 def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serves: Serves) -> None:
     """Refuse a site without one log-probability per data point."""
     name = site["name"]
-    frames = [frame for frame in vectorized_frames(site) if frame.name == plate]
+    frames = [frame for frame in traced.vectorized_frames(site) if frame.name == plate]
     if plate is not None and not frames and Serves.SHARED not in serves:
         raise _outside_plate(kind, site, plate, serves)
     try:
-        log_prob, takes = site_log_prob(site), _takes(site["fn"], site["value"])
+        log_prob, takes = traced.site_log_prob(site), _takes(site["fn"], site["value"])
     except ValueError as error:  # of torch's validation
         raise _outside(kind, site) from error
     if not takes:
@@ -154,7 +141,7 @@ def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serv
     if frames:
         wanted = frames[0].size if rows is None else rows
         check_rows(kind, site, plate, wanted, log_prob.shape)
-    plates = {frame.dim for frame in vectorized_frames(site)}
+    plates = {frame.dim for frame in traced.vectorized_frames(site)}
     wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
     if wide - plates:
         what = f"site {name!r} of the {kind} to have one log-probability per datum"
@@ -165,7 +152,7 @@ def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serv
 def _takes(distribution: Any, values: Tensor) -> bool:
     """Tell whether values are in a distribution's support, or nothing is known against them."""
     # The pair is looked at with validation on: where it is off, it was for this very distribution.
-    if innermost(distribution)._validate_args is False:
+    if traced.innermost(distribution)._validate_args is False:
         return True
     try:
         return bool(distribution.support.check(values).all())
@@ -182,7 +169,7 @@ def _outside(function: str, site: Site) -> InputError:
 
 
 def _check_scale(function: str, site: Site) -> None:
-    known = latent_scale_of(site) * plate_scale(site)
+    known = latent_scale_of(site) * traced.plate_scale(site)
     scale = site["scale"]
     # A scale that differs from datum to datum is a tensor, and certainly the user's own.
     same = not isinstance(scale, Tensor) or scale.numel() == 1
@@ -195,10 +182,10 @@ def _check_scale(function: str, site: Site) -> None:
 
 def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse a latent that is masked in one of the two alone: its weights would have no mean."""
-    for site in latent_sites(guide_trace):
-        both = [counted_values(site), None]
+    for site in traced.latent_sites(guide_trace):
+        both = [traced.counted_values(site), None]
         if (own := model_trace.nodes.get(site["name"])) is not None:
-            both[1] = counted_values(own)
+            both[1] = traced.counted_values(own)
         if not _are_same(*both):
             wanted = f"latent {site['name']!r} under one mask in model and guide"
             advice = "a value that counts in one alone has no weight; give both the same poutine.mask"
@@ -240,9 +227,9 @@ def _check_latents(
     model_trace: Trace, guide_trace: Trace, summed: Iterable[str] = (), sums_out: bool = False
 ) -> None:
     """Refuse latents that only one of model and guide draws, or draws in another shape."""
-    in_model = {site["name"] for site in latent_sites(model_trace)}
+    in_model = {site["name"] for site in traced.latent_sites(model_trace)}
     in_model -= set(summed) if sums_out else set()
-    guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
+    guide_sites = {site["name"]: site for site in traced.latent_sites(guide_trace)}
     missing = sorted(in_model - set(guide_sites))
     if missing:
         enumerated = ", for here nothing is summed out" * (missing[0] in set(summed))
@@ -269,13 +256,13 @@ def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
     # Pyro's autoguides draw one auxiliary vector and place its pieces with Delta sites whose
     # log-density is the Jacobian: together they are q(z given x). One that is mixed over instead
     # leaves q(z given x) an integral nobody has: its weights would not average to p(x).
-    guide_sites = {site["name"]: site for site in latent_sites(guide_trace)}
+    guide_sites = {site["name"]: site for site in traced.latent_sites(guide_trace)}
     auxiliary = {name: site for name, site in guide_sites.items() if name not in model_trace.nodes}
     drawn = sum(site["value"].numel() for site in auxiliary.values())
-    placed = sum(site["value"].numel() for site in guide_sites.values() if is_delta(site["fn"]))
+    deltas = {name: site for name, site in guide_sites.items() if traced.is_delta(site["fn"])}
+    placed = sum(site["value"].numel() for site in deltas.values())
     if drawn != placed:
-        deltas = (name for name, site in guide_sites.items() if is_delta(site["fn"]))
-        name = next(iter(auxiliary), None) or next(deltas)
+        name = next(iter(auxiliary), None) or next(iter(deltas))
         raise InputError(
             f"expected auxiliary sites of the guide to become latents through Delta sites one to "
             f"one, got {drawn} auxiliary values for {placed} placed ones (site {name!r}): draw "
@@ -286,7 +273,7 @@ def _check_auxiliary(model_trace: Trace, guide_trace: Trace) -> None:
 def check_density_known(guide_sites: Iterable[Site], advice: str) -> None:
     """Refuse a guide whose density is known where it drew alone: point masses follow other sites."""
     for site in guide_sites:
-        if is_delta(site["fn"]):
+        if traced.is_delta(site["fn"]):
             wanted = "a guide whose density is known at any point"
             raise InputError(f"expected {wanted}, {site['name']!r} is a point mass: {advice}")
 

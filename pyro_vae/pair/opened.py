@@ -17,54 +17,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.errors import InputError, first_line
-from pyro_vae.pair.contract import (
-    Serves,
-    check_devices,
-    check_pair,
-    check_rest,
-    check_rows,
-    why_masks_matter,
-    why_unweighable,
-)
+from pyro_vae.pair import contract, functions
+from pyro_vae.pair import sites as traced
+from pyro_vae.pair.contract import Serves
 from pyro_vae.pair.enumeration import enumerate_latents, sum_out, summed_sites
-from pyro_vae.pair.functions import (
-    HANDLER_LOCK,
-    PairFunction,
-    device_of,
-    eval_mode,
-    evaluation_mode,
-    forget_new_names,
-    modules_of,
-    seeded,
-    tensors_of,
-    training_mode,
-)
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction
 from pyro_vae.pair.inputs import Data, Inputs, as_inputs, check_data, take_rows, tile_inputs
 from pyro_vae.pair.precision import compute_in
-from pyro_vae.pair.sites import (
-    CALLING_ERRORS,
-    Given,
-    Latents,
-    Site,
-    TracePair,
-    agree,
-    all_close,
-    changed_site,
-    counted_values,
-    draw_traces,
-    is_delta,
-    is_inside,
-    latent_sites,
-    likelihood_kind,
-    observed_names,
-    raise_out_of_memory,
-    sample_sites,
-    site_log_prob,
-    subsamples,
-    total,
-    value_axis,
-    vectorized_frames,
-)
+from pyro_vae.pair.sites import Given, Latents, Site, TracePair
 from pyro_vae.pair.state import RunObserver, Snapshot, with_submodules
 
 # Data points that are inspected, and that a block of an evaluation holds at most unless it says
@@ -96,10 +56,10 @@ class Latent(NamedTuple):
     @classmethod
     def of(cls, site: Site, plate: str | None) -> Latent:
         """Describe a traced site of the guide."""
-        fn, value, is_shared = site["fn"], site["value"], not is_inside(site, plate)
+        fn, value, is_shared = site["fn"], site["value"], not traced.is_inside(site, plate)
         value = value[None] if is_shared else value
-        axis = -value.dim() if is_shared else value_axis(site, plate)
-        kind = type(fn).__name__, is_delta(fn), bool(fn.has_rsample)
+        axis = -value.dim() if is_shared else traced.value_axis(site, plate)
+        kind = type(fn).__name__, traced.is_delta(fn), bool(fn.has_rsample)
         return cls(axis, value.shape, is_shared, *kind, bool(site["infer"].get("enumerate")))
 
     def shape_for(self, num_data: int) -> torch.Size:
@@ -179,9 +139,10 @@ class OpenedFunction(NamedTuple):
     @contextmanager
     def evaluating(self, seed: int | None = None, *others: PairFunction | None) -> Iterator[None]:
         """Hold the lock, in eval mode (also the others), without gradients, under a seed."""
-        modes = evaluation_mode(self.function, *(other for other in others if other is not None))
-        precise = compute_in("float32", device_of(self.function, default=self.inputs[0].device))
-        with HANDLER_LOCK, torch.no_grad(), modes, seeded(seed), precise:
+        known = [self.function, *(other for other in others if other is not None)]
+        place = functions.device_of(self.function, default=self.inputs[0].device)
+        modes, precise = functions.evaluation_mode(*known), compute_in("float32", place)
+        with HANDLER_LOCK, torch.no_grad(), modes, functions.seeded(seed), precise:
             yield
 
     def trace(self, *, explain: str | None = None) -> Any:
@@ -227,7 +188,7 @@ class OpenedPair:
     @property
     def device(self) -> torch.device:
         """Where the pair computes."""
-        return device_of(self.model, self.guide, default=self.arguments[0].device)
+        return functions.device_of(self.model, self.guide, default=self.arguments[0].device)
 
     def memory(self, most: int | None = None) -> int:
         """Return the bytes that a chunk of work may need: ``most``, or what suits the device."""
@@ -245,7 +206,7 @@ class OpenedPair:
     @contextmanager
     def training(self, seed: int | None = None) -> Iterator[None]:
         """Hold the lock, in training mode, with gradients, under a seed of its own."""
-        with HANDLER_LOCK, seeded(seed), training_mode(self.model, self.guide):
+        with HANDLER_LOCK, functions.seeded(seed), functions.training_mode(self.model, self.guide):
             yield
 
     def trace(self, *, sum_out: bool = False) -> TracePair:
@@ -253,7 +214,7 @@ class OpenedPair:
 
         ``sum_out``: where the model enumerates latents that no guide draws, it holds all values.
         """
-        traces = draw_traces(self.model, self.guide, self.arguments, self.keywords)
+        traces = traced.draw_traces(self.model, self.guide, self.arguments, self.keywords)
         enumerates = sum_out and summed_sites(*traces)
         return (self._enumerate(traces), traces[1]) if enumerates else traces
 
@@ -346,31 +307,31 @@ class OpenedPair:
         ``may_subsample``; ``rest`` are all the data, if these are their first rows only.
         """
         guide_trace, in_guide = self._look_at(self.guide)
-        check_devices("guide", guide_trace, self.device)
-        if may_subsample and subsamples(guide_trace, self.plate):
+        contract.check_devices("guide", guide_trace, self.device)
+        if may_subsample and traced.subsamples(guide_trace, self.plate):
             num_data = None
         if num_data is not None:
             self._check_rows("guide", guide_trace, num_data)
         try:
             with Given(_values_of(guide_trace)):
                 model_trace, in_model = self._look_at(self.model)
-        except CALLING_ERRORS:
+        except traced.CALLING_ERRORS:
             if num_data is not None:  # of another number of data points than the guide's?
                 self._check_rows("model", self.alone(self.model).trace(), num_data)
             raise
-        check_devices("model", model_trace, self.device)
-        check_pair(model_trace, guide_trace, self.plate, num_data, self.serves)
-        check_rest(model_trace, self.arguments, rest or self.arguments)
-        latents = latent_sites(guide_trace)
-        sites = sample_sites(guide_trace) + sample_sites(model_trace)
-        frames = [frame for site in sites for frame in vectorized_frames(site)]
+        contract.check_devices("model", model_trace, self.device)
+        contract.check_pair(model_trace, guide_trace, self.plate, num_data, self.serves)
+        contract.check_rest(model_trace, self.arguments, rest or self.arguments)
+        latents = traced.latent_sites(guide_trace)
+        sites = traced.sample_sites(guide_trace) + traced.sample_sites(model_trace)
+        frames = [frame for site in sites for frame in traced.vectorized_frames(site)]
         own = next((frame for frame in frames if frame.name == self.plate), None)
         rows = 1 if own is None else max(1, own.size)
         summed = frozenset(site["name"] for site in summed_sites(model_trace, guide_trace))
         if summed:
             with RunObserver() as in_model:
                 trace = self._enumerate((model_trace, guide_trace))
-                sum_out(trace, sample_sites(trace))
+                sum_out(trace, traced.sample_sites(trace))
         observers = {"guide": in_guide, "model": in_model}
         return Structure(
             latents={site["name"]: Latent.of(site, self.plate) for site in latents},
@@ -378,18 +339,18 @@ class OpenedPair:
             bytes_per_datum=max(1, in_model.bytes // rows),
             guide_bytes_per_datum=max(1, in_guide.bytes // rows),
             full_size=rows if own is None else own.full_size or rows,
-            shares=any(not is_inside(site, self.plate) for site in sites),
+            shares=any(not traced.is_inside(site, self.plate) for site in sites),
             summed=summed,
             reads_values=frozenset(kind for kind, seen in observers.items() if seen.reads_values),
-            precision=max(torch.finfo(site_log_prob(site).dtype).eps for site in sites),
+            precision=max(torch.finfo(traced.site_log_prob(site).dtype).eps for site in sites),
             likelihoods=_likelihood_kinds(model_trace),
-            why_unweighable=why_unweighable(model_trace, guide_trace, self.plate)
+            why_unweighable=contract.why_unweighable(model_trace, guide_trace, self.plate)
             or self._why_masks_matter((model_trace, guide_trace)),
         )
 
     def _why_masks_matter(self, traces: TracePair) -> str | None:
         """Draw what is masked of the latents anew: a density that changes has no value of its own."""
-        counted = {s["name"]: counted_values(s) for s in latent_sites(traces[1])}
+        counted = {s["name"]: traced.counted_values(s) for s in traced.latent_sites(traces[1])}
         if all(each is None for each in counted.values()):
             return None
         drawn, other = _values_of(traces[1]), _values_of(self.alone(self.guide).trace())
@@ -397,31 +358,31 @@ class OpenedPair:
             if mask is not None:
                 drawn[name] = torch.where(mask, drawn[name], other[name])
         changed = [
-            changed_site(first, again)
+            traced.changed_site(first, again)
             for first, again in zip(traces, _trace_given(self, drawn), strict=True)
         ]
-        return why_masks_matter(changed[0] or changed[1])
+        return contract.why_masks_matter(changed[0] or changed[1])
 
     def _check_rows(self, kind: str, trace: Trace, num_data: int) -> None:
-        for site in sample_sites(trace):
-            if is_inside(site, self.plate):
-                check_rows(kind, site, self.plate, num_data)
+        for site in traced.sample_sites(trace):
+            if traced.is_inside(site, self.plate):
+                contract.check_rows(kind, site, self.plate, num_data)
 
     def _look_at(self, function: PairFunction) -> tuple[Trace, RunObserver]:
         """Trace a function with validation on, or where Pyro's is off and that fails, without."""
-        traced = poutine.trace(function)
+        handler = poutine.trace(function)
         try:
             with validation_enabled(True), RunObserver() as observer:
-                return traced.get_trace(*self.arguments, **self.keywords), observer
-        except CALLING_ERRORS:
+                return handler.get_trace(*self.arguments, **self.keywords), observer
+        except traced.CALLING_ERRORS:
             if Distribution._validate_args:
                 raise
             with RunObserver() as observer:
-                return traced.get_trace(*self.arguments, **self.keywords), observer
+                return handler.get_trace(*self.arguments, **self.keywords), observer
 
     def modules(self) -> list[nn.Module]:
         """Return every module that the functions can reach, submodules too."""
-        return with_submodules(modules_of(self.model, self.guide))
+        return with_submodules(functions.modules_of(self.model, self.guide))
 
     def put_back(self) -> AbstractContextManager[None]:
         """Put generators and buffers back at the end, whatever happens inside."""
@@ -430,7 +391,7 @@ class OpenedPair:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Run the pair without leaving a trace: generators, buffers and modes are put back."""
-        modes = eval_mode(self.model, self.guide)
+        modes = functions.eval_mode(self.model, self.guide)
         with HANDLER_LOCK, torch.no_grad(), self.put_back(), modes:
             if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
                 # Its parameters are made for the data of its first call: these are all of them.
@@ -443,12 +404,14 @@ def _values_of(trace: Trace) -> Latents:
 
 
 def _nesting(traces: TracePair) -> int:
-    sites = [site for trace in traces for site in sample_sites(trace)]
-    return max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=0)
+    sites = [site for trace in traces for site in traced.sample_sites(trace)]
+    return max((-frame.dim for site in sites for frame in traced.vectorized_frames(site)), default=0)
 
 
 def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
-    return frozenset(likelihood_kind(model_trace.nodes[name]) for name in observed_names(model_trace))
+    return frozenset(
+        traced.likelihood_kind(model_trace.nodes[name]) for name in traced.observed_names(model_trace)
+    )
 
 
 @contextmanager
@@ -458,8 +421,8 @@ def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except CALLING_ERRORS as error:
-        raise_out_of_memory(error)
+    except traced.CALLING_ERRORS as error:
+        traced.raise_out_of_memory(error)
         wanted = f"a {kind} that takes any number of data points, as one without parameters for each"
         got = f"got an error for {num_data}: {first_line(error)}"
         raise InputError(f"expected {wanted} does, {got}") from error
@@ -478,14 +441,14 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
     # At least two: one alone would broadcast against parameters of any number of data.
     later = torch.arange(min(count // 2, count - 2), count)
     rows = later if in_any_company else torch.arange(count).flip(0)
-    with forget_new_names() as new_names:
+    with functions.forget_new_names() as new_names:
         try:
             if not _holds_for(pair, count, rows):
                 return False
             if not in_any_company:
                 pair.part(later).trace()
             # Made for a part of the data, and no module's: what are they made like for all of them?
-            store, modules = pyro.get_param_store(), modules_of(pair.model, pair.guide)
+            store, modules = pyro.get_param_store(), functions.modules_of(pair.model, pair.guide)
             known = {id(parameter) for module in modules for parameter in module.parameters()}
             made = {name: store._params[name] for name in new_names()}
             made = {n: v for n, v in made.items() if {count, len(later)} & set(v.shape)}
@@ -499,8 +462,8 @@ def _gives_own_values(pair: OpenedPair, *, in_any_company: bool = True) -> bool:
                 return True
             with _move_tables(suspects):
                 return _holds_for(pair, count, rows)
-        except CALLING_ERRORS as error:
-            raise_out_of_memory(error)
+        except traced.CALLING_ERRORS as error:
+            traced.raise_out_of_memory(error)
             return False
 
 
@@ -509,11 +472,11 @@ def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
     whole, others = pair.part(slice(count)), pair.part(rows)
     rows = rows.to(pair.device)
     traces = _trace_given(whole, {})
-    sites = latent_sites(traces[1]) + summed_sites(*traces)
-    inside = [site for site in sites if is_inside(site, pair.plate)]
-    axes = {site["name"]: value_axis(site, pair.plate) for site in inside}
+    sites = traced.latent_sites(traces[1]) + summed_sites(*traces)
+    inside = [site for site in sites if traced.is_inside(site, pair.plate)]
+    axes = {site["name"]: traced.value_axis(site, pair.plate) for site in inside}
     # A point mass follows from the other sites.
-    drawn = {site["name"]: site["value"] for site in sites if not is_delta(site["fn"])}
+    drawn = {site["name"]: site["value"] for site in sites if not traced.is_delta(site["fn"])}
     random = {name: value for name, value in drawn.items() if name in axes}
     shared = {name: value for name, value in drawn.items() if name not in axes}
     expected = _densities(whole, traces)
@@ -530,14 +493,14 @@ def _holds_for(pair: OpenedPair, count: int, rows: Tensor) -> bool:
     if any(term.shape != other[rows].shape for term, other in zip(found, expected, strict=True)):
         return False
     # What is drawn outside the sites (noise on the data) says nothing about a data point's place.
-    return agree(found, plain, shown) or not all_close(again(drawn), expected)
+    return traced.agree(found, plain, shown) or not traced.all_close(again(drawn), expected)
 
 
 def _trace_given(pair: OpenedPair, latents: Latents) -> TracePair:
     """Run the guide with the latents that are given, and the model with all of them."""
     with Given(latents):
         guide_trace = pair.alone(pair.guide).trace()
-    drawn = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    drawn = {site["name"]: site["value"] for site in traced.latent_sites(guide_trace)}
     with Given(latents | drawn):
         return pair.alone(pair.model).trace(), guide_trace
 
@@ -545,9 +508,9 @@ def _trace_given(pair: OpenedPair, latents: Latents) -> TracePair:
 def _densities(pair: OpenedPair, traces: TracePair) -> tuple[Tensor, ...]:
     """Return log q, log p(x|z) and log p(z) of traced latents per data point, each ``(N,)``."""
     model_trace, guide_trace = traces
-    observed = [site for site in sample_sites(model_trace) if site["is_observed"]]
-    groups = sample_sites(guide_trace), observed, latent_sites(model_trace)
-    return tuple(total(group, pair.plate, pair.inputs) for group in groups)
+    observed = [site for site in traced.sample_sites(model_trace) if site["is_observed"]]
+    groups = traced.sample_sites(guide_trace), observed, traced.latent_sites(model_trace)
+    return tuple(traced.total(group, pair.plate, pair.inputs) for group in groups)
 
 
 def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
@@ -555,9 +518,9 @@ def _tables_of(pair: OpenedPair) -> Iterator[Tensor]:
     given = {value.data_ptr() for value in pair.inputs}
     numbers = {pair.num_data, pair.knowledge.whole or pair.num_data}
     values = list(pyro.get_param_store()._params.values())
-    for module in modules_of(pair.model, pair.guide):
+    for module in functions.modules_of(pair.model, pair.guide):
         values += [*module.parameters(), *module.buffers()]
-    values += tensors_of(pair.model, pair.guide)
+    values += functions.tensors_of(pair.model, pair.guide)
     for value in {id(value): value for value in values}.values():
         if numbers & set(value.shape) and value.data_ptr() not in given:
             yield value

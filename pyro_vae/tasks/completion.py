@@ -12,21 +12,12 @@ from pyro_vae.errors import InputError, check_counts, check_optional_counts, unk
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.inputs import as_inputs, tile_inputs
 from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
-from pyro_vae.pair.sites import (
-    CALLING_ERRORS,
-    Given,
-    Latents,
-    Site,
-    changed_site,
-    latent_sites,
-    raise_out_of_memory,
-    sample_sites,
-    total,
-)
+from pyro_vae.pair.sites import Given, Latents, Site
 from pyro_vae.summary import shown
 from pyro_vae.tasks.missing import check_missing, on_observed_part
 from pyro_vae.tasks.observed_parts import (
@@ -164,7 +155,7 @@ def complete(
         problem = _bind(pair, missing, position, observed)
         divisible = problem.is_divisible
         if method == "metropolis":
-            sites = latent_sites(pair.alone(guide).trace())
+            sites = traced.latent_sites(pair.alone(guide).trace())
             check_density_known(sites, 'use method="importance" or "pseudo-gibbs"')
         # What weighs draws by the density of the observed part.
         weighed = OpenedPair(
@@ -239,7 +230,9 @@ class _Problem(NamedTuple):
     def draw(self, function: PairFunction) -> tuple[Latents, list[Site]]:
         """Draw latents from the guide, or from the model's prior, and return the sites too."""
         trace = self.pair.alone(function).trace()
-        return {name: trace.nodes[name]["value"] for name in self.pair.axes}, sample_sites(trace)
+        return {name: trace.nodes[name]["value"] for name in self.pair.axes}, traced.sample_sites(
+            trace
+        )
 
     def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
         """Take latents of one or the other, by one truth value for each data point."""
@@ -252,7 +245,7 @@ class _Problem(NamedTuple):
 
     def log_prob(self, sites: list[Site]) -> Tensor:
         """Sum the sites' log-probabilities per data point, ``(N,)``, float64."""
-        return total(sites, self.pair.plate, self.pair.inputs)
+        return traced.total(sites, self.pair.plate, self.pair.inputs)
 
 
 def _replace_input(pair: OpenedPair, position: int, x: Tensor) -> OpenedPair:
@@ -347,7 +340,7 @@ def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site
         take_part(x, place)[hidden] = drawn.expand(hidden.shape)[hidden]
     for site, place in parts:
         site["value"] = take_part(x, place)
-    return x, sample_sites(trace), value_moments(parts, x)
+    return x, traced.sample_sites(trace), value_moments(parts, x)
 
 
 def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
@@ -362,7 +355,9 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
         if len(sites) == 1:  # its distribution is there
             log_guide = problem.log_prob([{**sites[0], "value": latents[sites[0]["name"]]}])
         else:
-            log_guide = problem.log_prob(sample_sites(problem.trace(problem.pair.guide, latents)))
+            log_guide = problem.log_prob(
+                traced.sample_sites(problem.trace(problem.pair.guide, latents))
+            )
         if not problem.mixes:
             return log_guide
         shares = math.log1p(-_PRIOR_SHARE), math.log(_PRIOR_SHARE)
@@ -371,7 +366,7 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
     if problem.mixes:
         from_prior = torch.rand_like(state.log_joint) < _PRIOR_SHARE
         proposal = problem.choose(from_prior, problem.draw(problem.pair.model)[0], proposal)
-    scored = sample_sites(problem.trace(problem.pair.model, proposal))
+    scored = traced.sample_sites(problem.trace(problem.pair.model, proposal))
     log_prior = problem.log_prob([site for site in scored if not site["is_observed"]])
     there, back = log_proposal(proposal, log_prior), log_proposal(state.latents, state.log_prior)
     log_ratio = problem.log_prob(scored) - there - state.log_joint + back
@@ -482,7 +477,7 @@ def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None
             f"outside {', '.join(names)}: they can't be filled in"
         )
     check_latents_match(trace, guide_trace)
-    latents = {site["name"]: site["value"] for site in latent_sites(guide_trace)}
+    latents = {site["name"]: site["value"] for site in traced.latent_sites(guide_trace)}
     problem = _Problem(pair, missing, position, names, observed)
     # Inspected with hidden values in the support of the likelihood: the first fill need not be there.
     drawn = problem.fill(_draw_hidden(problem, latents)[0])
@@ -499,8 +494,8 @@ def _is_divisible(problem: _Problem) -> bool:
     twice.knowledge = Knowledge()  # whether it takes so many is to be seen
     try:
         twice.structure  # noqa: B018
-    except CALLING_ERRORS as error:
-        raise_out_of_memory(error)
+    except traced.CALLING_ERRORS as error:
+        traced.raise_out_of_memory(error)
         return False
     return True
 
@@ -514,7 +509,7 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
         for site, place in parts_of(trace, problem.sites, x):
             site["value"] = take_part(problem.x, place)
         traces.append(trace)
-    if (name := changed_site(*traces)) is not None:
+    if (name := traced.changed_site(*traces)) is not None:
         raise InputError(
             f"expected a model that uses the data at observed sites alone, the density at {name!r} "
             "changes with the hidden values: these can't be drawn given latents"

@@ -130,7 +130,7 @@ def test_a_model_that_reads_values_runs_as_it_is():
             pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
 
     x = torch.randn(4, 2)
-    with pytest.warns(UserWarning, match="runs uncompiled"):
+    with pytest.warns(UserWarning, match="run uncompiled"):
         compiled = estimate(model, guide, x, compile=True)
     assert torch.equal(compiled.log_prob, estimate(model, guide, x, compile=False).log_prob)
 
@@ -197,7 +197,7 @@ def test_annealing_gradients_follow_parameters_and_attributes(compilations, monk
 
 def test_annealing_gradients_that_can_not_be_captured_are_tried_once(compilations, monkeypatch):
     pair, x = Shifted(), torch.randn(4, 2)
-    monkeypatch.setattr(module, "are_close", lambda *_: False)
+    monkeypatch.setattr(module.recorded, "are_close", lambda *_: False)
     options = {"start": "prior"}  # without pilots
     first = anneal(pair.model, pair.guide, x, **options)
     recorded = len(compilations)

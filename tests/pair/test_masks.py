@@ -57,7 +57,7 @@ def test_annealed_sequences_of_many_lengths(start):
     )
     exact = exact_walk(x, MASK)
     assert ((found.log_prob - exact).abs() < 4 * found.standard_error + 0.01).all()
-    assert found.standard_error.max() < 0.2
+    assert found.standard_error.max() < 0.3
 
 
 def test_a_guide_that_misses_is_annealed_where_it_is_masked():
