@@ -183,3 +183,13 @@ def test_public_names_are_reachable_and_listed():
     for name in pyro_vae.__all__:
         assert getattr(pyro_vae, name) is not None
     assert set(pyro_vae.__all__) <= set(dir(pyro_vae))
+
+
+def test_what_serves_any_pair_knows_no_component():
+    """A pair is two functions, whoever wrote them: components and the VAE are one way to write them."""
+    rooms = {"beta", "pair", "weights", "infer", "evaluation", "tasks", "autoencoder", "plots"}
+    for path in PACKAGE.rglob("*.py"):
+        if unit_of(path) in rooms:
+            components = {"priors", "likelihoods", "guides", "vae"}
+            found = {name.split(".")[1] for name in imported_units(path) if "." in name}
+            assert not found & components, f"{path}: imports {found & components}"
