@@ -186,7 +186,7 @@ def test_public_names_are_reachable_and_listed():
 
 
 def test_what_serves_any_pair_knows_no_component():
-    """A pair is two functions, whoever wrote them: components and the VAE are one way to write them."""
+    """A pair is two functions, whoever wrote them; components and the VAE are one way to do so."""
     rooms = {"beta", "pair", "weights", "infer", "evaluation", "tasks", "autoencoder", "plots"}
     for path in PACKAGE.rglob("*.py"):
         if unit_of(path) in rooms:

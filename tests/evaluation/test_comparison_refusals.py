@@ -163,7 +163,7 @@ LATE = {
     "parameters per datum": (
         {"a": normal_pair(), "b": normal_pair(num_data=20)},
         {},
-        "expected a pair that takes any number of data points, .* got an error for 30: Shape mismatch",
+        "expected a pair that takes any number of data points, .* error for 30: Shape mismatch",
     ),
     "memory": ({"a": normal_pair()}, {"max_memory": 0}, "max_memory of at least 1, got 0"),
     "progress": ({"a": normal_pair()}, {"progress": True}, "progress as a function, got bool"),
