@@ -343,9 +343,9 @@ def test_svi_finds_the_exact_posterior(elbo):
         )
         pyro.sample("z", VonMisesFisher(loc, k))
 
-    optimizer = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.98})
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.99})
     svi = SVI(pair.model, guide, optimizer, loss=elbo())
-    for _ in range(120):
+    for _ in range(250):
         svi.step()
     q = VonMisesFisher(pyro.param("loc").detach(), pyro.param("k").detach())
     posterior = VonMisesFisher(pair.posterior_loc, pair.posterior_concentration)

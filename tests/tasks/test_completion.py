@@ -479,7 +479,7 @@ def test_r_hat_is_the_largest_of_arviz_and_a_constant_says_nothing():
     assert rank_normalized_r_hat(values[:, :3]).isnan().all()
 
 
-@pytest.mark.parametrize("method", ["metropolis", "importance"])
+@pytest.mark.parametrize("method", [pytest.param("metropolis", marks=pytest.mark.slow), "importance"])
 def test_sequences_with_a_site_for_each_time_are_completed(method):
     """A linear Gaussian chain of many lengths; what is missing has the exact normal's moments."""
     lengths = torch.tensor([4, 3, 4])
