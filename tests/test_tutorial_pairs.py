@@ -138,8 +138,11 @@ class Markov(nn.Module):
     def guide(self, x, mask):
         pyro.module("dmm", self)
         ahead = self.look(x.flip(1))[0].flip(1)
-        z = self.start.expand(len(x), 2)
-        with pyro.plate("data", len(x)):
+        self.draw(ahead, mask)
+
+    def draw(self, ahead, mask):
+        z = self.start.expand(len(mask), 2)
+        with pyro.plate("data", len(mask)):
             for time in pyro.markov(range(TIMES)):
                 loc, raw = self.combine(torch.cat([z, ahead[:, time]], -1)).chunk(2, -1)
                 with pyro.poutine.mask(mask=mask[:, time]):
@@ -154,12 +157,7 @@ class Markov(nn.Module):
         packed = pack_padded_sequence(values, lengths, batch_first=True, enforce_sorted=False)
         seen, _ = pad_packed_sequence(self.look(packed)[0], batch_first=True, total_length=TIMES)
         ahead = seen.gather(1, back[..., None].expand_as(seen))
-        z = self.start.expand(len(x), 2)
-        with pyro.plate("data", len(x)):
-            for time in pyro.markov(range(TIMES)):
-                loc, raw = self.combine(torch.cat([z, ahead[:, time]], -1)).chunk(2, -1)
-                with pyro.poutine.mask(mask=mask[:, time]):
-                    z = pyro.sample(f"z_{time}", dist.Normal(loc, raw.exp() + 0.5).to_event(1))
+        self.draw(ahead, mask)
 
     def prior(self, x, mask):
         with pyro.poutine.block(hide=[f"x_{time}" for time in range(TIMES)]):
