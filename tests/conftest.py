@@ -18,7 +18,7 @@ def pytest_addoption(parser):
         type=int,
         default=None,
         metavar="N",
-        help="how many random cases each fuzz and property test tries (default: 120 mutated files, "
+        help="how many random cases each fuzz and property test tries (default: 200 mutated files, "
         "some ten drawn models; try 2000 before a release)",
     )
 

@@ -24,7 +24,7 @@ from pyro_vae.runs.description import describe
 from pyro_vae.runs.weights import read_weights, write_weights
 
 SHAPE = (1, 4, 4)
-CASES = 120
+CASES = 200
 
 
 @pytest.fixture
