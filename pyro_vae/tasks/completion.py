@@ -230,9 +230,8 @@ class _Problem(NamedTuple):
     def draw(self, function: PairFunction) -> tuple[Latents, list[Site]]:
         """Draw latents from the guide, or from the model's prior, and return the sites too."""
         trace = self.pair.alone(function).trace()
-        return {name: trace.nodes[name]["value"] for name in self.pair.axes}, traced.sample_sites(
-            trace
-        )
+        latents = {name: trace.nodes[name]["value"] for name in self.pair.axes}
+        return latents, traced.sample_sites(trace)
 
     def choose(self, truth: Tensor, one: Latents, other: Latents) -> Latents:
         """Take latents of one or the other, by one truth value for each data point."""
@@ -355,9 +354,8 @@ def _step(state: _State, accept_all: bool) -> tuple[_State, Tensor]:
         if len(sites) == 1:  # its distribution is there
             log_guide = problem.log_prob([{**sites[0], "value": latents[sites[0]["name"]]}])
         else:
-            log_guide = problem.log_prob(
-                traced.sample_sites(problem.trace(problem.pair.guide, latents))
-            )
+            trace = problem.trace(problem.pair.guide, latents)
+            log_guide = problem.log_prob(traced.sample_sites(trace))
         if not problem.mixes:
             return log_guide
         shares = math.log1p(-_PRIOR_SHARE), math.log(_PRIOR_SHARE)
@@ -482,7 +480,8 @@ def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None
     # Inspected with hidden values in the support of the likelihood: the first fill need not be there.
     drawn = problem.fill(_draw_hidden(problem, latents)[0])
     _check_conditional_independence(drawn, latents)
-    drawn.pair.structure  # noqa: B018
+    if (why := drawn.pair.structure.why_unweighable) is not None:
+        raise InputError(why)
     return problem._replace(is_divisible=_is_divisible(drawn))
 
 

@@ -119,6 +119,9 @@ def test_a_mask_in_one_of_the_two_is_refused():
 
     with pytest.raises(pv.InputError, match=r"latent 'z_1' under one mask in model and guide"):
         pv.log_marginal(walk, unmasked, (walks(), MASK), num_samples=10)
+    x = walks().clamp(-9, 9)
+    with pytest.raises(pv.InputError, match=r"latent 'z_1' under one mask in model and guide"):
+        pv.tasks.complete(walk, unmasked, (x, MASK), (torch.arange(TIMES) == 0).expand(x.shape))
 
 
 def test_a_gap_on_which_later_values_rest_is_refused():
