@@ -14,7 +14,7 @@ _NAMES = {
     **dict.fromkeys(("load", "load_pair", "save", "save_pair"), "runs"),
     **{"Autoencoder": "autoencoder", "VAETransformer": "transformer", "InputError": "errors"},
     **{"Comparison": "evaluation.comparison_result", "compare": "evaluation.comparison"},
-    **{"LogMarginal": "evaluation.estimate", "log_marginal": "evaluation.importance_sampling"},
+    **{"LogMarginal": "evaluation.estimate", "log_marginal": "evaluation.methods"},
     "log_weights": "weights.particles",
 }
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pyro_vae.evaluation.comparison import compare as compare
     from pyro_vae.evaluation.comparison_result import Comparison as Comparison
     from pyro_vae.evaluation.estimate import LogMarginal as LogMarginal
-    from pyro_vae.evaluation.importance_sampling import log_marginal as log_marginal
+    from pyro_vae.evaluation.methods import log_marginal as log_marginal
     from pyro_vae.infer.training import FitResult as FitResult
     from pyro_vae.infer.training import fit as fit
     from pyro_vae.runs import load as load

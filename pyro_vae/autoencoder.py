@@ -87,13 +87,9 @@ class Autoencoder(nn.Module):
     ends_in_logits: Tensor
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        *,
-        latent_dim: int | None = None,
+        self, encoder: nn.Module, decoder: nn.Module, *, latent_dim: int | None = None,
         data_shape: tuple[int, ...] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.latent_dim: int = _ask_size(decoder, "latent_dim", latent_dim)

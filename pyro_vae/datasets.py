@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data_scale import fill_missing
 from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
-from pyro_vae.scale import fill_missing
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
 from pyro_vae.summary import Summary, shown
 
@@ -107,18 +107,11 @@ class Dataset:
 
 
 def load(
-    name_or_path: Any,
-    root: str | Path | None = None,
-    *,
-    binarize: str | None = None,
-    validation_size: int | None = None,
-    seed: int = 0,
-    download: bool = False,
-    labels: str | None = None,
-    leave_out: Sequence[str] = (),
-    allow_missing: bool = False,
+    name_or_path: Any, root: str | Path | None = None, *, binarize: str | None = None,
+    validation_size: int | None = None, seed: int = 0, download: bool = False,
+    labels: str | None = None, leave_out: Sequence[str] = (), allow_missing: bool = False,
     given: Sequence[str] = (),
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Load a named data set, a file of the user's own, or what holds data in another way.
 
     Data of a user's own with labels are split so that each class has its share of every part. What is

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_vae.data_scale import moments
 from pyro_vae.distributions import values
 from pyro_vae.errors import InputError, check_choice, positive_number, size
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
-from pyro_vae.scale import moments
 
 __all__ = [
     "Bernoulli", "Categorical", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian",

@@ -61,13 +61,9 @@ class MLPEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        data_shape: Sizes,
-        hidden: Sizes = (512, 256),
-        *,
-        activation: str = "relu",
+        self, data_shape: Sizes, hidden: Sizes = (512, 256), *, activation: str = "relu",
         log1p: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.log1p = log1p
         self.data_shape = sizes("data_shape", data_shape)
@@ -129,13 +125,9 @@ class _Convolutional(nn.Module):
     """What the convolutional networks share: their options, and what follows each convolution."""
 
     def __init__(
-        self,
-        data_shape: Sizes,
-        channels: Sizes,
-        activation: str,
-        norm: str | None,
+        self, data_shape: Sizes, channels: Sizes, activation: str, norm: str | None,
         residual_blocks: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.data_shape = sizes("data_shape", data_shape)
         self.dims = len(self.data_shape) - 1

@@ -124,13 +124,9 @@ class GaussianMixture(Prior):
     raw_cholesky: Tensor
 
     def __init__(
-        self,
-        latent_dim: int,
-        num_components: int = 10,
-        *,
-        learn_weights: bool = True,
+        self, latent_dim: int, num_components: int = 10, *, learn_weights: bool = True,
         learn_components: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
         self.num_components = size("num_components", num_components)
@@ -339,13 +335,9 @@ class VonMisesFisher(Prior):
     log_concentration: Tensor
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        concentration: float = 1.0,
-        learn_loc: bool = False,
+        self, latent_dim: int, *, concentration: float = 1.0, learn_loc: bool = False,
         learn_concentration: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim, least=2)
         self.concentration = positive_number("concentration", concentration)
@@ -412,13 +404,9 @@ class Beta(Prior):
     log_concentration0: Tensor
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        concentration1: float = 1.0,
-        concentration0: float = 1.0,
+        self, latent_dim: int, *, concentration1: float = 1.0, concentration0: float = 1.0,
         learn_concentrations: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
         self.concentration1 = positive_number("concentration1", concentration1)

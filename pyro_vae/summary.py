@@ -1,6 +1,7 @@
 """What results show of themselves: a few lines in a terminal, a table in a notebook."""
 
 import html
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -76,7 +77,18 @@ def brief(value: Any) -> str:
 
 
 def plus_minus(value: float, *errors: float) -> str:
-    """Write a number with as many digits as its smallest error has, and the errors behind it."""
-    known = [error for error in errors if 0 < error < float("inf")]
-    digits = min(6, max(0, 1 - int(np.floor(np.log10(min(known)))))) if known else 4
-    return " ± ".join(f"{number:.{digits}f}" for number in (value, *errors))
+    """Write a number to the digits that its smallest error leaves, and the errors behind it."""
+    digits = _digits(*errors)
+    return " ± ".join([f"{value:.{digits}f}", *(error_text(error, digits) for error in errors)])
+
+
+def error_text(error: float, digits: int | None = None) -> str:
+    """Write an error with two significant digits, or with so many digits after the point."""
+    if not math.isfinite(error):
+        return "unknown"
+    return f"{error:.{_digits(error) if digits is None else digits}f}" if error else "0"
+
+
+def _digits(*errors: float) -> int:
+    known = [error for error in errors if 0 < error < math.inf]
+    return min(6, max(0, 1 - math.floor(math.log10(min(known))))) if known else 4

@@ -14,11 +14,10 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from pyro_vae import tasks
-from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.options import check_values
+from pyro_vae.app.names import TrainSettings, check_values
 from pyro_vae.app.settings import assemble_vae, fit_options, start_vae, tell_defaults
 from pyro_vae.errors import InputError, check_counts
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.methods import log_marginal
 from pyro_vae.infer.training import fit
 from pyro_vae.pair.functions import HANDLER_LOCK, resolve_device, seeded
 from pyro_vae.vae import VAE

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import guides
+from pyro_vae.data_scale import fill_missing, location_and_scale, moments
 from pyro_vae.errors import InputError, size
 from pyro_vae.networks import Conditional, Standardized
-from pyro_vae.scale import fill_missing, location_and_scale, moments
 
 Component = Callable[..., dist.Distribution]
 _numbers = itertools.count()
@@ -263,13 +263,9 @@ class ConditionalVAE(VAE):
     """
 
     def __init__(
-        self,
-        prior: Component,
-        likelihood: Component,
-        guide: Component,
-        *,
+        self, prior: Component, likelihood: Component, guide: Component, *,
         num_classes: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(prior, likelihood, guide)
         self.num_classes = None if num_classes is None else size("num_classes", num_classes)
         call = prior.forward if isinstance(prior, nn.Module) else prior

@@ -14,7 +14,7 @@ PACKAGE = Path(pyro_vae.__file__).parent
 
 # A module imports from the groups above its own, or from its own group without a circle.
 GROUPS = [
-    {"version", "errors", "files", "distributed", "scale", "sources", "summary"}
+    {"version", "errors", "files", "distributed", "data_scale", "sources", "summary"}
     | {"networks", "datasets", "plots", "distributions"},
     {"priors", "likelihoods", "guides"},
     {"vae", "beta"},

@@ -18,7 +18,7 @@ from small_vae import PIXELS, make_vae
 
 import pyro_vae as pv
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation import compiled_score
+from pyro_vae.evaluation import captured_values
 from pyro_vae.infer import validation
 from pyro_vae.pair.inputs import take_rows
 from pyro_vae.pair.opened import open_pair
@@ -433,7 +433,7 @@ def test_a_recording_of_another_precision_is_not_taken_up():
     vae, x = make_vae().cuda(), bits().cuda()
     options = {"num_samples": 64, "compile": True, "seed": 0}
     pv.log_marginal(vae.model, vae.guide, x, **options)
-    kept = compiled_score.PROGRAMS.get(vae.model).kept
+    kept = captured_values.PROGRAMS.get(vae.model).kept
     assert len(kept) == 1
     pv.log_marginal(vae.model, vae.guide, x, precision="bfloat16", **options)
     assert len(kept) == 2
@@ -462,7 +462,7 @@ def test_gradients_of_annealing_are_recorded_and_its_numbers_are_those_of_the_cp
     expected = pv.log_marginal(vae.model, vae.guide, x, **options)
     vae.cuda()
     found = pv.log_marginal(vae.model, vae.guide, x, **options)
-    kept = compiled_score.PROGRAMS.get(vae.model, vae.guide).kept
+    kept = captured_values.PROGRAMS.get(vae.model, vae.guide).kept
     assert any(program.overwrites for program in kept)
     error = expected.standard_error.hypot(found.standard_error)
     assert ((found.log_prob - expected.log_prob).abs() < 5 * error + 1e-6).all()

@@ -19,7 +19,7 @@ from pyro_vae.distributions.values import (
     StableContinuousBernoulli,
 )
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.importance_sampling import log_marginal
+from pyro_vae.evaluation.methods import log_marginal
 from pyro_vae.guides import MeanFieldNormal
 from pyro_vae.infer.training import fit
 from pyro_vae.networks import ConvDecoder, MLPDecoder, MLPEncoder

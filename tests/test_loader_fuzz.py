@@ -19,7 +19,7 @@ from saved_pairs import functions, make_x, weigh
 import pyro_vae as pv
 from pyro_vae.app import study, sweep
 from pyro_vae.app.compare import load_measured
-from pyro_vae.app.run import open_run, read_run
+from pyro_vae.app.run_folder import open_run, read_run
 from pyro_vae.runs.description import describe
 from pyro_vae.runs.weights import read_weights, write_weights
 

@@ -97,8 +97,8 @@ def test_a_number_with_its_error_is_a_number_where_one_is_wanted(results):
         ((1.23456, 0.0123), "1.235 ± 0.012"),
         ((-24.3, 0.4), "-24.30 ± 0.40"),
         ((1234.5, 56.0), "1234 ± 56"),
-        ((0.25, 0.0), "0.2500 ± 0.0000"),
-        ((float("nan"), float("nan")), "nan ± nan"),
+        ((0.25, 0.0), "0.2500 ± 0"),
+        ((float("nan"), float("nan")), "nan ± unknown"),
     ],
 )
 def test_a_number_has_the_digits_of_its_error(numbers, text):

@@ -8,9 +8,9 @@ from typing import Any
 from pyro_vae import plots
 from pyro_vae.app import names
 from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.output import Page, print_line, print_table
 from pyro_vae.app.pages import write_page
 from pyro_vae.app.pictures import limits_of, save_picture
-from pyro_vae.app.report import Page, print_line, print_table
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit

@@ -115,7 +115,7 @@ def _begin(version: Annotated[bool, _VERSION] = False) -> None: ...
 def train(context: typer.Context, settings: names.TrainSettings, files: names.RunFiles) -> None:
     """Train a VAE, estimate log p(x) on its test data, write a run folder with a page to read."""
     from pyro_vae.app import train as work
-    from pyro_vae.app.run import Checkpointing
+    from pyro_vae.app.run_folder import Checkpointing
     from pyro_vae.distributed import join_processes
 
     if files.resume is None:
@@ -194,7 +194,7 @@ def _add_picture(kind: type) -> None:
 
     def draw(run: Run, *, what: Any, settings: names.PictureSettings) -> None:
         from pyro_vae.app import pictures as work
-        from pyro_vae.app.report import print_line
+        from pyro_vae.app.output import print_line
 
         print_line(str(work.draw(run, what, settings)))
 

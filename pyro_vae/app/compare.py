@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.app.names import CompareSettings, EvaluateSettings, TrainSettings
+from pyro_vae.app.output import plus_minus, print_line, print_table
 from pyro_vae.app.pages import log_prob_name, write_comparison_page
 from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.report import plus_minus, print_line, print_table
-from pyro_vae.app.run import pair_of
+from pyro_vae.app.run_folder import pair_of
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError, expecting

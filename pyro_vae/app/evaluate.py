@@ -14,16 +14,17 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.app.names import EvaluateFiles, EvaluateSettings
+from pyro_vae.app.output import give_up_output, print_table
 from pyro_vae.app.pages import PSEUDO, TERMS, log_prob_name
 from pyro_vae.app.pictures import draw_diagnostics, save_picture
-from pyro_vae.app.report import give_up_output, print_table
-from pyro_vae.app.run import Pair, check_picture, load_data_of_run, open_run, pair_of
+from pyro_vae.app.run_folder import Pair, check_picture, load_data_of_run, open_run, pair_of
 from pyro_vae.distributed import Processes
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions
 from pyro_vae.evaluation.auto import LOOKS, AutoOptions
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, warn_if_unreliable
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, log_marginal
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions
+from pyro_vae.evaluation.methods import log_marginal
 from pyro_vae.files import finite_or_none
 from pyro_vae.pair.functions import resolve_device
 from pyro_vae.pair.inputs import Inputs

@@ -1,9 +1,11 @@
 """Names and defaults of the command line; imports nothing heavy, so that ``--help`` is quick."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from pyro_vae.errors import unknown_name, whole_number
 
 # Name on the command line -> class name in the module of its kind.
 PRIORS = {
@@ -341,3 +343,19 @@ class Interpolate:
 
 # What is drawn of a run, in the order of the help.
 Picture = Sample | Reconstruct | Complete | Latent | Traverse | Interpolate
+
+
+def check_values(settings: Any, *, in_python: bool = False) -> None:
+    """Refuse names that are not known, and whole numbers out of range, by the option or argument."""
+    for each in fields(settings):
+        name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise unknown_name(name.replace("_", " "), value, choices)
+        if isinstance(value, int) and not isinstance(value, bool):
+            least, most = int(name not in FROM_ZERO), AT_MOST.get(name, 2**31 - 1)
+            whole_number(name if in_python else flag(name), value, least=least, most=most)
+
+
+def flag(name: str) -> str:
+    """Return the option of a setting as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"

@@ -14,7 +14,7 @@ import typer
 
 from pyro_vae.app import names
 from pyro_vae.app.names import OnlyWith
-from pyro_vae.errors import InputError, printable, unknown_name, whole_number
+from pyro_vae.errors import InputError, printable
 
 CommandFunction = Callable[..., None]
 
@@ -63,7 +63,7 @@ def as_command(
             for name, part in gathered.items():
                 chosen = {each.name: values.pop(each.name) for each in part}
                 values[name] = own[name].annotation(**chosen)
-                check_values(values[name])
+                names.check_values(values[name])
             function(**values, **({"context": context} if "context" in own else {}))
         except (InputError, OSError) as error:
             if debug:
@@ -96,7 +96,7 @@ def in_options(text: str, own: Container[str] | None = None) -> str:
 
     def spoken(found: re.Match[str]) -> str:
         name, value = (*found.groups(), "True")[:2]
-        told = _flag(name) + ("" if value == "True" else f" {value}")
+        told = names.flag(name) + ("" if value == "True" else f" {value}")
         return told if own is None or name in own else f"`pyro-vae evaluate RUN {told}`"
 
     # Not where it is a part of a path or of another word.
@@ -128,17 +128,6 @@ def tell_interruption(interruption: KeyboardInterrupt) -> int:
     return 128 + next(each for each in numbers if isinstance(each, int))
 
 
-def check_values(settings: Any, *, in_python: bool = False) -> None:
-    """Refuse names that are not known, and whole numbers out of range, by the option or argument."""
-    for each in fields(settings):
-        name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise unknown_name(name.replace("_", " "), value, choices)
-        if isinstance(value, int) and not isinstance(value, bool):
-            least, most = int(name not in names.FROM_ZERO), names.AT_MOST.get(name, 2**31 - 1)
-            whole_number(name if in_python else _flag(name), value, least=least, most=most)
-
-
 def is_given(context: typer.Context, name: str) -> bool:
     """Say whether an option stands on the command line, be it with its default value."""
     source = context.get_parameter_source(name)
@@ -159,7 +148,7 @@ def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -
             continue
         *others, last = condition.values
         needed = f"{', '.join(others)} or {last}" if others else last
-        wanted = f"{_flag(each.name)} with {_flag(option)} {needed}"
+        wanted = f"{names.flag(each.name)} with {names.flag(option)} {needed}"
         got = f"it with {given}, where it has no effect"
         raise InputError(f"expected {wanted}, got {got}: leave it out")
 
@@ -168,7 +157,7 @@ def _annotate(declared: Field[Any], hint: Any) -> Any:
     """Return the annotation by which Typer makes an option of a field."""
     flags = declared.metadata["flags"]
     if flags is None and hint is bool:
-        flags = _flag(declared.name)  # a flag has no negation: it is left out instead
+        flags = names.flag(declared.name)  # a flag has no negation: it is left out instead
     shown = {name: declared.metadata[name] for name in ("help", "show_default")}
     shown["rich_help_panel"] = panel_of(declared.name)
     return Annotated[hint, typer.Option(*([] if flags is None else [flags]), **shown)]
@@ -181,7 +170,3 @@ def panel_of(name: str) -> str | None:
 
 def _as_keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae.app.options import in_options
-from pyro_vae.app.report import Page, plus_minus
+from pyro_vae.app.output import Page, plus_minus
 from pyro_vae.evaluation.comparison_result import Comparison
 from pyro_vae.files import write_whole
 

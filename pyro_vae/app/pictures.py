@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_vae import likelihoods, plots, tasks
 from pyro_vae.app import names
-from pyro_vae.app.run import check_picture, load_data_of_run, open_run, pair_of
+from pyro_vae.app.run_folder import check_picture, load_data_of_run, open_run, pair_of
+from pyro_vae.data_scale import fill_missing
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
@@ -24,7 +25,6 @@ from pyro_vae.files import write_whole
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.plots.images import channel_axis
 from pyro_vae.plots.style import Limits
-from pyro_vae.scale import fill_missing
 from pyro_vae.vae import VAE
 
 # Draws that a posterior mean without closed form rests on.

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from pyro_vae import datasets, guides, likelihoods, networks, priors
 from pyro_vae.app import names
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
-from pyro_vae.app.options import check_values
+from pyro_vae.data_scale import fill_missing
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, available_memory, check_room
 from pyro_vae.infer.objectives import default_particles, objective_named
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.description import Bounded
-from pyro_vae.scale import fill_missing
 from pyro_vae.vae import VAE, ConditionalVAE
 
 _Shape = tuple[int, ...]
@@ -144,7 +143,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
 
     What is returned tells the data's binarisation, and where they are found from any other folder.
     """
-    check_values(settings)
+    names.check_values(settings)
     FitSettings(**fit_options(replace(settings, warmup_epochs=settings.warmup_epochs or 0)))
     with seeded(settings.seed):
         # On stand-in data: sizes are refused before any are read.

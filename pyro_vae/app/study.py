@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from pyro_vae import runs
-from pyro_vae.app import run as run_folder
+from pyro_vae.app import run_folder
 from pyro_vae.app.names import TrainSettings
-from pyro_vae.app.report import plus_minus, print_line
-from pyro_vae.app.run import FREE, METRICS, METRICS_SCHEMA, load_data
+from pyro_vae.app.output import plus_minus, print_line
+from pyro_vae.app.run_folder import FREE, METRICS, METRICS_SCHEMA, load_data
 from pyro_vae.app.train import train_run
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, check_same

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from pyro_vae import plots
 from pyro_vae.app.names import TrainSettings
+from pyro_vae.app.output import Page, plus_minus, print_line, print_table
 from pyro_vae.app.pages import PSEUDO, log_prob_name, write_page
 from pyro_vae.app.pictures import save_picture
-from pyro_vae.app.report import Page, plus_minus, print_line, print_table
 from pyro_vae.app.settings import as_record, check_settings, tell_defaults
 from pyro_vae.app.study import Study, open_study, write_rows
 from pyro_vae.errors import InputError

@@ -13,13 +13,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae import datasets, plots
-from pyro_vae.app import evaluate, pictures
-from pyro_vae.app import run as run_folder
+from pyro_vae.app import evaluate, pictures, run_folder
 from pyro_vae.app.names import EvaluateSettings, PictureSettings, Reconstruct, Sample, TrainSettings
 from pyro_vae.app.options import in_options
+from pyro_vae.app.output import print_line, print_table
 from pyro_vae.app.pages import TERMS, log_prob_name, write_run_page
-from pyro_vae.app.report import print_line, print_table
-from pyro_vae.app.run import FREE, METRICS, Checkpointing, load_data_of_run, pair_of
+from pyro_vae.app.run_folder import FREE, METRICS, Checkpointing, load_data_of_run, pair_of
 from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_options, tell_defaults
 from pyro_vae.datasets import Dataset
 from pyro_vae.distributed import Processes

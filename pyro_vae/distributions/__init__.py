@@ -1,4 +1,4 @@
-"""Distributions on the unit sphere that Pyro lacks, with their closed-form KL divergences."""
+"""Distributions that Pyro lacks, whoever returns them, with their closed-form KL divergences."""
 
 from . import kl  # noqa: F401  (registers the divergences with torch.distributions)
 from .sphere import HypersphericalUniform, unit_sphere

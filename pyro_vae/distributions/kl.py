@@ -1,4 +1,4 @@
-"""Closed-form KL divergences that torch and Pyro lack, on the sphere in float64, as terms cancel."""
+"""Closed-form KL divergences that torch and Pyro lack; those on the sphere in float64."""
 
 from __future__ import annotations
 

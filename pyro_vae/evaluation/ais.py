@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_choice, check_counts, check_room
 from pyro_vae.evaluation import estimate as estimates
+from pyro_vae.evaluation.annealing_path import AnnealingPath, State, transition
 from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report
-from pyro_vae.evaluation.hmc import AnnealingPath, State, transition
 from pyro_vae.evaluation.pilot import CHAINS, DENSE, Evidence, Tuning, explore, fit_start
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles, check_weights
@@ -87,13 +87,9 @@ class Plan(NamedTuple):
 
 
 def anneal(
-    pair: OpenedPair,
-    options: AnnealingOptions,
-    *,
-    max_memory: int | None,
-    report: Report,
+    pair: OpenedPair, options: AnnealingOptions, *, max_memory: int | None, report: Report,
     keep_draws: int | None = None,
-) -> LogMarginal:
+) -> LogMarginal:  # fmt: skip
     r"""Estimate log p(x) per datum by annealed importance sampling.
 
     A pilot decides schedule, step sizes and covariances; fresh chains, never resampled, give the

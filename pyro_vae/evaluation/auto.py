@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_vae.errors import InputError, check_counts
 from pyro_vae.evaluation.ais import AnnealingOptions, anneal, annealing_block_size
+from pyro_vae.evaluation.annealing_path import AnnealingPath
 from pyro_vae.evaluation.estimate import LogMarginal, PosteriorDraws, Report, log_mean_weights
-from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.pilot import CHAINS, explore
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
@@ -71,13 +71,9 @@ def is_unclear(estimate: LogMarginal) -> Tensor:
 
 
 def anneal_alike(
-    pairs: Mapping[str, OpenedPair],
-    estimates: Mapping[str, LogMarginal],
-    options: AutoOptions,
-    run: Callable[[OpenedPair, int], AbstractContextManager[None]],
-    *,
-    max_memory: int | None,
-) -> dict[str, LogMarginal]:
+    pairs: Mapping[str, OpenedPair], estimates: Mapping[str, LogMarginal], options: AutoOptions,
+    run: Callable[[OpenedPair, int], AbstractContextManager[None]], *, max_memory: int | None,
+) -> dict[str, LogMarginal]:  # fmt: skip
     """Anneal what any of the pairs, by name, does not clear in every one: they stay comparable.
 
     Where one can't be annealed no data point of any is trusted, for none can be looked at again.

@@ -9,9 +9,9 @@ from torch import Tensor
 from pyro_vae.errors import check_counts, check_optional_counts
 from pyro_vae.evaluation import ais
 from pyro_vae.evaluation.ais import AnnealingOptions
+from pyro_vae.evaluation.annealing_path import AnnealingPath
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import log_mean_weights
-from pyro_vae.evaluation.hmc import AnnealingPath
 from pyro_vae.evaluation.simulation_checks import simulate
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction

@@ -16,7 +16,8 @@ from pyro_vae.evaluation.auto import AutoOptions, anneal_alike, why_not_annealed
 from pyro_vae.evaluation.comparison_result import Comparison, Measured
 from pyro_vae.evaluation.comparison_training import Observed, Pair, Report, Trained, TrainingData
 from pyro_vae.evaluation.elbo import PerDatum, measure_bounds
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions
+from pyro_vae.evaluation.methods import estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult

@@ -18,7 +18,7 @@ from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, pointwise_densities
 from pyro_vae.evaluation.paired_difference import Difference
 from pyro_vae.files import finite_or_none
-from pyro_vae.summary import table
+from pyro_vae.summary import error_text, plus_minus, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -355,7 +355,7 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         yield label, [_value(comparison.per_datum(name, quantity)) for name in pairs]
         if several:
             deviations = [comparison.run_deviation(name, quantity) for name in pairs]
-            yield "  deviation between runs", [_error(value) for value in deviations]
+            yield "  deviation between runs", [error_text(value) for value in deviations]
         yield f"  {label}, to the best", [_difference(comparison, name, quantity) for name in pairs]
         if quantity == comparison.ranked_by:
             yield "  verdict", [comparison.verdict(name) for name in pairs]
@@ -370,7 +370,7 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     if len(divergences) == len(measured):
         # The grids' errors don't average out.
         means = [(each.mean, each.standard_error.mean().item()) for each in divergences]
-        cells = [_with_error(*each) if each[0] == each[0] else "not resolved" for each in means]
+        cells = [plus_minus(*each) if each[0] == each[0] else "not resolved" for each in means]
         yield "KL(q || p(z|x)), quadrature", cells
     shares = [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
     yield "data points not trusted", shares
@@ -406,28 +406,13 @@ def _notes(comparison: Comparison) -> Iterator[str]:
 
 def _value(quantity: PerDatum) -> str:
     over_data = quantity.data_standard_error
-    brackets = "" if math.isnan(over_data) else f" ({_error(over_data)})"
-    return _with_error(quantity.mean, quantity.mean_standard_error) + brackets
+    brackets = "" if math.isnan(over_data) else f" ({error_text(over_data)})"
+    return plus_minus(quantity.mean, quantity.mean_standard_error) + brackets
 
 
 def _difference(comparison: Comparison, name: str, quantity: str) -> str:
     if name == comparison.best(quantity):
         return "0"
     found = comparison.difference(name, quantity)
-    noise = _error(found.monte_carlo_standard_error)
-    return f"{_with_error(found.mean, found.half_width)} ({noise})"
-
-
-def _with_error(value: float, error: float) -> str:
-    """Show a number to the digits its error leaves, two to four of them after the point."""
-    return f"{value:.{_digits(error)}f} ± {_error(error) if error else 0}"
-
-
-def _error(error: float) -> str:
-    return f"{error:.{_digits(error)}f}" if math.isfinite(error) else "unknown"
-
-
-def _digits(error: float) -> int:
-    if not math.isfinite(error) or error == 0:
-        return 3
-    return min(4, max(2, 1 - math.floor(math.log10(error))))
+    noise = error_text(found.monte_carlo_standard_error)
+    return f"{plus_minus(found.mean, found.half_width)} ({noise})"

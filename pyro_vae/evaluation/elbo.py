@@ -48,13 +48,9 @@ class Bounds(NamedTuple):
 
 
 def measure_bounds(
-    pair: OpenedPair,
-    *,
-    num_samples: int,
-    num_importance: int = 50,
-    max_memory: int | None = None,
+    pair: OpenedPair, *, num_samples: int, num_importance: int = 50, max_memory: int | None = None,
     progress: Progress | None = None,
-) -> Bounds:
+) -> Bounds:  # fmt: skip
     """Measure the bounds of an open pair; draws are rounded up to a multiple of ``num_importance``.
 
     Where the KL has a closed form the distortion is minus the mean log weight minus that KL: the mean

@@ -14,7 +14,8 @@ from pyro_vae.errors import InputError, check_counts, check_optional_counts, rea
 from pyro_vae.evaluation.ais import GRADIENT_MEMORY
 from pyro_vae.evaluation.elbo import Moments, PerDatum, measure_bounds, single_latent
 from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions
+from pyro_vae.evaluation.methods import estimate_log_prob
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction, owned_modules
 from pyro_vae.pair.inputs import Inputs

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributions as dist
 from torch.distributions import MixtureSameFamily
 
-from pyro_vae.evaluation.hmc import AnnealingPath, State, choose, multiply, transition
+from pyro_vae.evaluation.annealing_path import AnnealingPath, State, choose, multiply, transition
 
 # The acceptance the pilot steers to: above the 0.65 that is optimal in high dimensions (Neal 2011,
 # section 4.4), as a rejected trajectory costs a low-dimensional chain more. The gain by which a mean

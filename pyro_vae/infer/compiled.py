@@ -156,17 +156,11 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
     """
 
     def __init__(
-        self,
-        num_particles: int = 1,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        *,
-        beta: float = 1.0,
-        backend: str | Callable[..., Any] = "inductor",
-        mode: str | None = None,
-        verify_every: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, num_particles: int = 1, max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False, *, beta: float = 1.0,
+        backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
+        verify_every: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         Trace_ELBO.__init__(
             self,
             num_particles=num_particles,
@@ -233,14 +227,10 @@ class Compiled(_Stepping, ELBO):
     """
 
     def __init__(
-        self,
-        objective: Bound,
-        *,
-        beta: float = 1.0,
-        backend: str | Callable[..., Any] = "inductor",
-        mode: str | None = None,
+        self, objective: Bound, *, beta: float = 1.0,
+        backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
         verify_every: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not isinstance(objective, Bound):
             raise InputError(
                 f"expected an objective of pyro_vae.infer, got {type(objective).__name__}: for "
@@ -287,13 +277,9 @@ class StepCapture(Engine):
     keeps_outputs = False
 
     def __init__(
-        self,
-        objective: TrainingObjective,
-        settings: FitSettings,
-        *,
-        device: torch.device,
+        self, objective: TrainingObjective, settings: FitSettings, *, device: torch.device,
         num_steps: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         given, compile = settings.objective, settings.compile
         options: dict[str, Any] = {}
         if isinstance(given, _Stepping):
@@ -328,13 +314,9 @@ class StepCapture(Engine):
         return f"{self._choice}; {after}{'; '.join(self.reasons)}"
 
     def step(
-        self,
-        model: PairFunction,
-        guide: PairFunction,
-        batch: Inputs,
-        beta: float,
+        self, model: PairFunction, guide: PairFunction, batch: Inputs, beta: float,
         eager: Callable[[], Tensor],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Leave the gradients with the parameters and return the summary, as ``eager`` does."""
         self.beta = beta
         call = Call(model, guide, batch, {})

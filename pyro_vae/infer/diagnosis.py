@@ -8,11 +8,11 @@ import numpy as np
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.data_scale import describe_scale
 from pyro_vae.infer.settings import FitSettings
 from pyro_vae.pair.functions import PairFunction, evaluation_mode, owned_modules, seeded
 from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.sites import draw_traces, innermost, is_inside, latent_sites, value_axis
-from pyro_vae.scale import describe_scale
 
 _Rows = Sequence[Mapping[str, float]]
 # Nats per latent unit below which nothing is coded: a unit whose posterior mean has a variance of

@@ -138,13 +138,9 @@ class Engine:
     keeps_outputs = True  # beyond the next step, which under CUDA graphs costs a copy
 
     def __init__(
-        self,
-        name: str,
-        *,
-        backend: str | Callable[..., Any] = "inductor",
-        mode: str | None = None,
+        self, name: str, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
         verify_every: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if verify_every is not None and verify_every < 1:
             raise InputError(f"verify_every must be at least 1, got {verify_every}: use None")
         self.name, self.backend, self.mode, self.verify_every = name, backend, mode, verify_every
@@ -271,13 +267,9 @@ class Engine:
         return result
 
     def _capture(
-        self,
-        call: Call,
-        pair: Programs[StepProgram],
-        modules: Sequence[nn.Module],
-        signature: Signature,
-        inputs: list[Tensor],
-    ) -> StepProgram:
+        self, call: Call, pair: Programs[StepProgram], modules: Sequence[nn.Module],
+        signature: Signature, inputs: list[Tensor],
+    ) -> StepProgram:  # fmt: skip
         """Record the step's graph, compile it and hold it against the reference."""
         capture.refuse_pair(call.guide, modules)
         roots = [pair.numbers, *call[:2], *modules, *self._roots()]

@@ -70,15 +70,12 @@ class FusedOptim(PyroOptim):
     """
 
     def __init__(
-        self,
-        optim_constructor: Callable[..., torch.optim.Optimizer],
+        self, optim_constructor: Callable[..., torch.optim.Optimizer],
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
-        clip_args: dict[str, float] | Callable[[str, str], dict[str, float]] | None = None,
-        *,
-        scheduler: Callable[..., Any] | None = None,
-        scheduler_args: dict[str, Any] | None = None,
+        clip_args: dict[str, float] | Callable[[str, str], dict[str, float]] | None = None, *,
+        scheduler: Callable[..., Any] | None = None, scheduler_args: dict[str, Any] | None = None,
         keep_none: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(optim_constructor, optim_args, clip_args)
         if optimizer_class(optim_constructor) is torch.optim.LBFGS:
             raise InputError("LBFGS needs a closure, which SVI does not give: choose another")

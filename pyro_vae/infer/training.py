@@ -109,8 +109,8 @@ class FitResult:
 
 
 def fit(
-    model: PairFunction, guide: PairFunction, data: Dataset | DataLike, *,
-    epochs: int = 100, batch_size: int = 128, learning_rate: float = 1e-3,
+    model: PairFunction, guide: PairFunction, data: Dataset | DataLike, *, epochs: int = 100,
+    batch_size: int = 128, learning_rate: float = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None, ema: float | None = None,

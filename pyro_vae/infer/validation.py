@@ -27,13 +27,9 @@ _RATE_DRAWS = 16
 
 
 def bound_terms(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Tensor | Sequence[Tensor],
-    *,
-    plate: str | None = "data",
-    processes: Processes = ALONE,
-) -> dict[str, float]:
+    model: PairFunction, guide: PairFunction, x: Tensor | Sequence[Tensor], *,
+    plate: str | None = "data", processes: Processes = ALONE,
+) -> dict[str, float]:  # fmt: skip
     """Estimate ELBO, rate and distortion from one draw per datum, in eval mode without gradients.
 
     Data are ``(N, ...)``, or a tuple of tensors. If the data plate subsamples, the terms are those of

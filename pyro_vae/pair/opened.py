@@ -97,13 +97,9 @@ class Knowledge:
 
 
 def open_pair(
-    model: PairFunction,
-    guide: PairFunction,
-    x: Data,
-    *,
-    plate: str | None = "data",
+    model: PairFunction, guide: PairFunction, x: Data, *, plate: str | None = "data",
     serves: Serves = Serves.NOTHING,
-) -> OpenedPair:
+) -> OpenedPair:  # fmt: skip
     """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
     inputs = as_inputs(x, model, guide, share_rows=plate is not None)
     check_data(model, inputs)

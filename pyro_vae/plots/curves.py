@@ -41,13 +41,9 @@ def training_curves(history: Mapping[str, Array], *, title: str = "") -> Figure:
 
 
 def weight_diagnostics(
-    pareto_k: Array,
-    num_samples: Array | None,
-    estimates: Array | None,
-    *,
-    title: str = "",
+    pareto_k: Array, num_samples: Array | None, estimates: Array | None, *, title: str = "",
     limit: float = 0.7,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Show how far importance weights can be trusted: their tail index, and the estimate's course.
 
     ``pareto_k`` is the tail index of each datum's weights, ``(N,)``, and ``limit`` the highest one to

@@ -31,13 +31,9 @@ def is_curve(data_shape: Sequence[int]) -> bool:
 
 
 def image_grid(
-    rows: Sequence[Array],
-    *,
-    title: str = "",
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    limits: Limits = UNIT,
-) -> Figure:
+    rows: Sequence[Array], *, title: str = "", row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (), limits: Limits = UNIT,
+) -> Figure:  # fmt: skip
     """Show images in a grid, one sequence per row; ink is dark on white paper, NaN is tinted.
 
     Rows are arrays of images ``(columns, *data_shape)`` (see :func:`is_image`); column labels stand

@@ -22,13 +22,9 @@ _MOST_CLASSES = 50
 
 
 def latent_scatter(
-    codes: Array,
-    labels: Array | None = None,
-    *,
-    title: str = "",
-    axis_labels: Labels = ("latent 1", "latent 2"),
-    unit_circle: bool = False,
-) -> Figure:
+    codes: Array, labels: Array | None = None, *, title: str = "",
+    axis_labels: Labels = ("latent 1", "latent 2"), unit_circle: bool = False,
+) -> Figure:  # fmt: skip
     """Show latent codes in the plane, coloured by label; a single latent as histograms.
 
     Codes are ``(N, 2)`` or ``(N, 1)``, labels classes ``(N,)``; ``axis_labels`` say what the two

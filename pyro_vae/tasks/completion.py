@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions
+from pyro_vae.evaluation.methods import estimate_log_prob
 from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_density_known, check_latents_match
 from pyro_vae.pair.functions import PairFunction

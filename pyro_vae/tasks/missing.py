@@ -24,14 +24,9 @@ def nan_as_missing(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def observed_pair(
-    model: PairFunction,
-    guide: PairFunction,
-    *,
-    observed: str | None = None,
-    position: int = 0,
-    fill: float | Tensor = 0.0,
-    nan: bool = False,
-) -> tuple[PairFunction, PairFunction]:
+    model: PairFunction, guide: PairFunction, *, observed: str | None = None, position: int = 0,
+    fill: float | Tensor = 0.0, nan: bool = False,
+) -> tuple[PairFunction, PairFunction]:  # fmt: skip
     r"""Turn a pair for whole data into one for data with missing values.
 
     .. math:: \log p(x_{obs}, z) = \log p(z) + \sum_{i \text{ observed}} \log p(x_i | z)

@@ -382,13 +382,10 @@ class Particles:
         return total, torch.stack(torch.broadcast_tensors(*scaled)).sum(0)
 
     def _run_first_that_holds(
-        self,
-        what: str,
-        num_particles: int,
+        self, what: str, num_particles: int,
         ways: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
-        run: Callable[[Callable[..., Any]], Any],
-        holds: Callable[[Any, int], bool],
-    ) -> Any:
+        run: Callable[[Callable[..., Any]], Any], holds: Callable[[Any, int], bool],
+    ) -> Any:  # fmt: skip
         """Run the first way that agrees with plain calls, remember it, and return its result.
 
         It is remembered for ``what``: "draws", "model" or "guide". The ``ways`` are particle by

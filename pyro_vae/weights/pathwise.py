@@ -1,4 +1,4 @@
-"""Gates between a guide's draws and what is computed of them, for gradients along the draws alone."""
+"""Gates on a guide's draws: the slope of its log density along each draw, parameters held still."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from command_line import WARNED, refused, run, train
 import pyro_vae as pv
 from pyro_vae.app.names import PictureSettings
 from pyro_vae.app.pictures import Subject
-from pyro_vae.app.run import load_data, open_run
+from pyro_vae.app.run_folder import load_data, open_run
 
 pytestmark = WARNED
 

@@ -11,7 +11,7 @@ import time
 import torch
 
 import pyro_vae as pv
-from pyro_vae.evaluation.hmc import AnnealingPath, multiply
+from pyro_vae.evaluation.annealing_path import AnnealingPath, multiply
 from pyro_vae.pair.opened import open_pair
 from pyro_vae.weights.particles import Particles
 

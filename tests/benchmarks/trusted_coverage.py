@@ -19,7 +19,8 @@ from random_exact_pairs import KINDS, make
 import pyro_vae as pv
 from pyro_vae.evaluation import auto
 from pyro_vae.evaluation.ais import AnnealingOptions
-from pyro_vae.evaluation.importance_sampling import ImportanceOptions, estimate_log_prob
+from pyro_vae.evaluation.importance_sampling import ImportanceOptions
+from pyro_vae.evaluation.methods import estimate_log_prob
 from pyro_vae.pair.opened import open_pair
 
 LIMITS = (-1.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)

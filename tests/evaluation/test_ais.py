@@ -12,8 +12,8 @@ import torch
 import pyro_vae as pv
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import AnnealingOptions, error_of_few, make_plan
+from pyro_vae.evaluation.annealing_path import AnnealingPath, transition
 from pyro_vae.evaluation.estimate import measure_weights
-from pyro_vae.evaluation.hmc import AnnealingPath, transition
 from pyro_vae.pair.opened import OpenedPair
 from pyro_vae.weights.particles import Particles
 

@@ -13,8 +13,8 @@ from random_exact_pairs import F64, make
 import pyro_vae as pv
 from pyro_vae.errors import InputError
 from pyro_vae.evaluation.ais import _diagnose
+from pyro_vae.evaluation.annealing_path import multiply
 from pyro_vae.evaluation.estimate import log_mean_weights
-from pyro_vae.evaluation.hmc import multiply
 from pyro_vae.evaluation.pilot import whiten
 
 

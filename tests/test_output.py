@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pyro_vae.app.report import Page, plus_minus
+from pyro_vae.app.output import Page, plus_minus
 
 NASTY = "<script>alert('x')</script> & \"quotes\" <b>"
 

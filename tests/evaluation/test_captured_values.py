@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.evaluation import compiled_score as module
-from pyro_vae.evaluation import hmc
-from pyro_vae.evaluation.compiled_score import PROGRAMS
+from pyro_vae.evaluation import annealing_path
+from pyro_vae.evaluation import captured_values as module
+from pyro_vae.evaluation.captured_values import PROGRAMS
 from pyro_vae.infer import capture
 from pyro_vae.infer.program import are_close, tolerance_of
 
@@ -166,7 +166,7 @@ def eagerly(monkeypatch, *arguments, **options):
             path._graphs[position.shape] = torch.randn_like(position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hmc.AnnealingPath, "capture", draw_as_the_check_does)
+        patch.setattr(annealing_path.AnnealingPath, "capture", draw_as_the_check_does)
         return anneal(*arguments, **options)
 
 

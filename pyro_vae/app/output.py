@@ -33,7 +33,7 @@ _NUMERIC = re.compile(r"[-+]?(\d|\.\d|inf)|-$|yes$|no$")
 # The policy forbids every resource but embedded pictures: the page needs no network and runs no code.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-_STYLE = Path(__file__).with_name("report.css")
+_STYLE = Path(__file__).with_name("output.css")
 
 
 class Page:

@@ -16,7 +16,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae.errors import InputError
-from pyro_vae.evaluation.compiled_score import Values, capture_values
+from pyro_vae.evaluation.captured_values import Values, capture_values
 from pyro_vae.pair.contract import check_density_known
 from pyro_vae.pair.sites import Latents, Site, counted_values, latent_sites
 from pyro_vae.weights.particles import Particles

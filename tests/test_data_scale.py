@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import scale
-from pyro_vae.scale import describe_scale, location_and_scale, moments
+from pyro_vae import data_scale
+from pyro_vae.data_scale import describe_scale, location_and_scale, moments
 
 SIGMAS = ["learned", "per-column", "per-pixel"]
 
@@ -35,7 +35,7 @@ def make_vae(sigma="learned", data_shape=(4,), prior=None, **options):
 def test_moments_are_those_of_all_rows_whatever_the_blocks(monkeypatch):
     x = torch.randn(37, 2, 3) * 5 + 1000
     x[:, 1, 1] = 4.0
-    monkeypatch.setattr(scale, "_BLOCK", 24)  # four rows
+    monkeypatch.setattr(data_scale, "_BLOCK", 24)  # four rows
     mean, deviation = moments(x)
     torch.testing.assert_close(mean, x.double().mean(0))
     torch.testing.assert_close(deviation, x.double().std(0, correction=0))
