@@ -1,5 +1,7 @@
 """The scale of data: their moments block by block, a unit for each value, and what to say of it."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count).sqrt()
 
 
-def fill_missing(x: Tensor) -> Tensor:
-    """Return data as they are, or a copy with a value that was observed in place of NaN."""
-    return x.masked_fill(x.isnan(), x.nanmedian()) if x.amin().isnan() else x
+def without_missing(x: Tensor) -> Iterator[Tensor]:
+    """Yield whole data as they are; others block by block, with an observed value in place of NaN."""
+    if not x.amin().isnan():
+        yield x
+        return
+    blocks = x.split(max(1, _BLOCK // max(1, x[0].numel())))
+    medians = (block.nanmedian() for block in blocks)
+    observed = next((median for median in medians if not median.isnan()), x.new_tensor(torch.nan))
+    for block in blocks:
+        yield torch.where(block.isnan(), observed, block)
 
 
 def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data_scale import fill_missing
+from pyro_vae.data_scale import without_missing
 from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
@@ -167,6 +167,10 @@ def load(
             "pass a pandas DataFrame or a CSV file"
         )
     elif is_named:
+        if name_or_path == "omniglot" and "labels" in given:
+            advice = "condition on another set"
+            wanted = "labels that mean the same in the training and the test part"
+            raise InputError(f"expected {wanted}, got omniglot, whose characters differ: {advice}")
         loaded = _load_named(str(name_or_path), root_of(root), download)
     else:
         loaded = _load_file(Path(name_or_path), given) if is_path else _load_rows(name_or_path)
@@ -188,10 +192,7 @@ def load(
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
-    beside = {  # of a part without data nothing was cut
-        part: tuple(parts.get(f"{part}:{name}", parts[f"train:{name}"][:0]) for name in given)
-        for part in PARTS
-    }
+    beside = {part: tuple(_given(parts, part, name) for name in given) for part in PARTS}
     hashed = [name for name in parts if name in PARTS or ":" in name]
     checksums = {name: hashlib.sha256(parts[name].numpy()).hexdigest() for name in hashed}
     name = str(name_or_path) if is_path else type(name_or_path).__name__
@@ -321,6 +322,9 @@ def _labels(name: str, value: Any, words: dict[str, tuple[str, ...]]) -> Tensor:
             f"expected labels {name!r} of shape (N,), as numbers or words, got {array.dtype} "
             f"{array.shape}"
         )
+    if ":" in name and array.dtype.kind == "f" and (missing := int(np.isnan(array).sum())):
+        what = f"{name.partition(':')[2]!r} for each datum"
+        raise InputError(f"expected {what}, {missing} are NaN: leave these data points out")
     if array.dtype.kind in "UO":
         found, array = np.unique(array.astype(str), return_inverse=True)
         own, kind = tuple(found.tolist()), name.partition(":")[2] or "labels"
@@ -397,11 +401,19 @@ def _check_size(what: str, size: int, least: int) -> None:
         raise InputError(f"expected at least {least} {what} to split as asked, got {size}")
 
 
+def _given(parts: dict[str, Any], part: str, name: str) -> Tensor:
+    """Return what a part has beside its data; of a part without data nothing was cut."""
+    found: Tensor = parts.get(f"{part}:{name}", parts[f"train:{name}"][:0])
+    if len(found) != len(parts[part]):
+        raise InputError(f"expected {name!r} for the {part} part too, got none: add {part}_{name}")
+    return found
+
+
 def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> dict[str, Any]:
     """Turn grey into bits, except training data of which every batch draws its own."""
     if how == "none":
         return parts
-    for part in (fill_missing(parts[name]) for name in PARTS if len(parts[name])):
+    for part in (part for name in PARTS if len(parts[name]) for part in without_missing(parts[name])):
         if part.min() < 0 or part.max() > 1:
             raise InputError(
                 f"expected values in [0, 1] to binarise, got values from {part.min():g} to "

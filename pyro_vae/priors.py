@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae import distributions
+from pyro_vae.data_scale import moments, without_missing
 from pyro_vae.distributions.flows import FlowDistribution, Inverse, spline_layers, standard_normal
 from pyro_vae.distributions.normal import lower_cholesky, raw_cholesky, variance_of_means
 from pyro_vae.distributions.values import StableBeta
@@ -290,14 +291,18 @@ class VampPrior(Prior):
     def start_at_data(self, x: Tensor) -> None:
         """Start at data ``(N, *data_shape)``: at their mean, plus noise of their standard deviation.
 
+        NaN, where values are missing, is left out.
+
         Raises:
             InputError: data of another shape, or beyond [0, 1] with ``unit_interval``.
         """
         check_shape(x, self.data_shape, "prior", batch="N")
         if self.unit_interval:
-            check_range(x, (0.0, 1.0), "the prior", "build it with unit_interval=False")
-        raw = self.raw_pseudo_inputs
-        mean, spread = x.mean(0).to(raw), x.std(0, correction=0).to(raw)
+            for part in without_missing(x):
+                check_range(part, (0.0, 1.0), "the prior", "build it with unit_interval=False")
+        raw, whole = self.raw_pseudo_inputs, not x.amin().isnan()
+        mean, spread = (x.mean(0), x.std(0, correction=0)) if whole else moments(x)
+        mean, spread = mean.to(raw), spread.to(raw)
         start = mean + spread * torch.randn_like(raw)
         if self.unit_interval:
             # At the very ends the sigmoid would no longer move.

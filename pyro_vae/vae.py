@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import guides
-from pyro_vae.data_scale import fill_missing, location_and_scale, moments
+from pyro_vae.data_scale import location_and_scale, moments, without_missing
 from pyro_vae.errors import InputError, size
 from pyro_vae.networks import Conditional, Standardized
 
@@ -117,7 +117,7 @@ class VAE(nn.Module):
             tensor([0.2500, 0.9990], grad_fn=<SigmoidBackward0>)
         """
         x, *given = map(_training_data, x if isinstance(x, tuple) else (x,))
-        self.check_data(fill_missing(x), *given)
+        self.check_observed(x, *given)
         self._start_at(x, *given)
 
     def standardize(self, x: Tensor | tuple[Tensor, ...]) -> None:
@@ -153,7 +153,7 @@ class VAE(nn.Module):
                 f"{type(likelihood).__name__} and {type(family).__name__}: give the pair (x - mean) "
                 "/ deviation, and subtract the sum of log(deviation) over a datum from its log p(x)"
             )
-        self.check_data(fill_missing(x), *given)
+        self.check_observed(x, *given)
         loc, scale = location_and_scale(x)
         likelihood.standardize(loc, scale)
         if not isinstance(encoder, Standardized):
@@ -163,9 +163,13 @@ class VAE(nn.Module):
         encoder.scale.copy_(scale)
         self._start_at(x, *given)
 
+    def check_observed(self, x: Tensor, *given: Tensor) -> None:
+        """Refuse what :meth:`check_data` refuses, but for NaN, where values are missing."""
+        for block in without_missing(x):
+            self.check_data(block, *given)
+
     def _start_at(self, x: Tensor, *given: Tensor) -> None:
-        is_whole = not x.amin().isnan()
-        mean = x.mean(0) if is_whole else moments(x)[0].to(x)
+        mean = moments(x)[0].to(x) if x.amin().isnan() else x.mean(0)
         # Of counts, what their mean is with a size factor of 1.
         mean = mean / (given[-1].mean() if self._takes_sizes else 1)
         try:
@@ -181,7 +185,7 @@ class VAE(nn.Module):
         if hasattr(self.likelihood, "start_sigma"):
             self.likelihood.start_sigma(x)
         if hasattr(self.prior, "start_at_data"):
-            self.prior.start_at_data(x if is_whole else torch.where(x.isnan(), mean, x))
+            self.prior.start_at_data(x)
 
     @property
     def num_inputs(self) -> int:

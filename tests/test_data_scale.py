@@ -1,6 +1,7 @@
 """Data in their own units: moments over what is there, standardised networks, densities."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import data_scale
-from pyro_vae.data_scale import describe_scale, location_and_scale, moments
+from pyro_vae.data_scale import describe_scale, location_and_scale, moments, without_missing
 
 SIGMAS = ["learned", "per-column", "per-pixel"]
 
@@ -45,6 +46,39 @@ def test_moments_are_those_of_all_rows_whatever_the_blocks(monkeypatch):
     torch.testing.assert_close(mean[0, 0], there.mean())
     torch.testing.assert_close(deviation[0, 0], there.std(correction=0))
     assert mean[1, 2] == deviation[1, 2] == 0
+
+
+def test_what_is_missing_is_filled_block_by_block(monkeypatch):
+    """A large file passes through memory in parts, and whole data are not copied."""
+    monkeypatch.setattr(data_scale, "_BLOCK", 24)  # four rows
+    x = torch.rand(37, 2, 3) + 1
+    (whole,) = without_missing(x)
+    assert whole is x
+    x[:9] = torch.nan  # two blocks without any value
+    x[10::3, 0, 0] = torch.nan
+    blocks = list(without_missing(x))
+    assert max(map(len, blocks)) == 4
+    filled = torch.cat(blocks)
+    assert torch.equal(filled[~x.isnan()], x[~x.isnan()])
+    assert torch.isin(filled, x[~x.isnan()]).all()
+    assert all(block.isnan().all() for block in without_missing(x[:9]))
+
+
+def test_pseudo_inputs_start_at_what_was_observed():
+    x = torch.randn(4000, 5) * 3 + 50
+    x[::2, 1], x[:, 2] = torch.nan, torch.nan
+    vae = make_vae(
+        data_shape=(5,),
+        prior=lambda guide, shape: pv.priors.VampPrior(
+            guide, shape, unit_interval=False, num_pseudo_inputs=2000
+        ),
+    )
+    vae.start_at_data(x)
+    found = vae.prior.pseudo_inputs
+    error = 3 / math.sqrt(2000)
+    assert (found.mean(0)[[0, 1, 3, 4]] - x.nanmean(0)[[0, 1, 3, 4]]).abs().max() < 4 * error
+    assert (found.std(0)[[0, 1, 3, 4]] - 3).abs().max() < 4 * error
+    assert not found[:, 2].any()  # of a value that is always missing nothing is known
 
 
 def test_columns_have_a_scale_each_and_images_one():

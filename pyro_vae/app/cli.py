@@ -176,9 +176,9 @@ def sweep(
     work.sweep(settings, betas, warm_start=warm_start, output=output)
 
 
-# The autoencoder's training has no schedule, no clipping and no precision.
+# The autoencoder's training has no schedule, no clipping and no precision, and it is given x alone.
 _OF_VAE = {"prior", "num_components", "guide", "beta", "schedule", "gradient_clip", "precision"}
-_OF_VAE |= {"missing", "condition"}
+_OF_VAE |= {"missing", "condition", "size_factor"}
 
 
 @command("autoencoder --output baseline", without={names.TrainSettings: _OF_VAE})

@@ -153,7 +153,7 @@ def as_dict(estimate: LogMarginal, vae: VAE, x: Tensor) -> dict[str, Any]:
     levels and categories also ``bits_per_dimension``, the length of a code for each value; where
     some of the data x are missing also ``missing``, their share.
     """
-    likelihood, missing = vae.likelihood, x.isnan().double().mean().item()
+    likelihood, missing = vae.likelihood, x.isnan().sum().item() / x.numel()
     more = {"missing": missing} if missing else {}
     if isinstance(likelihood, likelihoods.DiscretizedLogistic | likelihoods.Categorical):
         bits = likelihood.bits_per_dimension(estimate.mean)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae import likelihoods, plots, tasks
 from pyro_vae.app import names
 from pyro_vae.app.run_folder import check_picture, load_data_of_run, open_run, pair_of
-from pyro_vae.data_scale import fill_missing
+from pyro_vae.data_scale import without_missing
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, check_room
 from pyro_vae.evaluation.estimate import LogMarginal
@@ -136,8 +136,8 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 def limits_of(dataset: Dataset) -> Limits:
     """Return the values shown as white and black: [0, 1], or the data's range if it is another."""
-    train = fill_missing(dataset.train)
-    low, high = train.min().item(), train.max().item()
+    ends = [part.aminmax() for part in without_missing(dataset.train)]
+    low, high = min(end.min.item() for end in ends), max(end.max.item() for end in ends)
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 

@@ -1,5 +1,6 @@
 """From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
 
+import warnings
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pyro_vae import datasets, guides, likelihoods, networks, priors
 from pyro_vae.app import names
 from pyro_vae.app.names import EvaluateSettings, TrainSettings
-from pyro_vae.data_scale import fill_missing
+from pyro_vae.data_scale import without_missing
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, available_memory, check_room
 from pyro_vae.infer.objectives import default_particles, objective_named
@@ -30,16 +31,22 @@ _PATIENCE = 20
 def build_vae(settings: TrainSettings, dataset: Dataset) -> VAE:
     """Build the VAE that the settings name, started at the data set that it is to be trained on."""
     if settings.likelihood == "categorical" and settings.levels is None:
-        settings = replace(settings, levels=max(2, int(fill_missing(dataset.train).max()) + 1))
+        largest = max(int(part.max()) for part in without_missing(dataset.train))
+        settings = replace(settings, levels=max(2, largest + 1))
     classes = None
     if settings.condition is not None:
-        found = torch.cat([given[0] for given in dataset.given.values()]).unique().tolist()
+        conditions = [given[0] for given in dataset.given.values()]
+        found = torch.cat(conditions).unique().tolist()
         classes = len(found) if found == list(range(len(found))) else None
+        unseen = ~torch.isin(torch.cat(conditions[1:]), conditions[0])
+        if classes and unseen.any():
+            what = f"{int(unseen.sum())} of {len(unseen)} validation and test data points"
+            warnings.warn(f"{what} are of a class that no training datum is of", stacklevel=2)
     vae = assemble_vae(settings, dataset.data_shape, len(dataset.train), classes)
     for part in datasets.PARTS:
         x, *given = dataset.inputs(part)
         if len(x):
-            vae.check_data(fill_missing(x), *given)
+            vae.check_observed(x, *given)
     start_vae(vae, settings, *dataset.inputs("train"))
     # What the layers give, for the gradient once more.
     widths = sum(layer.out_features for layer in vae.modules() if isinstance(layer, nn.Linear))

@@ -10,9 +10,10 @@ import torch
 from command_line import WARNED, refused, run, train
 
 import pyro_vae as pv
-from pyro_vae.app.names import PictureSettings
+from pyro_vae.app.names import PictureSettings, TrainSettings
 from pyro_vae.app.pictures import Subject
 from pyro_vae.app.run_folder import load_data, open_run
+from pyro_vae.app.settings import build_vae, check_settings
 
 pytestmark = WARNED
 
@@ -212,6 +213,41 @@ def test_what_is_not_there_is_refused_in_the_words_of_the_options(
 def test_a_condition_is_asked_for_only_of_a_run_that_has_one(digits):
     message = "expected --condition of a run that was trained with one: leave it out"
     refused(digits, "sample", digits, "--condition", "3", message=message)
+
+
+def test_conditions_of_which_some_are_missing_are_refused(tmp_path):
+    images, condition = np.random.default_rng(0).random((60, 6)), np.arange(60.0)
+    condition[[4, 7]] = np.nan
+    np.savez(tmp_path / "set.npz", x=images, depth=condition)
+    message = "expected 'depth' for each datum, 2 are NaN: leave these data points out"
+    words = ("--dataset", tmp_path / "set.npz", "--condition", "depth")
+    refused(tmp_path, "train", *words, "--output", tmp_path / "run", message=message)
+
+
+def test_classes_that_no_training_datum_has_are_told(tmp_path):
+    x, labels = np.random.default_rng(0).random((60, 6)), np.arange(60) % 4
+    parts = {"train": x[:40], "train_labels": labels[:40] % 2, "test": x[40:]}
+    np.savez(tmp_path / "set.npz", **parts, test_labels=labels[40:], validation=x[:4])
+    settings = TrainSettings(dataset=str(tmp_path / "set.npz"), condition="labels")
+    with pytest.raises(pv.InputError, match="expected 'labels' for the validation part too"):
+        load_data(settings)
+    parts |= {"validation": x[:4], "validation_labels": labels[:4]}
+    np.savez(tmp_path / "set.npz", **parts, test_labels=labels[40:])
+    with pytest.warns(UserWarning, match="12 of 24 validation and test data points are of a class"):
+        build_vae(check_settings(settings), load_data(settings))
+
+
+def test_characters_that_differ_between_the_parts_are_no_condition(tmp_path):
+    words = ("--dataset", "omniglot", "--data-root", tmp_path, "--condition", "labels")
+    message = "got omniglot, whose characters differ: condition on another set"
+    refused(tmp_path, "train", *words, "--output", tmp_path / "run", message=message)
+
+
+def test_the_baseline_is_given_no_size_factors(tmp_path):
+    words = ("--likelihood", "poisson", "--size-factor", "learned")
+    result = run("autoencoder", *words, "--output", tmp_path / "run")
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert "No such option" in result.err
 
 
 @pytest.mark.slow
