@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -54,11 +56,15 @@ nitpick_ignore_regex = [
 ]
 
 
+_LISTED = re.compile(r":param [\\*]*(\w+):")  # as napoleon writes an argument that is listed
+
+
 def setup(app: Sphinx) -> None:
     """Write the pages of modules and notebooks before Sphinx looks for pages; see to properties."""
     app.connect("builder-inited", lambda app: reference.write_pages(Path(app.srcdir)))
     app.connect("builder-inited", lambda app: notebook_pages.write_pages(Path(app.srcdir)))
     app.connect("autodoc-process-docstring", _spare_colon, priority=400)
+    app.connect("autodoc-process-docstring", _list_arguments, priority=600)
     app.add_html_math_renderer("mathml", (_write_inline, None), (_write_block, None))
 
 
@@ -76,6 +82,25 @@ def _mathml(node: nodes.TextElement, *, as_block: bool) -> str:
     text = " ".join(node.astext().split())
     # Browsers put no space between a function's name and its argument.
     return str(tex2mathml(text.replace(r"\log ", r"\log\, "), as_block=as_block))
+
+
+def _list_arguments(
+    _app: Sphinx, what: str, _name: str, obj: object, _options: object, lines: list[str]
+) -> None:
+    """List arguments that a docstring describes in prose: Sphinx adds types to listed names alone.
+
+    Napoleon (priority 500) has listed the others by now, and the fields of classes.
+    """
+    if what not in ("class", "function", "method") or not callable(obj):
+        return
+    found = [(match[1], n) for n, line in enumerate(lines) if (match := _LISTED.match(line))]
+    if not any(line.startswith(":ivar ") for line in lines):
+        place = min((n for _, n in found), default=len(lines))
+        names = {name for name, _ in found}
+        given = inspect.signature(obj).parameters.values()
+        typed = [each.name for each in given if each.annotation is not each.empty]
+        lines[place:place] = [f":param {name}:" for name in typed if name not in names]
+        lines.append("")
 
 
 def _spare_colon(_app: Sphinx, what: str, *rest: object) -> None:

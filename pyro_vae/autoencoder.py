@@ -26,7 +26,7 @@ LOSSES = ("mse", "bce")
 
 @dataclass(frozen=True)
 class AutoencoderFit:
-    """What a run of :meth:`Autoencoder.fit` left behind besides the trained weights.
+    """The result of :meth:`Autoencoder.fit`, besides the trained weights.
 
     Attributes:
         history: one array ``(epochs,)`` per quantity: ``train_loss`` and ``validation_loss`` (per
@@ -105,7 +105,7 @@ class Autoencoder(nn.Module):
         return self.code(self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the data ``(*batch, *data_shape)`` that codes ``(*batch, latent_dim)`` stand for.
+        """Return the data ``(*batch, *data_shape)`` that codes ``(*batch, latent_dim)`` decode to.
 
         After training with cross-entropy these are probabilities.
         """
@@ -114,7 +114,7 @@ class Autoencoder(nn.Module):
         return torch.where(self.ends_in_logits, raw.sigmoid(), raw)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return data after a way through the code, ``(*batch, *data_shape)``."""
+        """Encode data and decode the codes, ``(*batch, *data_shape)``."""
         return self.decode(self.encode(x))
 
     forward = reconstruct

@@ -52,7 +52,7 @@ def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def describe_scale(x: Tensor) -> str | None:
-    """Say in what range numbers lie that are far from 1, and what to do; None: they are near it."""
+    """Describe the range of numbers far from 1, and what to do; None where they are near it."""
     x = x.detach().masked_fill(~x.isfinite(), torch.nan)
     mean, deviation = moments(x)
     if not torch.maximum(mean.abs(), deviation).max() > _LARGE and not deviation.max() < _SMALL:

@@ -95,7 +95,7 @@ class Dataset:
         return tuple(self.train.shape[1:])
 
     def inputs(self, part: str, number: int | None = None, device: Any = "cpu") -> tuple[Any, ...]:
-        """Return what a pair is given of a part: the first data, and what was asked for beside."""
+        """Return a pair's inputs from a part: its first data points, and what is given beside."""
         inputs = getattr(self, part), *self.given.get(part, ())
         return tuple(value[:number].to(device) for value in inputs)
 
@@ -112,7 +112,7 @@ def load(
     labels: str | None = None, leave_out: Sequence[str] = (), allow_missing: bool = False,
     given: Sequence[str] = (),
 ) -> Dataset:  # fmt: skip
-    """Load a named data set, a file of the user's own, or what holds data in another way.
+    """Load a named data set, a file, a table, a torch Dataset, or batches of a loader.
 
     Data of a user's own with labels are split so that each class has its share of every part. What is
     larger than 128 MiB stays on the disk, in a temporary file if need be, and is split in its order.

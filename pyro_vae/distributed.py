@@ -41,11 +41,11 @@ class Processes:
 
     @property
     def are_several(self) -> bool:
-        """Whether there is anybody to share with."""
+        """Whether there is more than one process."""
         return self.size > 1
 
     def share(self, rows: Tensor) -> Tensor:
-        """Return this process's part of some rows: a run of them; of few rows some get none."""
+        """Return this process's share of rows, contiguous; of few rows some processes get none."""
         return rows.tensor_split(self.size)[self.rank] if self.are_several else rows
 
     def own_seed(self, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: wrong input, wrong option, wrong file."""
+"""The one exception for what a user can put right: wrong input, option or file."""
 
 import difflib
 import math
@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return text as one line that any terminal, page or picture shows: what can't be is escaped."""
+    """Return text as one line that any terminal, page or picture can show; the rest is escaped."""
     # A name may hold line breaks, a terminal's commands, and bytes that are no UTF-8.
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
@@ -41,7 +41,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse an option that is none of a few values."""
+    """Refuse an option whose value is not among a few."""
     if value not in choices:
         *others, last = map(repr, choices)
         raise InputError(f"expected {name} {', '.join(others)} or {last}, got {value!r}")
@@ -87,7 +87,7 @@ def check_counts(*, least: int = 1, **counts: Any) -> None:
 
 
 def check_optional_counts(*, least: int = 1, **counts: Any) -> None:
-    """Refuse the same of options for which None stands for a default."""
+    """Do the same for options where None stands for a default."""
     check_counts(least=least, **{name: count for name, count in counts.items() if count is not None})
 
 
@@ -131,7 +131,7 @@ def positive_number(name: str, value: Any) -> float:
 def check_same(
     old: Mapping[str, Any], new: Mapping[str, Any], where: str, advice: str, free: Container[str] = ()
 ) -> None:
-    """Refuse settings that are not those that something was begun with, but for the free ones."""
+    """Refuse settings that differ from those at the beginning, except the free ones."""
     for name in {**new, **old}:
         if name not in free and new.get(name) != old.get(name):
             wanted = f"{name.replace('_', ' ')} {old.get(name)!r} as {where} was begun with"

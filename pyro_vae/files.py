@@ -131,7 +131,7 @@ def check_in_place(folder: Path, before: os.stat_result) -> None:
         if os.path.samestat(os.stat(folder), before):
             return
     wanted = f"{folder} where the run began"
-    advice = "go on with the run where it is now"
+    advice = "resume the run where it is now"
     raise InputError(f"expected {wanted}, it was moved, replaced or deleted since: {advice}")
 
 

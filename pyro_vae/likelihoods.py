@@ -106,7 +106,7 @@ class Likelihood(nn.Module):
             raise InputError(f"expected {wanted}, got {x.flatten()[off.argmax()]:g}: {self.instead}")
 
     def bits_per_dimension(self, log_prob: float) -> float:
-        """Return log p(x) in nats as bits for each value; a code's length where x is discrete."""
+        """Return log p(x) in nats as bits per value: a code length where x is discrete."""
         return -log_prob / (math.log(2) * math.prod(self.data_shape))
 
 
@@ -359,7 +359,7 @@ class Categorical(Likelihood):
         self.logits = Head(feature_shape(decoder), (channels * self.num_categories, *rest))
 
     def start_at_mean(self, mean: Tensor) -> None:
-        """Start with categories alike, of which a mean does not tell the shares."""
+        """Start with equal shares: a mean does not give those of the categories."""
         self.logits.start_at()
 
     def forward(self, z: Tensor, *given: Tensor) -> dist.Distribution:

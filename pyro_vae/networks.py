@@ -247,7 +247,7 @@ class ConvDecoder(_Convolutional):
 
 
 class Standardized(nn.Module):
-    """An encoder that sees ``(x - loc) / scale`` of data x: buffers that are kept with it.
+    """An encoder that sees ``(x - loc) / scale`` of data x; both are buffers, saved with it.
 
     Args:
         encoder: network from data to features.
@@ -274,7 +274,7 @@ class Standardized(nn.Module):
 
 
 class Conditional(nn.Module):
-    """A network that is given a condition too: a decoder as further latents, an encoder at its end.
+    """A network with a condition: a decoder takes it as further latents, an encoder at its end.
 
     Args:
         network: a decoder of ``latent_dim + condition_dim`` latents, or an encoder, whose features
@@ -313,7 +313,7 @@ class Conditional(nn.Module):
             self.body = _MLP(width + self.condition_dim, self.out_shape, activation)
 
     def forward(self, inputs: Tensor, condition: Tensor) -> Tensor:
-        """Return the features of latents or data, and conditions that particles share."""
+        """Return the features of latents or data, and of conditions, which particles share."""
         if not self.decodes:
             axes = len(feature_shape(self.network))
             inputs = self.network(inputs).flatten(start_dim=-axes)

@@ -23,7 +23,7 @@ DataLike = Tensor | np.ndarray | Dataset[Any] | Iterable[Any]
 
 
 def gather(source: Any, *functions: Any) -> Any:
-    """Return tensors and arrays for what holds rows in another way, and anything else as it is.
+    """Return tables, Datasets and loaders as tensors and arrays, anything else as it is.
 
     A pandas table gives its columns as numbers; a ``torch.utils.data.Dataset``, a ``DataLoader`` or
     any other iterable of batches gives its rows in its order, read once through: a tuple of arrays,
@@ -68,7 +68,7 @@ def _stack(batches: Iterable[Any], kind: str) -> tuple[np.ndarray, ...]:
                     raise TypeError(f"a batch with a {type(value).__name__}")
                 rows.add(value.numpy(force=True) if isinstance(value, Tensor) else value)
     if not columns:
-        raise InputError(f"expected a batch at least, got none from the {kind}: was it read before?")
+        raise InputError(f"expected at least one batch, the {kind} has none: was it read before?")
     return tuple(rows.finish() for rows in columns)
 
 

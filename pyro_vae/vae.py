@@ -74,13 +74,13 @@ class VAE(nn.Module):
             pyro.sample("x", self.likelihood(z, *given), obs=x)
 
     def guide(self, x: Tensor, *given: Tensor) -> None:
-        """Draw z from q(z given x) for x ``(N, *data_shape)``; what else is given is the model's."""
+        """Draw z from q(z given x) for x ``(N, *data_shape)``; further inputs are for the model."""
         self._register("variational_family")
         with pyro.plate("data", len(x)), _made_beside(x):
             pyro.sample("z", self.variational_family(*self.family_inputs(x, *given)))
 
     def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return what of the inputs q depends on: x alone."""
+        """Return the inputs that q depends on: x alone."""
         return (x,)
 
     def check_data(self, x: Tensor, *given: Tensor) -> None:
@@ -164,7 +164,7 @@ class VAE(nn.Module):
         self._start_at(x, *given)
 
     def check_observed(self, x: Tensor, *given: Tensor) -> None:
-        """Refuse what :meth:`check_data` refuses, but for NaN, where values are missing."""
+        """Refuse what :meth:`check_data` refuses, except NaN, where values are missing."""
         for block in without_missing(x):
             self.check_data(block, *given)
 
@@ -297,7 +297,7 @@ class ConditionalVAE(VAE):
         super().guide(x, condition, *given)
 
     def family_inputs(self, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return what of the inputs q depends on: x and the condition."""
+        """Return the inputs that q depends on: x and the condition."""
         return x, self.as_vectors(given[0])
 
     def _start_at(self, x: Tensor, *given: Tensor) -> None:

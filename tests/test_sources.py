@@ -183,7 +183,7 @@ def test_a_fit_is_given_what_stands_beside_the_data():
 REFUSED = {
     "words": (lambda: table(), "expected columns of numbers, got kind, id: leave them out"),
     "nothing but words": (lambda: table()[["id"]], "got id"),
-    "no batch": (lambda: iter(()), "expected a batch at least, got none from the tuple_iterator"),
+    "no batch": (lambda: iter(()), "expected at least one batch, the tuple_iterator has none"),
     "dicts": (lambda: iter([{"x": X}]), "a batch with a dict; give it a transform"),
     "shapes": (lambda: iter([X, X[:, :2]]), r"rows of shapes \(3,\) and \(2,\)"),
     "three": (lambda: TensorDataset(X, Y, Y), "got 3 tensors in each batch"),

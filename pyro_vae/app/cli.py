@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Lead streams that are closed nowhere, and let the others show any name."""
+    """Point closed streams at the null device, and let the others show any name."""
     # The next file would get a closed one's number, and with it what C code prints.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -42,7 +42,7 @@ _IMPORTANCE = 50
 def compare_families(
     settings: TrainSettings, how: EvaluateSettings, combined: CompareSettings, output: Path
 ) -> Comparison:
-    """Train every combination with every seed, measure all on the same data, write what was found.
+    """Train every combination with every seed, measure all on the same data, write the results.
 
     Of the settings, prior, likelihood and guide are not used. Runs differ in initial weights and
     training, not in data. With ``hold="model"`` the first guide's VAE is trained, and then every
@@ -181,7 +181,7 @@ def _print(folder: Path, comparison: Comparison, rows: Mapping[str, Mapping[str,
         values = row[quantity], row[f"{quantity}_run_deviation"]
         to_best = plus_minus(difference, half_width, 3)
         shown.append([name, *values, to_best, row["elbo"], row["verdict"]])
-    header = ["", label, "between runs", "to the best (95%)", "ELBO", "verdict"]
+    header = ["", label, "between runs", "minus the best (95%)", "ELBO", "verdict"]
     print_table("Test part, nats per datum", header, shown, decimals=3)
     print_line(f"comparison: {folder}")
 

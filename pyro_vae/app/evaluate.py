@@ -97,7 +97,7 @@ def _print_estimate(values: dict[str, Any], *, as_json: bool) -> None:
 
 
 def estimate_log_marginal(pair: Pair, x: Inputs, how: EvaluateSettings) -> LogMarginal:
-    """Return the estimate of log p(x); a terminal shows the data done and the running mean.
+    """Return the estimate of log p(x); a terminal shows how far it is, with the mean.
 
     Several processes share the data out, and each returns the whole estimate, without draws.
     """

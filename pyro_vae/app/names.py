@@ -106,7 +106,7 @@ _ANNEALING = OnlyWith("method", ("auto", "annealed", "both"))
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything ``pyro-vae train`` can be told; the defaults suit the digits."""
+    """The options of ``pyro-vae train``; the defaults suit the digits."""
 
     dataset: str = option(
         "digits", "digits, mnist, fashion-mnist, kmnist, omniglot, or a .npy/.npz/.csv file."
@@ -162,7 +162,7 @@ class TrainSettings:
     )
     channels: str = option(
         "32,64",
-        "Channels of conv and resnet, likewise; each stage halves the length or height and width.",
+        "Channels of conv and resnet, mirrored too; each stage halves length or height and width.",
         only_with=OnlyWith("network", ("conv", "resnet")),
     )
     activation: str = option("relu", choices=ACTIVATIONS)
@@ -174,7 +174,7 @@ class TrainSettings:
     objective: str = option("analytic-kl", choices=OBJECTIVES)
     num_particles: int | None = option(None, "Draws per data point and step; default: 1, for iwae 5.")
     free_bits: float | None = option(
-        None, "With --objective free-bits: nats that each latent dimension has free of charge."
+        None, "With --objective free-bits: free nats of each latent dimension."
     )
     epochs: int = option(200, "Passes over the training data.")
     batch_size: int = option(64, "Data points per step.")
@@ -208,10 +208,10 @@ class EvaluateSettings:
         None, "Nats; the samples become a pilot that says how many each datum needs.", _SAMPLING
     )
     num_chains: int = option(32, "Annealing: chains per data point.", _ANNEALING)
-    num_steps: int = option(1000, "Annealing: most steps of a chain.", _ANNEALING)
+    num_steps: int = option(1000, "Annealing: maximum steps of a chain.", _ANNEALING)
     max_annealed: int = option(
         100,
-        "Most data points to anneal; up to four times as many are checked from the prior.",
+        "Maximum of data points to anneal; up to four times as many are checked from the prior.",
         only_with=OnlyWith("method", ("auto",)),
     )
     num_data: int | None = option(None, "Use only the first N test data points.")
@@ -220,12 +220,12 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where ``pyro-vae train`` writes a run and its state, or which run it goes on with."""
+    """Where ``pyro-vae train`` writes a run and its state, or which run it resumes."""
 
     output: Path | None = option(None, "Run folder; default: a new one below runs/.")  # noqa: RUF009
     checkpoint_every: int | None = option(None, "Write a checkpoint every N epochs.")
     checkpoint_minutes: float = option(1.0, "Write a checkpoint every N minutes; 0: at every step.")
-    resume: Path | None = option(None, "Resume this interrupted run folder, with the options it has.")  # noqa: RUF009
+    resume: Path | None = option(None, "Resume the run in this folder, with its own options.")  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class EvaluateFiles:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What ``pyro-vae compare`` combines, names between commas, and how often it trains each."""
+    """What ``pyro-vae compare`` combines, names separated by commas, and how often it trains it."""
 
     guides: str = option(
         "mean-field,full-rank,iaf,spline,mixture",
@@ -252,16 +252,16 @@ class CompareSettings:
     )
     priors: str = option("standard-normal", "Priors, separated by commas.")
     likelihoods: str = option("bernoulli", "Likelihoods, separated by commas.")
-    seeds: int = option(3, "Runs of each combination, from --seed on; all see the same data.")
+    seeds: int = option(3, "Runs of each combination, seeds from --seed up; all see the same data.")
     hold: str | None = option(None, "model: train every guide on the frozen model of the first.")
 
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What every command that draws a picture of a run can be told."""
+    """The options of every command that draws a picture of a run."""
 
     output: Path | None = option(None, "Picture file: .png, .svg or .pdf.")  # noqa: RUF009
-    condition: str | None = option(None, "Draw of this class or number, and its test data.")
+    condition: str | None = option(None, "Draw for this class or number, with its test data.")
     data_root: str | None = option(None, "Folder of the data set; default: the run's.")
     seed: int = option(0, "Seed of the draws.")
 
@@ -280,14 +280,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Reconstruct the first test data points of a run, into a picture."""
+    """Draw the first test data points of a run beside their reconstructions."""
 
     num: int | None = option(None, "How many; default: 12 images or 500 vectors.")
 
 
 @dataclass(frozen=True)
 class Complete:
-    """Hide a part of the first test data points of a run and fill it in, into a picture."""
+    """Hide a part of a run's first test data points, fill it in, and draw the result."""
 
     missing: str = option(
         "right", "lower, upper, left, right (for vectors left, right), random:SHARE, or nan: no more."
@@ -326,16 +326,16 @@ class Latent:
 
 @dataclass(frozen=True)
 class Traverse:
-    """Vary the latents of a test data point one at a time, into a picture."""
+    """Vary the latents of a test data point one at a time, and draw what they decode to."""
 
     datum: int = option(1, "Number of the test data point, from 1.")
-    num: int = option(8, "Most latents to vary, the most active first.")
+    num: int = option(8, "Maximum number of latents to vary, the most active first.")
     num_steps: int = option(11, "Values per latent.")
 
 
 @dataclass(frozen=True)
 class Interpolate:
-    """Walk between the codes of the first test data points of a run, into a picture."""
+    """Walk between the codes of a run's first test data points, and draw the way."""
 
     num: int = option(6, "Number of paths.")
     num_steps: int = option(11, "Number of points on each path.")
@@ -346,7 +346,7 @@ Picture = Sample | Reconstruct | Complete | Latent | Traverse | Interpolate
 
 
 def check_values(settings: Any, *, in_python: bool = False) -> None:
-    """Refuse names that are not known, and whole numbers out of range, by the option or argument."""
+    """Refuse unknown names, and whole numbers out of range, by the option or argument."""
     for each in fields(settings):
         name, value, choices = each.name, getattr(settings, each.name), each.metadata["choices"]
         if choices and value is not None and value not in choices:

@@ -26,7 +26,7 @@ def as_command(
     without: Mapping[type, Container[str]] | None = None,
     defaults: Mapping[type, Mapping[str, Any]] | None = None,
 ) -> CommandFunction:
-    """Return a function as Typer is to read it, with an option ``--debug``.
+    """Return a function in the form that Typer reads, with an option ``--debug``.
 
     A parameter that is annotated with a settings class, a dataclass of
     :func:`pyro_vae.app.names.option`, becomes one option per field, and the function is handed the
@@ -86,7 +86,7 @@ def as_command(
 
 
 def in_options(text: str, own: Container[str] | None = None) -> str:
-    """Return what the library says with the names of options and their values in place of Python's.
+    """Return a message of the library with options and their values in place of Python's.
 
     ``own`` are the options of the command; one of ``evaluate`` alone is shown with its command.
     """
@@ -121,7 +121,7 @@ def tell(text: str) -> None:
 
 
 def tell_interruption(interruption: KeyboardInterrupt) -> int:
-    """Say how to go on after an interruption; return the exit code, 128 and the signal's number."""
+    """Say how to resume after an interruption; return the exit code, 128 and the signal's number."""
     told = [*getattr(interruption, "__notes__", ()), "the same command"]
     tell(f"interrupted: resume with {told[0]}")
     numbers = [getattr(interruption, "number", None), *interruption.args, signal.SIGINT]
@@ -129,13 +129,13 @@ def tell_interruption(interruption: KeyboardInterrupt) -> int:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Say whether an option stands on the command line, be it with its default value."""
+    """Say whether an option was given, even with its default value."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -> None:
-    """Refuse an option that was given although the value of another one takes its effect away."""
+    """Refuse an option that the value of another one leaves without effect."""
     for each in declared:
         condition: OnlyWith | None = each.metadata["only_with"]
         if condition is None or not is_given(context, each.name):
@@ -154,7 +154,7 @@ def _refuse_without_effect(context: typer.Context, declared: list[Field[Any]]) -
 
 
 def _annotate(declared: Field[Any], hint: Any) -> Any:
-    """Return the annotation by which Typer makes an option of a field."""
+    """Return the annotation from which Typer makes an option for a field."""
     flags = declared.metadata["flags"]
     if flags is None and hint is bool:
         flags = names.flag(declared.name)  # a flag has no negation: it is left out instead

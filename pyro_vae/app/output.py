@@ -76,7 +76,7 @@ class Page:
         self._parts.append(f"<pre><code>{lines}</code></pre>")
 
     def table(self, header: Sequence[str], rows: _Rows, *, caption: str, decimals: int = 2) -> None:
-        """Add a table whose first column names the rows; columns of numbers stand right.
+        """Add a table whose first column names the rows; numbers are aligned right.
 
         Cells are text, numbers, floats with so many decimals, or None for what is not known.
         """
@@ -161,21 +161,21 @@ def print_line(text: str) -> None:
 
 
 class _Terminal(Console):
-    """Standard output: where nobody reads on, as behind ``| head -1``, the work goes on unseen."""
+    """Standard output: once its reader has gone, as behind ``| head -1``, the work goes on unseen."""
 
     def on_broken_pipe(self) -> None:
         give_up_output()
 
 
 def give_up_output() -> None:
-    """Lead standard output nowhere, and with it what still waits to be written there."""
+    """Discard standard output, and what still waits to be written to it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def plus_minus(value: float | None, error: float | None, decimals: int = 2) -> str:
-    """Return a value with its error as one cell; without an error that is not known."""
+    """Return a value with its error as one cell; without the error where it is not known."""
     if value is None or error is None or not math.isfinite(value + error):
         return _cell(value, decimals)
     return f"{_cell(value, decimals)} \N{PLUS-MINUS SIGN} {_cell(error, decimals)}"
@@ -218,7 +218,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
 
 
 def _picture(figure: Figure) -> tuple[str, bytes]:
-    """Return a figure's MIME subtype and bytes, which depend on what it shows alone."""
+    """Return a figure's MIME subtype and bytes, which depend only on what it shows."""
     import matplotlib
 
     def save(**options: Any) -> bytes:

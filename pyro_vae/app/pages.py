@@ -1,4 +1,4 @@
-"""The pages that commands write: a run's, a comparison's, and what every page says of its origin."""
+"""The pages that commands write: a run's, a comparison's, and the origin that every page states."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ _CAPTIONS = {
     "samples": "New data drawn from the trained model.",
     "reconstructions": "Test data and what the model makes of their latents.",
     "differences": (
-        "Paired differences to the best family. Bars: 95% intervals from the spread over the data "
+        "Paired differences from the best family. Bars: 95% intervals from the spread over the data "
         "points and the spread between runs together; small dots: single runs, each beside the best "
         "family's run of the same seed."
     ),
@@ -46,7 +46,7 @@ _CAPTIONS = {
 
 
 def write_run_page(folder: Path, run: Row, metrics: Row, pictures: Mapping[str, Figure]) -> None:
-    """Write a training run's page: of what ``config.json`` and ``metrics.json`` hold, with figures.
+    """Write a training run's page from ``config.json`` and ``metrics.json``, with figures.
 
     There is none named ``training`` after no epochs.
     """
@@ -81,7 +81,7 @@ def write_run_page(folder: Path, run: Row, metrics: Row, pictures: Mapping[str, 
 
 
 def log_prob_name(pseudo: bool) -> str:
-    """Return the name of log p(x) in a table: what is no density is called so."""
+    """Return the name of log p(x) in a table: a pseudo-likelihood is called one."""
     return "log p(x)" + (" (pseudo-likelihood)" if pseudo else "")
 
 
@@ -114,7 +114,7 @@ def add_reliability(page: Page, estimate: Row) -> None:
 
 
 def write_page(page: Page, folder: Path, made: Row) -> None:
-    """Write a page whole or not at all, with how to get the same again at its end."""
+    """Write a page, whole or not at all; it ends with how to reproduce it."""
     page.section("How it was made")
     page.code(in_lines(made["command"]))
     used = {name: value for name, value in made["settings"].items() if value is not None}
@@ -154,7 +154,7 @@ def _add_result(page: Page, metrics: Row) -> None:
     )
     if (missing := estimate.get("missing")) is not None:
         page.text(
-            f"{missing:.1%} of these values are missing: all is told of those that were observed."
+            f"{missing:.1%} of the values are missing: all numbers are those of the observed ones."
         )
     if "bits_per_dimension" in estimate:
         page.text(f"Bits per dimension: {estimate['bits_per_dimension']:.3f}.")
@@ -198,17 +198,16 @@ def conclude(comparison: Comparison) -> str:
     verdicts = {name: comparison.verdict(name) for name in comparison.pairs if name != best}
     tied = [name for name, verdict in verdicts.items() if verdict == "tied"]
     if tied:
-        verb = "is" if len(tied) == 1 else "are"
-        said.append(f"{', '.join(tied)} {verb} not told apart from it by these data and runs.")
+        said.append(f"These data and runs do not distinguish {', '.join(tied)} from it.")
     withheld = [name for name, verdict in verdicts.items() if verdict == "withheld"]
     if withheld:
-        said.append(f"The numbers can't carry a verdict on {', '.join(withheld)}.")
+        said.append(f"The numbers do not support a verdict on {', '.join(withheld)}.")
     for name in (name for name, verdict in verdicts.items() if verdict == "behind"):
         difference = comparison.difference(name, quantity)
         said.append(f"{name} is behind by {plus_minus(-difference.mean, difference.half_width, 3)}.")
     said.append("Intervals cover 95%.")
     if comparison.num_runs < 2:
-        said.append("With one run each nothing is known of the spread between runs.")
+        said.append("One run each says nothing about the spread between runs.")
     return " ".join(said)
 
 
@@ -236,7 +235,7 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Row]) ->
     header += ["error, Monte Carlo", "error, over data", "deviation between runs"]
     difference = f"{quantity}_difference"
     page.table(
-        [*header, "difference to the best (95%)", "verdict"],
+        [*header, "difference from the best (95%)", "verdict"],
         [
             [
                 name,
@@ -249,7 +248,7 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Row]) ->
         caption=f"Test part, nats per datum, by {method} with {comparison.num_samples:,} "
         f"draws, averaged over {comparison.num_runs} runs each. The error over data is shared by all "
         "families, as they saw the same data; differences are paired, so it drops out of them. "
-        "Tied: the interval has 0 in it. Withheld: the numbers can't carry a verdict.",
+        "Tied: the interval contains 0. Withheld: the numbers do not support a verdict.",
         decimals=3,
     )
 

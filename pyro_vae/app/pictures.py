@@ -1,4 +1,4 @@
-"""The pictures of a run: what is drawn for images and for vectors, and how it is said."""
+"""The pictures of a run: what is drawn for images and for vectors, and how it is labelled."""
 
 import functools
 import math
@@ -57,7 +57,7 @@ class Subject:
         of_class = None if self.num_classes is None else int((distance == 0).sum())
         rows, labels = distance.argsort(stable=True)[:of_class], data.test_labels
         if not len(rows):
-            raise InputError(f"expected a class that test data have, got {self._condition!r}")
+            raise InputError(f"expected a class of the test data, got {self._condition!r}")
         given = {"test": tuple(value[rows] for value in data.given["test"])}
         labels = None if labels is None else labels[rows]
         return replace(data, test=data.test[rows], test_labels=labels, given=given)

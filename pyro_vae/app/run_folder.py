@@ -35,7 +35,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """When a run writes its state: after so many epochs, and after so many minutes."""
+    """How often a run writes its state, in epochs and in minutes."""
 
     every: int | None = None
     minutes: float | None = 1.0
@@ -64,11 +64,11 @@ FREE = ("data_root", "download", "device")
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
-    """Return what a run of `pyro-vae train` says of itself, and its settings."""
+    """Return what a run of `pyro-vae train` records about itself, and its settings."""
     run = read_config(folder).get("run", {})
     if "settings" not in run or "limits" not in run:
         wanted = f"a run of `pyro-vae train` in {folder}"
-        raise InputError(f"expected {wanted}, got a folder by pv.save: use the library on it")
+        raise InputError(f"expected {wanted}, got a folder by pv.save: load it with pv.load")
     kinds = {name: _RUN_SCHEMA[name] for name in _RUN_SCHEMA.keys() & run.keys()}
     check_schema(run, kinds, f"{folder / CONFIG}: run")
     settings = run["settings"]
@@ -89,7 +89,7 @@ def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple
     check_single(run)
     read_config(run)
     if not (run / WEIGHTS).exists():
-        advice = f"go on with it by `pyro-vae train --resume {shlex.quote(str(run))}`"
+        advice = f"resume it with `pyro-vae train --resume {shlex.quote(str(run))}`"
         raise InputError(f"expected a finished run, {run} has no weights yet: {advice}")
     vae, (record, settings) = runs.load(run, device=str(device)), read_run(run)
     low, high = record["limits"]
@@ -99,7 +99,7 @@ def open_run(run: Path, device: torch.device) -> tuple[VAE, TrainSettings, tuple
 def check_single(folder: Path) -> None:
     """Refuse a folder of several runs, as ``pyro-vae compare`` and ``sweep`` write it."""
     if (folder / STUDY).is_file():
-        advice = f"give one in {folder / RUNS}, or repeat the command that began them to go on"
+        advice = f"name one in {folder / RUNS}, or repeat the command that began them to continue"
         raise InputError(f"expected a run folder, {folder} holds several runs: {advice}")
 
 

@@ -1,4 +1,4 @@
-"""From settings to a VAE and its training: names looked up, numbers checked, defaults told."""
+"""From settings to a VAE and its training: names looked up, numbers checked, defaults resolved."""
 
 import warnings
 from contextlib import suppress
@@ -167,7 +167,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def tell_defaults(settings: TrainSettings, train: Tensor, held_out: Any = ()) -> TrainSettings:
-    """Return the settings with the defaults as they are for the data."""
+    """Return the settings with the defaults resolved for the data."""
     num_data = len(train)
     told: dict[str, Any] = {"data_seed": settings.split_seed}
     if settings.likelihood in names.WITH_SIGMA:
@@ -188,7 +188,7 @@ def tell_defaults(settings: TrainSettings, train: Tensor, held_out: Any = ()) ->
 
 
 def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
-    """Return settings, defaults told, as they are recorded: without what is not in use."""
+    """Return settings as they are recorded: defaults resolved, unused ones left out."""
     record = {}
     for each in fields(settings):
         value, condition = getattr(settings, each.name), each.metadata["only_with"]
@@ -199,7 +199,7 @@ def as_record(settings: TrainSettings | EvaluateSettings) -> dict[str, Any]:
 
 
 def fit_options(settings: TrainSettings) -> dict[str, Any]:
-    """Return what :func:`pyro_vae.fit` is to be told."""
+    """Return the options for :func:`pyro_vae.fit`."""
     same = {each.name for each in fields(FitSettings)} & vars(settings).keys() - {"seed"}
     name, floor = settings.objective, settings.free_bits
     if (floor is not None) != (name == "free-bits"):

@@ -57,7 +57,7 @@ class Study:
         return vae.eval(), metrics
 
     def describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a page and a JSON file say of how their numbers were made."""
+        """Describe, for a page and a JSON file, how their numbers were made."""
         made = {"settings": settings, "checksums": self.dataset.checksums}
         return made | run_folder.describe_origin()
 
@@ -89,7 +89,7 @@ def open_study(folder: Path, asked: Mapping[str, Any], settings: TrainSettings) 
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows of equal names as CSV, whole or not at all; what is not known stays empty."""
+    """Write rows with the same names as CSV, whole or not at all; unknown values stay empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

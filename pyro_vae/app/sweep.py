@@ -1,4 +1,4 @@
-"""``pyro-vae sweep``: a series of runs over beta, from much rate to little."""
+"""``pyro-vae sweep``: a series of runs over beta, from a high rate to a low one."""
 
 import math
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ _SEED = 0  # of what is drawn from the trained model
 def train(
     settings: TrainSettings, output: Path | None, *, checkpointing: Checkpointing | None = None
 ) -> Path:
-    """Train a VAE as told, evaluate it, and write a run folder, by default a new one; return it.
+    """Train a VAE, evaluate it, and write a run folder, by default a new one; return the folder.
 
     Several processes (see :func:`pyro_vae.fit`) do so together, in one folder; the first one writes.
     After an ``Interrupted``, :func:`resume` goes on with it.
@@ -63,7 +63,7 @@ def train(
 
 
 def resume(folder: Path, given: Mapping[str, Any]) -> Path:
-    """Go on with a run that was interrupted or killed, to the end that it would have had.
+    """Resume a run that was interrupted or killed; it ends as if it had not been.
 
     Settings that are given once more must be the run's own.
     """
@@ -98,7 +98,7 @@ def train_run(
     settings: TrainSettings, dataset: Dataset, folder: Path, *, start: VAE | None = None,
     held: VAE | None = None, checkpointing: Checkpointing | None = None, resumed: bool = False,
 ) -> tuple[VAE, dict[str, Any]]:  # fmt: skip
-    """Train into a new run folder, or go on with the one there; return VAE and ``metrics.json``.
+    """Train into a new run folder, or resume the one there; return VAE and ``metrics.json``.
 
     The folder's lock is held to the end; of a run that is resumed, the caller holds it.
     Nothing is left of a run that fails before its first checkpoint, or without checkpointing. The
@@ -172,7 +172,7 @@ def _new_folder(output: Path | None, settings: TrainSettings) -> Path:
 def _train_to_the_end(
     settings: TrainSettings, dataset: Dataset, folder: Path, when: Checkpointing, **how: Any
 ) -> None:
-    """Train and print what came of it; note with an interruption how to go on with the run."""
+    """Train and print what came of it; note with an interruption how to resume the run."""
     try:
         metrics = train_run(settings, dataset, folder, checkpointing=when, **how)[1]
     except KeyboardInterrupt as interruption:
@@ -183,7 +183,7 @@ def _train_to_the_end(
 
 
 def _is_finished(folder: Path, processes: Processes) -> bool:
-    """Say whether a run has its end, and that it has."""
+    """Say whether a run is finished, and print that it is."""
     if not processes.decide(lambda: is_regular(folder / METRICS)):
         return False
     if processes.is_first:
@@ -194,7 +194,7 @@ def _is_finished(folder: Path, processes: Processes) -> bool:
 
 @contextmanager
 def _check_same_model(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Refuse to go on with a run of another model."""
+    """Refuse to resume a run of another model."""
     begun = read_config(folder).get("model")
     if begun != known_to(begun, json.loads(json.dumps(config["model"]))):
         wanted = f"the model that {folder} describes"

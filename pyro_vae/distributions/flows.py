@@ -154,7 +154,7 @@ class Inverse:
 
 
 class FlowDistribution(LatestDraw, TorchDistribution):
-    r"""What a standard normal becomes when pushed through layers.
+    r"""A standard normal pushed through layers.
 
     .. math:: \log p(y) = \log N(x; 0, I) - \log |\det dy/dx|
 

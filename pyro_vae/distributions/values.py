@@ -59,7 +59,7 @@ class NumberedCategorical(dist.Categorical):
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the numbers, which says something of categories that have an order."""
+        """The mean of the numbers, which is meaningful for ordered categories."""
         return self.probs @ torch.arange(self.probs.shape[-1]).to(self.probs)
 
 

@@ -77,7 +77,7 @@ class AnnealingOptions:
 
 
 class Plan(NamedTuple):
-    """How the chains of a block go, frozen before the first one that counts starts."""
+    """How the chains of a block move, frozen before the first chain that counts."""
 
     path: AnnealingPath
     tuning: Tuning
@@ -228,7 +228,7 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
 
 
 def error_of_few(log_weights: Tensor, standard_error: Tensor) -> Tensor:
-    """Return the standard error to tell of a log mean of few weights ``(K, N)``, ``(N,)``, nats.
+    """Return the standard error to report for a log mean of few weights ``(K, N)``, ``(N,)``, nats.
 
     Where the largest weights have not been drawn, the mean is low and the error the weights show is
     too small. A sum of many small steps, a log weight is about normal, and of normal ones with

@@ -195,7 +195,7 @@ def _check_options(
 
 
 def _look_at(pair: OpenedPair, settings: _Settings) -> tuple[dict[str, Observed], Trained]:
-    """Return what a pair observes and what trains of it; refuse what can't be measured as asked."""
+    """Return what a pair observes and trains; refuse what can't be measured as asked."""
     check_data(pair.model, pair.inputs)
     with pair.evaluating(settings.seed):
         Particles(pair)  # refuses a pair that has no weights

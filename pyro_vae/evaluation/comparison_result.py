@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one pair; quantities per datum in nats, None if not asked for."""
+    """The measurements of one pair: quantities per datum in nats, None if not asked for."""
 
     elbo: PerDatum
     iwae: PerDatum
@@ -101,7 +101,7 @@ class Comparison:
 
     @classmethod
     def of_runs(cls, comparisons: Sequence[Comparison]) -> Comparison:
-        """Join what :func:`pyro_vae.compare` returned, for one seed of the training after another.
+        """Join results of :func:`pyro_vae.compare`, each from another training seed.
 
         Raises:
             InputError: none, or comparisons of other pairs, settings or numbers of data points.
@@ -124,7 +124,7 @@ class Comparison:
 
     @cached_property
     def pairs(self) -> dict[str, Measured]:
-        """What was measured by name, averaged over the runs."""
+        """The measurements of each pair by its name, averaged over the runs."""
         return {name: _average(runs) for name, runs in self.runs.items()}
 
     @property
@@ -162,7 +162,7 @@ class Comparison:
         return value
 
     def best(self, quantity: str | None = None) -> str:
-        """Return the name with the highest mean; by default of what the verdicts rest on."""
+        """Return the name of the pair with the highest mean, by default of :attr:`ranked_by`."""
         quantity = quantity or self.ranked_by
         return max(self.pairs, key=lambda name: self.per_datum(name, quantity).mean)
 
@@ -173,7 +173,7 @@ class Comparison:
     def difference(
         self, name: str, quantity: str = "log_prob", *, to: str | None = None
     ) -> Difference:
-        """Return the paired difference of one pair to another, by default the best in this quantity.
+        """Return one pair's paired difference from another, by default the best in this quantity.
 
         Raises:
             InputError: no pair or no quantity of that name.
@@ -189,7 +189,7 @@ class Comparison:
     def verdict(self, name: str) -> str:
         """Return ``"best"``, ``"tied"``, ``"behind"`` or ``"withheld"``, by :attr:`ranked_by`.
 
-        A pair is tied if 0 lies in the 95% interval of its paired difference to the best (about two
+        A pair is tied if 0 lies in the 95% interval of its paired difference from the best (about two
         standard errors, with several runs also of their spread), and behind otherwise; the best is
         called so only where all others are behind. There is no correction for the number of pairs:
         the best of many equal ones is partly luck.
@@ -231,7 +231,7 @@ class Comparison:
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("pair")
 
     def to_arviz(self) -> dict[str, Any]:
-        """Return the pairs as ArviZ's pointwise densities: ``arviz.compare`` takes them as they are.
+        """Return each pair's pointwise log-densities for ArviZ, as ``arviz.compare`` takes them.
 
         See ``pyro_vae.evaluation.estimate.pointwise_densities``.
         """
@@ -246,7 +246,7 @@ class Comparison:
         return found
 
     def plot(self, quantity: str | None = None) -> Figure:
-        """Show the paired differences to the best, with their 95% intervals and the single runs."""
+        """Show paired differences from the best, with their 95 % intervals and the single runs."""
         from pyro_vae.plots import paired_differences
 
         quantity = quantity or self.ranked_by
@@ -256,7 +256,7 @@ class Comparison:
             [each.mean for each in differences],
             [each.half_width for each in differences],
             best=self.best(quantity),
-            title=f"{_NAMES[quantity]}: difference to the best, with 95% interval",
+            title=f"{_NAMES[quantity]}: difference from the best, with 95% interval",
             by_run=[each.by_run for each in differences] if self.num_runs > 1 else None,
         )
 
@@ -356,7 +356,8 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         if several:
             deviations = [comparison.run_deviation(name, quantity) for name in pairs]
             yield "  deviation between runs", [error_text(value) for value in deviations]
-        yield f"  {label}, to the best", [_difference(comparison, name, quantity) for name in pairs]
+        differences = [_difference(comparison, name, quantity) for name in pairs]
+        yield f"  {label}, minus the best", differences
         if quantity == comparison.ranked_by:
             yield "  verdict", [comparison.verdict(name) for name in pairs]
     measured = list(pairs.values())
@@ -386,10 +387,10 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     both = "over data points and runs" if comparison.num_runs > 1 else "over data points"
     yield (
         "± Monte Carlo standard error, in brackets the standard error over the data points; "
-        f"differences to the best: ± half a 95% interval of the paired difference {both}, in "
+        f"differences from the best: ± half a 95% interval of the paired difference {both}, in "
         "brackets its Monte Carlo standard error (less where pairs share draws)."
     )
-    yield f"tied: that interval of {_NAMES[comparison.ranked_by]} has 0 in it."
+    yield f"tied: that interval of {_NAMES[comparison.ranked_by]} contains 0."
     if comparison.likelihood == "pseudo-likelihood":
         yield "The likelihood is a pseudo-likelihood: compare with nothing outside this table."
     if comparison.hold == "model":
@@ -401,7 +402,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         doubt = f"log p(x) may be off there by more than its errors say{advice}"
         yield f"Some data points of {', '.join(untrusted)} are not trusted: {doubt}."
     if "withheld" in map(comparison.verdict, comparison.pairs):
-        yield "withheld: the numbers can't carry a verdict, see Comparison.verdict."
+        yield "withheld: the numbers do not support a verdict, see Comparison.verdict."
 
 
 def _value(quantity: PerDatum) -> str:

@@ -238,7 +238,7 @@ def _check_frozen(fixed: PairFunction, guides: Mapping[str, PairFunction], input
             raise _shared(name)
         if leaves:
             wanted = "a model to freeze whose trainable tensors Pyro knows"
-            advice = "name their modules by pyro.module, or call requires_grad_(False) on them"
+            advice = "register their modules with pyro.module, or call requires_grad_(False) on them"
             raise InputError(f"expected {wanted}, got unknown ones: {advice}")
 
 

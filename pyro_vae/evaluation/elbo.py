@@ -38,7 +38,7 @@ class PerDatum(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What the draws of a guide say of the pair: its quantities as at :class:`Measured`."""
+    """What draws of the guide give: the quantities that :class:`Measured` explains."""
 
     elbo: PerDatum
     iwae: PerDatum

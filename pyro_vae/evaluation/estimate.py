@@ -1,4 +1,4 @@
-"""An estimate of log p(x): the numbers per datum, and what says how far they can be trusted."""
+"""An estimate of log p(x): the numbers per datum, and how far they can be trusted."""
 
 import math
 import warnings
@@ -123,7 +123,7 @@ class LogMarginal:
 
     @property
     def expected_bias(self) -> Tensor:
-        """What ``log_prob`` is off by on average, ``(N,)``: about -se^2 / 2, for errors well below 1.
+        """The bias to expect of ``log_prob``, ``(N,)``: about -se^2 / 2, for errors well below 1.
 
         It is the next term of the delta method: Owen 2013, section 2.7.
         """
@@ -131,12 +131,12 @@ class LogMarginal:
 
     @property
     def mean_expected_bias(self) -> float:
-        """What :attr:`mean` is off by on average: over the data it does not average out."""
+        """The bias to expect of :attr:`mean`; it does not average out over the data."""
         return self.expected_bias.mean().item()
 
     @property
     def pareto_k_limit(self) -> Tensor:
-        """The highest Pareto k to trust of so many weights, min(0.7, 1 - 1 / log10 S), ``(N,)``."""
+        """The highest Pareto k to trust for S weights, min(0.7, 1 - 1 / log10 S), ``(N,)``."""
         return pareto_k_limit(self.num_samples)
 
     @property
@@ -147,7 +147,7 @@ class LogMarginal:
 
     @property
     def methods(self) -> list[str]:
-        """What gave the number of each data point: ``"importance"`` or ``"annealed"``.
+        """The method behind each data point's number: ``"importance"`` or ``"annealed"``.
 
         ``"not annealed"`` is importance sampling by ``auto`` where it can't be trusted.
         """

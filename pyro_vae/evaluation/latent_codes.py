@@ -1,4 +1,4 @@
-"""Latent codes: what a guide says of each datum's latents, as means or as draws."""
+"""Latent codes: each datum's latents by the guide, as means or as draws."""
 
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ def choose_site(sites: dict[str, Any], site: str | None) -> str:
         return next(iter(sites))
     if site is None or site not in sites:
         wanted = "one latent" if site is None else f"a latent {site!r}"
-        raise InputError(f"expected {wanted}, there are {', '.join(sites)}: name one by site=")
+        raise InputError(f"expected {wanted}, there are {', '.join(sites)}: name one with site=")
     return site
 
 

@@ -14,7 +14,7 @@ _LEAST_TRUSTED = 0.9
 
 
 class Difference(NamedTuple):
-    """Mean paired difference of one pair to another, nats per datum."""
+    """Mean paired difference of one pair from another, nats per datum."""
 
     mean: float  # over the data points (and runs) of this pair's value minus the other's
     # Over the data points, from the spread of the differences (averaged over the runs) alone, which

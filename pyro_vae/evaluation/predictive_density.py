@@ -149,7 +149,7 @@ def _check_independent(pair: OpenedPair) -> None:
     both = [(_shared(pair.guide, each, theta)[1],) for each in (pair, pair.on(tuple(others)))]
     if not all_close(*both):
         wanted = f"the data that {min(theta)!r} of the guide depends on"
-        raise InputError(f"expected {wanted}, got none: pass those that it was fitted to by given=")
+        raise InputError(f"expected {wanted}, got none: pass those that it was fitted to as given=")
 
 
 def _weigh_given(pair: OpenedPair, theta: Latents, num_samples: int, known: Knowledge) -> Tensor:

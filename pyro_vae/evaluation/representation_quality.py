@@ -1,4 +1,4 @@
-"""What the latents hold of the data: active units, information, dependence, and use for labels.
+"""What the latents tell about the data: active units, information, dependence, use for labels.
 
 With the N given data as the whole population, the aggregate posterior is the finite mixture
 ``q(z) = (1/N) sum_n q(z|x_n)``, evaluated as it is: a log-sum-exp over all N data. Then
@@ -61,7 +61,7 @@ class Estimate(NamedTuple):
 @shown
 @dataclass(frozen=True)
 class Representation:
-    """What the latents hold of N data; information in nats.
+    """What the latents tell about N data points; information in nats.
 
     The information measures are those of the N data themselves: the index n is uniform on them and
     q(z) is their mixture. As estimates for the distribution behind the data they are biased, and do
@@ -142,7 +142,7 @@ def representation(
     num_samples: int = 4, num_neighbours: int = 5, num_folds: int = 5,
     max_memory: int | None = None, plate: str = "data", seed: int | None = 0,
 ) -> Representation:  # fmt: skip
-    """Measure what the latents of a pair hold of the data; several latent sites are taken together.
+    """Measure what the latents of a pair tell about the data; several sites are taken together.
 
     The cost grows with the square of N (every draw is scored under every datum's posterior); a few
     thousand data are taken in seconds by the amortised families here. The accuracies are those of

@@ -48,7 +48,7 @@ class PosteriorPredictive:
 
     @property
     def p_value(self) -> dict[str, Tensor]:
-        """By statistic, the share of drawn values at or above the datum's, ``(N,)``; ties by half.
+        """Share of drawn values at or above the datum's, by statistic, ``(N,)``; ties by half.
 
         Near 0 or 1 for data that the model can't make. The guide has seen the datum, so for a good
         model the values crowd around 1/2 rather than being uniform.
@@ -57,7 +57,7 @@ class PosteriorPredictive:
 
     @property
     def overall_p_value(self) -> dict[str, float]:
-        """By statistic, the share of whole drawn data sets whose mean is above the data's."""
+        """Share of drawn data sets whose mean is above the data's, by statistic."""
         means = {n: (self.replicated[n].mean(1), seen.mean()) for n, seen in self.observed.items()}
         return {name: _share_above(*both).item() for name, both in means.items()}
 
@@ -152,7 +152,7 @@ class AggregatePosterior:
 
     @property
     def p_value(self) -> Tensor:
-        """Chance of such a distance between draws of one distribution, ``(D,)``."""
+        """Probability of a distance this large between draws of one distribution, ``(D,)``."""
         return self._tests()[1]
 
     def _tests(self) -> Tensor:
@@ -232,7 +232,7 @@ class Calibration:
 
     @property
     def counts(self) -> Tensor:
-        """How many data have their rank in each bin, ``(dimensions, num_bins)``."""
+        """How many data points have their rank in each bin, ``(dimensions, num_bins)``."""
         ranks = torch.cat(list(self.ranks.values()), dim=1)
         bins = ranks * self.num_bins // (self.num_draws + 1)
         return torch.stack([torch.bincount(column, minlength=self.num_bins) for column in bins.T])
@@ -248,7 +248,7 @@ class Calibration:
 
     @property
     def p_value(self) -> Tensor:
-        """Chance of a statistic as large under uniform ranks, ``(dimensions,)``.
+        """Probability of a statistic this large under uniform ranks, ``(dimensions,)``.
 
         Small for a guide that is not the posterior. Over many dimensions one of them is small by
         chance: compare their minimum with a level divided by their number.

@@ -167,7 +167,7 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 class FreeBits(AnalyticKL):
-    r"""The ELBO whose rate is not pressed below a floor, against latents that are given up.
+    r"""The ELBO whose rate is not pressed below a floor, which keeps latents in use.
 
     .. math:: E_q[\log p(x|z)] - \sum_j \max(\lambda, mean_n KL(q(z_j|x_n) \,\|\, p(z_j)))
 

@@ -1,4 +1,4 @@
-"""What watches a run of training from outside, and may end it."""
+"""Callbacks: they watch a training run from outside, and may end it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,20 +24,20 @@ class Callback:
     every: int = 1
 
     def on_begin(self, options: dict[str, Any]) -> None:
-        """Take notice of a run that begins or is resumed, by its options as plain values."""
+        """Handle the start of a run, new or resumed, with its options as plain values."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> bool | None:
-        """Take notice of a step of the run, from 1; True ends the run behind it.
+        """Handle a step, from 1; return True to end the run after it.
 
         ``metrics`` are ``train_bound``, ``train_elbo``, ``train_rate`` and ``train_distortion`` of
         the batch, ``gradient_norm``, ``learning_rate``, and ``beta`` of the coming step.
         """
 
     def on_epoch(self, epoch: int, metrics: dict[str, float]) -> bool | None:
-        """Take notice of an epoch, from 1, by its row of the history; True ends the run."""
+        """Handle an epoch, from 1, with its row of the history; return True to end the run."""
 
     def on_end(self, result: Any) -> None:
-        """Take notice of the :class:`pyro_vae.FitResult` of a run that came to its end."""
+        """Handle the end of the run, with its :class:`pyro_vae.FitResult`."""
 
 
 class Callbacks:

@@ -25,7 +25,7 @@ _Rows = list[dict[str, float]]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that SIGINT or SIGTERM has ended, after its checkpoint was written.
+    """A run that was ended by SIGINT or SIGTERM, after its checkpoint was written.
 
     Attributes:
         number: the signal's number.
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int, folder: Path) -> None:
         what = f"interrupted by {signal.Signals(number).name}, its state is in {folder}"
-        super().__init__(f"{what}: repeat the call with resume=True to go on")
+        super().__init__(f"{what}: repeat the call with resume=True to continue")
         self.number, self.folder = number, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,7 +139,7 @@ class Checkpoints:
         assert self.folder is not None
         if not self.resume and checkpoint_files(self.folder):
             wanted = "a folder without checkpoints"
-            advice = "resume=True goes on from them, or choose another folder"
+            advice = "continue with resume=True, or choose another folder"
             raise InputError(f"expected {wanted}, {self.folder} holds some: {advice}")
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

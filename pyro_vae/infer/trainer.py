@@ -423,7 +423,7 @@ def _check_transformed(pair: OpenedPair) -> None:
 def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
     """Refuse a pair without parameters, or with a trainable tensor that Pyro does not know."""
     if not surrogate.requires_grad:
-        advice = "name them by pyro.module or pyro.param"
+        advice = "register them with pyro.module or pyro.param"
         raise InputError(f"expected parameters to train, the pair has none: {advice}")
     known = {id(leaf) for leaf in parameters.values()}
     unknown = [leaf for leaf in accumulating_leaves(surrogate) if id(leaf) not in known]
@@ -431,7 +431,7 @@ def _check_trainable(surrogate: Tensor, parameters: dict[str, Tensor]) -> None:
         shapes = sorted(tuple(leaf.shape) for leaf in unknown)
         raise InputError(
             f"expected every trainable tensor of the pair to be known to Pyro, {len(unknown)} are "
-            f"not (shapes {', '.join(map(str, shapes[:3]))}): name their module by pyro.module "
+            f"not (shapes {', '.join(map(str, shapes[:3]))}): register their module with pyro.module "
             "under a name that is not taken (pyro.clear_param_store() frees those of earlier runs), "
             "or freeze them by requires_grad_(False)"
         )

@@ -46,7 +46,7 @@ HISTORY = (
 @shown
 @dataclass(frozen=True)
 class FitResult:
-    """What a run of :func:`fit` left behind besides the trained parameters.
+    """The result of :func:`fit`, besides the trained parameters.
 
     Attributes:
         history: one array ``(epochs,)`` per quantity, per datum and in nats where it is a bound:
@@ -409,7 +409,7 @@ def _takes_any_batch(pair: OpenedPair, training: TrainingObjective, processes: P
 
 
 def epoch_progress(epochs: int, show: bool | None) -> Any:
-    """Return a line on standard error with epoch, time left and metrics, that is updated in place.
+    """Return a progress line on standard error: epoch, time left and metrics, updated in place.
 
     It is shown on a terminal and in a notebook, there as a widget where these are installed.
     """

@@ -62,7 +62,7 @@ def check_pair(
     for site in traced.sample_sites(guide_trace):
         if site_is_factor(site):
             wanted = "a guide of densities alone"
-            advice = "whether it is a part of log q can't be told; move the term into the model"
+            advice = "it may or may not belong to log q; move the term into the model"
             raise InputError(f"expected {wanted}, {site['name']!r} is a factor: {advice}")
         if site["name"] in model_trace.nodes:
             check_guide_support(site, model_trace.nodes[site["name"]])
@@ -176,7 +176,7 @@ def _check_scale(function: str, site: Site) -> None:
     if not same or not math.isclose(float(scale), float(known), rel_tol=1e-6):
         got = f"{float(scale):g}" if same else f"one of shape {tuple(scale.shape)}"
         wanted = f"no scale on site {site['name']!r} of the {function} but the plates'"
-        advice = "a weight can't be told from a poutine.scale; remove it"
+        advice = "a poutine.scale can't be separated from the weight; remove it"
         raise InputError(f"expected {wanted}, got {got}: {advice}")
 
 

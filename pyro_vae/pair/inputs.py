@@ -37,7 +37,7 @@ def as_inputs(
     inputs = tuple(_tensor(value) for value in values)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
-        advice = "make it one by torch.as_tensor or numpy.asarray"
+        advice = "convert it with torch.as_tensor or numpy.asarray"
         if got == "Dataset":
             advice = "for a Dataset pass one part, e.g. data.test"
         elif got in ("str", "PosixPath"):

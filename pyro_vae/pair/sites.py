@@ -92,7 +92,7 @@ def observed_site(trace: Trace, name: str | None) -> str:
     if name is None or name not in sites:
         wanted = "one observed site" if name is None else f"an observed site {name!r}"
         there = ", ".join(sites)
-        raise InputError(f"expected {wanted}, the model has {there}: name one by observed=")
+        raise InputError(f"expected {wanted}, the model has {there}: name one with observed=")
     return name
 
 
@@ -160,7 +160,7 @@ def data_dim(site: Site, plate: str | None) -> int:
         if frame.name == plate:
             return int(frame.dim)
     wanted = f"site {site['name']!r} inside the data plate {plate!r}"
-    advice = "move it there, or name your plate by plate="
+    advice = "move it there, or name your plate with plate="
     raise InputError(f"expected {wanted}, got one outside: {advice}")
 
 

@@ -23,7 +23,7 @@ def paired_differences(
     names: Labels, differences: Sequence[float], errors: Sequence[float], *, best: str,
     title: str = "", by_run: Sequence[Sequence[float]] | None = None,
 ) -> Figure:  # fmt: skip
-    """Show differences to the best pair with their errors, the best at the top.
+    """Show differences from the best pair with their errors, the best at the top.
 
     Each named pair has a mean paired difference to the ``best``, at most 0, nats; half the width of
     its bar as its error, NaN where unknown; and differences of single runs, as small dots.
@@ -41,7 +41,7 @@ def families_and_runs(
     names: Labels, by_run: Sequence[Sequence[Sequence[float]]], means: Sequence[Sequence[float]],
     half_widths: Sequence[Sequence[float]], *, labels: Labels, title: str = "",
 ) -> Figure:  # fmt: skip
-    """Show differences to the best family, one panel per quantity, the first named family on top.
+    """Show differences from the best family, one panel per quantity, the first named family on top.
 
     For each quantity, which ``labels`` name, and each of the named families there are differences of
     the single runs, nats, their mean, 0 for the best, and the half-width of its interval, NaN where
@@ -53,7 +53,7 @@ def families_and_runs(
         best = int(np.argmax(means[index]))
         _draw_rows(axes, best, means[index], half_widths[index], by_run[index])
         axes.set_title(labels[index], fontsize=10)
-        axes.set_xlabel("difference to the best (nats)")
+        axes.set_xlabel("difference from the best (nats)")
     places[0].set_yticks(range(len(names)), [style.as_text(name) for name in names])
     places[0].set_ylim(len(names) - 0.5, -0.5)
     return figure

@@ -26,7 +26,7 @@ def is_image(data_shape: Sequence[int]) -> bool:
 
 
 def is_curve(data_shape: Sequence[int]) -> bool:
-    """Say whether data of this shape are shown as curves: ``(channels, length)``, few of many."""
+    """Say whether data of this shape are shown as curves: ``(channels, length)``, few channels."""
     return len(data_shape) == 2 and data_shape[0] < 4 <= data_shape[1]
 
 

@@ -95,7 +95,7 @@ def manifold(
 def traversals(
     data: Array, values: Array, names: Labels, *, title: str = "", limits: Limits = UNIT
 ) -> Figure:
-    """Show what one latent after the other, of these names, does to a datum.
+    """Show what moving each of the named latents does to a datum.
 
     ``data`` are decoded, ``(latents, steps, *data_shape)``, at ``values`` ``(latents, steps)`` of the
     moved latent.
@@ -108,7 +108,7 @@ def traversals(
 def interpolations(
     start: Array, way: Array, end: Array, *, title: str = "", limits: Limits = UNIT
 ) -> Figure:
-    """Show the way from some data to others: between them what was decoded.
+    """Show the way from some data points to others, decoded in between.
 
     ``start`` and ``end`` are ``(N, *data_shape)``, ``way`` is ``(steps, N, *data_shape)``.
     """

@@ -24,7 +24,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     # True is 1 to Python, and so is 1.0.
     if type(version) is not int or version != FORMAT:
         newer = type(version) is int and version > FORMAT
-        advice = "it was written by a newer pyro_vae: update" if newer else "it is no run's"
+        advice = "it was written by a newer pyro_vae: update" if newer else "it is not from a run"
         raise InputError(f"expected format {FORMAT} in {path}, got {_short(version)}: {advice}")
     if not isinstance(config.get("run", {}), dict):
         raise InputError(f"expected an object 'run' in {path}, got {_short(config['run'])}")

@@ -94,7 +94,7 @@ def has_files(folder: Path) -> bool:
 
 @contextmanager
 def new_run(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Create a run folder and hold its lock; take it away if there is nothing to go on from."""
+    """Create a run folder and hold its lock; take it away if there is nothing to resume from."""
     with new_folder(folder), locked(folder):
         check_free(folder)
         begun = os.stat(folder)

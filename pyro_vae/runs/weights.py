@@ -65,7 +65,7 @@ def check_checksum(description: Any, weights: Mapping[str, Tensor], checksum: st
     """Refuse weights or a description that are not those written together."""
     if checksum != checksum_of(description, weights):
         wanted = "settings and weights as they were written"
-        advice = "one of the files is damaged, changed or of another run; save the model again"
+        advice = "one of the files is damaged, changed or from another run; save the model again"
         raise InputError(f"expected {wanted}, got another checksum: {advice}")
 
 

@@ -22,7 +22,7 @@ _BLOCK = 1024
 
 @shown
 class Side(NamedTuple):
-    """What one of the two does: S random latents, N held-out data, M the least; a G x G grid."""
+    """What one of the two gives: S random latents, N held-out data, M the least; a G x G grid."""
 
     reconstructions: Tensor  # held-out data decoded from their (mean) codes, (N, *data_shape)
     error: Tensor  # their root-mean-square error per datum, (N,)
@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
     @property
     def hole_ratio(self) -> float:
-        """Median distance of random latents over that of held-out codes; 1 where no holes are."""
+        """Median distance of random latents over that of held-out codes; 1: there are no holes."""
         # By 0, of held-out data that are training data, it is infinite or not known.
         return (self.random_distance.median() / self.held_out_distance.median()).item()
 

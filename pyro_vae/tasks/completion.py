@@ -390,7 +390,7 @@ def _by_importance(
     impossible = int(found.log_prob.isneginf().sum())
     if impossible or found.draws is None:
         wanted = "latents that explain the observed values"
-        got = f"weights of 0 only for {impossible} data points"
+        got = f"only weights of 0 for {impossible} data points"
         raise InputError(f"expected {wanted}, got {got}: raise num_samples, or use metropolis")
     picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
     chosen = {

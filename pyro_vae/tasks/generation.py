@@ -59,8 +59,8 @@ def encode(
     name = choose_site(codes, site)
     code = codes[name]
     if not code.exact:
-        told = f"the mean of latent {name!r} has no closed form"
-        warnings.warn(f"{told}: it is the mean of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
+        told = f"the mean of latent {name!r} has no closed form: the result"
+        warnings.warn(f"{told} is the mean of {num_draws or _MEAN_DRAWS:,} draws", stacklevel=2)
     return code.mean
 
 
@@ -68,7 +68,7 @@ def decode(
     model: PairFunction, z: Tensor | Mapping[str, Tensor], like: Tensor | Sequence[Tensor], *,
     mean: bool = True, observed: str | None = None, plate: str = "data", seed: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the data that latents stand for, ``(N, *data_shape)``: the likelihood's mean or a draw.
+    """Decode latents to data ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
         model, plate, seed: as :func:`pyro_vae.log_marginal` has them.

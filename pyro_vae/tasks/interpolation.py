@@ -25,7 +25,7 @@ _CODE_DRAWS = 200
 
 @shown
 class Traversal(NamedTuple):
-    """Data met where one latent coordinate moves and the others stay.
+    """Data decoded while one latent coordinate moves and the others stay.
 
     Attributes:
         dimensions: the coordinates that were moved, D of them, counted from 0.
@@ -141,7 +141,7 @@ def manifold(
     dimensions: tuple[int, int] = (0, 1), num_steps: int = 16, coverage: float = 0.98,
     site: str | None = None, observed: str | None = None, plate: str = "data", seed: int | None = 0,
 ) -> Manifold:  # fmt: skip
-    """Decode a grid over two latent coordinates; further ones stay at the mean code of the data.
+    """Decode a grid over two latent coordinates; the others stay at the mean code of the data.
 
     The grid follows the prior's quantiles, evenly spaced in probability. On a sphere it is one of
     longitude and latitude over the two coordinates and the mean direction of the others.

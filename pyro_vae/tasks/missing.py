@@ -95,7 +95,7 @@ def check_missing(x: Tensor, missing: Tensor) -> None:
         raise InputError(f"expected missing as a boolean tensor, got {got}: e.g. x.isnan()")
     if missing.shape != x.shape:
         wanted = f"missing of the data's shape {tuple(x.shape)}"
-        advice = "expand it, or say by position= which input it belongs to"
+        advice = "expand it, or say with position= which input it belongs to"
         raise InputError(f"expected {wanted}, got {tuple(missing.shape)}: {advice}")
 
 
@@ -132,7 +132,7 @@ class _ObservedPart(Messenger):
         super().__exit__(*error)
         if error[0] is None and not self.found:
             wanted = "one of the input or a part of it" if self.name is None else repr(self.name)
-            advice = "name the site by observed=, and the input by position="
+            advice = "name the site with observed=, and the input with position="
             raise InputError(f"expected an observed site, {wanted}, the model has none: {advice}")
 
 

@@ -43,15 +43,15 @@ def observing_sites(trace: Trace, x: Tensor, observed: str | None) -> tuple[str,
         if part_observed(value, x) is None and not (value.shape == x.shape and torch.equal(value, x)):
             raise InputError(
                 f"expected site {names[0]!r} to observe the input or a part of it, shape "
-                f"{tuple(x.shape)}, got other values of shape {tuple(value.shape)}: name the site by "
-                "observed=, the input by position="
+                f"{tuple(x.shape)}, got other values of shape {tuple(value.shape)}: name it with "
+                "observed=, the input with position="
             )
     times = torch.zeros(x.shape, device=x.device)
     for _, place in parts_of(trace, names, x):
         take_part(times, place).add_(1)
     if times.max() > 1:
         wanted = "each value observed at one site"
-        advice = "they can't be filled in; name the site by observed="
+        advice = "they can't be filled in; name the site with observed="
         raise InputError(f"expected {wanted}, {names[-1]!r} observes some again: {advice}")
     return names
 

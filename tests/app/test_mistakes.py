@@ -234,7 +234,7 @@ def test_damaged_runs_are_refused(here):
 
 def test_a_folder_by_save_is_for_the_library(here):
     pv.save(pv.load("run"), here / "saved")
-    refused(here, "evaluate", "saved", message="got a folder by pv.save: use the library on it")
+    refused(here, "evaluate", "saved", message="got a folder by pv.save: load it with pv.load")
 
 
 @pytest.mark.parametrize(
@@ -355,4 +355,4 @@ def test_folders_of_another_kind_are_told_apart(here):
             "swept",
             message="swept holds several runs: give one in swept/runs, or repeat",
         )
-        refused(here, command, "run", message="go on with it by `pyro-vae train --resume run`")
+        refused(here, command, "run", message="resume it with `pyro-vae train --resume run`")

@@ -193,7 +193,7 @@ def test_the_comparison_writes_tables_figures_and_page(finished):
         assert float(row["log_prob_data_standard_error"]) > float(row["log_prob_standard_error"])
     content = json.loads((folder / "comparison.json").read_text())
     assert content["settings"]["guide"] == ["mean-field", "full-rank"]
-    check_page(folder / "report.html", "deviation between runs", "difference to the best")
+    check_page(folder / "report.html", "deviation between runs", "difference from the best")
 
 
 def test_seeds_share_the_data_and_runs_stay_usable(there):
@@ -305,7 +305,7 @@ def test_priors_and_likelihoods_are_compared_in_every_combination(here):
         for likelihood in ("gaussian", "continuous-bernoulli")
     }
     assert all(row["log_prob_run_deviation"] == "" for row in rows)  # unknown from one run
-    check_page(here / "compared" / "report.html", "With one run each nothing is known of the spread")
+    check_page(here / "compared" / "report.html", "One run each says nothing about the spread")
 
 
 @pytest.mark.parametrize(

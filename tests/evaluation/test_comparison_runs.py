@@ -46,7 +46,7 @@ def test_a_pair_under_two_names_wins_nothing():
     found = comparison_of(first=own, second=own)
     assert {found.verdict(name) for name in found.pairs} == {"tied"}
     assert found.difference("second").mean == 0
-    assert "not told apart" in conclude(found)
+    assert "do not distinguish" in conclude(found)
 
 
 @pytest.mark.parametrize("num_runs", [1, 3])

@@ -178,7 +178,7 @@ def test_auto_guides_give_draws_and_point_masses_no_evidence():
 
 
 def test_refusals_say_what_is_missing():
-    with pytest.raises(pv.InputError, match=r"'weights' of the guide depends on.* by given="):
+    with pytest.raises(pv.InputError, match=r"'weights' of the guide depends on.* as given="):
         evaluation.predictive_log_prob(regression, amortised, draw(5), num_draws=2)
 
     def model(x):

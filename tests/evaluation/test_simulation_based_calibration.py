@@ -191,7 +191,7 @@ def test_an_observed_site_is_chosen_by_name():
     data = (torch.randn(5, 1, dtype=F64), torch.full((5, 1), 2.0, dtype=F64))
     check = pv.evaluation.posterior_predictive(model, guide, data, observed="y", num_draws=3)
     assert (check.observed["mean"] == 2).all()
-    with pytest.raises(InputError, match="name one by observed="):
+    with pytest.raises(InputError, match="name one with observed="):
         pv.evaluation.posterior_predictive(model, guide, data)
     with pytest.raises(InputError, match="an observed site 'w', the model has x, y"):
         pv.evaluation.posterior_predictive(model, guide, data, observed="w")

@@ -307,7 +307,7 @@ def test_a_newer_format_is_refused(x, tmp_path, monkeypatch):
         ({"checkpoint": None, "resume": True}, "expected the folder of the checkpoints"),
         ({"checkpoint_every": 0}, "checkpoint_every of at least 1"),
         ({"checkpoint_minutes": -1.0}, "checkpoint_minutes of at least 0"),
-        ({}, "resume=True goes on from them"),
+        ({}, "continue with resume=True"),
     ],
 )
 def test_options_out_of_range(x, tmp_path, options, message):

@@ -49,7 +49,7 @@ def test_draws_average_to_the_mean(prior, guide):
 
 def test_a_mean_without_closed_form_comes_from_draws_and_says_so():
     pair, x = vae(guide="iaf"), data()
-    with pytest.warns(UserWarning, match="no closed form: it is the mean of 3,000 draws"):
+    with pytest.warns(UserWarning, match="no closed form: the result is the mean of 3,000 draws"):
         mean = tasks.encode(pair.guide, x, num_draws=3000, seed=0)
     draws = tasks.encode(pair.guide, x, mean=False, num_draws=3000, seed=1)
     error = draws.std(0) * math.sqrt(2 / 3000)

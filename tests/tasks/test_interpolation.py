@@ -197,7 +197,7 @@ def test_every_site_walks_its_own_way():
     walk = tasks.traverse(model, guide, x, site="scale", num_steps=3)
     assert walk.data.shape == (1, 3, 3, 2)
     torch.testing.assert_close(walk.data[0], walk.values[0][:, None, None] * x)
-    with pytest.raises(pv.InputError, match="name one by site="):
+    with pytest.raises(pv.InputError, match="name one with site="):
         tasks.traverse(model, guide, x)
 
 
