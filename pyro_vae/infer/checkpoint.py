@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -91,18 +92,23 @@ class Checkpoints:
         if error is None and (number := self._ask()[0]) is not None:
             raise Interrupted(number, self.folder)
 
-    def objective(self) -> str | None:
-        """Return the name of the objective that the run to resume was begun with, if there is one."""
-        found = self.processes.decide(lambda: read_newest(self.folder) if self.folder else None)
-        return None if found is None else found["settings"].get("objective")
+    @cached_property
+    def _newest(self) -> dict[str, Any] | None:
+        folder = self.folder if self.resume else None
+        return self.processes.decide(lambda: read_newest(folder) if folder else None)
+
+    def kept(self, name: str) -> Any:
+        """Return what the run to resume was begun with, by a setting's name; None without one."""
+        return None if self._newest is None else self._newest["settings"].get(name)
 
     def begin(self, settings: Any, trainer: Trainer, best: EarlyStopping, rows: _Rows) -> None:
         """Take up the newest checkpoint if the run is resumed; say what the next ones hold."""
+        found = self._newest
+        del self._newest  # the state is large
         if (folder := self.folder) is None:
             return
         settings = {**settings, "number of processes": self.processes.size}
         self._run = (settings, trainer, best, rows)
-        found = self.processes.decide(lambda: read_newest(folder) if self.resume else None)
         if found is None:
             return
         where, advice = f"the run in {folder}", "repeat its options or choose another folder"

@@ -55,7 +55,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
         for other, reason in damaged.items():
             warnings.warn(
                 f"the checkpoint {other} can't be read ({reason}): the one before is taken",
-                stacklevel=6,  # the caller of fit
+                stacklevel=8,  # the caller of fit
             )
             with suppress(OSError):
                 other.unlink()  # or it would pass for the newest again

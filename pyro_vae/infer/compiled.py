@@ -27,10 +27,13 @@ from pyro_vae.pair.inputs import Inputs
 from pyro_vae.pair.precision import ROUNDING
 from pyro_vae.pair.state import Snapshot, with_submodules
 
-# Steps from which on a CPU run is compiled unless told otherwise. Capturing and compiling costs 16 to
-# 26 s of one core; a step saves 4 to 7 ms of it, of a small net (784-64-20, batch 128) as of a larger
-# one (784-512-256-20): 20 s / 5 ms = 4,000 steps, and a margin. A constant: calls repeat bit for bit.
-COMPILED_FROM_STEPS = 5_000
+# Steps from which on a run on a CPU is recorded, or compiled, unless told otherwise. Recording takes
+# 1.2 s, its checks included, and saves 1 ms a step of a small net (64-512-256-8, batch 64); compiling
+# takes 16 to 26 s of one core the first time, and saves 4 to 7 ms. Constants, and never a clock: the
+# same call takes the same steps, bit for bit.
+RECORDED_FROM_STEPS, COMPILED_FROM_STEPS = 1_500, 5_000
+# How a run takes its steps, and what its checkpoint says of it.
+_GEARS: dict[str, bool | str] = {"eager": False, "recorded": "recorded", "compiled": True}
 
 
 class DeviceLoss(Tensor):
@@ -129,13 +132,17 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
             attribute ``beta`` to change it, every step if need be: it is an input of the graph.
         backend: ``"inductor"``, any other backend of ``torch.compile``, or ``"eager"`` to run the
             captured graph operator by operator, which needs no compiler.
+        compile_after: steps of a graph on the CPU before inductor compiles it: as recorded it is
+            faster than stock Pyro from the second step on, while compiling takes 10 to 30 s, which
+            some thousand steps repay. 0 compiles at once, as on an accelerator in any case.
         mode: mode of ``torch.compile``; None takes ``"reduce-overhead"`` (CUDA graphs) where the
             parameters are on a CUDA device and ``"default"`` elsewhere.
         verify_every: repeat the comparison with stock Pyro every so many steps of a graph.
         options: the other options of ``Trace_ELBO``.
 
     Raises:
-        InputError: if ``beta`` is negative or not finite, or ``verify_every`` is less than 1.
+        InputError: if ``beta`` is negative or not finite, ``verify_every`` less than 1, or
+            ``compile_after`` less than 0.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -158,8 +165,8 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
     def __init__(
         self, num_particles: int = 1, max_plate_nesting: float = math.inf,
         vectorize_particles: bool = False, *, beta: float = 1.0,
-        backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
-        verify_every: int | None = None, **options: Any,
+        backend: str | Callable[..., Any] = "inductor", compile_after: int = COMPILED_FROM_STEPS,
+        mode: str | None = None, verify_every: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         Trace_ELBO.__init__(
             self,
@@ -168,8 +175,10 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
             vectorize_particles=vectorize_particles,
             **options,
         )
-        name = type(self).__name__
-        Engine.__init__(self, name, backend=backend, mode=mode, verify_every=verify_every)
+        how: dict[str, Any] = {"mode": mode, "verify_every": verify_every}
+        Engine.__init__(
+            self, type(self).__name__, backend=backend, compile_after=compile_after, **how
+        )
         self.beta = beta
 
     def bound(self) -> Bound:
@@ -213,12 +222,13 @@ class Compiled(_Stepping, ELBO):
         objective: the bound.
         beta: weight of the latent sites' terms, at least 0; assign the attribute to change it.
         backend: as in :class:`CompiledTrace_ELBO`.
+        compile_after: as in :class:`CompiledTrace_ELBO`.
         mode: as in :class:`CompiledTrace_ELBO`.
         verify_every: repeat the comparison every so many steps of a graph.
 
     Raises:
         InputError: an objective that is no Bound, a ``beta`` that is negative or not finite, or
-            ``verify_every`` less than 1.
+            ``verify_every`` or ``compile_after`` out of range.
 
     Example:
         >>> from pyro_vae.infer.bounds import TraceBound
@@ -228,8 +238,8 @@ class Compiled(_Stepping, ELBO):
 
     def __init__(
         self, objective: Bound, *, beta: float = 1.0,
-        backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
-        verify_every: int | None = None,
+        backend: str | Callable[..., Any] = "inductor", compile_after: int = COMPILED_FROM_STEPS,
+        mode: str | None = None, verify_every: int | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(objective, Bound):
             raise InputError(
@@ -238,7 +248,8 @@ class Compiled(_Stepping, ELBO):
             )
         ELBO.__init__(self, num_particles=objective.num_particles)
         name = f"Compiled({type(objective).__name__})"
-        Engine.__init__(self, name, backend=backend, mode=mode, verify_every=verify_every)
+        how: dict[str, Any] = {"mode": mode, "verify_every": verify_every}
+        Engine.__init__(self, name, backend=backend, compile_after=compile_after, **how)
         self.objective, self.beta = objective, beta
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -271,39 +282,62 @@ def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
 
 
 class StepCapture(Engine):
-    """Takes the steps of a run by captured graphs, where that ``is_chosen`` and can be done."""
+    """Takes the steps of a run by captured graphs, where its gear says so and it can be done."""
 
     names = SUMMARY
     keeps_outputs = False
 
     def __init__(
         self, objective: TrainingObjective, settings: FitSettings, *, device: torch.device,
-        num_steps: int,
+        num_steps: int, begun: bool | str | None = None,
     ) -> None:  # fmt: skip
         given, compile = settings.objective, settings.compile
         options: dict[str, Any] = {}
         if isinstance(given, _Stepping):
             options = {name: getattr(given, name) for name in ("backend", "mode", "verify_every")}
-        super().__init__("fit", **options)
         self.training_objective = objective
         self.rounding = ROUNDING.get(settings.precision, ())
         self.warns = compile is True or (compile == "auto" and isinstance(given, _Stepping))
-        self.is_chosen = False
         # The data were looked at before the run; what a transform makes of them was not.
         self.validates = device.type == "cpu" and objective.transform is not None
-        if compile is False:
-            self._choice = "eager as asked"
-        elif isinstance(objective.bound, StockBound):
+        self.gear, reason = "eager", " as asked"
+        if isinstance(objective.bound, StockBound) and compile is not False:
             name, reads = type(objective.bound.objective).__name__, "reads values in Python"
-            self._choice = f"eager: {name} {reads}"
+            reason = f": {name} {reads}"
             if self.warns:  # the caller of fit
                 warnings.warn(f"fit runs {name} eagerly: it {reads}", stacklevel=4)
-        elif not self.warns and device.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
-            self._choice = f"eager: {num_steps} steps, compiling pays from {COMPILED_FROM_STEPS} on"
-        else:
-            self.is_chosen = True
-            steps = f"{num_steps} steps on {device.type}"
-            self._choice = "compiled as asked" if self.warns else f"compiled: {steps}"
+        elif compile is not False:
+            self.gear, reason = self._gear(device, num_steps, begun)
+        self._choice = f"{self.gear}{reason}"
+        if self.gear == "recorded":
+            options["backend"] = "eager"
+        super().__init__("fit", **options)
+
+    def _gear(
+        self, device: torch.device, num_steps: int, begun: bool | str | None
+    ) -> tuple[str, str]:
+        """Choose by the whole run's steps; one that is resumed goes on as it was ``begun``."""
+        if self.warns:
+            return "compiled", " as asked"
+        for gear, kept in _GEARS.items():
+            if begun == kept:
+                return gear, ": as the run was begun"
+        if device.type != "cpu" or num_steps >= COMPILED_FROM_STEPS:
+            return "compiled", f": {num_steps} steps on {device.type}"
+        gear, what, least = "recorded", "compiling", COMPILED_FROM_STEPS
+        if num_steps < RECORDED_FROM_STEPS:
+            gear, what, least = "eager", "recording them", RECORDED_FROM_STEPS
+        return gear, f": {num_steps} steps, {what} pays from {least} on"
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether steps are to be captured."""
+        return self.gear != "eager"
+
+    @property
+    def record(self) -> bool | str:
+        """What a checkpoint says of the gear."""
+        return _GEARS[self.gear]
 
     @property
     def outcome(self) -> str:

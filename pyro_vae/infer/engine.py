@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.beta import scale_pair
-from pyro_vae.errors import InputError
+from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer import capture
 from pyro_vae.infer import program as recorded
 from pyro_vae.infer.bounds import Bound, BoundTerms
@@ -138,11 +138,12 @@ class Engine:
     keeps_outputs = True  # beyond the next step, which under CUDA graphs costs a copy
 
     def __init__(
-        self, name: str, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None,
-        verify_every: int | None = None,
+        self, name: str, *, backend: str | Callable[..., Any] = "inductor", compile_after: int = 0,
+        mode: str | None = None, verify_every: int | None = None,
     ) -> None:  # fmt: skip
         if verify_every is not None and verify_every < 1:
             raise InputError(f"verify_every must be at least 1, got {verify_every}: use None")
+        self.compile_after = whole_number("compile_after", compile_after)
         self.name, self.backend, self.mode, self.verify_every = name, backend, mode, verify_every
         self.reasons: list[str] = []
         self._pairs: Remembered[Programs[StepProgram]] = Remembered()
@@ -215,7 +216,13 @@ class Engine:
         given = [*program.scalars([self._beta, *values]), *inputs]
         program.calls += 1
         every = self.verify_every
-        if program.calls & (program.calls - 1) == 0 or (every and program.calls % every == 0):
+        if program.calls == self.compile_after and self._compiles_later(program):
+            try:
+                self._compile(pair, program, call, given, self.backend)
+            except CannotCaptureError as reason:
+                pair.refuse(reason)
+                return eager()
+        elif program.calls & (program.calls - 1) == 0 or (every and program.calls % every == 0):
             try:
                 self._check(program, call, given)
             except CannotCaptureError as reason:
@@ -310,10 +317,22 @@ class Engine:
                 program.record(step, [beta, *scalars, *aliases])
             around.settle(chosen, program.constants)
             capture.refuse_changed_sites(reference.sites, tuple(sites.names))
-        given = [beta, *scalars, *inputs]
-        mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
-        program.compile(self.backend, mode, lambda: self._check(program, call, given), pair.report)
+        backend = "eager" if self._compiles_later(program) else self.backend
+        self._compile(pair, program, call, [beta, *scalars, *inputs], backend)
         return program
+
+    def _compiles_later(self, program: StepProgram) -> bool:
+        """Tell whether the first steps run the graph as it was recorded."""
+        is_slow = self.backend == "inductor" and program.device.type == "cpu"
+        return self.compile_after > 0 and is_slow
+
+    def _compile(
+        self, pair: Programs[StepProgram], program: StepProgram, call: Call, given: list[Tensor],
+        backend: str | Callable[..., Any],
+    ) -> None:  # fmt: skip
+        """Compile a recorded step and hold it against the reference."""
+        mode = self.mode or ("reduce-overhead" if program.device.type == "cuda" else "default")
+        program.compile(backend, mode, lambda: self._check(program, call, given), pair.report)
 
     def _roots(self) -> Sequence[Any]:
         """What a step calls besides the pair."""

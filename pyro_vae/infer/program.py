@@ -226,6 +226,10 @@ def are_close(
     if value.shape != expected.shape:
         return False
     value, expected = value.detach().double(), expected.detach().double()
+    if whole:
+        error = torch.linalg.vector_norm(value - expected)
+        if error.isfinite():  # so is each number of both
+            return bool(error <= tolerance * (torch.linalg.vector_norm(expected) + floor))
     finite = expected.isfinite()
     if not torch.equal(finite, value.isfinite()):
         return False

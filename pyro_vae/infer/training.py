@@ -70,8 +70,8 @@ class FitResult:
         batch_size: data per step.
         learning_rate: the optimiser's step size as it was asked for, before schedules and groups.
         num_parameters: how many numbers were trained.
-        compiled: whether the steps were captured and compiled.
-        compile_choice: why they were, or were not.
+        compiled: whether the steps were replayed from a captured graph, as recorded or compiled.
+        compile_choice: how the steps were taken, and why.
         skipped_steps: steps that were left out because their loss or gradient was not finite.
         warnings: what went wrong all the same, one line each with what to try: posterior collapse,
             exploding gradients, a learned sigma that runs to 0.
@@ -188,8 +188,9 @@ def fit(
             log-probabilities are float32 in all of them, and so is validation.
         compile: capture loss and gradients as one graph and compile it (see
             :class:`pyro_vae.infer.CompiledTrace_ELBO`, and what it says is baked in). ``auto`` does
-            so on CUDA and in CPU runs long enough to win back the compilation. A pair that can't be
-            captured runs eagerly, with a warning if compiling was asked for.
+            so on CUDA; on a CPU it goes by the steps of the whole run: eager below 1,500, the graph
+            as it was recorded below 5,000, else compiled. A pair that can't be captured runs
+            eagerly, with a warning if compiling was asked for.
         on_nonfinite: what to do where the loss or the gradient's norm is not finite; the step is not
             applied in any case. ``stop`` raises, ``skip`` goes on with the next batch.
         nonfinite_limit: steps that may be skipped before the run stops after all: parameters that
@@ -259,15 +260,16 @@ def fit(
     watchers = Callbacks(callbacks, processes)
     when = checkpoint_every, checkpoint_minutes
     checkpoints = Checkpoints(checkpoint, *when, resume=resume, processes=processes)
-    if objective is None and resume and checkpoints.objective() == name_of(TraceBound()):
+    if objective is None and resume and checkpoints.kept("objective") == name_of(TraceBound()):
         settings = replace(settings, objective=TraceBound())  # an earlier version's default
-    pair, to_validate, training, capture, place = _open(given, settings, processes)
+    begun = checkpoints.kept("compiled")
+    pair, to_validate, training, capture, place = _open(given, settings, processes, begun)
     settings = training.settings
     held_out = None if to_validate is None else to_validate.inputs
     record = settings.record() | {  # plain values, by which a checkpoint knows the run again
         "objective": name_of(training.bound),
         "device": place.type,  # one CUDA device may take over from another
-        "compiled": capture.is_chosen,
+        "compiled": capture.record,
         "transform": training.transform is not None,
     }
     kept = checkpoint is not None, checkpoint_every, resume
@@ -340,7 +342,7 @@ def fit(
 
 
 def _open(
-    given: Mapping[str, Any], settings: FitSettings, processes: Processes
+    given: Mapping[str, Any], settings: FitSettings, processes: Processes, begun: bool | str | None
 ) -> tuple[OpenedPair, OpenedPair | None, TrainingObjective, StepCapture, torch.device]:
     """Check the data, move the pair to its device and the data into its types, once for the run.
 
@@ -384,7 +386,7 @@ def _open(
     share = processes.are_several
     objective = TrainingObjective(bound, settings, transform=transform, is_share=share)
     steps = settings.epochs * per_epoch
-    capture = StepCapture(objective, settings, device=place, num_steps=steps)
+    capture = StepCapture(objective, settings, device=place, num_steps=steps, begun=begun)
     return pair, to_validate, objective, capture, place
 
 

@@ -117,7 +117,7 @@ def test_train_says_what_was_measured_and_where(here):
 def test_the_choice_of_compiling_is_printed_and_recorded(here, digits):
     metrics = json.loads((digits / "metrics.json").read_text())
     assert metrics["compiled"] is False
-    assert "compiling pays from" in metrics["compile_choice"]
+    assert "recording them pays from" in metrics["compile_choice"]
     own = ("--dataset", "bits.npy", "--output", "own")
     result = train("--compile", "off", *own, epochs=0)
     assert "training step: eager as asked" in result.out

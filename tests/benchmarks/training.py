@@ -189,7 +189,12 @@ CONTENDERS: dict[str, Callable[[str], Step]] = {
         device, Trace_ELBO(), pyro.optim.Adam({"lr": LEARNING_RATE})
     ),
     "stock SVI, FusedOptim": lambda device: pyro_step(device, Trace_ELBO(), fused()),
-    "compiled SVI, FusedOptim": lambda device: pyro_step(device, CompiledTrace_ELBO(), fused()),
+    "recorded SVI, FusedOptim": lambda device: pyro_step(
+        device, CompiledTrace_ELBO(backend="eager"), fused()
+    ),
+    "compiled SVI, FusedOptim": lambda device: pyro_step(
+        device, CompiledTrace_ELBO(compile_after=0), fused()
+    ),
     "eager loop by hand": lambda device: hand_step(device, None),
     "compiled loop by hand": lambda device: hand_step(
         device, "reduce-overhead" if device == "cuda" else "default"

@@ -5,11 +5,13 @@ import warnings
 import pyro
 import pytest
 import torch
-from compiled_pairs import VAE, compiled, make_vae, run
+from compiled_pairs import VAE, CountingELBO, compiled, make_vae, run
 from pyro.infer import Trace_ELBO
 from torch import nn
 
+import pyro_vae as pv
 from pyro_vae.infer.compiled import CompiledTrace_ELBO
+from pyro_vae.infer.engine import Engine
 
 
 def test_without_a_compiler_the_graph_runs_uncompiled_with_one_warning(x):
@@ -29,12 +31,49 @@ def test_without_a_compiler_the_graph_runs_uncompiled_with_one_warning(x):
 def test_inductor_takes_stock_steps(x, num_particles, mode):
     options = {"num_particles": num_particles, "vectorize_particles": True}
     expected, params, _ = run(make_vae, Trace_ELBO(**options), [(x,)] * 6)
-    elbo = CompiledTrace_ELBO(**options, mode=mode)
+    elbo = CompiledTrace_ELBO(**options, mode=mode, compile_after=0)
     found, found_params, _ = run(make_vae, elbo, [(x,)] * 6)
     assert elbo.num_graphs == 1
     assert found == pytest.approx(expected, rel=1e-4)
     for name, value in params.items():
         torch.testing.assert_close(found_params[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_runs_as_recorded_before_it_is_compiled(x, monkeypatch):
+    """At a fixed step, and what is compiled is held against stock Pyro before it counts."""
+    compiled_at, checked_at, check = [], [], Engine._check
+
+    def compile(graph, *, backend, options, **how):
+        assert backend == "inductor"
+        compiled_at.append(elbo.replays)
+        return graph
+
+    def noting(*given):
+        checked_at.append(elbo.replays)
+        check(*given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(Engine, "_check", noting)
+    expected, _, _ = run(make_vae, Trace_ELBO(), [(x,)] * 12)
+    elbo = CountingELBO(compile_after=6)
+    found, _, _ = run(make_vae, elbo, [(x,)] * 12)
+    assert compiled_at == [5]  # five steps were replayed, the sixth is compiled
+    assert checked_at == [0, 0, 1, 3, 5, 7]
+    assert found == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(pv.InputError, match="compile_after"):
+        CompiledTrace_ELBO(compile_after=-1)
+
+
+def test_a_graph_that_compiles_wrong_is_not_taken(x, monkeypatch):
+    def wrong(graph, **how):
+        return lambda *given: [value + 1 for value in graph(*given)]
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    expected, _, _ = run(make_vae, Trace_ELBO(), [(x,)] * 6)
+    with pytest.warns(UserWarning, match=r"its loss [\d.]+ differs") as caught:
+        found, _, _ = run(make_vae, CompiledTrace_ELBO(compile_after=2), [(x,)] * 6)
+    assert len(caught) == 1
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -45,7 +84,7 @@ def test_inductor_follows_beta_parameters_and_dropout(x):
             self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 6))
 
     vae = Dropping()
-    elbo = CompiledTrace_ELBO()
+    elbo = CompiledTrace_ELBO(compile_after=0)
     elbo.loss_and_grads(vae.model, vae.guide, x)
     elbo.beta = 0.0
     with torch.no_grad():

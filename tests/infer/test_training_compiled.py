@@ -235,6 +235,33 @@ def test_short_runs_on_the_cpu_are_eager_by_themselves(x):
     assert result.compile_choice.startswith("eager: 9 steps")
 
 
+def test_runs_of_middle_length_replay_the_recorded_graph(x, monkeypatch, tmp_path):
+    """And one that is resumed goes on in its own gear, whatever a new one would take."""
+    monkeypatch.setattr("pyro_vae.infer.compiled.RECORDED_FROM_STEPS", 9)
+    expected, state = run(make_vae, x)
+    assert (expected.compiled, expected.compile_choice) == (
+        True,
+        "recorded: 9 steps, compiling pays from 5000 on",
+    )
+    _, eager = run(make_vae, x, compile=False)
+    for name, value in eager.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+
+    def stop(epoch, row):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    how = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(make_vae, x, on_epoch=stop, checkpoint_minutes=0, **how)
+    monkeypatch.setattr("pyro_vae.infer.compiled.RECORDED_FROM_STEPS", 10_000)
+    resumed, found = run(make_vae, x, resume=True, **how)
+    assert resumed.compile_choice == "recorded: as the run was begun"
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    with pytest.raises(pv.InputError, match="compiled"):
+        run(make_vae, x, resume=True, compile=False, **how)
+
+
 def test_long_runs_are_compiled_by_themselves_or_say_silently_why_not(x, monkeypatch):
     monkeypatch.setattr("pyro_vae.infer.compiled.COMPILED_FROM_STEPS", 9)
     result, _ = run(Discrete, x)
