@@ -329,7 +329,7 @@ def _most_active(means: Tensor, number: int) -> tuple[int, ...]:
 
 
 def _name(dimension: int) -> str:
-    return f"latent {dimension + 1}"
+    return f"z[{dimension}]"
 
 
 def _array(values: Tensor) -> Any:

@@ -23,7 +23,7 @@ _MOST_CLASSES = 50
 
 def latent_scatter(
     codes: Array, labels: Array | None = None, *, title: str = "",
-    axis_labels: Labels = ("latent 1", "latent 2"), unit_circle: bool = False,
+    axis_labels: Labels = ("z[0]", "z[1]"), unit_circle: bool = False,
 ) -> Figure:  # fmt: skip
     """Show latent codes in the plane, coloured by label; a single latent as histograms.
 
@@ -44,7 +44,7 @@ def latent_scatter(
             style.legend_beside(axes, marker_scale=1)
         else:
             axes.hist(codes[:, 0], bins, color=style.BLUE, alpha=0.5)
-        axes.set(xlabel=axis_labels[0], ylabel="data")
+        axes.set(xlabel=axis_labels[0], ylabel="data points")
         return figure
     figure, axes = style.one_panel(title, (6.2 if classes else 5.4, 5.4))
     size = max(1.5, min(12.0, 12_000 / len(codes)))
@@ -64,7 +64,7 @@ def latent_scatter(
 
 def manifold(
     data: Array, first: Array, second: Array, *, title: str = "",
-    axis_labels: tuple[str, str] = ("latent 1", "latent 2"), limits: Limits = UNIT,
+    axis_labels: tuple[str, str] = ("z[0]", "z[1]"), limits: Limits = UNIT,
 ) -> Figure:  # fmt: skip
     """Show what a grid of latents decodes to: images in their places, vectors as maps.
 

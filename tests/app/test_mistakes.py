@@ -353,6 +353,6 @@ def test_folders_of_another_kind_are_told_apart(here):
             here,
             command,
             "swept",
-            message="swept holds several runs: give one in swept/runs, or repeat",
+            message="swept holds several runs: name one in swept/runs, or repeat",
         )
         refused(here, command, "run", message="resume it with `pyro-vae train --resume run`")
