@@ -106,6 +106,21 @@ def test_the_page_lists_exactly_the_public_names():
     assert sorted(listed) == sorted(public)
 
 
+def test_arguments_described_in_prose_are_listed_to_get_their_types(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")  # and take away what the settings put there
+    list_arguments = runpy.run_path(str(ROOT / "docs" / "conf.py"))["_list_arguments"]
+
+    def function(first: int, *rest: str, option: bool = True, untyped=None):
+        pass
+
+    prose, listed, fields = ["Text."], [r":param \*rest: some.", ":raises E: x"], [":ivar a: b"]
+    for lines in (prose, listed, fields):
+        list_arguments(None, "function", "name", function, None, lines)
+    assert prose == ["Text.", ":param first:", ":param rest:", ":param option:", ""]
+    assert listed == [":param first:", ":param option:", r":param \*rest: some.", ":raises E: x", ""]
+    assert fields == [":ivar a: b"]
+
+
 def test_a_notebooks_tables_are_tables_of_its_page(tmp_path):
     page = runpy.run_path(str(ROOT / "docs" / "notebook_pages.py"))["page"]
     shown = {"text/html": "<style>th {}</style><table><th>k</th></table>", "text/plain": "k 0.7"}

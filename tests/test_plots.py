@@ -3,10 +3,13 @@
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pyro_vae import plots
+from pyro_vae.app.pictures import _name
+from pyro_vae.evaluation.latent_codes import label_dimensions
 
 RANDOM = np.random.default_rng(0)
 
@@ -240,6 +243,13 @@ def test_every_code_is_shown_in_the_colour_of_its_class():
         np.testing.assert_array_equal(points.get_offsets(), codes[labels == value])
     assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 3
     pixels(figure)
+
+
+def test_pictures_name_latents_as_results_do():
+    names = label_dimensions({"z": torch.zeros(1, 2)})
+    assert names == [_name(0), _name(1)] == ["z[0]", "z[1]"]
+    (axes,) = plots.latent_scatter(np.zeros((3, 2))).axes
+    assert [axes.get_xlabel(), axes.get_ylabel()] == names
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(60)])
