@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vae.distributions.values import log_prob_of
 from pyro_vae.errors import InputError
 
 Latents = dict[str, Tensor]
@@ -116,7 +117,7 @@ def likelihood_kind(site: Site) -> str:
 
 def site_log_prob(site: Site) -> Tensor:
     """Return a traced site's log-probability with its mask and without its scale."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    log_prob = log_prob_of(site["fn"], site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])
 
 
