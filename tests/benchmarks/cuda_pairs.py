@@ -51,6 +51,14 @@ OBJECTIVES = {
 }
 
 
+# The pairs take turns, as each way costs a second and more of the stand-in's time.
+ANNEALING = itertools.cycle(
+    {"start": start, "schedule": schedule}
+    for start in ("both", "guide", "prior")
+    for schedule in ("linear", "adaptive", "sigmoid")
+)
+
+
 def pairs(once: bool) -> Iterator[tuple[str, str, str]]:
     """Names of prior, family and likelihood that go together; a VampPrior's is its own family."""
     matching = [
@@ -103,7 +111,7 @@ def use(vae: pv.VAE, x: torch.Tensor, *, whole: bool) -> Iterator[str]:
     yield "importance sampling, compiled"
     pv.log_marginal(vae.model, vae.guide, x, num_samples=64, compile=True, seed=0)
     yield "annealing"
-    few = {"num_chains": 2, "num_steps": 3, "seed": 0}
+    few = {"num_chains": 2, "num_steps": 3, "num_leapfrog_steps": 1, "seed": 0, **next(ANNEALING)}
     try:
         pv.log_marginal(vae.model, vae.guide, x[:4], method="annealed", **few)
     except InputError as refused:  # the sphere has no flat space to move in
