@@ -106,7 +106,8 @@ class AnnealingPath:
             transform = _transform_of(name, site, guide_sites[name])
             while counted_values(site) is not None and isinstance(transform, IndependentTransform):
                 transform = transform.base_transform  # a mask may lie inside its event
-            _check_apart(name, site, transform)
+            with particles.pair.put_back():  # its draws are not the run's
+                _check_apart(name, site, transform)
             axis = particles.axes[name]
             shift = transform.codomain.event_dim - transform.domain.event_dim
             self._sites.append(_Coordinates(name, transform, axis, axis + shift))
