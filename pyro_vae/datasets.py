@@ -114,8 +114,8 @@ def load(
 ) -> Dataset:  # fmt: skip
     """Load a named data set, a file, a table, a torch Dataset, or batches of a loader.
 
-    Data of a user's own with labels are split so that each class has its share of every part. What is
-    larger than 128 MiB stays on the disk, in a temporary file if need be, and is split in its order.
+    Your own data with labels are split so that each class has its share of every part. Data larger
+    than 128 MiB stay on the disk, in a temporary file if need be, and are split in their order.
 
     Args:
         name_or_path: ``digits`` (8x8 handwritten digits that come with scikit-learn), ``mnist``,
@@ -130,12 +130,12 @@ def load(
             training batch and once, by ``seed``, for validation and test; ``static`` draws once for
             every part; ``threshold`` is grey > 1/2; ``none`` keeps the values as they are. By default
             tables are kept and everything else is drawn by ``dynamic``.
-        validation_size: data taken from the training part for validation; 0 trains on all of it.
+        validation_size: data points of the training part to validate on; 0 trains on all of it.
             By default a tenth, 10,000 at most.
         seed: seed of the split and of the bits drawn once.
         download: allow torchvision to download a set that is missing.
         labels: name of a table's column that holds labels: classes, which may be words, or numbers.
-        leave_out: names of a table's columns that are no data.
+        leave_out: names of a table's columns to ignore.
         allow_missing: keep NaN, where values are missing (see :func:`pyro_vae.tasks.observed_pair`).
         given: what a pair takes beside the data, such as a condition or size factors: ``labels``,
             columns of a table, or arrays of a ``.npz`` file by name (``NAME``, or ``train_NAME``).

@@ -279,7 +279,7 @@ class StudentT(Gaussian):
     Args:
         df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
             that there is a mean, from 5 on.
-        sigma, floor, standardized: as :class:`Gaussian` has them.
+        sigma, floor, standardized: as in :class:`Gaussian`.
 
     Source:
         Takahashi et al. 2018, "Student-t Variational Autoencoder for Robust Density Estimation".
@@ -310,7 +310,7 @@ class DiscretizedLogistic(Gaussian):
 
     Args:
         levels: number of levels, at least 2; data are k / (levels - 1).
-        sigma, floor: as :class:`Gaussian` has them, of the deviation before it is rounded.
+        sigma, floor: as in :class:`Gaussian`, of the deviation before it is rounded.
 
     Source:
         Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow".

@@ -84,7 +84,7 @@ class MLPDecoder(nn.Module):
 
     Args:
         latent_dim: size of the latent vector.
-        hidden, activation: as :class:`MLPEncoder` has them, from the latent side to the data side.
+        hidden, activation: as in :class:`MLPEncoder`, from the latent side to the data side.
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, hidden[-1])``.
@@ -212,7 +212,7 @@ class ConvDecoder(_Convolutional):
         latent_dim: size of the latent vector.
         data_shape: ``(channels, length)`` or ``(channels, height, width)`` of one datum.
         channels: channels of the maps, from the latent side to the data side.
-        activation, norm, residual_blocks: as :class:`ConvEncoder` has them.
+        activation, norm, residual_blocks: as in :class:`ConvEncoder`.
 
     Shapes:
         ``(*batch, latent_dim)`` to ``(*batch, channels[-1], *data_shape[1:])``.

@@ -51,7 +51,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         num_components: components of the prior, where it has any.
         warmup_epochs: epochs over which beta rises from 0; by default a tenth of the epochs, more in
             short runs, as ``pyro-vae train`` has it.
-        beta, epochs, batch_size, learning_rate, device: as :func:`pyro_vae.fit` has them.
+        beta, epochs, batch_size, learning_rate, device: as in :func:`pyro_vae.fit`.
         num_samples: importance samples per datum of the scores.
         seed: seed of initial weights, training and scores.
 

@@ -239,9 +239,9 @@ class ConditionalVAE(VAE):
     given conditions.
 
     Args:
-        prior: p(z), as :class:`VAE` has it, or p(z given c): a callable of c, such as a family,
+        prior: p(z), as in :class:`VAE`, or p(z given c): a callable of c, such as a family,
             ``MeanFieldNormal(MLPEncoder((condition_dim,)), latent_dim)``.
-        likelihood, guide: as :class:`VAE` has them, called with c too; the package's own hand c on to
+        likelihood, guide: as in :class:`VAE`, called with c too; the package's own hand c on to
             their network, see :class:`pyro_vae.networks.Conditional`.
         num_classes: conditions are labels 0 to num_classes - 1, ``(N,)``, which components get as
             vectors with a single 1; None: they are covariates ``(N, condition_dim)`` or ``(N,)``,

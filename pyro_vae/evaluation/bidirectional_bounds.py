@@ -96,19 +96,19 @@ def bidirectional(
     model. The upper side holds for simulated data only.
 
     Args:
-        model, guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, max_memory, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe
             (labels), which are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M; by default N.
         num_chains, num_steps, num_leapfrog_steps, num_transitions: as there; chains each way.
         start: ``"guide"`` or ``"prior"``, the far end of the path.
         schedule: ``"sigmoid"`` or ``"linear"``.
-        progress: called with (data done, M).
+        progress: called with (data points done, M).
 
     Raises:
         InputError: a pair that can't be annealed, or that no data can be simulated from: one whose
             observed sites are not inputs as they are, or that uses these inputs elsewhere, or that
-            takes no other number of data than N; an option out of range.
+            takes no number of data points but N; an option out of range.
 
     Source:
         Grosse, Ghahramani, Adams 2015, "Sandwiching the marginal likelihood using bidirectional Monte

@@ -67,7 +67,7 @@ def compare(
         methods: ``"importance"``, with or without ``"annealed"``, or ``"auto"`` alone, which anneals
             a data point that any pair fails to clear in every pair. Of a pair that can't be annealed
             (latents that are discrete or on a sphere) annealing is left out; under auto no data point
-            of any pair is trusted then, for none could be annealed in all.
+            of any pair is trusted then, since none could be annealed in all.
         annealing_options: of :func:`pyro_vae.log_marginal`, e.g. ``num_steps``, ``max_annealed``.
         posterior: ``"quadrature"`` adds KL(q(z|x) || p(z|x)), for real latents of 1 or 2 dimensions.
         train: training data; each pair is then trained by :func:`pyro_vae.fit`, in place.
@@ -75,7 +75,7 @@ def compare(
             is to be trained already) and with ``train`` trains the guides alone; the models of the
             other pairs are not used. None takes each pair whole.
         fit_options: options of :func:`pyro_vae.fit`.
-        max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
+        max_memory, plate: as in :func:`pyro_vae.log_marginal`.
         seed: seed of training and draws; the generators' state is restored afterwards.
         progress: called with (name of the pair, what is being done, share done of it).
 

@@ -194,7 +194,7 @@ class Comparison:
         called so only where all others are behind. There is no correction for the number of pairs:
         the best of many equal ones is partly luck.
 
-        The verdict is withheld where the numbers can't carry it: a tenth of the data points is not
+        The verdict is withheld where the numbers do not support it: a tenth of the data points is not
         trusted, or it would be another without them or without the estimates' expected biases.
         """
         best = self.best()

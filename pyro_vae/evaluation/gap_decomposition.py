@@ -119,7 +119,7 @@ def inference_gaps(
     local: the true approximation gap can only be smaller.
 
     Args:
-        model, x, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, x, max_memory, plate, seed: as in :func:`pyro_vae.log_marginal`.
         guide: its variational function, with one latent site.
         family: object with ``encode(*x)`` (a dict of unconstrained per-datum tensors) and
             ``distribution(parameters)`` that the guide draws from; by default the

@@ -48,14 +48,14 @@ def log_marginal(
             guide misses, and chains from the prior can.
         target_standard_error: nats. A pilot of ``num_samples`` draws then decides how many fresh ones
             each datum gets. The pilot is thrown away: to stop at a value one has seen would bias it.
-        max_samples: most fresh draws per datum for the target; by default 20 times ``num_samples``.
+        max_samples: maximum of fresh draws per datum for it; by default 20 times ``num_samples``.
         num_chains: annealing: chains per datum.
-        num_steps: annealing: intermediate distributions; of the adaptive schedule at most so many.
-        num_leapfrog_steps: annealing: most gradient evaluations of a transition.
+        num_steps: annealing: intermediate distributions; with the adaptive schedule their maximum.
+        num_leapfrog_steps: annealing: maximum of gradient evaluations per transition.
         num_transitions: annealing: transitions at each intermediate distribution.
         start: annealing: ``"guide"``, ``"prior"``, or ``"both"``, where pilots from each arrive.
         schedule: annealing: ``"adaptive"`` by the weights' spread, ``"sigmoid"`` or ``"linear"``.
-        max_annealed: auto: data points to anneal at most; four times as many are looked at.
+        max_annealed: auto: maximum of data points to anneal; up to four times as many are looked at.
         max_memory: bytes that a chunk may need; by default 128 MiB on a CPU, 4 GiB on a GPU (or a
             quarter of a smaller one's). More data than fit are taken block by block.
         keep_draws: draws per datum kept for ``to_arviz``; by default 8 MiB, or every chain's end.
@@ -67,11 +67,11 @@ def log_marginal(
             one weight, shared and local ones alike: with many local ones it takes annealing, or
             ``joint`` of :func:`pyro_vae.evaluation.predictive_log_prob`.
         seed: seed of the draws; the generators' state is restored afterwards.
-        progress: called with (data done, N) as the work goes on.
+        progress: called with (data points done, N) as the work proceeds.
         running_mean: called beside ``progress`` with the mean estimate over the data begun so far.
 
     Raises:
-        InputError: a pair that can't be weighed rightly (see :func:`pyro_vae.log_weights`), an option
+        InputError: a pair whose weights would be wrong (see :func:`pyro_vae.log_weights`), an option
             out of range or without effect, or a NaN from the pair.
 
     Warns:

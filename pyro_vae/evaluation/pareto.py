@@ -1,4 +1,4 @@
-"""The Pareto tail index of importance weights, from a stream of them and for many data at once."""
+"""The Pareto tail index of importance weights, from a stream of them, many data points at once."""
 
 import math
 

@@ -67,7 +67,7 @@ def predictive_log_prob(
     ``num_samples`` importance weights; what the model enumerates is summed out.
 
     Args:
-        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, plate, seed: as in :func:`pyro_vae.log_marginal`.
         guide: its variational function, fitted.
         x: data ``(N, ...)``, held out or not, or a tuple of tensors passed as ``model(*x)``.
         given: the data that theta is drawn for, where the guide looks at them.

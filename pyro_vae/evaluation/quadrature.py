@@ -65,7 +65,7 @@ def posterior_divergence(
     The box holds the mass of both densities. The grid is refined until two of them agree.
 
     Args:
-        model, x, max_memory, plate, progress: as :func:`pyro_vae.log_marginal` has them.
+        model, x, max_memory, plate, progress: as in :func:`pyro_vae.log_marginal`.
         guide: its variational function, with one real latent site of one or two dimensions per datum.
         num_points: grid points per dimension of the first grid, odd; by default 1,025 and 161.
         seed: seed of the draws that place the box; the result hardly depends on it.

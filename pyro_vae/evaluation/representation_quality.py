@@ -73,7 +73,7 @@ class Representation:
     Attributes:
         sites: names of the latents.
         latent_dim: D, number of latent coordinates.
-        num_data: number of data, N.
+        num_data: number of data points, N.
         num_samples: draws of each datum's posterior.
         unit_variances: Var_x E[z_d given x], ``(D,)``; for means from draws less their own variance.
         means_exact: whether E[z given x] has a closed form, or comes from draws.
@@ -150,7 +150,7 @@ def representation(
     predicted by a fit to the other folds.
 
     Args:
-        model, guide, max_memory, plate: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, max_memory, plate: as in :func:`pyro_vae.log_marginal`.
         x: data ``(N, ...)``, N at least 2, or a tuple of tensors passed as ``model(*x)``.
         labels: classes ``(N,)``, for the accuracies.
         num_samples: draws of each datum's posterior, at least 2 (the errors come from their spread).

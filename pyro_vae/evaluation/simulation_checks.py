@@ -83,12 +83,12 @@ def posterior_predictive(
     """Draw latents given each datum, new data given these, and compare statistics of both.
 
     Args:
-        model, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, x, plate, seed: as in :func:`pyro_vae.log_marginal`.
         guide: its variational function, taken for the posterior.
         statistics: by name, functions from data ``(N, ...)`` to one number each, ``(N,)``; by default
             the mean and the standard deviation over the values of a datum.
         num_draws: data drawn in place of each datum, S.
-        observed: as :func:`pyro_vae.tasks.decode` has it.
+        observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
         InputError: several observed sites without a name, no site of that name, no statistic, one of
@@ -182,7 +182,7 @@ def aggregate_posterior(
     was never trained to decode. Agreement of the dimensions one by one is necessary, not sufficient.
 
     Args:
-        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, x, plate, seed: as in :func:`pyro_vae.log_marginal`.
         num_draws: draws per datum. Several of one are not independent: p-values are too small.
 
     Raises:
@@ -299,13 +299,13 @@ def calibration(
     Where the guide is the posterior the ranks are uniform. Both are run in eval mode.
 
     Args:
-        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: a template ``(N, ...)``: its shapes, and its inputs that the model does not observe, which
             are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M.
         num_draws: draws of the guide per datum, L; L + 1 is to be a multiple of the bins.
         num_bins: bins of the test, at most M / 5: each should expect five data.
-        progress: called with (data done, M).
+        progress: called with (data points done, M).
 
     Raises:
         InputError: numbers out of range, bins that do not divide the ranks, a pair that can't be

@@ -58,16 +58,16 @@ class FitResult:
             enumerates there is no draw to split: ``train_elbo``, ``train_rate`` and
             ``train_distortion`` are NaN, and ``train_bound`` has the pair's own scales in it too.
             ``global_rate`` is that of the latents outside the data plate, of which ``train_rate``
-            has the N-th part: nats for the whole data set, at the epoch's end, in closed form where
+            contains 1/N: nats for the whole data set, at the epoch's end, in closed form where
             there is one; NaN where there is none of them, or one joint draw with others. ``beta`` is
             that of the coming step; ``gradient_norm`` the mean over the steps of the norm of the
             gradient of the mean loss per datum, before clipping; ``seconds`` those of the training
-            steps, a compilation included; ``data_per_second`` the training data over them.
+            steps, a compilation included; ``data_per_second`` training data points over them.
         best_epoch: epoch (from 1) whose parameters were kept; the last one without early stopping.
         stopped_early: whether the validation ELBO stopped improving, or a callback ended the run,
             before the last epoch.
         device: where it was trained.
-        batch_size: data per step.
+        batch_size: data points per step.
         learning_rate: the optimiser's step size as it was asked for, before schedules and groups.
         num_parameters: how many numbers were trained.
         compiled: whether the steps were replayed from a captured graph, as recorded or compiled.
@@ -127,7 +127,7 @@ def fit(
 ) -> FitResult:  # fmt: skip
     """Train a model/guide pair by stochastic variational inference, by default with Adam.
 
-    The loss of a batch is the objective's, divided by the number of data in the batch: an unbiased
+    The loss of a batch is the objective's, divided by the batch's number of data points: an unbiased
     estimate of the mean loss per datum whatever the size of the last batch. With beta, distortion +
     beta * rate is minimised.
 
@@ -146,7 +146,7 @@ def fit(
             table of numbers, a ``torch.utils.data.Dataset``, a ``DataLoader`` or another iterable of
             batches, read once and kept (on the disk from 128 MiB on).
         epochs: passes over the training data.
-        batch_size: data per step; the last batch of an epoch may be smaller. A pair that ties
+        batch_size: data points per step; the last batch of an epoch may be smaller. A pair that ties
             parameters to data points is trained by ``batch_size=len(x)``: on all of them at once, in
             their own order.
         learning_rate: the optimiser's step size.
@@ -156,8 +156,8 @@ def fit(
             Adam and AdamW each step waits for the device.
         parameter_groups: options of some parameters, by patterns (``*``, ``?``) of their names in
             ``named_parameters`` behind their module's name in Pyro: ``{"*variational_family.*":
-            {"lr": 1e-4}, "*.bias": {"weight_decay": 0.0}}``. Of several that match the later ones
-            count first.
+            {"lr": 1e-4}, "*.bias": {"weight_decay": 0.0}}``. Of several that match later ones
+            take precedence.
         scheduler: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, in
             place of ``schedule``. It moves after every step, a ``ReduceLROnPlateau`` after every
             epoch by minus the validation ELBO (without validation by minus ``train_bound``).
@@ -167,13 +167,13 @@ def fit(
             not averaged.
         objective: an objective of :mod:`pyro_vae.infer`, by its name on the command line too
             (``"iwae"``), or any Pyro ELBO; by default the ELBO with the closed-form rate of every
-            latent that has one, as :class:`pyro_vae.infer.AnalyticKL` has it, and that of
+            latent that has one, as in :class:`pyro_vae.infer.AnalyticKL`, and that of
             ``Trace_ELBO()`` for latents that are not reparameterised. Pyro's
             ``TraceMeanField_ELBO`` runs as :class:`pyro_vae.infer.AnalyticKL`; its other ELBOs run
             eagerly, but for ``TraceTailAdaptive_ELBO`` and the ``Jit`` ones, which are refused.
         beta: weight of the latent terms, at least 0.
         warmup_epochs: epochs over which the weight rises linearly from 0 to ``beta``, step by step.
-            Without it a pair on few data can settle on ignoring its latents (posterior collapse).
+            Without it a pair on little data can settle on ignoring its latents (posterior collapse).
             None: a tenth of the epochs and more in short runs, as ``pyro-vae train`` and
             :class:`pyro_vae.VAETransformer` have it by default.
         validation: data to evaluate after every epoch, as the model sees them.
@@ -216,7 +216,7 @@ def fit(
         checkpoint_every: epochs after which one is written.
         checkpoint_minutes: minutes after which one is written, in the middle of an epoch too; 0 after
             every step, None not by time.
-        resume: go on from the newest checkpoint, or start where there is none. The other options, the
+        resume: continue from the newest checkpoint, or start if there is none. The other options, the
             data and the number of processes must be those the run was begun with: functions and
             callbacks are taken from the call, and of ``optimizer`` and ``scheduler`` names, classes
             and the groups' options are compared. On a CPU without compilation the weights and the
@@ -224,8 +224,8 @@ def fit(
             ``seconds`` and ``data_per_second``.
         on_epoch: called with (epoch from 1, that epoch's metrics); once more for an epoch if the run
             was killed before that was on the disk.
-        callbacks: objects with some of the methods of :class:`pyro_vae.infer.Callback`: told of the
-            run, of every so many steps, of epochs and of the result, and able to end the run.
+        callbacks: objects with some of the methods of :class:`pyro_vae.infer.Callback`, called at the
+            start, every so many steps, after each epoch and at the end; they may end the run.
         progress: show a line of progress on standard error; by default on a terminal and in Jupyter.
 
     Returns:

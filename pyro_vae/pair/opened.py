@@ -412,7 +412,7 @@ def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
 
 @contextmanager
 def any_number_of_data(kind: str, num_data: int) -> Iterator[None]:
-    """Explain what a "model", "guide" or "pair" raises that is given another number of data."""
+    """Explain what a "model", "guide" or "pair" raises given another number of data points."""
     try:
         yield
     except InputError:

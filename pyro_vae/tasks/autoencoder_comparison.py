@@ -93,16 +93,16 @@ def compare_autoencoder(
     Args:
         autoencoder: a trained autoencoder.
         model: the generative function of a trained pair with one latent, a vector.
-        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        guide, plate, seed: as in :func:`pyro_vae.log_marginal`.
         train: training data ``(M, *data_shape)``, M at least 2.
         held_out: other data ``(N, *data_shape)``, N at least 4; the first four are the grid's
             corners, and at most ``num_random`` of them are used for distances.
         num_random: random latents, S.
         grid_size: latents along each side of the grid, G.
-        observed: as :func:`pyro_vae.tasks.decode` has it.
+        observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
-        InputError: too few data or random latents, or a pair with several latents.
+        InputError: too few data points or random latents, or a pair with several latents.
     """
     check_counts(num_random=num_random)
     check_counts(grid_size=grid_size, least=2)

@@ -101,7 +101,7 @@ def complete(
 
     Args:
         model: a generative function whose observed site is elementwise given the latents.
-        guide, max_memory, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        guide, max_memory, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: data ``(N, *data_shape)``, or a tuple of tensors; hidden places may hold anything.
         missing: boolean, of the shape of the data: what to fill in.
         method: one of :data:`METHODS`.

@@ -37,7 +37,7 @@ def encode(
     """Return the latent codes of data: posterior means ``(N, ...)`` or draws ``(num_draws, N, ...)``.
 
     Args:
-        guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        guide, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: data ``(N, ...)``, or a tuple of tensors passed as ``guide(*x)``.
         mean: return E_q[z given x]; otherwise draws. On a sphere the mean lies inside it.
         num_draws: draws returned (default 1), or for a mean without closed form (default 1,000).
@@ -71,7 +71,7 @@ def decode(
     """Decode latents to data ``(N, *data_shape)``: the likelihood's mean or a draw.
 
     Args:
-        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, plate, seed: as in :func:`pyro_vae.log_marginal`.
         z: latents ``(N, *shape of one latent)``, in the model's type or another; of several sites by
             name. Sites that are not named are drawn from the prior.
         like: inputs ``(N, ...)`` that give shape and conditions; observed values are not used.
@@ -79,8 +79,8 @@ def decode(
         observed: name of the observed site; needed where the model has several.
 
     Raises:
-        InputError: latents of another name, number or shape, an observed site that can't be told or
-            has no mean, or a model that does not run on any number of data.
+        InputError: latents of another name, number or shape, an observed site that is not named or
+            has no mean, or a model that does not run on any number of data points.
     """
     opened = open_function(model, like, plate=plate)
     with opened.evaluating(seed):
@@ -120,7 +120,7 @@ def generate(
         \qquad x \sim p(x | z)
 
     Args:
-        model, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, plate, seed: as in :func:`pyro_vae.log_marginal`.
         like: inputs ``(N, ...)`` that give number, shape and conditions, not the observed values.
         guide: the variational function. With it latents come from the aggregate posterior: for each
             new datum one of ``data`` is picked at random, with replacement, and its posterior drawn
@@ -128,7 +128,7 @@ def generate(
         data: inputs ``(M, ...)`` whose posteriors are mixed; by default ``like``.
         temperature: factor of the spread (standard deviation) of the distributions that latents are
             drawn from: location-scale families, mixtures (each component's), flows (the base's).
-        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
+        mean, observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean;
@@ -165,8 +165,8 @@ def reconstruct(
     """Encode data and decode them again, ``(N, *data_shape)``: from the guide, then the likelihood.
 
     Args:
-        model, guide, x, plate, seed: as :func:`pyro_vae.log_marginal` has them.
-        mean, observed: as :func:`pyro_vae.tasks.decode` has them.
+        model, guide, x, plate, seed: as in :func:`pyro_vae.log_marginal`.
+        mean, observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
         InputError: no observed site, several without a name, one of another name or without a mean,
@@ -205,7 +205,7 @@ class _Freed(Messenger):
 
 
 def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float) -> Latents:
-    """Draw latents of so many data, each from the posterior of a datum picked at random."""
+    """Draw latents of so many data points, each from the posterior of a datum picked at random."""
 
     def draw(part: OpenedPair) -> Latents:
         with _AtTemperature(temperature):

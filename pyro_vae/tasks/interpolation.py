@@ -69,11 +69,11 @@ def interpolate(
     The way of each latent site is straight, on a sphere the shorter arc of the great circle.
 
     Args:
-        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: data to start from ``(N, ...)``, or a tuple of tensors; they give the conditions.
         to: as many data points to end at.
         num_steps: points on the way, both ends included.
-        observed: as :func:`pyro_vae.tasks.decode` has it.
+        observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
         InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
@@ -113,7 +113,7 @@ def traverse(
     moves along the meridian through the code: the others shrink together so that the length stays 1.
 
     Args:
-        model, guide, plate, seed: as :func:`pyro_vae.log_marginal` has them.
+        model, guide, plate, seed: as in :func:`pyro_vae.log_marginal`.
         x: data whose codes are moved ``(N, ...)``, or a tuple of tensors.
         dimensions: coordinates of the (flattened) latent to move, from 0; by default every one.
         num_steps: values per coordinate.
@@ -179,7 +179,7 @@ def manifold(
 
 
 class _Walker:
-    """The codes of some data, of which one site's are moved and decoded."""
+    """The codes of some data points, of which one site's are moved and decoded."""
 
     def __init__(self, pair: OpenedPair, site: str | None, observed: str | None) -> None:
         self.model, self.observed = pair.alone(pair.model), observed
