@@ -1,6 +1,6 @@
 """Variational families q(z given x): modules that turn data into an approximate posterior.
 
-Arguments, shapes and errors that all of them share stand at :class:`VariationalFamily`.
+Arguments, shapes and errors that all of them share are described in :class:`VariationalFamily`.
 """
 
 import math

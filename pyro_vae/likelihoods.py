@@ -1,6 +1,6 @@
 """Likelihoods p(x given z): modules whose call turns latents into the distribution of the data.
 
-Arguments, shapes and errors that all of them share stand at :class:`Likelihood`.
+Arguments, shapes and errors that all of them share are described in :class:`Likelihood`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Priors p(z): modules whose call returns the distribution of one datum's latent vector.
 
-Shapes, errors and the argument that all of them share stand at :class:`Prior`.
+Shapes, errors and the argument that all of them share are described in :class:`Prior`.
 """
 
 import math

@@ -142,20 +142,19 @@ def _add_result(page: Page, metrics: Row) -> None:
         page.warning(PSEUDO)
     name = log_prob_name(metrics["pseudo_likelihood"])
     monte_carlo = f"{estimate['standard_error']:.4f}"
+    which = "All" if estimate["num_data"] == bound["num_data"] else "First"
     page.table(
         ["quantity", "mean", "error, Monte Carlo", "error, over data"],
         [
             [name, estimate["log_marginal"], monte_carlo, estimate["data_standard_error"]],
             *([label, estimate[key], None, errors[key]] for key, label in TERMS.items()),
         ],
-        caption=f"First {estimate['num_data']:,} test data points, {estimate['num_samples']:,} draws "
-        "per datum: means per datum in nats, with standard errors where they are known. Rate and "
-        "distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
+        caption=f"{which} {estimate['num_data']:,} test data points, {estimate['num_samples']:,} "
+        "draws per datum: means per datum in nats, with standard errors where they are known. Rate "
+        "and distortion are Monte Carlo estimates. The ELBO is minus rate minus distortion.",
     )
     if (missing := estimate.get("missing")) is not None:
-        page.text(
-            f"{missing:.1%} of the values are missing: all numbers are those of the observed ones."
-        )
+        page.text(f"{missing:.1%} of the values are missing; the numbers are those of the others.")
     if "bits_per_dimension" in estimate:
         page.text(f"Bits per dimension: {estimate['bits_per_dimension']:.3f}.")
     page.text(

@@ -67,7 +67,7 @@ def test_missing_values_are_weighed_as_the_library_weighs_them(holes):
     observed = pv.tasks.observed_pair(vae.model, vae.guide, fill=vae.variational_family.encoder.loc)
     exact = pv.log_marginal(*observed, (filled, condition, missing), num_samples=50, seed=0)
     assert told["log_marginal"] == pytest.approx(exact.mean, rel=1e-5)
-    assert "of these values are missing" in (holes / "report.html").read_text()
+    assert "of the values are missing" in (holes / "report.html").read_text()
 
 
 def test_a_run_with_holes_and_conditions_loads_and_knows_its_settings(holes):
