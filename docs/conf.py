@@ -27,6 +27,7 @@ myst_enable_extensions = ["dollarmath"]  # as the notebooks write it
 html_math_renderer = "mathml"  # written into the pages, which then need no network
 exclude_patterns = ["build", "description.md"]  # the latter is for a package index
 html_theme = "furo"
+pygments_dark_style = "monokai"  # the theme's own underlines every imported name
 html_title = f"pyro_vae {release}"
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]

@@ -162,3 +162,4 @@ def test_a_value_with_its_error():
     assert plus_minus(-19.314, 0.051) == "-19.31 \u00b1 0.05"
     assert plus_minus(1.0, None, 1) == plus_minus(1.0, math.nan, 1) == "1.0"
     assert plus_minus(math.nan, 0.1) == plus_minus(None, 0.1) == "-"
+    assert plus_minus(0.0, 0.0, 3) == "0.000"  # such as the difference of the best from itself

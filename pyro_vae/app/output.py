@@ -175,8 +175,8 @@ def give_up_output() -> None:
 
 
 def plus_minus(value: float | None, error: float | None, decimals: int = 2) -> str:
-    """Return a value with its error as one cell; without the error where it is not known."""
-    if value is None or error is None or not math.isfinite(value + error):
+    """Return a value with its error as one cell; without the error where it is 0 or not known."""
+    if value is None or not error or not math.isfinite(value + error):
         return _cell(value, decimals)
     return f"{_cell(value, decimals)} \N{PLUS-MINUS SIGN} {_cell(error, decimals)}"
 

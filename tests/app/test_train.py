@@ -58,6 +58,7 @@ def test_what_was_decided_is_recorded_and_shown(digits):
     assert not {"sigma", "num_components", "free_bits", "patience"} & set(settings)  # not in use
     html = (digits / "report.html").read_text()
     assert not re.search(r"https?:|<script|<link", html)  # its pictures too
+    assert "All 359 test data points, 500 draws" in html
     for name, value in (
         ("warmup epochs", 1),
         ("start", "training data"),
