@@ -171,6 +171,7 @@ def sequences():
     return x * mask[..., None], mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", ["guide", "reversed_guide"])
 def test_deep_markov_model(guide):
     x, mask = sequences()

@@ -328,6 +328,7 @@ class ConjugatePair:
         return constants[0] + constants[1] - constants[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "elbo", [Trace_ELBO, pytest.param(TraceMeanField_ELBO, marks=pytest.mark.slow)]
 )

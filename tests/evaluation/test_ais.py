@@ -163,6 +163,7 @@ def test_densities_and_gradients_along_the_path(exact):
         torch.testing.assert_close(state.gradient(beta)[..., 0], slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pareto k")
 def test_several_latents_of_several_shapes():
     """A simplex (whose unconstrained space is smaller), a vector per pixel and a scalar."""
@@ -313,6 +314,7 @@ def test_changing_structure_is_refused_by_name():
             pv.log_marginal(model, function, x, method="annealed", seed=0)
 
 
+@pytest.mark.slow
 def test_guides_that_place_point_masses_are_annealed_from_where_pilots_arrive():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -149,6 +149,7 @@ def test_what_the_model_enumerates_is_summed_inside():
     torch.testing.assert_close(found.log_likelihood, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_data_points_weighed_inside_have_the_joint_evidence():
     """One weight for all the effects of 100 data points is hopeless where each is drawn too wide."""
     torch.manual_seed(1)

@@ -95,6 +95,7 @@ def test_every_measure_equals_its_quadrature():
     assert exact["total_correlation"] > 0.02
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_repeated_estimates():
     x = some_data(12)
     runs = [representation(*linear_pair(), x, num_samples=4, seed=seed) for seed in range(40)]

@@ -73,6 +73,7 @@ def test_models_that_no_data_can_be_simulated_from_are_refused(case, study):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_guide_with_parameters_per_datum_takes_its_own_number_of_data():
     def guide(x):
         with pyro.plate("data", len(x)):

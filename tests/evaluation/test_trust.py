@@ -139,6 +139,7 @@ def test_auto_trusts_nothing_that_can_not_be_looked_at_again():
     assert not estimate.trusted.any()
 
 
+@pytest.mark.slow
 def test_a_comparison_anneals_alike():
     model, narrow, x, exact = on_a_square()
 

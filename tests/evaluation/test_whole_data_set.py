@@ -64,6 +64,7 @@ def test_every_draw_of_the_posterior_weighs_the_evidence(num_weights):
     assert estimate.draws.latents["weights"].shape == (20, 1, num_weights)
 
 
+@pytest.mark.slow
 def test_a_mean_field_guide_is_weighed_and_annealed():
     pair = Regression(5)
     sampled = pv.log_marginal(
@@ -198,6 +199,7 @@ def test_the_advice_leads_to_one_datum():
     )
 
 
+@pytest.mark.slow
 def test_an_auto_guide_is_annealed():
     """It places its latents by point masses: its density is known at its draws alone."""
     pair = Regression(3)

@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ def test_collapse_is_named_with_its_units():
     assert "warmup_epochs" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_and_one_still_warming_up_are_not_called_collapsed():
     assert warned(make_vae(), two_kinds(), warmup_epochs=10, epochs=60, learning_rate=0.03) == ()
     assert warned(make_vae(), two_kinds(), warmup_epochs=20, epochs=20, beta=20.0) == ()

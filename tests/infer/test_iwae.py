@@ -37,6 +37,7 @@ def test_one_particle_is_the_elbo_and_more_come_nearer_to_log_p():
     assert values[-1].mean() < exact + 5 * standard_error_of(values[-1])
 
 
+@pytest.mark.slow
 def test_bias_follows_the_law_of_the_weights_variance():
     """k (log p - E L_k) = m2 / 2 - (m3 / 3 - 3 m2^2 / 4) / k + ..., m the weights' central moments.
 

@@ -102,6 +102,7 @@ def test_layers_multiply_in_bfloat16_and_nothing_else_does():
     assert 2**-12 < error < 2**-6  # bfloat16 has 8 bits
 
 
+@pytest.mark.slow
 def test_the_elbo_in_bfloat16_is_that_in_float32_within_its_noise(x):
     bounds = {}
     for precision in ("float32", "bfloat16"):

@@ -26,6 +26,7 @@ import pyro_vae as pv
 from pyro_vae.infer import bound_terms, scale_latents
 
 
+@pytest.mark.slow
 def test_four_pairs_in_one_process_train_their_own_parameters_only():
     x = make_data()
     y = nn.functional.one_hot(torch.arange(len(x)) % 2, 2).float()

@@ -60,6 +60,7 @@ def test_annealed_sequences_of_many_lengths(start):
     assert found.standard_error.max() < 0.3
 
 
+@pytest.mark.slow
 def test_a_guide_that_misses_is_annealed_where_it_is_masked():
     def shifted(x, mask):
         with pyro.plate("data", len(x)):
@@ -88,6 +89,7 @@ def counts_guide(x, mask):
         pyro.sample("rate", dist.Gamma(1.5 + 0.8 * x, 1.6).mask(mask).to_event(1))
 
 
+@pytest.mark.slow
 def test_positive_latents_masked_inside_their_event():
     x = torch.distributions.Poisson(torch.full(MASK.shape, 2.0)).sample()
     found = pv.log_marginal(counts, counts_guide, (x, MASK), method="annealed", num_steps=100, seed=0)

@@ -274,6 +274,7 @@ def test_a_view_is_observed_in_part_and_a_copy_is_refused():
         masked(x, missing)
 
 
+@pytest.mark.slow
 def test_a_site_for_every_time_is_observed_in_part():
     """An autoregressive latent, a site for each value: weights of what is seen, trained compiled."""
 
