@@ -153,12 +153,9 @@ def evaluate(run: Run, how: names.EvaluateSettings, files: names.EvaluateFiles) 
     defaults={names.EvaluateSettings: {"num_samples": 1000}, names.TrainSettings: {"epochs": 60}},
 )
 def compare(
-    *,
-    output: StudyFolder,
-    combined: names.CompareSettings,
-    settings: names.TrainSettings,
+    *, output: StudyFolder, combined: names.CompareSettings, settings: names.TrainSettings,
     how: names.EvaluateSettings,
-) -> None:
+) -> None:  # fmt: skip
     """Train every combination with several seeds; write tables, figures and a page to compare."""
     from pyro_vae.app.compare import compare_families
 

@@ -32,20 +32,14 @@ from pyro_vae.vae import VAE
 
 # Of the numbers of an estimate, as a table names them.
 _LABELS = {
-    "log_marginal": "log p(x)",
-    "standard_error": "its error, Monte Carlo",
-    "data_standard_error": "its error, over data",
-    "expected_bias": "its expected bias",
-    "bits_per_dimension": "bits per dimension",
-    **TERMS,
-    "missing": "share of values missing, left out",
-    "num_data": "data points",
-    "num_samples": "draws per datum",
-    "median_ess": "median effective sample size",
-    "num_annealed": "data points annealed",
-    "num_unreliable": "data points not trusted",
+    "log_marginal": "log p(x)", "standard_error": "its error, Monte Carlo",
+    "data_standard_error": "its error, over data", "expected_bias": "its expected bias",
+    "bits_per_dimension": "bits per dimension", **TERMS,
+    "missing": "share of values missing, left out", "num_data": "data points",
+    "num_samples": "draws per datum", "median_ess": "median effective sample size",
+    "num_annealed": "data points annealed", "num_unreliable": "data points not trusted",
     "acceptance": "acceptance of annealing",
-}
+}  # fmt: skip
 
 
 def evaluate(run: Path, how: EvaluateSettings, files: EvaluateFiles) -> dict[str, Any]:

@@ -9,24 +9,15 @@ from pyro_vae.errors import unknown_name, whole_number
 
 # Name on the command line -> class name in the module of its kind.
 PRIORS = {
-    "standard-normal": "StandardNormal",
-    "gaussian-mixture": "GaussianMixture",
-    "von-mises-fisher": "VonMisesFisher",
-    "hypersphere-uniform": "HypersphericalUniform",
-    "beta": "Beta",
-    "vamp": "VampPrior",
-    "flow": "FlowPrior",
-}
+    "standard-normal": "StandardNormal", "gaussian-mixture": "GaussianMixture",
+    "von-mises-fisher": "VonMisesFisher", "hypersphere-uniform": "HypersphericalUniform",
+    "beta": "Beta", "vamp": "VampPrior", "flow": "FlowPrior",
+}  # fmt: skip
 LIKELIHOODS = {
-    "bernoulli": "Bernoulli",
-    "gaussian": "Gaussian",
-    "continuous-bernoulli": "ContinuousBernoulli",
-    "student-t": "StudentT",
-    "discretized-logistic": "DiscretizedLogistic",
-    "categorical": "Categorical",
-    "poisson": "Poisson",
-    "negative-binomial": "NegativeBinomial",
-}
+    "bernoulli": "Bernoulli", "gaussian": "Gaussian", "continuous-bernoulli": "ContinuousBernoulli",
+    "student-t": "StudentT", "discretized-logistic": "DiscretizedLogistic",
+    "categorical": "Categorical", "poisson": "Poisson", "negative-binomial": "NegativeBinomial",
+}  # fmt: skip
 # Those with a sigma, of values from 0 to 1, of levels, and of counts.
 REAL = ("gaussian", "student-t")
 WITH_SIGMA = ("gaussian", "student-t", "discretized-logistic")
@@ -34,14 +25,10 @@ UNIT_INTERVAL = ("bernoulli", "continuous-bernoulli", "discretized-logistic")
 LEVELS = {"discretized-logistic": "levels", "categorical": "num_categories"}
 COUNTS = ("poisson", "negative-binomial")
 FAMILIES = {
-    "mean-field": "MeanFieldNormal",
-    "full-rank": "FullRankNormal",
-    "iaf": "InverseAutoregressiveFlow",
-    "spline": "NeuralSplineFlow",
-    "mixture": "MixtureOfNormals",
-    "von-mises-fisher": "VonMisesFisher",
-    "beta": "Beta",
-}
+    "mean-field": "MeanFieldNormal", "full-rank": "FullRankNormal",
+    "iaf": "InverseAutoregressiveFlow", "spline": "NeuralSplineFlow", "mixture": "MixtureOfNormals",
+    "von-mises-fisher": "VonMisesFisher", "beta": "Beta",
+}  # fmt: skip
 NETWORKS = ("mlp", "conv", "resnet")
 METHODS = ("auto", "importance", "annealed", "both")
 OBJECTIVES = ("elbo", "analytic-kl", "sticking-the-landing", "free-bits", "iwae")
@@ -102,6 +89,10 @@ def option(
 _NAMED = OnlyWith("dataset", ("mnist", "fashion-mnist", "kmnist", "omniglot"))
 _SAMPLING = OnlyWith("method", ("auto", "importance", "both"))
 _ANNEALING = OnlyWith("method", ("auto", "annealed", "both"))
+_COMPONENTS = OnlyWith("prior", ("gaussian-mixture", "vamp"))
+_DENSE = OnlyWith("network", ("mlp",))
+_GRID = OnlyWith("view", ("manifold",))
+_CHAINS = OnlyWith("method", ("metropolis", "pseudo-gibbs"))
 
 
 @dataclass(frozen=True)
@@ -124,9 +115,7 @@ class TrainSettings:
     )
     prior: str = option("standard-normal", choices=PRIORS)
     num_components: int | None = option(
-        None,
-        "Components of gaussian-mixture (10) or vamp (a tenth of the data).",
-        only_with=OnlyWith("prior", ("gaussian-mixture", "vamp")),
+        None, "Components of gaussian-mixture (10) or vamp (a tenth of the data).", _COMPONENTS
     )
     likelihood: str = option("bernoulli", choices=LIKELIHOODS)
     sigma: str | None = option(
@@ -156,9 +145,7 @@ class TrainSettings:
     latent_dim: int = option(8, "Size of the latent vector.")
     network: str = option("mlp", choices=NETWORKS)
     hidden: str = option(
-        "512,256",
-        "Widths of the encoder's layers; the decoder mirrors them.",
-        only_with=OnlyWith("network", ("mlp",)),
+        "512,256", "Widths of the encoder's layers; the decoder mirrors them.", _DENSE
     )
     channels: str = option(
         "32,64",
@@ -295,11 +282,7 @@ class Complete:
     method: str = option(COMPLETIONS[0], choices=COMPLETIONS)
     num: int | None = option(None, "How many; default: 8 images or 200 vectors.")
     num_draws: int = option(6, "Completions of each data point.")
-    num_steps: int = option(
-        200,
-        "Steps of each chain of metropolis or pseudo-gibbs.",
-        only_with=OnlyWith("method", ("metropolis", "pseudo-gibbs")),
-    )
+    num_steps: int = option(200, "Steps of each chain of metropolis or pseudo-gibbs.", _CHAINS)
     num_samples: int = option(1000, "Samples per data point.", OnlyWith("method", ("importance",)))
 
 
@@ -318,9 +301,7 @@ class Latent:
     )
     num: int | None = option(None, "Number of test data points; default: 5000.")
     num_steps: int | None = option(
-        None,
-        "Values per latent of the grid; default: 16, for vectors 40.",
-        only_with=OnlyWith("view", ("manifold",)),
+        None, "Values per latent of the grid; default: 16, for vectors 40.", _GRID
     )
 
 

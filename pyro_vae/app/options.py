@@ -20,12 +20,10 @@ CommandFunction = Callable[..., None]
 
 
 def as_command(
-    function: CommandFunction,
-    *,
-    unless: str | None = None,
+    function: CommandFunction, *, unless: str | None = None,
     without: Mapping[type, Container[str]] | None = None,
     defaults: Mapping[type, Mapping[str, Any]] | None = None,
-) -> CommandFunction:
+) -> CommandFunction:  # fmt: skip
     """Return a function in the form that Typer reads, with an option ``--debug``.
 
     A parameter that is annotated with a settings class, a dataclass of

@@ -177,12 +177,9 @@ class LogMarginal:
 
 
 def to_arviz(
-    estimate: LogMarginal,
-    *,
-    num_draws: int = 1000,
-    seed: int = 0,
+    estimate: LogMarginal, *, num_draws: int = 1000, seed: int = 0,
     labels: Iterable[Any] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return an estimate as ArviZ's ``InferenceData`` (0.23) or as a ``DataTree`` (1.x).
 
     Groups, all with the data points as coordinate ``data``:
@@ -389,17 +386,11 @@ def pointwise_densities(
     how: Any = {"coords": {"data": range(count)}, "dims": "data", "attrs": attributes}
     values = {"elpd": log_prob.numpy(), "pareto_k": pareto_k.numpy()}
     per_datum = {name: xarray.DataArray(v, name=name, **how) for name, v in values.items()}
-    numbers = {
-        "elpd": log_prob.sum().item(),
-        "se": math.sqrt(count) * log_prob.std(correction=0).item(),
-        "p": 0.0,
-        "n_samples": num_samples,
-        "n_data_points": count,
-        "warning": not bool(trusted.all()),
-        "pareto_k": per_datum["pareto_k"],
-        "scale": "log",
-        "good_k": pareto_k_limit(num_samples).item(),
-    }
+    error = math.sqrt(count) * log_prob.std(correction=0).item()
+    numbers: dict[str, Any] = {"elpd": log_prob.sum().item(), "se": error, "p": 0.0, "scale": "log"}
+    numbers |= {"n_samples": num_samples, "n_data_points": count}
+    numbers |= {"warning": not bool(trusted.all()), "pareto_k": per_datum["pareto_k"]}
+    numbers["good_k"] = pareto_k_limit(num_samples).item()
     fields = getattr(arviz.ELPDData, "__dataclass_fields__", None)
     if fields is None:  # a pandas Series in the 0.x line
         old_names = {"elpd": "elpd_loo", "p": "p_loo"}

@@ -93,12 +93,9 @@ def posterior_divergence(
 
 
 def measure_divergence(
-    pair: OpenedPair,
-    *,
-    num_points: int | None = None,
-    max_memory: int | None = None,
+    pair: OpenedPair, *, num_points: int | None = None, max_memory: int | None = None,
     progress: Progress | None = None,
-) -> PosteriorDivergence:
+) -> PosteriorDivergence:  # fmt: skip
     """Do the work of :func:`posterior_divergence` for an open pair; NaN where no grid resolves it."""
     budget, blocks = pair.memory(max_memory), pair.blocks(256, progress)
     parts = [_refine(part, num_points, budget) for _, part in blocks]

@@ -185,15 +185,10 @@ def representation(
     if labels is not None:
         features = _side_by_side([code.mean for code in codes.values()]).cpu().numpy()
         measures |= _probe(features, labels, num_neighbours, num_folds, seed or 0)
-    return Representation(
-        sites=tuple(codes),
-        latent_dim=len(variances),
-        num_data=pair.num_data,
-        num_samples=num_samples,
-        unit_variances=variances,
-        means_exact=all(code.exact for code in codes.values()),
-        **measures,
-    )
+    exact = all(code.exact for code in codes.values())
+    seen: Any = {"sites": tuple(codes), "latent_dim": len(variances), "num_data": pair.num_data}
+    seen |= {"num_samples": num_samples, "unit_variances": variances, "means_exact": exact}
+    return Representation(**seen, **measures)
 
 
 def unit_variances(

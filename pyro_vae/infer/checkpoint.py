@@ -214,12 +214,9 @@ def _generator_states(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     _, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002
     python = {"version": version, "words": torch.tensor(words), "gauss": gauss}
-    numpy: dict[str, Any] = {
-        "position": int(position),
-        "has_gauss": int(has_gauss),
-        "gauss": numpy_gauss,
-    }
-    numpy["words"] = torch.from_numpy(np.asarray(numpy_words).astype(np.int64))
+    kept = torch.from_numpy(np.asarray(numpy_words).astype(np.int64))
+    numpy = {"words": kept, "position": int(position), "has_gauss": int(has_gauss)}
+    numpy["gauss"] = numpy_gauss
     states = {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -168,17 +168,10 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
         backend: str | Callable[..., Any] = "inductor", compile_after: int = COMPILED_FROM_STEPS,
         mode: str | None = None, verify_every: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        Trace_ELBO.__init__(
-            self,
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            **options,
-        )
-        how: dict[str, Any] = {"mode": mode, "verify_every": verify_every}
-        Engine.__init__(
-            self, type(self).__name__, backend=backend, compile_after=compile_after, **how
-        )
+        options |= {"max_plate_nesting": max_plate_nesting}
+        Trace_ELBO.__init__(self, num_particles, vectorize_particles=vectorize_particles, **options)
+        how: Any = {"compile_after": compile_after, "mode": mode, "verify_every": verify_every}
+        Engine.__init__(self, type(self).__name__, backend=backend, **how)
         self.beta = beta
 
     def bound(self) -> Bound:
@@ -248,8 +241,8 @@ class Compiled(_Stepping, ELBO):
             )
         ELBO.__init__(self, num_particles=objective.num_particles)
         name = f"Compiled({type(objective).__name__})"
-        how: dict[str, Any] = {"mode": mode, "verify_every": verify_every}
-        Engine.__init__(self, name, backend=backend, compile_after=compile_after, **how)
+        how: Any = {"compile_after": compile_after, "mode": mode, "verify_every": verify_every}
+        Engine.__init__(self, name, backend=backend, **how)
         self.objective, self.beta = objective, beta
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:

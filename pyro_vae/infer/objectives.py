@@ -10,12 +10,9 @@ from pyro_vae.infer.iwae import IWAE
 from pyro_vae.infer.sticking_the_landing import StickingTheLanding
 
 OBJECTIVES: dict[str, Callable[..., Bound]] = {
-    "elbo": TraceBound,
-    "analytic-kl": AnalyticKL,
-    "sticking-the-landing": StickingTheLanding,
-    "free-bits": FreeBits,
-    "iwae": IWAE,
-}
+    "elbo": TraceBound, "analytic-kl": AnalyticKL, "sticking-the-landing": StickingTheLanding,
+    "free-bits": FreeBits, "iwae": IWAE,
+}  # fmt: skip
 
 
 def default_particles(name: str) -> int:

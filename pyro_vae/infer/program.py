@@ -148,12 +148,9 @@ class Program:
             return list(torch._foreach_mul(found, 1)) if self.overwrites and keep else found
 
     def compile(
-        self,
-        backend: str | Callable[..., Any],
-        mode: str,
-        check: Callable[[], Result],
+        self, backend: str | Callable[..., Any], mode: str, check: Callable[[], Result],
         report: Callable[[str], None],
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """Compile and check the graph; where the backend fails it runs operator by operator."""
         if backend == "eager":
             return check()

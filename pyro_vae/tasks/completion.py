@@ -419,13 +419,9 @@ def _join(parts: list[Completion], x: Tensor, missing: Tensor) -> Completion:
     joined: Any = (None if each[0] is None else torch.cat(each) for each in columns)
     mean, deviation, *found = joined
     draws = torch.cat([part.draws for part in parts], dim=1)
-    return Completion(
-        torch.where(missing, draws, x),
-        torch.where(missing, mean.to(draws.dtype), x),
-        deviation.to(draws.dtype).masked_fill(~missing, 0.0),
-        parts[0].method,
-        *found,
-    )
+    drawn, centre = (torch.where(missing, value, x) for value in (draws, mean.to(draws.dtype)))
+    spread = deviation.to(draws.dtype).masked_fill(~missing, 0.0)
+    return Completion(drawn, centre, spread, parts[0].method, *found)
 
 
 def _fill_first(
