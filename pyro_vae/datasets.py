@@ -289,7 +289,7 @@ def _load_file(path: Path, given: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
-    """Return data as float32; refuse what is none."""
+    """Return data as finite float32 numbers, or refuse them."""
     array = np.asanyarray(value)
     if array.dtype.kind not in "fiub":
         raise InputError(f"expected real numbers in {name!r}, got {array.dtype}: convert them")

@@ -278,7 +278,7 @@ class StudentT(Gaussian):
 
     Args:
         df: degrees of freedom nu, a positive number, or ``"learned"``: one for all pixels, above 1 so
-            that there is a mean, from 5 on.
+            that there is a mean, starting at 5.
         sigma, floor, standardized: as in :class:`Gaussian`.
 
     Source:
@@ -439,7 +439,7 @@ class NegativeBinomial(Poisson):
 
     .. math:: E[x_i] = \mu_i = s \exp f_i(z), \quad Var[x_i] = \mu_i + \mu_i^2 / \theta_i
 
-    theta is learned, one for each value of a datum, from 1 on. Arguments, errors and source are those
+    theta is learned, one for each value of a datum, starting at 1. Arguments, errors and source are those
     of :class:`Poisson`.
     """
 

@@ -139,7 +139,7 @@ class _Convolutional(nn.Module):
         self.residual_blocks = size("residual_blocks", residual_blocks, least=0)
 
     def after(self, width: int) -> list[nn.Module]:
-        """Return what follows a convolution to so many channels."""
+        """Return what follows a convolution to this many channels."""
         how = self.dims, width, self.activation, self.norm
         blocks = [_ResidualBlock(*how) for _ in range(self.residual_blocks)]
         return [*_norm(self.norm, width), _activation(self.activation), *blocks]

@@ -231,7 +231,7 @@ class VampPrior(Prior):
 
     The pseudo-inputs pass through the encoder once per call. The prior points to the family without
     owning it: its parameters, its state and its device are those of the pseudo-inputs alone, and the
-    family is to be the one of the same VAE (another one is trained by nobody). It runs in whatever
+    family is to be the one of the same VAE (another one would not be trained). It runs in whatever
     mode, training or evaluation, the family is in.
 
     Args:

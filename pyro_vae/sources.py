@@ -57,7 +57,7 @@ def _takes(function: Any, number: int) -> bool:
 
 def _stack(batches: Iterable[Any], kind: str) -> tuple[np.ndarray, ...]:
     columns: list[Rows] = []
-    what = f"batches of tensors, alike but for their length, from the {kind}"
+    what = f"batches of tensors that differ in length alone, from the {kind}"
     advice = "give it a transform or a collate_fn that returns tensors"
     with expecting(what, TypeError, ValueError, advice=advice):
         for batch in batches:

@@ -318,7 +318,7 @@ class ConditionalVAE(VAE):
         return (condition.unsqueeze(-1) == classes).to(kind)
 
     def check_data(self, x: Tensor, *given: Tensor) -> None:
-        """Refuse data the likelihood is not defined for, and what is no condition."""
+        """Refuse data the likelihood is not defined for, and anything but conditions."""
         condition, *sizes = given
         fits = bool(condition.isfinite().all()) and condition.dim() in (1, 2)
         wanted = "conditions as finite numbers (N,) or (N, condition_dim)"
@@ -347,7 +347,7 @@ def _training_data(x: Any) -> Tensor:
 
 
 def _check_components(prior: object, likelihood: object, guide: object) -> None:
-    """Refuse what is no component, and latents that differ as far as the components say."""
+    """Refuse anything but components, and latents that differ by what the components say."""
     for part, given in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
         if isinstance(given, Distribution):  # Pyro's are callable: they draw
             arguments = {"prior": "", "likelihood": " z", "guide": " x"}[part]

@@ -292,7 +292,7 @@ _PICTURES: dict[type, tuple[Callable[[Subject, Any], Figure], str]] = {
 
 
 def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int) -> Tensor:
-    """Return what is hidden of so many data, boolean ``(number, *data_shape)``.
+    """Return what is hidden of this many data points, boolean ``(number, *data_shape)``.
 
     A half of an image, of a vector ``left`` (its first half) or ``right``; ``random:SHARE``, each
     pixel by itself with that probability, all its channels together; or ``nan``, none.

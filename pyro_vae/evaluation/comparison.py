@@ -157,7 +157,7 @@ def compare(
 
 
 def _check_pairs(pairs: Mapping[str, Pair]) -> None:
-    """Refuse what is no mapping from names (a table's headings) to pairs."""
+    """Refuse anything but a mapping from names (a table's headings) to pairs."""
     if not isinstance(pairs, Mapping) or not pairs:
         got = type(pairs).__name__ if pairs else "none"
         raise InputError(f"expected at least one pair {{name: (model, guide)}}, got {got}")

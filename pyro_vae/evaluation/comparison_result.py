@@ -115,7 +115,7 @@ class Comparison:
             raise InputError("expected at least one comparison, got none")
         other = next((kind for kind in kinds if kind != kinds[0]), None)
         if other is not None:
-            wanted = "comparisons alike but for their seed"
+            wanted = "comparisons that differ in their seed alone"
             advice = "compare the same pairs in each"
             raise InputError(f"expected {wanted}, got {kinds[0]} beside {other}: {advice}")
         first = comparisons[0]

@@ -80,7 +80,7 @@ def sample_importance(
 def _sample_all(
     pair: OpenedPair, counts: Tensor, budget: int, kept: int | None, compile: Any, report: Report
 ) -> LogMarginal:
-    """Take so many samples of each data point, those of one number together."""
+    """Take each data point's number of samples, equal numbers together."""
     blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():

@@ -387,7 +387,7 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
 
 
 def _source(site: Site, template: Inputs) -> int:
-    """Return which input an observed site observes, be it in another shape."""
+    """Return which input an observed site observes, even in another shape."""
     value: Any = site["value"]
     if isinstance(value, Tensor) and not isinstance(site["fn"], dist.Unit):
         for index, given in enumerate(template):

@@ -29,7 +29,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, count: int, settings: Any, state: Mapping[str, Any]) -> None:
-    """Write the checkpoint after so many steps; of those before it the last one is kept."""
+    """Write the checkpoint after this many steps; of the earlier ones keep the last."""
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
     content["checksum"] = checksum_of(content, tensors)

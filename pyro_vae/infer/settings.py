@@ -127,12 +127,12 @@ class FitSettings:
         return multiplier
 
     def steps_per_epoch(self, num_data: int) -> int:
-        """Return how many batches a pass over so many data points takes."""
+        """Return how many batches a pass over this many data points takes."""
         return -(-num_data // self.batch_size)
 
 
 def as_dict(option: str, value: object) -> dict[str, Any]:
-    """Return options as a dict; refuse what is no mapping."""
+    """Return options as a dict; refuse anything but a mapping."""
     if not isinstance(value, Mapping | None):
         raise InputError(f"expected {option} as a mapping from names, got {type(value).__name__}")
     return dict(value or {})
@@ -148,7 +148,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def check_callables(**functions: object) -> None:
-    """Refuse what is no function where one is wanted, by the option's name; None is none given."""
+    """Refuse anything but a function, by the option's name; None stands for none."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise InputError(f"expected {name} as a function, got {type(function).__name__}")
@@ -160,7 +160,7 @@ _WARMUP_STEPS = 120
 
 
 def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
-    """Return a warm-up that keeps the latents in use: over so many epochs beta rises from 0."""
+    """Return a warm-up that keeps the latents in use: the epochs over which beta rises from 0."""
     enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
     return max(epochs // 10, min(epochs // 2, enough))
 

@@ -121,7 +121,7 @@ class EarlyStopping:
             self.epoch, self.elbo, self._values = epoch, elbo, trainer.values()
 
     def is_over(self, epochs: int) -> bool:
-        """Say whether patience has run out after so many epochs."""
+        """Say whether patience has run out after this many epochs."""
         return self.patience is not None and epochs - self.epoch >= self.patience
 
     def restore(self, trainer: Trainer) -> None:

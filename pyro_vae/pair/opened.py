@@ -63,7 +63,7 @@ class Latent(NamedTuple):
         return cls(axis, value.shape, is_shared, *kind, bool(site["infer"].get("enumerate")))
 
     def shape_for(self, num_data: int) -> torch.Size:
-        """Return the shape of one draw for so many data points."""
+        """Return the shape of one draw for this many data points."""
         shape = list(self.shape)
         shape[self.axis] = 1 if self.is_shared else num_data
         return torch.Size(shape)

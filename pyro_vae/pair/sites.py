@@ -244,7 +244,7 @@ _LAST_DIGITS, _STEEP = 8, 8
 
 
 def all_close(batched: Terms, plain: Terms) -> bool:
-    """Tell whether batched and plain results are the same but for rounding."""
+    """Tell whether batched and plain results are the same up to rounding."""
     how: Any = {"rtol": _RELATIVE, "atol": _ABSOLUTE, "equal_nan": True}
     both = [*zip(batched, plain, strict=True)]
     return all(one.shape == other.shape and torch.allclose(one, other, **how) for one, other in both)

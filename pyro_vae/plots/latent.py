@@ -181,7 +181,7 @@ def _vector_walks(data: Array, positions: Sequence[Array], names: Labels, title:
 
 
 def _panels(title: str, number: int, *, framed: bool) -> tuple[Figure, list[Axes]]:
-    """Return so many panels in rows of three."""
+    """Return this many panels, in rows of three."""
     columns = min(3, number)
     rows = math.ceil(number / columns)
     size = 3.2 * columns + 1.3, 2.6 * rows + 0.4

@@ -42,7 +42,7 @@ def panels(
     title: str, size: tuple[float, float], rows: int = 1, columns: int = 1, *,
     shown: int | None = None, framed: bool = False, **how: Any,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """Return a figure with its title at the left and so many of its panels, the rest left empty."""
+    """Return a figure with its title at the left and its first panels, the rest left empty."""
     figure = Picture(figsize=size, dpi=150, layout="constrained")
     if title:
         figure.suptitle(as_text(title), fontsize=10, x=0.01, ha="left")

@@ -205,7 +205,7 @@ class _Freed(Messenger):
 
 
 def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float) -> Latents:
-    """Draw latents of so many data points, each from the posterior of a datum picked at random."""
+    """Draw latents of this many data points, each from the posterior of a datum picked at random."""
 
     def draw(part: OpenedPair) -> Latents:
         with _AtTemperature(temperature):

@@ -142,7 +142,7 @@ def test_runs_of_something_else_are_not_joined(two_runs):
         ([], "expected at least one comparison, got none"),
         (
             [runs[0], other],
-            r"alike but for their seed, got .* on 10 data points .* beside one, two on 1",
+            r"differ in their seed alone, got .* on 10 data points .* beside one, two on 1",
         ),
         (
             [joined, comparison_of(one=[measured([0.0])])],
