@@ -439,8 +439,8 @@ class NegativeBinomial(Poisson):
 
     .. math:: E[x_i] = \mu_i = s \exp f_i(z), \quad Var[x_i] = \mu_i + \mu_i^2 / \theta_i
 
-    theta is learned, one for each value of a datum, starting at 1. Arguments, errors and source are those
-    of :class:`Poisson`.
+    theta is learned, one for each value of a datum, starting at 1. Arguments, errors and source are
+    those of :class:`Poisson`.
     """
 
     overdispersed = True
