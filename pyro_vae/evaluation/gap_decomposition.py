@@ -127,7 +127,7 @@ def inference_gaps(
         num_samples: draws per datum for each of the two ELBOs.
         num_importance_samples: draws per datum for log p(x); the refined q is the proposal.
         num_optimization_samples: draws per datum and step.
-        max_steps: optimisation steps from which on the search goes no further; it looks every 50
+        max_steps: optimisation steps after which the search stops in any case; it looks every 50
             steps, and 50 more (250 where it has converged) make the average that is kept.
         tolerance: share of a standard error below which a window's improvement counts as none.
         estimate: an estimate of log p(x) to use instead, e.g. an annealed one of the same data.

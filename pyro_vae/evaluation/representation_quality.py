@@ -145,7 +145,7 @@ def representation(
     """Measure what the latents of a pair tell about the data; several sites are taken together.
 
     The cost grows with the square of N (every draw is scored under every datum's posterior); a few
-    thousand data are taken in seconds by the amortised families here. The accuracies are those of
+    thousand data points take seconds with the amortised families here. The accuracies are those of
     5 nearest neighbours and of logistic regression on standardised posterior means, each datum
     predicted by a fit to the other folds.
 
@@ -159,8 +159,8 @@ def representation(
         seed: seed of draws and folds; the generators' state is restored afterwards.
 
     Raises:
-        InputError: options or labels out of range, a discrete latent, or a pair that can't be weighed
-            rightly (see :func:`pyro_vae.log_weights`).
+        InputError: options or labels out of range, a discrete latent, or a pair whose weights
+            would be wrong (see :func:`pyro_vae.log_weights`).
 
     Source:
         Burda, Grosse, Salakhutdinov 2016, section 5.2 (active units); Hoffman, Johnson 2016, "ELBO

@@ -304,7 +304,7 @@ def calibration(
             are repeated as often as needed. Its observed values are not used.
         num_data: data to simulate, M.
         num_draws: draws of the guide per datum, L; L + 1 is to be a multiple of the bins.
-        num_bins: bins of the test, at most M / 5: each should expect five data.
+        num_bins: bins of the test, at most M / 5: each should expect five data points.
         progress: called with (data points done, M).
 
     Raises:

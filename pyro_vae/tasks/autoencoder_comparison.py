@@ -31,7 +31,7 @@ class Side(NamedTuple):
     random_distance: Tensor  # from a random latent to the nearest training code, (S,)
     random: Tensor  # the random latents decoded, (S, *data_shape)
     random_data_distance: Tensor  # root-mean-square, of those to the nearest training datum, (S,)
-    grid: Tensor  # decoded latents between the codes of four held-out data, (G, G, *data_shape)
+    grid: Tensor  # decoded latents between four held-out codes, (G, G, *data_shape)
     grid_distance: Tensor  # from these latents to the nearest training code, (G, G)
 
     @property

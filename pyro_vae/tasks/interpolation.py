@@ -76,7 +76,7 @@ def interpolate(
         observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
-        InputError: fewer than 2 steps, data that differ in number, or a pair that can't be walked.
+        InputError: fewer than 2 steps, unequal numbers of data points, or a pair that can't be walked.
 
     Source:
         White 2016, "Sampling Generative Networks", section 2 (the great circle).
@@ -118,8 +118,7 @@ def traverse(
         dimensions: coordinates of the (flattened) latent to move, from 0; by default every one.
         num_steps: values per coordinate.
         coverage: probability under the prior between the first value and the last.
-        site, observed: as :func:`pyro_vae.tasks.encode` and :func:`pyro_vae.tasks.decode` have
-            them.
+        site, observed: as in :func:`pyro_vae.tasks.encode` and :func:`pyro_vae.tasks.decode`.
 
     Raises:
         InputError: options out of range, or a latent that can't be moved.
@@ -147,8 +146,8 @@ def manifold(
     longitude and latitude over the two coordinates and the mean direction of the others.
 
     Args:
-        model, guide, num_steps, coverage, site, observed, plate, seed: as
-            :func:`pyro_vae.tasks.traverse` has them.
+        model, guide, num_steps, coverage, site, observed, plate, seed: as in
+            :func:`pyro_vae.tasks.traverse`.
         x: data ``(N, ...)`` whose mean code is taken; the first gives conditions and other sites.
         dimensions: the two coordinates of the (flattened) latent, from 0.
 

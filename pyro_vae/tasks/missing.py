@@ -46,7 +46,7 @@ def observed_pair(
         nan: values are missing where the incomplete input is NaN; there is no input ``missing``.
 
     Returns:
-        model and guide, called with the pair's own inputs and then, unless ``nan`` says it,
+        model and guide, called with the pair's own inputs and then, unless ``nan`` is set,
         ``missing`` (boolean, of the shape of the incomplete input, which may hold anything there).
 
     Raises:
