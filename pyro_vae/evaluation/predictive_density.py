@@ -75,7 +75,7 @@ def predictive_log_prob(
         num_samples: draws of the latents of each data point for each theta.
 
     Raises:
-        InputError: no shared latent, data points that can't be weighed rightly (see
+        InputError: no shared latent, data points whose weights would be wrong (see
             :func:`pyro_vae.log_weights`), a guide that looks at the data and no ``given``.
 
     Warns:

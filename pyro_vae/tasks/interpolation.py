@@ -76,7 +76,7 @@ def interpolate(
         observed: as in :func:`pyro_vae.tasks.decode`.
 
     Raises:
-        InputError: fewer than 2 steps, unequal numbers of data points, or a pair that can't be walked.
+        InputError: fewer than 2 steps, unequally many starts and ends, or a discrete latent.
 
     Source:
         White 2016, "Sampling Generative Networks", section 2 (the great circle).

@@ -87,7 +87,7 @@ def log_weights(
             latents the model has, and p(x) its joint evidence; N is 1.
 
     Raises:
-        InputError: a pair that can't be weighed rightly, with the site's name: a latent outside the
+        InputError: a pair whose weights would be wrong, with the site's name: a latent outside the
             data plate, a latent that only one of the two draws, a scale set by ``poutine.scale``, a
             factor in the guide, a guide whose support is a part of the prior's.
 
