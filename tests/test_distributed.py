@@ -199,7 +199,7 @@ def test_another_number_of_processes_is_refused(shared, folder):
 
 @pytest.mark.slow
 def test_checkpoints_that_are_there_or_not_wanted_by_all_are_refused_everywhere(shared, folder):
-    assert "holds some: resume=True goes on" in both(shared, "begun")
+    assert "holds some: continue with resume=True" in both(shared, "begun")
     assert "expected the same checkpoints in every process" in both(shared, "one of two")
     assert not (folder / "one").exists()
 
