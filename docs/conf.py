@@ -57,6 +57,9 @@ nitpick_ignore_regex = [
 ]
 
 
+_LABELLED_BRACE = re.compile(
+    r"<msub>(\s*<munder>.*?<mo>\N{BOTTOM CURLY BRACKET}</mo>.*?)</msub>", re.S
+)
 _LISTED = re.compile(r":param [\\*]*(\w+):")  # as napoleon writes an argument that is listed
 
 
@@ -75,14 +78,16 @@ def _write_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
 
 
 def _write_block(translator: nodes.NodeVisitor, node: nodes.math_block) -> None:
-    translator.body.append(f"<p>{_mathml(node, as_block=True)}</p>")
+    translator.body.append(f'<p class="formula">{_mathml(node, as_block=True)}</p>')
     raise nodes.SkipNode
 
 
 def _mathml(node: nodes.TextElement, *, as_block: bool) -> str:
     text = " ".join(node.astext().split())
     # Browsers put no space between a function's name and its argument.
-    return str(tex2mathml(text.replace(r"\log ", r"\log\, "), as_block=as_block))
+    written = str(tex2mathml(text.replace(r"\log ", r"\log\, "), as_block=as_block))
+    # The label of a brace goes below it; docutils writes it as an index, behind.
+    return _LABELLED_BRACE.sub(r"<munder>\1</munder>", written)
 
 
 def _list_arguments(

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from docutils import nodes
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 import pyro_vae
@@ -106,9 +107,23 @@ def test_the_page_lists_exactly_the_public_names():
     assert sorted(listed) == sorted(public)
 
 
-def test_arguments_described_in_prose_are_listed_to_get_their_types(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")  # and take away what the settings put there
-    list_arguments = runpy.run_path(str(ROOT / "docs" / "conf.py"))["_list_arguments"]
+@pytest.fixture
+def settings(monkeypatch):
+    """Return what the settings of the documentation define."""
+    monkeypatch.syspath_prepend(ROOT / "docs")  # and take away what they put there
+    return runpy.run_path(str(ROOT / "docs" / "conf.py"))
+
+
+def test_the_label_of_a_brace_goes_below_it(settings):
+    formula = r"\underbrace{\log p(x)}_{\text{evidence}} + a_b"
+    written = settings["_mathml"](nodes.math_block(formula, formula), as_block=True)
+    assert written.count("<munder>") == written.count("</munder>") == 2
+    assert written.count("<msub>") == written.count("</msub>") == 1
+    assert written.index("evidence") < written.rindex("</munder>")
+
+
+def test_arguments_described_in_prose_are_listed_to_get_their_types(settings):
+    list_arguments = settings["_list_arguments"]
 
     def function(first: int, *rest: str, option: bool = True, untyped=None):
         pass
