@@ -26,7 +26,7 @@ import pyro_vae
 
 FOLDER = Path(__file__).parent
 # What a training without widgets says of how it goes, which is over when it is read.
-PROGRESS = re.compile(r"\r?(epoch \d+/\d+|eager|compiled)\b[^\r\n]*")
+PROGRESS = re.compile(r"\r?(epoch \d+/\d+|eager|recorded|compiled)\b[^\r\n]*")
 # Seconds that one cell may take before it counts as hanging.
 TIMEOUT = 600
 
