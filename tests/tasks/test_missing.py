@@ -46,7 +46,8 @@ def test_with_nothing_missing_the_weights_are_the_pair_s(likelihood):
     whole = pv.log_weights(vae.model, vae.guide, x, num_samples=5)
     pyro.set_rng_seed(1)
     observed = pv.log_weights(*observed_pair(vae.model, vae.guide), (x, missing), num_samples=5)
-    torch.testing.assert_close(observed, whole)
+    # A pair's own Bernoulli pixels are scored in fewer passes: float32 rounds otherwise.
+    torch.testing.assert_close(observed, whole, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
