@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="each component in one pair")
     parser.add_argument("--from-pair", type=int, default=0, help="number of the first pair, from 0")
     parser.add_argument("--every", type=int, default=1, help="only each such pair from there on")
+    parser.add_argument("--whole-every", type=int, default=1, help="do all with each such pair only")
     parser.add_argument("--priors", nargs="+", choices=PRIORS, help="only pairs with one of these")
     parser.add_argument("--objectives", action="store_true", help="each objective on one pair too")
     options = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> int:
     for names in itertools.islice(pairs(options.once), options.from_pair, None, options.every):
         if options.priors and names[0] not in options.priors:
             continue
-        whole = not options.once or not results
+        whole = not results if options.once else len(results) % options.whole_every == 0
 
         def work(names=names, whole=whole) -> Iterator[str]:
             return use(build(*names), x, whole=whole)
