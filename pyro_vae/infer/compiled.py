@@ -312,15 +312,14 @@ class StepCapture(Engine):
         """Choose by the whole run's steps; one that is resumed goes on as it was ``begun``."""
         if self.warns:
             return "compiled", " as asked"
-        for gear, kept in _GEARS.items():
-            if begun == kept:
-                return gear, ": as the run was begun"
-        if device.type != "cpu" or num_steps >= COMPILED_FROM_STEPS:
-            return "compiled", f": {num_steps} steps on {device.type}"
-        gear, what, least = "recorded", "compiling", COMPILED_FROM_STEPS
-        if num_steps < RECORDED_FROM_STEPS:
-            gear, what, least = "eager", "recording them", RECORDED_FROM_STEPS
-        return gear, f": {num_steps} steps, {what} pays from {least} on"
+        gear, reason = "compiled", f": {num_steps} steps on {device.type}"
+        if device.type == "cpu" and num_steps < COMPILED_FROM_STEPS:
+            gear, what, least = "recorded", "compiling", COMPILED_FROM_STEPS
+            if num_steps < RECORDED_FROM_STEPS:
+                gear, what, least = "eager", "recording them", RECORDED_FROM_STEPS
+            reason = f": {num_steps} steps, {what} pays from {least} on"
+        other = [name for name, kept in _GEARS.items() if kept == begun != _GEARS[gear]]
+        return (other[0], ": as the run was begun") if other else (gear, reason)
 
     @property
     def is_chosen(self) -> bool:
