@@ -30,6 +30,9 @@ from pyro_vae.vae import VAE
 # Draws that a posterior mean without closed form rests on.
 _MEAN_DRAWS = 100
 
+# Test data points that drawn vectors are shown beside: more change no picture, and fill the memory.
+_BESIDE = 2_000
+
 
 class Subject:
     """A trained VAE as the subject of a picture; ``load`` is called when the data are wanted."""
@@ -150,7 +153,7 @@ def draw_samples(subject: Subject, what: names.Sample) -> Figure:
     number = what.num or subject.either(64, 1000)
     like = subject.like(number)
     drawn = tasks.generate(subject.vae.model, like, mean=mean, seed=subject.seed)
-    beside = drawn if subject.is_image else subject.inputs()[0]
+    beside = drawn if subject.is_image else subject.inputs(_BESIDE)[0]
     title = f"{number} samples: z from the prior, {'means' if mean else 'draws'} of p(x|z)"
     return plots.samples(_array(drawn), _array(beside), title=title, limits=subject.limits)
 
