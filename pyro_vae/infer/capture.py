@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import pyro
@@ -16,6 +17,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -292,9 +294,44 @@ def _constants_to_inputs(module: torch.fx.GraphModule) -> list[Tensor]:
                 last = added[node.target] = graph.placeholder(node.target.replace(".", "_"))
         node.replace_all_uses_with(added[node.target])
         graph.erase_node(node)
+    _take_out_identities(graph)
     graph.eliminate_dead_code()
     module.recompile()
     tensors = [getattr(module, target) for target in added]
     for target in added:
         delattr(module, target)
     return tensors
+
+
+def _take_out_identities(graph: torch.fx.Graph) -> None:
+    """Take out views that end where one began, and products, quotients and powers with 1."""
+    aten = torch.ops.aten
+    with_one = (aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar)
+    views: dict[Any, list[Any]] = {}  # what a view is of, the nearest first
+    owners: dict[Any, Any] = {}  # the node that made the memory
+    written: set[Any] = set()
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        is_mutable = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+        if getattr(node.target, "is_view", False) or (node.target is getitem and first in views):
+            views[node] = [first, *views.get(first, ())]
+        owners[node] = owners[first] if node in views or is_mutable else node
+        written |= {owners[given] for given in node.all_input_nodes if is_mutable}
+    for node in list(graph.nodes):
+        same = [before for before in views.get(node, ()) if _are_alike(before, node)]
+        if node.target in with_one and node.args[1] == 1 and _are_alike(node.args[0], node):
+            is_output = any(user.op == "output" for user in node.users)
+            same = [] if is_output or {owners[node.args[0]], node} & written else [node.args[0]]
+        if same:
+            node.replace_all_uses_with(same[-1])
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two nodes are tensors of one layout."""
+    first, second = (
+        (n.meta.get("val") if isinstance(n, torch.fx.Node) else None) for n in (one, other)
+    )
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    kinds = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (first, second)]
+    return kinds[0] == kinds[1] and not first.dtype.is_complex

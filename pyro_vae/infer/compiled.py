@@ -70,8 +70,8 @@ class _Stepping(Engine):
         summary, validate = step.summary, step.validate  # the gradients are not kept
 
         def read() -> float:
-            loss, *_, outside = summary.tolist()
-            if loss != loss or (self.validates and outside):
+            loss, *outside = summary.tolist()
+            if loss != loss or any(outside):
                 validate()
             warn_if_nan(loss, "loss")
             return float(loss)

@@ -131,7 +131,7 @@ class Engine:
     """The captured steps of an objective, over pairs and signatures: summaries and gradients."""
 
     objective: Bound
-    names: tuple[str, ...] = ("loss", "rate", "distortion")  # of the summary, for messages
+    names: tuple[str, ...] = ("loss",)  # of the summary, for messages
     rounding: tuple[torch.dtype, ...] = ()  # precisions computed in besides the gradients'
     warns = True  # of a pair that can't be captured; else ``reasons`` tells
     validates = False  # what is observed: the summary then ends with 1 where it can't be
@@ -170,7 +170,7 @@ class Engine:
         self, terms: BoundTerms, gradients: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summary, and the gradients that are handed over."""
-        return torch.stack([terms.loss, terms.rate, terms.distortion]), gradients
+        return terms.loss[None], gradients
 
     def _hand_over(self, step: Step) -> Any:
         """Give the gradients to the leaves and return what the eager step returns."""

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pyro_vae.errors import InputError
 
@@ -23,6 +24,9 @@ FUSED_DEVICES = {
 
 # Options that choose an implementation and leave the numbers alone; not part of a saved state.
 IMPLEMENTATION_OPTIONS = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
+
+# What torch is told to run at the steps of all optimisers.
+_EVERY = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 # Before the number of a tensor that isn't in Pyro's store, which no name there begins with.
 _UNNAMED = "\0"
@@ -114,7 +118,8 @@ class FusedOptim(PyroOptim):
                     param.grad = torch.zeros_like(param)
         self._clip()
         assert self.optimizer is not None
-        self.optimizer.step(*args, **kwargs)
+        if args or kwargs or not step_by_kernel(self.optimizer):
+            self.optimizer.step(*args, **kwargs)
         for param in given - self._outside if self._outside else given:
             param.grad = None
         for param, gradient in hidden:
@@ -267,6 +272,37 @@ class FusedOptim(PyroOptim):
                 packed["state"][index] = own["state"][0]
             packed_group.update(_options(state))
         self.optimizer.load_state_dict(packed)
+
+
+@torch.no_grad()
+def step_by_kernel(optimizer: torch.optim.Optimizer, found_inf: Tensor | None = None) -> bool:
+    """Take a step of a fused Adam by torch's kernel alone; tell whether that could be done.
+
+    Its own method looks anew for hooks, devices and dtypes, which takes longer than a small step.
+    """
+    own = vars(optimizer)  # a scheduler or a user may have put another method there
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or "step" in own:
+        return False
+    launches: list[tuple[dict[str, Any], list[Any]]] = []
+    for group in optimizer.param_groups:
+        params = [param for param in group["params"] if param.grad is not None]
+        gradients, states = [p.grad for p in params], [optimizer.state[p] for p in params]
+        kinds = {(t.dtype, t.device, t.layout) for t in (*params, *gradients) if t is not None}
+        is_plain = group["fused"] and not group["amsgrad"] and type(group["lr"]) is float
+        watched = [*_EVERY, own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]]
+        if not (is_plain and len(kinds) == 1 and all(states)) or any(watched):
+            return False
+        moments = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
+        launches.append((group, [params, gradients, *moments, [], [s["step"] for s in states]]))
+    for group, tensors in launches:
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        (beta1, beta2), steps = group["betas"], tensors[-1]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        torch._foreach_add_(steps, 1)
+        kernel(*tensors, beta1=beta1, beta2=beta2, found_inf=found_inf, **options)
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+    return True
 
 
 def optimizer_class(optimizer: Any) -> Any:

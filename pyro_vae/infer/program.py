@@ -135,8 +135,7 @@ class Program:
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
     ) -> list[Tensor]:
         """Run the graph on what is given and the state's tensors; ``keep`` what it returns."""
-        with ExitStack() as contexts:
-            contexts.enter_context(torch.no_grad())
+        with torch.no_grad(), ExitStack() as contexts:
             for device in self.cast:  # the graph holds its casts already
                 contexts.enter_context(torch.autocast(device, enabled=False))
             if self.overwrites:

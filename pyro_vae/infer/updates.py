@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_vae.errors import InputError, first_line
 from pyro_vae.files import checksum_of
-from pyro_vae.infer.optim import FusedOptim, optimizer_class
+from pyro_vae.infer.optim import FusedOptim, optimizer_class, step_by_kernel
 from pyro_vae.infer.settings import FitSettings
 
 
@@ -92,7 +92,8 @@ class Updates:
             # Read on the device by the fused kernels, on CPU and CUDA alike: at 1 parameters, moments
             # and step counts stay as they are. It is torch's contract with its gradient scaler.
             vars(optimizer)["found_inf"] = flag
-            optimizer.step()
+            if not step_by_kernel(optimizer, flag):
+                optimizer.step()
         elif not flag:  # other optimisers can't be told so: the step waits for the device
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
