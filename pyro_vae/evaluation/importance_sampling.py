@@ -121,9 +121,10 @@ class _Stream:
         self.checkpoints = sorted(n for n in rounds | {num_samples} if n <= num_samples)
         self.history: list[Tensor] = []
         self.draws: list[PosteriorDraws] = []
-        # Half of the budget holds the latents drawn in one pass of the guide, the other half the
-        # chunk of them that the model scores. Chunks are of equal size, as far as possible.
-        scored = budget // (2 * particles.pair.structure.bytes_per_datum * particles.num_data)
+        # Half of the budget holds the latents drawn in one pass of the guide, half of the rest the
+        # chunk of them that the model scores: of the whole rest the C library gives the memory back
+        # after each chunk, a tenth of the time. Chunks are of equal size, as far as possible.
+        scored = budget // (4 * particles.pair.structure.bytes_per_datum * particles.num_data)
         scored = max(1, min(num_samples, scored))
         self.scored_at_once = math.ceil(num_samples / math.ceil(num_samples / scored))
         drawn = min(budget // 2, _DRAWN_BYTES) // particles.bytes_per_proposal()
