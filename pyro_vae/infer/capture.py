@@ -17,7 +17,6 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -294,7 +293,7 @@ def _constants_to_inputs(module: torch.fx.GraphModule) -> list[Tensor]:
                 last = added[node.target] = graph.placeholder(node.target.replace(".", "_"))
         node.replace_all_uses_with(added[node.target])
         graph.erase_node(node)
-    _take_out_identities(graph)
+    _take_out_views(graph)
     graph.eliminate_dead_code()
     module.recompile()
     tensors = [getattr(module, target) for target in added]
@@ -303,35 +302,27 @@ def _constants_to_inputs(module: torch.fx.GraphModule) -> list[Tensor]:
     return tensors
 
 
-def _take_out_identities(graph: torch.fx.Graph) -> None:
-    """Take out views that end where one began, and products, quotients and powers with 1."""
-    aten = torch.ops.aten
-    with_one = (aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar)
+def _take_out_views(graph: torch.fx.Graph) -> None:
+    """Take out the views that end where one began: a third of a recorded step's operations."""
     views: dict[Any, list[Any]] = {}  # what a view is of, the nearest first
-    owners: dict[Any, Any] = {}  # the node that made the memory
-    written: set[Any] = set()
     for node in graph.nodes:
         first = node.args[0] if node.args else None
-        is_mutable = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
         if getattr(node.target, "is_view", False) or (node.target is getitem and first in views):
             views[node] = [first, *views.get(first, ())]
-        owners[node] = owners[first] if node in views or is_mutable else node
-        written |= {owners[given] for given in node.all_input_nodes if is_mutable}
-    for node in list(graph.nodes):
-        same = [before for before in views.get(node, ()) if _are_alike(before, node)]
-        if node.target in with_one and node.args[1] == 1 and _are_alike(node.args[0], node):
-            is_output = any(user.op == "output" for user in node.users)
-            same = [] if is_output or {owners[node.args[0]], node} & written else [node.args[0]]
-        if same:
-            node.replace_all_uses_with(same[-1])
+            same = [before for before in views[node] if _layout(before) == _layout(node)]
+            if same and isinstance(node.meta["val"], Tensor):
+                node.replace_all_uses_with(same[-1])
 
 
-def _are_alike(one: Any, other: Any) -> bool:
-    """Whether two nodes are tensors of one layout."""
-    first, second = (
-        (n.meta.get("val") if isinstance(n, torch.fx.Node) else None) for n in (one, other)
-    )
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return False
-    kinds = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (first, second)]
-    return kinds[0] == kinds[1] and not first.dtype.is_complex
+def _layout(node: torch.fx.Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return (
+            value.dtype,
+            value.shape,
+            value.stride(),
+            value.storage_offset(),
+            value.is_conj(),
+            value.is_neg(),
+        )
+    return None
