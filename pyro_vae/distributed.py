@@ -1,7 +1,5 @@
 """Several processes that train one pair: each takes its share of every batch, sums are shared."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -28,7 +26,7 @@ class Processes:
     size: int = 1
 
     @classmethod
-    def current(cls) -> Processes:
+    def current(cls) -> "Processes":
         """Return the processes of the default group; without one this process is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE

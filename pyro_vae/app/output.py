@@ -1,7 +1,5 @@
 """What is shown: self-contained HTML pages of text, tables and figures; tables on the terminal."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -101,7 +99,7 @@ class Page:
         table = f'<table class="facts"><caption>{escape(caption)}</caption>\n<tbody>\n{rows}</tbody>'
         self._parts.append(f'<div class="wide">{table}</table></div>')
 
-    def figure(self, figure: Figure, *, caption: str, description: str | None = None) -> None:
+    def figure(self, figure: "Figure", *, caption: str, description: str | None = None) -> None:
         """Add a figure: as SVG, or as PNG where that is much smaller.
 
         The description is for a reader who can't see it; by default it is the caption.
@@ -217,7 +215,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
     return pairs
 
 
-def _picture(figure: Figure) -> tuple[str, bytes]:
+def _picture(figure: "Figure") -> tuple[str, bytes]:
     """Return a figure's MIME subtype and bytes, which depend only on what it shows."""
     import matplotlib
 

@@ -8,8 +8,6 @@ Sources: Germain et al. 2015, "MADE"; Kingma et al. 2016, "Improving Variational
 Inverse Autoregressive Flow"; Durkan et al. 2019, "Neural Spline Flows".
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -169,7 +167,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
         self.base, self.layers, self.context = base, list(layers), context
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """Return independent copies; the context broadcasts from the right as it did."""
         return FlowDistribution(self.base.expand(torch.Size(batch_shape)), self.layers, self.context)
 

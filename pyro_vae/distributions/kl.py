@@ -1,7 +1,5 @@
 """Closed-form KL divergences that torch and Pyro lack; those on the sphere in float64."""
 
-from __future__ import annotations
-
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
@@ -69,7 +67,7 @@ def _kl_von_mises_fisher_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) 
 
 
 @register_kl(MultivariateNormal, Independent)
-def _kl_full_normal_normal(p: MultivariateNormal, q: Independent[Normal]) -> Tensor:
+def _kl_full_normal_normal(p: MultivariateNormal, q: "Independent[Normal]") -> Tensor:
     """sum_d [(S_dd + (mu_d - m_d)^2) / s_d^2 - 1] / 2 + log s_d - log L_dd, where S = L L^T."""
     normal = q.base_dist
     if not isinstance(normal, Normal) or q.reinterpreted_batch_ndims != 1:

@@ -1,7 +1,5 @@
 """Normals that torch lacks: scored by the noise of their draws, and mixed with a gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -116,7 +114,7 @@ class DiagonalNormalMixture(TorchDistribution):
         self.log_weights, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalNormalMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "DiagonalNormalMixture":
         """Return independent copies."""
         batch = torch.Size(batch_shape)
         parts = (self.log_weights, 1), (self.loc, 2), (self.scale, 2)

@@ -1,7 +1,5 @@
 """The unit sphere: its support, area and random directions, and the uniform distribution on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -133,7 +131,7 @@ class HypersphericalUniform(SphereDistribution):
         self._origin = torch.zeros(m, dtype=dtype, device=device)
         super().__init__(torch.Size(batch_shape), torch.Size([m]), validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HypersphericalUniform:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "HypersphericalUniform":
         """Return the same distribution with another batch shape."""
         new: HypersphericalUniform = self._get_checked_instance(HypersphericalUniform, _instance)
         new.m, new._origin = self.m, self._origin

@@ -1,7 +1,5 @@
 """The von Mises-Fisher distribution: exact sampling, exact log density, pathwise gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -86,7 +84,7 @@ class VonMisesFisher(SphereDistribution):
                 text = f"expected loc of unit length, got {norms}: divide it by its norm"
             raise InputError(text) from error
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> VonMisesFisher:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "VonMisesFisher":
         """Return the same distribution with its parameters expanded to another batch shape."""
         new: VonMisesFisher = self._get_checked_instance(VonMisesFisher, _instance)
         batch_shape = torch.Size(batch_shape)

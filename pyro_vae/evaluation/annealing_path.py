@@ -1,12 +1,10 @@
 """The annealing path of a pair in unconstrained coordinates, and Hamiltonian transitions on it."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import pyro
 import torch
@@ -50,13 +48,13 @@ class State(NamedTuple):
         gradient = self.base_gradient + weight * self.increment_gradient
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
-    def where(self, condition: Tensor, other: State) -> State:
+    def where(self, condition: Tensor, other: "State") -> "State":
         """Take this state where ``condition`` ``(C, N)`` holds, the other elsewhere."""
         of_each = condition[..., None]
         conditions = (of_each, condition, condition, of_each, of_each)
         return State(*map(torch.where, conditions, self, other))
 
-    def take(self, chains: Tensor) -> State:
+    def take(self, chains: Tensor) -> "State":
         """Take for each datum the chains of these numbers ``(C, N)``."""
         data = torch.arange(chains.shape[1], device=chains.device)
         return State(*(value[chains, data] for value in self))
@@ -119,7 +117,7 @@ class AnnealingPath:
         self.num_coordinates, self.dtype = shown.shape[-1], shown.dtype
         self._counted = self._counted_coordinates(model_sites, shown)
 
-    def leave_from(self, start: str | MixtureSameFamily) -> AnnealingPath:
+    def leave_from(self, start: str | MixtureSameFamily) -> Self:
         """Return the path to the same posterior from another start; recordings are shared."""
         path = copy.copy(self)
         path.start = start

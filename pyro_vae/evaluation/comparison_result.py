@@ -1,7 +1,5 @@
 """What a comparison of pairs found: numbers per datum, paired differences, a table and figures."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +41,7 @@ class Measured:
     num_parameters: int  # that train
     num_guide_parameters: int
     seconds_per_1000: float  # of importance sampling for 1,000 data points
-    fit: FitResult | None = field(repr=False)  # of the first run
+    fit: "FitResult | None" = field(repr=False)  # of the first run
     seconds_per_epoch: float = math.nan  # NaN where nothing was trained here
     annealed_trusted: Tensor | None = field(default=None, repr=False)
 
@@ -100,7 +98,7 @@ class Comparison:
     seed: int
 
     @classmethod
-    def of_runs(cls, comparisons: Sequence[Comparison]) -> Comparison:
+    def of_runs(cls, comparisons: "Sequence[Comparison]") -> "Comparison":
         """Join results of :func:`pyro_vae.compare`, each from another training seed.
 
         Raises:
@@ -245,7 +243,7 @@ class Comparison:
             found[name] = pointwise_densities(*values, pseudo_likelihood=pseudo)
         return found
 
-    def plot(self, quantity: str | None = None) -> Figure:
+    def plot(self, quantity: str | None = None) -> "Figure":
         """Show paired differences from the best, with their 95 % intervals and the single runs."""
         from pyro_vae.plots import paired_differences
 
@@ -260,7 +258,7 @@ class Comparison:
             by_run=[each.by_run for each in differences] if self.num_runs > 1 else None,
         )
 
-    def scatter(self, first: str, second: str, quantity: str | None = None) -> Figure:
+    def scatter(self, first: str, second: str, quantity: str | None = None) -> "Figure":
         """Show a quantity of every datum under one pair against that under another."""
         from pyro_vae.plots import datum_against_datum
 

@@ -1,7 +1,5 @@
 """Checks by simulation: new data in place of the data, the aggregate posterior, and calibration."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +59,7 @@ class PosteriorPredictive:
         means = {n: (self.replicated[n].mean(1), seen.mean()) for n, seen in self.observed.items()}
         return {name: _share_above(*both).item() for name, both in means.items()}
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Show each statistic over the data and over the data drawn in their place."""
         from pyro_vae import plots
 
@@ -162,7 +160,7 @@ class AggregatePosterior:
         results = [ks_2samp(mine, theirs) for mine, theirs in columns]
         return torch.tensor([[result.statistic, result.pvalue] for result in results]).T
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Show both distributions, one panel per dimension."""
         from pyro_vae import plots
 
@@ -266,7 +264,7 @@ class Calibration:
         name = f"lowest p-value of {len(p_value)} dimensions"
         return title, {name: value, "its chi-square": statistic}
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Show the histogram of ranks of each dimension with the band that 95 % of bins lie in."""
         from scipy.stats import binom
 

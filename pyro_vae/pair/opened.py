@@ -1,11 +1,9 @@
 """A model, a guide and their inputs opened once: run, cut into parts, and what one look shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -54,7 +52,7 @@ class Latent(NamedTuple):
     is_enumerated: bool  # whether Pyro may sum over its values in place of drawing it
 
     @classmethod
-    def of(cls, site: Site, plate: str | None) -> Latent:
+    def of(cls, site: Site, plate: str | None) -> Self:
         """Describe a traced site of the guide."""
         fn, value, is_shared = site["fn"], site["value"], not traced.is_inside(site, plate)
         value = value[None] if is_shared else value
@@ -99,14 +97,14 @@ class Knowledge:
 def open_pair(
     model: PairFunction, guide: PairFunction, x: Data, *, plate: str | None = "data",
     serves: Serves = Serves.NOTHING,
-) -> OpenedPair:  # fmt: skip
+) -> "OpenedPair":  # fmt: skip
     """Open a pair: its inputs on its device and in its type, checked; nothing runs yet."""
     inputs = as_inputs(x, model, guide, share_rows=plate is not None)
     check_data(model, inputs)
     return OpenedPair(model, guide, inputs, plate=plate, serves=serves)
 
 
-def open_function(function: PairFunction, x: Data, *, plate: str = "data") -> OpenedFunction:
+def open_function(function: PairFunction, x: Data, *, plate: str = "data") -> "OpenedFunction":
     """Open a model or a guide alone; ``x`` are its conditions, so their values are not checked."""
     _check_plate(plate, Serves.NOTHING)
     return OpenedFunction(function, as_inputs(x, function), plate)
@@ -146,11 +144,11 @@ class OpenedFunction(NamedTuple):
         with any_number_of_data(explain, self.num_data) if explain else nullcontext():
             return poutine.trace(self.function).get_trace(*self.inputs)
 
-    def repeat(self, count: int) -> OpenedFunction:
+    def repeat(self, count: int) -> Self:
         """Return the function of all data points repeated, repetitions outermost."""
         return self._replace(inputs=tile_inputs(self.inputs, count))
 
-    def first(self) -> OpenedFunction:
+    def first(self) -> Self:
         """Return the function of the first data point alone."""
         return self._replace(inputs=tuple(value[:1] for value in self.inputs))
 
@@ -223,7 +221,7 @@ class OpenedPair:
         """For each latent, the (negative) axis of its value that counts the data points."""
         return {name: latent.axis for name, latent in self.structure.latents.items()}
 
-    def on(self, inputs: Inputs) -> OpenedPair:
+    def on(self, inputs: Inputs) -> Self:
         """Return the pair with other inputs in place of its own: it is not looked at again."""
         return replace(self, arguments=inputs, keywords={})
 
@@ -231,7 +229,7 @@ class OpenedPair:
         """Return one of the two functions with the pair's inputs."""
         return OpenedFunction(function, self.inputs, self.plate)
 
-    def part(self, rows: slice | Tensor = slice(None)) -> OpenedPair:
+    def part(self, rows: slice | Tensor = slice(None)) -> Self:
         """Return the pair of some of the data points, on the device that it computes on."""
         rows = slice(None) if self.plate is None else rows
         return replace(self, arguments=take_rows(self.inputs, rows, self.device))
@@ -246,14 +244,14 @@ class OpenedPair:
 
     def blocks(
         self, size: int = BLOCK, progress: Progress | None = None
-    ) -> Iterator[tuple[slice, OpenedPair]]:
+    ) -> Iterator[tuple[slice, Self]]:
         """Yield the rows and the pair of each block; ``progress`` is told when one is done."""
         for rows in self.split(size):
             yield rows, self.part(rows)
             if progress is not None:
                 progress(min(rows.stop, self.num_data), self.num_data)
 
-    def few(self, most: int) -> OpenedPair:
+    def few(self, most: int) -> Self:
         """Return the pair of a few data points to look at; of all where it takes no part of them."""
         return self.part(self.split(most)[0])
 
