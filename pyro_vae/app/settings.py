@@ -15,8 +15,8 @@ from pyro_vae.app.names import EvaluateSettings, TrainSettings
 from pyro_vae.data_scale import without_missing
 from pyro_vae.datasets import Dataset
 from pyro_vae.errors import InputError, available_memory, check_room
-from pyro_vae.infer.objectives import default_particles, objective_named
 from pyro_vae.infer.settings import FitSettings, default_warmup_epochs
+from pyro_vae.infer.stock_bound import default_particles, objective_named
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.description import Bounded
 from pyro_vae.vae import VAE, ConditionalVAE

@@ -1,6 +1,6 @@
-"""The bound that an objective of ``fit`` stands for: a bound of this package, or any ELBO of Pyro."""
+"""The bound that an objective of ``fit`` stands for: one of this package, by name too, or Pyro's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,12 +9,18 @@ from pyro import infer
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.errors import InputError
-from pyro_vae.infer.analytic_kl import AnalyticKL, DefaultBound
+from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.infer.analytic_kl import AnalyticKL, DefaultBound, FreeBits
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
+from pyro_vae.infer.iwae import IWAE
+from pyro_vae.infer.sticking_the_landing import StickingTheLanding
 from pyro_vae.pair.sites import TracePair
 from pyro_vae.pair.state import accumulating_leaves
 
+OBJECTIVES: dict[str, Callable[..., Bound]] = {
+    "elbo": TraceBound, "analytic-kl": AnalyticKL, "sticking-the-landing": StickingTheLanding,
+    "free-bits": FreeBits, "iwae": IWAE,
+}  # fmt: skip
 # Pyro's objectives that a bound computes without reading values, so that its steps can be captured.
 _BOUNDS = {infer.Trace_ELBO: TraceBound, infer.TraceMeanField_ELBO: AnalyticKL}
 # What a first step may find out and note.
@@ -103,3 +109,18 @@ def name_of(bound: Bound) -> str:
         if isinstance(value, bool | int | float | str) and name not in _FOUND_OUT
     }
     return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"
+
+
+def default_particles(name: str) -> int:
+    """Return the draws of a step: 5 for IWAE, the smaller number of Burda et al. 2016, else 1."""
+    return 5 if name == "iwae" else 1
+
+
+def objective_named(name: str, num_particles: int | None = None, **options: Any) -> Bound:
+    """Return an objective by its name."""
+    if name not in OBJECTIVES:
+        raise unknown_name("objective", name, tuple(OBJECTIVES))
+    if name == "free-bits" and "floor" not in options:
+        wanted = "how many nats cost nothing with the objective 'free-bits'"
+        raise InputError(f"expected {wanted}, got none: pass pyro_vae.infer.FreeBits(floor)")
+    return OBJECTIVES[name](num_particles=num_particles or default_particles(name), **options)

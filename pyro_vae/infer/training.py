@@ -23,9 +23,8 @@ from pyro_vae.infer.callbacks import Callbacks
 from pyro_vae.infer.checkpoint import Checkpoints
 from pyro_vae.infer.compiled import StepCapture, uncompiled
 from pyro_vae.infer.diagnosis import diagnose
-from pyro_vae.infer.objectives import objective_named
 from pyro_vae.infer.settings import FitSettings, Schedule, check_callables, default_warmup_epochs
-from pyro_vae.infer.stock_bound import bound_of, name_of
+from pyro_vae.infer.stock_bound import bound_of, name_of, objective_named
 from pyro_vae.infer.trainer import Trainer, TrainingObjective
 from pyro_vae.infer.validation import EarlyStopping, global_rate, validate
 from pyro_vae.pair.contract import Serves
