@@ -15,7 +15,7 @@ from pyro_vae.evaluation.elbo import single_latent
 from pyro_vae.infer.settings import check_callables
 from pyro_vae.pair.functions import PairFunction
 from pyro_vae.pair.opened import OpenedPair, Progress, open_pair
-from pyro_vae.pair.sites import latent_sites
+from pyro_vae.pair.sites import innermost, latent_sites
 from pyro_vae.summary import shown
 from pyro_vae.weights.particles import Particles
 
@@ -241,9 +241,7 @@ def latent_on_grid(guide_trace: Trace, num_data: int) -> tuple[str, int]:
     if site is None:
         wanted, count = "one latent site for quadrature", len(latent_sites(guide_trace))
         raise InputError(f"expected {wanted}, got {count}: leave posterior out")
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = innermost(site["fn"].support, "base_constraint")
     size = site["value"].numel() // num_data
     if support is not constraints.real or size not in _POINTS:
         wanted = "a real latent of 1 or 2 dimensions for quadrature"

@@ -12,7 +12,7 @@ from torch.distributions import Independent
 from pyro_vae.distributions.kl import closed_form_kl
 from pyro_vae.errors import InputError, check_choice, real_number
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
-from pyro_vae.pair.contract import refuse_score_function
+from pyro_vae.pair.contract import are_same, refuse_score_function
 from pyro_vae.pair.sites import Site, TracePair, is_delta, latent_sites, plate_scale, sample_sites
 
 _PARTICLES = "num_particles_vectorized"  # Pyro's name of the outer plate of particles
@@ -156,14 +156,8 @@ def _admits_closed_forms(model_trace: Trace, guide_trace: Trace) -> bool:
     in_guide = {site["name"]: site for site in latent_sites(guide_trace)}
     shared = [(in_guide[site["name"]], site) for site in latent_sites(model_trace)]
     return all(site["fn"].has_rsample for site in in_guide.values()) and all(
-        _is_same(site[name], other[name]) for site, other in shared for name in ("scale", "mask")
+        are_same(site[name], other[name]) for site, other in shared for name in ("scale", "mask")
     )
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (first, second))))
 
 
 class FreeBits(AnalyticKL):

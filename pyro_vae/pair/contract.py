@@ -186,16 +186,17 @@ def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
         both = [traced.counted_values(site), None]
         if (own := model_trace.nodes.get(site["name"])) is not None:
             both[1] = traced.counted_values(own)
-        if not _are_same(*both):
+        if not are_same(*both):
             wanted = f"latent {site['name']!r} under one mask in model and guide"
             advice = "a value that counts in one alone has no weight; give both the same poutine.mask"
             raise InputError(f"expected {wanted}, got two: {advice}")
 
 
-def _are_same(mask: Tensor | None, other: Tensor | None) -> bool:
-    if mask is None or other is None:
-        return mask is other
-    return torch.equal(mask, other)
+def are_same(first: Any, second: Any) -> bool:
+    """Tell whether two masks or scales, tensors or numbers, are the same, or None both."""
+    if first is None or second is None:
+        return first is second
+    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (first, second))))
 
 
 def why_masks_matter(name: str | None) -> str | None:
@@ -332,8 +333,7 @@ def check_guide_support(guide_site: Site, model_site: Site) -> None:
 
 def _bounds(support: Any) -> _Bounds | None:
     """Return a support's box with one entry per coordinate where they differ; None: unknown."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = traced.innermost(support, "base_constraint")
     if isinstance(support, _Stack | _Cat):
         return _join(support)
     if support in _BOXES:

@@ -103,9 +103,7 @@ def likelihood_kind(site: Site) -> str:
     A ``"density"``, a ``"density on the sphere"``, a ``"probability"`` (of discrete values), or a
     ``"pseudo-likelihood"``: a discrete distribution given values that it can't take. NaN is missing.
     """
-    support, values = site["fn"].support, site["value"]
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support, values = innermost(site["fn"].support, "base_constraint"), site["value"]
     if not support.is_discrete:
         return "density on the sphere" if support is constraints.sphere else "density"
     missing = values.isnan()
@@ -209,11 +207,11 @@ def vectorized_frames(site: Site) -> list[Any]:
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def innermost(distribution: Any) -> Any:
-    """Return what a distribution wraps at last: independent, masked, expanded or transformed."""
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
+def innermost(wrapper: Any, inside: str = "base_dist") -> Any:
+    """Return what a distribution (independent, masked, expanded, transformed) wraps at last."""
+    while hasattr(wrapper, inside):
+        wrapper = getattr(wrapper, inside)
+    return wrapper
 
 
 def total(sites: list[Site], plate: str | None, inputs: tuple[Tensor, ...]) -> Tensor:
