@@ -25,22 +25,16 @@ PSEUDO = "grey values under a Bernoulli: log p(x) is a pseudo-likelihood, which 
 PSEUDO += "with a density or with a likelihood of binary data."
 
 _CAPTIONS = {
-    "training": (
-        "ELBO, rate and distortion against epochs, on the training and the validation part. "
-        "The ELBO is minus rate minus distortion."
-    ),
-    "diagnostics": (
-        "Pareto k of each datum's importance weights, and the mean estimate from the first samples "
-        "only. Log p(x) is a lower bound in expectation: a curve that still rises is still too "
-        "low, and a flat one may be."
-    ),
+    "training": "ELBO, rate and distortion against epochs, on the training and the validation part. "
+    "The ELBO is minus rate minus distortion.",
+    "diagnostics": "Pareto k of each datum's importance weights, and the mean estimate from the "
+    "first samples only. Log p(x) is a lower bound in expectation: a curve that still rises is still "
+    "too low, and a flat one may be.",
     "samples": "New data drawn from the trained model.",
     "reconstructions": "Test data and what the model makes of their latents.",
-    "differences": (
-        "Paired differences from the best family. Bars: 95% intervals from the spread over the data "
-        "points and the spread between runs together; small dots: single runs, each beside the best "
-        "family's run of the same seed."
-    ),
+    "differences": "Paired differences from the best family. Bars: 95% intervals from the spread "
+    "over the data points and the spread between runs together; small dots: single runs, each beside "
+    "the best family's run of the same seed.",
     "per-datum": "Log p(x) of each datum under two of the families, averaged over the runs.",
 }
 

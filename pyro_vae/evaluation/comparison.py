@@ -21,13 +21,8 @@ from pyro_vae.evaluation.methods import estimate_log_prob
 from pyro_vae.evaluation.quadrature import latent_on_grid, measure_divergence
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult
-from pyro_vae.pair.functions import (
-    HANDLER_LOCK,
-    PairFunction,
-    device_of,
-    owned_modules,
-    resolve_device,
-)
+from pyro_vae.pair import functions
+from pyro_vae.pair.functions import HANDLER_LOCK, PairFunction
 from pyro_vae.pair.inputs import Data, as_inputs, check_data
 from pyro_vae.pair.opened import BLOCK, OpenedPair
 from pyro_vae.weights.particles import Particles
@@ -220,9 +215,9 @@ def _hold(
     first: OpenedPair, pairs: Mapping[str, Pair], options: Mapping[str, Any], *, trains: bool
 ) -> AbstractContextManager[PairFunction]:
     """Freeze the first pair's model where the guides will be: training moves modules, only these."""
-    place = device_of(first.model, default=first.inputs[0].device)
-    if trains and owned_modules(first.model):
-        place = resolve_device(options.get("device", "auto"))
+    place = functions.device_of(first.model, default=first.inputs[0].device)
+    if trains and functions.owned_modules(first.model):
+        place = functions.resolve_device(options.get("device", "auto"))
     shown = tuple(value.to(place) for value in first.few(BLOCK).inputs)
     guides = {name: guide for name, (_, guide) in pairs.items()}
     return training.frozen_model(first.model, guides, shown, place)
@@ -271,11 +266,9 @@ def _measure(
 
 
 def _anneal_alike(
-    pairs: Mapping[str, OpenedPair],
-    runs: dict[str, list[Measured]],
-    auto: AutoOptions,
+    pairs: Mapping[str, OpenedPair], runs: dict[str, list[Measured]], auto: AutoOptions,
     how: _Settings,
-) -> dict[str, list[Measured]]:
+) -> dict[str, list[Measured]]:  # fmt: skip
     """Anneal what any pair does not clear in every pair: else the paired difference is biased."""
 
     def run(pair: OpenedPair, number: int) -> AbstractContextManager[None]:
