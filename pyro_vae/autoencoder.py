@@ -164,8 +164,7 @@ class Autoencoder(nn.Module):
                 on_epoch(epoch, losses)
 
         # A store of its own: no other pair's names are in the way, and none is left there.
-        store = pyro.get_param_store()
-        with HANDLER_LOCK, store.scope(), epoch_progress(epochs, progress) as bar:
+        with HANDLER_LOCK, pyro.get_param_store().scope(), epoch_progress(epochs, progress) as bar:
             result = fit(
                 pair.model, pair.guide, data, epochs=epochs, batch_size=batch_size,
                 learning_rate=learning_rate, validation=validation, patience=patience,

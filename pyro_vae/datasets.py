@@ -241,8 +241,7 @@ def _load_omniglot(sets: Any, root: Path, download: bool) -> dict[str, Any]:
         images = sets.Omniglot(root, background=background, download=download)
         # 105x105 pixels, ink dark; 28x28 with ink bright is how the field uses the set.
         grey = (image.convert("L").resize((28, 28), resample=4) for image, _ in images)
-        small = [255 - np.asarray(image) for image in grey]
-        parts[part] = np.stack(small)[:, None] / 255
+        parts[part] = np.stack([255 - np.asarray(image) for image in grey])[:, None] / 255
         parts[f"{part}_labels"] = np.array([label for _, label in images._flat_character_images])
     return parts
 

@@ -315,8 +315,7 @@ class Conditional(nn.Module):
     def forward(self, inputs: Tensor, condition: Tensor) -> Tensor:
         """Return the features of latents or data, and of conditions, which particles share."""
         if not self.decodes:
-            axes = len(feature_shape(self.network))
-            inputs = self.network(inputs).flatten(start_dim=-axes)
+            inputs = self.network(inputs).flatten(start_dim=-len(feature_shape(self.network)))
         condition = (condition - self.loc) / self.scale
         shared = condition.expand(*inputs.shape[:-1], self.condition_dim)
         joined = torch.cat([inputs, shared.to(inputs.dtype)], -1)

@@ -163,8 +163,7 @@ def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
     )
     runs = f"mean over {comparison.num_runs} runs, 95% interval; small dots: single runs"
     title, told = f"{data}: {runs}", list(labels.values())
-    figure = plots.families_and_runs(names, *shown, labels=told, title=title)
-    figures = {"differences": figure}
+    figures = {"differences": plots.families_and_runs(names, *shown, labels=told, title=title)}
     if len(names) > 1:
         best = comparison.best()
         other = next(name for name in names if name != best)

@@ -46,8 +46,7 @@ def as_command(
         hints, changed = get_type_hints(kind), defaults.get(kind, {})
         for each in chosen:
             default = changed.get(each.name, each.default)
-            annotation = _annotate(each, hints[each.name])
-            options[each.name] = _as_keyword(each.name, annotation, default)
+            options[each.name] = _as_keyword(each.name, _annotate(each, hints[each.name]), default)
         gathered[parameter.name] = chosen
     declared = [each for part in gathered.values() for each in part]
 

@@ -151,8 +151,7 @@ def draw_samples(subject: Subject, what: names.Sample) -> Figure:
         # Vectors are compared with data, which carry the likelihood's noise; bits by their share.
         mean = subject.is_image or isinstance(subject.vae.likelihood, likelihoods.Bernoulli)
     number = what.num or subject.either(64, 1000)
-    like = subject.like(number)
-    drawn = tasks.generate(subject.vae.model, like, mean=mean, seed=subject.seed)
+    drawn = tasks.generate(subject.vae.model, subject.like(number), mean=mean, seed=subject.seed)
     beside = drawn if subject.is_image else subject.inputs(_BESIDE)[0]
     title = f"{number} samples: z from the prior, {'means' if mean else 'draws'} of p(x|z)"
     return plots.samples(_array(drawn), _array(beside), title=title, limits=subject.limits)

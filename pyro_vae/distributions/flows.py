@@ -194,8 +194,7 @@ class FlowDistribution(LatestDraw, TorchDistribution):
 
 def standard_normal(like: Tensor) -> dist.Distribution:
     """Return independent standard normals ``(*batch, dim)`` shaped like ``like``."""
-    zero = torch.zeros_like(like)
-    return dist.Normal(zero, torch.ones_like(like), validate_args=False).to_event(1)
+    return dist.Normal(torch.zeros_like(like), torch.ones_like(like), validate_args=False).to_event(1)
 
 
 def autoregressive_layers(dim: int, num_layers: int, **options: Any) -> nn.ModuleList:

@@ -52,8 +52,7 @@ def raw_cholesky(factor: Tensor) -> Tensor:
     """Return what :func:`lower_cholesky` turns into ``factor``, ``(*batch, size, size)``."""
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     # The inverse of softplus.
-    raw_diagonal = diagonal + torch.log(-torch.expm1(-diagonal))
-    full = factor.tril(-1) + torch.diag_embed(raw_diagonal)
+    full = factor.tril(-1) + torch.diag_embed(diagonal + torch.log(-torch.expm1(-diagonal)))
     rows, columns = torch.tril_indices(*factor.shape[-2:], device=factor.device)
     return full[..., rows, columns]
 

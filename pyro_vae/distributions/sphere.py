@@ -156,5 +156,4 @@ class HypersphericalUniform(SphereDistribution):
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draw normal vectors divided by their norm, shape ``(*sample, *batch, m)``."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        return random_directions(shape, self._origin)
+        return random_directions(self._extended_shape(torch.Size(sample_shape)), self._origin)

@@ -117,8 +117,7 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
         check_room("chains", least, "lower num_chains")
     budget = pair.memory(max_memory)
     # And a factor at each of some twenty stops of the pilot.
-    sizes = (latent.shape_for(1).numel() for latent in pair.structure.latents.values())
-    coordinates = sum(sizes)
+    coordinates = sum(latent.shape_for(1).numel() for latent in pair.structure.latents.values())
     factors = 160 * coordinates * min(coordinates, DENSE)
     moves = GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
     size = budget // (moves + factors)
@@ -186,8 +185,7 @@ def _anneal_block(particles: Particles, options: AnnealingOptions, report: Repor
         distortion = -densities.log_likelihood.mean(0)
     plan = make_plan(path, options)
     path = plan.path
-    position = path.draw(options.num_chains)
-    state = path.evaluate(position)
+    state = path.evaluate(path.draw(options.num_chains))
     bad = (state.increment.isnan() | state.increment.isposinf() | state.base.isnan()).any(0)
     if bad.any():
         wanted = "finite log-probabilities where the chains start"

@@ -349,8 +349,7 @@ def kinetic(momentum: Tensor) -> Tensor:
 def _gradient(value: Tensor, position: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(position)
-    total = value.sum()
-    return torch.autograd.grad(total, position, retain_graph=True, materialize_grads=True)[0]
+    return torch.autograd.grad(value.sum(), position, retain_graph=True, materialize_grads=True)[0]
 
 
 def _transform_of(name: str, model_site: Site, guide_site: Site) -> Any:

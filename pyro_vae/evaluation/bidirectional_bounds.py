@@ -128,8 +128,7 @@ def bidirectional(
         size = ais.annealing_block_size(pair, num_chains, max_memory)
         for rows, part in pair.blocks(size, progress):
             particles = Particles(part)
-            axes = particles.axes
-            drawn = {n: value[rows].movedim(0, axes[n]) for n, value in latents.items()}
+            drawn = {n: value[rows].movedim(0, particles.axes[n]) for n, value in latents.items()}
             blocks.append(_both_ways(particles, options, drawn))
     lower, upper, *acceptance = torch.cat(blocks, dim=1)
     return Bidirectional(lower, upper, pair.inputs, num_chains, num_steps, torch.stack(acceptance))

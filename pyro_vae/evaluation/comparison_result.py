@@ -371,8 +371,7 @@ def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         means = [(each.mean, each.standard_error.mean().item()) for each in divergences]
         cells = [plus_minus(*each) if each[0] == each[0] else "not resolved" for each in means]
         yield "KL(q || p(z|x)), quadrature", cells
-    shares = [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
-    yield "data points not trusted", shares
+    yield "data points not trusted", [f"{100 * pair.unreliable_share:.1f} %" for pair in measured]
     sizes = [f"{pair.median_ess:,.0f}" for pair in measured]
     yield f"median ESS of {comparison.num_samples:,}", sizes
     yield "parameters trained", [f"{pair.num_parameters:,}" for pair in measured]

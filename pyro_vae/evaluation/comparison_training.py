@@ -213,8 +213,7 @@ def _parameters_of(function: PairFunction, inputs: Inputs) -> dict[int, Tensor]:
 def _rebind(function: PairFunction, twin: nn.Module) -> PairFunction:
     """Return the function with its owner replaced."""
     if isinstance(function, functools.partial):
-        inner = _rebind(function.func, twin)
-        return functools.partial(inner, *function.args, **function.keywords)
+        return functools.partial(_rebind(function.func, twin), *function.args, **function.keywords)
     if isinstance(function, types.MethodType):
         return types.MethodType(function.__func__, twin)
     return twin

@@ -62,8 +62,7 @@ def measure_bounds(
     # One group has no spread: a standard error takes two.
     num_groups = max(2, -(-num_samples // num_importance))
     how = num_groups, num_importance, pair.memory(max_memory)
-    blocks = pair.blocks(progress=progress)
-    parts = [_measure_block(Particles(part), *how) for _, part in blocks]
+    parts = [_measure_block(Particles(part), *how) for _, part in pair.blocks(progress=progress)]
     *columns, exact = zip(*parts, strict=True)
     found: Any = (PerDatum(*map(torch.cat, zip(*column, strict=True))) for column in columns)
     return Bounds._make([*found, all(exact)])
@@ -128,8 +127,7 @@ class Moments:
 
     def standard_error(self) -> Tensor:
         """Return the standard error of the mean; infinite where the mean is."""
-        error = (self.variance() / self.count).sqrt()
-        return torch.where(self.sum.isfinite(), error, math.inf)
+        return torch.where(self.sum.isfinite(), (self.variance() / self.count).sqrt(), math.inf)
 
 
 def _exact_kl(traces: TracePair, plate: str | None) -> Tensor | None:

@@ -209,8 +209,7 @@ class _Refinement:
 
     def _site(self, pair: OpenedPair) -> str:
         """Return the latent's name; refuse a guide whose q the family's is not."""
-        trace = poutine.trace(pair.guide).get_trace(*pair.inputs)
-        site = single_latent(trace)
+        site = single_latent(poutine.trace(pair.guide).get_trace(*pair.inputs))
         if site is None:
             advice = "the best q of each datum is searched over one family's parameters"
             raise InputError(f"expected a guide with one latent site, got several or none: {advice}")

@@ -53,8 +53,7 @@ def paired_difference(mine: Sequence[PerDatum], theirs: Sequence[PerDatum]) -> D
     runs = []
     for (value, error), (other, its) in zip(mine, theirs, strict=True):
         impossible: Tensor = value.isneginf() & other.isneginf()
-        difference = torch.where(impossible, 0.0, value - other)
-        runs.append(PerDatum(difference, torch.hypot(error, its)))
+        runs.append(PerDatum(torch.where(impossible, 0.0, value - other), torch.hypot(error, its)))
     count, paired = len(runs), average_runs(runs)
     over_data = paired.data_standard_error
     by_run = tuple(run.mean for run in runs)

@@ -119,8 +119,7 @@ def explore(path: AnnealingPath, longest: int, position: Tensor | None = None) -
         factor = whiten(*_gather([*visited, state], beta))
         visited = []
         for _ in range(repeats):
-            step = log_step.exp()
-            state, probability = transition(path, state, beta, step, factor, longest)
+            state, probability = transition(path, state, beta, log_step.exp(), factor, longest)
             log_step = log_step + _GAIN * (probability.mean(0) - _TARGET_ACCEPTANCE)
             visited.append(state)
         moves += repeats

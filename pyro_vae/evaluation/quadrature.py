@@ -116,8 +116,7 @@ def _refine(pair: OpenedPair, num_points: int | None, budget: int) -> tuple[Tens
         if not pair.is_divisible():
             found = grid.divergence(factor)
             continue
-        at_once = max(1, _HELD_VALUES // (factor * grid.points) ** grid.size)
-        for own in rows.split(at_once):
+        for own in rows.split(max(1, _HELD_VALUES // (factor * grid.points) ** grid.size)):
             for old, new in zip(found, grid.at(own).divergence(factor), strict=True):
                 old[own] = new
     return found

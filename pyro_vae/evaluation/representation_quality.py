@@ -402,8 +402,7 @@ def _independent_coordinates(distribution: Distribution) -> Distribution | None:
 def _coordinate_marginals(distribution: Distribution) -> Distribution | None:
     """Return the distribution of each coordinate on its own, dependent or not, else None."""
     if isinstance(distribution, TorchMultivariateNormal):
-        scale = distribution.variance.sqrt()
-        return dist.Normal(distribution.loc, scale, validate_args=False)
+        return dist.Normal(distribution.loc, distribution.variance.sqrt(), validate_args=False)
     if isinstance(distribution, DiagonalNormalMixture):
         components = dist.Normal(distribution.loc.mT, distribution.scale.mT, validate_args=False)
         logits = distribution.log_weights[..., None, :].expand(components.batch_shape)

@@ -201,8 +201,7 @@ def aggregate_posterior(
                 both = [n for n in draws if n in prior]  # auxiliary sites have no prior
                 flat = {n: latents[n].flatten(0, 1).unsqueeze(-1).flatten(1) for n in both}
                 rows.append(torch.cat([value.double() for value in flat.values()], dim=1).cpu())
-    labels = label_dimensions(flat)
-    return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), labels)
+    return AggregatePosterior(torch.cat(found[0]), torch.cat(found[1]), label_dimensions(flat))
 
 
 @shown

@@ -316,8 +316,7 @@ class Trainer:
 
     def _learn(self, found: dict[str, Tensor]) -> None:
         """Take in the pair's parameters: at the first step, and whenever Pyro's store has grown."""
-        known = self.updates.parameters
-        new = {name: found[name] for name in sorted(found) if name not in known}
+        new = {name: found[name] for name in sorted(found) if name not in self.updates.parameters}
         if new:
             # A state that is taken up later has buffers of its own for each process.
             self.processes.take_first([*new.values(), *self._buffers()])

@@ -289,8 +289,7 @@ def fit(
         if checkpoint is not None:
             tensors = {f"train {i}": value.cpu() for i, value in enumerate(pair.inputs)}
             tensors |= {f"validation {i}": value.cpu() for i, value in enumerate(held_out or ())}
-            checksum = checksum_of("", tensors)
-            checkpoints.begin({**record, "data": checksum}, trainer, best, rows)
+            checkpoints.begin({**record, "data": checksum_of("", tensors)}, trainer, best, rows)
         watchers.tell("on_begin", record)
 
         def after_step(summary: Tensor, num_data: int) -> bool:
@@ -380,8 +379,7 @@ def _open(
     settings = replace(settings, beta=settings.beta * own_beta)
     per_epoch = settings.steps_per_epoch(pair.num_data)
     if given["warmup_epochs"] is None:
-        warmup = default_warmup_epochs(settings.epochs, per_epoch)
-        settings = replace(settings, warmup_epochs=warmup)
+        settings = replace(settings, warmup_epochs=default_warmup_epochs(settings.epochs, per_epoch))
     share = processes.are_several
     objective = TrainingObjective(bound, settings, transform=transform, is_share=share)
     steps = settings.epochs * per_epoch

@@ -139,8 +139,7 @@ def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serv
     if not takes:
         raise _outside(kind, site)
     if frames:
-        wanted = frames[0].size if rows is None else rows
-        check_rows(kind, site, plate, wanted, log_prob.shape)
+        check_rows(kind, site, plate, frames[0].size if rows is None else rows, log_prob.shape)
     plates = {frame.dim for frame in traced.vectorized_frames(site)}
     wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
     if wide - plates:
@@ -353,8 +352,7 @@ def _join(support: Any) -> _Bounds | None:
     scalars = all(part.lower.dim() == 0 and part.upper.dim() == 0 for part in known)
     if len(known) < len(parts) or not scalars or support.dim not in (-1, 0):
         return None
-    lengths = getattr(support, "lengths", [1] * len(parts))
-    each = [*zip(known, lengths, strict=True)]
+    each = [*zip(known, getattr(support, "lengths", [1] * len(parts)), strict=True)]
     lower = torch.cat([part.lower.expand(n) for part, n in each])
     upper = torch.cat([part.upper.expand(n) for part, n in each])
     return _Bounds(lower, upper, any(part.is_discrete for part in known))

@@ -109,8 +109,7 @@ def likelihood_kind(site: Site) -> str:
     missing = values.isnan()
     for _ in range(support.event_dim):
         missing = missing.any(-1)
-    taken = bool((support.check(values) | missing).all())
-    return "probability" if taken else "pseudo-likelihood"
+    return "probability" if (support.check(values) | missing).all() else "pseudo-likelihood"
 
 
 def site_log_prob(site: Site) -> Tensor:

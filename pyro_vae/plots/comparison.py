@@ -115,8 +115,7 @@ def prior_and_aggregate(aggregate: Array, prior: Array, labels: Labels, *, title
     Both are ``(S, D)``; ``labels`` are the lines above the D panels.
     """
     figure, places = _labelled_panels(labels, title)
-    pairs = list(zip(prior.T, aggregate.T, strict=True))
-    _show_pairs(figure, places, pairs, ("prior", "aggregate"))
+    _show_pairs(figure, places, list(zip(prior.T, aggregate.T, strict=True)), ("prior", "aggregate"))
     figure.supxlabel("value of the coordinate", fontsize=9)
     figure.supylabel("draws", fontsize=9)
     return figure

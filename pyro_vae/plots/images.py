@@ -109,8 +109,7 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str = "", limits: Lim
     Both are ``(N, *data_shape)``.
     """
     if is_image(data.shape[1:]):
-        labels = ("data", "rebuilt")
-        return image_grid([data, rebuilt], title=title, row_labels=labels, limits=limits)
+        return image_grid([data, rebuilt], title=title, row_labels=("data", "rebuilt"), limits=limits)
     if is_curve(data.shape[1:]):
         shown = min(len(data), 12)
         figure, places = style.panels(title, (9, 6), 3, 4, shown=shown, sharey=True)

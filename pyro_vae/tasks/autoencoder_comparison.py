@@ -172,5 +172,4 @@ def _between(corners: Tensor, size: int) -> Tensor:
 
 def _nearest(points: Tensor, others: Tensor) -> Tensor:
     """Return each point's distance to the nearest of the others."""
-    blocks = points.split(_BLOCK)
-    return torch.cat([torch.cdist(block, others).min(1).values for block in blocks])
+    return torch.cat([torch.cdist(block, others).min(1).values for block in points.split(_BLOCK)])

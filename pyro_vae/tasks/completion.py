@@ -225,8 +225,7 @@ class _Problem(NamedTuple):
     @property
     def mixes(self) -> bool:
         """Whether the prior may propose beside the guide: not where this places point masses."""
-        latents = self.pair.structure.latents.values()
-        return not any(latent.is_point_mass for latent in latents)
+        return not any(latent.is_point_mass for latent in self.pair.structure.latents.values())
 
     def draw(self, function: PairFunction) -> tuple[Latents, list[Site]]:
         """Draw latents from the guide, or from the model's prior, and return the sites too."""
