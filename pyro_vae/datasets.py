@@ -306,10 +306,8 @@ def _as_tensor(name: str, value: Any, allow_missing: bool = False) -> Tensor:
         tensor = torch.as_tensor(np.ascontiguousarray(array, dtype=np.float32))
     blocks = tensor.split(max(1, LARGE * len(tensor) // tensor.nbytes))
     if any(b.isinf().any() or (b.isnan().any() and not allow_missing) for b in blocks):
-        raise InputError(
-            f"expected finite float32 data in {name!r}, got NaN or infinity: clean them first, or, "
-            "if NaN stands for missing values, say so: allow_missing=True"
-        )
+        mend = "clean them first, or, if NaN stands for missing values, say so: allow_missing=True"
+        raise InputError(f"expected finite float32 data in {name!r}, got NaN or infinity: {mend}")
     return tensor
 
 

@@ -142,9 +142,8 @@ def check_room(what: str, needed: int, advice: str) -> None:
     """Refuse what needs more bytes than the memory has, before it is full."""
     available = available_memory()
     if needed > available:
-        wanted = f"{what} that fit in memory"
         got = f"{needed / 2**30:,.1f} GiB with {available / 2**30:.1f} GiB free"
-        raise InputError(f"expected {wanted}, got {got}: {advice}")
+        raise InputError(f"expected {what} that fit in memory, got {got}: {advice}")
 
 
 def available_memory() -> int:

@@ -201,9 +201,8 @@ class VAE(nn.Module):
         if prior.batch_shape:
             batch, event = tuple(prior.batch_shape), tuple(prior.event_shape)
             advice = "leave the leading dimensions out" if event else f"add .to_event({len(batch)})"
-            wanted = "a prior with batch shape ()"
             got = f"batch shape {batch} and event shape {event}"
-            raise InputError(f"expected {wanted}, got {got}: {advice}")
+            raise InputError(f"expected a prior with batch shape (), got {got}: {advice}")
         return prior
 
     def _register(self, part: str) -> None:

@@ -28,9 +28,8 @@ def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
 
 def _joint_batch_shape(p: SphereDistribution, q: SphereDistribution) -> torch.Size:
     if p.event_shape != q.event_shape:
-        wanted = "two distributions on one sphere"
         got = f"ambient dimensions {p.event_shape[0]} and {q.event_shape[0]}"
-        raise InputError(f"expected {wanted}, got {got}: give both the same m")
+        raise InputError(f"expected two distributions on one sphere, got {got}: give both the same m")
     return torch.broadcast_shapes(p.batch_shape, q.batch_shape)
 
 

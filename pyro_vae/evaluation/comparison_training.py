@@ -63,11 +63,9 @@ def check_apart(pairs: Mapping[str, Pair], owned: Mapping[str, Trained], hold: s
     for (name, pair), (other, its) in itertools.combinations(pairs.items(), 2):
         same = pair[1] == its[1] if hold == "model" else pair == its
         if not same and owned[name].parameters.keys() & owned[other].parameters.keys():
-            raise InputError(
-                f"expected pairs that share no parameters to train, got shared ones of {name!r} and "
-                f"{other!r}: build each from networks and parameter names of its own, or train them "
-                "beforehand"
-            )
+            wanted = "pairs that share no parameters to train"
+            mend = "build each from networks and parameter names of its own, or train them beforehand"
+            raise InputError(f"expected {wanted}, got shared ones of {name!r} and {other!r}: {mend}")
 
 
 def check_training(pairs: Iterable[Pair], train: TrainingData, options: Any, plate: str) -> None:

@@ -75,9 +75,8 @@ def _read(path: Path) -> dict[str, Any] | str:
         tensors, metadata = read_tensors(path)
         content = parse_json(metadata[_ENTRY], finite=False)
         if type(content["format"]) is int and content["format"] > _FORMAT:
-            wanted = f"format {_FORMAT} in {path}"
             got = f"{content['format']}: it was written by a newer pyro_vae"
-            raise InputError(f"expected {wanted}, got {got}: update")
+            raise InputError(f"expected format {_FORMAT} in {path}, got {got}: update")
         written = content.pop("checksum")
         if content["format"] != _FORMAT or written != checksum_of(content, tensors):
             return "its checksum is another"

@@ -160,11 +160,9 @@ def _takes(distribution: Any, values: Tensor) -> bool:
 
 
 def _outside(function: str, site: Site) -> InputError:
-    return InputError(
-        f"expected values at site {site['name']!r} of the {function} in its support and shape, got "
-        f"others of shape {tuple(site['value'].shape)}: look for NaN, also under a mask, or "
-        "scale the data"
-    )
+    wanted = f"values at site {site['name']!r} of the {function} in its support and shape"
+    mend = "look for NaN, also under a mask, or scale the data"
+    return InputError(f"expected {wanted}, got others of shape {tuple(site['value'].shape)}: {mend}")
 
 
 def _check_scale(function: str, site: Site) -> None:

@@ -163,9 +163,8 @@ def _fill_hidden(position: int, fill: float | Tensor, nan: bool, *inputs: Tensor
     """Return the inputs with ``fill`` in the hidden places, and then ``missing``."""
     inputs = (*inputs, inputs[position].isnan()) if nan and position < len(inputs) else inputs
     if not 0 <= position < len(inputs) - 1:
-        wanted = "the pair's inputs and then missing"
         got = f"{len(inputs)} tensors for position {position}"
-        raise InputError(f"expected {wanted}, got {got}: pass (x, missing)")
+        raise InputError(f"expected the pair's inputs and then missing, got {got}: pass (x, missing)")
     x, missing = inputs[position], inputs[-1]
     check_missing(x, missing)
     if isinstance(fill, Tensor):
