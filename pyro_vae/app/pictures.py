@@ -123,10 +123,7 @@ def draw(run: Path, what: names.Picture, settings: names.PictureSettings) -> Pat
     draw_figure, name = _PICTURES[type(what)]
     name = name.format(**vars(what)).replace(":", "-")
     path = check_picture(settings.output or run / f"{name}-seed-{settings.seed}.png")
-
-    def load() -> Dataset:
-        return load_data_of_run(run, trained, settings.data_root)
-
+    load = functools.partial(load_data_of_run, run, trained, settings.data_root)
     save_picture(draw_figure(Subject(vae, trained, load, limits, settings), what), path)
     return path
 

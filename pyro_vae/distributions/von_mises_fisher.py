@@ -11,15 +11,8 @@ from torch.nn import functional as F
 
 from pyro_vae.errors import InputError
 
+from . import sphere
 from .special_functions import CosineCumulants, angle_derivative, cosine_cumulants
-from .sphere import (
-    SphereDistribution,
-    check_dimension,
-    describe_norms,
-    log_sphere_area,
-    random_directions,
-    unit_sphere,
-)
 
 # Wood's proposal is accepted with a probability that falls with k, at m = 2 to sqrt(e/(2 pi)) =
 # 0.6577, less far for larger m. The first round misses with chance at most 0.3423^4 < 0.0138, the
@@ -31,7 +24,7 @@ _FIRST_ROUND_MISS = 0.0138
 _SINGLE_ROUND_COUNT = 128
 
 
-class VonMisesFisher(SphereDistribution):
+class VonMisesFisher(sphere.SphereDistribution):
     r"""Von Mises-Fisher distribution on the sphere S^(m-1) of unit vectors in R^m.
 
     .. math::
@@ -66,7 +59,7 @@ class VonMisesFisher(SphereDistribution):
         tensor([0.0000, 0.0000, 0.9000])
     """
 
-    arg_constraints = {"loc": unit_sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
+    arg_constraints = {"loc": sphere.unit_sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
 
     def __init__(
         self, loc: Tensor, concentration: Tensor | float, *, validate_args: bool | None = None
@@ -80,7 +73,7 @@ class VonMisesFisher(SphereDistribution):
             least = self.concentration.min().item()
             text = f"expected concentration >= 0, got minimum {least:.6g}: map it through softplus"
             if least >= 0:
-                norms = describe_norms(self.loc)
+                norms = sphere.describe_norms(self.loc)
                 text = f"expected loc of unit length, got {norms}: divide it by its norm"
             raise InputError(text) from error
 
@@ -134,18 +127,18 @@ class VonMisesFisher(SphereDistribution):
     def log_normalizing_constant(self) -> Tensor:
         """``log C_m(kappa)``, shape ``batch``, nats: the log density less ``kappa mu.x``."""
         _, log_partition, _ = self.cosine_moments()
-        return (-log_partition - log_sphere_area(self.m)).to(self.loc.dtype)
+        return (-log_partition - sphere.log_sphere_area(self.m)).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
         """Differential entropy with respect to the surface measure, shape ``batch``, nats."""
         k, log_partition, mean = self.cosine_moments()
-        return (log_sphere_area(self.m) + log_partition - k * mean).to(self.loc.dtype)
+        return (sphere.log_sphere_area(self.m) + log_partition - k * mean).to(self.loc.dtype)
 
     def _log_density(self, value: Tensor) -> Tensor:
         # k mu.x = k - k |x - mu|^2 / 2 on the sphere. A float32 mu.x near 1 is off by 6e-8, which
         # k = 10^5 turns into 6e-3 nats; the chord keeps its relative accuracy there.
         k, log_partition, _ = self.cosine_moments()
-        log_density_at_mode = (k - log_partition - log_sphere_area(self.m)).to(self.loc.dtype)
+        log_density_at_mode = (k - log_partition - sphere.log_sphere_area(self.m)).to(self.loc.dtype)
         chord = (value - self.loc).square().sum(-1)
         return log_density_at_mode - 0.5 * self.concentration * chord
 
@@ -159,7 +152,7 @@ class VonMisesFisher(SphereDistribution):
         mean_cosine = self._cosine_cumulants().mean.expand(shape[:-1])
         with torch.no_grad():
             angle = sample_angle(concentration.reshape(-1), self.m).reshape(shape[:-1])
-            directions = random_directions((*shape[:-1], self.m - 1), self.loc)
+            directions = sphere.random_directions((*shape[:-1], self.m - 1), self.loc)
         angle = _ImplicitAngle.apply(angle, concentration, mean_cosine, self.m).unsqueeze(-1)
         return angle.cos() * self.loc + angle.sin() * tangent(self.loc, directions)
 
@@ -168,7 +161,7 @@ def _match_parameters(loc: Tensor, concentration: Tensor | float) -> tuple[Tenso
     """Bring both parameters to one dtype and one batch shape, or say why they don't fit."""
     if not isinstance(loc, Tensor) or loc.dim() == 0:
         raise InputError(f"expected loc of shape (*batch, m), got {loc!r}: pass unit vectors")
-    check_dimension(int(loc.shape[-1]))
+    sphere.check_dimension(int(loc.shape[-1]))
     if not isinstance(concentration, Tensor):
         concentration = torch.full((), concentration, dtype=loc.dtype, device=loc.device)
     dtype = torch.result_type(loc, concentration)

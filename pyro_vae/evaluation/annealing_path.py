@@ -375,8 +375,7 @@ def _transform_of(name: str, model_site: Site, guide_site: Site) -> Any:
 def _support(site: Site) -> Any:
     support = site["fn"].support
     # A mixture's is wrapped in a check of its components, for which there is no bijection.
-    wrapped = isinstance(support, MixtureSameFamilyConstraint)
-    return support.base_constraint if wrapped else support
+    return support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support
 
 
 def _differs(first: Site, other: Site) -> bool:

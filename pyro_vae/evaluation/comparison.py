@@ -228,12 +228,9 @@ def _measure(
 ) -> Measured:
     def run(measure: Callable[..., Any], number: int, what: str, *given: Any, **options: Any) -> Any:
         """Measure by a seed of its own: log p(x) is to be independent of the bounds."""
-
-        def share(done: int, total: int) -> None:
-            report(name, what, done / total)
-
+        options["progress"] = lambda done, total: report(name, what, done / total)
         with pair.evaluating((how.seed + number) % 2**32):
-            return measure(pair, *given, max_memory=how.max_memory, progress=share, **options)
+            return measure(pair, *given, max_memory=how.max_memory, **options)
 
     bounds = run(measure_bounds, 0, "bounds", **how.bounds)
     start = time.perf_counter()

@@ -126,10 +126,6 @@ class FitSettings:
             raise InputError(f"expected {what}, got {multiplier}")
         return multiplier
 
-    def steps_per_epoch(self, num_data: int) -> int:
-        """Return how many batches a pass over this many data points takes."""
-        return -(-num_data // self.batch_size)
-
 
 def as_dict(option: str, value: object) -> dict[str, Any]:
     """Return options as a dict; refuse anything but a mapping."""

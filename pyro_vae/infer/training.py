@@ -377,7 +377,7 @@ def _open(
     pair = OpenedPair(model, guide, inputs, plate=settings.plate, serves=serves)
     to_validate = None if held_out is None else pair.on(read(held_out, model, guide))
     settings = replace(settings, beta=settings.beta * own_beta)
-    per_epoch = settings.steps_per_epoch(pair.num_data)
+    per_epoch = -(-pair.num_data // settings.batch_size)  # steps
     if given["warmup_epochs"] is None:
         settings = replace(settings, warmup_epochs=default_warmup_epochs(settings.epochs, per_epoch))
     share = processes.are_several

@@ -236,9 +236,8 @@ class OpenedPair:
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), if they may be."""
-        count = -(-self.num_data // size)
-        if count > 1 and not self.is_divisible():
-            count = 1
+        takes_parts = self.num_data <= size or self.is_divisible()
+        count = -(-self.num_data // size) if takes_parts else 1
         size = -(-self.num_data // count)
         return [slice(start, start + size) for start in range(0, self.num_data, size)]
 

@@ -21,13 +21,7 @@ from pyro_vae.pair.opened import BLOCK, Knowledge, OpenedPair
 from pyro_vae.pair.sites import Given, Latents, Site
 from pyro_vae.summary import shown
 from pyro_vae.tasks.missing import check_missing, on_observed_part
-from pyro_vae.tasks.observed_parts import (
-    elementwise_base,
-    observing_sites,
-    parts_of,
-    take_part,
-    value_moments,
-)
+from pyro_vae.tasks.observed_parts import observing_sites, parts_of, take_part, value_moments
 
 METHODS = {
     "metropolis": "exact in the limit of many steps",
@@ -462,8 +456,7 @@ def _bind(pair: OpenedPair, missing: Tensor, position: int, observed: str | None
     trace, guide_trace = pair.trace()
     names = observing_sites(trace, x := pair.inputs[position], observed)
     unseen = missing.clone(memory_format=torch.contiguous_format)
-    for site, place in parts_of(trace, names, x):
-        elementwise_base(site["name"], site["fn"])
+    for _, place in parts_of(trace, names, x):
         take_part(unseen, place).fill_(False)
     if unseen.any():
         raise InputError(

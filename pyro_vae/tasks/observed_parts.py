@@ -33,7 +33,7 @@ def take_part(x: Tensor, place: Place) -> Tensor:
 
 
 def observing_sites(trace: Trace, x: Tensor, observed: str | None) -> tuple[str, ...]:
-    """Return the names of the sites that observe ``x``, each value once; by default all that do."""
+    """Return names of the elementwise sites that observe ``x``, each value once; by default all."""
     if observed is None:
         parts = {n: part_observed(trace.nodes[n]["value"], x) for n in observed_names(trace)}
         names = tuple(name for name, place in parts.items() if place is not None)
@@ -47,7 +47,8 @@ def observing_sites(trace: Trace, x: Tensor, observed: str | None) -> tuple[str,
                 "observed=, the input with position="
             )
     times = torch.zeros(x.shape, device=x.device)
-    for _, place in parts_of(trace, names, x):
+    for site, place in parts_of(trace, names, x):
+        elementwise_base(site["name"], site["fn"])
         take_part(times, place).add_(1)
     if times.max() > 1:
         wanted = "each value observed at one site"
