@@ -38,9 +38,7 @@ def finite_or_none(value: Any) -> Any:
         value = value.item()
     if isinstance(value, list | tuple):
         return [finite_or_none(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def serialise(content: Mapping[str, Any]) -> str:

@@ -295,8 +295,7 @@ class StudentT(Gaussian):
             self.raw_df = nn.Parameter(torch.tensor(4.0).expm1().log())
 
     def _pixels(self, mean: Tensor, scale: Tensor) -> dist.Distribution:
-        fixed = mean.new_tensor(self.df) if isinstance(self.df, float) else None
-        df = 1 + F.softplus(self.raw_df) if fixed is None else fixed
+        df = mean.new_tensor(self.df) if isinstance(self.df, float) else 1 + F.softplus(self.raw_df)
         return values.PreciseStudentT(df, mean, scale, validate_args=False)
 
 

@@ -80,10 +80,10 @@ class Page:
         """
         cells = [[_cell(value, decimals) for value in row] for row in rows]
         numeric = [all(_NUMERIC.match(row[i]) for row in cells) for i in range(len(header))]
-        numeric[0] = False
-        columns = zip(map(_class, numeric), map(escape, header), strict=True)
+        kinds = ["", *(' class="number"' if each else "" for each in numeric[1:])]
+        columns = zip(kinds, map(escape, header), strict=True)
         head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in columns)
-        body = "".join(f"<tr>{_row(row, numeric)}</tr>\n" for row in cells)
+        body = "".join(f"<tr>{_row(row, kinds)}</tr>\n" for row in cells)
         label = escape(caption, quote=True)
         self._parts.append(
             f'<div class="wide" role="region" aria-label="{label}" tabindex="0">'
@@ -194,15 +194,10 @@ def _cell(value: object, decimals: int | None) -> str:
     return str(value)
 
 
-def _row(cells: Sequence[str], numeric: Sequence[bool]) -> str:
+def _row(cells: Sequence[str], kinds: Sequence[str]) -> str:
     first, *others = map(escape, cells)
-    values = zip(map(_class, numeric[1:]), others, strict=True)
-    rest = "".join(f"<td{kind}>{cell}</td>" for kind, cell in values)
+    rest = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
     return f'<th scope="row">{first}</th>{rest}'
-
-
-def _class(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:

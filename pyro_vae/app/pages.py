@@ -226,18 +226,14 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Row]) ->
     parts = ("", "_standard_error", "_data_standard_error", "_run_deviation")
     header = ["", log_prob_name(comparison.likelihood == "pseudo-likelihood")]
     header += ["error, Monte Carlo", "error, over data", "deviation between runs"]
-    difference = f"{quantity}_difference"
+    shown = []
+    for name, row in rows.items():
+        apart, half_width = (row[f"{quantity}_difference{end}"] for end in ("", "_half_width"))
+        to_best = plus_minus(apart, half_width, 3)
+        shown.append([name, *(row[quantity + part] for part in parts), to_best, row["verdict"]])
     page.table(
         [*header, "difference from the best (95%)", "verdict"],
-        [
-            [
-                name,
-                *(row[quantity + part] for part in parts),
-                plus_minus(row[difference], row[f"{difference}_half_width"], 3),
-                row["verdict"],
-            ]
-            for name, row in rows.items()
-        ],
+        shown,
         caption=f"Test part, nats per datum, by {method} with {comparison.num_samples:,} "
         f"draws, averaged over {comparison.num_runs} runs each. The error over data is shared by all "
         "families, as they saw the same data; differences are paired, so it drops out of them. "
@@ -248,20 +244,15 @@ def _add_ranking(page: Page, comparison: Comparison, rows: Mapping[str, Row]) ->
 
 def _add_bounds(page: Page, comparison: Comparison, rows: Mapping[str, Row]) -> None:
     ranked_by, bound = comparison.ranked_by, f"IWAE-{comparison.num_importance}"
-    means = ("elbo", "iwae", ranked_by)
+    means, shown = ("elbo", "iwae", ranked_by), []
+    for name, row in rows.items():
+        bounds = [plus_minus(row[key], row[f"{key}_run_deviation"], 3) for key in means]
+        gap = comparison.per_datum(name, ranked_by).mean - comparison.pairs[name].elbo.mean
+        kl = "exact" if row["exact_kl"] else "Monte Carlo"
+        shown.append([name, *bounds, gap, row["rate"], kl, row["distortion"]])
     page.table(
         ["", "ELBO", bound, "log p(x)", "log p(x) - ELBO", "rate (KL)", "KL", "distortion"],
-        [
-            [
-                name,
-                *(plus_minus(row[key], row[f"{key}_run_deviation"], 3) for key in means),
-                comparison.per_datum(name, ranked_by).mean - comparison.pairs[name].elbo.mean,
-                row["rate"],
-                "exact" if row["exact_kl"] else "Monte Carlo",
-                row["distortion"],
-            ]
-            for name, row in rows.items()
-        ],
+        shown,
         caption="Test part, nats per datum; \N{PLUS-MINUS SIGN} is the deviation between runs. The "
         "gap between log p(x) and the ELBO is what the guide loses.",
         decimals=3,
@@ -281,16 +272,13 @@ def _add_cost(page: Page, rows: Mapping[str, Row]) -> None:
 
 
 def _add_runs(page: Page, quantity: str, singles: Sequence[Row]) -> None:
+    shown = []
+    for row in singles:
+        means = [plus_minus(row[q], row[f"{q}_standard_error"], 3) for q in (quantity, "elbo")]
+        rest = row["rate"], row["distortion"], f"{row['unreliable_share']:.1%}"
+        shown.append([row["name"], str(row["seed"]), *means, *rest, row["training_seconds"]])
     page.table(
         ["", "seed", "log p(x)", "ELBO", "rate (KL)", "distortion", "not trusted", "seconds"],
-        [
-            [
-                *(row["name"], str(row["seed"])),
-                *(plus_minus(row[q], row[f"{q}_standard_error"], 3) for q in (quantity, "elbo")),
-                *(row["rate"], row["distortion"], f"{row['unreliable_share']:.1%}"),
-                row["training_seconds"],
-            ]
-            for row in singles
-        ],
+        shown,
         caption="Test part, nats per datum, with Monte Carlo standard errors.",
     )

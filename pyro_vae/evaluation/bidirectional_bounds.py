@@ -141,10 +141,8 @@ def _both_ways(particles: Particles, options: AnnealingOptions, drawn: Latents) 
     start = path.evaluate(path.draw(options.num_chains))
     forward, _, accepted = ais.annealed_weights(plan, start, options)
     exact = path.position({name: value[None] for name, value in drawn.items()})
-    exact = exact.expand(options.num_chains, -1, -1)
-    reverse, _, accepted_back = ais.annealed_weights(
-        plan, path.evaluate(exact), options, reverse=True
-    )
+    end = path.evaluate(exact.expand(options.num_chains, -1, -1))
+    reverse, _, accepted_back = ais.annealed_weights(plan, end, options, reverse=True)
     lower = log_mean_weights(forward)["log_prob"]
     upper = -log_mean_weights(-reverse)["log_prob"]
     return torch.stack([lower, upper, accepted.mean(0), accepted_back.mean(0)]).cpu()

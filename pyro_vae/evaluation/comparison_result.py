@@ -347,9 +347,7 @@ def _average(runs: Sequence[Measured]) -> Measured:
 def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     pairs, several = comparison.pairs, comparison.num_runs > 1
     for quantity in comparison.quantities:
-        label = _NAMES[quantity]
-        if quantity == "iwae":
-            label = f"IWAE-{comparison.num_importance}"
+        label = f"IWAE-{comparison.num_importance}" if quantity == "iwae" else _NAMES[quantity]
         yield label, [_value(comparison.per_datum(name, quantity)) for name in pairs]
         if several:
             deviations = [comparison.run_deviation(name, quantity) for name in pairs]

@@ -126,9 +126,8 @@ def predictive_log_prob(
         pseudo_likelihood=pseudo_likelihood,
     )
     theta = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    return PredictiveLogProb(
-        **found, log_likelihood=likelihood, draws=theta, joint=joint if has_density else None
-    )
+    joint_if_known = joint if has_density else None
+    return PredictiveLogProb(**found, log_likelihood=likelihood, draws=theta, joint=joint_if_known)
 
 
 def _shared(function: PairFunction, pair: OpenedPair, given: Latents) -> tuple[Latents, Tensor]:

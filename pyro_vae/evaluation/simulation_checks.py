@@ -378,9 +378,8 @@ def simulate(template: OpenedPair, num_data: int) -> tuple[OpenedPair, Latents]:
         if num_data != template.num_data:
             pair.knowledge = Knowledge()  # whether it takes so many is to be seen
             pair.structure  # noqa: B018
-    return pair, {
-        s["name"]: s["value"].movedim(traced.value_axis(s, template.plate), 0) for s in latents
-    }
+    drawn = ((s["name"], s["value"], traced.value_axis(s, template.plate)) for s in latents)
+    return pair, {name: value.movedim(axis, 0) for name, value, axis in drawn}
 
 
 def _source(site: Site, template: Inputs) -> int:

@@ -95,9 +95,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         return {name: _pack(inner, tensors) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_pack(inner, tensors) for inner in value]
-    return value
+    return [_pack(inner, tensors) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

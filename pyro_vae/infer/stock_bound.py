@@ -71,9 +71,8 @@ def _record_traces(objective: ELBO) -> Iterator[list[TracePair]]:
     draw = objective._get_trace
 
     def recording(*args: Any, **kwargs: Any) -> TracePair:
-        pair = draw(*args, **kwargs)
-        traces.append(pair)
-        return pair
+        traces.append(draw(*args, **kwargs))
+        return traces[-1]
 
     objective._get_trace = recording
     try:

@@ -402,9 +402,8 @@ def _nesting(traces: TracePair) -> int:
 
 
 def _likelihood_kinds(model_trace: Trace) -> frozenset[str]:
-    return frozenset(
-        traced.likelihood_kind(model_trace.nodes[name]) for name in traced.observed_names(model_trace)
-    )
+    observed = map(model_trace.nodes.get, traced.observed_names(model_trace))
+    return frozenset(map(traced.likelihood_kind, observed))
 
 
 @contextmanager

@@ -88,9 +88,8 @@ def load_pair(folder: str | Path, model: PairFunction, guide: PairFunction) -> N
             limits = {names[where]: _build(named[where]["constraint"]) for where in rest}
             for where, value in rest.items():
                 transform_to(limits[names[where]])(value)  # or the first use of it would fail
-        files.check_weights(
-            own, {where: value for where, value in weights.items() if where not in rest}
-        )
+        inside = {where: value for where, value in weights.items() if where not in rest}
+        files.check_weights(own, inside)
         for where, name in names.items():
             if name in store and store._params[name] is not own.get(where):
                 wanted = "names that Pyro's store does not hold"

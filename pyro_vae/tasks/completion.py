@@ -212,9 +212,8 @@ class _Problem(NamedTuple):
         if count == 1:
             return self
         *inputs, missing = tile_inputs((*self.pair.inputs, self.missing), count)
-        return self._replace(pair=self.pair.on(tuple(inputs)), missing=missing).fill(
-            inputs[self.position]
-        )
+        tiled = self._replace(pair=self.pair.on(tuple(inputs)), missing=missing)
+        return tiled.fill(inputs[self.position])
 
     @property
     def mixes(self) -> bool:

@@ -73,12 +73,7 @@ def refuse_handler(guide: Any) -> None:
 def gated(guide: Any, draws: PathwiseDraws) -> Any:
     """Return the guide with its draws gated."""
     refuse_handler(guide)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        with draws:
-            return guide(*args, **kwargs)
-
-    return function
+    return draws(guide)
 
 
 def has_score(site: dict[str, Any]) -> bool:
