@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, check_name
 from pyro_vae.infer.settings import check_callables
-from pyro_vae.infer.training import epoch_progress, fit
+from pyro_vae.infer.training import describe_progress, epoch_progress, fit
 from pyro_vae.networks import Head, check_range, check_shape, feature_shape
 from pyro_vae.pair.functions import HANDLER_LOCK
 from pyro_vae.pair.inputs import as_inputs
@@ -148,8 +148,7 @@ class Autoencoder(nn.Module):
                 another run.
         """
         check_callables(on_epoch=on_epoch)
-        if loss not in LOSSES:
-            raise unknown_name("loss", loss, LOSSES)
+        check_name("loss", loss, LOSSES)
         for part in (data, validation):
             count = 1 if part is None or isinstance(part, Dataset) else len(as_inputs(part))
             if count != 1:
@@ -158,7 +157,8 @@ class Autoencoder(nn.Module):
 
         def note(epoch: int, row: dict[str, float]) -> None:
             losses = pair.losses(row)
-            bar.set_description_str(_describe(losses), refresh=False)
+            both = losses["train_loss"], losses["validation_loss"]
+            bar.set_description_str(describe_progress("loss", *both, ".4g"), refresh=False)
             bar.update(epoch - bar.n)
             if on_epoch is not None:
                 on_epoch(epoch, losses)
@@ -226,13 +226,6 @@ class _PointMassPair(nn.Module):
         accepts = (0.0, 1.0) if self.loss == "bce" else (-math.inf, math.inf)
         advice = "divide by the largest possible value, or use loss='mse'"
         check_range(x, accepts, "loss 'bce'", advice)
-
-
-def _describe(row: dict[str, float]) -> str:
-    text = f"loss {row['train_loss']:.4g}"
-    if not math.isnan(row["validation_loss"]):
-        text += f" (validation {row['validation_loss']:.4g})"
-    return text
 
 
 def _ask_size(network: nn.Module, name: str, given: Any) -> Any:

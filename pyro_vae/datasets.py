@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data_scale import without_missing
-from pyro_vae.errors import InputError, expecting, unknown_name, whole_number
+from pyro_vae.errors import InputError, check_name, expecting, unknown_name, whole_number
 from pyro_vae.files import expand_path
 from pyro_vae.sources import LARGE, Rows, gather, is_table, read_arrays, read_table
 from pyro_vae.summary import Summary, shown
@@ -151,8 +151,7 @@ def load(
     is_path = isinstance(name_or_path, str | Path)
     has_columns = is_table(name_or_path) or (is_path and Path(name_or_path).suffix == ".csv")
     binarize = binarize or ("none" if has_columns else "dynamic")
-    if binarize not in BINARIZATIONS:
-        raise unknown_name("binarisation", binarize, BINARIZATIONS)
+    check_name("binarisation", binarize, BINARIZATIONS)
     seed = whole_number("a seed", seed, most=_LARGEST)
     if validation_size is not None:
         validation_size = whole_number("a validation size", validation_size, most=_LARGEST)

@@ -40,6 +40,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {shown!r}: {hint}choose from {', '.join(names)}")
 
 
+def check_name(kind: str, name: object, known: Iterable[str]) -> None:
+    """Refuse a name that is not in ``known``."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse an option whose value is not among a few."""
     if value not in choices:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import InputError, size, sizes, unknown_name
+from pyro_vae.errors import InputError, check_name, size, sizes
 
 __all__ = [
     "ACTIVATIONS", "Conditional", "ConvDecoder", "ConvEncoder", "Head", "MLPDecoder", "MLPEncoder",
@@ -29,8 +29,7 @@ ACTIVATIONS |= {"silu": nn.SiLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
 
 def _activation(name: str) -> nn.Module:
-    if name not in ACTIVATIONS:
-        raise unknown_name("activation", name, ACTIVATIONS)
+    check_name("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 
@@ -149,8 +148,8 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Con
 
 
 def _norm(name: str | None, width: int) -> list[nn.Module]:
-    if name not in (None, "group", "layer"):
-        raise unknown_name("norm", name, ("group", "layer"))
+    if name is not None:
+        check_name("norm", name, ("group", "layer"))
     # At least 4 channels a group: one channel of one pixel would be normalised away.
     fit = (groups for groups in (8, 4, 2) if width % groups == 0 and width >= 4 * groups)
     groups = next(fit, 1) if name == "group" else 1

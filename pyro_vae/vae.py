@@ -158,8 +158,7 @@ class VAE(nn.Module):
         likelihood.standardize(loc, scale)
         if not isinstance(encoder, Standardized):
             family.encoder = encoder = Standardized(encoder, loc.shape)  # type: ignore[attr-defined]
-        first = next(self.parameters(), loc)
-        encoder.to(first).loc.copy_(loc)
+        encoder.to(next(self.parameters(), loc)).loc.copy_(loc)
         encoder.scale.copy_(scale)
         self._start_at(x, *given)
 

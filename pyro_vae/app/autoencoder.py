@@ -15,7 +15,7 @@ from pyro_vae.app.settings import as_record, build_vae, check_settings, fit_opti
 from pyro_vae.app.study import open_study
 from pyro_vae.autoencoder import LOSSES, Autoencoder, AutoencoderFit
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import unknown_name
+from pyro_vae.errors import check_name
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair.functions import seeded
 from pyro_vae.runs.files import RUNS, write_json
@@ -37,8 +37,7 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
     """
     settings = check_settings(settings)
     loss = loss or ("bce" if settings.likelihood in names.UNIT_INTERVAL else "mse")
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
+    check_name("loss", loss, LOSSES)
     with open_study(output, {**asdict(settings), "loss": loss}, settings) as study:
         dataset = study.dataset
         settings = tell_defaults(settings, dataset.train, dataset.validation)

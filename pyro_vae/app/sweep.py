@@ -109,8 +109,7 @@ def _write_page(folder: Path, rows: _Rows, figure: Figure, made: dict[str, Any])
     page.section("Result")
     best = max(rows, key=lambda row: row["elbo"])
     highest = f"{plus_minus(best['elbo'], best['elbo_standard_error'])} nats at beta {best['beta']:g}"
-    told = f"{len(rows)} runs minimise distortion + beta * rate"
-    page.text(f"{told}. The highest ELBO is {highest}.")
+    page.text(f"{len(rows)} runs minimise distortion + beta * rate. The highest ELBO is {highest}.")
     pseudo = rows[0]["pseudo_likelihood"]
     if pseudo:
         page.warning(PSEUDO)

@@ -277,8 +277,7 @@ def rational_quadratic_spline(x: Tensor, raw: Tensor, inverse: bool, *, bound: f
 
 def _knots(raw: Tensor, bound: float) -> Tensor:
     """Return K + 1 rising knots from -bound to bound for K raw bin sizes."""
-    num_bins = raw.shape[-1]
-    shares = LEAST_BIN + (1 - LEAST_BIN * num_bins) * raw.softmax(-1)
+    shares = LEAST_BIN + (1 - LEAST_BIN * raw.shape[-1]) * raw.softmax(-1)
     inner = bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
     return F.pad(F.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
 
@@ -286,5 +285,4 @@ def _knots(raw: Tensor, bound: float) -> Tensor:
 def _broadcast_batch(x: Tensor, context: Tensor | None) -> Tensor:
     if context is None:
         return x
-    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-    return x.expand(*batch, x.shape[-1])
+    return x.expand(*torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]), x.shape[-1])

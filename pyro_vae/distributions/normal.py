@@ -133,8 +133,7 @@ class DiagonalNormalMixture(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats, ``(*sample_shape, *batch)``."""
         standardised = (value[..., None, :] - self.loc) / self.scale
-        log_components = _log_normal(standardised, self.scale).sum(-1)
-        return (self.log_weights + log_components).logsumexp(-1)
+        return (self.log_weights + _log_normal(standardised, self.scale).sum(-1)).logsumexp(-1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Return ``(*sample_shape, *batch, dim)``, differentiable."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, check_name
 from pyro_vae.evaluation import paired_difference as paired
 from pyro_vae.evaluation.elbo import PerDatum
 from pyro_vae.evaluation.estimate import LogMarginal, concatenate, pointwise_densities
@@ -152,10 +152,8 @@ class Comparison:
         Raises:
             InputError: no pair or no quantity of that name.
         """
-        if name not in self.pairs:
-            raise unknown_name("pair", name, self.pairs)
-        if quantity not in self.quantities:
-            raise unknown_name("quantity", quantity, self.quantities)
+        check_name("pair", name, self.pairs)
+        check_name("quantity", quantity, self.quantities)
         value: PerDatum = getattr(self.pairs[name], quantity)
         return value
 

@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_vae.datasets import Dataset
-from pyro_vae.errors import InputError, unknown_name, whole_number
+from pyro_vae.errors import InputError, check_name, whole_number
 from pyro_vae.infer.settings import as_dict, check_callables
 from pyro_vae.infer.training import FitResult, fit
 from pyro_vae.pair import sites as traced
@@ -50,8 +50,7 @@ def check_fit_options(fit_options: Mapping[str, Any] | None, *, trains: bool) ->
     options = as_dict("fit_options", fit_options)
     known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
     for name in options:
-        if name not in known:
-            raise unknown_name("fit option", name, known)
+        check_name("fit option", name, known)
     if options and not trains:
         raise InputError("expected train with fit_options, got none: pass the training data")
     check_callables(on_epoch=options.get("on_epoch"))

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_optional_counts, real_number
+from pyro_vae.errors import InputError, check_counts, check_optional_counts, positive_number
 from pyro_vae.evaluation.ais import GRADIENT_MEMORY
 from pyro_vae.evaluation.elbo import Moments, PerDatum, measure_bounds, single_latent
 from pyro_vae.evaluation.estimate import LogMarginal, warn_if_unreliable
@@ -142,8 +142,7 @@ def inference_gaps(
     """
     check_counts(num_samples=num_samples, num_importance_samples=num_importance_samples)
     check_counts(num_optimization_samples=num_optimization_samples, max_steps=max_steps)
-    if not 0 < real_number("tolerance", tolerance) < math.inf:
-        raise InputError(f"expected a tolerance above 0, got {tolerance}")
+    positive_number("tolerance", tolerance)
     check_optional_counts(max_memory=max_memory)
     check_callables(progress=progress)
     pair = open_pair(model, guide, x, plate=plate)

@@ -230,8 +230,7 @@ class Calibration:
     @property
     def counts(self) -> Tensor:
         """How many data points have their rank in each bin, ``(dimensions, num_bins)``."""
-        ranks = torch.cat(list(self.ranks.values()), dim=1)
-        bins = ranks * self.num_bins // (self.num_draws + 1)
+        bins = torch.cat(list(self.ranks.values()), dim=1) * self.num_bins // (self.num_draws + 1)
         return torch.stack([torch.bincount(column, minlength=self.num_bins) for column in bins.T])
 
     @property

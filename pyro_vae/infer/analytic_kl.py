@@ -229,5 +229,4 @@ class FreeBits(AnalyticKL):
             units = units.sum()
         elif not first.by_dimension:
             floor = floor * site["fn"].event_shape.numel()
-        num_data = data[0].size if data else 1
-        return units.clamp(min=floor).sum() * num_data * site["scale"]
+        return units.clamp(min=floor).sum() * (data[0].size if data else 1) * site["scale"]

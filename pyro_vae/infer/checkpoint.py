@@ -153,8 +153,7 @@ class Checkpoints:
 
     def _ask(self) -> tuple[int | None, bool]:
         """Return the signal that came to any process, and whether it is time to write."""
-        passed = time.monotonic() - self._written
-        is_time = self.minutes is not None and passed >= 60 * self.minutes
+        is_time = self.minutes is not None and time.monotonic() - self._written >= 60 * self.minutes
         if not self.processes.are_several:
             return self._signal, is_time
         flags = [self._signal == number for number in _SIGNALS]
@@ -169,8 +168,7 @@ class Checkpoints:
             return
         with suppress(InputError):
             self._write()
-            stops = trainer.settings.skip_limit is None
-            which = "before it" if stops else "at the end of that epoch"
+            which = "before it" if trainer.settings.skip_limit is None else "at the end of that epoch"
             error.args = (f"{error}; the state {which} is in {self.folder}",)
 
     def _write(self) -> None:

@@ -9,7 +9,7 @@ from pyro import infer
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.errors import InputError, unknown_name
+from pyro_vae.errors import InputError, check_name
 from pyro_vae.infer.analytic_kl import AnalyticKL, DefaultBound, FreeBits
 from pyro_vae.infer.bounds import Bound, BoundTerms, TraceBound, elbo_terms, particle_options, wide
 from pyro_vae.infer.iwae import IWAE
@@ -117,8 +117,7 @@ def default_particles(name: str) -> int:
 
 def objective_named(name: str, num_particles: int | None = None, **options: Any) -> Bound:
     """Return an objective by its name."""
-    if name not in OBJECTIVES:
-        raise unknown_name("objective", name, tuple(OBJECTIVES))
+    check_name("objective", name, OBJECTIVES)
     if name == "free-bits" and "floor" not in options:
         wanted = "how many nats cost nothing with the objective 'free-bits'"
         raise InputError(f"expected {wanted}, got none: pass pyro_vae.infer.FreeBits(floor)")

@@ -310,7 +310,9 @@ def fit(
             # Known only now: the first step finds out what can be captured.
             if epoch == resumed + 1 and not bar.disable:
                 bar.write(capture.outcome, file=sys.stderr)
-            bar.set_description_str(_describe(row), refresh=False)
+            elbo = describe_progress("ELBO", row["train_elbo"], row["validation_elbo"], ".2f")
+            parts = f"rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
+            bar.set_description_str(f"{elbo}  {parts}", refresh=False)
             bar.update(epoch - bar.n)
             if on_epoch is not None:
                 on_epoch(epoch, row)
@@ -427,8 +429,7 @@ def epoch_progress(epochs: int, show: bool | None) -> Any:
     return Bar(total=epochs, disable=not show, dynamic_ncols=True, bar_format=shape)
 
 
-def _describe(row: dict[str, float]) -> str:
-    text = f"ELBO {row['train_elbo']:.2f}"
-    if not math.isnan(row["validation_elbo"]):
-        text += f" (validation {row['validation_elbo']:.2f})"
-    return f"{text}  rate {row['train_rate']:.2f}  distortion {row['train_distortion']:.2f}"
+def describe_progress(name: str, train: float, validation: float, digits: str) -> str:
+    """Return a number of both parts of the data as a line of progress shows it."""
+    text = f"{name} {train:{digits}}"
+    return text if math.isnan(validation) else f"{text} (validation {validation:{digits}})"

@@ -209,8 +209,7 @@ class OpenedPair:
         ``sum_out``: where the model enumerates latents that no guide draws, it holds all values.
         """
         traces = traced.draw_traces(self.model, self.guide, self.arguments, self.keywords)
-        enumerates = sum_out and summed_sites(*traces)
-        return (self._enumerate(traces), traces[1]) if enumerates else traces
+        return (self._enumerate(traces), traces[1]) if sum_out and summed_sites(*traces) else traces
 
     def _enumerate(self, traces: TracePair) -> Trace:
         run = poutine.trace(enumerate_latents(self.model, _nesting(traces), _values_of(traces[1])))

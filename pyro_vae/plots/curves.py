@@ -83,8 +83,7 @@ def rate_distortion(
         Alemi et al. 2018, "Fixing a Broken ELBO", figure 1.
     """
     beta, rate, distortion = (np.asarray(values, dtype=float) for values in (beta, rate, distortion))
-    alone = active_units is None
-    widths, size = ([1.0], (5.4, 4.2)) if alone else ([1.6, 1.0], (9, 4.2))
+    widths, size = ([1.0], (5.4, 4.2)) if active_units is None else ([1.6, 1.0], (9, 4.2))
     figure, (axes, *others) = panels(title, size, columns=len(widths), width_ratios=widths)
     points: dict[str, Any] = {"fmt": "o", "markersize": 4, "linewidth": 0, "elinewidth": 1}
     axes.errorbar(rate, distortion, distortion_error, rate_error, color=BLUE, zorder=3, **points)

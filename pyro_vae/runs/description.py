@@ -55,8 +55,7 @@ def build(config: dict[str, Any], components: Components, num_weights: int) -> V
         most = max(_ELEMENTS_AT_LEAST, _PER_WEIGHT * num_weights)
         told = f"{CONFIG} describes networks far larger than the weights beside it"
         refusal = f"expected settings that fit the weights, {told}: the two are not from one run"
-        largest_size = max(_LARGEST_SIZE, num_weights)
-        with torch.device("cpu"), Bounded(most, refusal, largest_size) as bound:
+        with torch.device("cpu"), Bounded(most, refusal, max(_LARGEST_SIZE, num_weights)) as bound:
             for part in _PARTS:
                 parts[part] = _build(config["model"][part], components, parts, bound)
                 if not isinstance(parts[part], nn.Module):

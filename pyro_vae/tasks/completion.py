@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import InputError, check_counts, check_optional_counts, unknown_name
+from pyro_vae.errors import InputError, check_counts, check_name, check_optional_counts
 from pyro_vae.evaluation.elbo import Moments
 from pyro_vae.evaluation.estimate import rank_normalized_r_hat
 from pyro_vae.evaluation.importance_sampling import ImportanceOptions
@@ -315,8 +315,7 @@ def _numbers_of(state: _State) -> Tensor:
     for value in (each.reshape(rows, -1).double() for each in values):
         if value.shape[1] > _PROJECTIONS:
             fixed = torch.Generator().manual_seed(0)
-            directions = torch.randn(value.shape[1], _PROJECTIONS, generator=fixed)
-            value = value @ directions.to(value)
+            value = value @ torch.randn(value.shape[1], _PROJECTIONS, generator=fixed).to(value)
         columns.append(value)
     return torch.cat(columns, 1).cpu()
 
@@ -504,8 +503,7 @@ def _check_conditional_independence(problem: _Problem, latents: Latents) -> None
 
 
 def _check_options(method: str, num_samples: int | None, num_steps: int | None) -> None:
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
+    check_name("method", method, METHODS)
     check_optional_counts(num_samples=num_samples, num_steps=num_steps)
     own, other, value = "num_steps", "num_samples", num_samples
     if method == "importance":

@@ -1,6 +1,5 @@
 """From data to latents and back: encode, decode, reconstruct given data, generate new ones."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, distributions
 
 from pyro_vae.distributions.flows import FlowDistribution
 from pyro_vae.distributions.normal import DiagonalNormalMixture
-from pyro_vae.errors import InputError, check_optional_counts, real_number
+from pyro_vae.errors import InputError, check_optional_counts, positive_number
 from pyro_vae.evaluation.latent_codes import choose_site, draw_codes, mean_codes
 from pyro_vae.pair import sites as traced
 from pyro_vae.pair.contract import check_rows
@@ -138,8 +137,7 @@ def generate(
         Aggregate posterior: Makhzani et al. 2016, "Adversarial Autoencoders", equation 1.
     """
     opened = open_function(model, like, plate=plate)
-    if not 0 < real_number("temperature", temperature) < math.inf:
-        raise InputError(f"expected a finite temperature above 0, got {temperature}")
+    positive_number("temperature", temperature)
     if data is not None and guide is None:
         raise InputError("expected a guide with data, got none: pass guide=, or leave out data=")
     source = like if data is None else data

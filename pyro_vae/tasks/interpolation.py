@@ -276,8 +276,7 @@ def _great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     """Walk the shorter arc between unit vectors; between opposite ones some half circle."""
     cosine = (start * end).sum(-1, keepdim=True)
     # Any direction at right angles to the start serves where start and end leave none.
-    least = start.abs().argmin(-1, keepdim=True)
-    axis = torch.zeros_like(start).scatter(-1, least, 1.0)
+    axis = torch.zeros_like(start).scatter(-1, start.abs().argmin(-1, keepdim=True), 1.0)
     axis = axis - (axis * start).sum(-1, keepdim=True) * start
     sideways = _unit(end - cosine * start, axis / axis.norm(dim=-1, keepdim=True))
     angle = torch.atan2((end * sideways).sum(-1, keepdim=True), cosine)
