@@ -160,8 +160,8 @@ def _read(loss: Tensor) -> float:
     return value
 
 
-def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
-    """Return rate and distortion of an ELBO's traces, ``(2,)``, sums over the full plates.
+def elbo_terms(traces: list[TracePair], num_particles: int) -> tuple[Tensor, Tensor]:
+    """Return rate and distortion of an ELBO's traces, sums over the full plates.
 
     Beta is taken out, masks and the scales of plates that subsample are kept, so minus their sum
     estimates the ELBO of all the data points whatever was optimised. What the model enumerates alone
@@ -175,7 +175,8 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
             sites = [site for _, site in _samples(trace) if not site_is_subsample(site)]
             if any(is_enumerated(site) for site in sites):
                 if of_guide or any(is_enumerated(site) for _, site in _samples(guide_trace)):
-                    return torch.full((2,), torch.nan, device=sites[0]["value"].device)
+                    unknown = torch.full((), torch.nan, device=sites[0]["value"].device)
+                    return unknown, unknown
                 for term, value in zip(terms, _summed_terms(trace, sites), strict=True):
                     term.append(value)
                 continue
@@ -183,9 +184,10 @@ def elbo_terms(traces: list[TracePair], num_particles: int) -> Tensor:
                 log_prob = wide(site["unscaled_log_prob"].detach())
                 total = scale_and_mask(log_prob, scale=plate_scale(site), mask=site["mask"]).sum()
                 terms[site["is_observed"] and not of_guide].append(total if of_guide else -total)
-    known = [torch.stack(term).sum() if term else None for term in terms]
-    zero = next((torch.zeros_like(term) for term in known if term is not None), torch.zeros(()))
-    return torch.stack([zero if term is None else term for term in known]) / num_particles
+    zero = next((torch.zeros_like(term[0]) for term in terms if term), torch.zeros(()))
+    # Apart: a captured step that uses one of them computes but that.
+    rate, distortion = (torch.stack(term or [zero]).sum() / num_particles for term in terms)
+    return rate, distortion
 
 
 def _summed_terms(trace: Any, sites: list[Any]) -> tuple[Tensor, Tensor]:

@@ -305,24 +305,20 @@ def _constants_to_inputs(module: torch.fx.GraphModule) -> list[Tensor]:
 def _take_out_views(graph: torch.fx.Graph) -> None:
     """Take out the views that end where one began: a third of a recorded step's operations."""
     views: dict[Any, list[Any]] = {}  # what a view is of, the nearest first
+    negating = (torch.ops.aten._conj.default, torch.ops.aten._neg_view.default)  # by a mere mark
     for node in graph.nodes:
         first = node.args[0] if node.args else None
-        if getattr(node.target, "is_view", False) or (node.target is getitem and first in views):
+        is_view = getattr(node.target, "is_view", False) and node.target not in negating
+        if is_view or (node.target is getitem and first in views):
             views[node] = [first, *views.get(first, ())]
-            same = [before for before in views[node] if _layout(before) == _layout(node)]
-            if same and isinstance(node.meta["val"], Tensor):
+            layout = _layout(node)
+            same = [before for before in views[node] if layout and _layout(before) == layout]
+            if same:
                 node.replace_all_uses_with(same[-1])
 
 
 def _layout(node: torch.fx.Node) -> Any:
     value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        return (
-            value.dtype,
-            value.shape,
-            value.stride(),
-            value.storage_offset(),
-            value.is_conj(),
-            value.is_neg(),
-        )
-    return None
+    if not isinstance(value, Tensor):
+        return None
+    return value.dtype, value.shape, value.stride(), value.storage_offset()

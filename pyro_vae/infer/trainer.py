@@ -99,8 +99,9 @@ class TrainingObjective:
         self, terms: BoundTerms, gradients: Sequence[Tensor], *, are_summed: bool = False
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summary of a step (see ``SUMMARY``) and its gradients, clipped to a norm."""
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack([wide(norm) for norm in norms]))
+        norms = torch._foreach_norm(list(gradients))
+        is_mixed = len({norm.dtype for norm in norms}) > 1
+        norm = torch.linalg.vector_norm(wide(torch.stack([*map(wide, norms)] if is_mixed else norms)))
         clip = self.settings.gradient_clip
         if clip is not None and (are_summed or not self.is_share):
             # A gradient of exactly 0 divides to infinity, and is left as it is.

@@ -96,7 +96,8 @@ class Updates:
                 optimizer.step()
         elif not flag:  # other optimisers can't be told so: the step waits for the device
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for leaf in self.parameters.values():
+            leaf.grad = None
         if self.settings.ema is not None:
             # Weights that fall by the factor per step back, and sum to 1 from the first step on.
             weight = (1 - self.settings.ema) / (1 - self.settings.ema ** (step + 1))

@@ -69,7 +69,7 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
                 trace.compute_log_prob()
                 share_terms(trace, pair.plate, 1.0 if counts_all else block.num_data / number)
             share = block.num_data / data.full_size
-            totals = totals + elbo_terms([traces], num_particles=1) * share
+            totals = totals + torch.stack(elbo_terms([traces], num_particles=1)) * share
     rate, distortion = (processes.sum_(totals) / number).tolist()
     return {"elbo": -(rate + distortion), "rate": rate, "distortion": distortion}
 

@@ -1,6 +1,7 @@
-"""Time training of a 784-512-256-20 Bernoulli VAE: Pyro, compiled Pyro, loops written by hand.
+"""Time training of a Bernoulli VAE (784-512-256-20): Pyro, compiled Pyro, loops written by hand.
 
     python tests/benchmarks/training.py [--data-root DATA] [--device cuda] [--rounds 30] [--epochs 5]
+    python tests/benchmarks/training.py --sizes 64 512 256 8 --batch-size 64 --epochs 0
 
 Two tables. The first is of single steps on one batch: all contenders take the same number of steps in
 every round, one after the other, so that a slow spell of the machine falls on all of them. Each has a
@@ -37,10 +38,17 @@ import pyro_vae as pv
 from pyro_vae.infer.compiled import CompiledTrace_ELBO
 from pyro_vae.infer.optim import FusedOptim
 
-PIXELS, WIDTHS, LATENT = 784, (512, 256), 20
+PIXELS, WIDTHS, LATENT = 784, (512, 256), 20  # unless --sizes says otherwise
 LEARNING_RATE = 1e-3
 
 Step = Callable[[Tensor], float]
+
+
+def set_sizes(pixels: int, *widths_and_latent: int) -> None:
+    """Set the sizes of every network of this process."""
+    global PIXELS, WIDTHS, LATENT
+    PIXELS, (*widths, LATENT) = pixels, widths_and_latent
+    WIDTHS = tuple(widths)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -205,8 +213,11 @@ CONTENDERS: dict[str, Callable[[str], Step]] = {
 LIBRARIES = {"pythae": "pythae", "NumPyro": "numpyro"}
 
 
-def serve(name: str, device: str, batch_size: int, threads: int, asked: Connection) -> None:
+def serve(
+    name: str, device: str, batch_size: int, threads: int, sizes: list[int], asked: Connection
+) -> None:
     """Take as many steps as asked, again and again, and answer with milliseconds per step."""
+    set_sizes(*sizes)
     torch.set_num_threads(threads)
     pyro.set_rng_seed(0)
     x = torch.rand(batch_size, PIXELS).bernoulli().to(device)
@@ -227,7 +238,8 @@ def measure(device: str, batch_size: int, rounds: int, length: int) -> dict[str,
     for name in CONTENDERS:
         if name not in LIBRARIES or importlib.util.find_spec(LIBRARIES[name]):
             ends[name], other = context.Pipe()
-            arguments = (name, device, batch_size, torch.get_num_threads(), other)
+            sizes = [PIXELS, *WIDTHS, LATENT]
+            arguments = (name, device, batch_size, torch.get_num_threads(), sizes, other)
             context.Process(target=serve, args=arguments, daemon=True).start()
             other.close()
             ends[name].send(length)  # builds, compiles, warms up
@@ -339,13 +351,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps per round")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each contender; 0: none")
     parser.add_argument("--batch-size", type=int, default=128)
+    text = "pixels, hidden widths of the encoder (the decoder mirrors them) and latent dimensions"
+    sizes = [PIXELS, *WIDTHS, LATENT]
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, metavar="N", help=text)
     parser.add_argument("--data-root", help="folder of MNIST, as torchvision lays it out")
     options = parser.parse_args()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    set_sizes(*options.sizes)
     pyro.set_rng_seed(0)
     print(
         f"{hardware(device)}; torch {torch.__version__}, Pyro {pyro.__version__}; "
-        f"784-512-256-20 Bernoulli VAE, batch {options.batch_size}; median [quartiles]\n"
+        f"{'-'.join(map(str, options.sizes))} Bernoulli VAE, batch {options.batch_size}; "
+        "median [quartiles]\n"
     )
     if options.rounds:
         times = measure(device, options.batch_size, options.rounds, options.steps)

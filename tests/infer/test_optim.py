@@ -10,9 +10,10 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.distributions import constraints
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyro_vae.errors import InputError
-from pyro_vae.infer.optim import FusedOptim
+from pyro_vae.infer.optim import FusedOptim, step_by_kernel
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 SCHEDULE = {
@@ -92,6 +93,68 @@ def test_steps_are_pyros(constructor, options, clip_args):
     expected, _ = train(pyro.optim.PyroOptim(constructor, options, clip_args))
     found, _ = train(FusedOptim(constructor, options, clip_args))
     assert_equal(found, expected)
+
+
+def _optimizers(constructor, **options):
+    """Return an optimiser that took a first step and its twin, of the same numbers."""
+    made = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.randn(n, generator=generator).requires_grad_() for n in (3, 40)]
+        made.append(constructor(params, lr=0.1, fused=True, **options))
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        made[-1].step()
+    return made
+
+
+def _numbers(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    states = [optimizer.state[param][n] for param in params for n in sorted(optimizer.state[param])]
+    return torch.cat([value.detach().flatten() for value in (*params, *states)])
+
+
+@pytest.mark.parametrize(
+    ("constructor", "options"),
+    [
+        (torch.optim.Adam, {}),
+        (torch.optim.Adam, {"weight_decay": 0.1, "betas": (0.5, 0.8), "maximize": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.1, "eps": 1e-3}),
+    ],
+)
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_the_kernel_alone_takes_the_optimisers_step_to_the_bit(constructor, options, found_inf):
+    ours, theirs = _optimizers(constructor, **options)
+    before, flag = _numbers(ours), None if found_inf is None else torch.tensor(found_inf)
+    theirs.found_inf = flag
+    for _ in range(3):
+        assert step_by_kernel(ours, flag)
+        theirs.step()
+    assert torch.equal(_numbers(ours), _numbers(theirs))
+    assert torch.equal(_numbers(ours), before) == bool(found_inf)
+
+
+def test_an_optimiser_with_more_to_do_takes_its_own_step():
+    fresh = torch.optim.Adam([torch.zeros(2, requires_grad=True)], fused=True)
+    fresh.param_groups[0]["params"][0].grad = torch.ones(2)
+    plain, hooked = _optimizers(torch.optim.Adam)
+    assert step_by_kernel(plain)
+    hooked.register_step_post_hook(lambda *_: None)
+    scheduled, sparse = _optimizers(torch.optim.Adam)
+    torch.optim.lr_scheduler.ExponentialLR(scheduled, 0.5)
+    sparse.param_groups[0]["params"][0].grad = torch.ones(3).to_sparse()
+    largest, on_device = _optimizers(torch.optim.Adam, amsgrad=True)
+    on_device.param_groups[0].update(amsgrad=False, lr=torch.tensor(0.1))
+    refused = [fresh, hooked, scheduled, sparse, largest, on_device]
+    before = [_numbers(optimizer) for optimizer in refused]
+    assert not any(map(step_by_kernel, refused))
+    assert all(map(torch.equal, before, map(_numbers, refused)))
+    everywhere = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert not step_by_kernel(plain)
+    finally:
+        everywhere.remove()
+    assert step_by_kernel(plain)
 
 
 def test_clipping_by_norm_and_value_together():

@@ -1,0 +1,57 @@
+"""What capture makes of a recorded graph: the same numbers by fewer operations."""
+
+import pytest
+import torch
+
+from pyro_vae.infer.capture import trace_graph
+
+
+def _operations(graph):
+    return [node for node in graph.graph.nodes if node.op == "call_function"]
+
+
+CHAINS = {
+    "there and back": (lambda x: (x.t().t() @ x.t()).expand(3, 3).sum(0), 3),
+    "new dimensions": (lambda x: x[None].squeeze(0).view(3, 4).reshape(12).view(3, 4) + 1, 1),
+    "one part of all": (lambda x: x.split(3)[0].mul(2).unbind(0)[1], 3),
+    # Neither is the tensor it began as: another place in memory, another layout.
+    "a later row": (lambda x: x[1:2].view(4) - x[0], 4),
+    "transposed": (lambda x: x.t().contiguous().view(3, 4) + x, None),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_views_that_end_where_they_began_are_taken_out(name):
+    function, count = CHAINS[name]
+    x = torch.arange(12.0).view(3, 4)
+    graph, closed_over, _ = trace_graph(lambda: (function(x),), [x])
+    other = x + 5
+    assert not closed_over
+    assert torch.equal(graph(other)[0], function(other))
+    if count is not None:
+        assert len(_operations(graph)) == count
+
+
+def test_what_is_written_in_place_is_seen_through_every_view():
+    def function(x):
+        fresh = x + 0
+        alias = fresh.view(12).view(3, 4)
+        fresh.mul_(2)
+        alias.t().t().add_(1)
+        return fresh, alias * 3
+
+    x = torch.arange(12.0).view(3, 4)
+    graph, *_ = trace_graph(lambda: function(x), [x])
+    for found, expected in zip(graph(x - 7), function(x - 7), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_conjugates_are_no_views_of_the_same_numbers():
+    def function(x):
+        conjugate = torch.view_as_complex(x.view(3, 2, 2)).conj()
+        return conjugate.resolve_conj().imag, conjugate.imag + 0
+
+    x = torch.arange(12.0).view(3, 4)
+    graph, *_ = trace_graph(lambda: function(x), [x])
+    for found, expected in zip(graph(x + 1), function(x + 1), strict=True):
+        assert torch.equal(found, expected)
