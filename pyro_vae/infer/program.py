@@ -129,7 +129,7 @@ class Program:
         self.graph, closed_over, self.constants = recorded
         around = self.surroundings
         self.state.add_fixed(closed_over, around.readers_of if around else lambda _: [])
-        self.run: Callable[..., Sequence[Tensor]] = self.graph
+        self.run: Callable[..., Sequence[Tensor]] = capture.fold_constants(self.graph)
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True

@@ -108,7 +108,7 @@ class TrainingObjective:
             factor = (clip / norm).clamp(max=1.0)
             gradients = [gradient * factor.to(gradient.dtype) for gradient in gradients]
         loss = wide(terms.loss)
-        flag = wide(~(loss.isfinite() & norm.isfinite()))
+        flag = wide((loss + norm) * 0 != 0)  # NaN where either is not finite
         return torch.stack([loss, wide(terms.rate), wide(terms.distortion), norm, flag]), gradients
 
 

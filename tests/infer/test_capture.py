@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_vae.infer.capture import trace_graph
+from pyro_vae.infer.capture import fold_constants, trace_graph
 
 
 def _operations(graph):
@@ -55,3 +55,58 @@ def test_conjugates_are_no_views_of_the_same_numbers():
     graph, *_ = trace_graph(lambda: function(x), [x])
     for found, expected in zip(graph(x + 1), function(x + 1), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_products_with_one_are_taken_out_but_not_what_is_written_or_returned():
+    x = torch.arange(12.0).view(3, 4)
+
+    def plain(x):
+        return (x * 1.0 / 1).pow(1.0).sum(), x * 1
+
+    def writing(x):
+        fresh = x + 0
+        kept = fresh * 1
+        fresh.mul_(2)
+        return fresh, kept
+
+    for function, count in ((plain, 2), (writing, 3)):
+        graph, *_ = trace_graph(lambda function=function: function(x), [x])
+        assert len(_operations(graph)) == count
+        for found, expected in zip(graph(x - 7), function(x - 7), strict=True):
+            assert torch.equal(found, expected)
+    assert graph(x)[1] is not x
+
+
+def test_what_depends_on_no_input_is_computed_once():
+    def function(x):
+        prior = torch.ones_like(x).log() - torch.zeros_like(x[0]).exp()
+        return (x * prior).sum(), prior.clone()
+
+    x = torch.arange(12.0).view(3, 4)
+    graph, *_ = trace_graph(lambda: function(x), [x])
+    folded = fold_constants(graph)
+    assert len(_operations(graph)) == 9
+    assert len(_operations(folded)) == 3  # a product, a sum, and a copy for the caller
+    for _ in range(2):
+        for found, expected in zip(folded(x - 7), function(x - 7), strict=True):
+            assert torch.equal(found, expected)
+            found.zero_()
+
+
+def test_draws_and_what_is_written_in_place_are_no_constants():
+    def draw(x):
+        return ((torch.ones_like(x) * 0.5).bernoulli(),)
+
+    def count(x):
+        seen = x.new_zeros(4)
+        seen.add_(x[0])
+        return (seen.clone(),)
+
+    x = torch.ones(100, 4)
+    graph, *_ = trace_graph(lambda: draw(x), [x])
+    folded = fold_constants(graph)
+    assert not torch.equal(folded(x)[0], folded(x)[0])
+    graph, *_ = trace_graph(lambda: count(x), [x])
+    folded = fold_constants(graph)
+    for _ in range(2):
+        assert torch.equal(folded(x)[0], torch.ones(4))
