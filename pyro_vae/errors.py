@@ -3,7 +3,7 @@
 import difflib
 import math
 import operator
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {shown!r}: {hint}choose from {', '.join(names)}")
 
 
-def check_name(kind: str, name: object, known: Iterable[str]) -> None:
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
     """Refuse a name that is not in ``known``."""
     if name not in known:
         raise unknown_name(kind, name, known)
