@@ -11,7 +11,6 @@ import torch
 # A result tells its title and its rows by ``_summary``; without it, all its fields in brief.
 Summary = tuple[str, dict[str, str]]
 
-
 Result = TypeVar("Result", bound=type)
 
 

@@ -98,15 +98,12 @@ def _run(
         methods = {"auto": ("auto",), "both": ("importance", "annealed")}
         comparison = compare(
             {name: pair_of(trained[name][0], chosen[name]) for name in missing},
-            study.dataset.inputs("test", how.num_data, study.device),
-            num_samples=how.num_samples,
-            num_elbo_samples=_ELBO_SAMPLES,
-            num_importance=_IMPORTANCE,
+            study.dataset.inputs("test", how.num_data, study.device), num_samples=how.num_samples,
+            num_elbo_samples=_ELBO_SAMPLES, num_importance=_IMPORTANCE,
             methods=methods.get(how.method, ("importance",)),
             annealing_options=None if how.method == "importance" else annealing,
-            hold="model" if held is not None else None,
-            seed=_SEED,
-        )
+            hold="model" if held is not None else None, seed=_SEED,
+        )  # fmt: skip
         for name, measured in comparison.pairs.items():
             save_measured(measured, comparison.likelihood, folders[name])
     found, likelihood = {}, ""

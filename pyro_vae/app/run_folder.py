@@ -111,17 +111,12 @@ def load_data(settings: TrainSettings, data_root: str | None = None) -> Dataset:
     sizes = None if settings.size_factor == "learned" else settings.size_factor
     given = [name for name in (settings.condition, sizes) if name is not None]
     return datasets.load(
-        str(source),
-        data_root or settings.data_root,
-        binarize=settings.binarize or "none",
-        validation_size=settings.validation_size,
-        seed=settings.split_seed,
-        download=settings.download,
-        labels=settings.labels,
+        str(source), data_root or settings.data_root, binarize=settings.binarize or "none",
+        validation_size=settings.validation_size, seed=settings.split_seed,
+        download=settings.download, labels=settings.labels,
         leave_out=tuple(filter(None, (settings.leave_out or "").split(","))),
-        allow_missing=settings.missing == "nan",
-        given=given,
-    )
+        allow_missing=settings.missing == "nan", given=given,
+    )  # fmt: skip
 
 
 def pair_of(vae: VAE, settings: TrainSettings, model: PairFunction | None = None) -> Pair:

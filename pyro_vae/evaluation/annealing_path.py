@@ -71,8 +71,7 @@ def choose(ends: Tensor, count: int) -> Tensor:
     """Draw numbers ``(count, N)`` whose shares, summed up ``(K, N)``, end at 1; each but for one."""
     shift = torch.rand_like(ends[:1])
     points = (torch.arange(count, device=ends.device)[:, None] + shift) / count
-    chosen = torch.searchsorted(ends.T.contiguous(), points.T.contiguous())
-    return chosen.clamp(max=len(ends) - 1).T
+    return torch.searchsorted(ends.T.contiguous(), points.T.contiguous()).clamp(max=len(ends) - 1).T
 
 
 class _Coordinates(NamedTuple):

@@ -92,9 +92,7 @@ def average_runs(runs: Sequence[PerDatum]) -> PerDatum:
 
 def deviation(values: Sequence[float]) -> float:
     """Return the sample standard deviation; NaN for a single value."""
-    if len(values) < 2:
-        return math.nan
-    return torch.tensor(values, dtype=torch.float64).std().item()
+    return math.nan if len(values) < 2 else torch.tensor(values, dtype=torch.float64).std().item()
 
 
 def _student(degrees: int) -> float:

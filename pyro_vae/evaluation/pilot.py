@@ -251,8 +251,7 @@ def _gather(states: list[State], beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weigh(rise: Tensor, increment: Tensor) -> Tensor:
-    weights = torch.where(rise > 0, rise * increment, 0.0)
-    return weights.nan_to_num(nan=-math.inf, neginf=-math.inf)
+    return torch.where(rise > 0, rise * increment, 0.0).nan_to_num(nan=-math.inf, neginf=-math.inf)
 
 
 def _next_rise(increment: Tensor, left: Tensor, stops_left: int) -> tuple[Tensor, Tensor]:

@@ -68,5 +68,4 @@ class Callbacks:
 
     def _end_if(self, answers: list[Any]) -> None:
         if answers:
-            votes = self.processes.sum_(torch.tensor(float(any(answers))))
-            self.end_run |= bool(votes > 0)
+            self.end_run |= bool(self.processes.sum_(torch.tensor(float(any(answers)))) > 0)

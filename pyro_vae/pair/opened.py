@@ -235,8 +235,7 @@ class OpenedPair:
 
     def split(self, size: int = BLOCK) -> list[slice]:
         """Cut the data into blocks of equal size (the last may be smaller), if they may be."""
-        takes_parts = self.num_data <= size or self.is_divisible()
-        count = -(-self.num_data // size) if takes_parts else 1
+        count = -(-self.num_data // size) if self.num_data <= size or self.is_divisible() else 1
         size = -(-self.num_data // count)
         return [slice(start, start + size) for start in range(0, self.num_data, size)]
 

@@ -327,8 +327,7 @@ def _draw_hidden(problem: _Problem, latents: Latents) -> tuple[Tensor, list[Site
     missing, parts = problem.missing.contiguous(), parts_of(trace, problem.sites, problem.x)
     for site, place in parts:
         hidden = take_part(missing, place)
-        drawn = site["fn"].sample().to(x.dtype)
-        take_part(x, place)[hidden] = drawn.expand(hidden.shape)[hidden]
+        take_part(x, place)[hidden] = site["fn"].sample().to(x.dtype).expand(hidden.shape)[hidden]
     for site, place in parts:
         site["value"] = take_part(x, place)
     return x, traced.sample_sites(trace), value_moments(parts, x)
