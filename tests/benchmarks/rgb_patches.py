@@ -51,12 +51,16 @@ def histogram_bits(train: torch.Tensor, test: torch.Tensor) -> float:
     return sum(bits) / 3
 
 
-def make_networks(name: str, channels: tuple[int, ...]):
+def make_networks(name: str, channels: tuple[int, ...], blocks: int):
     if name == "mlp":
         return pv.networks.MLPEncoder(SHAPE, (512, 256)), pv.networks.MLPDecoder(
             LATENT_DIM, (256, 512)
         )
-    how = {"norm": "group", "activation": "silu", "residual_blocks": 2 if name == "resnet" else 0}
+    how = {
+        "norm": "group",
+        "activation": "silu",
+        "residual_blocks": blocks if name == "resnet" else 0,
+    }
     encoder = pv.networks.ConvEncoder(SHAPE, channels, **how)
     return encoder, pv.networks.ConvDecoder(LATENT_DIM, SHAPE, channels[::-1], **how)
 
@@ -67,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", default=["mlp", "conv", "resnet"])
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--residual-blocks", type=int, default=1, help="after each convolution")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=400)
@@ -82,7 +87,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name in options.networks:
         torch.manual_seed(options.seed)
-        encoder, decoder = make_networks(name, tuple(options.channels))
+        encoder, decoder = make_networks(name, tuple(options.channels), options.residual_blocks)
         likelihood = pv.likelihoods.DiscretizedLogistic(decoder, SHAPE, sigma=options.sigma)
         guide = pv.guides.MeanFieldNormal(encoder, LATENT_DIM)
         vae = pv.VAE(pv.priors.StandardNormal(LATENT_DIM), likelihood, guide)
