@@ -166,13 +166,10 @@ def draw_reconstructions(subject: Subject, what: names.Reconstruct) -> Figure:
 def draw_diagnostics(estimate: LogMarginal) -> Figure:
     """Show the tail index per datum and the mean estimate after fewer samples."""
     curve = estimate.convergence
-    return plots.weight_diagnostics(
-        estimate.pareto_k.numpy(),
-        None if curve is None else curve.num_samples.numpy(),
-        None if curve is None else curve.log_prob.mean(1).numpy(),
-        title=f"log p(x) of {len(estimate.log_prob)} test data points, method {estimate.method}",
-        limit=estimate.pareto_k_limit.min().item(),
-    )
+    shown = () if curve is None else (curve.num_samples.numpy(), curve.log_prob.mean(1).numpy())
+    title = f"log p(x) of {len(estimate.log_prob)} test data points, method {estimate.method}"
+    pareto_k, limit = estimate.pareto_k.numpy(), estimate.pareto_k_limit.min().item()
+    return plots.weight_diagnostics(pareto_k, *(shown or (None, None)), title=title, limit=limit)
 
 
 def _draw_latent(subject: Subject, what: names.Latent) -> Figure:

@@ -191,14 +191,11 @@ class AnnealingPath:
             if (kind, position.shape) in self._graphs:
                 continue
             captured = capture_values(
-                self.particles,
-                (pair.model, pair.guide),
-                ("annealing", kind),
-                self._given(position),
-                partial(self._compute, kind),
+                self.particles, (pair.model, pair.guide), ("annealing", kind),
+                self._given(position), partial(self._compute, kind),
                 # A branch on values that was baked in shows elsewhere than at capture.
                 elsewhere=lambda: self._given(position + 0.1 * torch.randn_like(position)),
-            )
+            )  # fmt: skip
             self._graphs[kind, position.shape] = None if captured is None else captured[0]
 
     def _run(self, kind: str, position: Tensor) -> Sequence[Tensor]:

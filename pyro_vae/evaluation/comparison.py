@@ -248,18 +248,13 @@ def _measure(
         divergence = PerDatum(exact.kl, exact.error)
     epochs = len(fit.history["seconds"]) if fit else 0
     return Measured(
-        **bounds._asdict(),
-        log_prob=estimate.per_datum,
-        annealed=annealed,
-        posterior_divergence=divergence,
-        estimate=estimate,
+        **bounds._asdict(), log_prob=estimate.per_datum, annealed=annealed,
+        posterior_divergence=divergence, estimate=estimate, annealed_trusted=annealed_trusted,
         num_parameters=sum(leaf.numel() for leaf in owned.parameters.values()),
         num_guide_parameters=sum(leaf.numel() for leaf in owned.of_guide.values()),
-        seconds_per_1000=1000 * seconds / pair.num_data,
-        fit=fit,
+        seconds_per_1000=1000 * seconds / pair.num_data, fit=fit,
         seconds_per_epoch=fit.seconds / epochs if fit and epochs else math.nan,
-        annealed_trusted=annealed_trusted,
-    )
+    )  # fmt: skip
 
 
 def _anneal_alike(

@@ -246,15 +246,12 @@ class Comparison:
         from pyro_vae.plots import paired_differences
 
         quantity = quantity or self.ranked_by
-        differences = [self.difference(name, quantity) for name in self.pairs]
-        return paired_differences(
-            list(self.pairs),
-            [each.mean for each in differences],
-            [each.half_width for each in differences],
-            best=self.best(quantity),
-            title=f"{_NAMES[quantity]}: difference from the best, with 95% interval",
-            by_run=[each.by_run for each in differences] if self.num_runs > 1 else None,
-        )
+        found = [self.difference(name, quantity) for name in self.pairs]
+        shown = [each.mean for each in found], [each.half_width for each in found]
+        how: dict[str, Any] = {"best": self.best(quantity)}
+        how["by_run"] = [each.by_run for each in found] if self.num_runs > 1 else None
+        title = f"{_NAMES[quantity]}: difference from the best, with 95% interval"
+        return paired_differences(list(self.pairs), *shown, title=title, **how)
 
     def scatter(self, first: str, second: str, quantity: str | None = None) -> "Figure":
         """Show a quantity of every datum under one pair against that under another."""

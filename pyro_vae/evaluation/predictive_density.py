@@ -118,13 +118,10 @@ def predictive_log_prob(
         warnings.warn(f"{what}, {doubt}", stacklevel=2)
     joint = LogMarginal(
         **measure_weights(likelihood.sum(1, keepdim=True) + ratio, precision),
-        rate=-ratio.mean(0),
-        distortion=-likelihood.sum(1).mean(0, keepdim=True),
-        num_samples=torch.tensor([num_draws]),
-        cost=torch.tensor([num_draws * num_samples]),
-        method="importance, each data point weighed inside",
-        pseudo_likelihood=pseudo_likelihood,
-    )
+        rate=-ratio.mean(0), distortion=-likelihood.sum(1).mean(0, keepdim=True),
+        num_samples=torch.tensor([num_draws]), cost=torch.tensor([num_draws * num_samples]),
+        method="importance, each data point weighed inside", pseudo_likelihood=pseudo_likelihood,
+    )  # fmt: skip
     theta = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     joint_if_known = joint if has_density else None
     return PredictiveLogProb(**found, log_likelihood=likelihood, draws=theta, joint=joint_if_known)

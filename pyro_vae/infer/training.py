@@ -326,17 +326,12 @@ def fit(
         found = diagnose(rows, model, guide, trainer.shown, settings)
     result = FitResult(
         history={name: np.array([row.get(name, math.nan) for row in rows]) for name in HISTORY},
-        best_epoch=best.epoch,
-        stopped_early=len(rows) < settings.epochs,
-        device=str(place),
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        best_epoch=best.epoch, stopped_early=len(rows) < settings.epochs, device=str(place),
+        batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         num_parameters=sum(parameter.numel() for parameter in trainer.updates.leaves),
-        compiled=capture.num_graphs > 0,
-        compile_choice=capture.outcome,
-        skipped_steps=trainer.skipped,
-        warnings=found,
-    )
+        compiled=capture.num_graphs > 0, compile_choice=capture.outcome,
+        skipped_steps=trainer.skipped, warnings=found,
+    )  # fmt: skip
     watchers.tell("on_end", result)
     return result
 
