@@ -9,6 +9,7 @@ from functools import partial
 from operator import getitem
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -34,6 +35,12 @@ class CannotCaptureError(Exception):
     """Why a pair can't be captured faithfully; its text completes "runs eagerly: ..."."""
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value can be an input of a graph: a bool is a flag."""
+    numeric = isinstance(value, int | float | np.floating | np.integer)
+    return numeric and not isinstance(value, bool)
+
+
 def describe(
     value: Any, tensors: list[Tensor], numbers: dict[str, float], path: str = "argument"
 ) -> Hashable:
@@ -45,7 +52,7 @@ def describe(
             raise CannotCaptureError(f"{path} requires a gradient")
         tensors.append(value)
         return (value.dtype, value.device)
-    if type(value) in (int, float):
+    if is_number(value):
         numbers[path] = value
         return float
     if isinstance(value, tuple | list | dict):

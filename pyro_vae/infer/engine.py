@@ -315,6 +315,7 @@ class Engine:
 
             with around.hold(chosen, scalars):
                 program.record(step, [beta, *scalars, *aliases])
+            around.refuse_changed([*program.state.tensors, *program.constants])
             around.settle(chosen, program.constants)
             capture.refuse_changed_sites(reference.sites, tuple(sites.names))
         backend = "eager" if self._compiles_later(program) else self.backend

@@ -46,7 +46,8 @@ class FusedOptim(PyroOptim):
     After a step the gradients of the parameters it was given are None.  Stock Pyro leaves zeros, by
     which Adam's momentum and weight decay go on moving a parameter that a later step is given and
     does not use, as where two losses share an optimiser; so does this one, unless told to
-    ``keep_none``.
+    ``keep_none``.  ``optim_objs`` holds the one optimiser once: a loop over its values changes
+    a learning rate once.
 
     The state has the format of ``PyroOptim``, parameter name to the state dict of an optimiser over
     that one parameter, and loads from and into ``pyro.optim`` optimisers. A tensor that is not in
@@ -149,7 +150,7 @@ class FusedOptim(PyroOptim):
         if self.scheduler is None and self._scheduler_constructor is not None:
             self.scheduler = self._scheduler_constructor(self.optimizer, **self._scheduler_args)
         self._consume_waiting_state()
-        self.optim_objs = dict.fromkeys(self._names, self.scheduler or self.optimizer)
+        self.optim_objs = {next(iter(self._names)): self.scheduler or self.optimizer}
 
     def _drop_replaced(self, name: str) -> None:
         """Forget the tensor that had this name before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.capture import CannotCaptureError
+from pyro_vae.infer.capture import CannotCaptureError, is_number
 
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "numpy", "pyro_vae"})
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, range, type(None), np.generic)
@@ -28,16 +29,26 @@ Key = Hashable
 
 
 class _Place(NamedTuple):
-    """Where a value stands: an item of a dict or list, or its length; a cell; an attribute."""
+    """Where a value stands: an item of a dict or list, a cell, an attribute, what a function says."""
 
     holder: Any
-    key: Any
+    key: Any  # of an item, or a function of the holder, such as its length
     value: Any
     name: str  # empty where nothing can be put in the value's place
+    version: int = 0  # of a tensor, which changes with its values, and a copy of a small one
+    copy: Tensor | None = None
+
+    def with_version(self) -> _Place:
+        """Note a tensor's version, and keep the values of a small one."""
+        tensor = self.value
+        if not isinstance(tensor, Tensor) or tensor.requires_grad:
+            return self
+        copy = tensor.clone() if tensor.numel() <= _LONGEST else None
+        return self._replace(version=tensor._version, copy=copy)
 
     def is_number(self) -> bool:
         """Whether its value can be an input of a graph instead of a constant."""
-        return type(self.value) in (int, float) and self.key is not len
+        return is_number(self.value) and not callable(self.key)
 
     def is_same(self, value: Any) -> bool:
         """Whether a plain value equals this one, and any other one is it."""
@@ -48,8 +59,8 @@ class _Place(NamedTuple):
     def reader(self) -> Callable[[], Any]:
         """Return what reads the place, without keeping an object alive."""
         holder, key = self.holder, self.key
-        if key is len:
-            return partial(len, holder)
+        if callable(key):
+            return partial(key, holder)
         if isinstance(holder, dict | list):
             return partial(holder.get if isinstance(holder, dict) else holder.__getitem__, key)
         try:
@@ -60,18 +71,20 @@ class _Place(NamedTuple):
 
     def put(self, value: Any) -> None:
         """Put another value there."""
-        if isinstance(self.holder, type | types.CellType):
+        if isinstance(self.holder, type | types.CellType) or self._is_slot():
             setattr(self.holder, self.key, value)
         else:
             items: Any = self.holder if isinstance(self.holder, dict | list) else vars(self.holder)
             items[self.key] = value
 
+    def _is_slot(self) -> bool:
+        return not isinstance(self.holder, dict | list) and not hasattr(self.holder, "__dict__")
+
     @contextmanager
     def hold(self, value: Any) -> Iterator[None]:
         """Put another value there for a while."""
-        is_own = isinstance(self.holder, dict | list | types.CellType) or self.key in vars(
-            self.holder
-        )
+        is_item = isinstance(self.holder, dict | list | types.CellType) or self._is_slot()
+        is_own = is_item or self.key in vars(self.holder)
         self.put(value)
         try:
             yield
@@ -101,7 +114,7 @@ def look_around(roots: Iterable[Any]) -> dict[Key, _Place]:
             for place in _places_in(value, names):
                 pending.append(place.value)
                 if place.name and not isinstance(place.value, types.ModuleType):
-                    places[id(place.holder), place.key] = place
+                    places[id(place.holder), place.key] = place.with_version()
         if len(names) == count:
             return places
 
@@ -116,6 +129,10 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items if len(value) <= _LONGEST else ():
             yield _Place(value, key, item, key if isinstance(key, str) else f"[{key!r}]")
+    elif isinstance(value, np.ndarray | set | frozenset | deque):
+        contents: Any = np.ndarray.tobytes if isinstance(value, np.ndarray) else repr
+        if len(value.flat if isinstance(value, np.ndarray) else value) <= _LONGEST:
+            yield _Place(value, contents, contents(value), "the contents")
     elif isinstance(value, tuple):
         yield from (_Place(value, None, item, "") for item in value)
     else:
@@ -164,8 +181,16 @@ def _places_of_class(kind: type, holder: Any, names: set[str]) -> Iterator[_Plac
             if holder is kind or (runs and name != "__init__"):  # which has run already
                 own = getattr(item, "fget", None) or getattr(item, "__func__", item)
                 yield _Place(kind, name, own, "")
-        elif name in names and (holder is kind or name not in getattr(holder, "__dict__", {})):
-            yield _Place(holder, name, item, f"{kind.__name__}.{name}")
+        elif name in names and (holder is kind or _is_read(name, holder, kind)):
+            slot = isinstance(item, types.MemberDescriptorType) and holder is not kind
+            value = getattr(holder, name, None) if slot else item
+            yield _Place(holder, name, value, f"{kind.__name__}.{name}")
+
+
+def _is_read(name: str, holder: Any, kind: type) -> bool:
+    """Tell whether an object's attribute is the one of this class, not its own or another class's."""
+    first = next(base for base in type(holder).__mro__ if name in vars(base))
+    return first is kind and name not in getattr(holder, "__dict__", {})
 
 
 def _is_library(value: Any) -> bool:
@@ -194,18 +219,39 @@ class Surroundings:
 
     def __init__(self, before: dict[Key, _Place], after: dict[Key, _Place]) -> None:
         self.places: dict[Key, _Place] = {}
+        self._replaced: list[_Place] = []
+        changed: list[Any] = []  # values before the run, of a kind that is read and not a result
         for key, place in after.items():
             if key in before and place.is_same(before[key].value):
                 self.places[key] = place
-            elif key in before and isinstance(place.value, _PLAIN) and place.key is not len:
-                place.put(before[key].value)  # the run was one more than stock Pyro's
-                raise CannotCaptureError(f"the pair changes {place.name} itself at each run")
+                if isinstance(place.value, Tensor) and place.version != before[key].version:
+                    changed.append(place.value)
+                    self._replaced.append(before[key])
+            elif key in before and not callable(place.key):
+                self._replaced.append(before[key])
+                changed += [before[key].value] if isinstance(place.value, _PLAIN) else []
+        self.put_back()  # the run was one more than stock Pyro's
+        self.refuse_changed(changed)
         self.numbers = {k: (p.name, p.value) for k, p in self.places.items() if p.is_number()}
+
+    def put_back(self) -> None:
+        """Put back what a run replaced or wrote to."""
+        for place in self._replaced:
+            place.put(place.value)
+            if place.copy is not None:
+                place.value.copy_(place.copy)
+
+    def refuse_changed(self, read: Sequence[Any]) -> None:
+        """Refuse a pair that reads what it replaces: its runs differ, however often it is run."""
+        for place in self._replaced:
+            if any(place.value is value for value in read):
+                raise CannotCaptureError(f"the pair changes {place.name} itself at each run")
 
     @contextmanager
     def hold(self, inputs: Sequence[Key], tensors: Sequence[Tensor]) -> Iterator[None]:
         """Let some numbers be tensors for a while."""
         with ExitStack() as held:
+            held.callback(self.put_back)
             for key, tensor in zip(inputs, tensors, strict=True):
                 held.enter_context(self.places[key].hold(tensor))
             yield
@@ -247,7 +293,7 @@ class Surroundings:
             given = [read() for read in self._given]
         except (AttributeError, LookupError, ReferenceError, ValueError):  # its place is gone
             return None
-        return given if all(type(number) in (int, float) for number in given) else None
+        return given if all(map(is_number, given)) else None
 
 
 def _refer(value: Any, forget: Callable[[Any], None]) -> Any:

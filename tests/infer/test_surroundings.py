@@ -2,8 +2,10 @@
 
 import itertools
 import types
+from collections import deque
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -272,6 +274,103 @@ def test_a_pair_that_counts_its_runs_is_stock():
     assert len(caught) == 1
     assert elbo.num_graphs == 0
     assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 4), rel=1e-6)
+
+
+class Counter:
+    """Counts its runs in one of the places where people count, and tells a weight by it."""
+
+    def __init__(self, place):
+        self.place, self.runs, self.share = place, torch.tensor(0.0), 0.0
+        if place == "two numbers":
+            self.runs = 0
+
+    def weight(self):
+        if self.place == "in place":
+            self.runs += 1
+        else:
+            self.runs = self.runs + 1
+        self.share = 1 / self.runs
+        return self.share
+
+
+@pytest.mark.parametrize("place", ["two numbers", *slowly("in place"), "replaced"])
+def test_a_pair_that_counts_in_several_places_or_tensors_is_stock(place):
+    def make():
+        return weighted_pair(Counter(place).weight), lambda value: None
+
+    elbo = CountingELBO(backend="eager")
+    with pytest.warns(UserWarning, match=r"the pair changes Counter\.\w+ itself at each") as caught:
+        found = losses_of(make, elbo, [0] * 6)
+    assert len(caught) == 1
+    assert elbo.num_graphs == 0
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 6), rel=1e-6)
+
+
+def test_results_that_a_run_leaves_with_the_pair_are_no_change():
+    def make():
+        holder = types.SimpleNamespace(weight=1.0, last=torch.zeros(3))
+
+        def read():
+            holder.last = torch.ones(3) * holder.weight
+            return holder.weight
+
+        return weighted_pair(read), partial(setattr, holder, "weight")
+
+    assert_as_stock(make, WEIGHTS, graphs=2, replays=len(WEIGHTS) - 2)
+
+
+class Slots:
+    __slots__ = ("weight",)
+
+
+class Overridden(Holder):
+    weight = 0.5
+
+
+CONTAINERS = {
+    "entry of an array": (lambda: np.ones(3), lambda own, value: own.__setitem__(1, value)),
+    "array of one number": (lambda: np.ones(()), lambda own, value: own.__setitem__((), value)),
+    "deque": (lambda: deque([1.0]), lambda own, value: own.__setitem__(0, value)),
+    "set": (lambda: {1.0}, lambda own, value: (own.clear(), own.add(value))),
+}
+
+
+@pytest.mark.parametrize("kind", ["entry of an array", *slowly(*list(CONTAINERS)[1:])])
+def test_what_a_container_holds_is_seen(kind):
+    def make():
+        construct, put = CONTAINERS[kind]
+        own = construct()
+
+        def weight():
+            return float(max(own) if isinstance(own, set) else np.asarray(own).flat[-2:][0])
+
+        return weighted_pair(weight), partial(put, own)
+
+    values = [1.0, 0.5, 1.0, 0.25]
+    assert_as_stock(make, values, graphs=3, replays=1)
+
+
+@pytest.mark.parametrize("kind", [Slots, Overridden])
+def test_slots_and_attributes_that_a_class_overrides_are_numbers_like_others(kind):
+    def make():
+        holder = kind()
+
+        def put(value):
+            if kind is Slots:
+                holder.weight = value
+            else:
+                kind.weight = value
+
+        put(1.0)
+        return weighted_pair(lambda: holder.weight), put
+
+    assert_as_stock(make, WEIGHTS, graphs=2, replays=len(WEIGHTS) - 2)
+
+
+@pytest.mark.parametrize("number", [np.float64, *slowly(np.float32)])
+def test_numbers_of_numpy_become_inputs(number):
+    values = [number(weight) for weight in WEIGHTS]
+    assert_as_stock(lambda: annealed("instance"), values, graphs=2, replays=len(WEIGHTS) - 2)
 
 
 def test_notes_of_the_pair_and_of_its_trainer_are_no_change():
