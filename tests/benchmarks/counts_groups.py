@@ -57,11 +57,14 @@ def fit_without_latents(x, sizes, steps: int = 1500):
     return log_mean.detach(), log_theta.exp().detach()
 
 
-def make_vae():
+def make_vae(num_components: int):
     encoder = pv.networks.MLPEncoder((NUM_FEATURES,), (128, 64), log1p=True)
     decoder = pv.networks.MLPDecoder(LATENT_DIM, (64, 128))
+    prior = pv.priors.StandardNormal(LATENT_DIM)
+    if num_components > 1:
+        prior = pv.priors.GaussianMixture(LATENT_DIM, num_components)
     return pv.VAE(
-        pv.priors.StandardNormal(LATENT_DIM),
+        prior,
         pv.likelihoods.NegativeBinomial(decoder, (NUM_FEATURES,), size_factor="observed"),
         pv.guides.MeanFieldNormal(encoder, LATENT_DIM),
     )
@@ -81,6 +84,8 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    text = "of the prior, a Gaussian mixture; 1: a standard normal"
+    parser.add_argument("--components", type=int, default=10, help=text)
     options = parser.parse_args()
     print("| seed | true | no latents | VAE | gap closed | ARI codes | PCA | PCA, sizes out | true |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
@@ -92,7 +97,7 @@ def main() -> None:
         alone = negative_binomial(log_mean + sizes[test].log()[:, None], theta)
         without = alone.log_prob(x[test]).sum(1).mean().item()
         torch.manual_seed(seed)
-        vae = make_vae()
+        vae = make_vae(options.components)
         data, held_out = (x[train], sizes[train]), (x[test], sizes[test])
         vae.start_at_data(data)
         pv.fit(
