@@ -35,6 +35,10 @@ class CannotCaptureError(Exception):
     """Why a pair can't be captured faithfully; its text completes "runs eagerly: ..."."""
 
 
+class NothingToLearnError(CannotCaptureError):
+    """Why one call can't be captured, while others of the same pair may be."""
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a value can be an input of a graph: a bool is a flag."""
     numeric = isinstance(value, int | float | np.floating | np.integer)

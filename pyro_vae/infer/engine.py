@@ -22,7 +22,7 @@ from pyro_vae.errors import InputError, whole_number
 from pyro_vae.infer import capture
 from pyro_vae.infer import program as recorded
 from pyro_vae.infer.bounds import Bound, BoundTerms
-from pyro_vae.infer.capture import CannotCaptureError
+from pyro_vae.infer.capture import CannotCaptureError, NothingToLearnError
 from pyro_vae.infer.program import Program, Programs, Signature, State
 from pyro_vae.infer.surroundings import Surroundings, look_around
 from pyro_vae.pair.functions import modules_of
@@ -255,7 +255,8 @@ class Engine:
         # Pyro may have found out max_plate_nesting meanwhile, and synchronised replaced parameters.
         inputs: list[Tensor] = []
         signature = recorded.sign(self._key(), (call.args, call.kwargs), inputs, pair.numbers)
-        if pair.refused or pair.find(signature) or not pair.wants(signature):
+        known = pair.refused or signature in pair.impossible or pair.find(signature)
+        if known or not pair.wants(signature):
             return result
         modules = with_submodules([*found, *modules_of(call.model, call.guide)])
         capture_call = partial(self._capture, call, pair, modules, signature, inputs)
@@ -267,6 +268,9 @@ class Engine:
                     raise
                 pair.unfit |= pair.varied
                 pair.add(capture_call())
+        except NothingToLearnError as reason:
+            pair.impossible[signature] = False
+            pair.report(f"{reason} (in a call with these arguments)")
         except CannotCaptureError as reason:
             pair.refuse(reason)
         except Exception as error:  # the step itself is done, and right
@@ -348,7 +352,7 @@ class Engine:
             raise CannotCaptureError(sites.problem)
         nodes = parameters.trace.nodes
         if not nodes or not getattr(terms.surrogate, "requires_grad", False):
-            raise CannotCaptureError("no parameter that Pyro knows of requires a gradient")
+            raise NothingToLearnError("its loss depends on no parameter that Pyro knows of")
         gradients: Sequence[Tensor]
         leaves = accumulating_leaves(terms.surrogate)
         found = torch.autograd.grad(terms.surrogate, leaves, allow_unused=True)

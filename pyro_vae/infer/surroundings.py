@@ -129,10 +129,12 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items if len(value) <= _LONGEST else ():
             yield _Place(value, key, item, key if isinstance(key, str) else f"[{key!r}]")
-    elif isinstance(value, np.ndarray | set | frozenset | deque):
-        contents: Any = np.ndarray.tobytes if isinstance(value, np.ndarray) else repr
-        if len(value.flat if isinstance(value, np.ndarray) else value) <= _LONGEST:
-            yield _Place(value, contents, contents(value), "the contents")
+    elif isinstance(value, np.ndarray):
+        if value.size <= _LONGEST:
+            yield _Place(value, np.ndarray.tobytes, value.tobytes(), "the contents")
+    elif isinstance(value, set | frozenset | deque):
+        if len(value) <= _LONGEST / 10 and all(isinstance(item, _PLAIN) for item in value):
+            yield _Place(value, repr, repr(value), "the contents")
     elif isinstance(value, tuple):
         yield from (_Place(value, None, item, "") for item in value)
     else:
@@ -140,12 +142,19 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
             for part in ("func", "args", "keywords", "__func__", "__self__"):
                 yield _Place(value, part, getattr(value, part, None), "")
         kind = type(value)
+        if isinstance(value, torch.nn.Module):  # may be given a method of its own
+            own = _own_forward(vars(value))
+            yield _Place(vars(value), _own_forward, own, f"{kind.__name__}.forward")
         for name, item in list(getattr(value, "__dict__", {}).items()):
             is_named = not name.startswith("_") if _is_library(kind) else name in names
             if is_named or name in _RUN:
                 yield _Place(value, name, item, f"{kind.__name__}.{name}")
         for base in kind.__mro__:
             yield from _places_of_class(base, value, names)
+
+
+def _own_forward(attributes: dict[str, Any]) -> Any:
+    return attributes.get("forward")
 
 
 def _places_of_function(function: types.FunctionType, names: set[str]) -> Iterator[_Place]:

@@ -367,6 +367,43 @@ def test_slots_and_attributes_that_a_class_overrides_are_numbers_like_others(kin
     assert_as_stock(make, WEIGHTS, graphs=2, replays=len(WEIGHTS) - 2)
 
 
+def test_a_forward_of_its_own_that_a_module_is_given_is_seen():
+    def make():
+        network = nn.Tanh()
+
+        def put(forward):
+            network.forward = forward
+
+        return weighted_pair(lambda: 1.0, network=network), put
+
+    values = [torch.tanh, torch.tanh, torch.tanh, torch.sigmoid, torch.sigmoid, torch.tanh]
+    assert_as_stock(make, values, graphs=2, replays=4)
+
+
+def test_a_call_that_depends_on_no_parameter_leaves_the_others_captured():
+    """As the auxiliary loss of a semi-supervised pair, which learns of labelled data alone."""
+
+    def make():
+        def model(x, label=None):
+            loc = pyro.param("loc", torch.zeros(3))
+            with pyro.plate("data", len(x)):
+                if label is not None:
+                    pyro.sample("label", dist.Normal(x @ loc, 1.0), obs=label)
+
+        return model, lambda x, label=None: None
+
+    x, label = torch.arange(6.0).view(2, 3), torch.ones(2)
+    batches = [(x,), (x, label), (x,), (x, label), (x,), (x, label), (x, label)]
+    elbo = CountingELBO(backend="eager")
+    with pytest.warns(UserWarning, match="its loss depends on no parameter") as caught:
+        found, _, pair = run(make, elbo, batches)
+    assert len(caught) == 1
+    expected, *_ = run(make, Trace_ELBO(), batches)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert elbo.replays == 3
+    del pair
+
+
 @pytest.mark.parametrize("number", [np.float64, *slowly(np.float32)])
 def test_numbers_of_numpy_become_inputs(number):
     values = [number(weight) for weight in WEIGHTS]
