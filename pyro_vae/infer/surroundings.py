@@ -41,7 +41,7 @@ class _Place(NamedTuple):
     def with_version(self) -> _Place:
         """Note a tensor's version, and keep the values of a small one."""
         tensor = self.value
-        if not isinstance(tensor, Tensor) or tensor.requires_grad:
+        if not isinstance(tensor, Tensor) or tensor.requires_grad or tensor.is_inference():
             return self
         copy = tensor.clone() if tensor.numel() <= _LONGEST else None
         return self._replace(version=tensor._version, copy=copy)
@@ -247,7 +247,7 @@ class Surroundings:
         """Put back what a run replaced or wrote to."""
         for place in self._replaced:
             place.put(place.value)
-            if place.copy is not None:
+            if place.copy is not None and place.value._version != place.version:
                 place.value.copy_(place.copy)
 
     def refuse_changed(self, read: Sequence[Any]) -> None:

@@ -308,11 +308,13 @@ def test_a_pair_that_counts_in_several_places_or_tensors_is_stock(place):
 
 def test_results_that_a_run_leaves_with_the_pair_are_no_change():
     def make():
-        holder = types.SimpleNamespace(weight=1.0, last=torch.zeros(3))
+        with torch.inference_mode():
+            seen = torch.ones(2)
+        holder = types.SimpleNamespace(weight=1.0, seen=seen, last=torch.zeros(()).expand(3))
 
         def read():
-            holder.last = torch.ones(3) * holder.weight
-            return holder.weight
+            holder.last = (torch.ones(()) * holder.weight).expand(3)
+            return holder.weight if len(holder.seen) == 2 else 0.0
 
         return weighted_pair(read), partial(setattr, holder, "weight")
 
