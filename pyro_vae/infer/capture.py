@@ -40,9 +40,8 @@ class NothingToLearnError(CannotCaptureError):
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value can be an input of a graph: a bool is a flag."""
-    numeric = isinstance(value, int | float | np.floating | np.integer)
-    return numeric and not isinstance(value, bool)
+    """Tell whether a value can be an input of a graph: a bool is a flag, an enum's member a name."""
+    return type(value) in (int, float) or isinstance(value, np.floating | np.integer)
 
 
 def describe(

@@ -25,6 +25,8 @@ _INSTALLED = "site-packages"  # where globals are no part of a pair
 _RUN = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks", "_pyro_samples"})
 _LONGEST = 1_000  # entries of a list or dict that are looked through
 
+_SLOT = types.MemberDescriptorType
+
 Key = Hashable
 
 
@@ -59,7 +61,7 @@ class _Place(NamedTuple):
     def reader(self) -> Callable[[], Any]:
         """Return what reads the place, without keeping an object alive."""
         holder, key = self.holder, self.key
-        if callable(key):
+        if callable(key) and key is not _own_forward:
             return partial(key, holder)
         if isinstance(holder, dict | list):
             return partial(holder.get if isinstance(holder, dict) else holder.__getitem__, key)
@@ -67,7 +69,7 @@ class _Place(NamedTuple):
             own = holder if isinstance(holder, type | types.CellType) else weakref.proxy(holder)
         except TypeError:
             own = holder
-        return partial(getattr, own, key)
+        return partial(key, own) if callable(key) else partial(getattr, own, key)
 
     def put(self, value: Any) -> None:
         """Put another value there."""
@@ -78,7 +80,8 @@ class _Place(NamedTuple):
             items[self.key] = value
 
     def _is_slot(self) -> bool:
-        return not isinstance(self.holder, dict | list) and not hasattr(self.holder, "__dict__")
+        own = not isinstance(self.holder, dict | list) and isinstance(self.key, str)
+        return own and isinstance(getattr(type(self.holder), self.key, None), _SLOT)
 
     @contextmanager
     def hold(self, value: Any) -> Iterator[None]:
@@ -143,8 +146,7 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
                 yield _Place(value, part, getattr(value, part, None), "")
         kind = type(value)
         if isinstance(value, torch.nn.Module):  # may be given a method of its own
-            own = _own_forward(vars(value))
-            yield _Place(vars(value), _own_forward, own, f"{kind.__name__}.forward")
+            yield _Place(value, _own_forward, _own_forward(value), f"{kind.__name__}.forward")
         for name, item in list(getattr(value, "__dict__", {}).items()):
             is_named = not name.startswith("_") if _is_library(kind) else name in names
             if is_named or name in _RUN:
@@ -153,8 +155,8 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
             yield from _places_of_class(base, value, names)
 
 
-def _own_forward(attributes: dict[str, Any]) -> Any:
-    return attributes.get("forward")
+def _own_forward(module: Any) -> Any:
+    return module.__dict__.get("forward")
 
 
 def _places_of_function(function: types.FunctionType, names: set[str]) -> Iterator[_Place]:
@@ -191,7 +193,7 @@ def _places_of_class(kind: type, holder: Any, names: set[str]) -> Iterator[_Plac
                 own = getattr(item, "fget", None) or getattr(item, "__func__", item)
                 yield _Place(kind, name, own, "")
         elif name in names and (holder is kind or _is_read(name, holder, kind)):
-            slot = isinstance(item, types.MemberDescriptorType) and holder is not kind
+            slot = isinstance(item, _SLOT) and holder is not kind
             value = getattr(holder, name, None) if slot else item
             yield _Place(holder, name, value, f"{kind.__name__}.{name}")
 
@@ -272,6 +274,7 @@ class Surroundings:
     def settle(self, inputs: Sequence[Key], constants: Sequence[Tensor]) -> None:
         """Note what a graph holds: some numbers are its inputs, some tensors' values are baked in."""
         places, self.places = self.places, {}
+        self._replaced.clear()  # it would keep the pair alive
         self._given = [places.pop(key).reader() for key in inputs]
         plain = [place for place in places.values() if isinstance(place.value, _PLAIN)]
         self._plain, self._values = [p.reader() for p in plain], [p.value for p in plain]

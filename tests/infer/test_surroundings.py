@@ -1,7 +1,10 @@
 """What a pair's code reads besides its arguments is followed by the captured step, as stock does."""
 
+import enum
+import gc
 import itertools
 import types
+import weakref
 from collections import deque
 from functools import partial
 
@@ -352,13 +355,60 @@ def test_what_a_container_holds_is_seen(kind):
     assert_as_stock(make, values, graphs=3, replays=1)
 
 
-@pytest.mark.parametrize("kind", [Slots, Overridden])
+class SlotsBelow(Slots):
+    """Has a dictionary besides."""
+
+
+class Mode(enum.IntEnum):
+    NARROW = 1
+    WIDE = 2
+
+
+def test_a_member_of_an_enum_is_no_number():
+    def make():
+        holder = types.SimpleNamespace(mode=Mode.NARROW)
+
+        def weight():
+            return 2.0 if holder.mode is Mode.WIDE else 1.0
+
+        return weighted_pair(weight), partial(setattr, holder, "mode")
+
+    modes = [Mode.NARROW, Mode.NARROW, Mode.WIDE, Mode.WIDE, Mode.WIDE, Mode.NARROW, Mode.WIDE]
+    assert_as_stock(make, modes, graphs=2, replays=5)
+
+
+def test_an_objective_does_not_keep_a_pair_alive():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode = self.forward
+            self.last = torch.zeros(3)
+
+        def forward(self, z):
+            self.last = z.detach()
+            return z.tanh()
+
+    network = Keeping()
+    model, guide = weighted_pair(lambda: 1.0, network=network)
+    elbo, dead = CountingELBO(backend="eager"), []
+    svi = pyro.infer.SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), elbo)
+    for _ in range(3):
+        svi.step(torch.linspace(-1, 1, 6).view(3, 2))
+    assert elbo.replays == 2
+    weakref.finalize(network, dead.append, True)
+    del svi, model, guide, network
+    gc.collect()
+    assert dead
+    assert elbo.num_graphs == 0
+
+
+@pytest.mark.parametrize("kind", [Slots, SlotsBelow, Overridden])
 def test_slots_and_attributes_that_a_class_overrides_are_numbers_like_others(kind):
     def make():
         holder = kind()
 
         def put(value):
-            if kind is Slots:
+            if kind is not Overridden:
                 holder.weight = value
             else:
                 kind.weight = value
