@@ -366,9 +366,11 @@ def fold_constants(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.target in fills:
             like: Any = {"dtype": value.dtype, "device": value.device}
-            known[node] = torch.full(value.shape, fills[node.target], **like)
+            fresh = torch.empty_strided(value.shape, value.stride(), **like)
+            known[node] = fresh.fill_(fills[node.target])
         elif node.all_input_nodes and known.keys() >= {*node.all_input_nodes} and not is_random:
-            known[node] = node.target(*map_arg(node.args, known.get), **node.kwargs)
+            args, kwargs = map_arg((node.args, node.kwargs), known.get)
+            known[node] = node.target(*args, **kwargs)
     for node, constant in known.items():
         if any(user not in known for user in node.users):
             module.register_buffer(node.name, constant)

@@ -93,6 +93,20 @@ def test_what_depends_on_no_input_is_computed_once():
             found.zero_()
 
 
+def test_a_constant_has_the_layout_of_what_it_is_like_and_may_be_a_keyword():
+    def function(x):
+        flat = torch.ones_like(x.t()).t().view(-1)
+        ends = torch.zeros_like(x[0]).cumsum(0)
+        found = torch.searchsorted(ends, x[0], sorter=torch.zeros_like(x[0], dtype=torch.long))
+        return flat * x.view(-1), found + 0
+
+    x = torch.arange(12.0).view(3, 4)
+    graph, *_ = trace_graph(lambda: function(x), [x])
+    folded = fold_constants(graph)
+    for found, expected in zip(folded(x - 7), function(x - 7), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_draws_and_what_is_written_in_place_are_no_constants():
     def draw(x):
         return ((torch.ones_like(x) * 0.5).bernoulli(),)
