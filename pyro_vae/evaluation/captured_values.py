@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -26,8 +27,10 @@ Compute = Callable[[Particles, Sequence[Tensor]], Values]
 Captured = tuple[Callable[[Sequence[Tensor]], Any], Any]
 
 # Bytes that scoring must allocate in all before a compilation (seconds; half a minute the first time
-# on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU.
+# on a machine) is repaid: about a minute of work on one CPU core, some seconds on a GPU. Recording
+# alone takes a quarter of a second.
 _WORTHWHILE = {"cpu": 5 * 10**10, "cuda": 2 * 10**12}
+_WORTH_RECORDING = {"cpu": 3 * 10**9}
 
 # Of every pair whose values were captured, as long as it lives.
 PROGRAMS: Remembered[Programs[Program]] = Remembered()
@@ -36,10 +39,11 @@ PROGRAMS: Remembered[Programs[Program]] = Remembered()
 def compiled_score(
     scorer: Particles, latents: Latents, work: int, wanted: bool | None
 ) -> tuple[Callable[[Latents], Terms], Terms] | None:
-    """Return a compiled ``scorer.score`` and its values at ``latents``; None if that can't pay."""
+    """Return a captured ``scorer.score`` and its values at ``latents``; None if that can't pay."""
     device = scorer.pair.inputs[0].device.type
-    repaid = work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
-    if wanted is False or not (wanted or repaid):
+    compile = wanted or work >= _WORTHWHILE.get(device, _WORTHWHILE["cuda"])
+    recorded = work >= _WORTH_RECORDING.get(device, math.inf)
+    if wanted is False or not (compile or recorded):
         return None
     names = list(latents)
 
@@ -50,8 +54,8 @@ def compiled_score(
         if wanted:
             warnings.warn(f"the model's log-probabilities run uncompiled: {reason}", stacklevel=7)
 
-    key, given = ("score", *names), list(latents.values())
-    how: Any = {"num_checked": 1, "compile": True, "say": say}
+    key, given = ("score", compile, *names), list(latents.values())
+    how: Any = {"num_checked": 1, "compile": compile, "say": say}
     captured = capture_values(scorer, (scorer.pair.model,), key, given, score, **how)
     if captured is None:
         return None
@@ -104,7 +108,8 @@ def capture_values(
         return None
     program = None
     try:
-        program = _record(particles, functions, signature, given, compute, is_worth_plain=not compile)
+        plain = elsewhere is not None  # a path takes thousands of steps, a score one for each chunk
+        program = _record(particles, functions, signature, given, compute, is_worth_plain=plain)
         backend = "inductor" if compile else {"cuda": "cudagraphs"}.get(pair.device.type, "eager")
         shown = program.compile(backend, "default", lambda: check(program, None), say)
     except CannotCaptureError as reason:

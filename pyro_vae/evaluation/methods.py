@@ -60,7 +60,8 @@ def log_marginal(
             quarter of a smaller one's). More data than fit are taken block by block.
         keep_draws: draws per datum kept for ``to_arviz``; by default 8 MiB, or every chain's end.
         compile: whether to capture and compile the model's score (importance sampling only). None
-            does so for work long enough to pay for it; a pair that can't be captured runs as it is.
+            does so for work long enough to pay for it, and from a tenth of that on replays the graph
+            as it was recorded; a pair that can't be captured runs as it is.
         precision: of the layers' products, as in :func:`pyro_vae.fit`: the networks are so rounded.
         plate: name of the data plate. None: the whole data set is one datum (see
             :func:`pyro_vae.log_weights`) and the estimate that of its joint evidence, all latents in

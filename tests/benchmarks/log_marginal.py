@@ -104,6 +104,7 @@ def throughput(options: argparse.Namespace) -> None:
     contenders: dict[str, Callable[[], object]] = {
         **{f"bare decoder, {rows} rows": bare(rows) for rows in ROWS},
         "log_marginal, compiled": lambda: estimate(pair, x, options.samples, True),
+        "log_marginal, recorded": lambda: estimate(pair, x, options.samples, None),
         "log_marginal, eager": lambda: estimate(pair, x, options.samples, False),
     }
     first = timed(contenders["log_marginal, compiled"], options.device)
