@@ -61,8 +61,7 @@ if not TYPE_CHECKING:  # or every name would pass a type checker
             raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
         if name not in _NAMES:
             return importlib.import_module(f"pyro_vae.{name}")
-        module = importlib.import_module(f"pyro_vae.{_NAMES[name]}")
-        value = globals()[name] = getattr(module, name)
+        value = globals()[name] = getattr(importlib.import_module(f"pyro_vae.{_NAMES[name]}"), name)
         return value
 
 

@@ -183,11 +183,10 @@ def load(
                 f"beside the data, got {name!r}, which is none: check the name"
             )
     words: dict[str, tuple[str, ...]] = {}
-    tensors = {}
-    for name, value in loaded.items():
-        read: tuple[Any, Any] = (_as_tensor, allow_missing)
-        read = read if name in ("x", *PARTS) else (_labels, words)
-        tensors[name] = read[0](name, value, read[1])
+    tensors = {
+        n: _as_tensor(n, value, allow_missing) if n in ("x", *PARTS) else _labels(n, value, words)
+        for n, value in loaded.items()
+    }
     is_mapped = any(isinstance(value, np.memmap) for value in loaded.values())
     split = _split(tensors, validation_size, None if is_mapped else generator, stratify=not is_named)
     parts = _binarize(split, binarize, generator)
@@ -368,18 +367,17 @@ def _cut(
     """Move ``size`` random data points, or the last ones, from the training part to a new part."""
     if size == 0:
         return {**parts, name: parts["train"][:0]}
-    taken: Any = slice(-size, None)
-    kept: Any = slice(None, -size)
+    chosen: Any = slice(-size, None), slice(None, -size)
     if generator is not None:
         order = torch.randperm(len(parts["train"]), generator=generator)
         labels = parts.get("train_labels")
         if stratify and labels is not None and not labels.is_floating_point():
             order = _spread_classes(order, labels)
-        taken, kept = order[:size].sort().values, order[size:].sort().values
+        chosen = order[:size].sort().values, order[size:].sort().values
     cut = dict(parts)
     for whole, value in parts.items():
         if whole.startswith("train") and value is not None:
-            cut[whole.replace("train", name, 1)], cut[whole] = value[taken], value[kept]
+            cut[whole.replace("train", name, 1)], cut[whole] = (value[rows] for rows in chosen)
     return cut
 
 
@@ -422,8 +420,7 @@ def _binarize(parts: dict[str, Any], how: str, generator: torch.Generator) -> di
             return torch.where(part.isnan(), part, (part > 0.5).float())
         return _draw_bits(part, generator)
 
-    drawn = PARTS[1:] if how == "dynamic" else PARTS
-    return {**parts, **{name: bits(parts[name]) for name in drawn}}
+    return parts | {name: bits(parts[name]) for name in (PARTS[1:] if how == "dynamic" else PARTS)}
 
 
 def _draw_bits(grey: Tensor, generator: torch.Generator | None = None) -> Tensor:

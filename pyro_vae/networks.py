@@ -238,11 +238,10 @@ class ConvDecoder(_Convolutional):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return feature maps ``(*batch, *out_shape)`` of latents."""
-        batch = z.shape[:-1]
         maps = self.body(z).reshape(-1, self.channels[0], *self.extents[0])
         for stage in self.stages:
             maps = stage(maps)
-        return maps.reshape(*batch, *self.out_shape)
+        return maps.reshape(*z.shape[:-1], *self.out_shape)
 
 
 class Standardized(nn.Module):

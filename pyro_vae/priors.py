@@ -91,8 +91,7 @@ class StandardNormal(Prior):
         self.scale = positive_number("scale", scale)
         self.learn_scale = learn_scale
         self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
-        log_scale = torch.tensor(self.scale).log()
-        self.keep("log_scale", log_scale, learn=learn_scale, persistent=False)
+        self.keep("log_scale", torch.tensor(self.scale).log(), learn=learn_scale, persistent=False)
 
     def forward(self) -> dist.Distribution:
         """Return N(0, s^2 I)."""
@@ -313,9 +312,8 @@ class VampPrior(Prior):
 
     def forward(self) -> dist.Distribution:
         """Return the mixture of posteriors."""
-        components = self.guide(self.pseudo_inputs)
         weights = dist.Categorical(logits=self.logits, validate_args=False)
-        return dist.MixtureSameFamily(weights, components, validate_args=False)
+        return dist.MixtureSameFamily(weights, self.guide(self.pseudo_inputs), validate_args=False)
 
 
 class VonMisesFisher(Prior):

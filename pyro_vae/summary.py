@@ -50,8 +50,7 @@ def table(title: str, rows: list[list[str]], notes: Iterable[str] = ()) -> str:
 def summarize(result: Any) -> Summary:
     """Return a result's title and rows."""
     if hasattr(result, "_summary"):
-        own: Summary = result._summary()
-        return own
+        return result._summary()
     names = getattr(result, "_fields", None) or vars(result)
     fields = {name: brief(getattr(result, name)) for name in names}
     return type(result).__name__, {name: text for name, text in fields.items() if text}

@@ -69,8 +69,7 @@ def main() -> None:
             tell(f"expected work that fits in memory, got: {first_line(error)}; ask for less at once")
             sys.exit(2)
         except OSError as error:
-            where = error.filename or "the output"
-            tell(f"expected to read or write {where}, got: {error.strerror}")
+            tell(f"expected to read or write {error.filename or 'the output'}, got: {error.strerror}")
             sys.exit(2)
 
 
@@ -140,8 +139,7 @@ def evaluate(run: Run, how: names.EvaluateSettings, files: names.EvaluateFiles) 
     from pyro_vae.distributed import join_processes
 
     with join_processes(files.device) as processes:
-        picture = files.picture if processes.is_first else None
-        work.evaluate(run, how, replace(files, picture=picture))
+        work.evaluate(run, how, files if processes.is_first else replace(files, picture=None))
 
 
 @command(

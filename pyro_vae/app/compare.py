@@ -73,8 +73,7 @@ def compare_families(
         comparison = Comparison(runs, likelihood, _IMPORTANCE, how.num_samples, hold, _SEED)
         data = study.dataset
         told = [tell_defaults(own[0], data.train, data.validation) for own in members.values()]
-        used = _merge([as_record(each) for each in told])
-        used["device"] = str(study.device)
+        used = _merge([as_record(each) for each in told]) | {"device": str(study.device)}
         used |= {name: value for name, value in varied.items() if value is not None}
         used |= {name: value for name, value in as_record(how).items() if name in measuring}
         _write(study, comparison, seconds, used)
@@ -163,8 +162,7 @@ def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
     figures = {"differences": plots.families_and_runs(names, *shown, labels=told, title=title)}
     if len(names) > 1:
         best = comparison.best()
-        other = next(name for name in names if name != best)
-        figures["per-datum"] = comparison.scatter(other, best)
+        figures["per-datum"] = comparison.scatter(next(n for n in names if n != best), best)
     return figures
 
 

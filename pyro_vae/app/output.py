@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape as escape_markup
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,14 +200,12 @@ def _row(cells: Sequence[str], kinds: Sequence[str]) -> str:
     return f'<th scope="row">{first}</th>{rest}'
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name} / ")
+            yield from _flat(value, f"{prefix}{name} / ")
         else:
-            pairs.append((f"{prefix}{name}".replace("_", " "), value))
-    return pairs
+            yield f"{prefix}{name}".replace("_", " "), value
 
 
 def _picture(figure: "Figure") -> tuple[str, bytes]:

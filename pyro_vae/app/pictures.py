@@ -272,8 +272,9 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     if what.missing == "nan" and not subject.is_image:  # there is no truth to compare with
         return plots.samples(_array(completed.draws[0]), _array(x), title=", ".join(told))
     filled = completed.mean, completed.standard_deviation, completed.draws
-    shown = map(_array, (x, hidden, *filled))
-    return plots.completions(*shown, title=", ".join(told), limits=subject.limits)
+    return plots.completions(
+        *map(_array, (x, hidden, *filled)), title=", ".join(told), limits=subject.limits
+    )
 
 
 # How each picture is drawn, and of what its file's default name is made.
@@ -303,8 +304,7 @@ def hide_part(missing: str, data_shape: Sequence[int], number: int, *, seed: int
             share = float(text)
         if not 0 < share < 1:
             raise InputError(f"expected a share between 0 and 1 after random:, got {text!r}")
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.rand(number, *plane, generator=generator) < share
+        hidden = torch.rand(number, *plane, generator=torch.Generator().manual_seed(seed)) < share
     else:
         halves = {"nan": -1, "left": -1, "right": -1} | ({"upper": -2, "lower": -2} if image else {})
         if missing not in halves:

@@ -71,8 +71,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainSettings]:
         raise InputError(f"expected {wanted}, got a folder by pv.save: load it with pv.load")
     kinds = {name: _RUN_SCHEMA[name] for name in _RUN_SCHEMA.keys() & run.keys()}
     check_schema(run, kinds, f"{folder / CONFIG}: run")
-    settings = run["settings"]
-    hints = get_type_hints(TrainSettings)
+    settings, hints = run["settings"], get_type_hints(TrainSettings)
     newer = settings.keys() - hints.keys()
     if newer:
         wanted = f"the settings of `pyro-vae train` in {folder}"

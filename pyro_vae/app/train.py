@@ -216,7 +216,6 @@ def _measure(
     # NaN of a single datum.
     terms = {name: getattr(estimate, name) for name in TERMS}
     errors = {name: PerDatum(value, value).data_standard_error for name, value in terms.items()}
-    active = unit_variances(pair[1], first) > ACTIVE_VARIANCE
     metrics = {
         "history": {name: curve.tolist() for name, curve in result.history.items()},
         **{name: getattr(result, name) for name in told},
@@ -226,7 +225,7 @@ def _measure(
         "test": {**bound, "num_data": len(test[0])},
         "test_log_marginal": evaluate.as_dict(estimate, subject.vae, first[0]),
         "test_data_standard_errors": errors,
-        "active_units": int(active.sum()),
+        "active_units": int((unit_variances(pair[1], first) > ACTIVE_VARIANCE).sum()),
         "pseudo_likelihood": estimate.pseudo_likelihood,
     }
     return metrics, estimate

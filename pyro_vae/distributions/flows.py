@@ -243,8 +243,7 @@ def rational_quadratic_spline(x: Tensor, raw: Tensor, inverse: bool, *, bound: f
 
     inside = (x > -bound) & (x < bound)
     point = torch.where(inside, x, 0.0)  # what is outside must not make NaN gradients inside
-    knots = y_knots if inverse else x_knots
-    index = (point[..., None] >= knots[..., 1:-1]).sum(-1, keepdim=True)
+    index = (point[..., None] >= (y_knots if inverse else x_knots)[..., 1:-1]).sum(-1, keepdim=True)
 
     def at(values: Tensor, offset: int) -> Tensor:
         return values.gather(-1, index + offset).squeeze(-1)

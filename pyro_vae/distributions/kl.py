@@ -36,17 +36,15 @@ def _joint_batch_shape(p: SphereDistribution, q: SphereDistribution) -> torch.Si
 @register_kl(VonMisesFisher, HypersphericalUniform)
 def _kl_von_mises_fisher_uniform(p: VonMisesFisher, q: HypersphericalUniform) -> Tensor:
     """Expected log density ratio k A(k) - log M(k): the areas cancel."""
-    shape = _joint_batch_shape(p, q)
     k, log_partition, mean = p.cosine_moments()
-    return (k * mean - log_partition).to(p.loc.dtype).expand(shape)
+    return (k * mean - log_partition).to(p.loc.dtype).expand(_joint_batch_shape(p, q))
 
 
 @register_kl(HypersphericalUniform, VonMisesFisher)
 def _kl_uniform_von_mises_fisher(p: HypersphericalUniform, q: VonMisesFisher) -> Tensor:
     """Return log M(k): under the uniform law the cosine has mean zero."""
-    shape = _joint_batch_shape(p, q)
     _, log_partition, _ = q.cosine_moments()
-    return log_partition.to(p.mean.dtype).expand(shape)
+    return log_partition.to(p.mean.dtype).expand(_joint_batch_shape(p, q))
 
 
 @register_kl(HypersphericalUniform, HypersphericalUniform)

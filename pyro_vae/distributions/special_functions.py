@@ -76,9 +76,8 @@ def cosine_cumulants(concentration: Tensor, m: int) -> CosineCumulants:
     # Down to the order asked for: M_nu / M_N - 1 and M_(nu+1) / M_N, and their slopes in log k.
     shifted = _powers(k * k, num_powers) @ table[3:, :num_powers].T
     q = shifted[..., 4:] * s.unsqueeze(-1)
-    value = shifted[..., :2] + q[..., :2]
     derivative = 2.0 * (shifted[..., 2:4] + q[..., 2:]) + q[..., :2] * log_s_slope.unsqueeze(-1)
-    excess, upper = value.unbind(-1)
+    excess, upper = (shifted[..., :2] + q[..., :2]).unbind(-1)
     lower_slope, upper_slope = derivative.unbind(-1)
     lower = 1.0 + excess
     ratio = upper / (m * lower)
@@ -203,8 +202,7 @@ def angle_derivative(angle: Tensor, concentration: Tensor, mean_cosine: Tensor, 
     # cos phi - cos theta, as a product because k times the difference of the cosines cancels.
     cosine_change = -2.0 * (theta + 0.5 * step).sin() * (0.5 * step).sin()
     log_ratio = (m - 2) * (phi.sin() / sine).log() + k * cosine_change
-    integrand = (phi.cos() - mean_cosine.unsqueeze(-1)) * log_ratio.exp()
-    return reach * (integrand @ weights)
+    return reach * ((phi.cos() - mean_cosine.unsqueeze(-1)) * log_ratio.exp() @ weights)
 
 
 @functools.cache

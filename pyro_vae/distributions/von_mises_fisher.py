@@ -139,8 +139,7 @@ class VonMisesFisher(sphere.SphereDistribution):
         # k = 10^5 turns into 6e-3 nats; the chord keeps its relative accuracy there.
         k, log_partition, _ = self.cosine_moments()
         log_density_at_mode = (k - log_partition - sphere.log_sphere_area(self.m)).to(self.loc.dtype)
-        chord = (value - self.loc).square().sum(-1)
-        return log_density_at_mode - 0.5 * self.concentration * chord
+        return log_density_at_mode - 0.5 * self.concentration * (value - self.loc).square().sum(-1)
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draw unit vectors ``(*sample, *batch, m)``, reparameterised.
@@ -308,8 +307,6 @@ def tangent(loc: Tensor, directions: Tensor) -> Tensor:
     first coordinate: |u| >= sqrt(2). Where s flips the map jumps, but both sides yield the same law
     of samples and are smooth across the flip: gradients of expectations stay unbiased.
     """
-    m = loc.shape[-1]
     sign = torch.where(loc.detach()[..., :1] >= 0, 1.0, -1.0).to(loc.dtype)
-    u, y = loc + F.pad(sign, (0, m - 1)), F.pad(directions, (1, 0))
-    scale = 2.0 * (u * y).sum(-1, keepdim=True) / u.square().sum(-1, keepdim=True)
-    return y - scale * u
+    u, y = loc + F.pad(sign, (0, loc.shape[-1] - 1)), F.pad(directions, (1, 0))
+    return y - 2.0 * (u * y).sum(-1, keepdim=True) / u.square().sum(-1, keepdim=True) * u

@@ -66,8 +66,7 @@ class AnnealingOptions:
         if self.schedule != "adaptive":
             betas = torch.tensor(self.betas(), dtype=torch.float64, device=tuning.stops.device)
             return betas[:, None].expand(-1, tuning.stops.shape[1])
-        longest = tuning.lengths[-1].square().max().item()
-        steps = max(_FEWEST_STEPS, math.ceil(longest / _VARIANCE))
+        steps = max(_FEWEST_STEPS, math.ceil(tuning.lengths[-1].square().max().item() / _VARIANCE))
         return tuning.schedule(min(steps, self.num_steps))
 
     @property
@@ -115,13 +114,11 @@ def annealing_block_size(pair: OpenedPair, num_chains: int, max_memory: int | No
     if pair.device.type == "cpu":
         least = 2 * GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
         check_room("chains", least, "lower num_chains")
-    budget = pair.memory(max_memory)
     # And a factor at each of some twenty stops of the pilot.
     coordinates = sum(latent.shape_for(1).numel() for latent in pair.structure.latents.values())
     factors = 160 * coordinates * min(coordinates, DENSE)
     moves = GRADIENT_MEMORY * pair.structure.bytes_per_datum * num_chains
-    size = budget // (moves + factors)
-    return max(2, min(BLOCK, size))
+    return max(2, min(BLOCK, pair.memory(max_memory) // (moves + factors)))
 
 
 def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
@@ -141,11 +138,10 @@ def make_plan(path: AnnealingPath, options: AnnealingOptions) -> Plan:
         pilots.append(explore(start, longest, path.guide_positions(CHAINS)))
         path = path.leave_from(fit_start(pilots))
     tuning = explore(path, longest).tuning
-    cost = tuning.cost + sum(pilot.tuning.cost for pilot in pilots)
     betas = options.schedule_for(tuning)
     if len(betas) * options.num_transitions * options.mean_length > _WORTH_RECORDING:
         path.capture(path.draw(options.num_chains))
-    return Plan(path, tuning, betas, prior, cost)
+    return Plan(path, tuning, betas, prior, tuning.cost + sum(pilot.tuning.cost for pilot in pilots))
 
 
 def annealed_weights(
@@ -250,8 +246,7 @@ def _diagnose(
     value, error = found["log_prob"], found["standard_error"]
 
     def deviate(difference: Tensor, *errors: Tensor) -> Tensor:
-        allowed = _DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3
-        return difference / allowed
+        return difference / (_DEVIATIONS * torch.stack(errors).square().sum(0).sqrt() + 1e-3)
 
     half = estimates.log_mean_weights(from_half)
     # By turns: the chains of one part of a mixture stand together. One chain has no halves.

@@ -69,8 +69,7 @@ def multiply(factor: Tensor, vectors: Tensor, *, transposed: bool = False) -> Te
 
 def choose(ends: Tensor, count: int) -> Tensor:
     """Draw numbers ``(count, N)`` whose shares, summed up ``(K, N)``, end at 1; each but for one."""
-    shift = torch.rand_like(ends[:1])
-    points = (torch.arange(count, device=ends.device)[:, None] + shift) / count
+    points = (torch.arange(count, device=ends.device)[:, None] + torch.rand_like(ends[:1])) / count
     return torch.searchsorted(ends.T.contiguous(), points.T.contiguous()).clamp(max=len(ends) - 1).T
 
 
@@ -333,8 +332,7 @@ def transition(
     gain = proposal.log_density(beta) - kinetic(momentum) - before
     # NaN: neither point has a density (or the trajectory ran away); stay.
     probability = gain.nan_to_num(nan=-math.inf, posinf=math.inf).clamp(max=0).exp()
-    accepted = torch.rand_like(probability) < probability
-    return proposal.where(accepted, state), probability
+    return proposal.where(torch.rand_like(probability) < probability, state), probability
 
 
 def kinetic(momentum: Tensor) -> Tensor:

@@ -154,8 +154,7 @@ class Comparison:
         """
         check_name("pair", name, self.pairs)
         check_name("quantity", quantity, self.quantities)
-        value: PerDatum = getattr(self.pairs[name], quantity)
-        return value
+        return getattr(self.pairs[name], quantity)
 
     def best(self, quantity: str | None = None) -> str:
         """Return the name of the pair with the highest mean, by default of :attr:`ranked_by`."""
@@ -334,9 +333,8 @@ def _average(runs: Sequence[Measured]) -> Measured:
         elif part.name.startswith("seconds"):
             averaged[part.name] = sum(values) / len(runs)
     # Shares and medians are those of the data points of all runs together.
-    together = concatenate([run.estimate for run in runs])
-    averaged["exact_kl"] = all(run.exact_kl for run in runs)
-    return replace(runs[0], **averaged, estimate=together)
+    averaged["estimate"] = concatenate([run.estimate for run in runs])
+    return replace(runs[0], **averaged, exact_kl=all(run.exact_kl for run in runs))
 
 
 def _table_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:

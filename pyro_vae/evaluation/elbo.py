@@ -60,8 +60,7 @@ def measure_bounds(
         Burda, Grosse, Salakhutdinov 2016, "Importance Weighted Autoencoders", equation 8.
     """
     # One group has no spread: a standard error takes two.
-    num_groups = max(2, -(-num_samples // num_importance))
-    how = num_groups, num_importance, pair.memory(max_memory)
+    how = max(2, -(-num_samples // num_importance)), num_importance, pair.memory(max_memory)
     parts = [_measure_block(Particles(part), *how) for _, part in pair.blocks(progress=progress)]
     *columns, exact = zip(*parts, strict=True)
     found: Any = (PerDatum(*map(torch.cat, zip(*column, strict=True))) for column in columns)

@@ -221,19 +221,13 @@ def to_arviz(
         variables["trusted"] = (("data",), estimate.trusted.numpy())
         variables["method"] = (("data",), estimate.methods)
     about = {"method": estimate.method, "unit": "nats"}
+    how: Any = {"coords": {"sample": list(range(len(log_weights))), "data": names}}
+    how["attrs"] = about | (_MARK if estimate.pseudo_likelihood else {})
     chosen = estimate.draws.choose(num_draws, torch.Generator().manual_seed(seed))
-    return structure(
-        {
-            "posterior": _choose(latents, chosen, names),
-            "log_likelihood": _choose({"x": log_likelihood}, chosen, names),
-            "sample_stats": _choose({"log_weight": log_weights}, chosen, names),
-            "importance": xarray.Dataset(
-                variables,
-                coords={"sample": list(range(len(log_weights))), "data": names},
-                attrs=about | (_MARK if estimate.pseudo_likelihood else {}),
-            ),
-        }
-    )
+    drawn = {"posterior": latents, "log_likelihood": {"x": log_likelihood}}
+    drawn["sample_stats"] = {"log_weight": log_weights}
+    groups = {name: _choose(values, chosen, names) for name, values in drawn.items()}
+    return structure({**groups, "importance": xarray.Dataset(variables, **how)})
 
 
 # The attribute of numbers that are no density and no probability.

@@ -38,8 +38,7 @@ def _gap(upper: str, lower: str, meaning: str) -> tuple[property, property]:
     """Return properties: the difference of two quantities of a class, and its standard error."""
 
     def difference(self: Any) -> Tensor:
-        found: Tensor = getattr(self, upper) - getattr(self, lower)
-        return found
+        return getattr(self, upper) - getattr(self, lower)
 
     def error(self: Any) -> Tensor:
         return torch.hypot(*(getattr(self, f"{name}_standard_error") for name in (upper, lower)))

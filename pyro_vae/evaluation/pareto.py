@@ -25,8 +25,7 @@ def pareto_k_limit(num_samples: Tensor | int) -> Tensor:
     Source:
         Vehtari et al. 2024, "Pareto Smoothed Importance Sampling", section 3.2.4.
     """
-    digits = torch.as_tensor(num_samples).double().log10()
-    return (1 - 1 / digits).clamp(max=_HIGHEST_LIMIT)
+    return (1 - 1 / torch.as_tensor(num_samples).double().log10()).clamp(max=_HIGHEST_LIMIT)
 
 
 def tail_length(num_samples: int) -> int:
@@ -89,8 +88,7 @@ def _pareto_k(largest_first: Tensor, precision: float) -> Tensor:
         base = relative_cutoff[rows, None]
         exceedances = base.exp() * (relative[rows, :length] - base).expm1()
         pareto_k[rows] = generalized_pareto_shape(exceedances.flip(1))
-    no_tail = torch.where(rounding > _COARSE, math.nan, 0.0)
-    return torch.where(possible & equal, no_tail, pareto_k)
+    return torch.where(possible & equal, torch.where(rounding > _COARSE, math.nan, 0.0), pareto_k)
 
 
 def generalized_pareto_shape(exceedances: Tensor) -> Tensor:

@@ -98,8 +98,7 @@ def explore(path: AnnealingPath, longest: int, position: Tensor | None = None) -
     # wants D^(-1/4) (Neal 2011, section 4.4).
     log_step = torch.full_like(log_prob, -0.25 * math.log(position.shape[-1]))
     stops, lengths = [torch.zeros_like(beta)], [length]
-    steps: list[Tensor] = []
-    factors: list[Tensor] = []
+    steps, factors = list[Tensor](), list[Tensor]()
     visited, moves, stops_left, rounds_left = [state], 0, _STOPS, _ROUNDS
     while rounds_left:
         repeats = _REPEATS

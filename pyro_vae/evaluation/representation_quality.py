@@ -252,8 +252,9 @@ def _probe(codes: Any, labels: Any, num_neighbours: int, num_folds: int, seed: i
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
         accuracy = float((cross_val_predict(pipeline, codes, labels, cv=split) == labels).mean())
-        error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
-        found[name] = Estimate(accuracy, error)
+        found[name] = Estimate(
+            accuracy, math.sqrt(accuracy * (1 - accuracy) / len(labels))
+        )  # binomial
     return found
 
 

@@ -156,8 +156,7 @@ class AggregatePosterior:
     def _tests(self) -> Tensor:
         from scipy.stats import ks_2samp
 
-        columns = zip(self.draws.T.numpy(), self.prior.T.numpy(), strict=True)
-        results = [ks_2samp(mine, theirs) for mine, theirs in columns]
+        results = map(ks_2samp, self.draws.T.numpy(), self.prior.T.numpy())
         return torch.tensor([[result.statistic, result.pvalue] for result in results]).T
 
     def plot(self) -> "Figure":

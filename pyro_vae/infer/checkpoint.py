@@ -115,8 +115,7 @@ class Checkpoints:
         kept, own = (dict(sorted(each.items())) for each in (found["settings"], settings))
         self.processes.check_together(lambda: check_same(kept, own, where, advice))
         what = f"a checkpoint of this run in {self.folder} that fits"
-        kinds = (LookupError, TypeError, ValueError, RuntimeError, AttributeError)
-        with expecting(what, *kinds):
+        with expecting(what, LookupError, TypeError, ValueError, RuntimeError, AttributeError):
             state = found["state"]
             columns, history = state["columns"], state["history"].tolist()
             rows += [dict(zip(columns, row, strict=True)) for row in history]

@@ -33,9 +33,8 @@ def write_checkpoint(folder: Path, count: int, settings: Any, state: Mapping[str
     tensors: dict[str, Tensor] = {}
     content = {"format": _FORMAT, "settings": settings, "state": _pack(state, tensors)}
     content["checksum"] = checksum_of(content, tensors)
-    file = serialise(tensors, metadata={_ENTRY: json.dumps(content)})
     path = folder / f"step-{count:010d}.safetensors"
-    write_whole(path, file)
+    write_whole(path, serialise(tensors, metadata={_ENTRY: json.dumps(content)}))
     paths = checkpoint_files(folder)
     # On a GPU a run may find only later that it went wrong here; what came after is void then.
     position = paths.index(path) + 1

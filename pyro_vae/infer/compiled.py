@@ -52,8 +52,7 @@ class _Stepping(Engine):
 
     def _scaled(self, model: Any, guide: Any) -> tuple[Any, Any]:
         """The pair under beta."""
-        is_handler = isinstance(poutine.unwrap(guide), poutine.messenger.Messenger)
-        if is_handler and self.beta != 1.0:
+        if self.beta != 1.0 and isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
             raise InputError("beta needs a guide that is a function of its own, got a handler")
         return scale_pair(model, guide, self.beta)
 
@@ -240,9 +239,8 @@ class Compiled(_Stepping, ELBO):
                 "Pyro's Trace_ELBO use CompiledTrace_ELBO"
             )
         ELBO.__init__(self, num_particles=objective.num_particles)
-        name = f"Compiled({type(objective).__name__})"
         how: Any = {"compile_after": compile_after, "mode": mode, "verify_every": verify_every}
-        Engine.__init__(self, name, backend=backend, **how)
+        Engine.__init__(self, f"Compiled({type(objective).__name__})", backend=backend, **how)
         self.objective, self.beta = objective, beta
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -269,9 +267,9 @@ class Compiled(_Stepping, ELBO):
 
 def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
     """Return the objective behind a compiled one, and the beta that it has of its own."""
-    if isinstance(objective, _Stepping):
-        return objective.bound(), objective.beta
-    return objective, 1.0
+    return (
+        (objective.bound(), objective.beta) if isinstance(objective, _Stepping) else (objective, 1.0)
+    )
 
 
 class StepCapture(Engine):
@@ -322,11 +320,6 @@ class StepCapture(Engine):
         return (other[0], ": as the run was begun") if other else (gear, reason)
 
     @property
-    def is_chosen(self) -> bool:
-        """Whether steps are to be captured."""
-        return self.gear != "eager"
-
-    @property
     def record(self) -> bool | str:
         """What a checkpoint says of the gear."""
         return _GEARS[self.gear]
@@ -357,12 +350,11 @@ class StepCapture(Engine):
         return summary
 
     def _hand_over(self, step: Step) -> Tensor:
-        summary = step.summary[: len(self.names)]
         if self.validates and step.summary[-1]:
             step.validate()
         for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
             leaf.grad = gradient
-        return summary
+        return step.summary[: len(self.names)]
 
     def _key(self) -> Hashable:
         return None  # nothing changes within a run

@@ -74,7 +74,7 @@ class StepProgram(Program):
 
     def scalars(self, numbers: Sequence[float]) -> list[Tensor]:
         """Return numbers as inputs of the graph."""
-        return [_scalar(number, self._scalar_dtype, self.device) for number in numbers]
+        return [_full((), each, dtype=self._scalar_dtype, device=self.device) for each in numbers]
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
@@ -122,9 +122,7 @@ class Step(NamedTuple):
     validate: Callable[[], None]  # raises what the standard raises for a step that it refuses
 
 
-@functools.lru_cache(maxsize=64)
-def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), number, dtype=dtype, device=device)
+_full = functools.lru_cache(maxsize=64)(torch.full)
 
 
 class Engine:
@@ -197,8 +195,7 @@ class Engine:
         pair = self._pairs.get(call.model, call.guide)
         if pair is None:
             names = [repr(getattr(f, "__qualname__", type(f).__name__)) for f in call[:2]]
-            title = "model {} with guide {}".format(*names)
-            pair = Programs(partial(self._say, title))
+            pair = Programs(partial(self._say, "model {} with guide {}".format(*names)))
             self._pairs.keep(pair, call.model, call.guide)
         if pair.refused or not torch.is_grad_enabled():
             return eager()
@@ -216,18 +213,14 @@ class Engine:
         given = [*program.scalars([self._beta, *values]), *inputs]
         program.calls += 1
         every = self.verify_every
-        if program.calls == self.compile_after and self._compiles_later(program):
-            try:
+        try:
+            if program.calls == self.compile_after and self._compiles_later(program):
                 self._compile(pair, program, call, given, self.backend)
-            except CannotCaptureError as reason:
-                pair.refuse(reason)
-                return eager()
-        elif program.calls & (program.calls - 1) == 0 or (every and program.calls % every == 0):
-            try:
+            elif program.calls & (program.calls - 1) == 0 or (every and program.calls % every == 0):
                 self._check(program, call, given)
-            except CannotCaptureError as reason:
-                pair.refuse(reason)
-                return eager()
+        except CannotCaptureError as reason:
+            pair.refuse(reason)
+            return eager()
         pair.last = signature
         summary, *gradients = program.outputs(given, tensors, keep=self.keeps_outputs)
         leaves = [tensors[i] for i in program.leaves]
@@ -308,11 +301,9 @@ class Engine:
 
             def step() -> tuple[Tensor, ...]:
                 args, kwargs = capture.replace((call.args, call.kwargs), iter(aliases), pair.numbers)
-                given = call._replace(args=args, kwargs=kwargs)
                 with sites:
-                    terms = self._terms(given.scaled(beta))
-                gradients = torch.autograd.grad(terms.surrogate, leaves)
-                summary, finished = self._finish(terms, gradients)
+                    terms = self._terms(call._replace(args=args, kwargs=kwargs).scaled(beta))
+                summary, finished = self._finish(terms, torch.autograd.grad(terms.surrogate, leaves))
                 if validates:
                     summary = torch.cat([summary, sites.outside(summary)[None]])
                 return (summary, *finished)
@@ -328,8 +319,7 @@ class Engine:
 
     def _compiles_later(self, program: StepProgram) -> bool:
         """Tell whether the first steps run the graph as it was recorded."""
-        is_slow = self.backend == "inductor" and program.device.type == "cpu"
-        return self.compile_after > 0 and is_slow
+        return self.compile_after > 0 and self.backend == "inductor" and program.device.type == "cpu"
 
     def _compile(
         self, pair: Programs[StepProgram], program: StepProgram, call: Call, given: list[Tensor],

@@ -157,8 +157,7 @@ _WARMUP_STEPS = 120
 
 def default_warmup_epochs(epochs: int, num_steps_per_epoch: int) -> int:
     """Return a warm-up that keeps the latents in use: the epochs over which beta rises from 0."""
-    enough = -(-_WARMUP_STEPS // num_steps_per_epoch)
-    return max(epochs // 10, min(epochs // 2, enough))
+    return max(epochs // 10, min(epochs // 2, -(-_WARMUP_STEPS // num_steps_per_epoch)))
 
 
 # Half a cosine from 1 down to 0: Loshchilov, Hutter 2017, equation 5, without restarts.

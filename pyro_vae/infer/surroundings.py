@@ -148,8 +148,7 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
         if isinstance(value, torch.nn.Module):  # may be given a method of its own
             yield _Place(value, _own_forward, _own_forward(value), f"{kind.__name__}.forward")
         for name, item in list(getattr(value, "__dict__", {}).items()):
-            is_named = not name.startswith("_") if _is_library(kind) else name in names
-            if is_named or name in _RUN:
+            if name in _RUN or (not name.startswith("_") if _is_library(kind) else name in names):
                 yield _Place(value, name, item, f"{kind.__name__}.{name}")
         for base in kind.__mro__:
             yield from _places_of_class(base, value, names)

@@ -91,9 +91,8 @@ class TrainingObjective:
                 loss, surrogate, rate, distortion = self.bound.terms(model, guide, batch, {})
         finally:
             poutine.enable_validation(validates)
-        number = data.full_size
-        share = rows / number
-        return BoundTerms(loss * share, surrogate / number, rate * share, distortion * share)
+        share = rows / data.full_size
+        return BoundTerms(loss * share, surrogate / data.full_size, rate * share, distortion * share)
 
     def finish(
         self, terms: BoundTerms, gradients: Sequence[Tensor], *, are_summed: bool = False
@@ -175,9 +174,7 @@ class Trainer:
         for index in batches[epoch.taken :]:
             own = self.processes.share(index)
             # A process that gets nothing of a small batch takes part in the step and counts nothing.
-            rows = own if len(own) else index[:1]
-            batch = self._take(rows)
-            summary = self._step(batch, len(own) / len(index))
+            summary = self._step(self._take(own if len(own) else index[:1]), len(own) / len(index))
             epoch.summaries[epoch.taken].copy_(summary)
             epoch.taken += 1
             if self.device.type == "cpu" and self.settings.skip_limit is None and summary[-1]:
@@ -360,11 +357,9 @@ class Trainer:
         """Take up a state of :meth:`state_dict`; the pair is run once to find its parameters."""
         self.count, self.skipped, position = state["count"], state["skipped"], state["position"]
         if position is not None:
-            summaries = state["own"]["summaries"].to(self.device)
-            self._epoch = _Epoch(**position, summaries=summaries)
+            self._epoch = _Epoch(**position, summaries=state["own"]["summaries"].to(self.device))
         if self.updates.optimizer is None:
-            first = self._take(slice(self.settings.batch_size))
-            self._inspect(self.objective.transform_batch(first))
+            self._inspect(self.objective.transform_batch(self._take(slice(self.settings.batch_size))))
         kept = [tuple(value.shape) for value in state["parameters"]]
         own = [tuple(leaf.shape) for leaf in self.updates.leaves]
         if kept != own or self.updates.optimizer is None:

@@ -280,7 +280,7 @@ def fit(
         checkpoints,
     ):
         processes.draw_apart()
-        step = capture.step if capture.is_chosen else None
+        step = capture.step if capture.gear != "eager" else None
         how: dict[str, Any] = {"device": place, "captured_step": step, "processes": processes}
         shuffle = _takes_any_batch(pair, training, processes)
         trainer = Trainer(pair, training, settings, shuffle=shuffle, **how)
@@ -369,8 +369,7 @@ def _open(
     inputs = tuple(each.detach() for each in read(inputs, model, guide, are_given=is_given))
     plain_objective, own_beta = uncompiled(settings.objective)
     bound = bound_of(plain_objective)
-    serves = Serves.WHOLE | Serves.SHARED
-    serves |= Serves.SUMMED if bound.sums_out else Serves.NOTHING
+    serves = Serves.WHOLE | Serves.SHARED | (Serves.SUMMED if bound.sums_out else Serves.NOTHING)
     pair = OpenedPair(model, guide, inputs, plate=settings.plate, serves=serves)
     to_validate = None if held_out is None else pair.on(read(held_out, model, guide))
     settings = replace(settings, beta=settings.beta * own_beta)

@@ -123,12 +123,11 @@ class Updates:
     def state_dict(self) -> dict[str, Any]:
         """Return all that the coming steps depend on, parameters in the order of their names."""
         scheduler, state = self._optim.scheduler, self.optimizer.state if self.optimizer else {}
-        by_metric = isinstance(scheduler, ReduceLROnPlateau)
         return {
             "identity": self._identity,
             "states": [copy.deepcopy(state.get(leaf, {})) for leaf in self.leaves],
             "groups": list(map(_numbers, self._groups)),
-            "scheduler": scheduler.state_dict() if by_metric else None,
+            "scheduler": scheduler.state_dict() if isinstance(scheduler, ReduceLROnPlateau) else None,
             "averages": [self._averages[name].clone() for name in sorted(self._averages)],
         }
 

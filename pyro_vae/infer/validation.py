@@ -58,8 +58,7 @@ def evaluate_bound(pair: OpenedPair, processes: Processes = ALONE) -> dict[str, 
     if processes.are_several and pair.plate is not None:
         pair = pair.on(tuple(processes.share(value) for value in pair.inputs))
     with HANDLER_LOCK, torch.no_grad(), evaluation_mode(pair.model, pair.guide):
-        is_whole = pair.num_data > _BLOCK and not pair.is_divisible()
-        size = pair.num_data if is_whole else _BLOCK
+        size = pair.num_data if pair.num_data > _BLOCK and not pair.is_divisible() else _BLOCK
         for start in range(0, pair.num_data, size):
             block = pair.part(slice(start, start + size))
             with DataPlate(pair.plate, block.num_data) as data:

@@ -140,9 +140,8 @@ def _check_site(kind: str, site: Site, plate: str | None, rows: int | None, serv
         raise _outside(kind, site)
     if frames:
         check_rows(kind, site, plate, frames[0].size if rows is None else rows, log_prob.shape)
-    plates = {frame.dim for frame in traced.vectorized_frames(site)}
     wide = {dim for dim in range(-log_prob.dim(), 0) if log_prob.shape[dim] > 1}
-    if wide - plates:
+    if wide - {frame.dim for frame in traced.vectorized_frames(site)}:
         what = f"site {name!r} of the {kind} to have one log-probability per datum"
         advice = "declare event dimensions by .to_event(k), or squeeze"
         raise InputError(f"expected {what}, got shape {tuple(log_prob.shape)}: {advice}")
@@ -320,9 +319,8 @@ def check_guide_support(guide_site: Site, model_site: Site) -> None:
     except RuntimeError:  # shapes that do not broadcast are refused elsewhere
         return
     if bool(misses.any()) or (own.is_discrete and not prior.is_discrete):
-        name = guide_site["name"]
         raise InputError(
-            f"expected a guide that draws {name!r} wherever the prior has mass, got "
+            f"expected a guide that draws {guide_site['name']!r} wherever the prior has mass, got "
             f"{own} in the guide and {prior} in the model: log p(x) would be "
             "too low without a sign; widen the guide, or truncate the prior alike"
         )

@@ -33,8 +33,7 @@ def as_inputs(
         mend = "torch.set_default_device(None) puts it back"
         raise InputError(f"expected a default device that holds numbers, got 'meta': {mend}")
     x = gather(x, *functions)
-    values = tuple(x) if isinstance(x, list | tuple) else (x,)
-    inputs = tuple(_tensor(value) for value in values)
+    inputs = tuple(map(_tensor, x if isinstance(x, list | tuple) else (x,)))
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         got = ", ".join(sorted({type(value).__name__ for value in inputs})) or "nothing"
         advice = "convert it with torch.as_tensor or numpy.asarray"
@@ -138,8 +137,9 @@ def _tensor(value: Any) -> Any:
 
 def _check_tensor(value: Tensor) -> None:
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        kind = "a sparse, nested or quantised one"
-        raise InputError(f"expected dense tensors, got {kind}: make it dense")
+        raise InputError(
+            "expected dense tensors, got a sparse, nested or quantised one: make it dense"
+        )
     if value.is_complex():
         raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
     if value.device.type == "meta":

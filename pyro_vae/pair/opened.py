@@ -348,10 +348,7 @@ class OpenedPair:
         for name, mask in counted.items():
             if mask is not None:
                 drawn[name] = torch.where(mask, drawn[name], other[name])
-        changed = [
-            traced.changed_site(first, again)
-            for first, again in zip(traces, _trace_given(self, drawn), strict=True)
-        ]
+        changed = [*map(traced.changed_site, traces, _trace_given(self, drawn))]
         return contract.why_masks_matter(changed[0] or changed[1])
 
     def _check_rows(self, kind: str, trace: Trace, num_data: int) -> None:
@@ -490,8 +487,7 @@ def _trace_given(pair: OpenedPair, latents: Latents) -> TracePair:
     """Run the guide with the latents that are given, and the model with all of them."""
     with Given(latents):
         guide_trace = pair.alone(pair.guide).trace()
-    drawn = {site["name"]: site["value"] for site in traced.latent_sites(guide_trace)}
-    with Given(latents | drawn):
+    with Given(latents | {site["name"]: site["value"] for site in traced.latent_sites(guide_trace)}):
         return pair.alone(pair.model).trace(), guide_trace
 
 

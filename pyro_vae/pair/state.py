@@ -166,13 +166,8 @@ class Remembered(Generic[Value]):
 
 
 def _parts(functions: tuple[Any, ...]) -> list[Any]:
-    parts: list[Any] = []
-    for function in functions:
-        if type(function) is MethodType:
-            parts += (function.__func__, function.__self__)
-        else:
-            parts += (function, None)
-    return parts
+    both = ((f.__func__, f.__self__) if type(f) is MethodType else (f, None) for f in functions)
+    return [part for pair in both for part in pair]
 
 
 def _refer(part: Any, forget: Callable[[Any], None]) -> Callable[[], Any]:

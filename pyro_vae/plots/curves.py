@@ -21,10 +21,9 @@ def training_curves(history: Mapping[str, Array], *, title: str = "") -> Figure:
             curve = np.asarray(history[f"{part}_{name}"], dtype=float)
             finite = np.isfinite(curve)
             if finite.any():
-                epochs = np.arange(1, len(curve) + 1)
                 marker = "o" if len(curve) <= 20 else None  # a line needs two epochs to be seen
                 line: dict[str, Any] = {"linewidth": 1.3, "marker": marker, "markersize": 3}
-                axes.plot(epochs, curve, color=colour, label=part, **line)
+                axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, label=part, **line)
                 # The fall of the first epochs would flatten everything that follows.
                 start = len(curve) // 20
                 shown.append(curve[start:][finite[start:]])

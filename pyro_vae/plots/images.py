@@ -111,8 +111,7 @@ def reconstructions(data: Array, rebuilt: Array, *, title: str = "", limits: Lim
     if is_image(data.shape[1:]):
         return image_grid([data, rebuilt], title=title, row_labels=("data", "rebuilt"), limits=limits)
     if is_curve(data.shape[1:]):
-        shown = min(len(data), 12)
-        figure, places = style.panels(title, (9, 6), 3, 4, shown=shown, sharey=True)
+        figure, places = style.panels(title, (9, 6), 3, 4, shown=min(len(data), 12), sharey=True)
         for index, axes in enumerate(places):
             _lines(axes, data[index : index + 1], BLUE, "data")
             _lines(axes, rebuilt[index : index + 1], ORANGE, "data and rebuilt")
@@ -154,9 +153,8 @@ def completions(
 def _show_values(axes: Axes, true: Array, got: Array, name: str, told: tuple[str, str, str]) -> bool:
     """Show bits, found beside the true ones; of other values the line where both are the same."""
     if style.are_bits(true):
-        apart = got[true == 0], got[true == 1]
         labels, bins = (f"{name} 0", f"{name} 1"), np.linspace(0, 1, 26)
-        style.show_histograms(axes, *apart, bins, labels, density=False)
+        style.show_histograms(axes, got[true == 0], got[true == 1], bins, labels, density=False)
         axes.set(xlabel=told[0], ylabel=told[1])
         return False
     ends = [min(np.nanmin(true), got.min()), max(np.nanmax(true), got.max())]

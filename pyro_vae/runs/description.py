@@ -112,13 +112,10 @@ class Bounded(TorchFunctionMode):
 
 
 def _registry() -> dict[str, type[nn.Module]]:
-    registry = {}
-    for kind in (networks, priors, likelihoods, guides):
-        for name in kind.__all__:
-            member = getattr(kind, name)
-            if inspect.isclass(member) and issubclass(member, nn.Module):
-                registry[f"{kind.__name__.removeprefix('pyro_vae.')}.{name}"] = member
-    return registry
+    kinds = (networks, priors, likelihoods, guides)
+    members = {f"{kind.__name__}.{n}": getattr(kind, n) for kind in kinds for n in kind.__all__}
+    named = ((name.removeprefix("pyro_vae."), member) for name, member in members.items())
+    return {n: m for n, m in named if inspect.isclass(m) and issubclass(m, nn.Module)}
 
 
 def _describe(component: Any, shared: dict[int, str]) -> Any:

@@ -131,7 +131,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / _LOCK
     with writing_to(path):
         descriptor = _acquire(path)
-    _let_go_in_children()
+    _once_at_fork(after_in_child=_let_go)
     _HELD.add(descriptor)
     try:
         with writing_to(path):
@@ -153,9 +153,7 @@ def locked(folder: Path) -> Iterator[None]:
 _HELD: set[int] = set()
 
 
-@functools.cache
-def _let_go_in_children() -> None:
-    os.register_at_fork(after_in_child=_let_go)
+_once_at_fork = functools.cache(os.register_at_fork)
 
 
 def _let_go() -> None:

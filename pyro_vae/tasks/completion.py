@@ -175,14 +175,12 @@ def complete(
                 steps = num_steps or _NUM_STEPS
                 parts.append(_by_chains(part, method, num_draws, steps, together, initial is None))
     found = _join(parts, given, missing)
-    if found.r_hat is not None:
-        count = int((~(found.r_hat <= _R_HAT_LIMIT)).sum())
-        if count:
-            warnings.warn(
-                f"{count} of {len(given)} data points have R-hat > {_R_HAT_LIMIT} or not known: the "
-                "draws may depend on where chains started; use more num_steps and num_draws",
-                stacklevel=2,
-            )
+    if found.r_hat is not None and (count := int((~(found.r_hat <= _R_HAT_LIMIT)).sum())):
+        warnings.warn(
+            f"{count} of {len(given)} data points have R-hat > {_R_HAT_LIMIT} or not known: the "
+            "draws may depend on where chains started; use more num_steps and num_draws",
+            stacklevel=2,
+        )
     return found
 
 
@@ -249,15 +247,12 @@ def _by_chains(
     problem: _Problem, method: str, num_draws: int, num_steps: int, together: int, spread_out: bool
 ) -> Completion:
     """Run a chain per draw, as many at once as the memory allows."""
-    runs = []
-    for first in range(0, num_draws, together):
-        chains = range(first, min(first + together, num_draws))
-        runs.append(_run_chains(problem, chains, num_steps, method == "pseudo-gibbs", spread_out))
+    how = num_steps, method == "pseudo-gibbs", spread_out
+    chains = [range(num_draws)[first : first + together] for first in range(0, num_draws, together)]
+    runs = [_run_chains(problem, some, *how) for some in chains]
     x, moments, acceptance, judged = map(torch.cat, zip(*runs, strict=True))
-    if method == "pseudo-gibbs":
-        return Completion(x, *_spread(moments.mean(0)), method)
-    shares = acceptance.mean(0)
-    return Completion(x, *_spread(moments.mean(0)), method, shares, rank_normalized_r_hat(judged))
+    checks = () if method == "pseudo-gibbs" else (acceptance.mean(0), rank_normalized_r_hat(judged))
+    return Completion(x, *_spread(moments.mean(0)), method, *checks)
 
 
 class _State(NamedTuple):

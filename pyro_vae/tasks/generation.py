@@ -218,11 +218,8 @@ def _draw_aggregate_posterior(pair: OpenedPair, number: int, temperature: float)
     before = torch.arange(len(picked), device=picked.device) - torch.searchsorted(values, values)
     turn = torch.empty_like(picked).scatter_(0, order, before)
     draws = [draw(pair.part()) for _ in range(int(turn.max()) + 1)]
-    latents = {}
-    for name, axis in pair.axes.items():
-        rows = torch.stack([each[name].movedim(axis, 0) for each in draws])
-        latents[name] = rows[turn, picked].movedim(0, axis)
-    return latents
+    rows = {n: torch.stack([each[n].movedim(a, 0) for each in draws]) for n, a in pair.axes.items()}
+    return {n: rows[n][turn, picked].movedim(0, a) for n, a in pair.axes.items()}
 
 
 class _AtTemperature(Messenger):

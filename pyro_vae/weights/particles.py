@@ -183,12 +183,9 @@ class Particles:
             shape, device = (num_particles, self.num_data), self.pair.device
             nothing = torch.zeros(shape, dtype=torch.float64, device=device)
             return Draws({_NOTHING_DRAWN: nothing}, nothing, nothing, [], {}, 1.0, 1.0)
+        ways = (self._draw_plain, self._draw_under_plate, self._draw_tiled)
         return self._run_first_that_holds(
-            "draws",
-            num_particles,
-            (self._draw_plain, self._draw_under_plate, self._draw_tiled),
-            lambda draw: draw(num_particles, gates),
-            self._draws_hold,
+            "draws", num_particles, ways, lambda draw: draw(num_particles, gates), self._draws_hold
         )
 
     def _draw_plain(self, num_particles: int, gates: bool) -> Draws:
@@ -304,19 +301,14 @@ class Particles:
             found = tuple(term[:count].detach() for term in scored)
             return traced.agree(found, lambda some: self._score_plain(function, some, given), first)
 
+        ways = (self._score_plain, self._score_under_vmap, self._score_tiled)
         return self._run_first_that_holds(
-            function,
-            _count(latents),
-            (self._score_plain, self._score_under_vmap, self._score_tiled),
-            lambda score: score(function, latents, given),
-            hold,
+            function, _count(latents), ways, lambda score: score(function, latents, given), hold
         )
 
     def _score_plain(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
-        rows = []
-        for index in range(_count(latents)):
-            one = {name: value[index] for name, value in latents.items()}
-            rows.append(self._score_one(function, self.pair, one, subsample))
+        each = ({name: value[i] for name, value in latents.items()} for i in range(_count(latents)))
+        rows = [self._score_one(function, self.pair, one, subsample) for one in each]
         return Scored(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _score_under_vmap(self, function: str, latents: Latents, subsample: dict[str, Any]) -> Scored:
@@ -346,8 +338,7 @@ class Particles:
         latent, scaled = self._sum([site for site in sites if not site["is_observed"]])
         # The guide observes nothing, and a model of conditions alone has no latent of its own.
         nothing = torch.zeros_like(observed if latent is None else latent)
-        terms = (observed, latent, scaled)
-        return Scored(*(nothing if term is None else term for term in terms))
+        return Scored(*(nothing if term is None else term for term in (observed, latent, scaled)))
 
     def _score_summed(self, pair: OpenedPair, given: Latents) -> Scored:
         """Score one particle under the model with what it enumerates summed out."""
