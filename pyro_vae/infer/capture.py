@@ -62,6 +62,9 @@ def describe(
         items = value.items() if isinstance(value, dict) else enumerate(value)
         found = tuple((k, describe(v, tensors, numbers, f"{path}[{k!r}]")) for k, v in items)
         return (type(value), found)
+    if type(value) is partial:  # often a new one at each step
+        parts = (value.func, value.args, value.keywords)
+        return (partial, describe(parts, tensors, numbers, path))
     try:
         hash(value)
     except TypeError:
@@ -84,6 +87,10 @@ def replace(
     if isinstance(value, tuple | list):
         items = [replace(v, tensors, numbers, f"{path}[{i!r}]") for i, v in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is partial:
+        parts = (value.func, value.args, value.keywords)
+        function, args, keywords = replace(parts, tensors, numbers, path)
+        return partial(function, *args, **keywords)
     return numbers.get(path, value)
 
 

@@ -107,12 +107,12 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
     A pair that can't be captured faithfully runs as stock Pyro, with one warning that says why:
     control flow on tensor values, a latent site that isn't reparameterised, enumeration, sparse
     gradients, sites that change, hooks on parameters, Python's or NumPy's global random numbers,
-    handlers that stand around the step, a pair that counts its own runs.  Numbers, flags and other
-    objects that the pair's code names (attributes, closures, globals, arguments) are read again at
-    each step: a number that has changed becomes an input of the graph where it can, any other
-    change is captured anew, for up to 4 values.  What can't be seen (files, counters and generators
-    of the pair's own) is baked in at capture; the graph is held against stock Pyro again at its
-    steps 1, 2, 4, 8, ... and at every ``verify_every``-th.  While Pyro's validation is on, a batch
+    handlers that stand around the step, a pair that counts its own runs or draws from a generator of
+    its own.  Numbers, flags and other objects that the pair's code names (attributes, closures,
+    globals, arguments) are read again at each step: a number that has changed becomes an input of
+    the graph where it can, any other change is captured anew, for up to 4 values.  What can't be
+    seen (files, counters inside other libraries) is baked in at capture; the graph is held against
+    stock Pyro again at its steps 1, 2, 4, 8, ... and at every ``verify_every``-th.  While Pyro's validation is on, a batch
     outside the support of an observed site raises Pyro's own error: on the CPU before its gradients
     are handed over, on an accelerator when the loss is read, after the optimiser took the step.  A
     batch of another shape that comes once, such as the odd last one of an epoch, runs as stock

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import sys
 import types
 import weakref
@@ -27,6 +29,17 @@ _LONGEST = 1_000  # entries of a list or dict that are looked through
 
 _SLOT = types.MemberDescriptorType
 
+# How a generator's state is read and put back.
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda own: own.bit_generator.state,
+        lambda own, state: setattr(own.bit_generator, "state", state),
+    ),
+}
+
 Key = Hashable
 
 
@@ -37,12 +50,15 @@ class _Place(NamedTuple):
     key: Any  # of an item, or a function of the holder, such as its length
     value: Any
     name: str  # empty where nothing can be put in the value's place
-    version: int = 0  # of a tensor, which changes with its values, and a copy of a small one
-    copy: Tensor | None = None
+    version: Any = 0  # of a tensor, which changes with its values, and a copy of a small one
+    copy: Any = None  # or a generator's state, and that as bytes
 
     def with_version(self) -> _Place:
-        """Note a tensor's version, and keep the values of a small one."""
+        """Note a tensor's version, and keep the values of a small one; or a generator's state."""
         tensor = self.value
+        if type(tensor) in _GENERATORS:
+            state = _GENERATORS[type(tensor)][0](tensor)
+            return self._replace(version=pickle.dumps(state), copy=state)
         if not isinstance(tensor, Tensor) or tensor.requires_grad or tensor.is_inference():
             return self
         copy = tensor.clone() if tensor.numel() <= _LONGEST else None
@@ -234,7 +250,7 @@ class Surroundings:
         for key, place in after.items():
             if key in before and place.is_same(before[key].value):
                 self.places[key] = place
-                if isinstance(place.value, Tensor) and place.version != before[key].version:
+                if place.version != before[key].version:
                     changed.append(place.value)
                     self._replaced.append(before[key])
             elif key in before and not callable(place.key):
@@ -248,7 +264,9 @@ class Surroundings:
         """Put back what a run replaced or wrote to."""
         for place in self._replaced:
             place.put(place.value)
-            if place.copy is not None and place.value._version != place.version:
+            if type(place.value) in _GENERATORS:
+                _GENERATORS[type(place.value)][1](place.value, place.copy)
+            elif place.copy is not None and place.value._version != place.version:
                 place.value.copy_(place.copy)
 
     def refuse_changed(self, read: Sequence[Any]) -> None:

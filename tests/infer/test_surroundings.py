@@ -3,6 +3,7 @@
 import enum
 import gc
 import itertools
+import random
 import types
 import weakref
 from collections import deque
@@ -307,6 +308,67 @@ def test_a_pair_that_counts_in_several_places_or_tensors_is_stock(place):
     assert len(caught) == 1
     assert elbo.num_graphs == 0
     assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 6), rel=1e-6)
+
+
+GENERATORS = {
+    "torch": (lambda: torch.Generator().manual_seed(5), lambda own: torch.rand((), generator=own)),
+    "random": (lambda: random.Random(5), lambda own: own.random()),
+    "numpy": (lambda: np.random.default_rng(5), lambda own: own.random()),
+    "numpy of old": (lambda: np.random.RandomState(5), lambda own: own.rand()),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_pair_that_draws_from_a_generator_of_its_own_is_stock(kind):
+    start, draw = GENERATORS[kind]
+
+    def make():
+        own = start()
+        return weighted_pair(lambda: 0.5 + draw(own)), lambda value: None
+
+    elbo = CountingELBO(backend="eager")
+    with pytest.warns(UserWarning, match="the pair changes 'own' itself at each run") as caught:
+        found = losses_of(make, elbo, [0] * 6)
+    assert len(caught) == 1
+    assert elbo.num_graphs == 0
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 6), rel=1e-6)
+
+
+def test_a_generator_beside_the_pair_is_no_change():
+    def make():
+        own = np.random.default_rng(5)
+
+        def weight():
+            return 0.5 if own.bit_generator else 1.0
+
+        return weighted_pair(weight), lambda value: own.random()
+
+    assert_as_stock(make, [0] * 6, graphs=1, replays=5)
+
+
+def test_a_function_with_its_arguments_bound_anew_at_each_step_is_one_graph():
+    def make():
+        def model(x, squash):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(squash(z), 1.0), obs=x)
+
+        def guide(x, squash):
+            pyro.sample("z", dist.Normal(squash(pyro.param("loc", torch.tensor(0.3))), 1.0))
+
+        return model, guide
+
+    def squashes(values):
+        return [(torch.tensor(0.5), partial(torch.mul, other=value)) for value in values]
+
+    # A number at each step, then another function.
+    batches = squashes(WEIGHTS) + squashes(map(torch.tensor, WEIGHTS))
+    batches += [(torch.tensor(0.5), partial(torch.add, other=1.0))]
+    elbo = CountingELBO(backend="eager")
+    found, _, pair = run(make, elbo, batches)
+    expected, *_ = run(make, Trace_ELBO(), batches)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (elbo.num_graphs, elbo.replays) == (4, len(batches) - 4)
+    del pair
 
 
 def test_results_that_a_run_leaves_with_the_pair_are_no_change():
