@@ -128,8 +128,7 @@ def check_in_place(folder: Path, before: os.stat_result) -> None:
     with suppress(FileNotFoundError):
         if os.path.samestat(os.stat(folder), before):
             return
-    wanted = f"{folder} where the run began"
-    advice = "resume the run where it is now"
+    wanted, advice = f"{folder} where the run began", "resume the run where it is now"
     raise InputError(f"expected {wanted}, it was moved, replaced or deleted since: {advice}")
 
 

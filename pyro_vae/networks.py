@@ -306,9 +306,8 @@ class Conditional(nn.Module):
             whole: Any = network.latent_dim
             self.latent_dim = size("latent_dim beside the condition", whole - condition_dim)
         else:
-            width = math.prod(self.out_shape)
-            self.out_shape = (width,)
-            self.body = _MLP(width + self.condition_dim, self.out_shape, activation)
+            self.out_shape = (math.prod(self.out_shape),)
+            self.body = _MLP(self.out_shape[0] + self.condition_dim, self.out_shape, activation)
 
     def forward(self, inputs: Tensor, condition: Tensor) -> Tensor:
         """Return the features of latents or data, and of conditions, which particles share."""

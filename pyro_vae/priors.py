@@ -130,8 +130,7 @@ class GaussianMixture(Prior):
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim)
         self.num_components = size("num_components", num_components)
-        self.learn_weights = learn_weights
-        self.learn_components = learn_components
+        self.learn_weights, self.learn_components = learn_weights, learn_components
         share = variance_of_means(self.latent_dim)
         means = math.sqrt(share) * torch.randn(self.num_components, self.latent_dim)
         factor = math.sqrt(1 - share) * torch.eye(self.latent_dim)
@@ -272,8 +271,7 @@ class VampPrior(Prior):
         self.latent_support = getattr(guide, "latent_support", "real")
         self.data_shape = tuple(int(size) for size in data_shape)
         self.num_pseudo_inputs = size("num_pseudo_inputs", num_pseudo_inputs)
-        self.learn_weights = learn_weights
-        self.unit_interval = unit_interval
+        self.learn_weights, self.unit_interval = learn_weights, unit_interval
         # Noise that fills the data's range, until start_at_data brings something better.
         self.raw_pseudo_inputs = nn.Parameter(torch.randn(self.num_pseudo_inputs, *self.data_shape))
         self.keep("logits", torch.zeros(self.num_pseudo_inputs), learn=learn_weights)
@@ -344,8 +342,7 @@ class VonMisesFisher(Prior):
         super().__init__()
         self.latent_dim = size("latent_dim", latent_dim, least=2)
         self.concentration = positive_number("concentration", concentration)
-        self.learn_loc = learn_loc
-        self.learn_concentration = learn_concentration
+        self.learn_loc, self.learn_concentration = learn_loc, learn_concentration
         self.keep("direction", torch.eye(self.latent_dim)[0], learn=learn_loc)
         log_concentration = torch.tensor(self.concentration).log()
         self.keep("log_concentration", log_concentration, learn=learn_concentration)

@@ -118,10 +118,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         zipfile.ZipFile(path) as archive,
     ):
         sizes = {each.filename.removesuffix(".npy"): each.file_size for each in archive.infolist()}
-        return {
-            name: _map_member(archive, f"{name}.npy") if sizes[name] > LARGE else content[name]
-            for name in content.files
-        }
+        large = {name for name, size in sizes.items() if size > LARGE}
+        return {n: _map_member(archive, f"{n}.npy") if n in large else content[n] for n in content}
 
 
 def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:

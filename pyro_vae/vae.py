@@ -336,8 +336,7 @@ def _training_data(x: Any) -> Tensor:
     try:
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
-        wanted = "training data as a tensor or an array"
-        advice = "for a Dataset pass data.train"
+        wanted, advice = "training data as a tensor or an array", "for a Dataset pass data.train"
         raise InputError(f"expected {wanted}, got {type(x).__name__}: {advice}") from None
     if x.ndim == 0 or not len(x):
         raise InputError(f"expected at least one datum to start at, got shape {tuple(x.shape)}")

@@ -42,13 +42,11 @@ def autoencoder(settings: TrainSettings, loss: str | None, *, output: Path) -> d
         dataset = study.dataset
         settings = tell_defaults(settings, dataset.train, dataset.validation)
         comparison, fits = _train(settings, loss, dataset, study.folder / RUNS)
+        curves = {side: made.history.items() for side, made in fits.items()}
         result = {
             "table": comparison.table(),
             "loss": loss,
-            "history": {
-                side: {name: curve.tolist() for name, curve in made.history.items()}
-                for side, made in fits.items()
-            },
+            "history": {side: {n: c.tolist() for n, c in each} for side, each in curves.items()},
             "training_seconds": {side: made.seconds for side, made in fits.items()},
             "num_parameters": {side: made.num_parameters for side, made in fits.items()},
             **study.describe(as_record(settings)),

@@ -153,10 +153,8 @@ def _figures(comparison: Comparison, data: str) -> dict[str, Figure]:
     names = list(comparison.pairs)
     labels = {comparison.ranked_by: "log p(x)", "elbo": "ELBO"}
     differences = [[comparison.difference(name, each) for name in names] for each in labels]
-    shown = (
-        [[getattr(each, part) for each in row] for row in differences]
-        for part in ("by_run", "mean", "half_width")
-    )
+    parts = ("by_run", "mean", "half_width")
+    shown = ([[getattr(each, part) for each in row] for row in differences] for part in parts)
     runs = f"mean over {comparison.num_runs} runs, 95% interval; small dots: single runs"
     title, told = f"{data}: {runs}", list(labels.values())
     figures = {"differences": plots.families_and_runs(names, *shown, labels=told, title=title)}

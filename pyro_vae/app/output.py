@@ -117,10 +117,8 @@ class Page:
     def html(self) -> str:
         """Return the whole page."""
         title, language = escape(self.title), escape(self.language, quote=True)
-        links = "".join(
-            f'<li><a href="#section-{number}">{escape(heading)}</a></li>'
-            for number, heading in enumerate(self._sections, 1)
-        )
+        link = '<li><a href="#section-{}">{}</a></li>'.format
+        links = "".join(link(n, escape(heading)) for n, heading in enumerate(self._sections, 1))
         subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>\n' if self.subtitle else ""
         contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n' if links else ""
         body = "\n".join(self._parts)

@@ -133,8 +133,7 @@ def load_data_of_run(run: Path, settings: TrainSettings, data_root: str | None) 
     """Load the data that a run was trained on."""
     dataset = load_data(settings, data_root)
     if dataset.checksums != read_config(run)["run"].get("checksums"):
-        wanted = f"the data that {run} was trained on"
-        advice = "restore them or give --data-root"
+        wanted, advice = f"the data that {run} was trained on", "restore them or give --data-root"
         raise InputError(f"expected {wanted}, got others by the checksum: {advice}")
     return dataset
 

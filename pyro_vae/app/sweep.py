@@ -82,11 +82,9 @@ def _train(study: Study, settings: TrainSettings, betas: Sequence[float], warm_s
 
 
 def _row(beta: float, metrics: dict[str, Any]) -> dict[str, Any]:
-    estimate, errors = (
-        # Numbers as they were before JSON made null of those that are not finite.
-        {name: math.nan if value is None else value for name, value in metrics[part].items()}
-        for part in ("test_log_marginal", "test_data_standard_errors")
-    )
+    parts = (metrics[name] for name in ("test_log_marginal", "test_data_standard_errors"))
+    # Numbers as they were before JSON made null of those that are not finite.
+    estimate, errors = ({n: math.nan if v is None else v for n, v in each.items()} for each in parts)
     row: dict[str, Any] = {"beta": beta}
     for name in ("rate", "distortion", "elbo"):
         row |= {name: estimate[name], f"{name}_standard_error": errors[name]}

@@ -213,9 +213,8 @@ class AnnealingPath:
         with torch.enable_grad(), pyro.validation_enabled(False):
             position = given[0].detach().requires_grad_()
             latents, log_jacobian = self.latents(position, *given[1:])
-            terms: Values
             if kind == "guide":
-                terms = (particles.score_proposal(latents) + log_jacobian,)
+                terms: Values = (particles.score_proposal(latents) + log_jacobian,)
             else:
                 log_likelihood, log_prior = particles.score(latents)
                 terms = (log_prior + log_jacobian, log_likelihood)

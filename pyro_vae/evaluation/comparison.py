@@ -160,8 +160,7 @@ def _check_pairs(pairs: Mapping[str, Pair]) -> None:
         if not isinstance(name, str):
             raise InputError(f"expected names of pairs as text, got {first_line(repr(name))}")
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(callable, pair))):
-            wanted = f"(model, guide) for {name!r}"
-            advice = "for a VAE pass (vae.model, vae.guide)"
+            wanted, advice = f"(model, guide) for {name!r}", "for a VAE pass (vae.model, vae.guide)"
             raise InputError(f"expected {wanted}, got {type(pair).__name__}: {advice}")
 
 

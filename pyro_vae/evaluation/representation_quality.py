@@ -252,9 +252,8 @@ def _probe(codes: Any, labels: Any, num_neighbours: int, num_folds: int, seed: i
     ):
         pipeline = make_pipeline(StandardScaler(), classifier)
         accuracy = float((cross_val_predict(pipeline, codes, labels, cv=split) == labels).mean())
-        found[name] = Estimate(
-            accuracy, math.sqrt(accuracy * (1 - accuracy) / len(labels))
-        )  # binomial
+        error = math.sqrt(accuracy * (1 - accuracy) / len(labels))  # binomial
+        found[name] = Estimate(accuracy, error)
     return found
 
 

@@ -292,9 +292,8 @@ class Engine:
                     raise CannotCaptureError(f"a hook is registered on {state.name(leaf)!r}")
             chosen = pair.choose_inputs(signature, around)
             program = StepProgram(signature, state, around, reference)
-            beta, *scalars = program.scalars(
-                [self._beta, *(around.numbers[key][1] for key in chosen)]
-            )
+            numbers = (around.numbers[key][1] for key in chosen)
+            beta, *scalars = program.scalars([self._beta, *numbers])
             # Fresh aliases: a tensor both passed and closed over is then told apart by identity.
             aliases = [tensor.detach() for tensor in inputs]
             sites = capture.Sites()

@@ -109,12 +109,10 @@ class IWAE(Bound):
             particles = Particles(pair)
             for name, latent in structure.latents.items():
                 if latent.is_enumerated:
-                    wanted = "sites that are drawn"
-                    advice = "use Pyro's TraceEnum_ELBO, or draw it"
+                    wanted, advice = "sites that are drawn", "use Pyro's TraceEnum_ELBO, or draw it"
                     raise InputError(f"expected {wanted}, {name!r} is enumerated: {advice}")
                 if not latent.is_reparameterized:
-                    what = "reparameterised latents for IWAE"
-                    mend = "use Trace_ELBO or TraceBound"
+                    what, mend = "reparameterised latents for IWAE", "use Trace_ELBO or TraceBound"
                     raise InputError(f"expected {what}, {name!r} ({latent.family}) is not: {mend}")
             if self.num_particles > 1:
                 draws = particles.draw_from_guide(2)

@@ -183,11 +183,9 @@ class Program:
 
 
 def verify(
-    program: Program,
-    given: Sequence[Tensor],
-    reference: Callable[[], Result],
+    program: Program, given: Sequence[Tensor], reference: Callable[[], Result],
     compare: Callable[[Result, list[Tensor], list[Tensor]], None],
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Hold a program against the eager reference, on one generator state; return its results."""
     before = Snapshot(program.state.alive())
     with before.put_back():
@@ -266,11 +264,8 @@ class Programs(Generic[OneProgram]):
 
     def choose_inputs(self, signature: Signature, around: Surroundings) -> list[Key]:
         """Return the numbers that have changed before and that no graph has refused as an input."""
-        of_one = [
-            program.surroundings.numbers
-            for program in self.kept
-            if program.signature == signature and program.state.current() and program.surroundings
-        ]
+        alike = [each for each in self.kept if each.signature == signature and each.state.current()]
+        of_one = [own.numbers for own in (each.surroundings for each in alike) if own]
         both = [(key, known[key]) for known in of_one for key in known.keys() & around.numbers.keys()]
         changed = {key: name for key, (name, value) in both if around.numbers[key][1] != value}
         self.varied |= changed.keys()
@@ -294,10 +289,8 @@ class Programs(Generic[OneProgram]):
             )
             return False
         again, self.last = signature == self.last, signature
-        return again or not any(
-            program.signature[0] == signature[0] and program.signature != signature
-            for program in self.kept
-        )
+        known = (each.signature for each in self.kept if each.signature[0] == signature[0])
+        return again or all(each == signature for each in known)
 
     def report(self, reason: object) -> None:
         """Say once why the pair, or some of its calls, run eagerly."""

@@ -102,12 +102,9 @@ def bound_of(objective: ELBO | None) -> Bound:
 def name_of(bound: Bound) -> str:
     """Return a bound's class and its plain options, by which another one is told."""
     objective = bound.objective if isinstance(bound, StockBound) else bound
-    options = {
-        name: value
-        for name, value in sorted(vars(objective).items())
-        if isinstance(value, bool | int | float | str) and name not in _FOUND_OUT
-    }
-    return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in options.items())})"
+    known = {name: vars(objective)[name] for name in sorted(vars(objective).keys() - _FOUND_OUT)}
+    options = [f"{k}={v}" for k, v in known.items() if isinstance(v, bool | int | float | str)]
+    return f"{type(objective).__name__}({', '.join(options)})"
 
 
 def default_particles(name: str) -> int:

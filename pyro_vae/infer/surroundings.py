@@ -297,11 +297,8 @@ class Surroundings:
         self._plain, self._values = [p.reader() for p in plain], [p.value for p in plain]
         self._types = list(map(type, self._values))
         read = {id(tensor) for tensor in constants}
-        others = [
-            place
-            for place in places.values()
-            if not isinstance(place.value, (*_PLAIN, Tensor)) or id(place.value) in read
-        ]
+        told = (*_PLAIN, Tensor)
+        others = [p for p in places.values() if not isinstance(p.value, told) or id(p.value) in read]
         self._others, self._ids = [p.reader() for p in others], [id(p.value) for p in others]
         self._constants = [(tensor, [tensor._version], tensor.clone()) for tensor in constants]
         self._dead: list[Any] = []  # what a place held may be gone, and its id another's

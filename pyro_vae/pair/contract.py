@@ -41,8 +41,7 @@ def check_pair(
     """
     observed = traced.observed_names(guide_trace)
     if observed:
-        wanted = "a guide that observes nothing"
-        advice = "pass the model before the guide"
+        wanted, advice = "a guide that observes nothing", "pass the model before the guide"
         raise InputError(f"expected {wanted}, {observed[0]!r} is observed in it: {advice}")
     summed = {site["name"] for site in summed_sites(model_trace, guide_trace)}
     may_draw_nothing = Serves.NO_LATENT in serves or (summed and Serves.SUMMED in serves)

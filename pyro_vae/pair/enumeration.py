@@ -74,8 +74,7 @@ def sum_out(trace: Trace, sites: Iterable[Site]) -> list[tuple[Site, Tensor]]:
     try:
         contracted = contract_tensor_tree(tree, summed, ring=_Eliminate())
     except NotImplementedError as error:
-        wanted = "latents to sum out in plates nested like a tree"
-        advice = "draw them in the guide"
+        wanted, advice = "latents to sum out in plates nested like a tree", "draw them in the guide"
         raise InputError(f"expected {wanted}, got {first_line(error)}: {advice}") from error
     each = [(plates, term) for plates, terms in contracted.items() for term in terms]
     return [(shown[plates], packed.unpack(term, trace.symbol_to_dim)) for plates, term in each]

@@ -28,12 +28,8 @@ class Snapshot:
     """Generators and module buffers as they stand, to be put back by :meth:`restore`."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        found = ((m._buffers, name, each) for m in modules for name, each in m._buffers.items())
+        self.buffers = [(own, name, b, b.detach().clone()) for own, name, b in found if b is not None]
         self.generators = pyro.util.get_rng_state()
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         self.cuda_generators = torch.cuda.get_rng_state_all() if cuda else []

@@ -126,8 +126,7 @@ def compare_autoencoder(
 
         means = encode(guide, held_out, plate=plate)
         if means.dim() != 2 or not means.is_floating_point():
-            what = "a pair with one latent, a vector"
-            advice = "its codes can't be interpolated"
+            what, advice = "a pair with one latent, a vector", "its codes can't be interpolated"
             raise InputError(f"expected {what}, got one of shape {tuple(means.shape[1:])}: {advice}")
         alone = OpenedFunction(model, (train.new_zeros(num_random, *train.shape[1:]),), plate)
         prior = latent_sites(alone.trace(explain="model"))[0]["value"]

@@ -378,10 +378,8 @@ def _by_importance(
         got = f"only weights of 0 for {impossible} data points"
         raise InputError(f"expected {wanted}, got {got}: raise num_samples, or use metropolis")
     picked = found.draws.choose(num_draws), torch.arange(len(found.log_prob))
-    chosen = {
-        name: found.draws.latents[name][picked].to(problem.x.device).movedim(1, axis)
-        for name, axis in problem.pair.axes.items()
-    }
+    own, axes = found.draws.latents, problem.pair.axes
+    chosen = {n: own[n][picked].to(problem.x.device).movedim(1, axis) for n, axis in axes.items()}
     draws, moments = [], Moments()
     for index in range(num_draws):
         latents = {name: value[index] for name, value in chosen.items()}
