@@ -272,9 +272,8 @@ def _draw_completions(subject: Subject, what: names.Complete) -> Figure:
     if what.missing == "nan" and not subject.is_image:  # there is no truth to compare with
         return plots.samples(_array(completed.draws[0]), _array(x), title=", ".join(told))
     filled = completed.mean, completed.standard_deviation, completed.draws
-    return plots.completions(
-        *map(_array, (x, hidden, *filled)), title=", ".join(told), limits=subject.limits
-    )
+    shown = map(_array, (x, hidden, *filled))
+    return plots.completions(*shown, title=", ".join(told), limits=subject.limits)
 
 
 # How each picture is drawn, and of what its file's default name is made.

@@ -136,9 +136,9 @@ def compare(
             # Held, the other guides may still be on another device than the model.
             held = list(pairs.values())[: 1 if hold else None]
             training.check_training(held, train, options, plate)
-        shared: Any = (
-            _hold(first, pairs, options, trains=train is not None) if hold else nullcontext()
-        )
+        shared: AbstractContextManager[Any] = nullcontext()
+        if hold == "model":
+            shared = _hold(first, pairs, options, trains=train is not None)
         with shared as frozen:
             chosen = {name: (frozen or model, guide) for name, (model, guide) in pairs.items()}
             fits = {} if train is None else training.train_pairs(chosen, train, options, report)

@@ -129,9 +129,8 @@ class _Grid:
         self.particles = particles
         self.name, self.size = latent_on_grid(particles.pair.trace()[1], particles.num_data)
         self.points = num_points or _POINTS[self.size]
-        self.at_once = max(
-            2, budget // (particles.pair.structure.bytes_per_datum * particles.num_data)
-        )
+        at_each = particles.pair.structure.bytes_per_datum * particles.num_data
+        self.at_once = max(2, budget // at_each)
         self.axis = particles.axes[self.name]
         self.rest = list(particles.latent_shapes[self.name])
         del self.rest[self.axis]

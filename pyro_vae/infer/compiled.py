@@ -266,9 +266,9 @@ class Compiled(_Stepping, ELBO):
 
 def uncompiled(objective: ELBO | None) -> tuple[ELBO | None, float]:
     """Return the objective behind a compiled one, and the beta that it has of its own."""
-    return (
-        (objective.bound(), objective.beta) if isinstance(objective, _Stepping) else (objective, 1.0)
-    )
+    if isinstance(objective, _Stepping):
+        return objective.bound(), objective.beta
+    return objective, 1.0
 
 
 class StepCapture(Engine):

@@ -228,9 +228,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"expected a device auto, cpu or cuda, got {device!r}")
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise InputError(
-            f"expected a device that is here, got {device!r}: {count} CUDA devices found"
-        )
+        advice = f"{count} CUDA devices found"
+        raise InputError(f"expected a device that is here, got {device!r}: {advice}")
     return chosen
 
 

@@ -137,9 +137,8 @@ def _tensor(value: Any) -> Any:
 
 def _check_tensor(value: Tensor) -> None:
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        raise InputError(
-            "expected dense tensors, got a sparse, nested or quantised one: make it dense"
-        )
+        kind = "a sparse, nested or quantised one"
+        raise InputError(f"expected dense tensors, got {kind}: make it dense")
     if value.is_complex():
         raise InputError(f"expected real numbers, got {value.dtype}: pass real and imaginary parts")
     if value.device.type == "meta":
