@@ -113,13 +113,13 @@ class CompiledTrace_ELBO(_Stepping, Trace_ELBO):  # noqa: N801 (Pyro's own namin
     globals, arguments) are read again at each step: a number that has changed becomes an input of
     the graph where it can, any other change is captured anew, for up to 4 values.  What can't be
     seen (files, counters inside other libraries) is baked in at capture; the graph is held against
-    stock Pyro again at its steps 1, 2, 4, 8, ... and at every ``verify_every``-th.  While Pyro's validation is on, a batch
-    outside the support of an observed site raises Pyro's own error: on the CPU before its gradients
-    are handed over, on an accelerator when the loss is read, after the optimiser took the step.  A
-    batch of another shape that comes once, such as the odd last one of an epoch, runs as stock
-    Pyro; when it comes twice in a row it is
-    captured too.  Only :meth:`loss_and_grads` is compiled; :meth:`loss` and
-    :meth:`differentiable_loss` are Pyro's own, with ``beta`` applied.
+    stock Pyro again at its steps 1, 2, 4, 8, ... and at every ``verify_every``-th.  While Pyro's
+    validation is on, a batch outside the support of an observed site raises Pyro's own error: on the
+    CPU before its gradients are handed over, on an accelerator when the loss is read, after the
+    optimiser took the step.  A batch of another shape that comes once, such as the odd last one of
+    an epoch, runs as stock Pyro; when it comes twice in a row it is captured too.  Only
+    :meth:`loss_and_grads` is compiled; :meth:`loss` and :meth:`differentiable_loss` are Pyro's own,
+    with ``beta`` applied.
 
     On the CPU the loss comes back as a float.  On an accelerator it is a 0-dim tensor, so that
     nothing waits before the optimiser is launched; ``SVI.step`` turns it into a float.
