@@ -84,14 +84,16 @@ def _sample_all(
     blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
-        for positions, part in _cut(pair, (counts == count).nonzero()[:, 0]):
+        equal = (counts == count).nonzero()[:, 0]
+        for positions, part in _cut(pair, equal):
             particles, most = Particles(part), kept
             if most is None:
                 elements = sum(shape.numel() for shape in particles.latent_shapes.values())
                 bytes_per_draw = (8 * elements + 16 * part.num_data) * pair.num_data
                 most = _KEPT_BYTES * part.num_data // bytes_per_draw
             stream = _Stream(particles, count, budget, min(fewest, most))
-            for fraction in stream.run(compile):
+            work = count * len(equal) * part.structure.bytes_per_datum  # they share a program
+            for fraction in stream.run(compile, work):
                 report.tell(fraction * len(positions), partial(stream.log_prob, len(positions)))
             blocks.append(stream.result(len(positions)))
             places.append(positions)
@@ -131,8 +133,11 @@ class _Stream:
         chunks = max(1, drawn // self.scored_at_once)
         self.drawn_at_once = min(num_samples, chunks * self.scored_at_once)
 
-    def run(self, compile: bool | None) -> Iterator[float]:
-        """Draw and score; yields the fraction done after every pass of the guide."""
+    def run(self, compile: bool | None, work: int) -> Iterator[float]:
+        """Draw and score; yields the fraction done after every pass of the guide.
+
+        ``work`` are the bytes that all blocks like this one allocate.
+        """
         particles, size = self.particles, self.scored_at_once
         score: Callable[[Latents], Terms] = particles.score
         terms: Terms | None = None
@@ -142,9 +147,6 @@ class _Stream:
             rows = (slice(start, start + size) for start in range(0, count, size))
             chunks = [{name: value[own] for name, value in latents.items()} for own in rows]
             if first == 0 and size > 1:
-                work = (
-                    self.num_samples * particles.num_data * particles.pair.structure.bytes_per_datum
-                )
                 compiled = compiled_score(particles, chunks[0], work, compile)
                 if compiled is not None:
                     program, terms = compiled  # the terms of this chunk are there already
