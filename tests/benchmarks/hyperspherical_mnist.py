@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["normal", "von-mises-fisher"])
     parser.add_argument("--num-data", type=int, default=10_000, help="test data for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    parser.add_argument("--start", help="--output of another run, whose models are trained on")
     parser.add_argument("--output", help="folder to keep the trained models in")
     options = parser.parse_args()
     data = pv.datasets.load("mnist", options.data_root, validation_size=10_000, seed=options.seed)
@@ -51,7 +53,10 @@ def main() -> None:
     print(machine, flush=True)
     for kind in options.kinds:
         torch.manual_seed(options.seed)
+        name = f"{kind}-{options.dim}-{options.seed}"
         vae = build(kind, options.dim, data.data_shape)
+        if options.start:
+            vae = pv.load(f"{options.start}/{name}")
         result = pv.fit(
             vae.model,
             vae.guide,
@@ -60,11 +65,12 @@ def main() -> None:
             batch_size=64,
             learning_rate=1e-3,
             warmup_epochs=options.warmup_epochs,
+            schedule=options.schedule,
             patience=options.patience,
             seed=options.seed,
         )
         if options.output:
-            pv.save(vae, f"{options.output}/{kind}-{options.dim}-{options.seed}")
+            pv.save(vae, f"{options.output}/{name}")
         device = torch.device(result.device)
         estimate = pv.log_marginal(
             vae.model,
