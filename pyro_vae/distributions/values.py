@@ -156,7 +156,7 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats."""
         if not torch.is_grad_enabled():  # where eta is small the value is precise, its slope is not
-            size = self.logits.abs().clamp_(min=1e-9)
+            size = self.logits.abs().clamp(min=1e-9)
             log_ratio = 0.5 * size + torch.expm1(-size).neg_().div_(size).log_()
             return self.logits * (value - 0.5) - log_ratio
         # log(sinh(eta/2) / (eta/2)), even in eta.
