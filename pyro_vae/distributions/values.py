@@ -242,8 +242,7 @@ def _even_series(square: Tensor, factor: Callable[[int], float]) -> Tensor:
 def log_prob_of(fn: Any, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return a distribution's log-probability; of normals and Bernoulli logits in fewer passes.
 
-    By torch's own formulas the normal pixels of an image take as long as a decoder of three layers,
-    Bernoulli pixels half as long.
+    By torch's own formulas the pixels of an image take half as long as a decoder of three layers.
     """
     is_independent = isinstance(fn, Independent)
     pixels = fn.base_dist if is_independent else fn
