@@ -134,6 +134,8 @@ def look_around(roots: Iterable[Any]) -> dict[Key, _Place]:
                 pending.append(place.value)
                 if place.name and not isinstance(place.value, types.ModuleType):
                     places[id(place.holder), place.key] = place.with_version()
+                elif type(place.value) in _GENERATORS:  # bound, in a tuple or a default
+                    places[id(place.holder), id(place.value)] = place.with_version()
         if len(names) == count:
             return places
 
@@ -157,7 +159,7 @@ def _places_in(value: Any, names: set[str]) -> Iterator[_Place]:
     elif isinstance(value, tuple):
         yield from (_Place(value, None, item, "") for item in value)
     else:
-        if isinstance(value, partial | types.MethodType):
+        if isinstance(value, partial | types.MethodType | types.BuiltinMethodType):
             for part in ("func", "args", "keywords", "__func__", "__self__"):
                 yield _Place(value, part, getattr(value, part, None), "")
         kind = type(value)
@@ -249,7 +251,8 @@ class Surroundings:
         changed: list[Any] = []  # values before the run, of a kind that is read and not a result
         for key, place in after.items():
             if key in before and place.is_same(before[key].value):
-                self.places[key] = place
+                if place.name:
+                    self.places[key] = place
                 if place.version != before[key].version:
                     changed.append(place.value)
                     self._replaced.append(before[key])
@@ -263,7 +266,8 @@ class Surroundings:
     def put_back(self) -> None:
         """Put back what a run replaced or wrote to."""
         for place in self._replaced:
-            place.put(place.value)
+            if place.name:
+                place.put(place.value)
             if type(place.value) in _GENERATORS:
                 _GENERATORS[type(place.value)][1](place.value, place.copy)
             elif place.copy is not None and place.value._version != place.version:
@@ -273,7 +277,9 @@ class Surroundings:
         """Refuse a pair that reads what it replaces: its runs differ, however often it is run."""
         for place in self._replaced:
             if any(place.value is value for value in read):
-                raise CannotCaptureError(f"the pair changes {place.name} itself at each run")
+                raise CannotCaptureError(
+                    f"the pair changes {place.name or 'a generator'} itself at each run"
+                )
 
     @contextmanager
     def hold(self, inputs: Sequence[Key], tensors: Sequence[Tensor]) -> Iterator[None]:

@@ -334,6 +334,31 @@ def test_a_pair_that_draws_from_a_generator_of_its_own_is_stock(kind):
     assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 6), rel=1e-6)
 
 
+@pytest.mark.parametrize("where", ["default", "tuple", "bound", "partial"])
+def test_a_generator_that_no_name_holds_is_put_back_too(where):
+    def make():
+        own = np.random.default_rng(5)
+        held, bound = (own, 1), own.random
+
+        def by_default(own=own):
+            return own.random()
+
+        draw = {
+            "default": by_default,
+            "tuple": lambda: held[0].random(),
+            "bound": lambda: bound(),
+            "partial": partial(np.random.Generator.random, own),
+        }[where]
+        del own
+        return weighted_pair(lambda: 0.5 + draw()), lambda value: None
+
+    elbo = CountingELBO(backend="eager")
+    with pytest.warns(UserWarning, match="the pair changes a generator itself at each run"):
+        found = losses_of(make, elbo, [0] * 6)
+    assert elbo.num_graphs == 0
+    assert found == pytest.approx(losses_of(make, Trace_ELBO(), [0] * 6), rel=1e-6)
+
+
 def test_a_generator_beside_the_pair_is_no_change():
     def make():
         own = np.random.default_rng(5)
