@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,14 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pyro_vae.infer.graph_rewrites import rewrite
 from pyro_vae.pair.state import Snapshot
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
-_LARGEST_CONSTANT = 1 << 16  # elements of a graph's constants: larger ones are made when used
 _CHECK = "_validate_sample"  # the method by which a distribution reads what it is given
 
 
@@ -312,80 +310,10 @@ def _constants_to_inputs(module: torch.fx.GraphModule) -> list[Tensor]:
                 last = added[node.target] = graph.placeholder(node.target.replace(".", "_"))
         node.replace_all_uses_with(added[node.target])
         graph.erase_node(node)
-    _take_out_identities(graph)
+    rewrite(graph)
     graph.eliminate_dead_code()
     module.recompile()
     tensors = [getattr(module, target) for target in added]
     for target in added:
         delattr(module, target)
     return tensors
-
-
-def _take_out_identities(graph: torch.fx.Graph) -> None:
-    """Take out views that end where one began, and products with 1: a third of a recorded step."""
-    aten = torch.ops.aten
-    views: dict[Any, list[Any]] = {}  # what a view is of, the nearest first
-    negating = (aten._conj.default, aten._neg_view.default)  # by a mere mark
-    with_one = (aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar)
-    writes = _writes(graph)
-    for node in graph.nodes:
-        first = node.args[0] if node.args else None
-        same: list[Any] = []
-        is_view = getattr(node.target, "is_view", False) and node.target not in negating
-        if is_view or (node.target is getitem and first in views):
-            views[node] = same = [first, *views.get(first, ())]
-        elif node.target in with_one and not writes and node.args[1] == 1:
-            same = [] if any(user.op == "output" for user in node.users) else [first]
-        layout = _layout(node)
-        same = [before for before in same if layout and _layout(before) == layout]
-        if same:
-            node.replace_all_uses_with(same[-1])
-
-
-def _writes(graph: torch.fx.Graph) -> bool:
-    """Tell whether anything is written in place but draws into fresh memory."""
-    fresh = torch.ops.aten.empty.memory_format
-    return any(
-        getattr(node.args[0], "target", None) is not fresh
-        for node in graph.nodes
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-    )
-
-
-def _layout(node: Any) -> Any:
-    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
-    if not isinstance(value, Tensor):
-        return None
-    return value.dtype, value.shape, value.stride(), value.storage_offset()
-
-
-def fold_constants(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Return the graph for replays by operators: what depends on no input is computed once."""
-    aten = torch.ops.aten
-    fills = {aten.ones_like.default: 1, aten.new_ones.default: 1}
-    fills |= {aten.zeros_like.default: 0, aten.new_zeros.default: 0}
-    known: dict[Any, Tensor] = {}
-    module = copy.deepcopy(module)
-    for node in [] if _writes(module.graph) else list(module.graph.nodes):
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.numel() > _LARGEST_CONSTANT:
-            continue
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.target in fills:
-            like: Any = {"dtype": value.dtype, "device": value.device}
-            fresh = torch.empty_strided(value.shape, value.stride(), **like)
-            known[node] = fresh.fill_(fills[node.target])
-        elif node.all_input_nodes and known.keys() >= {*node.all_input_nodes} and not is_random:
-            args, kwargs = map_arg((node.args, node.kwargs), known.get)
-            known[node] = node.target(*args, **kwargs)
-    for node, constant in known.items():
-        if any(user not in known for user in node.users):
-            module.register_buffer(node.name, constant)
-            with module.graph.inserting_before(node):
-                held = module.graph.get_attr(node.name)
-                if any(user.op == "output" for user in node.users):  # the caller may write to it
-                    held = module.graph.call_function(aten.clone.default, (held,))
-            node.replace_all_uses_with(held)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.infer import capture
 from pyro_vae.infer.capture import AUTOCAST_DEVICES, CannotCaptureError, autocast_dtypes
+from pyro_vae.infer.graph_rewrites import for_replays
 from pyro_vae.infer.surroundings import Key, Surroundings
 from pyro_vae.pair.precision import precision_now
 from pyro_vae.pair.state import Snapshot
@@ -129,7 +130,7 @@ class Program:
         self.graph, closed_over, self.constants = recorded
         around = self.surroundings
         self.state.add_fixed(closed_over, around.readers_of if around else lambda _: [])
-        self.run: Callable[..., Sequence[Tensor]] = capture.fold_constants(self.graph)
+        self.run: Callable[..., Sequence[Tensor]] = for_replays(self.graph)
 
     def outputs(
         self, given: Sequence[Tensor], tensors: Sequence[Tensor], *, keep: bool = True
