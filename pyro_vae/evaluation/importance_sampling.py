@@ -84,7 +84,7 @@ def _sample_all(
     pair: OpenedPair, counts: Tensor, budget: int, kept: int | None, compile: Any, report: Report
 ) -> LogMarginal:
     """Take each data point's number of samples, equal numbers together."""
-    torch.empty(_FREED_BYTES, dtype=torch.uint8)  # and freed at once
+    torch.empty(_FREED_BYTES, dtype=torch.uint8, device="cpu")  # and freed at once
     blocks, places = [], []
     fewest = int(counts.min())
     for count in counts.unique().tolist():
