@@ -97,14 +97,16 @@ def _join_layers(graph: torch.fx.Graph) -> None:
             is_alone = len(viewed.users) == len(product.users) == 1
             if factor != 1 or node.kwargs or _target(product) is not aten.mm.default or not is_alone:
                 continue
-            columns, last = product.meta["val"].shape[1:], node.meta["val"].shape[-1:]
-            if not bias.meta["val"].shape == columns == last or any(map(_is_mutable, bias.users)):
+            own, products, result = (each.meta["val"] for each in (bias, product, node))
+            is_alike = own.shape == products.shape[1:] == result.shape[-1:]
+            is_alike &= own.dtype == products.dtype  # a sum promotes, a product does not
+            if not is_alike or any(map(_is_mutable, bias.users)):
                 continue
             with graph.inserting_before(node):
                 joined = graph.call_function(aten.addmm.default, (bias, *product.args))
-                result = graph.call_function(viewed.target, (joined, viewed.args[1]))
-            joined.meta, result.meta = dict(product.meta), dict(node.meta)
-            node.replace_all_uses_with(result)
+                shaped = graph.call_function(viewed.target, (joined, viewed.args[1]))
+            joined.meta, shaped.meta = dict(product.meta), dict(node.meta)
+            node.replace_all_uses_with(shaped)
             break
     graph.eliminate_dead_code()
 

@@ -157,6 +157,26 @@ def test_a_bias_that_is_written_to_between_is_added_as_it_was():
     assert torch.equal(graph(*values, torch.ones(5))[0], expected)
 
 
+@pytest.mark.parametrize("kind", ["dtype", "of one", "of rows", "twice"])
+def test_a_bias_that_no_layer_has_is_added_apart(kind):
+    bias = {
+        "dtype": torch.ones(5, dtype=torch.float64),
+        "of one": torch.ones(1),
+        "of rows": torch.ones(2, 5),
+        "twice": torch.ones(5),
+    }[kind]
+
+    def function(rows, weight, bias):
+        scaled = torch.ops.aten.mul.Scalar(bias, 2 if kind == "twice" else 1)
+        return (scaled + torch.ops.aten._unsafe_view(rows.view(14, 3) @ weight, (7, 2, 5)),)
+
+    given = torch.arange(42.0).view(7, 2, 3), torch.arange(15.0).view(3, 5), bias
+    graph, *_ = trace_graph(lambda: function(*given), given)
+    found, expected = for_replays(graph)(*given)[0], function(*given)[0]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 # Functions of x, (3, 4), and how many of their operations may write over an operand.
 SPENT = {
     "a chain": (lambda x: (x + 1).relu().mul(2).exp().sum(0), 3),
